@@ -1,0 +1,181 @@
+"""One call of one layer's attention: ask the method, run one operation per key set, merge, count what was read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .index import BlockIndex, TokenIndex, Window, causal_pairs
+from .keys import Keys
+from .method import DECODE, AttentionMethod
+from .ops import kernel
+from .ops.block_sparse import block_sparse
+from .ops.decode import decode
+from .ops.flash import flash
+from .ops.gather_decode import gather_decode
+from .ops.rows import gather_rows
+from .partial import Partial, empty_partial, merge
+
+DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
+TOO_SHORT = "the budget covers the length"
+PREFILL_TILE = 64  # prefill queries that share one reading of a key, when bytes are counted
+
+
+@dataclass
+class Reads:
+    """What one call read, summed over the batch.
+
+    pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
+    kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query loads each of
+    its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method read to decide.
+    """
+
+    pairs: int = 0
+    causal_pairs: int = 0
+    kv_bytes: int = 0
+    dense_bytes: int = 0
+    selection_bytes: int = 0
+    reason: str | None = None  # why every visible key was read although the method is selective
+
+
+def attend(
+    method: AttentionMethod, phase: str, q: Tensor, keys: Keys, *, impl: str = "auto"
+) -> tuple[Partial, Reads]:
+    """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys``; out is in the dtype of q or float32."""
+    if phase == DECODE:
+        index = method.select_decode(q, keys)
+        part, pairs = _run_decode(q, keys, index, impl)
+        shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
+        reads = _count(q, keys, pairs, loads_shared_by=q.shape[1] // shared)
+    elif keys.starts is not None and any(keys.starts) and phase in method.phases:
+        return _prefill_rows(method, phase, q, keys, impl)
+    else:
+        index = method.select_prefill(q, keys)
+        part, pairs = _run_prefill(q, keys, index, impl)
+        reads = _count(q, keys, pairs, loads_shared_by=PREFILL_TILE * (q.shape[1] // keys.k.shape[1]))
+    reads.selection_bytes = keys.summary_bytes
+    if index is None and phase in method.phases and method.name != "dense":
+        reads.reason = TOO_SHORT
+    return part, reads
+
+
+def _prefill_rows(
+    method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str
+) -> tuple[Partial, Reads]:
+    """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs nothing."""
+    result, total = empty_partial(q, keys.v.shape[-1]), Reads()
+    out, lse = result.out, result.lse
+    for b in range(q.shape[0]):
+        row = keys.row(b)
+        if row.tq > 0:
+            part, reads = attend(method, phase, q[b : b + 1, :, -row.tq :], row, impl=impl)
+            out[b : b + 1, :, -row.tq :], lse[b : b + 1, :, -row.tq :] = part.out.to(out.dtype), part.lse
+            for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
+                setattr(total, name, getattr(total, name) + getattr(reads, name))
+            total.reason = total.reason or reads.reason
+    return Partial(out, lse), total
+
+
+def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
+    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    if index is None:
+        return flash(q, keys.k, keys.v, start=keys.start, **how), None
+    if isinstance(index, Window):
+        return _window(q, keys, index, impl, flash)
+    if isinstance(index, BlockIndex):
+        pairs = int(index.pairs(q.shape[2], keys.length)) * (q.shape[1] // index.blocks.shape[1])
+        return block_sparse(q, keys.k, keys.v, index, **how), pairs
+    raise TypeError(
+        f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
+    )
+
+
+def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
+    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    if index is None:
+        return decode(q, keys.k, keys.v, start=keys.start, **how), None
+    if isinstance(index, Window):
+        return _window(q, keys, index, impl, decode)
+    if not isinstance(index, TokenIndex):
+        raise TypeError(
+            f"select_decode answers with None, a Window or a TokenIndex; got {type(index).__name__}."
+        )
+    group = q.shape[1] // index.tokens.shape[1]
+    if index.full is None or not bool(index.full.any()):
+        used = index.tokens.numel() if index.counts is None else int(index.counts.sum())
+        return gather_decode(q, keys.k, keys.v, index, **how), used * group
+    if bool(index.full.all()):
+        return decode(q, keys.k, keys.v, start=keys.start, **how), None
+    return _mixed(q, keys, index, impl)
+
+
+def _window(q: Tensor, keys: Keys, index: Window, impl: str, op) -> tuple[Partial, int]:
+    """Recent keys by the windowed kernel; sinks, where they lie outside the window, as a second small set."""
+    how = {"scale": keys.scale, "softcap": keys.softcap}
+    b, h, tq, _ = q.shape
+    local = op(q, keys.k, keys.v, window=index.size, start=keys.start, impl=impl, **how)
+    starts = keys.starts or [0] * b
+    pairs = sum(_window_pairs(keys.past, keys.length, first, index) for first in starts) * h
+    sinks = min(index.sinks, keys.length)
+    if sinks == 0 or keys.longest() <= index.size:
+        return local, pairs
+    device = q.device
+    first = torch.tensor(starts, device=device)[:, None]
+    places = first + torch.arange(sinks, device=device)  # [B, sinks]
+    rows = torch.arange(keys.past, keys.length, device=device)
+    mask = places[:, None, :] <= rows[:, None] - index.size  # [B, Tq, sinks]: left of the window
+    hkv = keys.k.shape[1]
+    spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
+    part = kernel.attend(
+        kernel.fold_groups(q, hkv),
+        gather_rows(keys.k, spread),
+        gather_rows(keys.v, spread),
+        mask=mask.repeat(1, h // hkv, 1)[:, None],
+        **how,
+    )
+    return merge(local, kernel.unfold_groups(part, h, tq)), pairs
+
+
+def _window_pairs(past: int, length: int, first: int, index: Window) -> int:
+    seen = torch.arange(max(past, first), length) - first + 1  # visible keys of each query of the row
+    return int((seen.clamp(max=index.size) + (seen - index.size).clamp(0, index.sinks)).sum())
+
+
+def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial, int]:
+    """Rows of one call in different phases of a method: those that read everything are taken one at a time, in place."""
+    assert index.full is not None
+    h, tq, hs = q.shape[1], q.shape[2], index.tokens.shape[1]
+    group, hkv = h // hs, keys.k.shape[1]
+    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    part = gather_decode(q, keys.k, keys.v, index, **how)
+    out, lse = part.out.clone(), part.lse.clone()
+    counts = (
+        index.counts
+        if index.counts is not None
+        else torch.full_like(index.full, index.tokens.shape[3], dtype=torch.int)
+    )
+    pairs = int(torch.where(index.full, 0, counts).sum()) * group
+    for b, s, t in index.full.nonzero().tolist():
+        heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
+        first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
+        cut = (slice(b, b + 1), slice(kv, kv + 1), slice(first, end))
+        one = decode(q[b : b + 1, heads, t : t + 1], keys.k[cut], keys.v[cut], **how)
+        out[b : b + 1, heads, t : t + 1], lse[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype), one.lse
+        pairs += (end - first) * group
+    return Partial(out, lse), pairs
+
+
+def _count(q: Tensor, keys: Keys, pairs: int | None, *, loads_shared_by: int) -> Reads:
+    b, h, tq, _ = q.shape
+    causal = causal_pairs(tq, keys.length, keys.starts, b) * h
+    pairs = causal if pairs is None else pairs
+    per_key = (keys.k.shape[-1] + keys.v.shape[-1]) * keys.k.element_size()
+    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // keys.k.shape[1]
+    return Reads(
+        pairs=pairs,
+        causal_pairs=causal,
+        kv_bytes=pairs * per_key // loads_shared_by,
+        dense_bytes=causal * per_key // dense_share,
+    )

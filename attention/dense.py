@@ -1,0 +1,18 @@
+"""Dense attention as a method: every visible key, on farspan's storage and kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .method import DECODE, PREFILL, AttentionMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(AttentionMethod):
+    """Every visible key is read: the model's own attention, with a cache that is not copied at every token."""
+
+    name: ClassVar[str] = "dense"
+    title: ClassVar[str] = "Dense attention"
+    family: ClassVar[str] = "baseline"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})

@@ -1,0 +1,118 @@
+"""What a method sees of a layer's keys at one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .summary import Summaries, Summary
+
+State = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Keys:
+    """The keys and values of one layer, the new ones included, and what is kept beside them.
+
+    k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq`` positions.
+    start: [B], each row's first valid position under left padding, or None where no row is padded.
+    scale, softcap: how the model turns q k^T into logits.
+    state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
+    """
+
+    k: Tensor
+    v: Tensor
+    tq: int
+    scale: float
+    start: Tensor | None = None
+    softcap: float | None = None
+    state: State = field(default_factory=dict)
+    summaries: Summaries = field(default_factory=Summaries)
+    summary_bytes: int = 0  # bytes of summaries and keys that selection has read in this call
+    starts: list[int] | None = None  # ``start`` on the host
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.starts is None:
+            self.starts = self.start.tolist()
+
+    @property
+    def length(self) -> int:
+        """Tk, the number of positions."""
+        return self.k.shape[2]
+
+    @property
+    def past(self) -> int:
+        """Position of the first query of the call."""
+        return self.k.shape[2] - self.tq
+
+    def shortest(self) -> int:
+        """Fewest keys that the call's first query sees in any row."""
+        return self.past + 1 - (max(self.starts) if self.starts else 0)
+
+    def longest(self) -> int:
+        """Most keys that the call's last query sees in any row."""
+        return self.length - (min(self.starts) if self.starts else 0)
+
+    def summary(self, summary: Summary) -> Tensor:
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted."""
+        entries = self.summaries.get(summary, self.k, self.start)
+        self.summary_bytes += entries.numel() * entries.element_size()
+        return entries
+
+    def read_all_keys(self) -> Tensor:
+        """The raw keys, for a method that scores every one of them; the reading is counted."""
+        self.summary_bytes += self.k.numel() * self.k.element_size()
+        return self.k
+
+    def visible(self, block: int = 1) -> Tensor | None:
+        """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where all do.
+
+        N is Tk for block 1 (entries by position), else ceil(Tk / block) (entries counted from the row's start).
+        """
+        if self.tq == 1 and self.start is None:
+            return None
+        device = self.k.device
+        rows = torch.arange(self.past, self.length, device=device)[None, :, None]
+        first = 0 if self.start is None else self.start[:, None, None]
+        if block == 1:
+            cols = torch.arange(self.length, device=device)
+            return (cols <= rows) & (cols >= first)
+        cols = torch.arange(-(-self.length // block), device=device)
+        return cols * block <= rows - first
+
+    def row(self, b: int) -> Keys:
+        """Row b alone, its padding cut off: what the method would see if the row were not in a batch."""
+        assert self.starts is not None
+        first = self.starts[b]
+        tq = min(self.tq, self.length - first)
+        cut = slice(b, b + 1)
+        return _RowKeys(
+            k=self.k[cut, :, first:],
+            v=self.v[cut, :, first:],
+            tq=tq,
+            scale=self.scale,
+            softcap=self.softcap,
+            whole=self,
+            place=b,
+        )
+
+
+@dataclass(kw_only=True)
+class _RowKeys(Keys):
+    """One row of a padded batch, reading its summaries out of the batch's."""
+
+    whole: Keys
+    place: int
+
+    def summary(self, summary: Summary) -> Tensor:
+        entries = self.whole.summaries.get(summary, self.whole.k, self.whole.start)[
+            self.place : self.place + 1
+        ]
+        if summary.block == 1:
+            assert self.whole.starts is not None
+            entries = entries[:, :, self.whole.starts[self.place] :]
+        entries = entries[:, :, : -(-self.length // summary.block)]
+        self.summary_bytes += entries.numel() * entries.element_size()
+        return entries

@@ -1,0 +1,176 @@
+"""The one abstraction a method implements, and how users name methods.
+
+A method is a frozen dataclass of its hyper-parameters that answers which keys each query reads (``select_prefill``,
+``select_decode``). Causality, grouped heads, padding, soft-cap, sinks, storage, kernels, merging and accounting are shared.
+Subclassing registers the method under its ``name``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .errors import SpecError
+from .index import Index
+from .keys import Keys
+
+_REGISTRY: dict[str, type[AttentionMethod]] = {}
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a method may know of the layer it will serve. ``weights``: the recipe's tensors for this layer, by name."""
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    weights: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod:
+    """Base of every method. Subclasses are frozen, keyword-only dataclasses whose fields are the hyper-parameters."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # as the paper calls it
+    family: ClassVar[str]  # baseline, sparse, recycled, chunked or hybrid
+    paper: ClassVar[str] = ""  # arXiv id
+    phases: ClassVar[frozenset[str]]  # the phases it changes; the others are dense
+    lookahead: ClassVar[str] = (
+        "0"  # how far past a row its selection may have looked: "0", "block_q - 1" or "prompt"
+    )
+    needs_recipe: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            taken = _REGISTRY.get(cls.name)
+            if taken is not None and taken.__qualname__ != cls.__qualname__:
+                raise ValueError(
+                    f"Two methods are called {cls.name!r}: {taken.__qualname__} and {cls.__qualname__}."
+                )
+            _REGISTRY[cls.name] = cls
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+        """This method as layer ``layer`` runs it, or None where the method itself leaves the layer dense."""
+        first = getattr(self, "dense_layers", 0)
+        return None if layer.index < first else self
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        """Which keys each prefill query reads. q [1, H, Tq, D] (a padded batch is asked row by row); None means all."""
+        return None
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means all."""
+        return None
+
+    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+        """Told once a prefill call has run, so that state may be set up from its last query."""
+
+    @property
+    def granule(self) -> int:
+        """Prefill chunks are rounded to a multiple of this many tokens."""
+        return 1
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if f.repr and getattr(self, f.name) != f.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+def methods() -> dict[str, type[AttentionMethod]]:
+    """Every method there is, by name."""
+    from . import dense, recycled, sparse  # noqa: F401  (importing a method registers it)
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
+    """A method from ``"name"`` or ``"name:par=value,par=value"``; a method object is returned as it is.
+
+    Raises SpecError, naming the nearest known name, for an unknown method or parameter and for a value it cannot take.
+    """
+    if isinstance(spec, AttentionMethod):
+        return spec
+    if not isinstance(spec, str):
+        raise SpecError(
+            f"A method is a string such as 'recycled:k=512,stride=10' or a method object; got {spec!r}."
+        )
+    name, _, rest = spec.strip().partition(":")
+    name = name.strip()
+    known = methods()
+    if name not in known:
+        raise SpecError(
+            f"There is no method {name!r}{_nearest(name, known)}; the methods are {', '.join(known)}."
+        )
+    cls = known[name]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)}
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, text = (piece.strip() for piece in item.partition("="))
+        if key not in fields:
+            takes = f"it takes {', '.join(fields)}" if fields else "it takes none"
+            raise SpecError(f"{name} has no parameter {key!r}{_nearest(key, fields)}; {takes}.")
+        if not equals or not text:
+            raise SpecError(
+                f"{name} needs a value for {key}, as in '{name}:{key}={fields[key].default}'; got {item!r}."
+            )
+        if key in values:
+            raise SpecError(f"{name} got the parameter {key} twice in {spec!r}.")
+        values[key] = _convert(name, key, text, hints[key])
+    return cls(**values)
+
+
+def _convert(name: str, key: str, text: str, hint: Any) -> Any:
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    for kind in kinds:
+        if kind is bool:
+            if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+                return text.lower() in ("true", "1", "yes")
+        elif kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        elif kind is str:
+            return text
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+    raise SpecError(f"{name} takes {wanted.get(kinds[0], kinds[0])} for {key}; got {text!r}.")
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:
+    """Check fields against (lowest, highest or None) or a tuple of allowed strings; SpecError says what is allowed."""
+    for key, allowed in limits.items():
+        value = getattr(method, key)
+        if value is None:
+            continue
+        if isinstance(allowed[0], str):
+            if value not in allowed:
+                raise SpecError(
+                    f"{method.name} takes {key} = {' or '.join(map(str, allowed))}; got {value!r}."
+                )
+            continue
+        low, high = typing.cast(tuple[float, "float | None"], allowed)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        if not number or value < low or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise SpecError(f"{method.name} takes {key} {bound}; got {value!r}.")

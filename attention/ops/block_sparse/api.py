@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...index import BlockIndex
+from ...partial import Partial
+from ..dispatch import check_qkv, choose
+from . import eager, reference
+
+IMPLS = {"reference": reference.block_sparse, "eager": eager.block_sparse}
+
+
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Partial:
+    """Causal attention of q [B, H, Tq, D] over the key blocks that ``index`` names in k, v [B, Hkv, Tk, D].
+
+    Queries are the last Tq positions. Rows in the left padding, and rows whose blocks hold no visible key, give (0, -inf).
+    Raises ValueError for shapes that do not fit.
+    """
+    check_qkv("block_sparse", q, k, v, index.start)
+    b, hs, nq, _ = index.blocks.shape
+    need = -(-q.shape[2] // index.block_q)
+    if (
+        b != q.shape[0]
+        or hs not in (q.shape[1], k.shape[1])
+        or nq < need
+        or index.counts.shape != (b, hs, nq)
+    ):
+        raise ValueError(
+            f"block_sparse takes blocks [B, Hkv or H, {need}, M] and counts of its first three sizes for q {list(q.shape)}, "
+            f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and {list(index.counts.shape)}."
+        )
+    return choose("block_sparse", IMPLS, impl, q.device)(q, k, v, index, scale=scale, softcap=softcap)

@@ -1,0 +1,15 @@
+"""The definition of ``block_sparse``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...index import BlockIndex
+from ...partial import Partial
+from ..reference import masked_attention
+
+
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
+) -> Partial:
+    return masked_attention(q, k, v, index.to_mask(q.shape[2], k.shape[2]), scale=scale, softcap=softcap)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...index import TokenIndex
+from ...partial import Partial
+from ..dispatch import check_qkv, choose
+from . import eager, reference
+
+IMPLS = {"reference": reference.gather_decode, "eager": eager.gather_decode}
+
+
+def gather_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: TokenIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Partial:
+    """Attention of q [B, H, Tq, D] over the keys that ``index`` names in k, v [B, Hkv, Tk, D].
+
+    The index holds only keys that are visible to its query; nothing else of k and v is read. ``index.full`` is not looked
+    at: rows that read everything belong to ``decode``. Raises ValueError for shapes that do not fit.
+    """
+    check_qkv("gather_decode", q, k, v, None)
+    b, hs, tq = index.tokens.shape[:3]
+    if b != q.shape[0] or tq != q.shape[2] or hs not in (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"gather_decode takes an index [B, Hkv or H, Tq, K] for q {list(q.shape)} and k {list(k.shape)}; "
+            f"got {list(index.tokens.shape)}."
+        )
+    return choose("gather_decode", IMPLS, impl, q.device)(q, k, v, index, scale=scale, softcap=softcap)

@@ -1,0 +1,125 @@
+"""torch's own attention kernels with their log-sum-exp, for equal numbers of query and KV heads.
+
+What the library does best is not rewritten: on the CPU the flash kernel behind ``scaled_dot_product_attention``, on CUDA
+its FlashAttention. Where neither can run (soft-cap, an input that needs gradients, other devices) the same definition is
+computed in float32 over tiles of queries and keys, so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..partial import Partial, empty_partial, merge
+
+_ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is made).
+
+    causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, Tk], True = read.
+    """
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        return empty_partial(q, v.shape[-1])
+    if softcap is None and not _needs_grad(q, k, v):
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
+            return _cpu(q, k, v, scale, causal, mask)
+        if (
+            q.device.type == "cuda"
+            and mask is None
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[-1] % 8 == 0
+        ):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[
+                :2
+            ]
+            return Partial(out, lse)
+    return math(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    # The library kernel's lse has no gradient; using it under autograd would silently lose part of dq and dk.
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Partial:
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    if mask is not None:  # the kernel returns lse 0, not -inf, for a row that reads nothing
+        none = ~mask.any(-1).expand(q.shape[:3])
+        lse, out = lse.masked_fill(none, -torch.inf), out.masked_fill(none[..., None], 0)
+    return Partial(out, lse)
+
+
+def math(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, softcap: float | None
+) -> Partial:
+    """The definition, tile by tile, in float32 (float64 for float64 inputs); differentiable, lse included."""
+    tq, tk = q.shape[2], k.shape[2]
+    rows_out: list[Partial] = []
+    for a in range(0, tq, _ROWS):
+        b = min(a + _ROWS, tq)
+        parts = []
+        for c in range(0, b if causal else tk, _COLS):
+            d = min(c + _COLS, tk)
+            tile = None if mask is None else _cut(mask, a, b, c, d)
+            if causal and d > a:
+                below = torch.arange(c, d, device=q.device) <= torch.arange(a, b, device=q.device)[:, None]
+                tile = below if tile is None else tile & below
+            parts.append(_tile(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale, tile, softcap))
+        rows_out.append(merge(*parts))
+    out = torch.cat([p.out for p in rows_out], 2)
+    return Partial(out.to(q.dtype), torch.cat([p.lse for p in rows_out], 2))
+
+
+def _cut(mask: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
+    mask = mask if mask.shape[-2] == 1 else mask[..., a:b, :]
+    return mask if mask.shape[-1] == 1 else mask[..., c:d]
+
+
+def _tile(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> Partial:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    logits = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    peak = logits.detach().amax(-1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, torch.zeros_like(peak), peak)
+    weights = torch.exp(logits - peak)
+    total = weights.sum(-1, keepdim=True)
+    safe = torch.where(total > 0, total, torch.ones_like(total))
+    lse = torch.where(total > 0, peak + torch.log(safe), torch.full_like(total, -torch.inf))
+    return Partial(torch.matmul(weights / safe, v.to(wide)), lse[..., 0])
+
+
+def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, H, Tq, D] -> [B, Hkv, G * Tq, D]: the query heads of a group become rows, so that no key is expanded."""
+    b, h, tq, d = q.shape
+    return q.reshape(b, num_kv_heads, (h // num_kv_heads) * tq, d)
+
+
+def unfold_groups(part: Partial, num_heads: int, tq: int) -> Partial:
+    """Inverse of :func:`fold_groups` on a result."""
+    b = part.out.shape[0]
+    return Partial(part.out.reshape(b, num_heads, tq, -1), part.lse.reshape(b, num_heads, tq))

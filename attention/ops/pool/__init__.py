@@ -1,0 +1,3 @@
+"""Pooling of keys over fixed blocks."""
+
+from .api import pool as pool

@@ -1,0 +1,3 @@
+"""Logits of queries against keys or their summaries, in float32."""
+
+from .api import scores as scores

@@ -1,0 +1,3 @@
+"""Cutting scores to a budget."""
+
+from .api import top_k as top_k

@@ -1,0 +1,157 @@
+"""Recycled Attention (RefreshKV): most steps attend to a small set that an occasional full step refreshes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..index import Index, TokenIndex
+from ..keys import Keys
+from ..method import DECODE, AttentionMethod, require
+from ..ops.rows import gather_rows
+from ..ops.scores import scores
+from ..ops.select import top_k
+from ..share import share_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recycled(AttentionMethod):
+    """Full attention every ``stride`` steps; between, only the k keys that step attended to most (2411.05787).
+
+    Prefill is dense and its last query picks the first set: the top k keys per layer and KV head by that query's attention,
+    combined over the group's heads by ``share``. A recycled step reads the set alone; the new token enters it in place of the
+    lowest-ranked key left, and once all k have been replaced, of the oldest newcomer. A full step reads everything (the full
+    cache holds the generated tokens too) and picks the set anew.
+
+    dynamic=true replaces the stride by the query-similarity schedule: every ``qc`` steps the query is compared with that of
+    the last full step by cosine, and a mean below ``s`` makes the step full; the mean is over the heads of a layer
+    (scope=layer, the paper's) or of a KV head (scope=kv_head), which then refreshes on its own.
+
+    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else. Saves reads, not
+    memory. State per row: set, clock, last full query; a crop makes the next step full.
+    """
+
+    name: ClassVar[str] = "recycled"
+    title: ClassVar[str] = "Recycled Attention (RefreshKV)"
+    family: ClassVar[str] = "recycled"
+    paper: ClassVar[str] = "2411.05787"
+    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
+
+    k: int = 4096
+    stride: int = 50
+    dynamic: bool = False
+    qc: int = 5
+    s: float = 0.8
+    share: str = "sum"
+    scope: str = "layer"
+
+    def __post_init__(self) -> None:
+        require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
+        require(self, share=("sum", "max"), scope=("layer", "kv_head"))
+
+    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+        keys.state.clear()
+        if keys.longest() > self.k:
+            self._refresh(
+                q[:, :, -1:], keys, keys.length, torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+            )
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        if keys.longest() <= self.k:
+            keys.state.clear()
+            return None
+        tokens, full = [], []
+        for t in range(keys.tq):
+            full.append(self._step(q[:, :, t : t + 1], keys, keys.past + t + 1))
+            tokens.append(keys.state["tokens"].clone() if keys.tq > 1 else keys.state["tokens"])
+        whole = torch.stack(full, 2)  # [B, Hkv, Tq]
+        return TokenIndex(
+            tokens=torch.stack(tokens, 2),
+            full=whole.to(q.device) if bool(whole.any()) else None,
+            gathered=(keys.state["k"], keys.state["v"]) if keys.tq == 1 else None,
+        )
+
+    def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
+        """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B, Hkv] bool."""
+        if "clock" not in keys.state:
+            everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+            self._refresh(q, keys, length, everything)
+            return everything
+        clock = keys.state[
+            "clock"
+        ]  # [B, Hkv] steps since the last full one, on the host; -1 before: no set yet
+        clock += 1
+        full = self._due(q, keys, clock)
+        for b, first in enumerate(
+            keys.starts or ()
+        ):  # a short row of a padded batch has nothing to leave out yet
+            if length - first <= self.k:
+                full[b] = True
+        if not bool(full.all()):
+            self._enter(keys, length - 1, clock)
+        if bool(full.any()):
+            self._refresh(q, keys, length, full)
+        return full
+
+    def _due(self, q: Tensor, keys: Keys, clock: Tensor) -> Tensor:
+        if not self.dynamic:
+            return (clock >= self.stride) | (clock <= 0)
+        asked = (clock % self.qc == 0) & (clock > 0)
+        if not bool(asked.any()):
+            return clock <= 0
+        last = keys.state["q"]  # [B, H, D]
+        cosine = torch.cosine_similarity(q[:, :, 0].float(), last.float(), dim=-1)
+        cosine = cosine.unflatten(1, (keys.k.shape[1], -1)).mean(-1).cpu()  # [B, Hkv]
+        if self.scope == "layer":
+            cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
+        return (asked & (cosine < self.s)) | (clock <= 0)
+
+    def _enter(self, keys: Keys, position: int, clock: Tensor) -> None:
+        """The new token takes the slot of the lowest-ranked key that is left (slots are in order of rank)."""
+        state = keys.state
+        slots = self.k - 1 - (clock.clamp(min=1) - 1) % self.k
+        same = int(slots.view(-1)[0])
+        if bool((slots == same).all()):
+            state["k"][:, :, same] = keys.k[:, :, position]
+            state["v"][:, :, same] = keys.v[:, :, position]
+            state["tokens"][:, :, same] = position
+            return
+        slots = slots.to(keys.k.device)[..., None]  # [B, Hkv, 1]
+        state["tokens"].scatter_(2, slots, position)
+        for name, source in (("k", keys.k), ("v", keys.v)):
+            new = source[:, :, position : position + 1]
+            state[name].scatter_(2, slots[..., None].expand_as(new), new)
+
+    def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
+        """Pick the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
+        k, v = keys.read_all_keys()[:, :, :length], keys.v[:, :, :length]
+        visible = None
+        if keys.start is not None:
+            visible = (torch.arange(length, device=k.device) >= keys.start[:, None])[
+                :, None
+            ]  # [B, 1, length]
+        ranked = share_scores(scores(q, k, scale=keys.scale), visible, self.share)[:, :, 0]
+        tokens = top_k(ranked, self.k, order="score")  # [B, Hkv, k]
+        fresh = {
+            "tokens": tokens,
+            "k": gather_rows(k, tokens),
+            "v": gather_rows(v, tokens),
+            "clock": torch.zeros_like(full, dtype=torch.long),
+            "q": q[:, :, 0].clone(),
+        }
+        if (
+            keys.starts is not None
+        ):  # rows with fewer keys than the set: no set yet, they go on reading everything
+            short = torch.tensor([length - first <= self.k for first in keys.starts])
+            fresh["clock"][short] = -1
+        if bool(full.all()) or not keys.state:
+            keys.state.update(fresh)
+            return
+        for name, new in fresh.items():
+            old = keys.state[name]
+            chosen = full if name != "q" else full.repeat_interleave(old.shape[1] // full.shape[1], 1)
+            chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
+            keys.state[name] = torch.where(chosen, new, old)

@@ -1,0 +1,69 @@
+"""One selection for the query heads that share a KV head, and the budget vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import SpecError
+from .keys import Keys
+from .method import AttentionMethod, require
+from .ops.select import top_k
+
+
+def share_scores(logits: Tensor, visible: Tensor | None, how: str) -> Tensor:
+    """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T, N]) is False.
+
+    how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different heads are not
+    comparable, shares of attention are), or "none": each query head for itself, on logits.
+    """
+    b, hkv, group, t, n = logits.shape
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    if how == "none" or group == 1:
+        return logits.reshape(b, hkv * group, t, n)
+    share = torch.softmax(logits, -1)
+    share = share.sum(2) if how == "sum" else share.amax(2)
+    return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
+
+
+def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
+    """A budget is either ``k`` tokens or a ``fraction`` of the visible keys, and positive."""
+    if (k is None) == (fraction is None):
+        given = "neither" if k is None else "both"
+        raise SpecError(
+            f"{method.name} takes a budget of k=TOKENS or fraction=SHARE (k=none with it); got {given}."
+        )
+    require(method, k=(1, None), fraction=(1e-6, 1.0))
+
+
+def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
+    """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what is visible."""
+    if k is not None:
+        return k
+    assert fraction is not None
+    if keys.start is None and keys.tq == 1:
+        return max(1, round(fraction * keys.length))
+    seen = torch.arange(keys.past + 1, keys.length + 1, device=keys.k.device)[None, None]
+    seen = seen if keys.start is None else seen - keys.start[:, None, None]
+    return (seen.double() * fraction).round().long().clamp(min=1)
+
+
+def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them count.
+
+    size: one number, or one per row, [...]. -> indices [..., M] int64, counts [...] int32 or None where all M count. Entries
+    past the count repeat the first one.
+    """
+    n = ranked.shape[-1]
+    if isinstance(size, int):
+        chosen = top_k(ranked, size)
+        valid = ranked.gather(-1, chosen) > -torch.inf
+        if bool(valid.all()):
+            return chosen, None
+    else:
+        chosen = top_k(ranked, int(size.max()), order="score")
+        within = torch.arange(chosen.shape[-1], device=ranked.device) < size[..., None]
+        valid = within & (ranked.gather(-1, chosen) > -torch.inf)
+    place = torch.where(valid, chosen, n).sort(-1).values
+    return torch.where(place < n, place, place[..., :1]).clamp_(max=n - 1), valid.sum(-1).int()

@@ -1,0 +1,78 @@
+"""Double Sparsity: token selection by a few calibrated channels of each key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import FarspanError
+from ..index import Index, TokenIndex
+from ..keys import Keys
+from ..method import DECODE, AttentionMethod, LayerInfo, require
+from ..ops.scores import scores
+from ..share import budget, check_budget, pick, share_scores
+from ..summary import Channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleSparsity(AttentionMethod):
+    """Exact attention over the top-k keys by q_label . k_label on calibrated channels (Double Sparsity, 2408.07092).
+
+    Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user names. At decode a
+    label cache holds the first D / group_factor ranked channels of every key, per KV head, kept incrementally; labels score
+    all keys, the best k are read exactly. Query heads of a group share one selection by the ``share`` ("sum" or "max") of
+    their estimated attention, or choose each for itself ("none"). Layers below ``dense_layers`` stay dense; prefill is dense.
+    """
+
+    name: ClassVar[str] = "double_sparsity"
+    title: ClassVar[str] = "Double Sparsity"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2408.07092"
+    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
+    needs_recipe: ClassVar[bool] = True
+
+    k: int | None = 512
+    fraction: float | None = None
+    group_factor: int = 4
+    share: str = "sum"
+    dense_layers: int = 2
+    recipe: str = ""
+    channels: Tensor | None = field(
+        default=None, repr=False, compare=False, metadata={"spec": False}
+    )  # [Hkv, r]
+
+    def __post_init__(self) -> None:
+        check_budget(self, self.k, self.fraction)
+        require(self, group_factor=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+        if layer.index < self.dense_layers:
+            return None
+        if layer.weights is None or "channels" not in layer.weights:
+            raise FarspanError(
+                f"double_sparsity needs a recipe with calibrated channels for layer {layer.index}: make one with "
+                "'farspan calibrate' and pass recipe=PATH."
+            )
+        ranking = layer.weights["channels"]  # [Hkv, D], best first
+        if tuple(ranking.shape) != (layer.num_kv_heads, layer.head_dim):
+            raise FarspanError(
+                f"This recipe ranks {list(ranking.shape)} channels in layer {layer.index}, the model has "
+                f"[{layer.num_kv_heads}, {layer.head_dim}]: it was made for another model."
+            )
+        width = max(1, layer.head_dim // self.group_factor)
+        return replace(self, channels=ranking[:, :width].sort(-1).values.long())
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        size = budget(self.k, self.fraction, keys)
+        if isinstance(size, int) and size >= keys.longest():
+            return None
+        assert self.channels is not None, "for_layer was not called"
+        labels = keys.summary(Channels(self.channels))  # [B, Hkv, Tk, r]
+        b, h, tq, _ = q.shape
+        pick_channels = self.channels.to(q.device).repeat_interleave(h // keys.k.shape[1], 0)
+        q_labels = q.gather(3, pick_channels[None, :, None].expand(b, h, tq, -1))
+        logits = scores(q_labels, labels, scale=keys.scale)
+        tokens, counts = pick(share_scores(logits, keys.visible(), self.share), size)
+        return TokenIndex(tokens=tokens, counts=counts)

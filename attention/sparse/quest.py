@@ -1,0 +1,68 @@
+"""Quest: pages of keys chosen by an upper bound on their logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..index import Index, TokenIndex
+from ..keys import Keys
+from ..method import DECODE, AttentionMethod, require
+from ..ops.scores import scores
+from ..share import budget, check_budget, pick, share_scores
+from ..summary import BlockPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quest(AttentionMethod):
+    """Exact attention over the pages whose channel-wise min and max promise the largest logits (Quest, 2406.10774).
+
+    A page of ``page`` keys keeps min and max per channel; sum over channels of max(q min, q max) bounds every logit in it.
+    The best pages within the budget are read whole; the newest page, still being filled, is scored like the others. Layers
+    below ``dense_layers`` stay dense, prefill is dense. ``share``: as in double_sparsity.
+    """
+
+    name: ClassVar[str] = "quest"
+    title: ClassVar[str] = "Quest"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2406.10774"
+    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
+
+    k: int | None = 512
+    fraction: float | None = None
+    page: int = 16
+    share: str = "max"
+    dense_layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_budget(self, self.k, self.fraction)
+        require(self, page=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        size = budget(self.k, self.fraction, keys)
+        pages = max(1, size // self.page) if isinstance(size, int) else (size // self.page).clamp(min=1)
+        if isinstance(pages, int) and pages * self.page >= keys.longest():
+            return None
+        bounds = keys.summary(BlockPool(self.page, ("max", "min")))  # [B, Hkv, P, 2 D]
+        # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
+        signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+        logits = scores(signed, bounds, scale=keys.scale)
+        chosen, counts = pick(
+            share_scores(logits, keys.visible(self.page), self.share), pages
+        )  # [B, Hs, Tq, M]
+        first = 0 if keys.start is None else keys.start[:, None, None, None]
+        tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(
+            -2
+        ) + first
+        # Pages are in order, so only the last of a row can reach past its query: the tokens to read come first.
+        rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
+        valid = tokens <= rows
+        if counts is not None:
+            used = torch.arange(chosen.shape[-1], device=q.device) < counts[..., None]
+            valid = valid & used.repeat_interleave(self.page, -1)
+        elif bool(valid.all()):
+            return TokenIndex(tokens=tokens)
+        return TokenIndex(tokens=torch.where(valid, tokens, tokens[..., :1]), counts=valid.sum(-1).int())

@@ -1,0 +1,134 @@
+"""What a store keeps beside its keys so that a method can select without reading them.
+
+A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its rows in a buffer and
+asks, after an append, only for the entries that the new keys touch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .ops.pool import pool
+
+
+class Summary(Protocol):
+    """block: keys per entry. Entry j of row b speaks of positions start[b] + j * block onward (1: of position j itself)."""
+
+    @property
+    def key(self) -> tuple: ...  # equal keys mean equal contents
+
+    @property
+    def block(self) -> int: ...
+
+    def width(self, head_dim: int) -> int: ...
+
+    def compute(
+        self, k: Tensor
+    ) -> Tensor: ...  # [B, Hkv, T, D], aligned to a block -> [B, Hkv, ceil(T / block), width]
+
+
+@dataclass(frozen=True)
+class BlockPool:
+    """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side."""
+
+    block: int
+    modes: tuple[str, ...] = ("mean",)
+
+    @property
+    def key(self) -> tuple:
+        return ("pool", self.block, self.modes)
+
+    def width(self, head_dim: int) -> int:
+        return len(self.modes) * head_dim
+
+    def compute(self, k: Tensor) -> Tensor:
+        return torch.cat([pool(k, self.block, mode=mode) for mode in self.modes], -1)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Chosen channels of every key, a label of r numbers: ``channels`` [Hkv, r], which ones per KV head."""
+
+    channels: Tensor = field(compare=False)
+    block: int = 1
+
+    @property
+    def key(self) -> tuple:
+        return ("channels", tuple(map(tuple, self.channels.tolist())))
+
+    def width(self, head_dim: int) -> int:
+        return self.channels.shape[1]
+
+    def compute(self, k: Tensor) -> Tensor:
+        b, h, t, _ = k.shape
+        return k.gather(3, self.channels.to(k.device)[None, :, None].expand(b, h, t, -1))
+
+
+class Summaries:
+    """The entries of each summary of one layer's keys, extended as keys are appended; never rebuilt."""
+
+    def __init__(self) -> None:
+        self._kept: dict[
+            tuple, tuple[Tensor, int]
+        ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
+
+    def get(self, summary: Summary, k: Tensor, start: Tensor | None) -> Tensor:
+        """Entries [B, Hkv, ceil(Tk / block), width] for all keys k [B, Hkv, Tk, D]; what is new in k is taken in now."""
+        b, h, t, d = k.shape
+        need = -(-t // summary.block)
+        buffer, done = self._kept.get(summary.key, (None, 0))
+        if buffer is None or buffer.shape[2] < need:
+            room = need + max(64, need // 8)
+            grown = k.new_empty(b, h, room, summary.width(d))
+            if buffer is not None:
+                grown[:, :, : buffer.shape[2]] = buffer
+            buffer = grown
+        if done < t:
+            self._extend(summary, buffer, k, start, done)
+        self._kept[summary.key] = (buffer, t)
+        return buffer[:, :, :need]
+
+    @staticmethod
+    def _extend(summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int) -> None:
+        block, t = summary.block, k.shape[2]
+        if start is None or block == 1:
+            first = done // block  # the block that was still open is summarised again, from its first key
+            new = summary.compute(k[:, :, first * block :])
+            buffer[:, :, first : first + new.shape[2]] = new
+            return
+        for begin, rows in _by_start(start):
+            if begin >= t:
+                continue
+            first = max(done - begin, 0) // block
+            new = summary.compute(k[rows][:, :, begin + first * block :])
+            buffer[rows, :, first : first + new.shape[2]] = new
+
+    def crop(self, length: int) -> None:
+        """Forget everything that keys at or after ``length`` went into; the open block is summarised again when asked."""
+        self._kept = {key: (buffer, min(done, length)) for key, (buffer, done) in self._kept.items()}
+
+    def map_rows(self, change) -> None:
+        """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""
+        self._kept = {key: (change(buffer), done) for key, (buffer, done) in self._kept.items()}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def _by_start(start: Tensor) -> list[tuple[int, Tensor | slice]]:
+    """Rows grouped by where they begin, so that equal rows are summarised in one go."""
+    values = start.tolist()
+    groups: dict[int, list[int]] = {}
+    for row, begin in enumerate(values):
+        groups.setdefault(begin, []).append(row)
+    spans: list[tuple[int, Tensor | slice]] = []
+    for begin, rows in groups.items():
+        whole = rows == list(range(rows[0], rows[-1] + 1))
+        spans.append(
+            (begin, slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, device=start.device))
+        )
+    return spans

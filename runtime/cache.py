@@ -1,0 +1,133 @@
+"""KVStore: a layer's keys and values in buffers with room to grow, and what methods keep beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..attention.keys import State
+from ..attention.summary import Summaries
+
+
+class KVStore:
+    """Keys and values [B, Hkv, T, D] of one layer, appended in place.
+
+    The buffers grow geometrically (an eighth at a time, so an append copies the past once in many tokens, not at each one).
+    Beside the rows live the summaries that methods declare, extended on append, and each method's state; both follow every
+    change of the rows. Nothing here knows transformers: ``hf.py`` makes it a cache layer.
+    """
+
+    def __init__(self) -> None:
+        self._k: Tensor | None = None  # [B, Hkv, room, D]
+        self._v: Tensor | None = None
+        self.length = 0
+        self.summaries = Summaries()
+        self.states: dict[str, State] = {}
+        self._starts: list[int] | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, T, D], a view of the buffer; None while the store is empty."""
+        return None if self._k is None else self._k[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, T, D], a view of the buffer; None while the store is empty."""
+        return None if self._v is None else self._v[:, :, : self.length]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows [B, Hkv, n, D] and return views of all keys and values."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self._needs_grad()):
+            # Autograd keeps earlier views alive: join instead of writing in place.
+            past = [] if self.keys is None or self.values is None else [(self.keys, self.values)]
+            self._k = torch.cat([p[0] for p in past] + [k], 2)
+            self._v = torch.cat([p[1] for p in past] + [v], 2)
+            self.length = self._k.shape[2]
+            return self._k, self._v
+        new = self.length + k.shape[2]
+        if self._k is None or self._v is None or new > self._k.shape[2]:
+            self._k, self._v = self._grown(self._k, k, new), self._grown(self._v, v, new)
+        self._k[:, :, self.length : new] = k
+        self._v[:, :, self.length : new] = v
+        self.length = new
+        return self._k[:, :, :new], self._v[:, :, :new]
+
+    def _needs_grad(self) -> bool:
+        return self._k is not None and self._k.requires_grad
+
+    def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
+        b, h, _, d = like.shape
+        with torch.inference_mode(
+            False
+        ):  # a buffer born in inference mode could not be written to outside it
+            buffer = torch.empty(b, h, need + max(256, need // 8), d, dtype=like.dtype, device=like.device)
+        if old is not None:
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+        return buffer
+
+    def holds(self, k: Tensor) -> bool:
+        """Whether ``k`` is this store's own view of its keys."""
+        return self._k is not None and k.shape[2] == self.length and k.data_ptr() == self._k.data_ptr()
+
+    def align(self, starts: list[int] | None) -> None:
+        """Say where rows begin. If that is not what summaries were made for (another mask), they are dropped."""
+        if starts != self._starts:
+            if self._starts is not None or starts is not None:
+                self.summaries.clear()
+                self.states.clear()
+            self._starts = starts
+
+    def crop(self, count: int) -> None:
+        """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for 0."""
+        if count > 0:
+            self.length = max(0, self.length - count)
+            self.summaries.crop(self.length)
+            self.states.clear()
+
+    def reset(self) -> None:
+        """Empty the store; its buffers are released."""
+        self._k = self._v = self._starts = None
+        self.length = 0
+        self.summaries.clear()
+        self.states.clear()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i become what row ``rows[i]`` was (beam search)."""
+        if rows.numel() != self._rows() or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
+            self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the rows that ``rows`` (positions or a boolean mask) names."""
+        index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        self.reorder(index)
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row ``times`` times, side by side."""
+        rows = torch.arange(self._rows()).repeat_interleave(times)
+        if times > 1:
+            self.reorder(rows)
+
+    def _rows(self) -> int:
+        return 0 if self._k is None else self._k.shape[0]
+
+    def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
+        if self._k is None or self._v is None:
+            return
+        self._k, self._v = (
+            self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in (self._k, self._v)
+        )
+        self.summaries.map_rows(change)
+        self.states = {
+            name: {key: change(x) for key, x in state.items()} for name, state in self.states.items()
+        }
+        if self._starts is not None:
+            self._starts = [self._starts[row] for row in rows]
+
+    def _grown_rows(self, x: Tensor, room: int) -> Tensor:
+        b, h, t, d = x.shape
+        with torch.inference_mode(False):
+            buffer = torch.empty(b, h, room, d, dtype=x.dtype, device=x.device)
+        buffer[:, :, :t] = x
+        return buffer

@@ -1,0 +1,176 @@
+"""A patched layer: its methods, its store for the running call, and its part of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.attend import DECODE_ROWS, attend
+from ..attention.errors import FarspanError
+from ..attention.keys import Keys, State
+from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.ops.flash import flash
+from ..attention.partial import add_sinks
+from ..attention.summary import Summaries
+from .cache import KVStore
+from .report import PhaseReport
+
+NO_CACHE = "no KV cache, so every call is a prefill"
+FOREIGN = "keys that are not the cache's own"
+UNEXPECTED = frozenset({NO_CACHE, FOREIGN})
+
+
+@dataclass
+class Padding:
+    """Where rows begin: ``start`` [B] on the device and ``starts`` on the host, both None where no row is padded."""
+
+    start: Tensor | None = None
+    starts: list[int] | None = None
+
+
+class Session:
+    """What the layers of one patched model share during a forward call."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.cached = False  # whether the running call keeps its keys
+        self.stores: list[KVStore | None] | None = None
+        self._mask: Tensor | None = None
+        self._padding = Padding()
+
+    def padding(self, mask: Tensor | None, batch: int, length: int) -> Padding:
+        """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given it."""
+        if mask is None:
+            return Padding()
+        if mask is not self._mask:
+            self._padding, self._mask = read_padding(mask), mask
+        if mask.shape != (batch, length):
+            raise FarspanError(
+                f"The attention mask covers {list(mask.shape)} (rows, positions), the keys are {[batch, length]}: pass a mask "
+                "with one entry for every token, cached ones included."
+            )
+        return self._padding
+
+    def end(self) -> None:
+        """Forget the call."""
+        self.cached, self.stores, self._mask, self._padding = False, None, None, Padding()
+
+
+def read_padding(mask: Tensor) -> Padding:
+    """Where the rows of a left-padded 2-D mask begin. Raises FarspanError for zeros after a one."""
+    mask = mask.bool()
+    if bool(mask.all()):
+        return Padding()
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        row = int((mask[:, 1:] < mask[:, :-1]).any(1).nonzero()[0])
+        raise FarspanError(
+            f"The attention mask has zeros after ones in row {row}: farspan serves left padding (tokenizer.padding_side = "
+            "'left'), not right padding or holes."
+        )
+    start = (~mask).sum(1)
+    return Padding(start, start.tolist())
+
+
+@dataclass
+class Layer:
+    """Attention of one layer of a patched model."""
+
+    index: int
+    prefill: AttentionMethod
+    decode: AttentionMethod
+    session: Session
+    left_dense: str | None = None  # why the method itself leaves this layer dense
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clear_report()
+
+    def clear_report(self) -> None:
+        """Start counting anew."""
+        self.phases = {PREFILL: PhaseReport(str(self.prefill)), DECODE: PhaseReport(str(self.decode))}
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
+        if torch.is_inference_mode_enabled():
+            # State that outlives the call must not be born as inference tensors, which nothing could update later.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._attend(q, k, v, mask, scale, window, softcap, sinks)
+        return self._attend(q, k, v, mask, scale, window, softcap, sinks)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        b, _, tq, _ = q.shape
+        padding = self.session.padding(mask, b, k.shape[2])
+        store = self.session.stores[self.index] if self.session.stores is not None else None
+        own = store is not None and store.holds(k)
+        phase = DECODE if own and k.shape[2] > tq and tq <= DECODE_ROWS else PREFILL
+        method = self.decode if phase == DECODE else self.prefill
+        if window is not None:
+            part = flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
+        else:
+            keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
+            part, reads = attend(method, phase, q, keys)
+            if phase == PREFILL and own:
+                self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
+            if not own and method.name == "dense" != self.decode.name:
+                reads.reason = FOREIGN if self.session.cached else NO_CACHE
+            elif reads.reason is None and self.left_dense and method.name == "dense":
+                reads.reason = self.left_dense
+            self.phases[phase].add(reads, b * tq, "eager")
+            if self.session.strict and reads.reason in UNEXPECTED:
+                raise FarspanError(
+                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention instead: {reads.reason}."
+                )
+        if sinks is not None:
+            part = add_sinks(part, sinks)
+        return part.out.to(q.dtype).transpose(1, 2).contiguous()
+
+    def _keys(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: KVStore | None,
+        padding: Padding,
+        scale: float,
+        softcap: float | None,
+        method: AttentionMethod,
+    ) -> Keys:
+        state: State = {}
+        summaries = Summaries()
+        if store is not None:
+            store.align(padding.starts)
+            state, summaries = store.states.setdefault(str(method), {}), store.summaries
+        return Keys(
+            k=k,
+            v=v,
+            tq=q.shape[2],
+            scale=scale,
+            start=padding.start,
+            starts=padding.starts,
+            softcap=softcap,
+            state=state,
+            summaries=summaries,
+        )

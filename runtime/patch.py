@@ -1,0 +1,185 @@
+"""patch(): swap a model's attention, reversibly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..attention.errors import FarspanError, SpecError, Unsupported
+from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
+from . import hf
+from .layer import Layer, Session
+from .recipe import Recipe
+from .report import LayerReport, PhaseReport, Report
+
+__all__ = ["Patched", "Report", "patch", "resolve"]
+
+Spec = str | AttentionMethod
+
+
+def patch(
+    model: Any,
+    spec: Spec | None = None,
+    *,
+    prefill: Spec | None = None,
+    decode: Spec | None = None,
+    layers: Mapping[int, Spec] | None = None,
+    strict: bool = False,
+    prefill_chunk: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+) -> Patched:
+    """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
+
+    spec: a method object, ``"name:par=value,..."``, or ``"PREFILL + DECODE"``, two of them, one per phase. One method serves
+        the phases it has; the other phase is dense. Nothing at all means dense, on farspan's storage.
+    prefill, decode: the same by phase, instead of ``spec``.
+    layers: other specs for single layers, by number (negative counts from the end).
+    strict: raise FarspanError where a layer would silently read everything for want of a cache.
+    prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on long prompts.
+    recipe: a saved calibration, for methods that need one.
+
+    Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with reasons, before
+    anything is changed) for a model that cannot be served, FarspanError for one that is patched already.
+    """
+    methods = resolve(spec, prefill, decode)
+    info = hf.inspect_model(model)
+    if hf.is_patched(model):
+        raise FarspanError("This model is patched already: call remove() on that patch first.")
+    chosen = _per_layer(methods, layers or {}, len(info.kinds))
+    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
+        raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
+    untouched = {
+        i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
+        for i, kind in enumerate(info.kinds)
+        if kind == hf.SLIDING or i not in info.attention
+    }
+    if set(info.attention) <= set(untouched) and any(m.name != "dense" for pair in chosen for m in pair):
+        raise Unsupported(
+            f"farspan cannot run {' + '.join(sorted({str(m) for pair in chosen for m in pair}))} on {type(model).__name__}",
+            ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
+        )
+    session = Session(strict)
+    bound = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry, session) for i in info.attention}
+    if prefill_chunk is not None:
+        granule = math.lcm(*(m.granule for pair in chosen for m in pair))
+        prefill_chunk = -(-prefill_chunk // granule) * granule
+    undo = hf.install(model, info, bound, session, prefill_chunk)
+    return Patched(type(model).__name__, bound, untouched, undo)
+
+
+class Patched:
+    """A patch in place. As a context manager it removes itself on leaving."""
+
+    def __init__(
+        self,
+        model_name: str,
+        layers: dict[int, Layer],
+        untouched: dict[int, str],
+        undo: list[Callable[[], None]],
+    ) -> None:
+        self._name = model_name
+        self._layers = layers
+        self._untouched = untouched
+        self._undo: list[Callable[[], None]] | None = undo
+
+    def report(self) -> Report:
+        """What has been read since the patch, or since ``reset_report``."""
+        layers = [
+            LayerReport(i, {phase: _copy(p) for phase, p in layer.phases.items()})
+            for i, layer in self._layers.items()
+            if i not in self._untouched
+        ]
+        return Report(self._name, layers, dict(self._untouched))
+
+    def reset_report(self) -> None:
+        """Start counting anew."""
+        for layer in self._layers.values():
+            layer.clear_report()
+
+    def remove(self) -> None:
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time."""
+        if self._undo is None:
+            raise FarspanError("This patch has been removed already.")
+        undo, self._undo = self._undo, None
+        for step in reversed(undo):
+            step()
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._undo is not None:
+            self.remove()
+
+
+def resolve(
+    spec: Spec | None, prefill: Spec | None = None, decode: Spec | None = None
+) -> tuple[AttentionMethod, AttentionMethod]:
+    """The (prefill, decode) methods that a spec stands for. Raises SpecError."""
+    if spec is not None and (prefill is not None or decode is not None):
+        raise SpecError("Give one spec for both phases, or prefill= and decode=, not all of them.")
+    if isinstance(spec, str) and " + " in spec:
+        parts = spec.split(" + ")
+        if len(parts) != 2:
+            raise SpecError(
+                f"A spec joins one prefill and one decode method, as in 'block_topk + quest'; got {spec!r}."
+            )
+        prefill, decode, spec = parts[0], parts[1], None
+    dense = parse_method("dense")
+    if spec is not None:
+        method = parse_method(spec)
+        return (
+            method if PREFILL in method.phases else dense,
+            method if DECODE in method.phases else dense,
+        )
+    chosen = []
+    for phase, given in ((PREFILL, prefill), (DECODE, decode)):
+        method = dense if given is None else parse_method(given)
+        if phase not in method.phases:
+            raise SpecError(f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}.")
+        chosen.append(method)
+    return chosen[0], chosen[1]
+
+
+def _per_layer(
+    methods: tuple[AttentionMethod, AttentionMethod], overrides: Mapping[int, Spec], count: int
+) -> list[tuple[AttentionMethod, AttentionMethod]]:
+    chosen = [methods] * count
+    for index, spec in overrides.items():
+        if not isinstance(index, int) or not -count <= index < count:
+            raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {index!r}.")
+        chosen[index] = resolve(spec)
+    return chosen
+
+
+def _bind(
+    methods: tuple[AttentionMethod, AttentionMethod],
+    layer: LayerInfo,
+    recipe: Recipe | str | Path | None,
+    geometry: dict[str, Any],
+    session: Session,
+) -> Layer:
+    dense = parse_method("dense")
+    bound, reason = [], None
+    for method in methods:
+        info = layer
+        if method.needs_recipe:
+            source = recipe if recipe is not None else getattr(method, "recipe", "") or None
+            if source is None:
+                raise FarspanError(
+                    f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method {method.name}' (or "
+                    f"farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
+                )
+            loaded = source if isinstance(source, Recipe) else Recipe.load(source)
+            info = loaded.for_layer(method.name, layer, geometry)
+        served = method.for_layer(info)
+        if served is None:
+            reason = f"{method.name} leaves its first layers dense"
+        bound.append(served or dense)
+    return Layer(layer.index, bound[0], bound[1], session, left_dense=reason)
+
+
+def _copy(phase: PhaseReport) -> PhaseReport:
+    return PhaseReport(**{**vars(phase), "fallbacks": phase.fallbacks.copy()})

@@ -1,0 +1,97 @@
+"""Recipes: what a method learned of a model, saved as JSON beside safetensors."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..attention.errors import FarspanError
+from ..attention.method import LayerInfo
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Tensors a method needs for a model, by name: ``layers.<index>.<name>``.
+
+    geometry: the architecture and sizes it was made for. settings: how it was made (text, tokens, ranking, versions).
+    """
+
+    method: str
+    geometry: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder with recipe.json and recipe.safetensors. Raises FarspanError where it cannot be written."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        about = {
+            "format": FORMAT,
+            "method": self.method,
+            "geometry": dict(self.geometry),
+            "settings": dict(self.settings),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: x.contiguous() for name, x in self.tensors.items()}, folder / "recipe.safetensors"
+            )
+            (folder / "recipe.json").write_text(json.dumps(about, indent=2) + "\n")
+        except (OSError, RuntimeError) as error:
+            raise FarspanError(f"The recipe could not be written to {folder}: {error}.") from error
+        return folder
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a folder that ``save`` wrote. Raises FarspanError where there is none."""
+        folder = Path(path)
+        try:
+            stamp = (folder / "recipe.json").stat().st_mtime_ns
+        except OSError as error:
+            raise FarspanError(
+                f"There is no recipe at {folder}: make one with 'farspan calibrate --out {folder}'."
+            ) from error
+        return _load(folder, stamp)
+
+    def for_layer(self, method: str, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
+        """``layer`` with this recipe's tensors. Raises FarspanError for another method's or another model's recipe."""
+        if method != self.method:
+            raise FarspanError(f"This recipe is for {self.method}, not for {method}.")
+        other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
+        if other:
+            wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
+            raise FarspanError(f"This recipe was made for another model: {wrong}.")
+        prefix = f"layers.{layer.index}."
+        weights = {
+            name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
+        }
+        return replace(layer, weights=weights)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(folder: Path, stamp: int) -> Recipe:
+    from safetensors.torch import load_file
+
+    try:
+        about = json.loads((folder / "recipe.json").read_text())
+        tensors = load_file(folder / "recipe.safetensors")
+        if about["format"] != FORMAT:
+            raise FarspanError(
+                f"The recipe at {folder} has format {about['format']}; this farspan reads format {FORMAT}."
+            )
+        return Recipe(
+            method=about["method"], geometry=about["geometry"], settings=about["settings"], tensors=tensors
+        )
+    except FarspanError:
+        raise
+    except Exception as error:
+        raise FarspanError(f"The recipe at {folder} cannot be read: {error}.") from error

@@ -1,0 +1,155 @@
+"""Proof that it ran: what each layer read, against what dense attention would have read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..attention.attend import Reads
+from ..attention.method import DECODE, PREFILL
+
+
+@dataclass
+class PhaseReport:
+    """What one layer did in one phase, summed over calls.
+
+    pairs / causal_pairs: (query head, key) pairs read, and those dense attention would read; their ratio is ``density``.
+    kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load; selection_bytes come on top.
+    fallbacks: calls that read every visible key although the method is selective, by reason.
+    """
+
+    method: str
+    calls: int = 0
+    queries: int = 0
+    pairs: int = 0
+    causal_pairs: int = 0
+    kv_bytes: int = 0
+    dense_bytes: int = 0
+    selection_bytes: int = 0
+    implementation: str = ""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the visible keys that was read; None before the first call."""
+        return self.pairs / self.causal_pairs if self.causal_pairs else None
+
+    def add(self, reads: Reads, queries: int, implementation: str) -> None:
+        """Take in one call."""
+        self.calls += 1
+        self.queries += queries
+        for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(reads, name))
+        self.implementation = implementation
+        if reads.reason:
+            self.fallbacks[reads.reason] += 1
+
+
+@dataclass
+class LayerReport:
+    """One layer, by phase."""
+
+    layer: int
+    phases: dict[str, PhaseReport]
+
+
+@dataclass
+class Report:
+    """A snapshot of what a patched model has read so far; ``print(report)`` shows a table."""
+
+    model: str
+    layers: list[LayerReport]
+    untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, implementation."""
+        totals: dict[str, Any] = {}
+        for phase in (PREFILL, DECODE):
+            done = [layer.phases[phase] for layer in self.layers]
+            causal = sum(p.causal_pairs for p in done)
+            totals[f"{phase}_density"] = sum(p.pairs for p in done) / causal if causal else None
+        every = [p for layer in self.layers for p in layer.phases.values()]
+        for out, name in (
+            ("kv_bytes_read", "kv_bytes"),
+            ("kv_bytes_dense", "dense_bytes"),
+            ("selection_bytes",) * 2,
+        ):
+            totals[out] = sum(getattr(p, name) for p in every)
+        totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
+        totals["implementation"] = ", ".join(sorted({p.implementation for p in every if p.implementation}))
+        return totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "model": self.model,
+            "summary": self.summary,
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    **{
+                        phase: {**asdict(p), "fallbacks": dict(p.fallbacks), "density": p.density}
+                        for phase, p in layer.phases.items()
+                    },
+                }
+                for layer in self.layers
+            ],
+            "untouched": {str(layer): reason for layer, reason in self.untouched.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: what attention read"]
+        lines.append(f"{'layers':<9}{'phase':<9}{'method':<34}{'density':>8}{'KV read':>10}{'of dense':>9}")
+        for layers, phase, p in self._grouped():
+            if p.calls:
+                method = p.method if len(p.method) <= 33 else p.method[:30] + "..."
+                of_dense = f"{100 * p.kv_bytes / p.dense_bytes:.1f} %" if p.dense_bytes else "-"
+                density = "-" if p.density is None else f"{100 * p.density:.1f} %"
+                lines.append(
+                    f"{layers:<9}{phase:<9}{method:<34}{density:>8}{_bytes(p.kv_bytes):>10}{of_dense:>9}"
+                )
+        totals = self.summary
+        lines.append(
+            f"total: {_bytes(totals['kv_bytes_read'])} of K and V for {_bytes(totals['kv_bytes_dense'])} dense, "
+            f"{_bytes(totals['selection_bytes'])} to select; implementation: {totals['implementation'] or 'none ran'}"
+        )
+        for reason, count in sorted(totals["fallbacks"].items()):
+            lines.append(f"read everything in {count} layer calls: {reason}")
+        for reason in sorted(set(self.untouched.values())):
+            names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
+            lines.append(f"not patched, layers {names}: {reason}")
+        return "\n".join(lines)
+
+    def _grouped(self) -> list[tuple[str, str, PhaseReport]]:
+        """Layers that ran the same method in a phase, summed."""
+        groups: dict[tuple[str, str], tuple[list[int], PhaseReport]] = {}
+        for phase in (PREFILL, DECODE):
+            for layer in self.layers:
+                p = layer.phases[phase]
+                layers, total = groups.setdefault((phase, p.method), ([], PhaseReport(p.method)))
+                layers.append(layer.layer)
+                for name in ("calls", "pairs", "causal_pairs", "kv_bytes", "dense_bytes"):
+                    setattr(total, name, getattr(total, name) + getattr(p, name))
+        return [(_ranges(layers), phase, total) for (phase, _), (layers, total) in groups.items()]
+
+
+def _ranges(layers: list[int]) -> str:
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return text if len(text) <= 8 else f"{len(layers)} of them"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
