@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..attention.keys import State
 from ..attention.summary import Summaries
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made within outlive the call: they must not be born as inference tensors, which nothing could update later."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class KVStore:
@@ -25,6 +36,7 @@ class KVStore:
         self.length = 0
         self.summaries = Summaries()
         self.states: dict[str, State] = {}
+        self._seen: dict[str, int] = {}  # how many positions each state has been told of
         self._starts: list[int] | None = None
 
     @property
@@ -79,6 +91,13 @@ class KVStore:
                 self.states.clear()
             self._starts = starts
 
+    def state(self, name: str, past: int) -> State:
+        """What the method ``name`` keeps; empty if others appended to the ``past`` positions before this call."""
+        if self._seen.get(name) not in (past, self.length):
+            self.states.pop(name, None)
+        self._seen[name] = self.length
+        return self.states.setdefault(name, {})
+
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for 0."""
         if count > 0:
@@ -96,7 +115,8 @@ class KVStore:
     def reorder(self, rows: Tensor) -> None:
         """Let row i become what row ``rows[i]`` was (beam search)."""
         if rows.numel() != self._rows() or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
-            self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
+            with lasting():
+                self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
 
     def select(self, rows: Tensor) -> None:
         """Keep only the rows that ``rows`` (positions or a boolean mask) names."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -30,7 +30,7 @@ from transformers.masking_utils import causal_mask_function
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import LayerInfo
 from .cache import KVStore
-from .layer import Layer, Session
+from .layer import DECODE_ROWS, Layer, Session
 
 NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
 ATTRIBUTE = "_farspan"
@@ -228,15 +228,14 @@ _KEPT = (
 
 def adopt_cache(cache: Cache) -> None:
     """Give a user's cache our storage, in place and with its contents. Refuses what cannot be adopted."""
-    if getattr(cache, "offloading", False) or not isinstance(cache, Cache):
+    replicated = getattr(cache, "layer_class_to_replicate", None)
+    if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise FarspanError(
             f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or DynamicCache(config=...)."
         )
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = KVStoreLayer
-    elif cache.layer_class_to_replicate not in (None, KVStoreLayer):
-        raise _wrong_cache(cache, cache.layer_class_to_replicate)
+    if replicated not in (None, DynamicLayer, KVStoreLayer):
+        raise _wrong_cache(cache, replicated)
     fresh: list[Any] = []
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
@@ -253,6 +252,8 @@ def adopt_cache(cache: Cache) -> None:
         else:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
+    if replicated is DynamicLayer:
+        cache.layer_class_to_replicate = KVStoreLayer
 
 
 def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:
@@ -322,11 +323,18 @@ def inspect_model(model: Any) -> ModelInfo:
         reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
         reasons.append("layers that share another layer's keys are not served")
+    if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
+        reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         reasons.append("its attention is bidirectional")
-    attention = {m.layer_idx: m for m in decoder.modules() if _is_attention(m)}
+    modules = [m for m in decoder.modules() if _is_attention(m)]
+    attention = {m.layer_idx: m for m in modules}
     if not attention:
         reasons.append("no module of it calls attention through transformers' AttentionInterface")
+    if not all(map(_is_causal, modules)):
+        reasons.append("some of its attention is not causal (an encoder's, or cross-attention)")
+    elif len(attention) < len(modules):
+        reasons.append("some of its layers have more than one attention module")
     kinds: list[str] = []
     if not reasons:
         kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
@@ -346,6 +354,10 @@ def _is_attention(module: nn.Module) -> bool:
         return type(module).__name__.endswith("Attention") and hasattr(module, "num_key_value_groups")
 
 
+def _is_causal(module: nn.Module) -> bool:
+    return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
+
+
 # --- changing a model, reversibly ----------------------------------------------------------------------------------------
 
 
@@ -355,13 +367,15 @@ def install(
     """Point every attention module at its Layer. Returns the undo steps, to be run last first."""
     _register()
     undo: list[Callable[[], None]] = []
-    own = copy.deepcopy(info.config)
-    own._attn_implementation_internal = NAME
-    # Two models built from one config object share it: ours gets a copy, so that no other model is switched over.
+    copies: dict[int, Any] = {}
+    copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
+    # Two models built from one config object share it: ours gets a copy, so that no other model is switched over. Modules
+    # around a text backbone hold a config that contains its config, and make its masks by that: copied along.
     for module in model.modules():
-        if vars(module).get("config") is info.config:
-            module.config = own
-            undo.append(lambda module=module: setattr(module, "config", info.config))
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
+            module.config = copy.deepcopy(config, copies)
+            undo.append(lambda module=module, config=config: setattr(module, "config", config))
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(lambda module=module: delattr(module, ATTRIBUTE))
@@ -424,6 +438,9 @@ class _Stores:
 
 def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
     mask = call.get("attention_mask")
+    if isinstance(mask, dict) and FULL in mask:
+        # The outer part of a multimodal model has asked our mask function already; its full mask is the tokens' own.
+        mask = call["attention_mask"] = mask[FULL]
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -443,6 +460,19 @@ def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
         )
 
 
+_ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
+
+
+def _can_cut(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call can run in pieces: all its tensors are known to lie along the tokens, and so will its outputs."""
+    flat = [x for value in kwargs.values() for x in (value if isinstance(value, list | tuple) else [value])]
+    known = [kwargs.get(name) for name in (*_ALONG_TOKENS, "attention_mask")]
+    foreign = any(isinstance(x, Tensor) and not any(x is y for y in known) for x in flat)
+    routed = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    keyed = kwargs.get("return_dict", getattr(config, "return_dict", True))
+    return not foreign and not routed and keyed is not False
+
+
 def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
     """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no decode step."""
     original, replaced = decoder.forward, "forward" in vars(decoder)
@@ -453,26 +483,27 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         )
         cache = kwargs.get("past_key_values")
         length = 0 if tokens is None else tokens.shape[1]
-        if cache is None or length <= chunk + 16:
+        if cache is None or length <= chunk + DECODE_ROWS or not _can_cut(decoder.config, kwargs):
             return original(*args, **kwargs)
         past = cache.get_seq_length()
         cuts = list(range(chunk, length, chunk))
-        if length - cuts[-1] <= 16:
+        if length - cuts[-1] <= DECODE_ROWS:
             cuts.pop()
-        hidden, output = [], None
+        outputs = []
         for a, b in zip([0, *cuts], [*cuts, length]):
             part = dict(kwargs)
-            for name in ("input_ids", "inputs_embeds", "cache_position"):
+            for name in _ALONG_TOKENS:
                 if part.get(name) is not None:
-                    part[name] = part[name][..., a:b] if part[name].dim() < 3 else part[name][:, a:b]
-            if part.get("position_ids") is not None:
-                part["position_ids"] = part["position_ids"][..., a:b]
+                    part[name] = part[name][:, a:b] if name == "inputs_embeds" else part[name][..., a:b]
             if part.get("attention_mask") is not None:
                 part["attention_mask"] = part["attention_mask"][:, : past + b]
-            output = original(*args, **part)
-            hidden.append(output.last_hidden_state)
-        assert output is not None
-        output.last_hidden_state = torch.cat(hidden, 1)
+            outputs.append(original(*args, **part))
+        output = outputs[-1]
+        output.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], 1)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(
+                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs))
+            )
         return output
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -496,17 +527,23 @@ def observe(
     fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns the undo step.
     """
     layer: Layer = getattr(module, ATTRIBUTE)
-    angles: list[tuple[Tensor, Tensor]] = []
+    given = inspect.signature(type(module).forward)
+    rotate = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
+    angles: list[tuple[Tensor, Tensor] | None] = []
+    if before_rope and rotate is None and "position_embeddings" in given.parameters:
+        raise Unsupported(
+            f"farspan cannot rank channels before RoPE in {type(module).__name__}",
+            ["its module has no apply_rotary_pos_emb to undo; rank by 'qk', which is taken after RoPE"],
+        )
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        angles[:] = [kwargs.get("position_embeddings") or args[1]]
+        angles[:] = [given.bind(module, *args, **kwargs).arguments.get("position_embeddings")]
 
     def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
-        if before_rope:
-            cos, sin = angles[0]
-            rotate = inspect.getmodule(type(module)).apply_rotary_pos_emb  # type: ignore[union-attr]
-            size = cos.float() ** 2 + sin.float() ** 2
-            see(*rotate(q.float(), k.float(), cos.float() / size, -sin.float() / size))
+        if before_rope and rotate is not None and angles[0] is not None:
+            cos, sin = (x.float() for x in angles[0])
+            size = cos**2 + sin**2
+            see(*rotate(q.float(), k.float(), cos / size, -sin / size))
         else:
             see(q, k)
         return layer(q, k, v, mask, **how)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import add_sinks
 from ..attention.summary import Summaries
-from .cache import KVStore
+from .cache import KVStore, lasting
 from .report import PhaseReport
 
 NO_CACHE = "no KV cache, so every call is a prefill"
@@ -30,32 +32,33 @@ class Padding:
     starts: list[int] | None = None
 
 
-class Session:
-    """What the layers of one patched model share during a forward call."""
+class Session(threading.local):
+    """What the layers of one patched model share during a forward call; threads may call it at the same time."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
         self.cached = False  # whether the running call keeps its keys
         self.stores: list[KVStore | None] | None = None
-        self._mask: Tensor | None = None
-        self._padding = Padding()
+        self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by the mask's id: a model has one per kind of layer
 
     def padding(self, mask: Tensor | None, batch: int, length: int) -> Padding:
         """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given it."""
         if mask is None:
             return Padding()
-        if mask is not self._mask:
-            self._padding, self._mask = read_padding(mask), mask
+        if mask.dim() != 2:
+            raise FarspanError(f"farspan takes a 2-D attention mask (rows, positions); got a {mask.dim()}-D one.")
+        if id(mask) not in self._paddings:
+            self._paddings[id(mask)] = mask, read_padding(mask)
         if mask.shape != (batch, length):
             raise FarspanError(
                 f"The attention mask covers {list(mask.shape)} (rows, positions), the keys are {[batch, length]}: pass a mask "
                 "with one entry for every token, cached ones included."
             )
-        return self._padding
+        return self._paddings[id(mask)][1]
 
     def end(self) -> None:
         """Forget the call."""
-        self.cached, self.stores, self._mask, self._padding = False, None, None, Padding()
+        self.cached, self.stores, self._paddings = False, None, {}
 
 
 def read_padding(mask: Tensor) -> Padding:
@@ -87,6 +90,9 @@ class Layer:
     def __post_init__(self) -> None:
         self.clear_report()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise FarspanError("A patched model cannot be copied: call remove() first, and patch the copy as well.")
+
     def clear_report(self) -> None:
         """Start counting anew."""
         self.phases = {PREFILL: PhaseReport(str(self.prefill)), DECODE: PhaseReport(str(self.decode))}
@@ -104,11 +110,8 @@ class Layer:
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
-        if torch.is_inference_mode_enabled():
-            # State that outlives the call must not be born as inference tensors, which nothing could update later.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._attend(q, k, v, mask, scale, window, softcap, sinks)
-        return self._attend(q, k, v, mask, scale, window, softcap, sinks)
+        with lasting():
+            return self._attend(q, k, v, mask, scale, window, softcap, sinks)
 
     def _attend(
         self,
@@ -162,7 +165,7 @@ class Layer:
         summaries = Summaries()
         if store is not None:
             store.align(padding.starts)
-            state, summaries = store.states.setdefault(str(method), {}), store.summaries
+            state, summaries = store.state(str(method), k.shape[2] - q.shape[2]), store.summaries
         return Keys(
             k=k,
             v=v,

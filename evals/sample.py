@@ -1,0 +1,199 @@
+"""One evaluation sample: the prompt in its parts, how it becomes tokens, how an answer to it is scored.
+
+Sizing is here too: a sample of length L is a prompt filled with whole haystack units until one more would
+make prompt tokens + generated tokens exceed L, counted with the model's own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..attention.errors import FarspanError
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_MAX_STEPS = 200
+
+# Some chat templates (Llama 3.2, SmolLM3) write today's date into the prompt. Prompts must not change
+# overnight: put before such a template, this macro hides the clock and gives the day Llama's own template
+# falls back to. What follows `endmacro` keeps a newline that begins the template from being trimmed.
+_CLOCK = "strftime_now"
+_DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
+_STOPPED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DAY.items())
+    + " }}{%- endmacro %}{{ '' }}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt with its answer.
+
+    The user message is `context + question`, kept apart so that methods that compress the context without
+    seeing the question can be judged fairly; `answer_prefix` follows the assistant's header and belongs to
+    the prompt.
+    """
+
+    suite: str
+    """"ruler" or "needle"."""
+    task: str
+    length: int
+    """Tokens of the cell: encoded prompt + `max_new_tokens` is at most this."""
+    index: int
+    """Number of the sample in its cell, from 0."""
+    seed: int
+    context: str
+    question: str
+    answer_prefix: str
+    references: tuple[str, ...]
+    """What a right answer contains."""
+    gold: str
+    """The right answer as it would continue the prompt right after `answer_prefix` (for teacher forcing)."""
+    max_new_tokens: int
+    recipe: dict[str, Any]
+    """JSON-able; `rebuild` makes this sample from it."""
+    extra: dict[str, Any]
+    """Further coordinates of the cell, e.g. {"depth": 0.5}."""
+
+    @property
+    def user(self) -> str:
+        """The whole user message."""
+        return self.context + self.question
+
+
+def key(sample: Sample) -> str:
+    """Stable name of a sample, `suite/task/length[/depth]/index`: what a resumed run looks for."""
+    depth = [f"depth={sample.extra['depth']:g}"] if "depth" in sample.extra else []
+    return "/".join([sample.suite, sample.task, str(sample.length), *depth, str(sample.index)])
+
+
+def score(sample: Sample, answer: str) -> float:
+    """The published score of a generated answer, 0 to 1: `string_match_all` for every task here."""
+    return string_match_all(answer, sample.references)
+
+
+def string_match_all(answer: str, references: Sequence[str]) -> float:
+    """The fraction of references that the answer contains, as lower-cased substrings (RULER, 2404.06654)."""
+    said = _CONTROL.sub("\n", answer).lower()
+    return sum(reference.lower() in said for reference in references) / len(references)
+
+
+def prompt_text(tokenizer: Any, sample: Sample) -> str:
+    """The prompt: the user message, in the tokenizer's chat template if it has one, and the answer prefix."""
+    if not getattr(tokenizer, "chat_template", None):
+        return sample.user + sample.answer_prefix
+    template = tokenizer.chat_template
+    clocked = isinstance(template, str) and _CLOCK in template
+    header: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": sample.user}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **({"chat_template": _STOPPED_CLOCK + template} if clocked else {}),
+    )
+    return header + sample.answer_prefix
+
+
+def encode(tokenizer: Any, sample: Sample) -> list[int]:
+    """Token ids of the prompt, [T], special tokens as the chat template or the tokenizer puts them."""
+    return _ids(tokenizer, prompt_text(tokenizer, sample))
+
+
+def encode_gold(tokenizer: Any, sample: Sample) -> list[int]:
+    """Token ids of the gold answer, [N], as they continue `encode(tokenizer, sample)`.
+
+    Taken from the tokens of prompt and gold together, because a tokenizer may put another token at the start
+    of a text than in the middle of one; where the last token of the prompt would merge with the answer, the
+    answer is encoded alone.
+    """
+    text = prompt_text(tokenizer, sample)
+    prompt, whole = _ids(tokenizer, text), _ids(tokenizer, text + sample.gold)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    return plain_ids(tokenizer, sample.gold)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the text alone, no special tokens added."""
+    # Not verbose: a size tried on the way may exceed the tokenizer's model_max_length, which is no cause for
+    # a warning.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        return plain_ids(tokenizer, text)  # the template has written its special tokens itself
+    ids = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
+    if len(ids) > 1 and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+        ids.pop()  # a prompt is open at its end
+    return ids
+
+
+def rng_for(*parts: str | int | float) -> random.Random:
+    """A generator seeded by the parts alone: the same in every process, on every machine and Python."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
+
+
+def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -> int:
+    """The number of haystack units, at least `minimum`, that fills `length` tokens: one more would not fit.
+
+    total(units) is the cell's tokens (prompt + generated) with so many units. It need not grow with every
+    unit: what is promised is total(n) <= length < total(n + 1). The search interpolates between a size that
+    fits and one that does not, so a few prompts are built, not one per unit.
+    Raises FarspanError when even `minimum` units do not fit; `what` names the task in that sentence.
+    """
+    low, low_total = minimum, total(minimum)
+    if low_total > length:
+        raise FarspanError(
+            f"{what} needs a length of at least {low_total} tokens with this tokenizer (prompt and generated "
+            f"tokens), {length} was given; give a longer length."
+        )
+    floor_total = low_total
+    high, high_total = 0, 0  # no size known yet that is too long
+    for step in range(_MAX_STEPS):
+        if high and high - low == 1:
+            return low
+        if not high:
+            growth = (low_total - floor_total) / (low - minimum) if low > minimum else 0.0
+            ahead = int((length - low_total) / growth) + 1 if growth > 0 else low + 8
+            guess = low + min(ahead, 8 * low + 64)
+        elif step % 8 == 7:  # interpolation that creeps from one side is cut short by a bisection
+            guess = (low + high) // 2
+        else:
+            guess = low + int((length - low_total) * (high - low) / (high_total - low_total))
+        guess = max(guess, low + 1)
+        if high:
+            guess = min(guess, high - 1)
+        tokens = total(guess)
+        if tokens <= length:
+            low, low_total = guess, tokens
+        else:
+            high, high_total = guess, tokens
+    raise FarspanError(
+        f"{what} could not be filled to {length} tokens: {low} haystack units make {low_total} and more "
+        "units do not add tokens; check the tokenizer."
+    )
+
+
+def check_numbers(*, length: object, count: object, seed: object) -> None:
+    """Refuse a length or count that is no positive whole number, and a seed that is no whole number."""
+    for name, value, least in (("length", length, 1), ("count", count, 1), ("seed", seed, None)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or (least is not None and value < least):  # type: ignore[operator]
+            wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+            raise FarspanError(f"{name} {value!r} is not {wanted}; give one.")
+
+
+def check_tokens(recipe: dict[str, Any], tokens: int) -> None:
+    """Refuse a rebuilt prompt that another tokenizer filled."""
+    if recipe.get("prompt_tokens") not in (None, tokens):
+        raise FarspanError(
+            f"the rebuilt prompt has {tokens} tokens and had {recipe['prompt_tokens']} when it was made; "
+            "give the tokenizer, with the chat template, that it was made with."
+        )

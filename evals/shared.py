@@ -1,0 +1,169 @@
+"""Methods over one batch of prompts, each prefill computed once for all the methods that share it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..attention.errors import FarspanError
+from ..runtime.patch import patch, resolve
+from . import batch as forward
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A prefilled batch: the cache, the seconds it took, the report's summary of what was read.
+
+    keep: other methods continue from the same cache, so it must not be used up.
+    """
+
+    cache: Any
+    seconds: float
+    summary: dict[str, Any]
+    keep: bool = False
+
+    def copy(self) -> Any:
+        """A copy of the cache to use up, this one kept for later."""
+        return copy.deepcopy(self.cache)
+
+    def take(self) -> Any:
+        """A cache to use up, for the last use under this method: copied only where others need it still."""
+        return self.copy() if self.keep else self.cache
+
+
+def under_each(
+    model: Any,
+    batch: forward.Batch,
+    specs: Sequence[str],
+    recipe: str | Path | None,
+    measure: Callable[[Any, Started], T],
+) -> Iterator[tuple[str, T]]:
+    """Yield (spec, measure(patched, started)) per method, the model patched only while measuring.
+
+    Methods with the same prefill (dense, for all that only change decoding) continue from copies of one. The
+    prefill runs without the decode method, so whatever that builds, it builds from the last prompt token.
+    """
+    for prefill, group in by_prefill(specs):
+        with patch(model, prefill=prefill, recipe=recipe if prefill.needs_recipe else None) as patched:
+            shared: Started | None = start(model, batch, patched)
+        for i, spec in enumerate(group):
+            assert shared is not None
+            started = replace(shared, keep=i < len(group) - 1)
+            shared = shared if started.keep else None  # the last one uses the cache up: it must not be held
+            with patched_with(model, spec, recipe) as patched:
+                result = measure(patched, started)
+            del started
+            yield spec, result
+
+
+def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
+    """Specs by the method that serves their prefill, in order of first mention."""
+    groups: list[tuple[Any, list[str]]] = []
+    for spec in specs:
+        prefill, _ = resolve(spec)
+        members = next((members for method, members in groups if method == prefill), None)
+        if members is None:
+            groups.append((prefill, [spec]))
+        else:
+            members.append(spec)
+    return groups
+
+
+def start(model: Any, batch: forward.Batch, patched: Any | None) -> Started:
+    """Prefill the batch as the model stands (patched None: unpatched, nothing is reported)."""
+    with forward.timed(model.device) as clock:
+        cache = forward.prefill(model, batch)
+    return Started(cache=cache, seconds=clock.seconds, summary=patched.report().summary if patched else {})
+
+
+def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None) -> list[str]:
+    """The specs, each once, after patching the model with each in turn: bad input ends here."""
+    specs = list(dict.fromkeys(" ".join(spec.split()) for spec in methods))
+    if not specs:
+        raise FarspanError("no method was given; name at least one, such as dense.")
+    for spec in specs:
+        with patched_with(model, spec, recipe):
+            pass
+    return specs
+
+
+def patched_with(model: Any, spec: str, recipe: str | Path | None) -> Any:
+    """`patch` with the recipe handed only to the methods that take one."""
+    takes_one = any(method.needs_recipe for method in resolve(spec))
+    return patch(model, spec, recipe=recipe if takes_one else None)
+
+
+def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
+    """A short hash of the calibration that each method with one uses: another calibration, other numbers."""
+    found = {}
+    for spec in specs:
+        for method in resolve(spec):
+            path = getattr(method, "recipe", None) or recipe
+            if method.needs_recipe and path is not None:
+                found[spec] = _digest(Path(path))
+    return found
+
+
+def _digest(path: Path) -> str:
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    try:
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    except OSError as error:
+        raise FarspanError(
+            f"the recipe {path} cannot be read ({error.strerror}); give the path of a saved one."
+        ) from None
+
+
+def costs(started: Started, read: dict[str, Any], seconds: float, rows: int) -> dict[str, Any]:
+    """What the rows of a batch have in common: what was read, seconds (a sample's share), fallbacks."""
+    return {
+        "density": {"prefill": started.summary["prefill_density"], "decode": read["decode_density"]},
+        "kv_read": (read["kv_bytes_read"] + read["selection_bytes"]) / max(read["kv_bytes_dense"], 1),
+        "seconds": {"prefill": started.seconds / rows, "decode": seconds / rows},
+        "batch": rows,
+        "fallbacks": dict(started.summary["fallbacks"]) | dict(read["fallbacks"]),
+        "implementation": read.get("implementation"),
+    }
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off for the duration, the model's mode restored."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def meter(show: bool, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr: yields `advance(count, description)`; total None where it is not known."""
+    if not show:
+        yield lambda count, description: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(count: int, description: str) -> None:
+            bar.update(task, advance=count, description=description or None)
+
+        yield advance

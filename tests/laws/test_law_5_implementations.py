@@ -1,0 +1,56 @@
+"""Law 5: implementations agree; error <= 2 x the error of the same-dtype reference, both against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from farspan.attention.method import AttentionMethod
+
+from .tools import Data, Stream, decode_cuts, every_method, recorded, replayed, selective
+
+CUTS = [100, *decode_cuts(140, 6), 150]
+
+
+@every_method()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("starts", [None, [0, 33, 110]])
+def test_attend(bound: AttentionMethod, dtype: torch.dtype, starts: list[int] | None) -> None:
+    """The same selections, run by each implementation."""
+    data = Data.random(150, starts, dtype=dtype)
+    with recorded(bound) as seen:
+        eager = Stream(bound, data, impl="eager").run(CUTS)
+    if not selective(bound):
+        seen = []
+    results = []
+    for inputs in (data, data.to(torch.float64)):
+        stream = Stream(bound, inputs, impl="reference")
+        if seen:
+            with replayed(bound, seen, gathered=False):
+                results.append(stream.run(CUTS))
+        else:
+            results.append(stream.run(CUTS))
+    reference, truth = results
+    empty = truth.lse == -torch.inf
+    eps = torch.finfo(torch.float32).eps
+    # torch's own 16-bit kernel takes exponentials to 20 bits, which shows in its lse (about 6e-5)
+    low = torch.finfo(dtype).eps / 32 if dtype == torch.bfloat16 else 0.0
+    for name, tiny in (("out", 0.0), ("lse", low)):
+        e, r, t = (getattr(p, name).double()[~empty] for p in (eager, reference, truth))
+        error, allowed = (e - t).abs().max(), 2 * (r - t).abs().max() + 4 * eps + tiny
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@every_method()
+@pytest.mark.parametrize("starts", [None, [0, 33, 110]])
+def test_selections_do_not_depend_on_the_implementation(
+    bound: AttentionMethod, starts: list[int] | None
+) -> None:
+    data = Data.random(150, starts)
+    masks = []
+    for impl in ("reference", "eager"):
+        with recorded(bound) as seen:
+            Stream(bound, data, impl=impl).run(CUTS)
+        masks.append([s.mask() for s in seen])
+    assert len(masks[0]) == len(masks[1])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

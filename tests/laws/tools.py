@@ -1,0 +1,264 @@
+"""What the laws need of any method: parameter sets, random streams of q, k, v, and a record of every selection."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import farspan
+from farspan.attention.attend import DECODE_ROWS, Reads, attend
+from farspan.attention.index import BlockIndex, TokenIndex, Window, causal_mask
+from farspan.attention.keys import Keys
+from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from farspan.attention.partial import Partial
+from farspan.attention.summary import Summaries
+
+H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
+
+# Parameters that make a method sparse at test lengths (some 60 to 250 keys). A method that is not here gets SMALL.
+SPARSE: dict[str, list[dict[str, Any]]] = {
+    "dense": [{}],
+    "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
+    "block_topk": [
+        {"k": 48, "block": 16},
+        {"k": None, "fraction": 0.4, "block": 8, "share": "none"},
+        {"k": 24, "block": 8, "share": "max"},
+        {"k": 64, "block": 16},
+    ],
+    "quest": [
+        {"k": 24, "page": 4, "dense_layers": 0},
+        {"k": 27, "page": 8, "share": "sum", "dense_layers": 0},
+        {"k": None, "fraction": 0.3, "page": 8, "share": "none", "dense_layers": 0},
+    ],
+    "double_sparsity": [
+        {"k": 20, "dense_layers": 0},
+        {"k": None, "fraction": 0.2, "share": "none", "dense_layers": 0, "group_factor": 2},
+    ],
+    "recycled": [
+        {"k": 24, "stride": 4},
+        {"k": 6, "stride": 100, "share": "max"},
+        {"k": 24, "dynamic": True, "qc": 2, "s": 0.2},
+        {"k": 24, "dynamic": True, "qc": 2, "s": 0.2, "scope": "kv_head"},
+    ],
+}
+SMALL = {"k": 24, "w": 24, "block": 8, "page": 8, "dense_layers": 0}
+FULL = {"k": 1 << 20, "w": 1 << 20, "dense_layers": 0}
+
+
+def _takes(cls: type[AttentionMethod], wanted: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return {name: value for name, value in wanted.items() if name in names}
+
+
+def sparse_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
+    return SPARSE.get(cls.name) or [_takes(cls, SMALL)]
+
+
+def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
+    """Budgets that cover any length; the whole fraction goes through the selection instead of around it."""
+    settings = [_takes(cls, FULL)]
+    if _takes(cls, {"fraction": 1.0}):
+        settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
+        settings += [settings[-1] | more for more in [_takes(cls, {"page": 8}), _takes(cls, {"block": 8})] if more]
+    return settings
+
+
+def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], phase: str | None) -> list[Any]:
+    return [
+        pytest.param(cls(**chosen), id=str(cls(**chosen)))
+        for cls in farspan.methods().values()
+        if phase is None or phase in cls.phases
+        for chosen in settings(cls)
+    ]
+
+
+def every_method(phase: str | None = None) -> Any:
+    """Parametrise ``method`` over every registered method (that has ``phase``) at budgets that leave something out."""
+    return pytest.mark.parametrize("method", _cases(sparse_settings, phase))
+
+
+def every_method_with_full_budget() -> Any:
+    return pytest.mark.parametrize("method", _cases(full_settings, None))
+
+
+def selective(method: AttentionMethod) -> bool:
+    return method.name != "dense"
+
+
+def lookahead(method: AttentionMethod) -> int | None:
+    """How many rows past a row its selection may see; None for the whole prompt. Decode never looks ahead."""
+    if method.lookahead == "prompt":
+        return None
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return int(eval(method.lookahead, {"__builtins__": {}}, values))
+
+
+# --- attention level --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Data:
+    """q [B, H, N, D], k, v [B, Hkv, N, D] and where each row begins; padding holds what a model would leave there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    starts: list[int] | None = None
+
+    @staticmethod
+    def random(n: int, starts: list[int] | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Data:
+        generator = torch.Generator().manual_seed(seed)
+        b = len(starts) if starts else 1
+        # Neighbouring queries resemble each other, as in a model: half of each is a slow walk.
+        walk = torch.randn(b, H, n, D, generator=generator).cumsum(2) / torch.arange(1, n + 1).sqrt()[:, None]
+        q = 1.5 * (walk + torch.randn(b, H, n, D, generator=generator))
+        k, v = (torch.randn(b, HKV, n, D, generator=generator) for _ in range(2))
+        return Data(q.to(dtype), k.to(dtype), v.to(dtype), starts if starts and any(starts) else None)
+
+    def row(self, b: int) -> Data:
+        """Row b alone, without its padding."""
+        first = self.starts[b] if self.starts else 0
+        return Data(*(x[b : b + 1, :, first:].contiguous() for x in (self.q, self.k, self.v)))
+
+    def to(self, dtype: torch.dtype) -> Data:
+        return Data(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), self.starts)
+
+
+class Stream:
+    """One layer's attention called again and again on growing keys, as a patched layer does it."""
+
+    def __init__(self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False) -> None:
+        self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
+        self.state: dict[str, Tensor] = {}
+        self.summaries = Summaries()
+        self.length = 0
+        self.reads: list[Reads] = []
+
+    def call(self, upto: int) -> Partial:
+        """Attention of the queries at self.length .. upto - 1."""
+        past, tq = self.length, upto - self.length
+        phase = DECODE if past and tq <= DECODE_ROWS else PREFILL
+        method = self.method if phase in self.method.phases else farspan.parse_method("dense")
+        q = self.data.q[:, :, past:upto]
+        part, reads = attend(method, phase, q, self._keys(upto, tq), impl=self.impl)
+        if phase == PREFILL and DECODE in self.method.phases:
+            self.method.after_prefill(q, self._keys(upto, tq))
+        self.length = upto
+        self.reads.append(reads)
+        return part
+
+    def run(self, cuts: list[int]) -> Partial:
+        """All calls ending at ``cuts``, side by side."""
+        parts = [self.call(cut) for cut in cuts]
+        return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+
+    def _keys(self, upto: int, tq: int) -> Keys:
+        starts = self.data.starts
+        return Keys(
+            k=self.data.k[:, :, :upto],
+            v=self.data.v[:, :, :upto],
+            tq=tq,
+            scale=D**-0.5,
+            start=None if starts is None else torch.tensor(starts),
+            state=self.state,
+            summaries=Summaries() if self.fresh else self.summaries,
+        )
+
+
+def decode_cuts(prompt: int, steps: int) -> list[int]:
+    return [prompt, *range(prompt + 1, prompt + steps + 1)]
+
+
+@dataclasses.dataclass
+class Selection:
+    """One answer of a method, and what it was asked."""
+
+    phase: str
+    index: Any
+    tq: int
+    tk: int
+    start: Tensor | None
+    batch: int
+
+    def mask(self) -> Tensor:
+        """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
+        if self.index is None:
+            return causal_mask(self.tq, self.tk, self.start, self.batch)
+        if isinstance(self.index, Window):
+            return self.index.to_mask(self.tq, self.tk, self.start, self.batch)
+        if isinstance(self.index, TokenIndex):
+            return self.index.to_mask(self.tq, self.tk, self.start)
+        assert isinstance(self.index, BlockIndex)
+        return self.index.to_mask(self.tq, self.tk)
+
+
+@contextmanager
+def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list[Selection]]:
+    """Every answer of the methods' select_prefill and select_decode, in order."""
+    seen: list[Selection] = []
+    with pytest.MonkeyPatch.context() as patching:
+        for cls in {type(m) for m in (method, *others)}:
+            for phase in (PREFILL, DECODE):
+                original = getattr(cls, f"select_{phase}")
+
+                def select(
+                    self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
+                ) -> Any:
+                    index = original(self, q, keys)
+                    kept = _kept(index)
+                    start = None if keys.start is None else keys.start.clone()
+                    seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
+                    return index
+
+                patching.setattr(cls, f"select_{phase}", select)
+        yield seen
+
+
+def _kept(index: Any) -> Any:
+    """A copy that later steps, which update a method's state in place, cannot change."""
+    if not isinstance(index, TokenIndex):
+        return index
+    beside = None if index.gathered is None else tuple(x.clone() for x in index.gathered)
+    return dataclasses.replace(index, tokens=index.tokens.clone(), gathered=beside)
+
+
+@contextmanager
+def replayed(method: AttentionMethod, selections: list[Selection], *, gathered: bool = True) -> Iterator[None]:
+    """Answer with these selections, in order, whatever the keys are."""
+    left = iter(selections)
+
+    def select(self: AttentionMethod, q: Tensor, keys: Keys) -> Any:
+        selection = next(left)
+        assert (selection.tq, selection.tk) == (q.shape[2], keys.length)
+        index = selection.index
+        if isinstance(index, TokenIndex) and not gathered:
+            index = dataclasses.replace(index, gathered=None)
+        return index
+
+    with pytest.MonkeyPatch.context() as patching:
+        for phase in (PREFILL, DECODE):
+            patching.setattr(type(method), f"select_{phase}", select)
+        patching.setattr(type(method), "after_prefill", lambda self, q, keys: None)
+        yield
+    assert next(left, None) is None, "fewer selections were asked for than were recorded"
+
+
+def assert_same(got: Partial, want: Partial, tolerance: float = 1e-10) -> None:
+    """Equal up to rounding, empty rows included."""
+    empty = want.lse == -torch.inf
+    assert torch.equal(got.lse == -torch.inf, empty), "other rows are empty"
+    for name in ("out", "lse"):
+        a, b = (getattr(p, name)[~empty] for p in (got, want))
+        assert bool(a.isfinite().all()), f"{name} is not finite"
+        error = (a - b).abs().max() if b.numel() else 0.0
+        assert error <= tolerance, f"{name} differs by {error:.2e}"
+
+
+def layer_info(weights: dict[str, Tensor] | None = None) -> LayerInfo:
+    return LayerInfo(index=0, num_heads=H, num_kv_heads=HKV, head_dim=D, weights=weights)

@@ -1,0 +1,162 @@
+"""flash and decode: reference and eager against a float64 oracle (law 5), gradients, padding, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from farspan.attention.errors import Unsupported
+from farspan.attention.ops.decode import decode
+from farspan.attention.ops.flash import flash
+
+from .tools import assert_grads_equal, assert_law_5, assert_reference, brute_mask, make_qkv, oracle
+
+DTYPES = [torch.float32, torch.bfloat16]
+FLASH = [  # b, h, hkv, tq, tk, d, window, softcap, starts
+    (1, 4, 4, 63, 63, 16, None, None, None),
+    (1, 8, 2, 500, 500, 64, None, None, None),
+    (2, 4, 2, 100, 500, 80, None, None, None),
+    (1, 4, 2, 17, 1021, 128, None, None, None),
+    (1, 4, 2, 1021, 1021, 16, 100, None, None),
+    (2, 4, 1, 300, 500, 64, 63, None, [0, 220]),
+    (2, 4, 2, 500, 500, 64, None, None, [0, 437]),
+    (3, 4, 2, 63, 500, 16, None, None, [0, 437, 480]),
+    (2, 4, 2, 63, 500, 16, 40, 5.0, [10, 499]),
+    (1, 4, 2, 500, 500, 64, None, 5.0, None),
+    (1, 4, 2, 63, 63, 16, 1, None, None),
+    (1, 4, 2, 63, 63, 16, 63, None, None),
+]
+DECODE = [
+    (1, 4, 4, 1, 63, 16, None, None, None),
+    (2, 8, 2, 1, 1021, 64, None, None, None),
+    (2, 8, 2, 1, 500, 80, None, None, [0, 400]),
+    (3, 4, 2, 5, 500, 128, None, None, [0, 13, 494]),
+    (1, 4, 2, 16, 1021, 64, None, None, None),
+    (1, 4, 2, 5, 500, 16, 63, None, None),
+    (2, 4, 2, 1, 500, 16, 63, None, [0, 480]),
+    (2, 4, 2, 5, 500, 16, 63, 5.0, [0, 480]),
+    (2, 4, 2, 1, 500, 16, None, 5.0, [0, 480]),
+    (1, 4, 2, 1, 1, 16, None, None, None),
+    (1, 4, 2, 4, 4, 16, None, None, None),
+]
+OPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(flash, c) for c in FLASH]
+OPS += [(decode, c) for c in DECODE]
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", "-".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
+@pytest.mark.parametrize(("op", "case"), OPS, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    b, h, hkv, tq, tk, d, window, softcap, starts = case
+    q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=dtype)
+    how = {"scale": d**-0.5, "softcap": softcap}
+    truth = oracle(q, k, v, brute_mask(tq, tk, starts or [0] * b, window=window), **how)
+    how |= {"window": window, "start": None if starts is None else torch.tensor(starts)}
+    reference = op(q, k, v, impl="reference", **how)
+    assert reference.out.dtype == dtype
+    assert_reference(reference, truth)
+    assert_law_5(op(q, k, v, impl="eager", **how), reference, truth)
+
+
+@pytest.mark.parametrize(("op", "case"), [o for o in OPS if o[1][-1]], ids=_name)
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_padding_is_never_read(op: Callable[..., Any], case: tuple[Any, ...], impl: str) -> None:
+    b, h, hkv, tq, tk, d, window, softcap, starts = case
+    q, k, v = make_qkv(b, h, hkv, tq, tk, d, starts=starts)
+    how = {"scale": d**-0.5, "softcap": softcap, "window": window, "start": torch.tensor(starts), "impl": impl}
+    clean = op(q, k.nan_to_num(), v.nan_to_num(), **how)
+    poisoned = op(q, k, v, **how)
+    assert torch.equal(poisoned.out, clean.out)
+    assert torch.equal(poisoned.lse, clean.lse)
+
+
+@pytest.mark.parametrize(("op", "case"), OPS, ids=_name)
+def test_gradients_are_those_of_the_definition(op: Callable[..., Any], case: tuple[Any, ...]) -> None:
+    b, h, hkv, tq, tk, d, window, softcap, starts = case
+    if tk > 500 or d > 80:
+        pytest.skip("the same path as the smaller cases")
+    leaves = [x.double() for x in make_qkv(b, h, hkv, tq, tk, d, roomy=False)]
+    how = {"scale": d**-0.5, "softcap": softcap}
+    mask = brute_mask(tq, tk, starts or [0] * b, window=window)
+    seen = mask.any(-1).expand(b, h, tq)
+    weight = torch.randn(b, h, tq, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def grads(run: Callable[..., Any]) -> list[torch.Tensor]:
+        leaf = [x.clone().requires_grad_() for x in leaves]
+        part = run(*leaf)
+        return list(torch.autograd.grad((part.out * weight).sum() + part.lse[seen].cos().sum(), leaf))
+
+    start = None if starts is None else torch.tensor(starts)
+    got = grads(lambda q, k, v: op(q, k, v, window=window, start=start, impl="eager", **how))
+    assert_grads_equal(got, grads(lambda q, k, v: oracle(q, k, v, mask, **how)))
+
+
+@pytest.mark.parametrize("op", [flash, decode])
+def test_gradients_in_float32_reach_every_input(op: Callable[..., Any]) -> None:
+    """Under autograd the library kernel is not used: its lse has no gradient, so dq and dk would be silently wrong."""
+    leaves = make_qkv(1, 4, 2, 8, 40, 16, roomy=False)
+    mask = brute_mask(8, 40, [0])
+
+    def grads(run: Callable[..., Any], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaf = [x.to(dtype).clone().requires_grad_() for x in leaves]
+        part = run(*leaf)
+        return [
+            g.double() for g in torch.autograd.grad(part.out.square().sum() + part.lse.sin().sum(), leaf)
+        ]
+
+    got = grads(lambda q, k, v: op(q, k, v, scale=0.25), torch.float32)
+    assert_grads_equal(got, grads(lambda q, k, v: oracle(q, k, v, mask, scale=0.25), torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_that_begin_after_the_last_key_are_empty(softcap: float | None) -> None:
+    """A chunk of a left-padded prompt may hold nothing of a short row."""
+    q, k, v = make_qkv(2, 4, 2, 32, 32, 16, starts=[0, 32])
+    for window in (None, 8):
+        truth = oracle(q, k, v, brute_mask(32, 32, [0, 32], window=window), scale=0.25, softcap=softcap)
+        got = flash(q, k, v, scale=0.25, start=torch.tensor([0, 32]), window=window, softcap=softcap)
+        assert_reference(got, truth)
+
+
+def test_a_strided_query_is_served() -> None:
+    """Models hand over q as a transposed view [B, T, H, D] -> [B, H, T, D]."""
+    q, k, v = make_qkv(2, 4, 2, 63, 63, 16)
+    strided = q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    for op in (flash, decode):
+        plain, got = op(q, k, v, scale=0.25), op(strided, k, v, scale=0.25)
+        assert torch.allclose(got.out, plain.out, atol=1e-6)
+        assert torch.allclose(got.lse, plain.lse, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [flash, decode])
+def test_bad_shapes_are_refused_in_a_sentence(op: Callable[..., Any]) -> None:
+    q, k, v = make_qkv(2, 4, 2, 5, 9, 8, roomy=False)
+    name = op.__name__
+    for bad, message in [
+        ((q[0], k, v), rf"{name} takes q \[B, H, Tq, D\].*got 3-D"),
+        ((q, k, v[:, :, :5]), f"{name} got q .* do not fit together"),
+        ((q[:1], k, v), "do not fit together"),
+        ((q[..., :4], k, v), "do not fit together"),
+        ((q[:, :3], k, v), "whole number of query heads per KV head; got 3 and 2"),
+        ((q, k[:, :, :3], v[:, :, :3]), "queries among the keys; got Tq = 5 > Tk = 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            op(*bad, scale=1.0)
+    with pytest.raises(ValueError, match=r"start \[B\] = \[2\].*got \[1\]"):
+        op(q, k, v, scale=1.0, start=torch.tensor([0]))
+    with pytest.raises(Unsupported, match="has no implementation 'nonsense': it has eager, reference and auto"):
+        op(q, k, v, scale=1.0, impl="nonsense")
+
+
+@pytest.mark.parametrize("op", [flash, decode])
+def test_an_empty_window_is_refused(op: Callable[..., Any]) -> None:
+    q, k, v = make_qkv(1, 4, 2, 5, 9, 8, roomy=False)
+    with pytest.raises(ValueError, match="window of at least 1"):
+        op(q, k, v, scale=1.0, window=0)

@@ -1,0 +1,178 @@
+"""gather_decode and block_sparse: reference and eager against a float64 oracle (law 5), poison, gradients, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from farspan.attention.index import BlockIndex, TokenIndex
+from farspan.attention.ops.block_sparse import block_sparse
+from farspan.attention.ops.gather_decode import gather_decode
+
+from .tools import assert_grads_equal, assert_law_5, assert_reference, make_qkv, oracle
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def poison(x: torch.Tensor, mask: torch.Tensor) -> None:
+    """NaN into x [B, Hkv, Tk, D] wherever mask [B, Hs, Tq, Tk] lets no query of a KV head read."""
+    b, hs, _, tk = mask.shape
+    read = mask.any(2).view(b, x.shape[1], hs // x.shape[1], tk).any(2)
+    assert not bool(read.all()), "the case leaves nothing to poison"
+    x[~read] = torch.nan
+
+
+def random_tokens(
+    b: int, hs: int, tq: int, tk: int, n: int, *, ragged: bool, seed: int = 0
+) -> TokenIndex:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.rand(b, hs, tq, tk, generator=generator).topk(n, -1).indices.sort(-1).values
+    if not ragged:
+        return TokenIndex(tokens=tokens)
+    counts = torch.randint(1, n + 1, (b, hs, tq), generator=generator, dtype=torch.int32)
+    used = torch.arange(n) < counts[..., None]
+    return TokenIndex(tokens=torch.where(used, tokens, tokens[..., :1]), counts=counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("b", "h", "hkv", "per_head", "tq", "tk", "d", "n", "ragged", "softcap"),
+    [
+        (1, 4, 4, False, 1, 63, 16, 8, False, None),
+        (2, 8, 2, False, 1, 500, 64, 33, False, None),
+        (2, 8, 2, True, 1, 500, 80, 33, False, None),
+        (2, 8, 2, False, 5, 500, 128, 33, True, None),
+        (2, 8, 2, True, 5, 1021, 16, 7, True, None),
+        (2, 8, 2, False, 5, 500, 64, 33, True, 5.0),
+        (1, 2, 1, False, 1, 63, 16, 1, False, None),
+    ],
+)
+def test_gather_decode(
+    b: int, h: int, hkv: int, per_head: bool, tq: int, tk: int, d: int, n: int,
+    ragged: bool, softcap: float | None, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=dtype)
+    index = random_tokens(b, h if per_head else hkv, tq, tk, n, ragged=ragged)
+    mask = index.to_mask(tq, tk)
+    poison(k, mask)
+    poison(v, mask)
+    how = {"scale": d**-0.5, "softcap": softcap}
+    truth = oracle(q, k, v, mask, **how)
+    reference = gather_decode(q, k, v, index, impl="reference", **how)
+    assert_reference(reference, truth)
+    assert_law_5(gather_decode(q, k, v, index, impl="eager", **how), reference, truth)
+
+
+def test_gather_decode_with_gathered_rows_and_empty_rows() -> None:
+    q, k, v = make_qkv(1, 4, 2, 1, 63, 16)
+    index = random_tokens(1, 2, 1, 63, 8, ragged=False)
+    plain = gather_decode(q, k, v, index, scale=0.25)
+    spread = index.tokens[:, :, 0, :, None].expand(-1, -1, -1, 16)
+    beside = TokenIndex(tokens=index.tokens, gathered=(k.gather(2, spread), v.gather(2, spread)))
+    got = gather_decode(q, torch.full_like(k, torch.nan), torch.full_like(v, torch.nan), beside, scale=0.25)
+    assert torch.equal(got.out, plain.out)
+    counts = torch.tensor([[[8], [0]]], dtype=torch.int32)
+    none = gather_decode(q, k, v, TokenIndex(tokens=index.tokens, counts=counts), scale=0.25)
+    assert bool((none.lse[:, 2:] == -torch.inf).all()) and bool((none.out[:, 2:] == 0).all())
+    assert torch.allclose(none.out[:, :2], plain.out[:, :2], atol=1e-6)
+
+
+def test_gather_decode_refuses_an_index_of_another_shape() -> None:
+    q, k, v = make_qkv(1, 4, 2, 2, 20, 8)
+    for shape in [(1, 3, 2, 4), (1, 2, 1, 4), (2, 2, 2, 4)]:
+        index = TokenIndex(tokens=torch.zeros(shape, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"gather_decode takes an index \[B, Hkv or H, Tq, K\]"):
+            gather_decode(q, k, v, index, scale=1.0)
+
+
+def random_blocks(
+    b: int, hs: int, tq: int, tk: int, block_q: int, block_k: int, m: int,
+    *, starts: list[int] | None = None, empty: bool = False, order: bool = False, seed: int = 0,
+) -> BlockIndex:  # fmt: skip
+    """m random blocks at most per query block, junk past the count; empty: some query blocks read nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    nq, nk = -(-tq // block_q), -(-tk // block_k)
+    chosen = torch.rand(b, hs, nq, nk, generator=generator).topk(min(m, nk), -1).indices.sort(-1).values
+    counts = torch.randint(0 if empty else 1, chosen.shape[-1] + 1, (b, hs, nq), generator=generator)
+    if empty:
+        counts[:, :, nq // 2] = 0
+    used = torch.arange(chosen.shape[-1]) < counts[..., None]
+    key_order = None
+    if order:
+        key_order = torch.arange(tk).repeat(b, hs, 1)
+        for row in range(b):
+            first = starts[row] if starts else 0
+            key_order[row, :, first:] = first + torch.rand(hs, tk - first, generator=generator).argsort(-1)
+    return BlockIndex(
+        blocks=torch.where(used, chosen, 7777).int(),
+        counts=counts.int(),
+        block_q=block_q,
+        block_k=block_k,
+        start=None if starts is None else torch.tensor(starts),
+        key_order=key_order,
+    )
+
+
+BLOCK_CASES = [  # b, h, hkv, hs, tq, tk, d, block_q, block_k, m, starts, empty, order, softcap
+    (1, 4, 4, 4, 63, 63, 16, 16, 16, 2, None, False, False, None),
+    (2, 8, 2, 2, 500, 500, 64, 64, 64, 3, None, False, False, None),
+    (1, 8, 2, 8, 500, 500, 64, 64, 32, 4, None, False, False, None),
+    (1, 4, 2, 2, 200, 1021, 128, 64, 64, 5, None, False, False, None),
+    (2, 4, 2, 2, 500, 500, 80, 64, 64, 3, [0, 337], False, False, None),
+    (2, 4, 2, 4, 63, 500, 16, 16, 8, 9, [13, 470], True, False, None),
+    (2, 4, 2, 2, 300, 300, 16, 32, 32, 3, None, True, False, 5.0),
+    (2, 4, 2, 2, 200, 300, 16, 32, 16, 6, [0, 140], False, True, None),
+    (1, 4, 2, 4, 300, 300, 16, 32, 16, 6, None, False, True, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda c: "-".join(map(str, c)))
+def test_block_sparse(case: tuple, dtype: torch.dtype) -> None:
+    b, h, hkv, hs, tq, tk, d, block_q, block_k, m, starts, empty, order, softcap = case
+    index = random_blocks(b, hs, tq, tk, block_q, block_k, m, starts=starts, empty=empty, order=order)
+    q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=dtype, starts=starts)
+    mask = index.to_mask(tq, tk)
+    for x in (k, v):
+        read = mask.any(2).view(b, hkv, hs // hkv, tk).any(2)
+        x[~read] = torch.nan
+    how = {"scale": d**-0.5, "softcap": softcap}
+    truth = oracle(q, k, v, mask, **how)
+    reference = block_sparse(q, k, v, index, impl="reference", **how)
+    assert_reference(reference, truth)
+    assert_law_5(block_sparse(q, k, v, index, impl="eager", **how), reference, truth)
+
+
+@pytest.mark.parametrize("case", [c for c in BLOCK_CASES if c[5] <= 300], ids=lambda c: "-".join(map(str, c)))
+def test_block_sparse_gradients(case: tuple) -> None:
+    b, h, hkv, hs, tq, tk, d, block_q, block_k, m, starts, empty, order, softcap = case
+    index = random_blocks(b, hs, tq, tk, block_q, block_k, m, starts=starts, empty=empty, order=order)
+    leaves = [x.double() for x in make_qkv(b, h, hkv, tq, tk, d, roomy=False)]
+    mask = index.to_mask(tq, tk)
+    seen = mask.repeat_interleave(h // hs, 1).any(-1)
+    how = {"scale": d**-0.5, "softcap": softcap}
+    weight = torch.randn(b, h, tq, d, dtype=torch.float64)
+    results = []
+    for run in (
+        lambda q, k, v: block_sparse(q, k, v, index, impl="eager", **how),
+        lambda q, k, v: oracle(q, k, v, mask, **how),
+    ):
+        leaf = [x.clone().requires_grad_() for x in leaves]
+        part = run(*leaf)
+        loss = (part.out * weight).sum() + part.lse[seen].cos().sum()
+        results.append(list(torch.autograd.grad(loss, leaf)))
+    assert_grads_equal(*results)
+
+
+def test_block_sparse_refuses_an_index_of_another_shape() -> None:
+    q, k, v = make_qkv(1, 4, 2, 40, 40, 8)
+    good = random_blocks(1, 2, 40, 40, 16, 16, 2)
+    for blocks, counts in [
+        (good.blocks[:, :, :2], good.counts[:, :, :2]),
+        (good.blocks, good.counts[:, :, :2]),
+        (good.blocks.repeat(2, 1, 1, 1), good.counts.repeat(2, 1, 1)),
+        (good.blocks.repeat(1, 3, 1, 1), good.counts.repeat(1, 3, 1)),
+    ]:
+        index = BlockIndex(blocks=blocks, counts=counts, block_q=16, block_k=16)
+        with pytest.raises(ValueError, match=r"block_sparse takes blocks \[B, Hkv or H, 3, M\]"):
+            block_sparse(q, k, v, index, scale=1.0)

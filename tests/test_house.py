@@ -1,0 +1,187 @@
+"""The house itself: what is packaged, what an import loads, which way imports go."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import farspan
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OUTSIDE = {
+    "tests",
+    "benchmarks",
+    "docs",
+    "build",
+    "dist",
+    "demo-out",
+    "out",
+}  # folders that are not the package
+
+
+def package_folders() -> set[str]:
+    """Every folder of Python files that belongs to the package, by its dotted name."""
+    folders = {file.parent.relative_to(ROOT) for file in ROOT.rglob("*.py")}
+    inside = {folder for folder in folders if not folder.parts or folder.parts[0] not in OUTSIDE}
+    return {
+        ".".join(("farspan", *f.parts)) for f in inside if not any(part.startswith(".") for part in f.parts)
+    }
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd="/")
+
+
+def test_every_package_is_listed():
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert set(listed) == package_folders()
+    assert listed == sorted(listed)
+    missing = [name for name in listed if not (ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file()]
+    assert not missing, "folders without __init__.py"
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    # From a copy of the sources: building in place would leave a build folder for two workers to fight over.
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run([*pip, "-w", str(tmp_path), str(source)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("farspan-*.whl"))) as wheel:
+        names = wheel.namelist()
+        wheel.extractall(tmp_path / "site")
+    modules = {name for name in names if name.endswith(".py")}
+    expected = {
+        f"farspan/{file.relative_to(ROOT)}"
+        for package in package_folders()
+        for file in (ROOT / Path(*package.split(".")[1:])).glob("*.py")
+    }
+    assert modules == expected
+    assert "farspan/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.meta_path[:] = "
+        "[f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import farspan; farspan.methods(); farspan.patch; print(farspan.__file__)"
+    )
+    assert run(code).stdout.strip() == str(tmp_path / "site" / "farspan" / "__init__.py")
+
+
+def test_import_loads_nothing_heavy():
+    heavy = ["torch", "transformers", "numpy", "accelerate", "typer", "rich"]
+    code = (
+        f"import sys, json, farspan; dir(farspan); farspan.__version__; "
+        f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    )
+    result = run(code)
+    assert json.loads(result.stdout) == [], result.stderr
+
+
+def test_everything_offered_is_there():
+    for name in farspan.__all__:
+        assert getattr(farspan, name) is not None
+    assert set(farspan.__all__) <= set(dir(farspan))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        farspan.nothing  # noqa: B018
+    assert issubclass(farspan.SpecError, farspan.FarspanError) and issubclass(
+        farspan.FarspanError, ValueError
+    )
+
+
+def test_import_has_no_side_effect_on_transformers():
+    code = (
+        "import importlib, pkgutil, transformers\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "seen = lambda: (sorted(AttentionInterface()), sorted(AttentionMaskInterface()))\n"
+        "before = seen()\n"
+        "import farspan\n"
+        "for name in farspan.__all__: getattr(farspan, name)\n"
+        "import farspan.runtime.hf\n"
+        "assert seen() == before, set(seen()[0]) - set(before[0])"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def imports_of(file: Path) -> set[str]:
+    """Absolute dotted names a file imports, anywhere in it, outside `if TYPE_CHECKING`."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    package = ("farspan", *file.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *([node.module] if node.module else [])))
+            found |= {stem, *(f"{stem}.{alias.name}" for alias in node.names)}
+    return found
+
+
+LAYERS = ["attention", "parallel", "runtime", "evals", "cli"]  # each may import those before it
+
+
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_imports_go_down_only(number):
+    above = tuple(f"farspan.{layer}" for layer in LAYERS[number + 1 :])
+    wrong = {
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in (ROOT / LAYERS[number]).rglob("*.py")
+        for name in imports_of(file)
+        if any(name == layer or name.startswith(f"{layer}.") for layer in above)
+    }
+    assert not wrong
+
+
+def test_transformers_is_touched_in_two_files():
+    users = {
+        str(file.relative_to(ROOT))
+        for layer in LAYERS
+        for file in (ROOT / layer).rglob("*.py")
+        if any(re.match(r"transformers\b", name) for name in imports_of(file))
+    }
+    assert users == {"runtime/hf.py", "runtime/models.py"}
+
+
+def test_constraints_satisfy_the_requirements():
+    """Each pinned version lies in the range pyproject.toml allows, and every direct requirement is pinned."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in [*PROJECT["project"]["dependencies"], *extras["evals"], *extras["dev"]]:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{text} excludes {pins[name]}"
