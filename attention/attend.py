@@ -1,8 +1,11 @@
-"""One call of one layer's attention: ask the method, run one operation per key set, merge, count what was read."""
+"""One call of one layer's attention: ask the method, run one operation per key set, merge, count what was
+read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +31,9 @@ class Reads:
     """What one call read, summed over the batch.
 
     pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
-    kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query loads each of
-    its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method read to decide.
+    kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query
+    loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method read to
+    decide.
     """
 
     pairs: int = 0
@@ -43,7 +47,8 @@ class Reads:
 def attend(
     method: AttentionMethod, phase: str, q: Tensor, keys: Keys, *, impl: str = "auto"
 ) -> tuple[Partial, Reads]:
-    """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys``; out is in the dtype of q or float32."""
+    """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys``; out is in the dtype of q or
+    float32."""
     if phase == DECODE:
         index = method.select_decode(q, keys)
         part, pairs = _run_decode(q, keys, index, impl)
@@ -64,7 +69,8 @@ def attend(
 def _prefill_rows(
     method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str
 ) -> tuple[Partial, Reads]:
-    """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs nothing."""
+    """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs
+    nothing."""
     result, total = empty_partial(q, keys.v.shape[-1]), Reads()
     out, lse = result.out, result.lse
     for b in range(q.shape[0]):
@@ -79,7 +85,7 @@ def _prefill_rows(
 
 
 def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
-    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
         return flash(q, keys.k, keys.v, start=keys.start, **how), None
     if isinstance(index, Window):
@@ -93,7 +99,7 @@ def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Parti
 
 
 def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
-    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
         return decode(q, keys.k, keys.v, start=keys.start, **how), None
     if isinstance(index, Window):
@@ -111,9 +117,11 @@ def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partia
     return _mixed(q, keys, index, impl)
 
 
-def _window(q: Tensor, keys: Keys, index: Window, impl: str, op) -> tuple[Partial, int]:
+def _window(
+    q: Tensor, keys: Keys, index: Window, impl: str, op: Callable[..., Partial]
+) -> tuple[Partial, int]:
     """Recent keys by the windowed kernel; sinks, where they lie outside the window, as a second small set."""
-    how = {"scale": keys.scale, "softcap": keys.softcap}
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
     b, h, tq, _ = q.shape
     local = op(q, keys.k, keys.v, window=index.size, start=keys.start, impl=impl, **how)
     starts = keys.starts or [0] * b
@@ -144,11 +152,12 @@ def _window_pairs(past: int, length: int, first: int, index: Window) -> int:
 
 
 def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial, int]:
-    """Rows of one call in different phases of a method: those that read everything are taken one at a time, in place."""
+    """Rows of one call in different phases of a method: those that read everything are taken one at a time,
+    in place."""
     assert index.full is not None
-    h, tq, hs = q.shape[1], q.shape[2], index.tokens.shape[1]
+    h, hs = q.shape[1], index.tokens.shape[1]
     group, hkv = h // hs, keys.k.shape[1]
-    how = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     part = gather_decode(q, keys.k, keys.v, index, **how)
     out, lse = part.out.clone(), part.lse.clone()
     counts = (

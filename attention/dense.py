@@ -10,7 +10,8 @@ from .method import DECODE, PREFILL, AttentionMethod
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(AttentionMethod):
-    """Every visible key is read: the model's own attention, with a cache that is not copied at every token."""
+    """Every visible key is read: the model's own attention, with a cache that is not copied at every
+    token."""
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense attention"

@@ -21,5 +21,5 @@ class Unsupported(FarspanError):
         self.reasons = list(reasons)
         super().__init__(f"{what}: {'; '.join(self.reasons)}.")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Unsupported], tuple[str, list[str]]]:
         return type(self), (self.what, self.reasons)

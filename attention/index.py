@@ -1,7 +1,7 @@
 """Which keys each query reads: the only thing a selective method has to answer.
 
-Positions are absolute places in the key sequence, 0 .. Tk - 1, padding included. Queries are the last Tq positions. A row
-b of a left-padded batch begins at ``start[b]``; nothing before it is ever read.
+Positions are absolute places in the key sequence, 0 .. Tk - 1, padding included. Queries are the last Tq
+positions. A row b of a left-padded batch begins at ``start[b]``; nothing before it is ever read.
 
 An index is one of
   ``None``        every visible key (dense),
@@ -38,12 +38,14 @@ class Window:
 class BlockIndex:
     """Key blocks read by each block of queries.
 
-    blocks: [B, Hs, Nq, M] int32, key block numbers, ascending within the first ``counts`` entries; Hs is Hkv (the query
+    blocks: [B, Hs, Nq, M] int32, key block numbers, ascending within the first ``counts`` entries; Hs is Hkv
+    (the query
             heads of a group share a row) or H. Entries past the count are ignored.
     counts: [B, Hs, Nq] int32.
-    Query block n holds queries n * block_q .. of this call, counted from the row's first valid position in it; key block
-    j of row b begins at start[b] + j * block_k. Causality within the blocks is always by position.
-    key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural order).
+    Query block n holds queries n * block_q .. of this call, counted from the row's first valid position in
+    it; key block j of row b begins at start[b] + j * block_k. Causality within the blocks is always by
+    position. key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural
+    order).
     """
 
     blocks: Tensor
@@ -85,8 +87,9 @@ class BlockIndex:
         return mask & causal_mask(tq, tk, self.start, b, device)
 
     def pairs(self, tq: int, tk: int) -> Tensor:
-        """Number of (query, key) pairs read, summed over batch and Hs; int64 scalar tensor. No [Tq, Tk] tensor is made."""
-        b, hs, nq, m = self.blocks.shape
+        """Number of (query, key) pairs read, summed over batch and Hs; int64 scalar tensor. No [Tq, Tk]
+        tensor is made."""
+        b, _, nq, m = self.blocks.shape
         if self.key_order is not None:
             return self.to_mask(tq, tk).sum()
         device, past = self.blocks.device, tk - tq
@@ -107,11 +110,13 @@ class BlockIndex:
 class TokenIndex:
     """Single keys read by each decode query.
 
-    tokens: [B, Hs, Tq, K] int64 absolute positions; Hs is Hkv or H. Entries past the count repeat a counted one, so that
+    tokens: [B, Hs, Tq, K] int64 absolute positions; Hs is Hkv or H. Entries past the count repeat a counted
+    one, so that
             reading them is harmless, and are masked.
     counts: [B, Hs, Tq] int32, or None where all K entries count.
     full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
-    gathered: (k, v), each [B, Hs, K, D], the chosen rows already side by side in the order of ``tokens``, where the method
+    gathered: (k, v), each [B, Hs, K, D], the chosen rows already side by side in the order of ``tokens``,
+    where the method
             keeps them (Tq = 1 only); or None.
     """
 
@@ -141,7 +146,8 @@ Index = Window | BlockIndex | TokenIndex | None
 def causal_mask(
     tq: int, tk: int, start: Tensor | None, batch: int, device: torch.device | None = None
 ) -> Tensor:
-    """Boolean mask [B, 1, Tq, Tk]: query row i (position tk - tq + i) sees key j iff start[b] <= j <= its position.
+    """Boolean mask [B, 1, Tq, Tk]: query row i (position tk - tq + i) sees key j iff start[b] <= j <= its
+    position.
 
     tq = 3, tk = 5          tq = 3, tk = 3, start = 1
       k 0 1 2 3 4             k 0 1 2
@@ -163,7 +169,8 @@ def _positions(tq: int, tk: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def causal_pairs(tq: int, tk: int, starts: list[int] | None, batch: int) -> int:
-    """Number of causal (query, key) pairs per head, summed over the batch, queries in the padding left out."""
+    """Number of causal (query, key) pairs per head, summed over the batch, queries in the padding left
+    out."""
     past, total = tk - tq, 0
     for first in [0] * batch if starts is None else starts:
         lo, hi = (

@@ -16,8 +16,8 @@ State = dict[str, Tensor]
 class Keys:
     """The keys and values of one layer, the new ones included, and what is kept beside them.
 
-    k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq`` positions.
-    start: [B], each row's first valid position under left padding, or None where no row is padded.
+    k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
+    positions. start: [B], each row's first valid position under left padding, or None where no row is padded.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     """
@@ -56,7 +56,8 @@ class Keys:
         return self.length - (min(self.starts) if self.starts else 0)
 
     def summary(self, summary: Summary) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted."""
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is
+        counted."""
         entries = self.summaries.get(summary, self.k, self.start)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
@@ -67,9 +68,11 @@ class Keys:
         return self.k
 
     def visible(self, block: int = 1) -> Tensor | None:
-        """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where all do.
+        """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where
+        all do.
 
-        N is Tk for block 1 (entries by position), else ceil(Tk / block) (entries counted from the row's start).
+        N is Tk for block 1 (entries by position), else ceil(Tk / block) (entries counted from the row's
+        start).
         """
         if self.tq == 1 and self.start is None:
             return None

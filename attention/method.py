@@ -1,8 +1,8 @@
 """The one abstraction a method implements, and how users name methods.
 
-A method is a frozen dataclass of its hyper-parameters that answers which keys each query reads (``select_prefill``,
-``select_decode``). Causality, grouped heads, padding, soft-cap, sinks, storage, kernels, merging and accounting are shared.
-Subclassing registers the method under its ``name``.
+A method is a frozen dataclass of its hyper-parameters that answers which keys each query reads
+(``select_prefill``, ``select_decode``). Causality, grouped heads, padding, soft-cap, sinks, storage, kernels,
+merging and accounting are shared. Subclassing registers the method under its ``name``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What a method may know of the layer it will serve. ``weights``: the recipe's tensors for this layer, by name."""
+    """What a method may know of the layer it will serve. ``weights``: the recipe's tensors for this layer, by
+    name."""
 
     index: int
     num_heads: int
@@ -37,7 +38,8 @@ class LayerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod:
-    """Base of every method. Subclasses are frozen, keyword-only dataclasses whose fields are the hyper-parameters."""
+    """Base of every method. Subclasses are frozen, keyword-only dataclasses whose fields are the
+    hyper-parameters."""
 
     name: ClassVar[str]
     title: ClassVar[str]  # as the paper calls it
@@ -65,11 +67,13 @@ class AttentionMethod:
         return None if layer.index < first else self
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        """Which keys each prefill query reads. q [1, H, Tq, D] (a padded batch is asked row by row); None means all."""
+        """Which keys each prefill query reads. q [1, H, Tq, D] (a padded batch is asked row by row); None
+        means all."""
         return None
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
-        """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means all."""
+        """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means
+        all."""
         return None
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
@@ -99,7 +103,8 @@ def methods() -> dict[str, type[AttentionMethod]]:
 def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
     """A method from ``"name"`` or ``"name:par=value,par=value"``; a method object is returned as it is.
 
-    Raises SpecError, naming the nearest known name, for an unknown method or parameter and for a value it cannot take.
+    Raises SpecError, naming the nearest known name, for an unknown method or parameter and for a value it
+    cannot take.
     """
     if isinstance(spec, AttentionMethod):
         return spec
@@ -158,7 +163,8 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:
-    """Check fields against (lowest, highest or None) or a tuple of allowed strings; SpecError says what is allowed."""
+    """Check fields against (lowest, highest or None) or a tuple of allowed strings; SpecError says what is
+    allowed."""
     for key, allowed in limits.items():
         value = getattr(method, key)
         if value is None:
@@ -169,7 +175,7 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
                     f"{method.name} takes {key} = {' or '.join(map(str, allowed))}; got {value!r}."
                 )
             continue
-        low, high = typing.cast(tuple[float, "float | None"], allowed)
+        low, high = allowed
         number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
         if not number or value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"from {low} to {high}"

@@ -1,7 +1,8 @@
 """Partial attention results and the one way to combine them.
 
-Softmax attention over a set of keys is a pair: the normalised output and the log of the softmax denominator. Two
-disjoint key sets combine exactly, which is what chunks, sinks, local windows and sharded caches all rest on.
+Softmax attention over a set of keys is a pair: the normalised output and the log of the softmax denominator.
+Two disjoint key sets combine exactly, which is what chunks, sinks, local windows and sharded caches all rest
+on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class Partial(NamedTuple):
     """Attention of some queries over one set of keys.
 
     out: [B, H, Tq, D], the softmax-normalised output over this set; zeros where the set is empty.
-    lse: [B, H, Tq] float32 (float64 in references), natural log of the sum of exponentiated logits; -inf where empty.
+    lse: [B, H, Tq] float32 (float64 in references), natural log of the sum of exponentiated logits; -inf
+    where empty.
     """
 
     out: Tensor
@@ -33,9 +35,9 @@ def empty_partial(q: Tensor, value_dim: int | None = None) -> Partial:
 def merge(*parts: Partial) -> Partial:
     """Combine partials over disjoint key sets into the partial over their union.
 
-    The sum is taken in float32 (float64 if a part has it), in the order given, so that every rank that merges the same
-    parts gets bit-equal results. Empty sets, (0, -inf), merge without NaN in value and in gradient. The output dtype is
-    that of the accumulation; a single part is returned as it is.
+    The sum is taken in float32 (float64 if a part has it), in the order given, so that every rank that merges
+    the same parts gets bit-equal results. Empty sets, (0, -inf), merge without NaN in value and in gradient.
+    The output dtype is that of the accumulation; a single part is returned as it is.
     """
     if not parts:
         raise ValueError("merge needs at least one partial.")
@@ -49,7 +51,7 @@ def merge(*parts: Partial) -> Partial:
     seen = total > 0
     safe = torch.where(seen, total, torch.ones_like(total))
     out = None
-    for part, weight in zip(parts, weights):
+    for part, weight in zip(parts, weights, strict=True):
         term = part.out.to(lses.dtype) * (weight / safe)[..., None]
         out = term if out is None else out + term
     assert out is not None

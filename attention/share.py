@@ -12,10 +12,11 @@ from .ops.select import top_k
 
 
 def share_scores(logits: Tensor, visible: Tensor | None, how: str) -> Tensor:
-    """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T, N]) is False.
+    """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T,
+    N]) is False.
 
-    how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different heads are not
-    comparable, shares of attention are), or "none": each query head for itself, on logits.
+    how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different
+    heads are not comparable, shares of attention are), or "none": each query head for itself, on logits.
     """
     b, hkv, group, t, n = logits.shape
     if visible is not None:
@@ -38,7 +39,8 @@ def check_budget(method: AttentionMethod, k: int | None, fraction: float | None)
 
 
 def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
-    """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what is visible."""
+    """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what
+    is visible."""
     if k is not None:
         return k
     assert fraction is not None
@@ -50,10 +52,11 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
 
 
 def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:
-    """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them count.
+    """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them
+    count.
 
-    size: one number, or one per row, [...]. -> indices [..., M] int64, counts [...] int32 or None where all M count. Entries
-    past the count repeat the first one.
+    size: one number, or one per row, [...]. -> indices [..., M] int64, counts [...] int32 or None where all M
+    count. Entries past the count repeat the first one.
     """
     n = ranked.shape[-1]
     if isinstance(size, int):

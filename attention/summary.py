@@ -1,11 +1,12 @@
 """What a store keeps beside its keys so that a method can select without reading them.
 
-A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its rows in a buffer and
-asks, after an append, only for the entries that the new keys touch.
+A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its rows in
+a buffer and asks, after an append, only for the entries that the new keys touch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +17,8 @@ from .ops.pool import pool
 
 
 class Summary(Protocol):
-    """block: keys per entry. Entry j of row b speaks of positions start[b] + j * block onward (1: of position j itself)."""
+    """block: keys per entry. Entry j of row b speaks of positions start[b] + j * block onward (1: of position
+    j itself)."""
 
     @property
     def key(self) -> tuple: ...  # equal keys mean equal contents
@@ -77,7 +79,8 @@ class Summaries:
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
     def get(self, summary: Summary, k: Tensor, start: Tensor | None) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] for all keys k [B, Hkv, Tk, D]; what is new in k is taken in now."""
+        """Entries [B, Hkv, ceil(Tk / block), width] for all keys k [B, Hkv, Tk, D]; what is new in k is taken
+        in now."""
         b, h, t, d = k.shape
         need = -(-t // summary.block)
         buffer, done = self._kept.get(summary.key, (None, 0))
@@ -108,10 +111,11 @@ class Summaries:
             buffer[rows, :, first : first + new.shape[2]] = new
 
     def crop(self, length: int) -> None:
-        """Forget everything that keys at or after ``length`` went into; the open block is summarised again when asked."""
+        """Forget everything that keys at or after ``length`` went into; the open block is summarised again
+        when asked."""
         self._kept = {key: (buffer, min(done, length)) for key, (buffer, done) in self._kept.items()}
 
-    def map_rows(self, change) -> None:
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""
         self._kept = {key: (change(buffer), done) for key, (buffer, done) in self._kept.items()}
 

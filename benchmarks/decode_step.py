@@ -1,9 +1,11 @@
-"""One decode step of one attention layer, cache update included, against transformers' SDPA with DynamicCache.
+"""One decode step of one attention layer, cache update included, against transformers' SDPA with
+DynamicCache.
 
-    python -m benchmarks.decode_step [--keys 131072] [--repeats 7]
+    python -m benchmarks.decode_step [--keys 131072] [--repeats 7] [--device cuda]
 
-Recycled is timed over a whole stride (one full step, the rest recycled) and divided by its length. The bandwidth row is the
-time to read K and V once at the rate of a large copy (bytes read plus written): no dense step can be faster.
+Recycled is timed over a whole stride (one full step, the rest recycled) and divided by its length. The
+bandwidth row is the time to read K and V once at the rate of a large copy (bytes read plus written): no dense
+step can be faster.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from farspan.runtime.layer import Layer, Session
 
 from .record import interleaved, save, table
 
-METHODS = ("dense", "window:w=1020,sinks=4", "double_sparsity:k=1024", "quest:k=1024", "recycled:k=1024,stride=50")
+METHODS = (
+    "dense",
+    "window:w=1020,sinks=4",
+    "double_sparsity:k=1024",
+    "quest:k=1024",
+    "recycled:k=1024,stride=50",
+)
 
 
 class Ours:
@@ -30,7 +38,9 @@ class Ours:
     def __init__(self, spec: str, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
         hkv, d = k.shape[1], k.shape[3]
         ranking = torch.stack([torch.randperm(d) for _ in range(hkv)])
-        info = LayerInfo(index=2, num_heads=heads, num_kv_heads=hkv, head_dim=d, weights={"channels": ranking})
+        info = LayerInfo(
+            index=2, num_heads=heads, num_kv_heads=hkv, head_dim=d, weights={"channels": ranking}
+        )
         method = parse_method(spec).for_layer(info)
         session = Session(strict=True)
         self.cache, self.steps = KVStoreLayer(), method.stride if method.name == "recycled" else 1
@@ -41,7 +51,9 @@ class Ours:
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.update(k, v)
-        return self.layer(q, keys, values, None, scale=q.shape[-1] ** -0.5, window=None, softcap=None, sinks=None)
+        return self.layer(
+            q, keys, values, None, scale=q.shape[-1] ** -0.5, window=None, softcap=None, sinks=None
+        )
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         for _ in range(self.steps):
@@ -49,19 +61,27 @@ class Ours:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keys", type=int, default=131072)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
+    torch.set_default_device(args.device)
     h, hkv, d = args.heads, args.kv_heads, args.head_dim
     k = torch.randn(1, hkv, args.keys, d, dtype=torch.bfloat16)
     v = torch.randn_like(k)
-    q, k1, v1 = torch.randn(1, h, 1, d).bfloat16(), torch.randn(1, hkv, 1, d).bfloat16(), torch.randn(1, hkv, 1, d).bfloat16()
+    q, k1, v1 = (
+        torch.randn(1, h, 1, d).bfloat16(),
+        torch.randn(1, hkv, 1, d).bfloat16(),
+        torch.randn(1, hkv, 1, d).bfloat16(),
+    )
 
     module = SimpleNamespace(num_key_value_groups=h // hkv, is_causal=True)
     theirs = DynamicCache()
@@ -78,7 +98,9 @@ def main() -> None:
     seconds = interleaved(runs, args.repeats)
     copy = seconds.pop("copy")
     seconds = {spec: t / (ours[spec].steps if spec in ours else 1) for spec, t in seconds.items()}
-    seconds["read K and V once at copy bandwidth"] = copy  # K read and written moves as many bytes as K and V read
+    seconds["read K and V once at copy bandwidth"] = (
+        copy  # K read and written moves as many bytes as K and V read
+    )
     base = seconds["transformers sdpa + DynamicCache"]
     rows = [{"step": spec, "ms": 1e3 * t, "times faster": base / t} for spec, t in seconds.items()]
     print(table(rows))

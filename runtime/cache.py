@@ -14,7 +14,8 @@ from ..attention.summary import Summaries
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Tensors made within outlive the call: they must not be born as inference tensors, which nothing could update later."""
+    """For tensors that outlive the call: were they born as inference tensors, nothing could update them
+    later."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -25,9 +26,10 @@ def lasting() -> Iterator[None]:
 class KVStore:
     """Keys and values [B, Hkv, T, D] of one layer, appended in place.
 
-    The buffers grow geometrically (an eighth at a time, so an append copies the past once in many tokens, not at each one).
-    Beside the rows live the summaries that methods declare, extended on append, and each method's state; both follow every
-    change of the rows. Nothing here knows transformers: ``hf.py`` makes it a cache layer.
+    The buffers grow geometrically (an eighth at a time, so an append copies the past once in many tokens, not
+    at each one). Beside the rows live the summaries that methods declare, extended on append, and each
+    method's state; both follow every change of the rows. Nothing here knows transformers: ``hf.py`` makes it
+    a cache layer.
     """
 
     def __init__(self) -> None:
@@ -84,7 +86,8 @@ class KVStore:
         return self._k is not None and k.shape[2] == self.length and k.data_ptr() == self._k.data_ptr()
 
     def align(self, starts: list[int] | None) -> None:
-        """Say where rows begin. If that is not what summaries were made for (another mask), they are dropped."""
+        """Say where rows begin. If that is not what summaries were made for (another mask), they are
+        dropped."""
         if starts != self._starts:
             if self._starts is not None or starts is not None:
                 self.summaries.clear()
@@ -92,14 +95,16 @@ class KVStore:
             self._starts = starts
 
     def state(self, name: str, past: int) -> State:
-        """What the method ``name`` keeps; empty if others appended to the ``past`` positions before this call."""
+        """What the method ``name`` keeps; empty if others appended to the ``past`` positions before this
+        call."""
         if self._seen.get(name) not in (past, self.length):
             self.states.pop(name, None)
         self._seen[name] = self.length
         return self.states.setdefault(name, {})
 
     def crop(self, count: int) -> None:
-        """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for 0."""
+        """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for
+        0."""
         if count > 0:
             self.length = max(0, self.length - count)
             self.summaries.crop(self.length)

@@ -30,12 +30,13 @@ def calibrate(
 ) -> Recipe:
     """Rank the channels of every layer's KV heads on the first ``tokens`` tokens of ``text``.
 
-    by: "q" or "k" ranks a channel by its mean magnitude before RoPE; "qk" by the mean of |q_c k_c| over pairs of a query and
-    a key after RoPE, which is the product of the two mean magnitudes. Query heads of a group count together. The text is
-    read in windows of ``window`` tokens. ``progress(done, total)`` is called after each.
+    by: "q" or "k" ranks a channel by its mean magnitude before RoPE; "qk" by the mean of |q_c k_c| over pairs
+    of a query and a key after RoPE, which is the product of the two mean magnitudes. Query heads of a group
+    count together. The text is read in windows of ``window`` tokens. ``progress(done, total)`` is called
+    after each.
 
-    Returns a Recipe with ``layers.<i>.channels`` [Hkv, D] int32, best first. Raises FarspanError for an unknown ranking or a
-    text that is too short to rank on (under 64 tokens).
+    Returns a Recipe with ``layers.<i>.channels`` [Hkv, D] int32, best first. Raises FarspanError for an
+    unknown ranking or a text that is too short to rank on (under 64 tokens).
     """
     if method != "double_sparsity":
         raise FarspanError(f"Only double_sparsity is calibrated; got {method!r}.")

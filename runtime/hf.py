@@ -1,7 +1,7 @@
 """The only file that touches transformers' internals: interfaces, masks, cache classes, hooks.
 
-Nothing here happens on import. ``install`` changes a model and returns the list of undo steps; what cannot be served is
-refused by ``inspect_model`` before anything is changed. Checked on transformers 5.21 to 5.23.
+Nothing here happens on import. ``install`` changes a model and returns the list of undo steps; what cannot be
+served is refused by ``inspect_model`` before anything is changed. Checked on transformers 5.21 to 5.23.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_a
 _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
 
 
-# --- what transformers calls ---------------------------------------------------------------------------------------
+# --- what transformers calls --------------------------------------------------------------------------------
 
 
 def _attention_forward(
@@ -55,7 +56,8 @@ def _attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, Tq, D], key and value [B, Hkv, Tk, D] after RoPE and cache."""
+    """transformers' attention function: query [B, H, Tq, D], key and value [B, Hkv, Tk, D] after RoPE and
+    cache."""
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise FarspanError(
@@ -88,14 +90,16 @@ def _padding_mask(
     """
     if mask_function is not causal_mask_function and not _is_sliding(mask_function):
         raise FarspanError(
-            "This call wants a mask beyond causal attention, a sliding window and left padding (packed sequences, a "
+            "This call wants a mask beyond causal attention, a sliding window and left padding (packed "
+            "sequences, a "
             "bidirectional prefix or image tokens), which farspan does not serve."
         )
     return None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
 def _is_sliding(mask_function: Callable[..., Any]) -> bool:
-    """Whether this is transformers' sliding_window_causal_mask_function(w): an and of a window and causality, no more."""
+    """Whether this is transformers' sliding_window_causal_mask_function(w): an and of a window and causality,
+    no more."""
     parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     pair = next((p for p in parts if isinstance(p, tuple)), ())
     names = {getattr(p, "__qualname__", "").split(".")[0] for p in pair}
@@ -112,7 +116,7 @@ def _register() -> None:
         AttentionMaskInterface.register(NAME, _padding_mask)
 
 
-# --- storage under every call ----------------------------------------------------------------------------------------
+# --- storage under every call -------------------------------------------------------------------------------
 
 
 class KVStoreLayer(DynamicLayer):
@@ -124,7 +128,7 @@ class KVStoreLayer(DynamicLayer):
 
     # transformers reads and sets these as plain attributes
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         return self.store.keys
 
     @keys.setter
@@ -132,7 +136,7 @@ class KVStoreLayer(DynamicLayer):
         self._assign(value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return self.store.values
 
     @values.setter
@@ -140,7 +144,7 @@ class KVStoreLayer(DynamicLayer):
         self._assign(value)
 
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    def is_initialized(self) -> bool:
         return self.store.keys is not None
 
     @is_initialized.setter
@@ -232,7 +236,8 @@ def adopt_cache(cache: Cache) -> None:
     if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise FarspanError(
-            f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or DynamicCache(config=...)."
+            f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or "
+            "DynamicCache(config=...)."
         )
     if replicated not in (None, DynamicLayer, KVStoreLayer):
         raise _wrong_cache(cache, replicated)
@@ -264,11 +269,12 @@ def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:
 
 def _wrong_cache(cache: Cache, layer: type) -> FarspanError:
     return FarspanError(
-        f"farspan cannot serve a {type(cache).__name__} of {layer.__name__}s: pass no cache, or DynamicCache(config=model.config)."
+        f"farspan cannot serve a {type(cache).__name__} of {layer.__name__}s: pass no cache, or "
+        "DynamicCache(config=model.config)."
     )
 
 
-# --- which models can be served ----------------------------------------------------------------------------------------
+# --- which models can be served -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -314,7 +320,7 @@ def inspect_model(model: Any) -> ModelInfo:
             f"farspan cannot patch a {type(model).__name__}",
             ["it patches transformers' causal LMs (a PreTrainedModel)"],
         )
-    decoder = model.get_decoder()
+    decoder = cast(Any, model).get_decoder()
     config = decoder.config
     reasons = []
     if getattr(config, "is_encoder_decoder", False):
@@ -358,7 +364,7 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
 
 
-# --- changing a model, reversibly ----------------------------------------------------------------------------------------
+# --- changing a model, reversibly ---------------------------------------------------------------------------
 
 
 def install(
@@ -369,16 +375,17 @@ def install(
     undo: list[Callable[[], None]] = []
     copies: dict[int, Any] = {}
     copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
-    # Two models built from one config object share it: ours gets a copy, so that no other model is switched over. Modules
-    # around a text backbone hold a config that contains its config, and make its masks by that: copied along.
+    # Two models built from one config object share it: ours gets a copy, so that no other model is switched
+    # over. Modules around a text backbone hold a config that contains its config, and make its masks by
+    # that: copied along.
     for module in model.modules():
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
             module.config = copy.deepcopy(config, copies)
-            undo.append(lambda module=module, config=config: setattr(module, "config", config))
+            undo.append(partial(setattr, module, "config", config))
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
-        undo.append(lambda module=module: delattr(module, ATTRIBUTE))
+        undo.append(partial(delattr, module, ATTRIBUTE))
     if chunk is not None:
         undo.append(_chunk_forward(info.decoder, chunk))
     before = info.decoder.register_forward_pre_hook(
@@ -439,7 +446,8 @@ class _Stores:
 def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
     mask = call.get("attention_mask")
     if isinstance(mask, dict) and FULL in mask:
-        # The outer part of a multimodal model has asked our mask function already; its full mask is the tokens' own.
+        # The outer part of a multimodal model has asked our mask function already; its full mask is the
+        # tokens' own.
         mask = call["attention_mask"] = mask[FULL]
     if mask is None:
         return
@@ -455,7 +463,8 @@ def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
     want = (tokens.shape[0], past + tokens.shape[1])
     if tuple(mask.shape) != want:
         raise FarspanError(
-            f"The attention mask is {list(mask.shape)} where {list(want)} is needed: one entry for each of {past} cached and "
+            f"The attention mask is {list(mask.shape)} where {list(want)} is needed: one entry for each of "
+            f"{past} cached and "
             f"{tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
         )
 
@@ -464,7 +473,8 @@ _ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
 def _can_cut(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call can run in pieces: all its tensors are known to lie along the tokens, and so will its outputs."""
+    """Whether a call can run in pieces: all its tensors are known to lie along the tokens, and so will its
+    outputs."""
     flat = [x for value in kwargs.values() for x in (value if isinstance(value, list | tuple) else [value])]
     known = [kwargs.get(name) for name in (*_ALONG_TOKENS, "attention_mask")]
     foreign = any(isinstance(x, Tensor) and not any(x is y for y in known) for x in flat)
@@ -474,7 +484,8 @@ def _can_cut(config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
-    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no decode step."""
+    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
+    decode step."""
     original, replaced = decoder.forward, "forward" in vars(decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -490,7 +501,7 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         if length - cuts[-1] <= DECODE_ROWS:
             cuts.pop()
         outputs = []
-        for a, b in zip([0, *cuts], [*cuts, length]):
+        for a, b in zip([0, *cuts], [*cuts, length], strict=True):
             part = dict(kwargs)
             for name in _ALONG_TOKENS:
                 if part.get(name) is not None:
@@ -502,7 +513,7 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         output.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], 1)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
-                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs))
+                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs), strict=True)
             )
         return output
 
@@ -521,10 +532,12 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
 def observe(
     module: nn.Module, before_rope: bool, see: Callable[[Tensor, Tensor], None]
 ) -> Callable[[], None]:
-    """Call ``see(q, k)`` with what a patched attention module is given, uncached; with RoPE undone where asked.
+    """Call ``see(q, k)`` with what a patched attention module is given, uncached; with RoPE undone where
+    asked.
 
-    Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on projections miss
-    fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns the undo step.
+    Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
+    projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
+    the undo step.
     """
     layer: Layer = getattr(module, ATTRIBUTE)
     given = inspect.signature(type(module).forward)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-import torch
 from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, attend
@@ -26,32 +25,44 @@ UNEXPECTED = frozenset({NO_CACHE, FOREIGN})
 
 @dataclass
 class Padding:
-    """Where rows begin: ``start`` [B] on the device and ``starts`` on the host, both None where no row is padded."""
+    """Where rows begin: ``start`` [B] on the device and ``starts`` on the host, both None where no row is
+    padded."""
 
     start: Tensor | None = None
     starts: list[int] | None = None
 
 
+class Stores(Protocol):
+    """The stores of the running call, by layer."""
+
+    def __getitem__(self, index: int) -> KVStore | None: ...
+
+
 class Session(threading.local):
-    """What the layers of one patched model share during a forward call; threads may call it at the same time."""
+    """What the layers of one patched model share during a forward call; threads may call it at the same
+    time."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
         self.cached = False  # whether the running call keeps its keys
-        self.stores: list[KVStore | None] | None = None
-        self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by the mask's id: a model has one per kind of layer
+        self.stores: Stores | None = None
+        self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
 
     def padding(self, mask: Tensor | None, batch: int, length: int) -> Padding:
-        """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given it."""
+        """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given
+        it."""
         if mask is None:
             return Padding()
         if mask.dim() != 2:
-            raise FarspanError(f"farspan takes a 2-D attention mask (rows, positions); got a {mask.dim()}-D one.")
+            raise FarspanError(
+                f"farspan takes a 2-D attention mask for left padding; got a {mask.dim()}-D one."
+            )
         if id(mask) not in self._paddings:
             self._paddings[id(mask)] = mask, read_padding(mask)
         if mask.shape != (batch, length):
             raise FarspanError(
-                f"The attention mask covers {list(mask.shape)} (rows, positions), the keys are {[batch, length]}: pass a mask "
+                f"The attention mask covers {list(mask.shape)} (rows, positions), the keys are "
+                f"{[batch, length]}: pass a mask "
                 "with one entry for every token, cached ones included."
             )
         return self._paddings[id(mask)][1]
@@ -69,7 +80,8 @@ def read_padding(mask: Tensor) -> Padding:
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
         row = int((mask[:, 1:] < mask[:, :-1]).any(1).nonzero()[0])
         raise FarspanError(
-            f"The attention mask has zeros after ones in row {row}: farspan serves left padding (tokenizer.padding_side = "
+            f"The attention mask has zeros after ones in row {row}: farspan serves left padding "
+            "(tokenizer.padding_side = "
             "'left'), not right padding or holes."
         )
     start = (~mask).sum(1)
@@ -91,7 +103,7 @@ class Layer:
         self.clear_report()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise FarspanError("A patched model cannot be copied: call remove() first, and patch the copy as well.")
+        raise FarspanError("A patched model cannot be copied: call remove() first, then patch both.")
 
     def clear_report(self) -> None:
         """Start counting anew."""
@@ -144,7 +156,8 @@ class Layer:
             self.phases[phase].add(reads, b * tq, "eager")
             if self.session.strict and reads.reason in UNEXPECTED:
                 raise FarspanError(
-                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention instead: {reads.reason}."
+                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
+                    f"instead: {reads.reason}."
                 )
         if sinks is not None:
             part = add_sinks(part, sinks)

@@ -32,16 +32,18 @@ def patch(
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
-    spec: a method object, ``"name:par=value,..."``, or ``"PREFILL + DECODE"``, two of them, one per phase. One method serves
+    spec: a method object, ``"name:par=value,..."``, or ``"PREFILL + DECODE"``, two of them, one per phase.
+    One method serves
         the phases it has; the other phase is dense. Nothing at all means dense, on farspan's storage.
     prefill, decode: the same by phase, instead of ``spec``.
     layers: other specs for single layers, by number (negative counts from the end).
     strict: raise FarspanError where a layer would silently read everything for want of a cache.
-    prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on long prompts.
-    recipe: a saved calibration, for methods that need one.
+    prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
+    long prompts. recipe: a saved calibration, for methods that need one.
 
-    Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with reasons, before
-    anything is changed) for a model that cannot be served, FarspanError for one that is patched already.
+    Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
+    reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
+    patched already.
     """
     methods = resolve(spec, prefill, decode)
     info = hf.inspect_model(model)
@@ -53,11 +55,12 @@ def patch(
         if kind == hf.SLIDING or i not in info.attention
     }
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
-    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
+    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
         raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
-    if set(info.attention) <= set(untouched) and any(m.name != "dense" for pair in chosen for m in pair):
+    selective = sorted({str(m) for pair in chosen for m in pair if m.name != "dense"})
+    if set(info.attention) <= set(untouched) and selective:
         raise Unsupported(
-            f"farspan cannot run {' + '.join(sorted({str(m) for pair in chosen for m in pair}))} on {type(model).__name__}",
+            f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
     session = Session(strict)
@@ -100,7 +103,8 @@ class Patched:
             layer.clear_report()
 
     def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time."""
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second
+        time."""
         if self._undo is None:
             raise FarspanError("This patch has been removed already.")
         undo, self._undo = self._undo, None
@@ -152,7 +156,7 @@ def _per_layer(
 ) -> list[tuple[AttentionMethod, AttentionMethod]]:
     chosen = [methods] * count
     for index, spec in overrides.items():
-        if not isinstance(index, int) or not -count <= index < count:
+        if type(index) is not int or not -count <= index < count:
             raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {index!r}.")
         chosen[index] = resolve(spec)
         reason = untouched.get(index % count)
@@ -176,7 +180,8 @@ def _bind(
             source = recipe if recipe is not None else getattr(method, "recipe", "") or None
             if source is None:
                 raise FarspanError(
-                    f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method {method.name}' (or "
+                    f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
+                    f"{method.name}' (or "
                     f"farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
                 )
             loaded = source if isinstance(source, Recipe) else Recipe.load(source)

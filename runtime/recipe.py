@@ -21,7 +21,8 @@ FORMAT = 1
 class Recipe:
     """Tensors a method needs for a model, by name: ``layers.<index>.<name>``.
 
-    geometry: the architecture and sizes it was made for. settings: how it was made (text, tokens, ranking, versions).
+    geometry: the architecture and sizes it was made for. settings: how it was made (text, tokens, ranking,
+    versions).
     """
 
     method: str
@@ -30,7 +31,8 @@ class Recipe:
     tensors: Mapping[str, Tensor] = field(repr=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder with recipe.json and recipe.safetensors. Raises FarspanError where it cannot be written."""
+        """Write a folder with recipe.json and recipe.safetensors. Raises FarspanError where it cannot be
+        written."""
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -63,7 +65,8 @@ class Recipe:
         return _load(folder, stamp)
 
     def for_layer(self, method: str, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
-        """``layer`` with this recipe's tensors. Raises FarspanError for another method's or another model's recipe."""
+        """``layer`` with this recipe's tensors. Raises FarspanError for another method's or another model's
+        recipe."""
         if method != self.method:
             raise FarspanError(f"This recipe is for {self.method}, not for {method}.")
         other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}

@@ -14,9 +14,10 @@ from ..attention.method import DECODE, PREFILL
 class PhaseReport:
     """What one layer did in one phase, summed over calls.
 
-    pairs / causal_pairs: (query head, key) pairs read, and those dense attention would read; their ratio is ``density``.
-    kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load; selection_bytes come on top.
-    fallbacks: calls that read every visible key although the method is selective, by reason.
+    pairs / causal_pairs: (query head, key) pairs read, and those dense attention would read; their ratio is
+    ``density``. kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load;
+    selection_bytes come on top. fallbacks: calls that read every visible key although the method is
+    selective, by reason.
     """
 
     method: str
@@ -64,7 +65,8 @@ class Report:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, implementation."""
+        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks,
+        implementation."""
         totals: dict[str, Any] = {}
         for phase in (PREFILL, DECODE):
             done = [layer.phases[phase] for layer in self.layers]
@@ -112,8 +114,10 @@ class Report:
                 )
         totals = self.summary
         lines.append(
-            f"total: {_bytes(totals['kv_bytes_read'])} of K and V for {_bytes(totals['kv_bytes_dense'])} dense, "
-            f"{_bytes(totals['selection_bytes'])} to select; implementation: {totals['implementation'] or 'none ran'}"
+            f"total: {_bytes(totals['kv_bytes_read'])} of K and V for {_bytes(totals['kv_bytes_dense'])} "
+            "dense, "
+            f"{_bytes(totals['selection_bytes'])} to select; implementation: "
+            f"{totals['implementation'] or 'none ran'}"
         )
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_per_worker() -> None:
-    """Workers share the cores: with more threads than cores, each small operation waits for a turn (20 times)."""
+    """Workers share the cores: threads beyond them spin in wait, and everything takes many times longer."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
         import torch

@@ -13,7 +13,8 @@ from ..errors import Unsupported
 def choose(
     op: str, impls: Mapping[str, Callable[..., Any]], impl: str, device: torch.device
 ) -> Callable[..., Any]:
-    """The implementation of ``op`` called ``impl``; "auto" prefers triton on CUDA and eager torch elsewhere."""
+    """The implementation of ``op`` called ``impl``; "auto" prefers triton on CUDA and eager torch
+    elsewhere."""
     if impl == "auto":
         impl = "triton" if device.type == "cuda" and "triton" in impls else "eager"
     if impl not in impls:
@@ -24,7 +25,8 @@ def choose(
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None) -> None:
-    """Refuse shapes that do not belong together: q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv], start [B]."""
+    """Refuse shapes that do not belong together: q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv],
+    start [B]."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {q.dim()}-D, {k.dim()}-D, {v.dim()}-D."
@@ -39,5 +41,6 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start:
         )
     if start is not None and start.shape != (q.shape[0],):
         raise ValueError(
-            f"{op} takes start [B] = [{q.shape[0]}], each row's first valid position; got {list(start.shape)}."
+            f"{op} takes start [B] = [{q.shape[0]}], each row's first valid position; got "
+            f"{list(start.shape)}."
         )

@@ -1,8 +1,9 @@
 """torch's own attention kernels with their log-sum-exp, for equal numbers of query and KV heads.
 
-What the library does best is not rewritten: on the CPU the flash kernel behind ``scaled_dot_product_attention``, on CUDA
-its FlashAttention. Where neither can run (soft-cap, an input that needs gradients, other devices) the same definition is
-computed in float32 over tiles of queries and keys, so that memory stays bounded.
+What the library does best is not rewritten: on the CPU the flash kernel behind
+``scaled_dot_product_attention``, on CUDA its FlashAttention. Where neither can run (soft-cap, an input that
+needs gradients, other devices) the same definition is computed in float32 over tiles of queries and keys, so
+that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is made).
+    """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is
+    made).
 
-    causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, Tk], True = read.
+    causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, Tk], True =
+    read.
     """
     if q.shape[2] == 0 or k.shape[2] == 0:
         return empty_partial(q, v.shape[-1])
@@ -114,7 +117,8 @@ def _tile(
 
 
 def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
-    """[B, H, Tq, D] -> [B, Hkv, G * Tq, D]: the query heads of a group become rows, so that no key is expanded."""
+    """[B, H, Tq, D] -> [B, Hkv, G * Tq, D]: the query heads of a group become rows, so that no key is
+    expanded."""
     b, h, tq, d = q.shape
     return q.reshape(b, num_kv_heads, (h // num_kv_heads) * tq, d)
 

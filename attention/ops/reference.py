@@ -20,8 +20,8 @@ def masked_attention(
 ) -> Partial:
     """Attention of q [B, H, Tq, D] over the pairs that ``mask`` ([B, 1 | Hkv | H, Tq, Tk] bool) allows.
 
-    ``dtype`` is the precision of every step: float32 by default, float64 for float64 inputs and as an oracle. The N x N
-    logits exist here, nowhere else.
+    ``dtype`` is the precision of every step: float32 by default, float64 for float64 inputs and as an oracle.
+    The N x N logits exist here, nowhere else.
     """
     wide = dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
     h, hkv = q.shape[1], k.shape[1]

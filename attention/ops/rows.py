@@ -9,8 +9,9 @@ from torch import Tensor
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x [B, Hkv, T, D] at rows [B, Hkv, R] (positions, 0 <= r < T) -> [B, Hkv, R, D].
 
-    One flat ``index_select`` straight from the storage that x is a view of (about six times faster than ``torch.gather`` on
-    the CPU), which a KV buffer with room to grow allows because its rows are evenly spaced.
+    One flat ``index_select`` straight from the storage that x is a view of (about six times faster than
+    ``torch.gather`` on the CPU), which a KV buffer with room to grow allows because its rows are evenly
+    spaced.
     """
     b, h, t, d = x.shape
     s0, s1, s2, s3 = x.stride()

@@ -20,22 +20,25 @@ from ..share import share_scores
 
 @dataclass(frozen=True, kw_only=True)
 class Recycled(AttentionMethod):
-    """Full attention every ``stride`` steps; between, only the k keys that step attended to most (2411.05787).
+    """Full attention every ``stride`` steps; between, only the k keys that step attended to most
+    (2411.05787).
 
-    Prefill is dense and its last query picks the first set: the top k keys per layer and KV head by that query's attention,
-    combined over the group's heads by ``share``. A recycled step reads the set alone; the new token enters it in place of the
-    lowest-ranked key left, and once all k have been replaced, of the oldest newcomer. A full step reads everything (the full
-    cache holds the generated tokens too) and picks the set anew.
+    Prefill is dense and its last query picks the first set: the top k keys per layer and KV head by that
+    query's attention, combined over the group's heads by ``share``. A recycled step reads the set alone; the
+    new token enters it in place of the lowest-ranked key left, and once all k have been replaced, of the
+    oldest newcomer. A full step reads everything (the full cache holds the generated tokens too) and picks
+    the set anew.
 
-    dynamic=true replaces the stride by the query-similarity schedule: every ``qc`` steps the query is compared with that of
-    the last full step by cosine, and a mean below ``s`` makes the step full; the mean is over the heads of a layer
-    (scope=layer, the paper's) or of a KV head (scope=kv_head), which then refreshes on its own.
+    dynamic=true replaces the stride by the query-similarity schedule: every ``qc`` steps the query is
+    compared with that of the last full step by cosine, and a mean below ``s`` makes the step full; the mean
+    is over the heads of a layer (scope=layer, the paper's) or of a KV head (scope=kv_head), which then
+    refreshes on its own.
 
-    pool=p lets a key count as much as the best of the p positions around it (SnapKV's pooling, 2404.14469), so that what
-    follows an attended key comes along; 1, the default, is the paper's plain top k.
+    pool=p lets a key count as much as the best of the p positions around it (SnapKV's pooling, 2404.14469),
+    so that what follows an attended key comes along; 1, the default, is the paper's plain top k.
 
-    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else. Saves reads, not
-    memory. State per row: set, clock, last full query; a crop makes the next step full.
+    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else. Saves
+    reads, not memory. State per row: set, clock, last full query; a crop makes the next step full.
     """
 
     name: ClassVar[str] = "recycled"
@@ -57,7 +60,9 @@ class Recycled(AttentionMethod):
         require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
         require(self, share=("sum", "max"), scope=("layer", "kv_head"))
         if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
-            raise SpecError(f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}.")
+            raise SpecError(
+                f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}."
+            )
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
@@ -82,7 +87,8 @@ class Recycled(AttentionMethod):
         )
 
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
-        """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B, Hkv] bool."""
+        """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B,
+        Hkv] bool."""
         if "clock" not in keys.state:
             everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
             self._refresh(q, keys, length, everything)

@@ -19,11 +19,12 @@ from ..summary import BlockPool
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTopK(AttentionMethod):
-    """Each block of queries reads the key blocks with the largest q_mean . k_mean, besides the first and its own.
+    """Each block of queries reads the key blocks with the largest q_mean . k_mean, besides the first and its
+    own.
 
-    The selection step that block-sparse prefill methods share in its simplest form (as in 2410.13276, without the learned
-    gate). The budget counts tokens per query block, the first and the own block included: at least these two are read.
-    ``share`` as in double_sparsity. Decode is dense.
+    The selection step that block-sparse prefill methods share in its simplest form (as in 2410.13276, without
+    the learned gate). The budget counts tokens per query block, the first and the own block included: at
+    least these two are read. ``share`` as in double_sparsity. Decode is dense.
     """
 
     name: ClassVar[str] = "block_topk"

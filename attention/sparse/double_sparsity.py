@@ -18,12 +18,14 @@ from ..summary import Channels
 
 @dataclass(frozen=True, kw_only=True)
 class DoubleSparsity(AttentionMethod):
-    """Exact attention over the top-k keys by q_label . k_label on calibrated channels (Double Sparsity, 2408.07092).
+    """Exact attention over the top-k keys by q_label . k_label on calibrated channels (Double Sparsity,
+    2408.07092).
 
-    Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user names. At decode a
-    label cache holds the first D / group_factor ranked channels of every key, per KV head, kept incrementally; labels score
-    all keys, the best k are read exactly. Query heads of a group share one selection by the ``share`` ("sum" or "max") of
-    their estimated attention, or choose each for itself ("none"). Layers below ``dense_layers`` stay dense; prefill is dense.
+    Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user
+    names. At decode a label cache holds the first D / group_factor ranked channels of every key, per KV head,
+    kept incrementally; labels score all keys, the best k are read exactly. Query heads of a group share one
+    selection by the ``share`` ("sum" or "max") of their estimated attention, or choose each for itself
+    ("none"). Layers below ``dense_layers`` stay dense; prefill is dense.
     """
 
     name: ClassVar[str] = "double_sparsity"
@@ -52,7 +54,8 @@ class DoubleSparsity(AttentionMethod):
             return None
         if layer.weights is None or "channels" not in layer.weights:
             raise FarspanError(
-                f"double_sparsity needs a recipe with calibrated channels for layer {layer.index}: make one with "
+                f"double_sparsity needs a recipe with calibrated channels for layer {layer.index}: make one "
+                "with "
                 "'farspan calibrate' and pass recipe=PATH."
             )
         ranking = layer.weights["channels"]  # [Hkv, D], best first

@@ -14,7 +14,8 @@ from ..method import DECODE, PREFILL, AttentionMethod, require
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow(AttentionMethod):
-    """The last w keys and the first ``sinks`` keys of each row: StreamingLLM's pattern (2309.17453) on an unevicted cache.
+    """The last w keys and the first ``sinks`` keys of each row: StreamingLLM's pattern (2309.17453) on an
+    unevicted cache.
 
     Positions are the tokens' own; nothing is evicted, so a later method or a crop finds every key in place.
     """

@@ -18,11 +18,13 @@ from ..summary import BlockPool
 
 @dataclass(frozen=True, kw_only=True)
 class Quest(AttentionMethod):
-    """Exact attention over the pages whose channel-wise min and max promise the largest logits (Quest, 2406.10774).
+    """Exact attention over the pages whose channel-wise min and max promise the largest logits (Quest,
+    2406.10774).
 
-    A page of ``page`` keys keeps min and max per channel; sum over channels of max(q min, q max) bounds every logit in it.
-    The best pages within the budget are read whole; the newest page, still being filled, is scored like the others. Layers
-    below ``dense_layers`` stay dense, prefill is dense. ``share``: as in double_sparsity.
+    A page of ``page`` keys keeps min and max per channel; sum over channels of max(q min, q max) bounds every
+    logit in it. The best pages within the budget are read whole, the query's own page, still being filled,
+    always among them. Layers below ``dense_layers`` stay dense, prefill is dense. ``share``: as in
+    double_sparsity.
     """
 
     name: ClassVar[str] = "quest"
@@ -50,15 +52,15 @@ class Quest(AttentionMethod):
         # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
         signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         logits = scores(signed, bounds, scale=keys.scale)
-        chosen, counts = pick(
-            share_scores(logits, keys.visible(self.page), self.share), pages
-        )  # [B, Hs, Tq, M]
         first = 0 if keys.start is None else keys.start[:, None, None, None]
-        tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(
-            -2
-        ) + first
-        # Pages are in order, so only the last of a row can reach past its query: the tokens to read come first.
         rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
+        ranked = share_scores(logits, keys.visible(self.page), self.share)
+        own = ((rows - first) // self.page).expand(*ranked.shape[:3], 1)
+        chosen, counts = pick(ranked.scatter(3, own, torch.inf), pages)  # [B, Hs, Tq, M]
+        tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
+        tokens = tokens + first
+        # Pages are in order, so only the last of a row can reach past its query: the tokens to read come
+        # first.
         valid = tokens <= rows
         if counts is not None:
             used = torch.arange(chosen.shape[-1], device=q.device) < counts[..., None]

@@ -1,4 +1,4 @@
-"""Fixtures of the laws: a tiny model in float64, recipes for the methods that need one, methods bound to a layer."""
+"""Fixtures of the laws: a tiny model in float64, the recipes that methods need, methods bound to a layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _poisoned_empty_buffers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model(tiny_llama: Callable[..., Any]) -> Any:
-    """A random Llama in float64 (its norms compute in float32), weights large enough that attention is not uniform."""
+    """A random Llama in float64 (norms in float32), its weights so large that attention is peaked."""
     return tiny_llama(initializer_range=0.15).double()
 
 

@@ -1,6 +1,6 @@
-"""Selections written from the methods' definitions, one row and one head at a time, in float64, with Python sets.
+"""Selections written from the methods' definitions, a row and a head at a time, in float64, as Python sets.
 
-Nothing of the package is used here. Queries are lists of heads of one KV head's group; ties go to the lowest position.
+Nothing of the package is used here. Queries are those of one KV head's group; ties go to the lowest position.
 """
 
 from __future__ import annotations
@@ -34,17 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, read: set[int], scale: float) -> 
     return softmax(k[places].double() @ q.double() * scale) @ v[places].double()
 
 
-def near_the_cut(scores: Tensor, count: int, got: set[int], want: set[int], tolerance: float = 1e-9) -> bool:
-    """Whether two selections of ``count`` differ only in entries that score within rounding of the cut."""
-    cut = scores[best(scores, count)[-1]]
-    return len(got) == len(want) and all(abs(scores[i] - cut) <= tolerance * (1 + abs(cut)) for i in got ^ want)
-
-
 @dataclasses.dataclass
 class RecycledRow:
-    """Recycled Attention (2411.05787) for one row: full set and small set, step by step, every KV head by itself.
+    """Recycled Attention (2411.05787) for one row: its sets, step by step, every KV head by itself.
 
-    ``ranked``: what is left of the last full step's top k, best first; ``newcomers``: the tokens since, oldest first.
+    ranked: what is left of the last full step's top k, best first; newcomers: the tokens since, oldest first.
     """
 
     k: int
@@ -54,6 +48,7 @@ class RecycledRow:
     s: float
     share: str
     scope: str
+    pool: int
     scale: float
     heads: int  # KV heads
 
@@ -113,28 +108,35 @@ class RecycledRow:
         if self.scope == "layer":
             similar = [sum(similar) / self.heads] * self.heads
         return [
-            clock % self.qc == 0 and value < self.s
-            for clock, value in zip(self.since, similar, strict=True)
+            clock % self.qc == 0 and value < self.s for clock, value in zip(self.since, similar, strict=True)
         ]
 
     def _rebuild(self, head: int, q: Tensor, keys: Tensor) -> None:
         scores = combined(q[head].double() @ keys[head].double().T * self.scale, self.share)
-        self.ranked[head], self.newcomers[head] = best(scores, self.k), []
+        half = self.pool // 2
+        near = torch.stack([scores[max(0, i - half) : i + half + 1].max() for i in range(len(scores))])
+        self.ranked[head], self.newcomers[head] = best(near, self.k), []
         self.since[head], self.last_q[head] = 0, q[head].double().clone()
 
 
 def quest(q: Tensor, k: Tensor, *, size: int, page: int, share: str, scale: float) -> list[set[int]]:
-    """Quest (2406.10774): q [G, D] over one head's keys k [n, D] -> what each query head reads."""
+    """Quest (2406.10774): q [G, D] over one head's keys k [n, D] -> what each query head reads.
+
+    The page being filled is always read; the others are ranked by their bounds, shared as softmax over them.
+    """
     n = k.shape[0]
     if size >= n:
         return [set(range(n))] * len(q)
     pages = [list(range(a, min(a + page, n))) for a in range(0, n, page)]
-    low = torch.stack([k[p].double().amin(0) for p in pages])
-    high = torch.stack([k[p].double().amax(0) for p in pages])
-    bounds = torch.stack([torch.maximum(head.double() * low, head.double() * high).sum(-1) for head in q]) * scale
-    count = max(1, size // page)
+    own, others = pages[-1], pages[:-1]
+    count = max(1, size // page) - 1
+    if count == 0:
+        return [set(own)] * len(q)
+    low = torch.stack([k[p].double().amin(0) for p in others])
+    high = torch.stack([k[p].double().amax(0) for p in others])
+    bounds = torch.stack([torch.maximum(x * low, x * high).sum(-1) for x in q.double()]) * scale
     per_head = list(bounds) if share == "none" else [combined(bounds, share)] * len(q)
-    return [{i for p in best(scores, count) for i in pages[p]} for scores in per_head]
+    return [{*own, *(i for p in best(scores, count) for i in others[p])} for scores in per_head]
 
 
 def double_sparsity(
@@ -152,10 +154,10 @@ def block_topk(
     q: Tensor, k: Tensor, *, past: int, block: int, k_tokens: int | None, fraction: float | None,
     share: str, scale: float,
 ) -> list[list[set[int]]]:  # fmt: skip
-    """Mean-pooled blocks: q [G, Tq, D], k [n, D] -> the key blocks that each query head reads, per query block.
+    """Mean-pooled blocks: q [G, Tq, D], k [n, D] -> the key blocks each query head reads, per query block.
 
-    A query block reads the first key block, those it lies in itself, and the best of the others up to the budget. Scores
-    are shared over the heads as softmax over the key blocks before its own.
+    A query block reads the first key block, those it lies in itself, and the best of the others up to the
+    budget. Scores are shared over the heads as softmax over the key blocks before its own.
     """
     n, result = k.shape[0], []
     means = torch.stack([k[a : a + block].double().mean(0) for a in range(0, n, block)])

@@ -12,7 +12,17 @@ from farspan.attention.index import causal_mask
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.partial import Partial
 
-from .tools import Data, Stream, assert_same, decode_cuts, every_method, lookahead, recorded, replayed, selective
+from .tools import (
+    Data,
+    Stream,
+    assert_same,
+    decode_cuts,
+    every_method,
+    lookahead,
+    recorded,
+    replayed,
+    selective,
+)
 
 N = 150
 
@@ -55,7 +65,7 @@ def test_with_the_index_fixed_later_keys_change_nothing(bound: AttentionMethod) 
             changed.k[:, :, change:] = other.k[:, :, change:]
             changed.v[:, :, change:] = other.v[:, :, change:]
             if seen:
-                with replayed(bound, seen, gathered=False):
+                with replayed(bound, seen):
                     got = Stream(bound, changed).run(cuts)
             else:
                 got = Stream(bound, changed).run(cuts)
@@ -72,9 +82,14 @@ def test_prefill_selection_looks_no_further_than_declared(bound: AttentionMethod
         data, other = Data.random(N, seed=seed), Data.random(N, seed=seed + 100)
         other.k *= 4
         want = Stream(bound, data).run(cuts)
-        for change in (50, 69, 85, 101, 149):  # 69, 85, 101: where a query block of 16 begins after the cut at 37
-            changed = Data(*(torch.cat([a[:, :, :change], b[:, :, change:]], 2) for a, b in _pairs(data, other)))
-            got = Stream(bound, changed).run(cuts)
+        for change in (
+            50,
+            69,
+            85,
+            101,
+            149,
+        ):  # 69, 85, 101: a query block of 16 begins there after a cut at 37
+            got = Stream(bound, _changed(data, other, change)).run(cuts)
             assert_same(_rows(got, 0, change - far), _rows(want, 0, change - far))
 
 
@@ -86,8 +101,8 @@ def test_decode_selection_looks_at_nothing_later(bound: AttentionMethod) -> None
         cuts = [*decode_cuts(prompt, 3), prompt + 3 + 13]
         want = Stream(bound, data).run(cuts)
         for change in range(prompt + 4, prompt + 16):
-            changed = Data(*(torch.cat([a[:, :, :change], b[:, :, change:]], 2) for a, b in _pairs(data, other)))
-            assert_same(_rows(Stream(bound, changed).run(cuts), 0, change), _rows(want, 0, change))
+            got = Stream(bound, _changed(data, other, change)).run(cuts)
+            assert_same(_rows(got, 0, change), _rows(want, 0, change))
 
 
 @every_method(DECODE)
@@ -130,5 +145,7 @@ def _rows(part: Partial, a: int, b: int) -> Partial:
     return Partial(part.out[:, :, a:b], part.lse[:, :, a:b])
 
 
-def _pairs(a: Data, b: Data) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(a.q, b.q), (a.k, b.k), (a.v, b.v)]
+def _changed(data: Data, other: Data, change: int) -> Data:
+    """``data`` before position ``change``, ``other`` from there on."""
+    both = ((data.q, other.q), (data.k, other.k), (data.v, other.v))
+    return Data(*(torch.cat([a[:, :, :change], b[:, :, change:]], 2) for a, b in both))

@@ -1,4 +1,4 @@
-"""Law 3: prefill in aligned chunks is prefill whole; other cuts are the method's definition given the same cuts."""
+"""Law 3: prefill in aligned chunks is prefill whole; other cuts give the definition on those cuts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_aligned_chunks_equal_the_whole(bound: AttentionMethod) -> None:
 def test_any_cuts_equal_the_definition(
     bound: AttentionMethod, cuts: list[int], starts: list[int] | None
 ) -> None:
-    """Fast operations and kept summaries against the references and summaries made anew at each call, in float64."""
+    """Fast operations and kept summaries against references and summaries made anew, in float64."""
     data = Data.random(N, starts)
     assert_same(Stream(bound, data).run(cuts), Stream(bound, data, impl="reference", fresh=True).run(cuts))
 
@@ -47,7 +47,7 @@ def test_any_cuts_equal_the_definition(
 def test_model_with_prefill_chunk(
     model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int
 ) -> None:
-    """prefill_chunk= is rounded up to the granule, so generate gives what it gives whole; the report counts the same."""
+    """prefill_chunk= is rounded up to the granule: generate gives and counts what it does whole."""
     ids = torch.randint(3, 128, (1, 190), generator=torch.Generator().manual_seed(0))
     how = {
         "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
@@ -66,7 +66,7 @@ def test_model_with_prefill_chunk(
 
 
 @every_method()
-def test_model_fed_in_chunks_by_hand(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
+def test_model_fed_by_hand(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
     ids = torch.randint(3, 128, (1, 190), generator=torch.Generator().manual_seed(0))
     with patched(method), torch.no_grad():
         whole = model(ids, use_cache=True)

@@ -26,7 +26,7 @@ def test_attend(bound: AttentionMethod, dtype: torch.dtype, starts: list[int] | 
     for inputs in (data, data.to(torch.float64)):
         stream = Stream(bound, inputs, impl="reference")
         if seen:
-            with replayed(bound, seen, gathered=False):
+            with replayed(bound, seen):
                 results.append(stream.run(CUTS))
         else:
             results.append(stream.run(CUTS))

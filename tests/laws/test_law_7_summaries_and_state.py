@@ -1,4 +1,4 @@
-"""Law 7: what is kept beside the keys equals what would be made anew, and follows the rows wherever they go."""
+"""Law 7: what is kept beside the keys equals what would be made anew, and follows the rows where they go."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import farspan
 from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, AttentionMethod
 from farspan.attention.summary import Summaries, Summary
@@ -24,8 +26,8 @@ def summaries_checked() -> Iterator[list[int]]:
     """Every summary that a method asks for is compared with one made from scratch; counts the comparisons."""
     checked = [0]
 
-    def checking(original: Callable[[Keys, Summary], torch.Tensor]) -> Callable[[Keys, Summary], torch.Tensor]:
-        def summary(self: Keys, wanted: Summary) -> torch.Tensor:
+    def checking(original: Callable[[Keys, Summary], Tensor]) -> Callable[[Keys, Summary], Tensor]:
+        def summary(self: Keys, wanted: Summary) -> Tensor:
             entries = original(self, wanted)
             anew = Summaries().get(wanted, self.k, self.start)
             for b in range(self.k.shape[0]):
@@ -110,7 +112,7 @@ def test_summaries_in_generate(model: Any, patched: Callable[..., Any], method: 
 def test_assisted_decoding_gives_the_method_s_own_greedy_tokens(
     model: Any, patched: Callable[..., Any], method: AttentionMethod
 ) -> None:
-    """Candidates are checked many at once and cropped; where a method has no state, tokens are those of plain greedy."""
+    """Candidates are checked at once and cropped; without state over time, tokens are plain greedy's."""
     if method.name == "recycled":
         pytest.skip("a crop makes its next step full, so its tokens may differ by design")
     ids = Feed(model).ids[:1, :PROMPT].repeat(1, 2)
@@ -211,3 +213,16 @@ def test_a_reset_cache_is_new(model: Any, patched: Callable[..., Any], method: A
         again.cache.reset()
         again.ids, again.mask, again.length = feed.ids, feed.mask, 0
         assert close(torch.cat([again(PROMPT), again.steps(STEPS)], 1), want)
+
+
+def test_another_mask_drops_what_was_made_for_the_old_one(model: Any, patched: Callable[..., Any]) -> None:
+    """The same cache, then a mask that hides more of a row: pages are counted anew from its new start."""
+    quest = farspan.parse_method("quest:k=24,page=8,dense_layers=0")
+    with patched(quest), summaries_checked() as checked:
+        feed = Feed(model)
+        feed(PROMPT)
+        feed.steps(2)
+        feed.mask = feed.mask.clone()
+        feed.mask[1, :30] = 0
+        feed.steps(2)
+        assert checked[0] == 8, "two layers, four steps"

@@ -78,7 +78,10 @@ def test_the_report_of_a_model(model: Any, patched: Callable[..., Any], method: 
         report = patch.report()
     layers = model.config.num_hidden_layers
     lengths = (120, 79)
-    causal = {PREFILL: sum(n * (n + 1) // 2 for n in lengths), DECODE: sum(n + i for n in lengths for i in range(1, 9))}
+    causal = {
+        PREFILL: sum(n * (n + 1) // 2 for n in lengths),
+        DECODE: sum(n + i for n in lengths for i in range(1, 9)),
+    }
     for phase in (PREFILL, DECODE):
         read = pairs([s for s in seen if s.phase == phase])
         assert sum(layer.phases[phase].pairs for layer in report.layers) == read
@@ -111,7 +114,7 @@ def test_poison_where_the_index_does_not_point(
         for inputs in (data, _poisoned(data, read)):
             one = Stream(served, inputs, impl=impl)
             one.length = a
-            with replayed(served, selections, gathered=False):
+            with replayed(served, selections):
                 results.append(one.call(b))
         clean, got = results
         assert torch.equal(got.lse, clean.lse)

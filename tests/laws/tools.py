@@ -1,4 +1,4 @@
-"""What the laws need of any method: parameter sets, random streams of q, k, v, and a record of every selection."""
+"""What the laws need of any method: parameter sets, random streams of q, k, v, a record of its selections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from farspan.attention.summary import Summaries
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
 
-# Parameters that make a method sparse at test lengths (some 60 to 250 keys). A method that is not here gets SMALL.
+# Parameters that make a method sparse at test lengths (60 to 250 keys). A method that is not here gets SMALL.
 SPARSE: dict[str, list[dict[str, Any]]] = {
     "dense": [{}],
     "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
@@ -42,7 +42,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     ],
     "recycled": [
         {"k": 24, "stride": 4},
-        {"k": 6, "stride": 100, "share": "max"},
+        {"k": 6, "stride": 100, "share": "max", "pool": 3},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2, "scope": "kv_head"},
     ],
@@ -65,7 +65,8 @@ def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
-        settings += [settings[-1] | more for more in [_takes(cls, {"page": 8}), _takes(cls, {"block": 8})] if more]
+        small = _takes(cls, {"page": 8, "block": 8})
+        settings += [settings[-1] | small] if small else []
     return settings
 
 
@@ -79,7 +80,7 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
 
 
 def every_method(phase: str | None = None) -> Any:
-    """Parametrise ``method`` over every registered method (that has ``phase``) at budgets that leave something out."""
+    """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out."""
     return pytest.mark.parametrize("method", _cases(sparse_settings, phase))
 
 
@@ -99,12 +100,12 @@ def lookahead(method: AttentionMethod) -> int | None:
     return int(eval(method.lookahead, {"__builtins__": {}}, values))
 
 
-# --- attention level --------------------------------------------------------------------------------------------------
+# --- attention level --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Data:
-    """q [B, H, N, D], k, v [B, Hkv, N, D] and where each row begins; padding holds what a model would leave there."""
+    """q [B, H, N, D], k, v [B, Hkv, N, D] and where each row begins; padding holds numbers like the rest."""
 
     q: Tensor
     k: Tensor
@@ -112,7 +113,9 @@ class Data:
     starts: list[int] | None = None
 
     @staticmethod
-    def random(n: int, starts: list[int] | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Data:
+    def random(
+        n: int, starts: list[int] | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> Data:
         generator = torch.Generator().manual_seed(seed)
         b = len(starts) if starts else 1
         # Neighbouring queries resemble each other, as in a model: half of each is a slow walk.
@@ -133,7 +136,9 @@ class Data:
 class Stream:
     """One layer's attention called again and again on growing keys, as a patched layer does it."""
 
-    def __init__(self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False) -> None:
+    def __init__(
+        self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False
+    ) -> None:
         self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
         self.state: dict[str, Tensor] = {}
         self.summaries = Summaries()
@@ -224,20 +229,19 @@ def _kept(index: Any) -> Any:
     """A copy that later steps, which update a method's state in place, cannot change."""
     if not isinstance(index, TokenIndex):
         return index
-    beside = None if index.gathered is None else tuple(x.clone() for x in index.gathered)
-    return dataclasses.replace(index, tokens=index.tokens.clone(), gathered=beside)
+    return dataclasses.replace(index, tokens=index.tokens.clone())
 
 
 @contextmanager
-def replayed(method: AttentionMethod, selections: list[Selection], *, gathered: bool = True) -> Iterator[None]:
-    """Answer with these selections, in order, whatever the keys are."""
+def replayed(method: AttentionMethod, selections: list[Selection]) -> Iterator[None]:
+    """Answer with these selections, in order, whatever the keys are; rows are read in place."""
     left = iter(selections)
 
     def select(self: AttentionMethod, q: Tensor, keys: Keys) -> Any:
         selection = next(left)
         assert (selection.tq, selection.tk) == (q.shape[2], keys.length)
         index = selection.index
-        if isinstance(index, TokenIndex) and not gathered:
+        if isinstance(index, TokenIndex):
             index = dataclasses.replace(index, gathered=None)
         return index
 

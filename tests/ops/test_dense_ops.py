@@ -69,18 +69,16 @@ def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], dtype: t
 def test_padding_is_never_read(op: Callable[..., Any], case: tuple[Any, ...], impl: str) -> None:
     b, h, hkv, tq, tk, d, window, softcap, starts = case
     q, k, v = make_qkv(b, h, hkv, tq, tk, d, starts=starts)
-    how = {"scale": d**-0.5, "softcap": softcap, "window": window, "start": torch.tensor(starts), "impl": impl}
-    clean = op(q, k.nan_to_num(), v.nan_to_num(), **how)
-    poisoned = op(q, k, v, **how)
+    how = {"scale": d**-0.5, "softcap": softcap, "window": window, "start": torch.tensor(starts)}
+    clean = op(q, k.nan_to_num(), v.nan_to_num(), impl=impl, **how)
+    poisoned = op(q, k, v, impl=impl, **how)
     assert torch.equal(poisoned.out, clean.out)
     assert torch.equal(poisoned.lse, clean.lse)
 
 
-@pytest.mark.parametrize(("op", "case"), OPS, ids=_name)
+@pytest.mark.parametrize(("op", "case"), [o for o in OPS if o[1][4] <= 500 and o[1][5] <= 80], ids=_name)
 def test_gradients_are_those_of_the_definition(op: Callable[..., Any], case: tuple[Any, ...]) -> None:
     b, h, hkv, tq, tk, d, window, softcap, starts = case
-    if tk > 500 or d > 80:
-        pytest.skip("the same path as the smaller cases")
     leaves = [x.double() for x in make_qkv(b, h, hkv, tq, tk, d, roomy=False)]
     how = {"scale": d**-0.5, "softcap": softcap}
     mask = brute_mask(tq, tk, starts or [0] * b, window=window)
@@ -99,16 +97,14 @@ def test_gradients_are_those_of_the_definition(op: Callable[..., Any], case: tup
 
 @pytest.mark.parametrize("op", [flash, decode])
 def test_gradients_in_float32_reach_every_input(op: Callable[..., Any]) -> None:
-    """Under autograd the library kernel is not used: its lse has no gradient, so dq and dk would be silently wrong."""
+    """The library kernel's lse has no gradient: used under autograd, dq and dk would be silently wrong."""
     leaves = make_qkv(1, 4, 2, 8, 40, 16, roomy=False)
     mask = brute_mask(8, 40, [0])
 
     def grads(run: Callable[..., Any], dtype: torch.dtype) -> list[torch.Tensor]:
         leaf = [x.to(dtype).clone().requires_grad_() for x in leaves]
         part = run(*leaf)
-        return [
-            g.double() for g in torch.autograd.grad(part.out.square().sum() + part.lse.sin().sum(), leaf)
-        ]
+        return [g.double() for g in torch.autograd.grad(part.out.square().sum() + part.lse.sin().sum(), leaf)]
 
     got = grads(lambda q, k, v: op(q, k, v, scale=0.25), torch.float32)
     assert_grads_equal(got, grads(lambda q, k, v: oracle(q, k, v, mask, scale=0.25), torch.float64), 1e-5)
@@ -151,7 +147,7 @@ def test_bad_shapes_are_refused_in_a_sentence(op: Callable[..., Any]) -> None:
             op(*bad, scale=1.0)
     with pytest.raises(ValueError, match=r"start \[B\] = \[2\].*got \[1\]"):
         op(q, k, v, scale=1.0, start=torch.tensor([0]))
-    with pytest.raises(Unsupported, match="has no implementation 'nonsense': it has eager, reference and auto"):
+    with pytest.raises(Unsupported, match="no implementation 'nonsense': it has eager, reference and auto"):
         op(q, k, v, scale=1.0, impl="nonsense")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def _cut(mask: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
     """The mask cut into disjoint key sets at ``cuts``."""
     cols = torch.arange(mask.shape[-1])
     edges = [0, *cuts, mask.shape[-1]]
-    return [mask & (cols >= a) & (cols < b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [mask & (cols >= a) & (cols < b) for a, b in pairwise(edges)]
 
 
 @pytest.mark.parametrize("cuts", [[20], [0, 20, 20, 63], [1, 2, 3, 40]])
@@ -90,7 +92,7 @@ def test_the_same_parts_give_bit_equal_results() -> None:
 
 
 def test_gradients_are_those_of_the_whole_softmax() -> None:
-    """dq, dk, dv through merge, out and lse both used, with rows that are empty in one part and rows empty in all."""
+    """dq, dk, dv through merge, by out and by lse, with rows empty in one part and rows empty in all."""
     leaves = [x.double() for x in make_qkv(2, 4, 2, 20, 40, 8, roomy=False)]
     mask = brute_mask(20, 40, [0, 33])
     weight = torch.randn(2, 4, 20, 8, dtype=torch.float64)

@@ -18,7 +18,7 @@ IMPLS = ["reference", "eager"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tk", "d"), [(63, 16), (500, 80), (1021, 128), (20000, 64)])
 def test_scores(tk: int, d: int, dtype: torch.dtype) -> None:
-    """float32 all the way for 16-bit inputs: the error is that of summing d products, never a rounding to bf16."""
+    """float32 all the way for 16-bit inputs: the error of summing d products, never a rounding to bf16."""
     q, k, _ = make_qkv(2, 4, 2, 3, tk, d, dtype=dtype)
     truth = torch.einsum("bngtd,bnkd->bngtk", q.double().view(2, 2, 2, 3, d), k.double()) * 0.3
     errors = {}

@@ -1,4 +1,4 @@
-"""gather_decode and block_sparse: reference and eager against a float64 oracle (law 5), poison, gradients, refusals."""
+"""gather_decode and block_sparse: reference and eager against a float64 oracle (law 5), poison, gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def poison(x: torch.Tensor, mask: torch.Tensor) -> None:
     x[~read] = torch.nan
 
 
-def random_tokens(
-    b: int, hs: int, tq: int, tk: int, n: int, *, ragged: bool, seed: int = 0
-) -> TokenIndex:
+def random_tokens(b: int, hs: int, tq: int, tk: int, n: int, *, ragged: bool, seed: int = 0) -> TokenIndex:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.rand(b, hs, tq, tk, generator=generator).topk(n, -1).indices.sort(-1).values
     if not ragged:

@@ -1,4 +1,4 @@
-"""Shared by the tests of operations: an oracle written apart from the package, random inputs, and law 5's bound."""
+"""Shared by the tests of operations: an oracle apart from the package, random inputs, law 5's bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farspan.attention.partial import Partial
 def oracle(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None
 ) -> Partial:
-    """softmax(scale q k^T) v in float64 over the pairs of ``mask`` [B, 1 | Hkv | H, Tq, Tk]; differentiable."""
+    """softmax(scale q k^T) v in float64 over the pairs of mask [B, 1 | Hkv | H, Tq, Tk]; differentiable."""
     h = q.shape[1]
     mask = mask.repeat_interleave(h // mask.shape[1], 1)
     key, value = (x.double().repeat_interleave(h // k.shape[1], 1) for x in (k, v))
@@ -28,9 +28,7 @@ def oracle(
     return Partial(torch.einsum("bhqk,bhkd->bhqd", weights, value), lse)
 
 
-def brute_mask(
-    tq: int, tk: int, starts: list[int], *, window: int | None = None, sinks: int = 0
-) -> Tensor:
+def brute_mask(tq: int, tk: int, starts: list[int], *, window: int | None = None, sinks: int = 0) -> Tensor:
     """[B, 1, Tq, Tk], pair by pair: start <= j <= position, and within the window or among the sinks."""
     mask = torch.zeros(len(starts), 1, tq, tk, dtype=torch.bool)
     for b, first in enumerate(starts):
@@ -55,7 +53,7 @@ def make_qkv(
     roomy: bool = True,
     starts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v. roomy: k and v are views of a larger buffer whose other rows are NaN; so is left padding."""
+    """Random q, k, v. roomy: k, v view a larger buffer whose other rows are NaN. starts: so is padding."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(b, h, tq, d, generator=generator).to(dtype)
     pair = []
@@ -82,8 +80,8 @@ def assert_reference(got: Partial, truth: Partial) -> None:
 def assert_law_5(got: Partial, same_dtype: Partial, truth: Partial) -> None:
     """error(got) <= 2 x error(the same-dtype reference), both against float64, plus a rounding or two.
 
-    An error of the lse is a relative error of the weights. The library's 16-bit kernel is allowed 1/32 of a rounding there:
-    it takes exponentials to 20 bits (about 6e-5 was measured).
+    An error of the lse is a relative error of the weights. The library's 16-bit kernel is allowed 1/32 of a
+    rounding there: it takes exponentials to 20 bits (about 6e-5 was measured).
     """
     empty = _assert_empty_rows_agree(got, truth)
     dtype = same_dtype.out.dtype

@@ -1,4 +1,4 @@
-"""Lets this folder's test files import `small_models` (pytest's importlib mode puts no folder on the path)."""
+"""Lets this folder's tests import `small_models` (pytest's importlib mode puts no folder on the path)."""
 
 from __future__ import annotations
 

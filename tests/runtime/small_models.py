@@ -127,7 +127,7 @@ def logits(model: Any, inputs: Tensor | dict[str, Tensor], **how: Any) -> Tensor
 
 
 def close(a: Tensor, b: Tensor, mask: Tensor | None = None) -> bool:
-    """Equal within fp32 rounding of a few small layers; positions that ``mask`` [batch, T] zeroes are left out."""
+    """Equal within fp32 rounding of a few layers; positions that ``mask`` [batch, T] zeroes are left out."""
     wrong = (a - b).abs().amax(-1)
     wrong = wrong if mask is None else wrong[mask.bool()]
     return bool(wrong.max() <= 2e-5 * b.abs().max())

@@ -1,4 +1,4 @@
-"""Every architecture against its own unpatched self: dense is exact, methods serve full attention and nothing else."""
+"""Every architecture against its own unpatched self: dense is exact, methods serve full attention only."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_small_budget_reads_less_where_it_serves(name):
 
 @pytest.mark.parametrize("name", SELECTIVE)
 def test_window_is_the_models_own_attention_under_that_mask(name):
-    """The unpatched model under a 4-D mask of the same pattern is the oracle: scale, soft-cap and sinks included."""
+    """The unpatched model under a 4-D mask of that pattern is the oracle: scale, soft-cap, sinks included."""
     model, length = shared(name), LONG
     spec = Window(size=12, sinks=2)
 

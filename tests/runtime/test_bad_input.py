@@ -16,22 +16,22 @@ from farspan.attention.sparse.quest import Quest
 
 
 def refused(kind, do, *says, model=None):
-    """``do()`` raises ``kind`` with a one-line sentence holding every regular expression of ``says``; nothing changed."""
+    """``do(model)`` raises ``kind``, one sentence that each of ``says`` matches, and changes nothing."""
     model = shared("llama") if model is None else model
     before = snapshot(model)
     with pytest.raises(kind) as error:
-        do(model)
+        done = do(model)
+        if isinstance(done, farspan.Patched):  # wrongly taken: leave the model as it was for the next test
+            done.remove()
     text = str(error.value)
-    assert (
-        "\n" not in text and text.endswith((".", ")")) and text[0].isupper() + text.startswith("farspan")
-    ), text
+    assert "\n" not in text and text.endswith("."), text
     for pattern in says:
         assert re.search(pattern, text), (pattern, text)
     assert snapshot(model) == before
     return text
 
 
-# --- specs -----------------------------------------------------------------------------------------------------------------
+# --- specs ------------------------------------------------------------------------------------------------
 
 SPECS = {
     "recyled:k=512": ["no method 'recyled'", "did you mean 'recycled'"],
@@ -44,8 +44,8 @@ SPECS = {
     "quest:budget=3": ["quest has no parameter 'budget'", "it takes k"],
     "dense:k=3": ["dense has no parameter 'k'", "it takes none"],
     "double_sparsity:channels=3": ["no parameter 'channels'"],
-    "quest:k=0": ["quest takes k at least 1", "got 0"],
-    "quest:k=-5": ["quest takes k at least 1", "got -5"],
+    "quest:k=0": ["quest takes k .*at least 1", "got 0"],
+    "quest:k=-5": ["quest takes k .*at least 1", "got -5"],
     "quest:k=many": ["quest takes a whole number for k", "got 'many'"],
     "quest:k=12.5": ["quest takes a whole number for k", "got '12.5'"],
     "quest:k=nan": ["a whole number for k", "got 'nan'"],
@@ -56,14 +56,14 @@ SPECS = {
     "quest:k=none,fraction=1.5": ["fraction from .* to 1", "got 1.5"],
     "quest:k=none,fraction=nan": ["fraction from", "got nan"],
     "quest:k=4,k=5": ["parameter k twice"],
-    "quest:page=0": ["page at least 1", "got 0"],
-    "window:w=0": ["window takes w at least 1", "got 0"],
-    "window:sinks=-1": ["window takes sinks at least 0", "got -1"],
-    "recycled:stride=0": ["stride at least 1"],
+    "quest:page=0": ["page .*at least 1", "got 0"],
+    "window:w=0": ["window takes w .*at least 1", "got 0"],
+    "window:sinks=-1": ["window takes sinks .*at least 0", "got -1"],
+    "recycled:stride=0": ["stride .*at least 1"],
     "recycled:dynamic=perhaps": ["true or false for dynamic", "got 'perhaps'"],
     "recycled:s=2": ["recycled takes s from -1.0 to 1.0", "got 2.0"],
     "recycled:share=mean": ["share = sum or max", "got 'mean'"],
-    "block_topk:block=0": ["block at least 1"],
+    "block_topk:block=0": ["block .*at least 1"],
     "dense + dense + dense": ["one prefill and one decode"],
     "quest + dense": ["quest has no prefill", "it serves decode"],
     "dense + block_topk": ["block_topk has no decode", "it serves prefill"],
@@ -98,7 +98,7 @@ def test_specs_given_twice_or_in_the_wrong_phase():
 
 
 @pytest.mark.parametrize(
-    "layers", [{3: "dense"}, {-4: "dense"}, {"0": "dense"}, {0.0: "dense"}, {None: "dense"}]
+    "layers", [{3: "dense"}, {-4: "dense"}, {"0": "dense"}, {0.0: "dense"}, {True: "dense"}, {None: "dense"}]
 )
 def test_layers_that_the_model_has_not(layers):
     given = re.escape(repr(next(iter(layers))))
@@ -115,7 +115,7 @@ def test_a_chunk_that_is_no_number_of_tokens(chunk):
     refused(FarspanError, lambda m: farspan.patch(m, prefill_chunk=chunk), "number of tokens", f"got {given}")
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------------------
+# --- recipes ----------------------------------------------------------------------------------------------
 
 
 def test_a_method_that_needs_calibration_without_a_recipe(tmp_path):
@@ -185,7 +185,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         recipe("llama").save(tmp_path / "file" / "recipe")
 
 
-# --- models ------------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------
 
 
 def test_a_model_with_no_attention_that_is_served():
@@ -213,7 +213,7 @@ def test_patching_twice_and_removing_twice():
     assert patched.report().summary["decode_density"] is not None  # the report outlives the patch
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------
 
 ONES = torch.ones(2, 40, dtype=torch.long)
 
@@ -284,7 +284,7 @@ def test_a_mask_that_is_all_padding_or_none_is_served():
         assert close(out[:1], plain[:1]) and not bool(out.isnan().any())
 
 
-# --- calibration ---------------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------
 
 
 def test_calibration_that_cannot_be_done():

@@ -1,4 +1,4 @@
-"""Everything that generate() and plain calls do, with a patch: the same tokens as without where attention is dense."""
+"""All that generate() and plain calls do, patched: where attention is dense, the same tokens as without."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_dense_generates_what_the_model_generates(model, way):
 
 @pytest.mark.parametrize("spec", ["dense", *SELECTIVE])
 def test_sampling_is_repeatable_and_strategies_agree(spec):
-    """One beam is greedy; the same seed gives the same text; beams with one hypothesis are the greedy ones."""
+    """The same seed gives the same text; one beam, or the best token alone, is greedy."""
     model = shared("llama")
     with farspan.patch(model, spec):
         torch.manual_seed(1)
@@ -104,7 +104,7 @@ def test_beams_score_by_the_method(spec):
 @pytest.mark.parametrize("spec", ["dense", "window:w=12,sinks=2"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_assisted_decoding_is_greedy_decoding(name, spec):
-    """Also where candidates are wrong and cropped. (A decode-only method differs in the prompt's own call: see below.)"""
+    """Also where candidates are wrong and cropped. For decode-only methods see the next test."""
     model, near, far = shared(name), make(name), make(name, seed=7, num_hidden_layers=2, layer_types=None)
     with torch.no_grad():
         for p in near.parameters():
@@ -123,7 +123,10 @@ def test_assisted_decoding_is_greedy_decoding(name, spec):
     "spec", ["dense", "window:w=12,sinks=2", SPARSE, "double_sparsity:k=16,dense_layers=0"]
 )
 def test_several_decode_tokens_at_once_are_those_tokens_one_by_one(spec):
-    """What assisted decoding rests on: a candidate's logits know nothing of later ones, and a crop leaves no trace."""
+    """Assisted decoding rests on it: a candidate knows nothing of later ones, and a crop leaves no trace.
+
+    generate() itself checks its first candidates in the prompt's own call, which is prefill and not decode.
+    """
     model, batch, more = shared("llama"), padded(), prompt(3, 12, seed=3)
 
     def call(cache, a, b):
@@ -182,7 +185,7 @@ def test_pipeline(tokenizer):
     assert run(texts, **how) == expected
 
 
-# --- plain calls and caches ---------------------------------------------------------------------------------
+# --- plain calls and caches -------------------------------------------------------------------------------
 
 
 def by_hand(model, inputs, cache, new=8):
@@ -324,7 +327,7 @@ def test_a_cache_outlives_the_patch():
 @pytest.mark.parametrize("first", ["unpatched", "dense", "recycled:k=16,stride=4", SPARSE])
 @pytest.mark.parametrize("then", ["dense", "recycled:k=16,stride=4", SPARSE, "window:w=12,sinks=2"])
 def test_a_prefix_cache_is_copied_and_used_again(model, first, then):
-    """A prefix read in full under any patch, deep-copied, continues under any other as if that other had read it."""
+    """A prefix read in full under one patch, deep-copied, continues under another as if that had read it."""
     prefix, ends = prompt(1, 40), [prompt(1, n, seed=n) for n in (20, 3)]
     if then.startswith("recycled"):
         ends = ends[
@@ -358,7 +361,7 @@ def test_a_prefix_cache_is_copied_and_used_again(model, first, then):
 
 
 def test_a_methods_state_is_dropped_when_it_missed_tokens():
-    """A cache that another model step has extended in between is for the method a new one: its next step is full."""
+    """A cache that an unpatched step has extended is a new one for the method: its next step is full."""
     model, ids, more = shared("llama"), prompt(1, 40), prompt(1, 1, seed=2)
     spec = "recycled:k=16,stride=1000"
 
@@ -440,7 +443,7 @@ def test_rows_of_a_cache_follow_select_and_repeat(spec):
             assert close(run(rows, change), plain[rows])
 
 
-# --- several patches ----------------------------------------------------------------------------------------
+# --- several patches --------------------------------------------------------------------------------------
 
 
 def test_models_that_share_a_config_are_apart():
@@ -527,7 +530,7 @@ def test_a_patched_model_is_not_copied_but_saved(tmp_path):
     assert copy.deepcopy(model).config.to_dict() == model.config.to_dict()
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 def gradients(model, batch, **how):

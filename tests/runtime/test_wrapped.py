@@ -33,7 +33,7 @@ IMAGE = 100  # the token that stands for a piece of an image
 
 
 def check(model, batch=None, **how):
-    """Dense gives the model's own tokens, a sparse method reads less, and nothing of the patch stays behind."""
+    """Dense gives the model's own tokens, a sparse method reads less, nothing of a patch stays behind."""
     batch = padded() if batch is None else batch
     expected, tokens = logits(model, batch), decode(model, batch)
     beams = decode(model, batch, 8, num_beams=2)
@@ -52,7 +52,7 @@ def check(model, batch=None, **how):
     assert torch.equal(decode(model, batch), tokens)
 
 
-# --- wrappers -----------------------------------------------------------------------------------------------------------
+# --- wrappers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [None, 24])
@@ -126,7 +126,7 @@ def test_weights_quantised_by_torch():
     check(model)
 
 
-# --- around a text backbone -----------------------------------------------------------------------------------------------
+# --- around a text backbone -------------------------------------------------------------------------------
 
 VISION = {
     "hidden_size": 32,
@@ -201,11 +201,11 @@ def test_images_that_attend_to_themselves_are_refused():
     model, batch = seeded(gemma3), with_image()
     batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()
     batch["pixel_values"] = torch.zeros(1, 3, 28, 28)
-    with farspan.patch(model), pytest.raises(farspan.FarspanError, match="image tokens.*does not serve"):
+    with farspan.patch(model), pytest.raises(farspan.FarspanError, match=r"image tokens.*does not serve"):
         logits(model, batch)
 
 
-# --- other families --------------------------------------------------------------------------------------------------------
+# --- other families ---------------------------------------------------------------------------------------
 
 
 def gpt2(**more):
@@ -292,7 +292,7 @@ def test_what_is_no_model_is_refused(thing):
         farspan.patch(thing)
 
 
-# --- calls that cannot be served ---------------------------------------------------------------------------------------------
+# --- calls that cannot be served --------------------------------------------------------------------------
 
 
 def test_attention_weights_are_refused_however_they_are_asked_for():
@@ -362,5 +362,5 @@ def test_attention_dropout_is_refused_while_training():
     model = make("llama", attention_dropout=0.1)
     with farspan.patch(model):
         logits(model, prompt())
-        with pytest.raises(farspan.FarspanError, match="no attention dropout.*it is 0.1"):
+        with pytest.raises(farspan.FarspanError, match=r"no attention dropout.*it is 0\.1"):
             model.train()(prompt())

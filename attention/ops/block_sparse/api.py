@@ -22,7 +22,8 @@ def block_sparse(
 ) -> Partial:
     """Causal attention of q [B, H, Tq, D] over the key blocks that ``index`` names in k, v [B, Hkv, Tk, D].
 
-    Queries are the last Tq positions. Rows in the left padding, and rows whose blocks hold no visible key, give (0, -inf).
+    Queries are the last Tq positions. Rows in the left padding, and rows whose blocks hold no visible key,
+    give (0, -inf).
     Raises ValueError for shapes that do not fit.
     """
     check_qkv("block_sparse", q, k, v, index.start)
@@ -35,7 +36,9 @@ def block_sparse(
         or index.counts.shape != (b, hs, nq)
     ):
         raise ValueError(
-            f"block_sparse takes blocks [B, Hkv or H, {need}, M] and counts of its first three sizes for q {list(q.shape)}, "
-            f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and {list(index.counts.shape)}."
+            f"block_sparse takes blocks [B, Hkv or H, {need}, M] and counts of its first three sizes for q "
+            f"{list(q.shape)}, "
+            f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and "
+            f"{list(index.counts.shape)}."
         )
     return choose("block_sparse", IMPLS, impl, q.device)(q, k, v, index, scale=scale, softcap=softcap)

@@ -1,4 +1,5 @@
-"""``block_sparse``: per query block, gather its key blocks and call the library's attention; nothing of size Tq x Tk."""
+"""``block_sparse``: per query block, gather its key blocks and call the library's attention; nothing of size
+Tq x Tk."""
 
 from __future__ import annotations
 

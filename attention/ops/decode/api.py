@@ -20,9 +20,11 @@ def decode(
     start: Tensor | None = None,
     impl: str = "auto",
 ) -> Partial:
-    """Causal attention of the newest Tq queries (few) over all Tk keys, read once and never expanded to query heads.
+    """Causal attention of the newest Tq queries (few) over all Tk keys, read once and never expanded to query
+    heads.
 
-    Same meaning of every argument as ``flash``: q [B, H, Tq, D], k, v [B, Hkv, Tk, D], queries at the last Tq positions.
+    Same meaning of every argument as ``flash``: q [B, H, Tq, D], k, v [B, Hkv, Tk, D], queries at the last Tq
+    positions.
     """
     check_qkv("decode", q, k, v, start)
     if q.shape[2] > k.shape[2]:

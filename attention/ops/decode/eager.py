@@ -1,4 +1,5 @@
-"""``decode`` on torch's own kernels: the heads of a group are rows of one call, so that each key is read once."""
+"""``decode`` on torch's own kernels: the heads of a group are rows of one call, so that each key is read
+once."""
 
 from __future__ import annotations
 

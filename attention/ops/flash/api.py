@@ -20,10 +20,12 @@ def flash(
     start: Tensor | None = None,
     impl: str = "auto",
 ) -> Partial:
-    """Causal attention of q [B, H, Tq, D] over k, v [B, Hkv, Tk, D], bottom-right aligned: the queries are the last Tq positions.
+    """Causal attention of q [B, H, Tq, D] over k, v [B, Hkv, Tk, D], bottom-right aligned: the queries are
+    the last Tq positions.
 
-    scale multiplies the logits; softcap c bends them to c * tanh(logits / c); window w lets a query see its last w keys
-    only, itself included; start [B] is each row's first valid position (left padding). Rows in the padding give (0, -inf).
+    scale multiplies the logits; softcap c bends them to c * tanh(logits / c); window w lets a query see its
+    last w keys only, itself included; start [B] is each row's first valid position (left padding). Rows in
+    the padding give (0, -inf).
     Raises ValueError for shapes that do not fit.
     """
     check_qkv("flash", q, k, v, start)

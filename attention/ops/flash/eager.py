@@ -1,4 +1,5 @@
-"""``flash`` on torch's own kernels: causal squares and past rectangles, merged; padding by slicing each row."""
+"""``flash`` on torch's own kernels: causal squares and past rectangles, merged; padding by slicing each
+row."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def _rows(
 
 
 def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Partial:
-    """Causal self-attention of equal lengths. KV heads are shared by stride-0 views, one batch entry per KV head."""
+    """Causal self-attention of equal lengths. KV heads are shared by stride-0 views, one batch entry per KV
+    head."""
     b, h, t, d = q.shape
     hkv, group = k.shape[1], q.shape[1] // k.shape[1]
     if group == 1:
@@ -79,7 +81,8 @@ def _share(x: Tensor, group: int) -> Tensor:
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float | None) -> Partial:
-    """Sliding window in O(Tq * window): each tile of queries meets only the keys that some of its rows can see.
+    """Sliding window in O(Tq * window): each tile of queries meets only the keys that some of its rows can
+    see.
 
     window = 3:      k 0 1 2 3 4 5
                   q    x . . . . .

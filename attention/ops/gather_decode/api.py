@@ -22,8 +22,9 @@ def gather_decode(
 ) -> Partial:
     """Attention of q [B, H, Tq, D] over the keys that ``index`` names in k, v [B, Hkv, Tk, D].
 
-    The index holds only keys that are visible to its query; nothing else of k and v is read. ``index.full`` is not looked
-    at: rows that read everything belong to ``decode``. Raises ValueError for shapes that do not fit.
+    The index holds only keys that are visible to its query; nothing else of k and v is read. ``index.full``
+    is not looked at: rows that read everything belong to ``decode``. Raises ValueError for shapes that do not
+    fit.
     """
     check_qkv("gather_decode", q, k, v, None)
     b, hs, tq = index.tokens.shape[:3]

@@ -15,6 +15,6 @@ def pool(x: Tensor, block: int, *, mode: str, start: Tensor | None) -> Tensor:
         first = 0 if start is None else int(start[i])
         for j in range(-(-(t - first) // block)):
             piece = x[i, :, first + j * block : min(first + (j + 1) * block, t)].to(wide)
-            pooled = {"mean": piece.mean, "min": piece.amin, "max": piece.amax}[mode](1)
+            pooled = piece.mean(1) if mode == "mean" else piece.amin(1) if mode == "min" else piece.amax(1)
             out[i, :, j] = pooled.to(x.dtype)
     return out

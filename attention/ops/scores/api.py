@@ -11,8 +11,8 @@ IMPLS = {"reference": reference.scores, "eager": eager.scores}
 def scores(q: Tensor, k: Tensor, *, scale: float = 1.0, impl: str = "auto") -> Tensor:
     """Logits scale * q k^T of q [B, H, T, D] against k [B, Hkv, N, D] -> [B, Hkv, G, T, N] in float32.
 
-    Products of 16-bit inputs are accumulated and returned in float32 (no rounding to the input type), without a float32
-    copy of k and without expanding it to query heads. Raises ValueError for shapes that do not fit.
+    Products of 16-bit inputs are accumulated and returned in float32 (no rounding to the input type), without
+    a float32 copy of k and without expanding it to query heads. Raises ValueError for shapes that do not fit.
     """
     if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(f"scores got q {list(q.shape)} and k {list(k.shape)}, which do not fit together.")

@@ -9,9 +9,11 @@ IMPLS = {"reference": reference.top_k, "eager": eager.top_k}
 
 
 def top_k(scores: Tensor, k: int, *, order: str = "position", impl: str = "auto") -> Tensor:
-    """Positions of the k highest scores along the last dimension of scores [..., N]; equal scores go to the lowest position.
+    """Positions of the k highest scores along the last dimension of scores [..., N]; equal scores go to the
+    lowest position.
 
-    order: "position" (ascending) or "score" (descending; equal scores by position). -> [..., min(k, N)] int64.
+    order: "position" (ascending) or "score" (descending; equal scores by position). -> [..., min(k, N)]
+    int64.
     Raises ValueError for k < 1.
     """
     if k < 1:
