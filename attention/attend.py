@@ -73,6 +73,7 @@ def _prefill_rows(
     nothing."""
     result, total = empty_partial(q, keys.v.shape[-1]), Reads()
     out, lse = result.out, result.lse
+    reasons = []
     for b in range(q.shape[0]):
         row = keys.row(b)
         if row.tq > 0:
@@ -80,7 +81,9 @@ def _prefill_rows(
             out[b : b + 1, :, -row.tq :], lse[b : b + 1, :, -row.tq :] = part.out.to(out.dtype), part.lse
             for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
                 setattr(total, name, getattr(total, name) + getattr(reads, name))
-            total.reason = total.reason or reads.reason
+            reasons.append(reads.reason)
+    if reasons and all(reasons):
+        total.reason = reasons[0]
     return Partial(out, lse), total
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
 def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:
     """Check fields against (lowest, highest or None) or a tuple of allowed strings; SpecError says what is
     allowed."""
+    hints = typing.get_type_hints(type(method))
     for key, allowed in limits.items():
         value = getattr(method, key)
         if value is None:
@@ -176,7 +178,9 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
                 )
             continue
         low, high = allowed
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-        if not number or value < low or (high is not None and value > high):
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        number = isinstance(value, int | float if float in kinds else int) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise SpecError(f"{method.name} takes {key} {bound}; got {value!r}.")
+            what = "" if float in kinds else "a whole number, "
+            raise SpecError(f"{method.name} takes {key} {what}{bound}; got {value!r}.")

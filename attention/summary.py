@@ -113,7 +113,11 @@ class Summaries:
     def crop(self, length: int) -> None:
         """Forget everything that keys at or after ``length`` went into; the open block is summarised again
         when asked."""
-        self._kept = {key: (buffer, min(done, length)) for key, (buffer, done) in self._kept.items()}
+        # One key less than what is left is taken for done, so that the block it lies in counts as changed.
+        self._kept = {
+            key: (buffer, done if done <= length else max(length - 1, 0))
+            for key, (buffer, done) in self._kept.items()
+        }
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""

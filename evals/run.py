@@ -149,9 +149,7 @@ def evaluate(
     limit = max(sample.max_new_tokens for sample in samples)
 
     def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
-        nlls = forward.teacher_forced(
-            model, batch, started.copy(), golds, pad=pad, per_call=DECODE_ROWS
-        )
+        nlls = forward.teacher_forced(model, batch, started.copy(), golds, pad=pad, per_call=DECODE_ROWS)
         cache = started.take()
         patched.reset_report()  # what is reported is what the answer read
         with forward.timed(model.device) as clock:

@@ -113,7 +113,8 @@ def _tile(
     total = weights.sum(-1, keepdim=True)
     safe = torch.where(total > 0, total, torch.ones_like(total))
     lse = torch.where(total > 0, peak + torch.log(safe), torch.full_like(total, -torch.inf))
-    return Partial(torch.matmul(weights / safe, v.to(wide)), lse[..., 0])
+    out = torch.matmul(weights / safe, v.to(wide))
+    return Partial(out.masked_fill(total == 0, 0), lse[..., 0])  # 0 x NaN in an unread value would be NaN
 
 
 def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:

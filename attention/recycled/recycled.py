@@ -78,7 +78,10 @@ class Recycled(AttentionMethod):
         tokens, full = [], []
         for t in range(keys.tq):
             full.append(self._step(q[:, :, t : t + 1], keys, keys.past + t + 1))
-            tokens.append(keys.state["tokens"].clone() if keys.tq > 1 else keys.state["tokens"])
+            chosen = keys.state.get("tokens")
+            if chosen is None:  # no row is longer than the set yet
+                chosen = torch.zeros(*full[-1].shape, self.k, dtype=torch.long, device=q.device)
+            tokens.append(chosen.clone() if keys.tq > 1 else chosen)
         whole = torch.stack(full, 2)  # [B, Hkv, Tq]
         return TokenIndex(
             tokens=torch.stack(tokens, 2),
@@ -89,8 +92,11 @@ class Recycled(AttentionMethod):
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
         """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B,
         Hkv] bool."""
+        everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+        if length - min(keys.starts or [0]) <= self.k:
+            keys.state.clear()
+            return everything
         if "clock" not in keys.state:
-            everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
             self._refresh(q, keys, length, everything)
             return everything
         clock = keys.state["clock"]  # [B, Hkv] steps since the last full one, on the host; -1: no set yet

@@ -60,12 +60,14 @@ class BlockTopK(AttentionMethod):
         first_own = begins // self.block  # key blocks from here to the last are the query block's own
         last_own = (torch.clamp(begins + self.block, max=keys.length) - 1) // self.block
         cols = torch.arange(nk, device=q.device)
-        visible = cols <= last_own[:, None]  # [Nq, Nk]
-        ranked = share_scores(logits, visible[None], self.share)
-        forced = visible & ((cols == 0) | (cols >= first_own[:, None]))
+        # Only blocks before the own ones are ranked: those are read anyway, and may reach past it.
+        ranked = share_scores(logits, (cols < first_own[:, None])[None], self.share)
+        forced = (cols <= last_own[:, None]) & ((cols == 0) | (cols >= first_own[:, None]))  # [Nq, Nk]
         size: int | Tensor = max(2, (self.k or 0) // self.block)
         if self.fraction is not None:
             size = ((last_own + 1) * self.fraction).round().long().clamp(min=2)[None, None]
+        # A query block off the grid has two own blocks.
+        size = torch.maximum(torch.as_tensor(size, device=q.device), forced.sum(-1)[None, None])
         blocks, counts = pick(ranked.masked_fill(forced, torch.inf), size)
         if counts is None:
             counts = torch.full(blocks.shape[:3], blocks.shape[3], device=q.device)

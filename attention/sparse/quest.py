@@ -43,19 +43,31 @@ class Quest(AttentionMethod):
         check_budget(self, self.k, self.fraction)
         require(self, page=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
 
+    def _pages(self, size: int | Tensor, keys: Keys) -> int | Tensor:
+        """Pages per query: whole ones within the budget, all where the budget covers the keys."""
+        if isinstance(size, int) and (size % self.page == 0 or (keys.tq == 1 and keys.start is None)):
+            return max(1, size // self.page)
+        seen = torch.arange(keys.past + 1, keys.length + 1, device=keys.k.device)[None, None]
+        seen = seen if keys.start is None else seen - keys.start[:, None, None]  # [B or 1, 1, Tq]
+        size = torch.as_tensor(size, device=seen.device)
+        return torch.where(size >= seen, -(-seen // self.page), (size // self.page).clamp(min=1))
+
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         size = budget(self.k, self.fraction, keys)
-        pages = max(1, size // self.page) if isinstance(size, int) else (size // self.page).clamp(min=1)
-        if isinstance(pages, int) and pages * self.page >= keys.longest():
+        if isinstance(size, int) and size >= keys.longest():
             return None
+        pages = self._pages(size, keys)
         bounds = keys.summary(BlockPool(self.page, ("max", "min")))  # [B, Hkv, P, 2 D]
         # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
         signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         logits = scores(signed, bounds, scale=keys.scale)
         first = 0 if keys.start is None else keys.start[:, None, None, None]
         rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
-        ranked = share_scores(logits, keys.visible(self.page), self.share)
-        own = ((rows - first) // self.page).expand(*ranked.shape[:3], 1)
+        own = (rows[None, None] - first) // self.page  # [B or 1, 1, Tq, 1]
+        # Only pages before its own are ranked: that one is read anyway and may hold later candidates.
+        earlier = torch.arange(logits.shape[-1], device=q.device) < own
+        ranked = share_scores(logits, earlier[:, 0], self.share)
+        own = own.expand(*ranked.shape[:3], 1)
         chosen, counts = pick(ranked.scatter(3, own, torch.inf), pages)  # [B, Hs, Tq, M]
         tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
         tokens = tokens + first

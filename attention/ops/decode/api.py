@@ -31,5 +31,7 @@ def decode(
         raise ValueError(
             f"decode needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {k.shape[2]}."
         )
+    if window is not None and window < 1:
+        raise ValueError(f"decode needs a window of at least 1 key; got {window}.")
     run = choose("decode", IMPLS, impl, q.device)
     return run(q, k, v, scale=scale, window=window, softcap=softcap, start=start)

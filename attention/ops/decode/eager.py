@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...partial import Partial, merge
+from ...partial import Partial, empty_partial, merge
 from .. import kernel
 
 
@@ -20,33 +20,44 @@ def decode(
     softcap: float | None,
     start: Tensor | None,
 ) -> Partial:
+    if start is None:
+        return _rows(q, k, v, scale, window, softcap)
+    past, parts = k.shape[2] - q.shape[2], []
+    for b, first in enumerate(start.tolist()):
+        # A padded row costs what it would cost alone; its padding is not read.
+        row, begin = slice(b, b + 1), min(max(0, first - past), q.shape[2])
+        part = _rows(q[row, :, begin:], k[row, :, first:], v[row, :, first:], scale, window, softcap)
+        head = empty_partial(q[row, :, :begin], v.shape[-1])
+        parts.append(
+            Partial(torch.cat([head.out, part.out.to(q.dtype)], 2), torch.cat([head.lse, part.lse], 2))
+        )
+    return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Partial:
     h, tq, hkv, tk = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-    low = 0
+    if tq == 0:
+        return empty_partial(q, v.shape[-1])
     if window is not None and window + tq - 1 < tk:  # no row sees further back than its own window
         low = tk - (window + tq - 1)
         k, v, tk = k[:, :, low:], v[:, :, low:], tk - low
-        start = None if start is None else torch.clamp(start - low, min=0)
     folded = kernel.fold_groups(q, hkv)
     past = tk - tq
     bounded = window is not None and window < tk
-    visible = None if start is None else torch.arange(tk, device=q.device) >= start[:, None]  # [B, Tk]
     if tq == 1 and not bounded:
-        mask = None if visible is None else visible[:, None, None]
-        part = kernel.attend(folded, k, v, scale=scale, mask=mask, softcap=softcap)
+        part = kernel.attend(folded, k, v, scale=scale, softcap=softcap)
         return kernel.unfold_groups(part, h, tq)
     rows = torch.arange(past, tk, device=q.device)[:, None]
     cols = torch.arange(tk, device=q.device)[None]
     if bounded:
         assert window is not None
         mask = ((cols <= rows) & (cols > rows - window)).repeat(h // hkv, 1)[None, None]
-        mask = mask if visible is None else mask & visible[:, None, None]
         part = kernel.attend(folded, k, v, scale=scale, mask=mask, softcap=softcap)
         return kernel.unfold_groups(part, h, tq)
     # The past is the same for every row; only the few new keys need a causal mask.
     square = (cols[:, past:] <= rows).repeat(h // hkv, 1)[None, None]
-    mask = None
-    if visible is not None:
-        mask, square = visible[:, None, None, :past], square & visible[:, None, None, past:]
-    before = kernel.attend(folded, k[:, :, :past], v[:, :, :past], scale=scale, mask=mask, softcap=softcap)
+    before = kernel.attend(folded, k[:, :, :past], v[:, :, :past], scale=scale, softcap=softcap)
     new = kernel.attend(folded, k[:, :, past:], v[:, :, past:], scale=scale, mask=square, softcap=softcap)
     return kernel.unfold_groups(merge(before, new), h, tq)

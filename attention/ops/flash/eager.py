@@ -59,6 +59,8 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
     head."""
     b, h, t, d = q.shape
     hkv, group = k.shape[1], q.shape[1] // k.shape[1]
+    if t == 0:  # a row of the batch that begins after this chunk
+        return empty_partial(q, v.shape[-1])
     if group == 1:
         return kernel.attend(q, k, v, scale=scale, causal=True, softcap=softcap)
     folded = q.reshape(b, hkv, group, t, d)
