@@ -76,9 +76,6 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 
 # --- to change it --------------------------------------------------------------------------------------------------
 
-# Two workers of one thread each: more threads than cores make OpenMP's barriers cost more than the work.
-test test-slow: export OMP_NUM_THREADS := 1
-
 test: $(VENV)/.dev ## the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS)
 

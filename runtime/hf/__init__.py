@@ -1,0 +1,14 @@
+"""The only place that touches transformers' internals: interfaces, masks, cache classes, hooks.
+
+Nothing here happens on import. ``install`` changes a model and returns the list of undo steps; what cannot be
+served is refused by ``inspect_model`` before anything is changed. Checked on transformers 5.21 and 5.23.
+"""
+
+from .cache import KVStoreLayer as KVStoreLayer
+from .cache import adopt_cache as adopt_cache
+from .install import install as install
+from .models import SLIDING as SLIDING
+from .models import ModelInfo as ModelInfo
+from .models import inspect_model as inspect_model
+from .models import is_patched as is_patched
+from .observe import observe as observe

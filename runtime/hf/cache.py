@@ -1,0 +1,173 @@
+"""Storage under every call: a KVStore as a transformers cache layer, and users' caches adopted in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from ...attention.errors import FarspanError
+from ..cache import KVStore
+
+
+class KVStoreLayer(DynamicLayer):
+    """A KVStore as a transformers cache layer."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.store = KVStore()
+        super().__init__(**kwargs)
+
+    # transformers reads and sets these as plain attributes
+    @property
+    def keys(self) -> Tensor | None:
+        return self.store.keys
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._assign(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.store.values
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._assign(value)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.store.keys is not None
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        pass  # follows from the store
+
+    @staticmethod
+    def _assign(value: Tensor | None) -> None:
+        if value is not None:
+            raise FarspanError(
+                "The keys of a farspan cache layer are changed through update, crop, reorder_cache or reset."
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.store.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.store.length
+
+    def reset(self) -> None:
+        self.store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}.")
+        self.store.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.store.select(indices)
+
+    def offload(self) -> None:
+        raise FarspanError(
+            "farspan does not serve an offloaded cache: pass no cache, or a DynamicCache without offloading."
+        )
+
+    prefetch = offload
+
+
+class HybridStoreLayer(KVStoreLayer, LinearAttentionAndFullAttentionLayer):
+    """The cache layer of a block with a recurrent mixer and attention side by side (Falcon-H1)."""
+
+    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
+        self.store = KVStore()
+        LinearAttentionAndFullAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        if args:
+            KVStoreLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        KVStoreLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self.store.reorder(beam_idx)
+
+
+_KEPT = (
+    KVStoreLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+
+def adopt_cache(cache: Cache) -> None:
+    """Give a user's cache our storage, in place and with its contents. Refuses what cannot be adopted."""
+    replicated = getattr(cache, "layer_class_to_replicate", None)
+    if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
+        what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
+        raise FarspanError(
+            f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or "
+            "DynamicCache(config=...)."
+        )
+    if replicated not in (None, DynamicLayer, KVStoreLayer):
+        raise _wrong_cache(cache, replicated)
+    fresh: list[Any] = []
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            fresh.append(_filled(KVStoreLayer(), layer))
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            hybrid = HybridStoreLayer.__new__(HybridStoreLayer)
+            hybrid.store = KVStore()
+            hybrid.__dict__.update(
+                {k: v for k, v in vars(layer).items() if k not in ("keys", "values", "is_initialized")}
+            )
+            fresh.append(_filled(hybrid, layer))
+        elif isinstance(layer, _KEPT) or type(layer).__name__ == "DummyLayer":
+            fresh.append(layer)
+        else:
+            raise _wrong_cache(cache, type(layer))
+    cache.layers[:] = fresh
+    if replicated is DynamicLayer:
+        cache.layer_class_to_replicate = KVStoreLayer
+
+
+def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:
+    if old.is_initialized and old.get_seq_length() > 0:
+        new.update(old.keys, old.values)
+    return new
+
+
+def _wrong_cache(cache: Cache, layer: type) -> FarspanError:
+    return FarspanError(
+        f"farspan cannot serve a {type(cache).__name__} of {layer.__name__}s: pass no cache, or "
+        "DynamicCache(config=model.config)."
+    )

@@ -1,0 +1,183 @@
+"""Changing a model, reversibly: configs, attention modules, hooks and chunked prefill."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from ...attention.errors import FarspanError
+from ..cache import KVStore
+from ..layer import DECODE_ROWS, Layer, Session
+from .cache import KVStoreLayer, adopt_cache
+from .interface import ATTRIBUTE, NAME, register
+from .models import FULL, ModelInfo
+
+
+def install(
+    model: nn.Module, info: ModelInfo, layers: dict[int, Layer], session: Session, chunk: int | None
+) -> list[Callable[[], None]]:
+    """Point every attention module at its Layer. Returns the undo steps, to be run last first."""
+    register()
+    undo: list[Callable[[], None]] = []
+    copies: dict[int, Any] = {}
+    copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
+    # Two models built from one config object share it: ours gets a copy, so that no other model is switched
+    # over. Modules around a text backbone hold a config that contains its config, and make its masks by
+    # that: copied along.
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
+            module.config = copy.deepcopy(config, copies)
+            undo.append(partial(setattr, module, "config", config))
+    for index, module in info.attention.items():
+        setattr(module, ATTRIBUTE, layers[index])
+        undo.append(partial(delattr, module, ATTRIBUTE))
+    if chunk is not None:
+        undo.append(_chunk_forward(info.decoder, chunk))
+    before = info.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: _begin(module, args, kwargs, session, set(layers)), with_kwargs=True
+    )
+    after = info.decoder.register_forward_hook(lambda *_: session.end(), always_call=True)
+    undo += [before.remove, after.remove]
+    return undo
+
+
+def _begin(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session, patched: set[int]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before the decoder runs: refuse what cannot be served, and put our storage under the call."""
+    call = (
+        dict(inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments)
+        if args
+        else dict(kwargs)
+    )
+    if args:
+        call.pop("self", None)
+        for name in ("kwargs", "args"):
+            call.update(call.pop(name, None) or {})
+    if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise FarspanError(
+            "farspan never makes attention weights, so output_attentions=True cannot be served: remove it."
+        )
+    use_cache = call.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(decoder.config, "use_cache", False)
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        use_cache = False  # the model itself switches the cache off then
+    cache = call.get("past_key_values")
+    if cache is None and use_cache:
+        cache = call["past_key_values"] = DynamicCache(config=decoder.config)
+    if cache is not None:
+        adopt_cache(cache)
+    _check_mask(call, cache)
+    session.end()
+    session.cached = cache is not None
+    if cache is not None:
+        session.stores = _Stores(cache)
+    return (), call
+
+
+class _Stores:
+    """The stores of a cache by layer; layers of a bare cache appear as they are first used."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __getitem__(self, index: int) -> KVStore | None:
+        layers = self.cache.layers
+        layer = layers[index] if index < len(layers) else None
+        return layer.store if isinstance(layer, KVStoreLayer) else None
+
+
+def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
+    mask = call.get("attention_mask")
+    if isinstance(mask, dict) and FULL in mask:
+        # The outer part of a multimodal model has asked our mask function already; its full mask is the
+        # tokens' own.
+        mask = call["attention_mask"] = mask[FULL]
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise FarspanError(
+            f"farspan takes a 2-D attention mask (rows, positions) for left padding; got a {shape} one."
+        )
+    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if tokens is None:
+        return
+    past = 0 if cache is None else cache.get_seq_length()
+    want = (tokens.shape[0], past + tokens.shape[1])
+    if tuple(mask.shape) != want:
+        raise FarspanError(
+            f"The attention mask is {list(mask.shape)} where {list(want)} is needed: one entry for each of "
+            f"{past} cached and "
+            f"{tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
+        )
+
+
+_ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
+
+
+def _can_cut(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call can run in pieces: all its tensors are known to lie along the tokens, and so will its
+    outputs."""
+    flat = [x for value in kwargs.values() for x in (value if isinstance(value, list | tuple) else [value])]
+    known = [kwargs.get(name) for name in (*_ALONG_TOKENS, "attention_mask")]
+    foreign = any(isinstance(x, Tensor) and not any(x is y for y in known) for x in flat)
+    routed = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    keyed = kwargs.get("return_dict", getattr(config, "return_dict", True))
+    return not foreign and not routed and keyed is not False
+
+
+def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
+    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
+    decode step."""
+    original, replaced = decoder.forward, "forward" in vars(decoder)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = (
+            kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        )
+        cache = kwargs.get("past_key_values")
+        length = 0 if tokens is None else tokens.shape[1]
+        if cache is None or length <= chunk + DECODE_ROWS or not _can_cut(decoder.config, kwargs):
+            return original(*args, **kwargs)
+        past = cache.get_seq_length()
+        cuts = list(range(chunk, length, chunk))
+        if length - cuts[-1] <= DECODE_ROWS:
+            cuts.pop()
+        outputs = []
+        for a, b in zip([0, *cuts], [*cuts, length], strict=True):
+            part = dict(kwargs)
+            for name in _ALONG_TOKENS:
+                if part.get(name) is not None:
+                    part[name] = part[name][:, a:b] if name == "inputs_embeds" else part[name][..., a:b]
+            if part.get("attention_mask") is not None:
+                part["attention_mask"] = part["attention_mask"][:, : past + b]
+            outputs.append(original(*args, **part))
+        output = outputs[-1]
+        output.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], 1)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(
+                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs), strict=True)
+            )
+        return output
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    decoder.forward = forward
+
+    def restore() -> None:
+        if replaced:
+            decoder.forward = original
+        else:
+            del decoder.forward
+
+    return restore

@@ -1,0 +1,89 @@
+"""What transformers calls: one attention function and one mask function, registered under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from ...attention.errors import FarspanError
+from ..layer import Layer
+
+NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
+ATTRIBUTE = "_farspan"  # on an attention module: its Layer
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, H, Tq, D], key and value [B, Hkv, Tk, D] after RoPE and
+    cache."""
+    layer: Layer | None = getattr(module, ATTRIBUTE, None)
+    if layer is None:
+        raise FarspanError(
+            f"{type(module).__name__} is set to farspan's attention but not patched: use farspan.patch."
+        )
+    if dropout:
+        raise FarspanError(
+            f"farspan has no attention dropout; set the model's attention_dropout to 0 (it is {dropout})."
+        )
+    if kwargs.get("position_bias") is not None:
+        raise FarspanError(f"farspan cannot add the position bias that {type(module).__name__} asks for.")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window
+    out = layer(query, key, value, attention_mask, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    return out, None
+
+
+def _padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: the 2-D padding mask of the keys at hand, never an N x N tensor.
+
+    Causality and windows are the operations' own, so only those two mask functions can be served.
+    """
+    if mask_function is not causal_mask_function and not _is_sliding(mask_function):
+        raise FarspanError(
+            "This call wants a mask beyond causal attention, a sliding window and left padding (packed "
+            "sequences, a "
+            "bidirectional prefix or image tokens), which farspan does not serve."
+        )
+    return None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _is_sliding(mask_function: Callable[..., Any]) -> bool:
+    """Whether this is transformers' sliding_window_causal_mask_function(w): an and of a window and causality,
+    no more."""
+    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    pair = next((p for p in parts if isinstance(p, tuple)), ())
+    names = {getattr(p, "__qualname__", "").split(".")[0] for p in pair}
+    return (
+        len(pair) == 2
+        and causal_mask_function in pair
+        and names == {"causal_mask_function", "sliding_window_overlay"}
+    )
+
+
+def register() -> None:
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, _attention_forward)
+        AttentionMaskInterface.register(NAME, _padding_mask)

@@ -1,0 +1,104 @@
+"""Which models can be served: their decoder and attention modules, or every reason why not."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ...attention.errors import Unsupported
+from ...attention.method import LayerInfo
+from .interface import ATTRIBUTE
+
+FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
+_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
+
+
+@dataclass
+class ModelInfo:
+    """What patching needs to know of a model: its decoder, and its attention modules by layer."""
+
+    decoder: nn.Module
+    config: Any
+    attention: dict[int, nn.Module]
+    kinds: list[str]
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What a recipe must match: architecture and sizes."""
+        first = self.layer_info(min(self.attention))
+        return {
+            "model_type": self.config.model_type,
+            "num_layers": len(self.kinds),
+            "hidden_size": self.config.hidden_size,
+            "vocab_size": self.config.vocab_size,
+            "num_heads": first.num_heads,
+            "num_kv_heads": first.num_kv_heads,
+            "head_dim": first.head_dim,
+        }
+
+    def layer_info(self, index: int) -> LayerInfo:
+        """Head counts and size of one layer."""
+        heads = self.config.num_attention_heads
+        group = int(getattr(self.attention[index], "num_key_value_groups", 1))
+        head_dim = getattr(self.attention[index], "head_dim", None) or self.config.hidden_size // heads
+        return LayerInfo(index=index, num_heads=heads, num_kv_heads=heads // group, head_dim=int(head_dim))
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether some layer of the model carries a patch."""
+    return any(ATTRIBUTE in vars(m) for m in model.modules())
+
+
+def inspect_model(model: Any) -> ModelInfo:
+    """Find what patching needs, or raise Unsupported with every reason why this model cannot be served."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
+        raise Unsupported(
+            f"farspan cannot patch a {type(model).__name__}",
+            ["it patches transformers' causal LMs (a PreTrainedModel)"],
+        )
+    decoder = cast(Any, model).get_decoder()
+    config = decoder.config
+    reasons = []
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("encoder-decoder models are not causal LMs")
+    if getattr(config, "kv_lora_rank", None):
+        reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
+    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+        reasons.append("layers that share another layer's keys are not served")
+    if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
+        reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        reasons.append("its attention is bidirectional")
+    modules = [m for m in decoder.modules() if _is_attention(m)]
+    attention = {m.layer_idx: m for m in modules}
+    if not attention:
+        reasons.append("no module of it calls attention through transformers' AttentionInterface")
+    if not all(map(_is_causal, modules)):
+        reasons.append("some of its attention is not causal (an encoder's, or cross-attention)")
+    elif len(attention) < len(modules):
+        reasons.append("some of its layers have more than one attention module")
+    kinds: list[str] = []
+    if not reasons:
+        kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+        known = (FULL, SLIDING, HYBRID, *_WITHOUT_ATTENTION)
+        reasons += [f"layers of type {kind!r} are not served" for kind in sorted(set(kinds) - set(known))]
+    if reasons:
+        raise Unsupported(f"farspan cannot patch {type(model).__name__}", reasons)
+    return ModelInfo(decoder=decoder, config=config, attention=dict(sorted(attention.items())), kinds=kinds)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        return False
+    try:
+        return "attention_interface" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # no source at hand
+        return type(module).__name__.endswith("Attention") and hasattr(module, "num_key_value_groups")
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__

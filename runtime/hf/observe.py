@@ -1,0 +1,55 @@
+"""Watching the queries and keys of a patched model, for calibration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...attention.errors import Unsupported
+from ..layer import Layer
+from .interface import ATTRIBUTE
+
+
+def observe(
+    module: nn.Module, before_rope: bool, see: Callable[[Tensor, Tensor], None]
+) -> Callable[[], None]:
+    """Call ``see(q, k)`` with what a patched attention module is given, uncached; with RoPE undone where
+    asked.
+
+    Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
+    projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
+    the undo step.
+    """
+    layer: Layer = getattr(module, ATTRIBUTE)
+    given = inspect.signature(type(module).forward)
+    rotate = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
+    angles: list[tuple[Tensor, Tensor] | None] = []
+    if before_rope and rotate is None and "position_embeddings" in given.parameters:
+        raise Unsupported(
+            f"farspan cannot rank channels before RoPE in {type(module).__name__}",
+            ["its module has no apply_rotary_pos_emb to undo; rank by 'qk', which is taken after RoPE"],
+        )
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        angles[:] = [given.bind(module, *args, **kwargs).arguments.get("position_embeddings")]
+
+    def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
+        if before_rope and rotate is not None and angles[0] is not None:
+            cos, sin = (x.float() for x in angles[0])
+            size = cos**2 + sin**2
+            see(*rotate(q.float(), k.float(), cos / size, -sin / size))
+        else:
+            see(q, k)
+        return layer(q, k, v, mask, **how)
+
+    hook = module.register_forward_pre_hook(remember, with_kwargs=True)
+    setattr(module, ATTRIBUTE, observed)
+
+    def undo() -> None:
+        hook.remove()
+        setattr(module, ATTRIBUTE, layer)
+
+    return undo
