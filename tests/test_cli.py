@@ -133,8 +133,8 @@ def test_lists_in_options():
             ["generate", "-p", "x", "--method", "quest:pagge=3"],
             ["no parameter 'pagge'", "did you mean 'page'"],
         ),
-        (["generate", "-p", "x", "--method", "recycled:k=0"], ["k at least 1", "got 0"]),
-        (["generate", "-p", "x", "--method", "recycled:k=-5"], ["k at least 1", "got -5"]),
+        (["generate", "-p", "x", "--method", "recycled:k=0"], ["k a whole number, at least 1", "got 0"]),
+        (["generate", "-p", "x", "--method", "recycled:k=-5"], ["k a whole number, at least 1", "got -5"]),
         (["generate", "-p", "x", "--method", "recycled:k=many"], ["a whole number for k", "'many'"]),
         (["generate", "-p", "x", "--method", "quest + block_topk"], ["quest has no prefill"]),
         (["generate", "-p", "x", "--model", "./nowhere"], ["no folder './nowhere'"]),
@@ -364,12 +364,21 @@ def test_eval_ppl_and_speed(farspan_command, tiny_folder, tmp_path):
     assert code == 0 and "unpatched" in table and max(map(len, table.splitlines())) <= 80, err
 
 
+def hear_interrupts():
+    """A background job of a plain shell ignores SIGINT, and so would what it starts: undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_is_finished(small_needle, tmp_path):
     out = tmp_path / "run"
     arguments = [*small_needle, "--samples", "200", "--batch-size", "1", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "farspan", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "farspan", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=hear_interrupts,
     )
     try:
         deadline = time.monotonic() + 240

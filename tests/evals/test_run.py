@@ -242,6 +242,8 @@ def test_a_stopped_run_resumes_to_the_same_rows(model: Any, tmp_path: Path, how:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            # A background job of a plain shell ignores SIGINT, and so would what it starts: undo that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     stopped = begin(tmp_path / "stopped")
