@@ -9,6 +9,7 @@ from torch import Tensor
 from ...index import BlockIndex
 from ...partial import Partial, empty_partial
 from .. import kernel
+from ..padding import by_row
 from ..rows import gather_rows
 
 
@@ -17,25 +18,14 @@ def block_sparse(
 ) -> Partial:
     if index.start is None:
         return _rows(q, k, v, index.blocks, index.counts, index, index.key_order, scale, softcap)
-    past, parts = k.shape[2] - q.shape[2], []
-    for b, first in enumerate(index.start.tolist()):  # a padded row costs what it would cost alone
-        begin = max(0, first - past)
-        order = None if index.key_order is None else index.key_order[b : b + 1, :, first:] - first
-        row = slice(b, b + 1)
-        part = _rows(
-            q[row, :, begin:],
-            k[row, :, first:],
-            v[row, :, first:],
-            index.blocks[row],
-            index.counts[row],
-            index,
-            order,
-            scale,
-            softcap,
-        )
-        head = empty_partial(q[row, :, :begin], v.shape[-1])
-        parts.append(Partial(torch.cat([head.out, part.out], 2), torch.cat([head.lse, part.lse], 2)))
-    return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+    starts, key_order = index.start.tolist(), index.key_order
+
+    def row(b: int, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        cut, first = slice(b, b + 1), starts[b]
+        order = None if key_order is None else key_order[cut, :, first:] - first
+        return _rows(q, k, v, index.blocks[cut], index.counts[cut], index, order, scale, softcap)
+
+    return by_row(q, k, v, index.start, row)
 
 
 def _rows(

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...partial import Partial, empty_partial, merge
+from ...partial import Partial, merge
 from .. import kernel
+from ..padding import by_row
 
 
 def decode(
@@ -22,24 +23,13 @@ def decode(
 ) -> Partial:
     if start is None:
         return _rows(q, k, v, scale, window, softcap)
-    past, parts = k.shape[2] - q.shape[2], []
-    for b, first in enumerate(start.tolist()):
-        # A padded row costs what it would cost alone; its padding is not read.
-        row, begin = slice(b, b + 1), min(max(0, first - past), q.shape[2])
-        part = _rows(q[row, :, begin:], k[row, :, first:], v[row, :, first:], scale, window, softcap)
-        head = empty_partial(q[row, :, :begin], v.shape[-1])
-        parts.append(
-            Partial(torch.cat([head.out, part.out.to(q.dtype)], 2), torch.cat([head.lse, part.lse], 2))
-        )
-    return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+    return by_row(q, k, v, start, lambda _, q, k, v: _rows(q, k, v, scale, window, softcap))
 
 
 def _rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Partial:
     h, tq, hkv, tk = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-    if tq == 0:
-        return empty_partial(q, v.shape[-1])
     if window is not None and window + tq - 1 < tk:  # no row sees further back than its own window
         low = tk - (window + tq - 1)
         k, v, tk = k[:, :, low:], v[:, :, low:], tk - low

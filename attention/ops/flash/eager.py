@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...partial import Partial, empty_partial, merge
+from ...partial import Partial, merge
 from .. import kernel
+from ..padding import by_row
 
 
 def flash(
@@ -22,19 +23,7 @@ def flash(
 ) -> Partial:
     if start is None:
         return _rows(q, k, v, scale, window, softcap)
-    past = k.shape[2] - q.shape[2]
-    result = empty_partial(q, v.shape[-1])
-    parts = []
-    for b, first in enumerate(start.tolist()):  # a padded row costs what it would cost alone
-        begin = max(0, first - past)
-        part = _rows(
-            q[b : b + 1, :, begin:], k[b : b + 1, :, first:], v[b : b + 1, :, first:], scale, window, softcap
-        )
-        head = Partial(result.out[b : b + 1, :, :begin], result.lse[b : b + 1, :, :begin])
-        parts.append(
-            Partial(torch.cat([head.out, part.out.to(q.dtype)], 2), torch.cat([head.lse, part.lse], 2))
-        )
-    return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+    return by_row(q, k, v, start, lambda _, q, k, v: _rows(q, k, v, scale, window, softcap))
 
 
 def _rows(
@@ -59,8 +48,6 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
     head."""
     b, h, t, d = q.shape
     hkv, group = k.shape[1], q.shape[1] // k.shape[1]
-    if t == 0:  # a row of the batch that begins after this chunk
-        return empty_partial(q, v.shape[-1])
     if group == 1:
         return kernel.attend(q, k, v, scale=scale, causal=True, softcap=softcap)
     folded = q.reshape(b, hkv, group, t, d)

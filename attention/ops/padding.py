@@ -1,0 +1,29 @@
+"""Left-padded batches, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..partial import Partial, empty_partial
+
+Run = Callable[[int, Tensor, Tensor, Tensor], Partial]
+
+
+def by_row(q: Tensor, k: Tensor, v: Tensor, start: Tensor, run: Run) -> Partial:
+    """``run(b, q, k, v)`` on each row with its padding cut off: a row costs, and gives, what it would alone.
+
+    """``run(b, q, k, v)`` on each row, its padding cut off: a row costs, and gives, what it would alone.
+    padding give (0, -inf), and what lies in the padding of k and v is never read.
+    """
+    past, tq = k.shape[2] - q.shape[2], q.shape[2]
+    whole = empty_partial(q, v.shape[-1])
+    for b, first in enumerate(start.tolist()):
+        begin = max(0, first - past)
+        if begin < tq:
+            row = slice(b, b + 1)
+            part = run(b, q[row, :, begin:], k[row, :, first:], v[row, :, first:])
+            whole.out[row, :, begin:] = part.out.to(q.dtype)
+            whole.lse[row, :, begin:] = part.lse
+    return whole
