@@ -14,8 +14,8 @@ Run = Callable[[int, Tensor, Tensor, Tensor], Partial]
 def by_row(q: Tensor, k: Tensor, v: Tensor, start: Tensor, run: Run) -> Partial:
     """``run(b, q, k, v)`` on each row with its padding cut off: a row costs, and gives, what it would alone.
 
-    q [B, H, Tq, D] are the last Tq positions of k, v [B, Hkv, Tk, D]; row b begins at start[b]. Queries in the
-    padding give (0, -inf), and what lies in the padding of k and v is never read.
+    q [B, H, Tq, D] are the last Tq positions of k, v [B, Hkv, Tk, D]; row b begins at start[b]. Queries in
+    the padding give (0, -inf), and what lies in the padding of k and v is never read.
     """
     past, tq = k.shape[2] - q.shape[2], q.shape[2]
     whole = empty_partial(q, v.shape[-1])
