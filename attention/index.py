@@ -39,13 +39,13 @@ class BlockIndex:
     """Key blocks read by each block of queries.
 
     blocks: [B, Hs, Nq, M] int32, key block numbers, ascending within the first ``counts`` entries; Hs is Hkv
-    (the query
-            heads of a group share a row) or H. Entries past the count are ignored.
+            (the query heads of a group share a row) or H. Entries past the count are ignored.
     counts: [B, Hs, Nq] int32.
+    key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural order).
+
     Query block n holds queries n * block_q .. of this call, counted from the row's first valid position in
     it; key block j of row b begins at start[b] + j * block_k. Causality within the blocks is always by
-    position. key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural
-    order).
+    position.
     """
 
     blocks: Tensor
@@ -111,13 +111,11 @@ class TokenIndex:
     """Single keys read by each decode query.
 
     tokens: [B, Hs, Tq, K] int64 absolute positions; Hs is Hkv or H. Entries past the count repeat a counted
-    one, so that
-            reading them is harmless, and are masked.
+            one, so that reading them is harmless, and are masked.
     counts: [B, Hs, Tq] int32, or None where all K entries count.
     full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
     gathered: (k, v), each [B, Hs, K, D], the chosen rows already side by side in the order of ``tokens``,
-    where the method
-            keeps them (Tq = 1 only); or None.
+            where the method keeps them (Tq = 1 only); or None.
     """
 
     tokens: Tensor

@@ -17,7 +17,8 @@ class Keys:
     """The keys and values of one layer, the new ones included, and what is kept beside them.
 
     k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
-    positions. start: [B], each row's first valid position under left padding, or None where no row is padded.
+           positions.
+    start: [B], each row's first valid position under left padding, or None where no row is padded.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     """
@@ -54,6 +55,11 @@ class Keys:
     def longest(self) -> int:
         """Most keys that the call's last query sees in any row."""
         return self.length - (min(self.starts) if self.starts else 0)
+
+    def seen(self) -> Tensor:
+        """[B or 1, 1, Tq] int64, how many keys each query sees."""
+        count = torch.arange(self.past + 1, self.length + 1, device=self.k.device)[None, None]
+        return count if self.start is None else count - self.start[:, None, None]
 
     def summary(self, summary: Summary) -> Tensor:
         """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is
@@ -108,6 +114,11 @@ class _RowKeys(Keys):
 
     whole: Keys
     place: int
+
+    def seen(self) -> Tensor:
+        """[B or 1, 1, Tq] int64, how many keys each query sees."""
+        count = torch.arange(self.past + 1, self.length + 1, device=self.k.device)[None, None]
+        return count if self.start is None else count - self.start[:, None, None]
 
     def summary(self, summary: Summary) -> Tensor:
         entries = self.whole.summaries.get(summary, self.whole.k, self.whole.start)[

@@ -46,9 +46,7 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
     assert fraction is not None
     if keys.start is None and keys.tq == 1:
         return max(1, round(fraction * keys.length))
-    seen = torch.arange(keys.past + 1, keys.length + 1, device=keys.k.device)[None, None]
-    seen = seen if keys.start is None else seen - keys.start[:, None, None]
-    return (seen.double() * fraction).round().long().clamp(min=1)
+    return (keys.seen().double() * fraction).round().long().clamp(min=1)
 
 
 def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:

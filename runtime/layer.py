@@ -109,6 +109,7 @@ class Layer:
         """Start counting anew."""
         self.phases = {PREFILL: PhaseReport(str(self.prefill)), DECODE: PhaseReport(str(self.decode))}
 
+    @lasting()
     def __call__(
         self,
         q: Tensor,
@@ -122,20 +123,6 @@ class Layer:
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
-        with lasting():
-            return self._attend(q, k, v, mask, scale, window, softcap, sinks)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
         b, _, tq, _ = q.shape
         padding = self.session.padding(mask, b, k.shape[2])
         store = self.session.stores[self.index] if self.session.stores is not None else None

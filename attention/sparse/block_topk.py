@@ -54,9 +54,7 @@ class BlockTopK(AttentionMethod):
         pooled = pool(q, self.block, mode="mean")  # [1, H, Nq, D]
         logits = scores(pooled, means, scale=keys.scale)  # [1, Hkv, G, Nq, Nk]
         nq, nk = logits.shape[-2:]
-        begins = (
-            keys.past + torch.arange(nq, device=q.device) * self.block
-        )  # first position of each query block
+        begins = keys.past + torch.arange(nq, device=q.device) * self.block  # of each query block
         first_own = begins // self.block  # key blocks from here to the last are the query block's own
         last_own = (torch.clamp(begins + self.block, max=keys.length) - 1) // self.block
         cols = torch.arange(nk, device=q.device)

@@ -47,8 +47,7 @@ class Quest(AttentionMethod):
         """Pages per query: whole ones within the budget, all where the budget covers the keys."""
         if isinstance(size, int) and (size % self.page == 0 or (keys.tq == 1 and keys.start is None)):
             return max(1, size // self.page)
-        seen = torch.arange(keys.past + 1, keys.length + 1, device=keys.k.device)[None, None]
-        seen = seen if keys.start is None else seen - keys.start[:, None, None]  # [B or 1, 1, Tq]
+        seen = keys.seen()
         size = torch.as_tensor(size, device=seen.device)
         return torch.where(size >= seen, -(-seen // self.page), (size // self.page).clamp(min=1))
 

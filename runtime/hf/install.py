@@ -43,7 +43,7 @@ def install(
     if chunk is not None:
         undo.append(_chunk_forward(info.decoder, chunk))
     before = info.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: _begin(module, args, kwargs, session, set(layers)), with_kwargs=True
+        lambda module, args, kwargs: _begin(module, args, kwargs, session), with_kwargs=True
     )
     after = info.decoder.register_forward_hook(lambda *_: session.end(), always_call=True)
     undo += [before.remove, after.remove]
@@ -51,7 +51,7 @@ def install(
 
 
 def _begin(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session, patched: set[int]
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session
 ) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: refuse what cannot be served, and put our storage under the call."""
     call = (
