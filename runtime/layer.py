@@ -12,6 +12,7 @@ from ..attention.attend import DECODE_ROWS, attend
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
 from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import add_sinks
 from ..attention.summary import Summaries
@@ -133,14 +134,15 @@ class Layer:
             part = flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
         else:
             keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
-            part, reads = attend(method, phase, q, keys)
+            with implementations() as ran:
+                part, reads = attend(method, phase, q, keys)
             if phase == PREFILL and own:
                 self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
             if not own and method.name == "dense" != self.decode.name:
                 reads.reason = FOREIGN if self.session.cached else NO_CACHE
             elif reads.reason is None and self.left_dense and method.name == "dense":
                 reads.reason = self.left_dense
-            self.phases[phase].add(reads, b * tq, "eager")
+            self.phases[phase].add(reads, b * tq, ran)
             if self.session.strict and reads.reason in UNEXPECTED:
                 raise FarspanError(
                     f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "

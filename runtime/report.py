@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class PhaseReport:
     kv_bytes: int = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
-    implementation: str = ""
+    implementations: dict[str, list[str]] = field(default_factory=dict)  # of each operation that ran
     fallbacks: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -36,13 +37,16 @@ class PhaseReport:
         """Share of the visible keys that was read; None before the first call."""
         return self.pairs / self.causal_pairs if self.causal_pairs else None
 
-    def add(self, reads: Reads, queries: int, implementation: str) -> None:
-        """Take in one call."""
+    def add(self, reads: Reads, queries: int, ran: Iterable[tuple[str, str]]) -> None:
+        """Take in one call; ran: its (operation, implementation) pairs."""
         self.calls += 1
         self.queries += queries
         for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
             setattr(self, name, getattr(self, name) + getattr(reads, name))
-        self.implementation = implementation
+        for op, impl in ran:
+            known = self.implementations.setdefault(op, [])
+            if impl not in known:
+                known.append(impl)
         if reads.reason:
             self.fallbacks[reads.reason] += 1
 
@@ -80,7 +84,7 @@ class Report:
         ):
             totals[out] = sum(getattr(p, name) for p in every)
         totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
-        totals["implementation"] = ", ".join(sorted({p.implementation for p in every if p.implementation}))
+        totals["implementation"] = _implementation(every)
         return totals
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +141,13 @@ class Report:
                 for name in ("calls", "pairs", "causal_pairs", "kv_bytes", "dense_bytes"):
                     setattr(total, name, getattr(total, name) + getattr(p, name))
         return [(_ranges(layers), phase, total) for (phase, _), (layers, total) in groups.items()]
+
+
+def _implementation(phases: Iterable[PhaseReport]) -> str:
+    """ "eager" where every operation ran so, else what ran each: "block_sparse triton, scores eager"."""
+    ran = {(op, impl) for p in phases for op, impls in p.implementations.items() for impl in impls}
+    names = sorted({impl for _, impl in ran})
+    return names[0] if len(names) == 1 else ", ".join(f"{op} {impl}" for op, impl in sorted(ran))
 
 
 def _ranges(layers: list[int]) -> str:

@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 
 
+def pytest_configure() -> None:
+    """Where there is no GPU, Triton kernels run under its interpreter, which is chosen before its import."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FARSPAN_AUTOTUNE", "0")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_per_worker() -> None:
     """Workers share the cores: threads beyond them spin in wait, and everything takes many times longer."""

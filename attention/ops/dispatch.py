@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..errors import Unsupported
 
+Run = Callable[..., Any]
+_ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
 
-def choose(
-    op: str, impls: Mapping[str, Callable[..., Any]], impl: str, device: torch.device
-) -> Callable[..., Any]:
-    """The implementation of ``op`` called ``impl``; "auto" prefers triton on CUDA and eager torch
-    elsewhere."""
+
+class Optional:
+    """An implementation in the module ``module`` of an op's package, imported when it is first asked for.
+
+    The module holds the function ``name`` and ``unsupported``, which takes the same arguments and lists why
+    they cannot be served (an empty list: they can).
+    """
+
+    def __init__(self, package: str | None, name: str, module: str = "triton"):
+        self._place, self._name = f"{package}.{module}", name
+
+    def unsupported(self, *args: Any, **how: Any) -> list[str]:
+        if self._place.endswith(".triton"):
+            if importlib.util.find_spec("triton") is None:
+                return ["triton is not installed"]
+            from . import launch
+
+            if reasons := launch.cannot_launch(args[0].device):
+                return reasons
+        return importlib.import_module(self._place).unsupported(*args, **how)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        return getattr(importlib.import_module(self._place), self._name)(*args, **how)
+
+
+def run(op: str, impls: Mapping[str, Run], impl: str, *args: Any, **how: Any) -> Any:
+    """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
+
+    "auto" is triton on CUDA where it serves the arguments, and eager torch elsewhere. Raises Unsupported,
+    with the reasons, for an implementation that there is not or that cannot serve these arguments.
+    """
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and "triton" in impls else "eager"
-    if impl not in impls:
+        triton = impls.get("triton") if args[0].device.type == "cuda" else None
+        served = isinstance(triton, Optional) and not triton.unsupported(*args, **how)
+        impl = "triton" if served else "eager"
+    elif impl not in impls:
         raise Unsupported(
             f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
         )
-    return impls[impl]
+    else:
+        chosen = impls[impl]
+        if isinstance(chosen, Optional) and (reasons := chosen.unsupported(*args, **how)):
+            raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
+    seen = _ran.get()
+    if seen is not None:
+        seen.add((op, impl))
+    return impls[impl](*args, **how)
 
 
-def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None) -> None:
+@contextmanager
+def implementations() -> Iterator[set[tuple[str, str]]]:
+    """The (operation, implementation) pairs that run inside."""
+    seen: set[tuple[str, str]] = set()
+    token = _ran.set(seen)
+    try:
+        yield seen
+    finally:
+        _ran.reset(token)
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> None:
     """Refuse shapes that do not belong together: q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv],
     start [B]."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:

@@ -1,4 +1,4 @@
-"""flash and decode: reference and eager against a float64 oracle (law 5), gradients, padding, refusals."""
+"""flash and decode: every implementation against a float64 oracle (law 5), gradients, padding, refusals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from farspan.attention.errors import Unsupported
 from farspan.attention.ops.decode import decode
 from farspan.attention.ops.flash import flash
 
-from .tools import assert_grads_equal, assert_law_5, assert_reference, brute_mask, make_qkv, oracle
+from .tools import (
+    Run,
+    assert_grads_equal,
+    assert_law_5,
+    assert_reference,
+    brute_mask,
+    every_run,
+    make_qkv,
+    oracle,
+)
 
-DTYPES = [torch.float32, torch.bfloat16]
 FLASH = [  # b, h, hkv, tq, tk, d, window, softcap, starts
     (1, 4, 4, 63, 63, 16, None, None, None),
     (1, 8, 2, 500, 500, 64, None, None, None),
@@ -51,21 +59,22 @@ def _name(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("op", "case"), OPS, ids=_name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], dtype: torch.dtype) -> None:
+@every_run()
+def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], run: Run) -> None:
     b, h, hkv, tq, tk, d, window, softcap, starts = case
-    q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=dtype)
+    q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=run.dtype)
     how = {"scale": d**-0.5, "softcap": softcap}
     truth = oracle(q, k, v, brute_mask(tq, tk, starts or [0] * b, window=window), **how)
     how |= {"window": window, "start": None if starts is None else torch.tensor(starts)}
     reference = op(q, k, v, impl="reference", **how)
-    assert reference.out.dtype == dtype
+    assert reference.out.dtype == run.dtype
     assert_reference(reference, truth)
-    assert_law_5(op(q, k, v, impl="eager", **how), reference, truth)
+    got = op(*run.to((q, k, v)), impl=run.impl, **how | {"start": run.to(how["start"])})
+    assert_law_5(got, reference, truth)
 
 
 @pytest.mark.parametrize(("op", "case"), [o for o in OPS if o[1][-1]], ids=_name)
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
 def test_padding_is_never_read(op: Callable[..., Any], case: tuple[Any, ...], impl: str) -> None:
     b, h, hkv, tq, tk, d, window, softcap, starts = case
     q, k, v = make_qkv(b, h, hkv, tq, tk, d, starts=starts)
@@ -147,7 +156,9 @@ def test_bad_shapes_are_refused_in_a_sentence(op: Callable[..., Any]) -> None:
             op(*bad, scale=1.0)
     with pytest.raises(ValueError, match=r"start \[B\] = \[2\].*got \[1\]"):
         op(q, k, v, scale=1.0, start=torch.tensor([0]))
-    with pytest.raises(Unsupported, match="no implementation 'nonsense': it has eager, reference and auto"):
+    with pytest.raises(
+        Unsupported, match="no implementation 'nonsense': it has eager, reference, triton and auto"
+    ):
         op(q, k, v, scale=1.0, impl="nonsense")
 
 

@@ -4,10 +4,14 @@ from torch import Tensor
 
 from ...index import BlockIndex
 from ...partial import Partial
-from ..dispatch import check_qkv, choose
+from ..dispatch import Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.block_sparse, "eager": eager.block_sparse}
+IMPLS = {
+    "reference": reference.block_sparse,
+    "eager": eager.block_sparse,
+    "triton": Optional(__package__, "block_sparse"),
+}
 
 
 def block_sparse(
@@ -41,4 +45,4 @@ def block_sparse(
             f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and "
             f"{list(index.counts.shape)}."
         )
-    return choose("block_sparse", IMPLS, impl, q.device)(q, k, v, index, scale=scale, softcap=softcap)
+    return run("block_sparse", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)

@@ -3,10 +3,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...partial import Partial
-from ..dispatch import check_qkv, choose
+from ..dispatch import Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.decode, "eager": eager.decode}
+IMPLS = {
+    "reference": reference.decode,
+    "eager": eager.decode,
+    "triton": Optional(__package__, "decode"),
+}
 
 
 def decode(
@@ -33,5 +37,4 @@ def decode(
         )
     if window is not None and window < 1:
         raise ValueError(f"decode needs a window of at least 1 key; got {window}.")
-    run = choose("decode", IMPLS, impl, q.device)
-    return run(q, k, v, scale=scale, window=window, softcap=softcap, start=start)
+    return run("decode", IMPLS, impl, q, k, v, scale=scale, window=window, softcap=softcap, start=start)

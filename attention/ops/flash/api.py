@@ -3,10 +3,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...partial import Partial
-from ..dispatch import check_qkv, choose
+from ..dispatch import Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.flash, "eager": eager.flash}
+IMPLS = {
+    "reference": reference.flash,
+    "eager": eager.flash,
+    "triton": Optional(__package__, "flash"),
+}
 
 
 def flash(
@@ -35,5 +39,4 @@ def flash(
         )
     if window is not None and window < 1:
         raise ValueError(f"flash needs a window of at least 1 key; got {window}.")
-    run = choose("flash", IMPLS, impl, q.device)
-    return run(q, k, v, scale=scale, window=window, softcap=softcap, start=start)
+    return run("flash", IMPLS, impl, q, k, v, scale=scale, window=window, softcap=softcap, start=start)

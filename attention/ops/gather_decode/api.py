@@ -4,10 +4,14 @@ from torch import Tensor
 
 from ...index import TokenIndex
 from ...partial import Partial
-from ..dispatch import check_qkv, choose
+from ..dispatch import Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.gather_decode, "eager": eager.gather_decode}
+IMPLS = {
+    "reference": reference.gather_decode,
+    "eager": eager.gather_decode,
+    "triton": Optional(__package__, "gather_decode"),
+}
 
 
 def gather_decode(
@@ -33,4 +37,4 @@ def gather_decode(
             f"gather_decode takes an index [B, Hkv or H, Tq, K] for q {list(q.shape)} and k {list(k.shape)}; "
             f"got {list(index.tokens.shape)}."
         )
-    return choose("gather_decode", IMPLS, impl, q.device)(q, k, v, index, scale=scale, softcap=softcap)
+    return run("gather_decode", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import Optional, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.pool, "eager": eager.pool}
+IMPLS = {
+    "reference": reference.pool,
+    "eager": eager.pool,
+    "triton": Optional(__package__, "pool"),
+}
 MODES = ("mean", "min", "max")
 
 
@@ -22,4 +26,4 @@ def pool(x: Tensor, block: int, *, mode: str, start: Tensor | None = None, impl:
         raise ValueError(f"pool knows the modes {', '.join(MODES)}; got {mode!r}.")
     if block < 1:
         raise ValueError(f"pool needs blocks of at least 1 position; got {block}.")
-    return choose("pool", IMPLS, impl, x.device)(x, block, mode=mode, start=start)
+    return run("pool", IMPLS, impl, x, block, mode=mode, start=start)

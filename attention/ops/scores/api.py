@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import Optional, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.scores, "eager": eager.scores}
+IMPLS = {
+    "reference": reference.scores,
+    "eager": eager.scores,
+    "triton": Optional(__package__, "scores"),
+}
 
 
 def scores(q: Tensor, k: Tensor, *, scale: float = 1.0, impl: str = "auto") -> Tensor:
@@ -16,4 +20,4 @@ def scores(q: Tensor, k: Tensor, *, scale: float = 1.0, impl: str = "auto") -> T
     """
     if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(f"scores got q {list(q.shape)} and k {list(k.shape)}, which do not fit together.")
-    return choose("scores", IMPLS, impl, q.device)(q, k, scale=scale)
+    return run("scores", IMPLS, impl, q, k, scale=scale)

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import Optional, run
 from . import eager, reference
 
-IMPLS = {"reference": reference.top_k, "eager": eager.top_k}
+IMPLS = {
+    "reference": reference.top_k,
+    "eager": eager.top_k,
+    "triton": Optional(__package__, "top_k"),
+}
 
 
 def top_k(scores: Tensor, k: int, *, order: str = "position", impl: str = "auto") -> Tensor:
@@ -20,4 +24,4 @@ def top_k(scores: Tensor, k: int, *, order: str = "position", impl: str = "auto"
         raise ValueError(f"top_k needs k of at least 1; got {k}.")
     if order not in ("position", "score"):
         raise ValueError(f"top_k orders by 'position' or 'score'; got {order!r}.")
-    return choose("select", IMPLS, impl, scores.device)(scores, min(k, scores.shape[-1]), order=order)
+    return run("select", IMPLS, impl, scores, min(k, scores.shape[-1]), order=order)

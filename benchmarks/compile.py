@@ -1,0 +1,195 @@
+"""Compile every Triton kernel for a GPU that need not be there, and print what it takes there.
+
+    python -m benchmarks.compile [--arch 90] [--ops decode pool] [--dtypes bfloat16] [--head-dims 64 128]
+
+Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation.
+Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
+shared memory than the chip has (227 KB on Hopper), is a defect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("FARSPAN_AUTOTUNE", "0")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from farspan.attention.index import BlockIndex, TokenIndex
+from farspan.attention.ops import launch
+from farspan.attention.ops.block_sparse import block_sparse
+from farspan.attention.ops.decode import decode
+from farspan.attention.ops.flash import flash
+from farspan.attention.ops.gather_decode import gather_decode
+from farspan.attention.ops.pool import pool
+from farspan.attention.ops.scores import scores
+from farspan.attention.ops.select import top_k
+
+from .record import table
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> list[torch.Tensor]:
+    shapes = [(1, 8, tq, d), (1, 2, tk, d), (1, 2, tk, d)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def _block_sparse(dtype: torch.dtype, d: int) -> None:
+    for block_q, block_k in ((64, 64), (128, 32), (128, 128)):
+        blocks = torch.zeros(1, 2, -(-256 // block_q), 2, dtype=torch.int32)
+        index = BlockIndex(
+            blocks=blocks, counts=torch.ones_like(blocks[..., 0]), block_q=block_q, block_k=block_k
+        )
+        part = block_sparse(*_qkv(dtype, d, 256, 256, grad=True), index, scale=1.0, impl="triton")
+        part.out.sum().backward()
+
+
+def _decode(dtype: torch.dtype, d: int) -> None:
+    start = torch.zeros(1, dtype=torch.long)
+    for more in ({}, {"start": start}, {"softcap": 5.0, "window": 100}):
+        decode(*_qkv(dtype, d, 1, 1024), scale=1.0, impl="triton", **more)
+
+
+def _flash(dtype: torch.dtype, d: int) -> None:
+    for more in ({}, {"window": 100}, {"softcap": 5.0}):
+        flash(*_qkv(dtype, d, 256, 256), scale=1.0, impl="triton", **more)
+
+
+def _gather_decode(dtype: torch.dtype, d: int) -> None:
+    index = TokenIndex(tokens=torch.zeros(1, 2, 1, 64, dtype=torch.long))
+    gather_decode(*_qkv(dtype, d, 1, 1024), index, scale=1.0, impl="triton")
+
+
+def _pool(dtype: torch.dtype, d: int) -> None:
+    for mode in ("mean", "min", "max"):
+        pool(_qkv(dtype, d, 1, 256)[1], 64, mode=mode, impl="triton")
+
+
+def _scores(dtype: torch.dtype, d: int) -> None:
+    scores(*_qkv(dtype, d, 1, 1024)[:2], impl="triton")
+
+
+def _top_k(dtype: torch.dtype, d: int) -> None:
+    if dtype == torch.float32 and d == 64:
+        for n in (2048, 131072):
+            top_k(torch.randn(4, n), 64, impl="triton")
+
+
+CASES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "block_sparse": _block_sparse,
+    "decode": _decode,
+    "flash": _flash,
+    "gather_decode": _gather_decode,
+    "pool": _pool,
+    "scores": _scores,
+    "select": _top_k,
+}
+
+
+class _Chip:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def resources(compiled: Any, arch: int) -> tuple[int, int]:
+    """(registers, bytes spilled) of one compiled kernel, as the assembler reports them."""
+    bin_folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        suffix = "a" if arch >= 90 else ""
+        for name in ("ptxas-blackwell", "ptxas"):  # the newer one first: it knows the newer PTX
+            if not (bin_folder / name).exists():
+                continue
+            done = subprocess.run(
+                [bin_folder / name, "-v", f"-arch=sm_{arch}{suffix}", ptx, "-o", ptx.with_suffix(".cubin")],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode == 0:
+                spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)))
+                found = re.search(r"Used (\d+) registers", done.stderr)
+                return int(found.group(1)) if found else 0, spills
+        raise RuntimeError(f"ptxas refused {compiled.metadata.name}: {done.stderr.strip()}")
+
+
+def compile_all(arch: int, ops: list[str], dtypes: list[str], head_dims: list[int]) -> list[dict[str, Any]]:
+    """One row per kernel that the operations launched."""
+    driver.set_active(_Chip(arch))
+    launch.cannot_launch = lambda device: []
+    made: list[Any] = []
+    original = jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = original(self, *args, grid=grid, warmup=True, **options)
+        made.append(compiled)
+        return compiled
+
+    jit.JITFunction.run = compile_only
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        for op in ops:
+            for dtype in dtypes:
+                for d in head_dims:
+                    made.clear()
+                    CASES[op](DTYPES[dtype], d)
+                    for kernel in made:
+                        if kernel.hash in rows:
+                            continue
+                        registers, spilled = resources(kernel, arch)
+                        rows[kernel.hash] = {
+                            "op": op,
+                            "kernel": kernel.metadata.name,
+                            "dtype": dtype,
+                            "D": d,
+                            "warps": kernel.metadata.num_warps,
+                            "stages": kernel.metadata.num_stages,
+                            "registers": registers,
+                            "spilled": spilled,
+                            "shared": kernel.metadata.shared,
+                        }
+    finally:
+        jit.JITFunction.run = original
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 80, 96, 128, 256])
+    args = parser.parse_args()
+    print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims)))
+
+
+if __name__ == "__main__":
+    main()
