@@ -1,7 +1,8 @@
 """torch's own attention kernels with their log-sum-exp, for equal numbers of query and KV heads.
 
 What the library does best is not rewritten: on the CPU the flash kernel behind
-``scaled_dot_product_attention``, on CUDA its FlashAttention. Where neither can run (soft-cap, an input that
+``scaled_dot_product_attention`` (in bfloat16, its matrix products: products.py), on CUDA its FlashAttention.
+Where neither can run (soft-cap, an input that
 needs gradients, other devices) the same definition is computed in float32 over tiles of queries and keys, so
 that memory stays bounded.
 """
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..partial import Partial, empty_partial, merge
+from . import products
 
+_FEW_KEYS = 2048
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
 
 
@@ -29,12 +32,24 @@ def attend(
     """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is
     made).
 
-    causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, Tk], True =
-    read.
+    causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, M], True =
+    read, for the last M keys; every row reads those before.
     """
     if q.shape[2] == 0 or k.shape[2] == 0:
         return empty_partial(q, v.shape[-1])
-    if softcap is None and not _needs_grad(q, k, v):
+    needs_grad = _needs_grad(q, k, v)
+    if q.device.type == "cpu" and not needs_grad and products.serves(q, k, scale):
+        if causal and softcap is None:  # the first rows see too few keys to gain by it
+            few = min(_FEW_KEYS, q.shape[2])
+            first = _cpu(q[:, :, :few], k[:, :, :few], v[:, :, :few], scale, True, None)
+            if few == q.shape[2]:
+                return first
+            rest = products.attend(q, k, v, first=few, scale=scale, causal=True, mask=None, softcap=None)
+            return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
+        return products.attend(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
+    if mask is not None and mask.shape[-1] < k.shape[2]:
+        mask = torch.nn.functional.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
+    if softcap is None and not needs_grad:
         if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
             return _cpu(q, k, v, scale, causal, mask)
         if (
@@ -94,8 +109,7 @@ def math(
 
 
 def _cut(mask: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
-    mask = mask if mask.shape[-2] == 1 else mask[..., a:b, :]
-    return mask if mask.shape[-1] == 1 else mask[..., c:d]
+    return (mask if mask.shape[-2] == 1 else mask[..., a:b, :])[..., c:d]
 
 
 def _tile(

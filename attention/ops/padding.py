@@ -11,7 +11,7 @@ from ..partial import Partial, empty_partial
 Run = Callable[[int, Tensor, Tensor, Tensor], Partial]
 
 
-def by_row(q: Tensor, k: Tensor, v: Tensor, start: Tensor, run: Run) -> Partial:
+def by_row(q: Tensor, k: Tensor, v: Tensor, start: Tensor | list[int], run: Run) -> Partial:
     """``run(b, q, k, v)`` on each row with its padding cut off: a row costs, and gives, what it would alone.
 
     q [B, H, Tq, D] are the last Tq positions of k, v [B, Hkv, Tk, D]; row b begins at start[b]. Queries in
@@ -19,7 +19,7 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, start: Tensor, run: Run) -> Partial:
     """
     past, tq = k.shape[2] - q.shape[2], q.shape[2]
     whole = empty_partial(q, v.shape[-1])
-    for b, first in enumerate(start.tolist()):
+    for b, first in enumerate(start if isinstance(start, list) else start.tolist()):
         begin = max(0, first - past)
         if begin < tq:
             row = slice(b, b + 1)

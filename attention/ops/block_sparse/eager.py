@@ -1,7 +1,13 @@
-"""``block_sparse``: per query block, gather its key blocks and call the library's attention; nothing of size
-Tq x Tk."""
+"""``block_sparse``: per query block and index head, gather its key blocks and call the library's attention.
+
+A row of work is one query block of one head of the index: the queries of all heads that share the index row,
+folded into rows, against exactly the keys of its blocks. Blocks that end before the query block begins need
+no mask; only the keys of the others, which come last, are masked by position.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -10,25 +16,22 @@ from ...index import BlockIndex
 from ...partial import Partial, empty_partial
 from .. import kernel
 from ..padding import by_row
-from ..rows import gather_rows
 
 
 def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
 ) -> Partial:
-    if index.start is None:
-        return _rows(q, k, v, index.blocks, index.counts, index, index.key_order, scale, softcap)
-    starts, key_order = index.start.tolist(), index.key_order
+    starts = [0] * q.shape[0] if index.start is None else index.start.tolist()
+    key_order = index.key_order
 
     def row(b: int, q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        cut, first = slice(b, b + 1), starts[b]
-        order = None if key_order is None else key_order[cut, :, first:] - first
-        return _rows(q, k, v, index.blocks[cut], index.counts[cut], index, order, scale, softcap)
+        order = None if key_order is None else key_order[b, :, starts[b] :] - starts[b]
+        return _row(q, k, v, index.blocks[b], index.counts[b], index, order, scale, softcap)
 
-    return by_row(q, k, v, index.start, row)
+    return by_row(q, k, v, starts, row)
 
 
-def _rows(
+def _row(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,45 +42,81 @@ def _rows(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    b, h, tq, d = q.shape
-    hkv, tk, hs = k.shape[1], k.shape[2], blocks.shape[1]
-    block_q, block_k, past = index.block_q, index.block_k, k.shape[2] - q.shape[2]
-    per_kv = hs // hkv  # 1 where the group shares a row, else the size of the group
-    if tq == 0:
-        return empty_partial(q, v.shape[-1])
-    out = q.new_empty(b, h, tq, v.shape[-1])
-    lse = torch.empty(
-        b, h, tq, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device
-    )
-    inside = torch.arange(block_k, device=q.device)
-    most = counts.amax((0, 1)).tolist()
-    grouped = q.reshape(b, hs, h // hs, tq, d)
-    for n in range(-(-tq // block_q)):
-        a, z = n * block_q, min((n + 1) * block_q, tq)
-        m = most[n]
-        if m == 0:
-            empty = empty_partial(q[:, :, a:z], v.shape[-1])
-            out[:, :, a:z], lse[:, :, a:z] = empty.out, empty.lse
-            continue
-        used = torch.arange(m, device=q.device) < counts[:, :, n, None]  # [B, Hs, m]
-        first = torch.where(used, blocks[:, :, n, :m].long(), blocks[:, :, n, :1].long())
-        places = (first[..., None] * block_k + inside).reshape(b, hs, -1)  # [B, Hs, m * block_k]
-        exists = (places < tk) & used.repeat_interleave(block_k, -1)
-        places = places.clamp_(max=tk - 1)
-        positions = places if order is None else order.expand(b, hs, tk).gather(2, places)
-        rows = torch.arange(past + a, past + z, device=q.device)
-        mask = exists[:, :, None] & (positions[:, :, None] <= rows[:, None])  # [B, Hs, rows, keys]
-        # Keys that no row may see are swapped for one that is seen, so that what lies there cannot matter.
-        seen = mask.any(2)
-        anchor = torch.gather(positions, 2, seen.int().argmax(2, keepdim=True))
-        positions = torch.where(seen, positions, anchor)
-        spread = positions.reshape(b, hkv, -1)
-        key = gather_rows(k, spread).view(b, hs, -1, d) if per_kv > 1 else gather_rows(k, spread)
-        value = gather_rows(v, spread).view(b, hs, places.shape[2], -1)
-        folded = grouped[:, :, :, a:z].reshape(b, hs, -1, d)
-        part = kernel.attend(
-            folded, key, value, scale=scale, mask=mask.repeat(1, 1, h // hs, 1), softcap=softcap
-        )
-        out[:, :, a:z] = part.out.view(b, h, z - a, -1)
-        lse[:, :, a:z] = part.lse.view(b, h, z - a)
-    return Partial(out, lse)
+    """One row of the batch without its padding: q [1, H, Tq, D], blocks [Hs, Nq, M], order [Hs, Tk]."""
+    _, h, tq, d = q.shape
+    hkv, tk, hs = k.shape[1], k.shape[2], blocks.shape[0]
+    block_q, block_k, past, share = index.block_q, index.block_k, tk - tq, h // hs
+    grouped = q[0].unflatten(0, (hs, share))  # [Hs, heads that share an index row, Tq, D]
+    number, used = blocks.tolist(), counts.tolist()
+    result = empty_partial(q, v.shape[3])
+    out, lse = (x[0].unflatten(0, (hs, share)) for x in result)
+    for n, a in enumerate(range(0, tq, block_q)):
+        z = min(a + block_q, tq)
+        first, end = past + a, past + z  # positions of the queries
+        for s in range(hs):
+            chosen = number[s][n][: used[s][n]]
+            kv = s * hkv // hs
+            pair = k[0, kv], v[0, kv]
+            if order is not None:
+                places = torch.tensor(chosen)[:, None] * block_k + torch.arange(block_k)
+                positions = order[s, places.view(-1)[places.view(-1) < tk].to(order.device)]
+                common, late = (
+                    positions[positions <= first],
+                    positions[(positions > first) & (positions < end)],
+                )
+                mask = (late <= torch.arange(first, end, device=q.device)[:, None]).repeat(share, 1)
+                pair = tuple(x.index_select(0, torch.cat([common, late])) for x in pair)
+            else:
+                while chosen and chosen[-1] * block_k >= end:
+                    chosen.pop()
+                common = sum((j + 1) * block_k <= first + 1 for j in chosen)
+                late = tuple(j * block_k - first for j in chosen[common:])
+                mask = _late_mask(late, block_k, z - a, share, q.device)
+                size = len(chosen) * block_k - (max(0, late[-1] + block_k - (z - a)) if late else 0)
+                pair = tuple(_gather(x, blocks[s, n, : len(chosen)], block_k, size) for x in pair)
+            if pair[0].shape[0] == 0:
+                continue
+            part = kernel.attend(
+                grouped[s, :, a:z].reshape(1, 1, -1, d),
+                *(x[None, None] for x in pair),
+                scale=scale,
+                mask=mask[None, None] if mask.shape[1] else None,
+                softcap=softcap,
+            )
+            out[s, :, a:z] = part.out.view(share, z - a, -1)
+            lse[s, :, a:z] = part.lse.view(share, z - a)
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def _late_mask(late: tuple[int, ...], block_k: int, rows: int, share: int, device: torch.device) -> Tensor:
+    """Which of ``rows`` queries see which keys of the blocks that do not all end before the first of them.
+
+    late: where those blocks begin, counted from the first query. -> [share * rows, keys before
+    the last query's end].
+
+        late = (0,)   x . . .      late = (-2, 2)   x x x . . .
+        rows = 4      x x . .      rows = 4         x x x x . .
+                      x x x .                       x x x x x .
+                      x x x x                       x x x x x x
+    """
+    places = (
+        torch.tensor(late, dtype=torch.long, device=device)[:, None] + torch.arange(block_k, device=device)
+    ).view(-1)
+    mask = places[places < rows] <= torch.arange(rows, device=device)[:, None]
+    return mask.repeat(share, 1)
+
+
+def _gather(x: Tensor, blocks: Tensor, block_k: int, size: int) -> Tensor:
+    """The first ``size`` of the keys x [Tk, D] in ``blocks``, one after another; whole blocks in one copy
+    each."""
+    t, d = x.shape
+    if not x.is_contiguous():
+        places = blocks.long()[:, None] * block_k + torch.arange(block_k, device=x.device)
+        return x.index_select(0, places.view(-1)[:size])
+    whole = size // block_k
+    runs = x[: t // block_k * block_k].view(-1, block_k * d)
+    taken = runs.index_select(0, blocks[:whole]).view(-1, d)
+    if whole * block_k == size:
+        return taken
+    return torch.cat([taken, x.narrow(0, int(blocks[whole]) * block_k, size - whole * block_k)])
