@@ -95,7 +95,7 @@ def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Parti
         return _window(q, keys, index, impl, flash)
     if isinstance(index, BlockIndex):
         pairs = int(index.pairs(q.shape[2], keys.length)) * (q.shape[1] // index.blocks.shape[1])
-        return block_sparse(q, keys.k, keys.v, index, **how), pairs
+        return block_sparse(q, keys.k, keys.v, index, check=False, **how), pairs
     raise TypeError(
         f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
     )
@@ -114,7 +114,7 @@ def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partia
     group = q.shape[1] // index.tokens.shape[1]
     if index.full is None or not bool(index.full.any()):
         used = index.tokens.numel() if index.counts is None else int(index.counts.sum())
-        return gather_decode(q, keys.k, keys.v, index, **how), used * group
+        return gather_decode(q, keys.k, keys.v, index, check=False, **how), used * group
     if bool(index.full.all()):
         return decode(q, keys.k, keys.v, start=keys.start, **how), None
     return _mixed(q, keys, index, impl)
@@ -161,7 +161,7 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
     h, hs = q.shape[1], index.tokens.shape[1]
     group, hkv = h // hs, keys.k.shape[1]
     how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-    part = gather_decode(q, keys.k, keys.v, index, **how)
+    part = gather_decode(q, keys.k, keys.v, index, check=False, **how)
     out, lse = part.out.clone(), part.lse.clone()
     counts = (
         index.counts

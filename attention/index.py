@@ -55,6 +55,27 @@ class BlockIndex:
     start: Tensor | None = None
     key_order: Tensor | None = None
 
+    def check(self, tk: int) -> None:
+        """Raise ValueError where the counted blocks of a query block are not distinct, ascending blocks of
+        Tk keys."""
+        m = self.blocks.shape[-1]
+        place = torch.arange(m, device=self.blocks.device)
+        used = place < self.counts[..., None]
+        if bool((self.counts < 0).any()) or bool((self.counts > m).any()):
+            raise ValueError(f"A BlockIndex with room for {m} blocks takes counts from 0 to {m}.")
+        last = -(-tk // self.block_k)
+        if bool((used & ((self.blocks < 0) | (self.blocks >= last))).any()):
+            raise ValueError(
+                f"A BlockIndex of {self.block_k} keys a block names blocks 0 to {last - 1} of {tk} keys; "
+                "some block is outside."
+            )
+        falls = self.blocks[..., 1:] <= self.blocks[..., :-1]
+        if bool((used[..., 1:] & falls).any()):
+            raise ValueError(
+                "A BlockIndex names each block of a query block once, in ascending order; some block comes "
+                "twice or too late."
+            )
+
     def to_mask(self, tq: int, tk: int) -> Tensor:
         """Boolean mask [B, Hs, Tq, Tk] of the (query, key) pairs read; causality and padding included."""
         b, hs, nq, m = self.blocks.shape
@@ -122,6 +143,22 @@ class TokenIndex:
     counts: Tensor | None = None
     full: Tensor | None = None
     gathered: tuple[Tensor, Tensor] | None = None
+
+    def check(self, tk: int) -> None:
+        """Raise ValueError where a query's counted tokens are not distinct positions among Tk keys."""
+        k = self.tokens.shape[-1]
+        used = torch.ones_like(self.tokens, dtype=torch.bool)
+        if self.counts is not None:
+            if bool((self.counts < 0).any()) or bool((self.counts > k).any()):
+                raise ValueError(f"A TokenIndex with room for {k} tokens takes counts from 0 to {k}.")
+            used = torch.arange(k, device=self.tokens.device) < self.counts[..., None]
+        if bool((used & ((self.tokens < 0) | (self.tokens >= tk))).any()):
+            raise ValueError(f"A TokenIndex names positions 0 to {tk - 1}; some token is outside.")
+        # Entries past the count get places of their own, so that only counted ones can meet.
+        apart = torch.where(used, self.tokens, tk + torch.arange(k, device=self.tokens.device))
+        ordered = apart.sort(-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError("A TokenIndex names each token of a query once; some token comes twice.")
 
     def to_mask(self, tq: int, tk: int, start: Tensor | None = None) -> Tensor:
         """Boolean mask [B, Hs, Tq, Tk] of the keys read."""

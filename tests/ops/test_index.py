@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from farspan.attention.index import BlockIndex, TokenIndex, Window, causal_mask, causal_pairs
+from farspan.attention.ops.block_sparse import block_sparse
+from farspan.attention.ops.gather_decode import gather_decode
 
 from .tools import brute_mask
 
@@ -107,3 +109,52 @@ def test_token_index() -> None:
     got = TokenIndex(tokens=tokens, counts=counts, full=full).to_mask(2, 8, torch.tensor([2]))[0, 0]
     assert got[0].int().tolist() == [0, 0, 1, 1, 1, 1, 1, 0]
     assert got[1].int().tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "counts", "message"),
+    [
+        ([0, 2, 2], 3, "each block of a query block once, in ascending order"),
+        ([2, 0, 1], 2, "each block of a query block once, in ascending order"),
+        ([0, 1, 7], 3, "blocks 0 to 6 of 100 keys; some block is outside"),
+        ([-1, 1, 2], 3, "blocks 0 to 6 of 100 keys; some block is outside"),
+        ([0, 1, 2], 4, "room for 3 blocks takes counts from 0 to 3"),
+        ([0, 1, 2], -1, "room for 3 blocks takes counts from 0 to 3"),
+    ],
+)
+def test_a_block_index_that_cannot_be_is_refused(blocks: list[int], counts: int, message: str) -> None:
+    index = BlockIndex(
+        blocks=torch.tensor(blocks, dtype=torch.int32).expand(1, 1, 7, 3),
+        counts=torch.full((1, 1, 7), counts, dtype=torch.int32),
+        block_q=16,
+        block_k=16,
+    )
+    q = torch.randn(1, 1, 100, 8)
+    with pytest.raises(ValueError, match=message):
+        block_sparse(q, q, q, index, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts", "message"),
+    [
+        ([3, 5, 3], None, "each token of a query once"),
+        ([3, 5, 9], None, "positions 0 to 8; some token is outside"),
+        ([3, -1, 5], None, "positions 0 to 8; some token is outside"),
+        ([3, 5, 7], 4, "counts from 0 to 3"),
+    ],
+)
+def test_a_token_index_that_cannot_be_is_refused(tokens: list[int], counts: int | None, message: str) -> None:
+    index = TokenIndex(
+        tokens=torch.tensor(tokens).expand(1, 1, 1, 3),
+        counts=None if counts is None else torch.full((1, 1, 1), counts, dtype=torch.int32),
+    )
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 9, 8)
+    with pytest.raises(ValueError, match=message):
+        gather_decode(q, k, k, index, scale=1.0)
+
+
+def test_entries_past_the_count_may_be_anything() -> None:
+    TokenIndex(tokens=torch.tensor([[[[3, 3, 99]]]]), counts=torch.tensor([[[1]]])).check(9)
+    BlockIndex(
+        blocks=torch.tensor([[[[1, 1, 99]]]]), counts=torch.tensor([[[1]]]), block_q=16, block_k=16
+    ).check(40)

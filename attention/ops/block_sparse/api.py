@@ -11,6 +11,7 @@ IMPLS = {
     "reference": reference.block_sparse,
     "eager": eager.block_sparse,
     "triton": Optional(__package__, "block_sparse"),
+    "flex": Optional(__package__, "block_sparse", "flex"),
 }
 
 
@@ -22,13 +23,15 @@ def block_sparse(
     *,
     scale: float,
     softcap: float | None = None,
+    check: bool = True,
     impl: str = "auto",
 ) -> Partial:
     """Causal attention of q [B, H, Tq, D] over the key blocks that ``index`` names in k, v [B, Hkv, Tk, D].
 
     Queries are the last Tq positions. Rows in the left padding, and rows whose blocks hold no visible key,
-    give (0, -inf).
-    Raises ValueError for shapes that do not fit.
+    give (0, -inf). check=False spares the look at the index (on CUDA, a wait for the device) where its maker
+    vouches for it. impl may also be "flex", torch's FlexAttention (CUDA; on the CPU its lse is NaN).
+    Raises ValueError for shapes that do not fit and for an index with a block twice or out of range.
     """
     check_qkv("block_sparse", q, k, v, index.start)
     b, hs, nq, _ = index.blocks.shape
@@ -45,4 +48,6 @@ def block_sparse(
             f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and "
             f"{list(index.counts.shape)}."
         )
+    if check:
+        index.check(k.shape[2])
     return run("block_sparse", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)

@@ -22,13 +22,15 @@ def gather_decode(
     *,
     scale: float,
     softcap: float | None = None,
+    check: bool = True,
     impl: str = "auto",
 ) -> Partial:
     """Attention of q [B, H, Tq, D] over the keys that ``index`` names in k, v [B, Hkv, Tk, D].
 
     The index holds only keys that are visible to its query; nothing else of k and v is read. ``index.full``
-    is not looked at: rows that read everything belong to ``decode``. Raises ValueError for shapes that do not
-    fit.
+    is not looked at: rows that read everything belong to ``decode``. check=False
+    spares the look at the index (on CUDA, a wait for the device) where its maker vouches for it.
+    Raises ValueError for shapes that do not fit and for an index with a token twice or out of range.
     """
     check_qkv("gather_decode", q, k, v, None)
     b, hs, tq = index.tokens.shape[:3]
@@ -37,4 +39,6 @@ def gather_decode(
             f"gather_decode takes an index [B, Hkv or H, Tq, K] for q {list(q.shape)} and k {list(k.shape)}; "
             f"got {list(index.tokens.shape)}."
         )
+    if check:
+        index.check(k.shape[2])
     return run("gather_decode", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)

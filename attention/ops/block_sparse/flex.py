@@ -1,0 +1,78 @@
+"""``block_sparse`` by torch's FlexAttention: an alternative that the library makes, an oracle and a rival.
+
+It is compiled once for each shape, which takes seconds. On the CPU it needs a C++ compiler, and FlexAttention
+gives no log-sum-exp there: the lse of the result is NaN, so that nobody merges it by mistake.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...index import BlockIndex
+from ...partial import Partial
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
+) -> list[str]:
+    """Why FlexAttention cannot run these arguments, one clause each."""
+    from ...block_mask import not_in_a_block_mask
+
+    reasons = not_in_a_block_mask(index)
+    if q.dtype == torch.float64:
+        reasons.append("FlexAttention has no float64")
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            reasons.append("FlexAttention has no backward on the CPU")
+        if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            reasons.append("on the CPU it is compiled, and there is no C++ compiler")
+    elif q.shape[-1] < 16:
+        reasons.append(f"FlexAttention takes heads of at least 16; these have {q.shape[-1]}")
+    return reasons
+
+
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
+) -> Partial:
+    from ...block_mask import to_block_mask
+
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    mask = to_block_mask(index, q.shape[2], k.shape[2], q.shape[1], transposed=needs_grad)
+    how: dict[str, Any] = {
+        "score_mod": _bend(softcap),
+        "block_mask": mask,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    flex = _compiled()
+    if q.device.type == "cpu":
+        out = flex(q, k.contiguous(), v.contiguous(), **how)
+        return Partial(out, torch.full(q.shape[:3], torch.nan))
+    out, lse = flex(q, k, v, return_lse=True, **how)
+    return Partial(out, lse)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def _bend(softcap: float | None) -> Callable[..., Tensor] | None:
+    """FlexAttention's score_mod for a soft-cap."""
+    if softcap is None:
+        return None
+
+    def bend(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return bend
