@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
     from .runtime.recipe import Recipe
+    from .runtime.tune import tune
 
     __version__: str
 
@@ -38,6 +39,7 @@ _HOMES = {
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",
     "load": ".runtime.models",
+    "tune": ".runtime.tune",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "methods",
     "parse_method",
     "patch",
+    "tune",
 ]
 
 

@@ -137,6 +137,10 @@ def generate(
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
     ] = None,
+    crossover: Annotated[
+        str | None,
+        typer.Option(help='Read densely below this many keys; "auto" takes what `farspan tune` measured.'),
+    ] = None,
     recipe: options.Recipe = None,
     rope: options.Rope = None,
     beyond_positions: Annotated[
@@ -155,6 +159,9 @@ def generate(
     from ..runtime.patch import resolve
 
     text = _prompt_text(prompt, prompt_file)
+    from_keys = (
+        crossover if crossover in (None, "auto") else options.whole_numbers([crossover], "--crossover")[0]
+    )
     resolve(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, text_streamer
 
@@ -173,7 +180,8 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:
         sampling |= {"temperature": temperature, "top_p": top_p}
-    with patch(causal_lm, method, recipe=recipe, prefill_chunk=prefill_chunk) as patched:
+    how: dict[str, Any] = {"recipe": recipe, "prefill_chunk": prefill_chunk, "crossover": from_keys}
+    with patch(causal_lm, method, **how) as patched:
         streamer = None if json else text_streamer(tokenizer)
         started = time.perf_counter()
         answer = causal_lm.generate(
@@ -213,6 +221,45 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise FarspanError("The prompt is empty; give at least one word.")
     return text
+
+
+@app.command()
+def tune(
+    methods: Annotated[
+        list[str], typer.Option(help='Methods to measure; repeatable, or one list separated by ";".')
+    ],
+    model: options.Model = options.DEFAULT_MODEL,
+    lengths: Annotated[
+        list[str], typer.Option(help="Numbers of keys; repeatable, or one list: 1024,2048,4K.")
+    ] = ["512,1K,2K,4K,8K,16K"],  # noqa: B006 (typer copies it)
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls, of which the median counts.")] = 5,
+    recipe: options.Recipe = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Measure from which length a method is faster than dense on this device, for --crossover auto."""
+    specs = options.split_methods(methods)
+    sizes = sorted(options.whole_numbers(lengths, "--lengths"))
+    from ..runtime.patch import resolve
+
+    for spec in specs:
+        resolve(spec)  # a misspelt method ends here, before the model is loaded
+    causal_lm, _ = options.load_model(model, rope=None, dtype=dtype, device=device)
+    from ..runtime.tune import tune as run
+
+    with output.progress("lengths measured") as advance:
+        measured = run(causal_lm, specs, lengths=sizes, recipe=recipe, repeats=repeats, progress=advance)
+    if json:
+        return output.show_json([dataclasses.asdict(m) | {"crossover": m.crossover} for m in measured])
+    table = output.table("method", "phase", "times dense's speed at", "faster from")
+    for m in measured:
+        ratios = ", ".join(
+            f"{length}: {dense / seconds:.2f}"
+            for length, dense, seconds in zip(m.lengths, m.dense, m.seconds, strict=True)
+        )
+        table.add_row(m.method, m.phase, ratios, str(m.crossover or "no length measured"))
+    output.show(table)
 
 
 @app.command()

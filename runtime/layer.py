@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -9,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, attend
+from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
 from ..attention.method import DECODE, PREFILL, AttentionMethod
@@ -22,6 +24,7 @@ from .report import PhaseReport
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not the cache's own"
 UNEXPECTED = frozenset({NO_CACHE, FOREIGN})
+_DENSE = Dense()
 
 
 @dataclass
@@ -89,6 +92,12 @@ def read_padding(mask: Tensor) -> Padding:
     return Padding(start, start.tolist())
 
 
+def _below(keys: float) -> str:
+    if keys == math.inf:
+        return "dense attention was faster at every length measured"
+    return f"below the crossover of {keys:.0f} keys"
+
+
 @dataclass
 class Layer:
     """Attention of one layer of a patched model."""
@@ -98,6 +107,7 @@ class Layer:
     decode: AttentionMethod
     session: Session
     left_dense: str | None = None  # why the method itself leaves this layer dense
+    from_keys: dict[str, float] = field(default_factory=dict)  # by phase, fewer keys are read densely
     phases: dict[str, PhaseReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,6 +115,11 @@ class Layer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise FarspanError("A patched model cannot be copied: call remove() first, then patch both.")
+
+    @property
+    def methods(self) -> dict[str, AttentionMethod]:
+        """The method of each phase."""
+        return {PREFILL: self.prefill, DECODE: self.decode}
 
     def clear_report(self) -> None:
         """Start counting anew."""
@@ -129,7 +144,10 @@ class Layer:
         store = self.session.stores[self.index] if self.session.stores is not None else None
         own = store is not None and store.holds(k)
         phase = DECODE if own and k.shape[2] > tq and tq <= DECODE_ROWS else PREFILL
-        method = self.decode if phase == DECODE else self.prefill
+        method = self.methods[phase]
+        short = k.shape[2] < self.from_keys.get(phase, 0)
+        if short:
+            method = _DENSE
         if window is not None:
             part = flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
         else:
@@ -138,7 +156,9 @@ class Layer:
                 part, reads = attend(method, phase, q, keys)
             if phase == PREFILL and own:
                 self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
-            if not own and method.name == "dense" != self.decode.name:
+            if short:
+                reads.reason = _below(self.from_keys[phase])
+            elif not own and method.name == "dense" != self.decode.name:
                 reads.reason = FOREIGN if self.session.cached else NO_CACHE
             elif reads.reason is None and self.left_dense and method.name == "dense":
                 reads.reason = self.left_dense

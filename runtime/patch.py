@@ -10,6 +10,7 @@ from typing import Any
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
 from . import hf
+from .crossover import crossovers
 from .layer import DECODE_ROWS, Layer, Session
 from .recipe import Recipe
 from .report import LayerReport, PhaseReport, Report
@@ -29,6 +30,7 @@ def patch(
     strict: bool = False,
     prefill_chunk: int | None = None,
     recipe: Recipe | str | Path | None = None,
+    crossover: int | str | None = None,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -40,6 +42,8 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache.
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
     long prompts. recipe: a saved calibration, for methods that need one.
+    crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
+    ``farspan tune`` measured on this device. Such calls are in the report with their reason.
 
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
@@ -64,7 +68,12 @@ def patch(
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
     session = Session(strict)
-    bound = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry, session) for i in info.attention}
+    bound = {}
+    for i in info.attention:
+        layer = _bind(chosen[i], info.layer_info(i), recipe, info.geometry, session)
+        if i not in untouched:
+            layer.from_keys = crossovers(layer.methods, info.layer_info(i), model, crossover)
+        bound[i] = layer
     if prefill_chunk is not None:
         granule = math.lcm(*(m.granule for pair in chosen for m in pair))
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
@@ -172,25 +181,31 @@ def _bind(
     geometry: dict[str, Any],
     session: Session,
 ) -> Layer:
-    dense = parse_method("dense")
     bound, reason = [], None
     for method in methods:
-        info = layer
-        if method.needs_recipe:
-            source = recipe if recipe is not None else getattr(method, "recipe", "") or None
-            if source is None:
-                raise FarspanError(
-                    f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-                    f"{method.name}' (or "
-                    f"farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
-                )
-            loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-            info = loaded.for_layer(method.name, layer, geometry)
-        served = method.for_layer(info)
+        served = serve(method, layer, recipe, geometry)
         if served is None:
             reason = f"{method.name} leaves its first layers dense"
-        bound.append(served or dense)
+        bound.append(served or parse_method("dense"))
     return Layer(layer.index, bound[0], bound[1], session, left_dense=reason)
+
+
+def serve(
+    method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
+) -> AttentionMethod | None:
+    """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
+    dense."""
+    if method.needs_recipe:
+        source = recipe if recipe is not None else getattr(method, "recipe", "") or None
+        if source is None:
+            raise FarspanError(
+                f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
+                f"{method.name}' (or "
+                f"farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
+            )
+        loaded = source if isinstance(source, Recipe) else Recipe.load(source)
+        layer = loaded.for_layer(method.name, layer, geometry)
+    return method.for_layer(layer)
 
 
 def _copy(phase: PhaseReport) -> PhaseReport:

@@ -1,0 +1,143 @@
+"""From which length on a method is faster than dense attention: what `tune` measured, kept and looked up.
+
+The figures belong to a device, its threads, a torch version, a dtype and a geometry.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention.errors import FarspanError
+from ..attention.method import AttentionMethod, LayerInfo
+from .models import cache_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One method in one phase: seconds at each length beside dense attention, and where it begins to win."""
+
+    method: str
+    phase: str
+    layer: dict[str, int]  # num_heads, num_kv_heads, head_dim
+    lengths: list[int]
+    dense: list[float]
+    seconds: list[float]
+
+    @property
+    def crossover(self) -> int | None:
+        """The least measured length from which the method is faster at every longer one; None: there is
+        none."""
+        found = None
+        for length, dense, seconds in zip(self.lengths, self.dense, self.seconds, strict=True):
+            if seconds >= dense:
+                found = None
+            elif found is None:
+                found = length
+        return found
+
+
+def crossovers(
+    methods: Mapping[str, AttentionMethod], layer: LayerInfo, model: Any, setting: int | str | None
+) -> dict[str, float]:
+    """By phase, the number of keys from which the layer's method is used: ``patch``'s crossover= worked out.
+
+    Raises FarspanError for a setting that is none, and where "auto" finds nothing measured.
+    """
+    if setting is None:
+        return {}
+    selective = {phase: method for phase, method in methods.items() if method.name != "dense"}
+    if setting != "auto":
+        if type(setting) is not int or setting < 1:
+            raise FarspanError(f'crossover is "auto" or a number of keys, at least 1; got {setting!r}.')
+        return dict.fromkeys(selective, float(setting))
+    kept = _read()
+    found = {}
+    for phase, method in selective.items():
+        entry = kept.get(_key(str(method), phase, geometry(layer), model))
+        if entry is None:
+            shape = f"{layer.num_heads}/{layer.num_kv_heads} heads of {layer.head_dim} in {_dtype(model)}"
+            raise FarspanError(
+                f"The crossover of {method} in {phase} was never measured on {device_name(model.device)} for "
+                f"{shape}: run 'farspan tune --methods \"{method}\"' with this model, or give a number."
+            )
+        crossover = Measured(**entry).crossover
+        found[phase] = math.inf if crossover is None else float(crossover)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What times depend on: the GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def geometry(layer: LayerInfo) -> dict[str, int]:
+    """The sizes that times depend on."""
+    return {
+        "num_heads": layer.num_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+    }
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _key(spec: str, phase: str, geometry: dict[str, int], model: Any) -> str:
+    sizes = "x".join(map(str, geometry.values()))
+    return " | ".join((device_name(model.device), torch.__version__, _dtype(model), sizes, phase, spec))
+
+
+def _file() -> Path:
+    return cache_folder() / "crossover.json"
+
+
+def _read() -> dict[str, Any]:
+    path = _file()
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise FarspanError(
+            f"{path} cannot be read ({error}); delete it and run 'farspan tune' again."
+        ) from None
+    if not isinstance(kept, dict):
+        raise FarspanError(f"{path} holds no crossovers; delete it and run 'farspan tune' again.")
+    return kept
+
+
+def keep(measured: list[Measured], model: Any) -> Path:
+    """Add to the file in the user's cache folder; processes that tune at the same time lose nothing."""
+    from filelock import FileLock
+
+    path = _file()
+    new = {_key(m.method, m.phase, m.layer, model): asdict(m) for m in measured}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            text = json.dumps(_read() | new, indent=1)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as out:
+                out.write(text)
+            os.replace(out.name, path)
+    except OSError as error:
+        raise FarspanError(f"The crossovers cannot be kept in {path.parent} ({error.strerror}).") from None
+    return path

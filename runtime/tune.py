@@ -1,0 +1,153 @@
+"""Measure from which length on a method is faster than dense attention on this device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.attend import attend
+from ..attention.dense import Dense
+from ..attention.errors import FarspanError
+from ..attention.keys import Keys, State
+from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from ..attention.summary import Summaries
+from . import hf
+from .crossover import Measured, geometry, keep
+from .patch import resolve, serve
+from .recipe import Recipe
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+_ROUGHLY = 20.0  # seconds: lengths at which one dense call would take longer are left out
+
+
+def tune(
+    model: Any,
+    specs: Sequence[str | AttentionMethod],
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    recipe: Recipe | str | Path | None = None,
+    repeats: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Measured]:
+    """Measure the crossover of each spec on the model's device and keep it in the user's cache folder.
+
+    One layer's attention, selection included, on random tensors of the model's geometry, beside farspan's
+    dense attention. ``patch(..., crossover="auto")`` then runs a method densely on fewer keys.
+
+    lengths: numbers of keys, ascending; those at which one dense call would pass 20 s are left out. repeats:
+    timed calls, method and dense in turn, of which the median counts. ``progress(done, total)`` is called
+    after each length. Layers of other geometries are measured apart.
+    """
+    if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < 2:
+        raise FarspanError(f"Lengths are ascending numbers of keys, at least 2; got {list(lengths)}.")
+    info = hf.inspect_model(model)
+    jobs = list(_jobs(info, specs, recipe))
+    done: list[Measured] = []
+    for number, (spec, phase, method, layer) in enumerate(jobs):
+        times: list[tuple[int, float, float]] = []
+        for step, length in enumerate(lengths):
+            if times and times[-1][1] * (length / times[-1][0]) ** 2 > _ROUGHLY:
+                break
+            times.append((length, *_compare(method, phase, layer, length, model, repeats)))
+            if progress:
+                progress(number * len(lengths) + step + 1, len(jobs) * len(lengths))
+        sizes, dense, seconds = (list(column) for column in zip(*times, strict=True))
+        done.append(
+            Measured(
+                method=spec, phase=phase, layer=geometry(layer), lengths=sizes, dense=dense, seconds=seconds
+            )
+        )
+    keep(done, model)
+    return done
+
+
+def _jobs(
+    info: hf.ModelInfo, specs: Sequence[str | AttentionMethod], recipe: Recipe | str | Path | None
+) -> Iterator[tuple[str, str, AttentionMethod, LayerInfo]]:
+    """(spec, phase, method as the layer runs it, layer): once for each geometry that a method serves."""
+    seen = set()
+    for spec in specs:
+        for phase, method in zip((PREFILL, DECODE), resolve(spec), strict=True):
+            for index in info.attention:
+                layer = info.layer_info(index)
+                job = (str(method), phase, *geometry(layer).values())
+                if method.name == "dense" or info.kinds[index] == hf.SLIDING or job in seen:
+                    continue
+                served = serve(method, layer, recipe, info.geometry)
+                if served is not None:
+                    seen.add(job)
+                    yield str(method), phase, served, layer
+    if not seen:
+        raise FarspanError("There is nothing to measure: name at least one method other than dense.")
+
+
+def _compare(
+    method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any, repeats: int
+) -> tuple[float, float]:
+    """Median seconds of (dense, method): a whole prefill, or one decode step averaged over several."""
+    runs = [_Run(m, phase, layer, length, model) for m in (Dense(), method)]
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            for run, seconds in zip(runs, times, strict=True):
+                taken = run.timed()
+                if repeat:  # the first is a warm-up
+                    seconds.append(taken)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+class _Run:
+    """Attention of one layer over random keys, as a patched layer would call it."""
+
+    def __init__(self, method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any):
+        self.method, self.phase, self.length = method, phase, length
+        # A method with a stride has cheap and dear steps: a whole stride is timed.
+        self.steps = 1 if phase == PREFILL else int(getattr(method, "stride", 4))
+        how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        kv = (1, layer.num_kv_heads, length + self.steps, layer.head_dim)
+        rows = length if phase == PREFILL else self.steps
+        self.k, self.v = torch.randn(kv, **how), torch.randn(kv, **how)
+        self.q = torch.randn(1, layer.num_heads, rows, layer.head_dim, **how)
+        self.scale = layer.head_dim**-0.5
+        self.summaries, self.state = Summaries(), State()
+        if phase == DECODE:
+            method.after_prefill(self.q[:, :, :1], self._keys(length, 1))
+            self._step(0)  # takes the prompt into the summaries
+
+    def _keys(self, length: int, tq: int) -> Keys:
+        return Keys(
+            k=self.k[:, :, :length],
+            v=self.v[:, :, :length],
+            tq=tq,
+            scale=self.scale,
+            state=self.state,
+            summaries=self.summaries,
+        )
+
+    def _step(self, step: int) -> Tensor:
+        q = self.q[:, :, step : step + 1]
+        return attend(self.method, DECODE, q, self._keys(self.length + step + 1, 1))[0].out
+
+    def timed(self) -> float:
+        cuda = self.k.device.type == "cuda"
+        if self.phase == PREFILL:
+            self.summaries, self.state = Summaries(), State()
+        else:
+            self.summaries.crop(self.length)
+        if cuda:
+            torch.cuda.synchronize(self.k.device)
+        begin = time.perf_counter()
+        if self.phase == PREFILL:
+            attend(self.method, PREFILL, self.q, self._keys(self.length, self.length))
+        else:
+            for step in range(self.steps):
+                self._step(step)
+        if cuda:
+            torch.cuda.synchronize(self.k.device)
+        return (time.perf_counter() - begin) / self.steps

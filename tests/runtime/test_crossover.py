@@ -1,0 +1,149 @@
+"""tune() and patch(crossover=...): short keys are read densely, and the report says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import farspan
+from farspan.attention.method import parse_method
+from farspan.runtime.crossover import Measured, crossovers, keep
+from farspan.runtime.hf import inspect_model
+
+GEOMETRY = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., Any]) -> Any:
+    return tiny_llama()
+
+
+def measured(method: str, phase: str, dense: list[float], seconds: list[float]) -> Measured:
+    lengths = [2**i for i in range(4, 4 + len(dense))]
+    return Measured(method=method, phase=phase, layer=GEOMETRY, lengths=lengths, dense=dense, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("dense", "seconds", "expected"),
+    [
+        ([1, 2, 4, 8], [2, 3, 3, 3], 64),
+        ([1, 2, 4, 8], [0.5, 1, 2, 4], 16),
+        ([1, 2, 4, 8], [0.5, 3, 2, 4], 64),  # a lucky win at a short length does not count
+        ([1, 2, 4, 8], [0.5, 1, 2, 9], None),
+        ([1, 2], [1, 2], None),
+    ],
+)
+def test_the_crossover_is_where_the_method_begins_to_win_for_good(
+    dense: list[float], seconds: list[float], expected: int | None
+) -> None:
+    assert measured("quest:k=16,dense_layers=0", "decode", dense, seconds).crossover == expected
+
+
+def tokens(model: Any, ids: torch.Tensor, new: int = 8) -> list[int]:
+    return model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
+
+
+def test_below_the_crossover_attention_is_dense_and_the_report_says_so(model: Any) -> None:
+    ids = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain = tokens(model, ids)
+    with farspan.patch(model, "quest:k=16,page=4,dense_layers=0", crossover=1000, strict=True) as patched:
+        assert tokens(model, ids) == plain
+        summary = patched.report().summary
+    assert summary["decode_density"] == 1.0
+    assert summary["fallbacks"] == {"below the crossover of 1000 keys": 2 * 7}
+
+
+def test_the_method_takes_over_at_the_crossover(model: Any) -> None:
+    """8 tokens after a prompt of 40: the 7 decode steps see 41 .. 47 keys, of which 44 .. 47 are selected."""
+    ids = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
+    with farspan.patch(model, "quest:k=16,page=4,dense_layers=0", crossover=44) as patched:
+        tokens(model, ids)
+        report = patched.report()
+    assert report.summary["fallbacks"] == {"below the crossover of 44 keys": 2 * 3}
+    dense_pairs, causal_pairs = (41 + 42 + 43) * 8, sum(range(41, 48)) * 8
+    for layer in report.layers:
+        assert layer.phases["decode"].causal_pairs == causal_pairs
+        selected = layer.phases["decode"].pairs - dense_pairs
+        assert 0 < selected <= 4 * 16 * 8
+
+
+def test_auto_takes_what_was_measured(model: Any, cache: Path) -> None:
+    quest, block = (str(parse_method(s)) for s in ("quest:k=16,dense_layers=0", "block_topk:k=64"))
+    keep(
+        [
+            measured(quest, "decode", [1, 2, 4], [2, 1, 1]),
+            measured(block, "prefill", [1, 2, 4], [2, 3, 5]),
+        ],
+        model,
+    )
+    layer = inspect_model(model).layer_info(0)
+    methods = {"prefill": parse_method(block), "decode": parse_method(quest)}
+    assert crossovers(methods, layer, model, "auto") == {"prefill": math.inf, "decode": 32.0}
+    ids = torch.randint(3, 128, (1, 100), generator=torch.Generator().manual_seed(0))
+    with farspan.patch(model, prefill=block, decode=quest, crossover="auto") as patched:
+        tokens(model, ids)
+        fallbacks = patched.report().summary["fallbacks"]
+    assert fallbacks["dense attention was faster at every length measured"] == 2
+
+
+def test_auto_without_a_measurement_is_refused(model: Any, cache: Path) -> None:
+    with pytest.raises(
+        farspan.FarspanError, match=r"quest:k=16,dense_layers=0 in decode was never measured .*farspan tune"
+    ):
+        farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
+    (cache / "crossover.json").write_text("not json")
+    with pytest.raises(farspan.FarspanError, match=r"crossover.json cannot be read .*delete it"):
+        farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "soon", True])
+def test_a_crossover_that_is_none_is_refused(model: Any, bad: Any) -> None:
+    with pytest.raises(farspan.FarspanError, match='crossover is "auto" or a number of keys'):
+        farspan.patch(model, "quest:k=16,dense_layers=0", crossover=bad)
+    farspan.patch(model, "dense").remove()  # nothing was left behind
+
+
+def test_tune_measures_each_phase_and_keeps_it(model: Any, cache: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found = farspan.tune(
+        model,
+        ["block_topk:k=64 + quest:k=16,dense_layers=0", "recycled:k=16,stride=3"],
+        lengths=[64, 256],
+        repeats=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [(m.method, m.phase) for m in found] == [
+        ("block_topk:k=64", "prefill"),
+        ("quest:k=16,dense_layers=0", "decode"),
+        ("recycled:k=16,stride=3", "decode"),
+    ]
+    for m in found:
+        assert m.lengths == [64, 256] and len(m.dense) == len(m.seconds) == 2
+        assert min(m.dense + m.seconds) > 0
+    assert seen[-1] == (6, 6)
+    kept = json.loads((cache / "crossover.json").read_text())
+    assert len(kept) == 3 and all(Measured(**entry) in found for entry in kept.values())
+    farspan.patch(model, "block_topk:k=64 + quest:k=16,dense_layers=0", crossover="auto").remove()
+    assert not [p for p in cache.iterdir() if p.name.startswith("tmp")]
+
+
+def test_what_cannot_be_tuned_is_refused(model: Any, cache: Path) -> None:
+    with pytest.raises(farspan.FarspanError, match="at least one method other than dense"):
+        farspan.tune(model, ["dense"])
+    for lengths in ([], [64, 32], [1, 2], [8, 8]):
+        with pytest.raises(farspan.FarspanError, match="Lengths are ascending numbers of keys"):
+            farspan.tune(model, ["quest:k=16,dense_layers=0"], lengths=lengths)
+    with pytest.raises(farspan.FarspanError, match="needs a calibration recipe"):
+        farspan.tune(model, ["double_sparsity:k=16"], lengths=[64])
