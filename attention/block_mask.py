@@ -69,7 +69,7 @@ def from_block_mask(mask: BlockMask) -> BlockIndex:
     shape = mask.kv_indices.shape[:3]
     chosen = torch.zeros(*shape, nk + 1, dtype=torch.bool, device=mask.kv_indices.device)
     lists = [(mask.kv_num_blocks, mask.kv_indices)]
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         lists.append((mask.full_kv_num_blocks, mask.full_kv_indices))
     for number, indices in lists:
         used = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]

@@ -48,7 +48,7 @@ class BlockPool:
         return len(self.modes) * head_dim
 
     def compute(self, k: Tensor) -> Tensor:
-        return torch.cat([pool(k, self.block, mode=mode) for mode in self.modes], -1)
+        return pool(k, self.block, mode=self.modes)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ from triton.runtime import driver, jit
 
 from farspan.attention.index import BlockIndex, TokenIndex
 from farspan.attention.ops import launch
+from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.ops.decode import decode
 from farspan.attention.ops.flash import flash
 from farspan.attention.ops.gather_decode import gather_decode
-from farspan.attention.ops.pool import pool
+from farspan.attention.ops.int4_scores import int4_block_max, int4_scores, quantise_int4
+from farspan.attention.ops.pool import pool, pool_segments
 from farspan.attention.ops.scores import scores
-from farspan.attention.ops.select import top_k
+from farspan.attention.ops.select import by_mass, by_threshold, top_k
 
 from .record import table
 
@@ -46,6 +48,13 @@ def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> li
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
 
 
+def _block_max(dtype: torch.dtype, d: int) -> None:
+    q, k, _ = _qkv(dtype, d, 256, 256)
+    for block_q, block_k, heads, softcap in ((64, 64, "each", None), (1, 64, "group", 5.0)):
+        how: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "heads": heads, "softcap": softcap}
+        block_max(q, k, q[..., 0].float(), scale=1.0, impl="triton", **how)
+
+
 def _block_sparse(dtype: torch.dtype, d: int) -> None:
     for block_q, block_k in ((64, 64), (128, 32), (128, 128)):
         blocks = torch.zeros(1, 2, -(-256 // block_q), 2, dtype=torch.int32)
@@ -54,12 +63,23 @@ def _block_sparse(dtype: torch.dtype, d: int) -> None:
         )
         part = block_sparse(*_qkv(dtype, d, 256, 256, grad=True), index, scale=1.0, impl="triton")
         part.out.sum().backward()
+    index = BlockIndex(  # every option at once, and blocks smaller than a tile
+        blocks=torch.zeros(1, 2, 16, 2, dtype=torch.int32),
+        counts=torch.ones(1, 2, 16, dtype=torch.int32),
+        block_q=16,
+        block_k=8,
+        start=torch.zeros(1, dtype=torch.long),
+        key_order=torch.arange(256).expand(1, 2, 256),
+    )
+    part = block_sparse(*_qkv(dtype, d, 256, 256, grad=True), index, scale=1.0, softcap=5.0, impl="triton")
+    part.out.sum().backward()
 
 
 def _decode(dtype: torch.dtype, d: int) -> None:
     start = torch.zeros(1, dtype=torch.long)
     for more in ({}, {"start": start}, {"softcap": 5.0, "window": 100}):
         decode(*_qkv(dtype, d, 1, 1024), scale=1.0, impl="triton", **more)
+    decode(*_qkv(dtype, d, 16, 1024), scale=1.0, impl="triton")
 
 
 def _flash(dtype: torch.dtype, d: int) -> None:
@@ -68,33 +88,52 @@ def _flash(dtype: torch.dtype, d: int) -> None:
 
 
 def _gather_decode(dtype: torch.dtype, d: int) -> None:
-    index = TokenIndex(tokens=torch.zeros(1, 2, 1, 64, dtype=torch.long))
-    gather_decode(*_qkv(dtype, d, 1, 1024), index, scale=1.0, impl="triton")
+    counts, rows = torch.ones(1, 2, 1, dtype=torch.int32), torch.zeros(1, 2, 64, d, dtype=dtype)
+    for heads, more in ((2, {}), (8, {}), (2, {"counts": counts}), (2, {"gathered": (rows, rows)})):
+        index = TokenIndex(tokens=torch.zeros(1, heads, 1, 64, dtype=torch.long), **more)
+        gather_decode(*_qkv(dtype, d, 1, 1024), index, scale=1.0, impl="triton")
+
+
+def _int4_scores(dtype: torch.dtype, d: int) -> None:
+    q, k, _ = _qkv(dtype, d, 256, 1024)
+    for block in (32, 64):
+        k4 = quantise_int4(k, block, impl="triton")
+        for q_bits in (4, 8, None):
+            int4_block_max(q, k4, q[..., 0], scale=1.0, block_q=64, q_bits=q_bits, impl="triton")
+        int4_scores(q[:, :, :1], k4, scale=1.0, impl="triton")
 
 
 def _pool(dtype: torch.dtype, d: int) -> None:
-    for mode in ("mean", "min", "max"):
-        pool(_qkv(dtype, d, 1, 256)[1], 64, mode=mode, impl="triton")
+    x = _qkv(dtype, d, 1, 256)[1]
+    for block, mode in ((16, "mean"), (64, ("max", "min")), (128, ("max", "min", "mean"))):
+        pool(x, block, mode=mode, impl="triton")
+    pool_segments(x, torch.zeros(1, 9, dtype=torch.long), mode="length_normalised", impl="triton")
 
 
 def _scores(dtype: torch.dtype, d: int) -> None:
-    scores(*_qkv(dtype, d, 1, 1024)[:2], impl="triton")
+    for queries in (1, 16, 512):
+        scores(*_qkv(dtype, d, queries, 1024)[:2], impl="triton")
 
 
-def _top_k(dtype: torch.dtype, d: int) -> None:
-    if dtype == torch.float32 and d == 64:
-        for n in (2048, 131072):
+def _select(dtype: torch.dtype, d: int) -> None:
+    if dtype == torch.float32 and d == 64:  # rows of scores know no head size
+        for n in (2048, 8192, 131072):
             top_k(torch.randn(4, n), 64, impl="triton")
+        for n in (2048, 8192):
+            by_mass(torch.rand(4, n), 0.9, most=64, impl="triton")
+            by_threshold(torch.rand(4, n), 0.9, most=64, impl="triton")
 
 
 CASES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "block_max": _block_max,
     "block_sparse": _block_sparse,
     "decode": _decode,
     "flash": _flash,
     "gather_decode": _gather_decode,
+    "int4_scores": _int4_scores,
     "pool": _pool,
     "scores": _scores,
-    "select": _top_k,
+    "select": _select,
 }
 
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
+        "triton": next(iter(d.version for d in metadata.distributions(name="triton")), None),
         "transformers": transformers.__version__,
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
@@ -58,16 +60,28 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run; one warm-up, then the runs in turn, so that drift of the machine hits all
-    alike."""
+def host_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one run on the host's clock, until the device's queue is empty again."""
+    begin = clock()
+    run()
+    return clock() - begin
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    seconds: Callable[[Callable[[], Any]], float] = host_seconds,
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """Median seconds of each run; ``warm_up`` untimed rounds, then the runs in turn, so that drift of the
+    machine hits all alike. ``seconds`` times one run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_up + repeats):
         for name, run in runs.items():
-            begin = clock()
-            run()
-            if repeat:
-                times[name].append(clock() - begin)
+            taken = seconds(run)
+            if repeat >= warm_up:
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

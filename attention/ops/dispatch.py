@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import Unsupported
 
 Run = Callable[..., Any]
+Impls = Mapping[str, Run]
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
 
 
@@ -37,19 +39,27 @@ class Optional:
                 return reasons
         return importlib.import_module(self._place).unsupported(*args, **how)
 
+    def better_eager(self, *args: Any, **how: Any) -> bool:
+        """Whether "auto" should leave these arguments to eager torch: the module's ``better_eager``, if
+        any."""
+        asked = getattr(importlib.import_module(self._place), "better_eager", None)
+        return asked is not None and asked(*args, **how)
+
     def __call__(self, *args: Any, **how: Any) -> Any:
         return getattr(importlib.import_module(self._place), self._name)(*args, **how)
 
 
-def run(op: str, impls: Mapping[str, Run], impl: str, *args: Any, **how: Any) -> Any:
+def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
 
-    "auto" is triton on CUDA where it serves the arguments, and eager torch elsewhere. Raises Unsupported,
+    "auto" is triton on CUDA where it serves the arguments better than torch, and eager torch elsewhere. Raises Unsupported,
     with the reasons, for an implementation that there is not or that cannot serve these arguments.
     """
     if impl == "auto":
         triton = impls.get("triton") if args[0].device.type == "cuda" else None
-        served = isinstance(triton, Optional) and not triton.unsupported(*args, **how)
+        served = isinstance(triton, Optional) and not (
+            triton.unsupported(*args, **how) or triton.better_eager(*args, **how)
+        )
         impl = "triton" if served else "eager"
     elif impl not in impls:
         raise Unsupported(
@@ -62,7 +72,10 @@ def run(op: str, impls: Mapping[str, Run], impl: str, *args: Any, **how: Any) ->
     seen = _ran.get()
     if seen is not None:
         seen.add((op, impl))
-    return impls[impl](*args, **how)
+    if impl != "triton":
+        return impls[impl](*args, **how)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        return impls[impl](*args, **how)
 
 
 @contextmanager

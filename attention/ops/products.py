@@ -3,8 +3,8 @@
 A CPU with bf16 dot products (AVX512_BF16) multiplies bf16 matrices several times faster than the flash kernel
 behind ``scaled_dot_product_attention`` does inside (400 against 80 GFLOP/s a core on a Zen 5). Such a product
 is summed in float32, but its result is rounded to bf16, too coarse for logits. The rounding error is itself a
-product: s = round(q k^T) and r = round(q k^T - s), which ``baddbmm(beta=-1)`` forms before it rounds, together
-hold q k^T to 16 bits. Two such products for the logits, two for the values, are still faster.
+product: s = round(q k^T) and r = round(q k^T - s), which ``baddbmm(beta=-1)`` forms before it rounds, hold
+q k^T to 16 bits together. Two such products for the logits, two for the values, are still faster.
 
 A tile is up to 256 queries of one head by 2,048 keys: large enough that the passes over its logits come from
 the second-level cache and that starting an operation costs little.
@@ -54,7 +54,7 @@ def attend(
 ) -> Partial:
     """The arguments and the result of ``kernel.attend``, for the rows from ``first`` on."""
     b, h, tq, _ = q.shape
-    tk, dv = k.shape[2], v.shape[3]
+    dv = v.shape[3]
     out = q.new_empty(b, h, tq - first, dv)
     lse = torch.empty(b, h, tq - first, dtype=torch.float32)
     space = _space()

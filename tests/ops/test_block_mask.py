@@ -81,7 +81,7 @@ def test_what_a_block_mask_cannot_say_is_refused() -> None:
     with pytest.raises(Unsupported, match="reorders the keys"):
         to_block_mask(ordered, 64, 64, 1)
     q, k, v = make_qkv(1, 1, 1, 64, 64, 16)
-    with pytest.raises(Unsupported, match="flex implementation of block_sparse cannot run this.*reorders"):
+    with pytest.raises(Unsupported, match=r"flex implementation of block_sparse cannot run this.*reorders"):
         block_sparse(q, k, v, ordered, scale=0.25, impl="flex")
 
 

@@ -49,6 +49,7 @@ DECODE = [
     (2, 4, 2, 1, 500, 16, None, 5.0, [0, 480]),
     (1, 4, 2, 1, 1, 16, None, None, None),
     (1, 4, 2, 4, 4, 16, None, None, None),
+    (1, 12, 2, 37, 300, 16, 20, None, None),  # more rows than one tile holds
 ]
 OPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(flash, c) for c in FLASH]
 OPS += [(decode, c) for c in DECODE]
@@ -138,6 +139,59 @@ def test_a_strided_query_is_served() -> None:
         plain, got = op(q, k, v, scale=0.25), op(strided, k, v, scale=0.25)
         assert torch.allclose(got.out, plain.out, atol=1e-6)
         assert torch.allclose(got.lse, plain.lse, atol=1e-6)
+
+
+@every_run()
+def test_decode_of_strided_views_is_the_same_twice(run: Run) -> None:
+    """q and the keys as views of [B, T, H, D]; the order of a merge of splits is fixed."""
+    plain = [run.to(x) for x in make_qkv(2, 4, 1, 3, 300, 80, dtype=run.dtype, roomy=False)]
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    assert not views[0].is_contiguous()
+    start = run.to(torch.tensor([0, 130]))
+    want = decode(*plain, scale=0.25, start=start, impl=run.impl)
+    got, again = (decode(*views, scale=0.25, start=start, impl=run.impl) for _ in range(2))
+    assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse)
+    assert torch.allclose(got.out, want.out, atol=4 * torch.finfo(run.dtype).eps)
+    assert torch.allclose(got.lse, want.lse, atol=1e-5)
+
+
+@every_run()
+def test_decode_of_rows_that_have_not_begun_is_empty(run: Run) -> None:
+    q, k, v = make_qkv(2, 4, 2, 1, 300, 16, dtype=run.dtype, starts=[300, 7])
+    start = run.to(torch.tensor([300, 7]))
+    got = decode(*run.to((q, k, v)), scale=0.25, start=start, impl=run.impl)
+    assert bool((got.out[0] == 0).all()) and bool((got.lse[0] == -torch.inf).all())
+    assert bool(got.out[1].isfinite().all()) and bool(got.lse[1].isfinite().all())
+
+
+def test_more_splits_than_a_row_has_keys() -> None:
+    """A padded row of 3 keys leaves most of its splits empty."""
+    q, k, v = make_qkv(2, 4, 2, 1, 1021, 16, starts=[0, 1018])
+    start = torch.tensor([0, 1018])
+    whole = decode(q, k, v, scale=0.25, start=start, impl="triton")
+    alone = decode(q[1:], k[1:, :, 1018:], v[1:, :, 1018:], scale=0.25, impl="triton")
+    assert torch.allclose(whole.out[1:], alone.out, atol=1e-6)
+    assert torch.allclose(whole.lse[1:], alone.lse, atol=1e-6)
+
+
+def test_values_may_be_of_another_width_than_keys() -> None:
+    """D 192 and Dv 128, as in multi-head latent attention."""
+    q, k, v = make_qkv(1, 4, 2, 1, 150, 192, dtype=torch.float16)
+    v = v[..., :128]
+    truth = oracle(q, k, v, brute_mask(1, 150, [0]), scale=0.07)
+    reference = decode(q, k, v, scale=0.07, impl="reference")
+    assert_law_5(decode(q, k, v, scale=0.07, impl="triton"), reference, truth)
+
+
+def test_splits_fill_whole_waves_of_the_device() -> None:
+    pytest.importorskip("triton")
+    from farspan.attention.ops import combine
+
+    assert combine._splits(8, 128, 264) == 32  # 256 of 264 places at once
+    assert combine._splits(64, 128, 264) == 4
+    assert combine._splits(8, 4, 264) == 4  # no shorter than is worth a program
+    assert combine._splits(10_000, 128, 264) == 1
+    assert combine._splits(150, 128, 264) == 7  # 1050 of 1056; one split would leave 114 places empty
 
 
 @pytest.mark.parametrize("op", [flash, decode])

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ...index import BlockIndex
 from ...partial import Partial
-from ..dispatch import Optional, check_qkv, run
+from ..dispatch import Impls, Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {
+IMPLS: Impls = {
     "reference": reference.block_sparse,
     "eager": eager.block_sparse,
     "triton": Optional(__package__, "block_sparse"),

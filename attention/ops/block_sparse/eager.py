@@ -45,55 +45,67 @@ def _row(
     """One row of the batch without its padding: q [1, H, Tq, D], blocks [Hs, Nq, M], order [Hs, Tk]."""
     _, h, tq, d = q.shape
     hkv, tk, hs = k.shape[1], k.shape[2], blocks.shape[0]
-    block_q, block_k, past, share = index.block_q, index.block_k, tk - tq, h // hs
+    block_q, past, share = index.block_q, tk - tq, h // hs
     grouped = q[0].unflatten(0, (hs, share))  # [Hs, heads that share an index row, Tq, D]
     number, used = blocks.tolist(), counts.tolist()
     result = empty_partial(q, v.shape[3])
     out, lse = (x[0].unflatten(0, (hs, share)) for x in result)
     for n, a in enumerate(range(0, tq, block_q)):
-        z = min(a + block_q, tq)
-        first, end = past + a, past + z  # positions of the queries
+        rows = min(block_q, tq - a)
         for s in range(hs):
             chosen = number[s][n][: used[s][n]]
+            read = _natural if order is None else functools.partial(_reordered, order[s])
             kv = s * hkv // hs
-            pair = k[0, kv], v[0, kv]
-            if order is not None:
-                places = torch.tensor(chosen)[:, None] * block_k + torch.arange(block_k)
-                positions = order[s, places.view(-1)[places.view(-1) < tk].to(order.device)]
-                common, late = (
-                    positions[positions <= first],
-                    positions[(positions > first) & (positions < end)],
-                )
-                mask = (late <= torch.arange(first, end, device=q.device)[:, None]).repeat(share, 1)
-                pair = tuple(x.index_select(0, torch.cat([common, late])) for x in pair)
-            else:
-                while chosen and chosen[-1] * block_k >= end:
-                    chosen.pop()
-                common = sum((j + 1) * block_k <= first + 1 for j in chosen)
-                late = tuple(j * block_k - first for j in chosen[common:])
-                mask = _late_mask(late, block_k, z - a, share, q.device)
-                size = len(chosen) * block_k - (max(0, late[-1] + block_k - (z - a)) if late else 0)
-                pair = tuple(_gather(x, blocks[s, n, : len(chosen)], block_k, size) for x in pair)
-            if pair[0].shape[0] == 0:
+            key, value, mask = read(k[0, kv], v[0, kv], chosen, index.block_k, past + a, rows)
+            if key.shape[0] == 0:
                 continue
             part = kernel.attend(
-                grouped[s, :, a:z].reshape(1, 1, -1, d),
-                *(x[None, None] for x in pair),
+                grouped[s, :, a : a + rows].reshape(1, 1, -1, d),
+                key[None, None],
+                value[None, None],
                 scale=scale,
-                mask=mask[None, None] if mask.shape[1] else None,
+                mask=mask.repeat(share, 1)[None, None] if mask.shape[1] else None,
                 softcap=softcap,
             )
-            out[s, :, a:z] = part.out.view(share, z - a, -1)
-            lse[s, :, a:z] = part.lse.view(share, z - a)
+            out[s, :, a : a + rows] = part.out.view(share, rows, -1)
+            lse[s, :, a : a + rows] = part.lse.view(share, rows)
     return result
 
 
+def _natural(
+    k: Tensor, v: Tensor, chosen: list[int], block_k: int, first: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [N, D] of the chosen blocks that some of the queries ``first`` .. ``first + rows - 1``
+    see, and which of the last M keys each query sees, [rows, M] bool; every query sees those before."""
+    chosen = [j for j in chosen if j * block_k < first + rows]
+    late = tuple(j * block_k - first for j in chosen if (j + 1) * block_k > first + 1)
+    size = len(chosen) * block_k - (max(0, late[-1] + block_k - rows) if late else 0)
+    blocks = torch.tensor(chosen, dtype=torch.long, device=k.device)
+    return (
+        _gather(k, blocks, block_k, size),
+        _gather(v, blocks, block_k, size),
+        _late_mask(late, block_k, rows, k.device),
+    )
+
+
+def _reordered(
+    order: Tensor, k: Tensor, v: Tensor, chosen: list[int], block_k: int, first: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where blocks are of keys in another ``order`` [Tk]: what each query sees goes by position."""
+    places = (torch.tensor(chosen, dtype=torch.long)[:, None] * block_k + torch.arange(block_k)).view(-1)
+    positions = order[places[places < order.shape[0]].to(order.device)].long()
+    common = positions[positions <= first]
+    late = positions[(positions > first) & (positions < first + rows)]
+    taken = torch.cat([common, late])
+    mask = late <= torch.arange(first, first + rows, device=k.device)[:, None]
+    return k.index_select(0, taken), v.index_select(0, taken), mask
+
+
 @functools.lru_cache(maxsize=64)
-def _late_mask(late: tuple[int, ...], block_k: int, rows: int, share: int, device: torch.device) -> Tensor:
+def _late_mask(late: tuple[int, ...], block_k: int, rows: int, device: torch.device) -> Tensor:
     """Which of ``rows`` queries see which keys of the blocks that do not all end before the first of them.
 
-    late: where those blocks begin, counted from the first query. -> [share * rows, keys before
-    the last query's end].
+    late: where those blocks begin, counted from the first query. -> [rows, keys before the last query's end].
 
         late = (0,)   x . . .      late = (-2, 2)   x x x . . .
         rows = 4      x x . .      rows = 4         x x x x . .
@@ -103,8 +115,7 @@ def _late_mask(late: tuple[int, ...], block_k: int, rows: int, share: int, devic
     places = (
         torch.tensor(late, dtype=torch.long, device=device)[:, None] + torch.arange(block_k, device=device)
     ).view(-1)
-    mask = places[places < rows] <= torch.arange(rows, device=device)[:, None]
-    return mask.repeat(share, 1)
+    return places[places < rows] <= torch.arange(rows, device=device)[:, None]
 
 
 def _gather(x: Tensor, blocks: Tensor, block_k: int, size: int) -> Tensor:

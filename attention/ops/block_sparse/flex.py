@@ -55,6 +55,9 @@ def block_sparse(
     if q.device.type == "cpu":
         out = flex(q, k.contiguous(), v.contiguous(), **how)
         return Partial(out, torch.full(q.shape[:3], torch.nan))
+    if index.block_q < 128:  # its default tile for Hopper has 128 queries, and must divide the block
+        tile = {"BLOCK_M": index.block_q, "BLOCK_N": min(64, index.block_k), "num_warps": 4}
+        how["kernel_options"] = tile
     out, lse = flex(q, k, v, return_lse=True, **how)
     return Partial(out, lse)
 

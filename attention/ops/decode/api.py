@@ -3,10 +3,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...partial import Partial
-from ..dispatch import Optional, check_qkv, run
+from ..dispatch import Impls, Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {
+IMPLS: Impls = {
     "reference": reference.decode,
     "eager": eager.decode,
     "triton": Optional(__package__, "decode"),

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ...index import TokenIndex
 from ...partial import Partial
-from ..dispatch import Optional, check_qkv, run
+from ..dispatch import Impls, Optional, check_qkv, run
 from . import eager, reference
 
-IMPLS = {
+IMPLS: Impls = {
     "reference": reference.gather_decode,
     "eager": eager.gather_decode,
     "triton": Optional(__package__, "gather_decode"),

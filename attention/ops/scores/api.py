@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Optional, run
+from ..dispatch import Impls, Optional, run
 from . import eager, reference
 
-IMPLS = {
+IMPLS: Impls = {
     "reference": reference.scores,
     "eager": eager.scores,
     "triton": Optional(__package__, "scores"),

@@ -1,0 +1,134 @@
+"""``block_sparse`` in Triton, for Hopper's matrix units.
+
+A program holds a tile of queries (up to 128 rows: the heads of a group side by side while the
+query block is shorter than that) and walks its list of key blocks. Blocks are ascending, so the list splits
+at two counts, and only the blocks between them need masks:
+
+    index of a query block   [0  3  4  9 | 10  11 | 17]        10, 11: reach past the tile's first row
+                              no masks     masked   skipped    17: begins after its last row
+
+The backward is in backward.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...index import BlockIndex
+from ...partial import Partial, empty_partial
+from ..tile import (
+    KEY,
+    ROWS_OF_A_TILE,
+    attend,
+    cannot_tile,
+    config,
+    finish,
+    geometry,
+    load_rows,
+    query_tile,
+    query_tiles,
+    sized,
+    split,
+    store_rows,
+)
+from .backward import backward
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
+) -> list[str]:
+    return cannot_tile(q, k, v, scale, softcap)
+
+
+@triton.jit
+def _forward(
+    q, k, v, out, lse, blocks, counts, start, order, q_stride, k_stride, v_stride, out_stride,
+    hs_heads, kv_heads, tq, tk, nq, m, scale, softcap,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
+    ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, kv, hs, head, row, valid, top, last, first, blocks, count = query_tile(
+        tl.program_id(0), blocks, counts, start, hs_heads, kv_heads, tq, tk, nq, m,
+        GROUP, BLOCK_Q, BLOCK_K, ROWS, FOLD,
+    )  # fmt: skip
+    if order is not None:
+        order += (b * hs_heads + hs) * tk
+    slot_count, middle, stop = split(blocks, count, order, first, top, last, BLOCK_K, BLOCK_N)
+    query = load_rows(q + b * q_stride[0], head, row, q_stride, valid, D, WIDE)
+    k += b * k_stride[0]
+    v += b * v_stride[0]
+    acc = tl.zeros((ROWS * FOLD, WIDE_V), tl.float32)
+    peak = tl.full((ROWS * FOLD,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS * FOLD,), tl.float32)
+    position = row + (tk - tq)
+    if order is None:
+        acc, peak, total = attend(
+            acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, blocks, order, first,
+            slot_count, tk, None, scale, softcap, 0, middle, False, BLOCK_K, BLOCK_N, D, DV, WIDE, WIDE_V,
+        )  # fmt: skip
+    acc, peak, total = attend(
+        acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, blocks, order, first,
+        slot_count, tk, None, scale, softcap, middle, stop, True, BLOCK_K, BLOCK_N, D, DV, WIDE, WIDE_V,
+    )  # fmt: skip
+    acc, natural = finish(acc, peak, total)
+    store_rows(out + b * out_stride[0], head, row, out_stride, valid, acc, DV, WIDE_V)
+    tl.store(lse + (b * hs_heads * GROUP + head) * tq + row, natural, mask=valid)
+
+
+# 128 rows are two warpgroups of 64; a third stage keeps the next keys on their way during the softmax.
+_run_forward = sized(
+    triton.heuristics(ROWS_OF_A_TILE)(_forward),
+    KEY,
+    half=[config(128, 64, 8, 3), config(128, 128, 8, 3), config(64, 64, 4, 3)],
+    wide_half=[config(128, 32, 8, 3), config(64, 32, 4, 3)],
+    single=[config(32, 16, 8, 1)],
+)
+
+
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
+) -> Partial:
+    if q.numel() == 0 or v.numel() == 0:
+        return empty_partial(q, v.shape[-1])
+    how = (float(scale), softcap, index.block_q, index.block_k)
+    blocks, counts = index.blocks.contiguous(), index.counts.contiguous()
+    order = None if index.key_order is None else index.key_order.contiguous()
+    start = None if index.start is None else index.start.to(q.device)
+    return Partial(*_BlockSparse.apply(q, k, v, blocks, counts, start, order, how))
+
+
+class _BlockSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, counts, start, order, how):
+        scale, softcap, block_q, block_k = how
+        (b, h, tq, _), hs, tk = q.shape, counts.shape[1], k.shape[2]
+        sizes = geometry(q, v, counts, block_q, block_k)
+        if start is None:
+            out = q.new_empty(b, h, tq, v.shape[-1])
+            lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
+        else:  # queries in the padding belong to no block
+            out, lse = empty_partial(q, v.shape[-1])
+        _run_forward(q.dtype, max(sizes["WIDE"], sizes["WIDE_V"]))[query_tiles(b * hs, tq)](
+            q, k, v, out, lse, blocks, counts, start, order,
+            q.stride(), k.stride(), v.stride(), out.stride(),
+            hs, k.shape[1], tq, tk, counts.shape[2], blocks.shape[3], scale, softcap, **sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, blocks, counts, start, order, out, lse)
+        ctx.how = how
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        scale, softcap, block_q, block_k = ctx.how
+        wanted = ctx.needs_input_grad[:3]
+        grads = backward(
+            *ctx.saved_tensors, dout, dlse, scale=scale, softcap=softcap, block_q=block_q, block_k=block_k,
+            keys=wanted[1] or wanted[2],
+        )  # fmt: skip
+        return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *[None] * 5
