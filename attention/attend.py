@@ -33,12 +33,12 @@ class Reads:
     pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
     kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query
     loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method read to
-    decide.
+    decide. What was read is a 0-dimensional tensor where only the device knows it yet.
     """
 
-    pairs: int = 0
+    pairs: int | Tensor = 0
     causal_pairs: int = 0
-    kv_bytes: int = 0
+    kv_bytes: int | Tensor = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
     reason: str | None = None  # why every visible key was read although the method is selective
@@ -87,21 +87,21 @@ def _prefill_rows(
     return Partial(out, lse), total
 
 
-def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
+def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | Tensor | None]:
     how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
         return flash(q, keys.k, keys.v, start=keys.start, **how), None
     if isinstance(index, Window):
         return _window(q, keys, index, impl, flash)
     if isinstance(index, BlockIndex):
-        pairs = int(index.pairs(q.shape[2], keys.length)) * (q.shape[1] // index.blocks.shape[1])
+        pairs = _total(index.pairs(q.shape[2], keys.length)) * (q.shape[1] // index.blocks.shape[1])
         return block_sparse(q, keys.k, keys.v, index, check=False, **how), pairs
     raise TypeError(
         f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
     )
 
 
-def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | None]:
+def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | Tensor | None]:
     how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
         return decode(q, keys.k, keys.v, start=keys.start, **how), None
@@ -113,11 +113,16 @@ def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partia
         )
     group = q.shape[1] // index.tokens.shape[1]
     if index.full is None or not bool(index.full.any()):
-        used = index.tokens.numel() if index.counts is None else int(index.counts.sum())
+        used = index.tokens.numel() if index.counts is None else _total(index.counts)
         return gather_decode(q, keys.k, keys.v, index, check=False, **how), used * group
     if bool(index.full.all()):
         return decode(q, keys.k, keys.v, start=keys.start, **how), None
     return _mixed(q, keys, index, impl)
+
+
+def _total(counts: Tensor) -> int | Tensor:
+    """Their sum; off the CPU it stays a tensor, since to read it would wait for the device."""
+    return int(counts.sum()) if counts.device.type == "cpu" else counts.sum(dtype=torch.long)
 
 
 def _window(
@@ -179,7 +184,7 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
     return Partial(out, lse), pairs
 
 
-def _count(q: Tensor, keys: Keys, pairs: int | None, *, loads_shared_by: int) -> Reads:
+def _count(q: Tensor, keys: Keys, pairs: int | Tensor | None, *, loads_shared_by: int) -> Reads:
     b, h, tq, _ = q.shape
     causal = causal_pairs(tq, keys.length, keys.starts, b) * h
     pairs = causal if pairs is None else pairs

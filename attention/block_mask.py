@@ -79,8 +79,7 @@ def from_block_mask(mask: BlockMask) -> BlockIndex:
 
 
 def _compact(blocks: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The kept of ``blocks`` [..., M] moved to the front, in order, and zeros after: (counts [...], [..., width])
-    int32."""
+    """The kept of ``blocks`` [..., M] moved to the front, in order, then zeros: int32 [...] and [..., width]."""
     order = torch.argsort((~keep).int(), dim=-1, stable=True)
     counts = keep.sum(-1, dtype=torch.int32)
     moved = blocks.gather(-1, order)

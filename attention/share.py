@@ -60,7 +60,7 @@ def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:
     if isinstance(size, int):
         chosen = top_k(ranked, size)
         valid = ranked.gather(-1, chosen) > -torch.inf
-        if bool(valid.all()):
+        if ranked.device.type == "cpu" and bool(valid.all()):  # elsewhere asking would wait for the device
             return chosen, None
     else:
         chosen = top_k(ranked, int(size.max()), order="score")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -58,16 +59,26 @@ class Channels:
     channels: Tensor = field(compare=False)
     block: int = 1
 
-    @property
+    @cached_property
     def key(self) -> tuple:
         return ("channels", tuple(map(tuple, self.channels.tolist())))
 
     def width(self, head_dim: int) -> int:
         return self.channels.shape[1]
 
+    def on(self, device: torch.device) -> Tensor:
+        """``channels`` on a device, moved there once."""
+        if device not in self._placed:
+            self._placed[device] = self.channels.to(device)
+        return self._placed[device]
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def compute(self, k: Tensor) -> Tensor:
         b, h, t, _ = k.shape
-        return k.gather(3, self.channels.to(k.device)[None, :, None].expand(b, h, t, -1))
+        return k.gather(3, self.on(k.device)[None, :, None].expand(b, h, t, -1))
 
 
 class Summaries:

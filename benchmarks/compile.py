@@ -1,8 +1,10 @@
 """Compile every Triton kernel for a GPU that need not be there, and print what it takes there.
 
     python -m benchmarks.compile [--arch 90] [--ops decode pool] [--dtypes bfloat16] [--head-dims 64 128]
+                                 [--all-configs]
 
-Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation.
+Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation,
+with --all-configs into one for every configuration that the autotuner would try.
 Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
 shared memory than the chip has (227 KB on Hopper), is a defect.
 """
@@ -19,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("FARSPAN_AUTOTUNE", "0")
+os.environ.pop("FARSPAN_AUTOTUNE", None)  # nothing is timed here
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+from triton.runtime import autotuner, driver, jit
 
 from farspan.attention.index import BlockIndex, TokenIndex
 from farspan.attention.ops import launch
@@ -40,6 +42,7 @@ from farspan.attention.ops.select import by_mass, by_threshold, top_k
 
 from .record import table
 
+_TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -178,19 +181,25 @@ def resources(compiled: Any, arch: int) -> tuple[int, int]:
         raise RuntimeError(f"ptxas refused {compiled.metadata.name}: {done.stderr.strip()}")
 
 
-def compile_all(arch: int, ops: list[str], dtypes: list[str], head_dims: list[int]) -> list[dict[str, Any]]:
-    """One row per kernel that the operations launched."""
+def compile_all(
+    arch: int, ops: list[str], dtypes: list[str], head_dims: list[int], all_configs: bool = False
+) -> list[dict[str, Any]]:
+    """One row per kernel that the operations launched, and per configuration of it that was asked for."""
     driver.set_active(_Chip(arch))
     launch.cannot_launch = lambda device: []
-    made: list[Any] = []
-    original = jit.JITFunction.run
+    made: list[tuple[Any, str]] = []
+    original, tune = jit.JITFunction.run, autotuner.Autotuner.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = original(self, *args, grid=grid, warmup=True, **options)
-        made.append(compiled)
+        made.append((compiled, "x".join(str(options[name]) for name in _TILE if name in options)))
         return compiled
 
-    jit.JITFunction.run = compile_only
+    def untimed(self: Any, *args: Any, **options: Any) -> None:
+        for config in self.configs if all_configs else self.configs[:1]:
+            self.fn.run(*args, **options, **config.all_kwargs())
+
+    jit.JITFunction.run, autotuner.Autotuner.run = compile_only, untimed
     rows: dict[str, dict[str, Any]] = {}
     try:
         for op in ops:
@@ -198,7 +207,7 @@ def compile_all(arch: int, ops: list[str], dtypes: list[str], head_dims: list[in
                 for d in head_dims:
                     made.clear()
                     CASES[op](DTYPES[dtype], d)
-                    for kernel in made:
+                    for kernel, tile in made:
                         if kernel.hash in rows:
                             continue
                         registers, spilled = resources(kernel, arch)
@@ -207,6 +216,7 @@ def compile_all(arch: int, ops: list[str], dtypes: list[str], head_dims: list[in
                             "kernel": kernel.metadata.name,
                             "dtype": dtype,
                             "D": d,
+                            "tile": tile or "-",
                             "warps": kernel.metadata.num_warps,
                             "stages": kernel.metadata.num_stages,
                             "registers": registers,
@@ -214,7 +224,7 @@ def compile_all(arch: int, ops: list[str], dtypes: list[str], head_dims: list[in
                             "shared": kernel.metadata.shared,
                         }
     finally:
-        jit.JITFunction.run = original
+        jit.JITFunction.run, autotuner.Autotuner.run = original, tune
     return list(rows.values())
 
 
@@ -226,8 +236,9 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 80, 96, 128, 256])
+    parser.add_argument("--all-configs", action="store_true")
     args = parser.parse_args()
-    print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims)))
+    print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
 
 
 if __name__ == "__main__":

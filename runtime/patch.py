@@ -13,7 +13,7 @@ from . import hf
 from .crossover import crossovers
 from .layer import DECODE_ROWS, Layer, Session
 from .recipe import Recipe
-from .report import LayerReport, PhaseReport, Report
+from .report import LayerReport, Report
 
 __all__ = ["Patched", "Report", "patch", "resolve"]
 
@@ -100,7 +100,7 @@ class Patched:
     def report(self) -> Report:
         """What has been read since the patch, or since ``reset_report``."""
         layers = [
-            LayerReport(i, {phase: _copy(p) for phase, p in layer.phases.items()})
+            LayerReport(i, {phase: p.snapshot() for phase, p in layer.phases.items()})
             for i, layer in self._layers.items()
             if i not in self._untouched
         ]
@@ -206,7 +206,3 @@ def serve(
         loaded = source if isinstance(source, Recipe) else Recipe.load(source)
         layer = loaded.for_layer(method.name, layer, geometry)
     return method.for_layer(layer)
-
-
-def _copy(phase: PhaseReport) -> PhaseReport:
-    return PhaseReport(**{**vars(phase), "fallbacks": phase.fallbacks.copy()})

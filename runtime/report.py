@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attention.attend import Reads
@@ -24,9 +24,9 @@ class PhaseReport:
     method: str
     calls: int = 0
     queries: int = 0
-    pairs: int = 0
+    pairs: Any = 0  # while counting, a tensor on a device that nobody need wait for
     causal_pairs: int = 0
-    kv_bytes: int = 0
+    kv_bytes: Any = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
     implementations: dict[str, list[str]] = field(default_factory=dict)  # of each operation that ran
@@ -49,6 +49,16 @@ class PhaseReport:
                 known.append(impl)
         if reads.reason:
             self.fallbacks[reads.reason] += 1
+
+    def snapshot(self) -> PhaseReport:
+        """A copy that counts no further, in plain numbers."""
+        return replace(
+            self,
+            pairs=int(self.pairs),
+            kv_bytes=int(self.kv_bytes),
+            implementations={op: list(impls) for op, impls in self.implementations.items()},
+            fallbacks=self.fallbacks.copy(),
+        )
 
 
 @dataclass

@@ -29,6 +29,8 @@ def cannot_read(*tensors: Tensor, largest: int = 256) -> list[str]:
     reasons = []
     if any(t.dtype not in DTYPES for t in tensors):
         reasons.append(f"{tensors[0].dtype} is none of float16, bfloat16 and float32")
+    elif len({t.dtype for t in tensors}) > 1:  # a matrix product takes one type
+        reasons.append(f"the inputs differ in type: {', '.join(str(t.dtype) for t in tensors)}")
     if any(t.shape[-1] > largest for t in tensors):
         reasons.append(f"heads of {max(t.shape[-1] for t in tensors)} are wider than {largest}")
     return reasons

@@ -258,8 +258,6 @@ def query_tiles(heads: int, tq: int) -> Any:
 def cannot_tile(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> list[str]:
     """Why these kernels cannot serve the arguments."""
     reasons = launch.cannot_read(q, k, v)
-    if len({q.dtype, k.dtype, v.dtype}) > 1:
-        reasons.append(f"q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}")
     if scale <= 0:
         reasons.append(f"the scale of the logits, {scale}, is not positive")
     if softcap is not None and softcap <= 0:

@@ -41,9 +41,7 @@ class DoubleSparsity(AttentionMethod):
     share: str = "sum"
     dense_layers: int = 2
     recipe: str = ""
-    channels: Tensor | None = field(
-        default=None, repr=False, compare=False, metadata={"spec": False}
-    )  # [Hkv, r]
+    labels: Channels | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
@@ -65,17 +63,17 @@ class DoubleSparsity(AttentionMethod):
                 f"[{layer.num_kv_heads}, {layer.head_dim}]: it was made for another model."
             )
         width = max(1, layer.head_dim // self.group_factor)
-        return replace(self, channels=ranking[:, :width].sort(-1).values.long())
+        return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         size = budget(self.k, self.fraction, keys)
         if isinstance(size, int) and size >= keys.longest():
             return None
-        assert self.channels is not None, "for_layer was not called"
-        labels = keys.summary(Channels(self.channels))  # [B, Hkv, Tk, r]
+        assert self.labels is not None, "for_layer was not called"
+        labels = keys.summary(self.labels)  # [B, Hkv, Tk, r]
         b, h, tq, _ = q.shape
-        pick_channels = self.channels.to(q.device).repeat_interleave(h // keys.k.shape[1], 0)
-        q_labels = q.gather(3, pick_channels[None, :, None].expand(b, h, tq, -1))
+        channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
+        q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
         logits = scores(q_labels, labels, scale=keys.scale)
         tokens, counts = pick(share_scores(logits, keys.visible(), self.share), size)
         return TokenIndex(tokens=tokens, counts=counts)

@@ -76,6 +76,6 @@ class Quest(AttentionMethod):
         if counts is not None:
             used = torch.arange(chosen.shape[-1], device=q.device) < counts[..., None]
             valid = valid & used.repeat_interleave(self.page, -1)
-        elif bool(valid.all()):
+        elif q.device.type == "cpu" and bool(valid.all()):
             return TokenIndex(tokens=tokens)
         return TokenIndex(tokens=torch.where(valid, tokens, tokens[..., :1]), counts=valid.sum(-1).int())

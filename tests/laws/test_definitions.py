@@ -131,7 +131,7 @@ def test_double_sparsity_reads_the_first_ranked_channels() -> None:
     ranking = torch.stack([torch.arange(D), torch.arange(D).flip(0)]).int()
     method = farspan.methods()["double_sparsity"](dense_layers=0, group_factor=4)
     served = method.for_layer(layer_info({"channels": ranking}))
-    assert served.channels.tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]  # type: ignore[union-attr]
+    assert served.labels.channels.tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]  # type: ignore[union-attr]
 
 
 # --- prefill ----------------------------------------------------------------------------------------

@@ -107,13 +107,13 @@ def _gather_decode(
     # the same turn of the loop would have a single buffer, and no tile would be in flight during another.
     place = (lo + n).to(tl.int64)
     if not GATHERED:
-        place = tl.load(tokens + (lo + n) * stk, mask=lo + n < hi, other=0).to(tl.int64)
+        place = tl.load(tokens + place * stk, mask=lo + n < hi, other=0).to(tl.int64)
     for begin in range(lo, hi, KEYS):
         inside = begin + n < hi
         following = begin + KEYS + n
         ahead = following.to(tl.int64)
         if not GATHERED:
-            ahead = tl.load(tokens + following * stk, mask=following < hi, other=0).to(tl.int64)
+            ahead = tl.load(tokens + ahead * stk, mask=following < hi, other=0).to(tl.int64)
         key = tl.load(
             k + place[:, None] * skt + d[None, :] * skd, mask=inside[:, None] & (d < D)[None, :], other=0.0
         )

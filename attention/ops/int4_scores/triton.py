@@ -1,7 +1,6 @@
 """Four-bit keys unpacked in registers, multiplied as the small integers they are.
 
-A byte holds numbers d and D / 2 + d of a key, so a tile of bytes is two tiles of integers with a shift each,
-and a product over D is two products over D / 2:
+A tile of bytes is two tiles of integers (see quantise.py), and a product over D is two products over D / 2:
 
     q . key = scale_q * scale_key * (q[:D/2] . low + q[D/2:] . high)  +  q . mean of the key's block
 
@@ -21,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
+from .quantise import integers, rounded, row_scale
+from .quantise import quantise_int4 as quantise_int4
 from .storage import Int4
 
 _BLOCKS = (8, 16, 32, 64, 128)
@@ -28,7 +29,7 @@ _BLOCKS = (8, 16, 32, 64, 128)
 
 def unsupported(x: Tensor, keys: Int4 | int, *more: Tensor, **how: Any) -> list[str]:
     if isinstance(keys, Int4):
-        reasons = launch.cannot_read(x, keys.mean) + launch.no_gradient(x, *more)
+        reasons = launch.cannot_read(x) + launch.no_gradient(x, *more)
         block = keys.block
         if x.dtype != keys.mean.dtype:
             reasons.append(f"the queries are {x.dtype}, the keys were {keys.mean.dtype}")
@@ -41,30 +42,6 @@ def unsupported(x: Tensor, keys: Int4 | int, *more: Tensor, **how: Any) -> list[
     return reasons
 
 
-def quantise_int4(k: Tensor, block: int, *, start: Tensor | None) -> Int4:
-    b, h, t, d = k.shape
-    new = torch.empty if start is None else torch.zeros  # the padding is written by nobody
-    packed = new(b, h, t, d // 2, dtype=torch.uint8, device=k.device)
-    scale = new(b, h, t, dtype=torch.float32, device=k.device)
-    mean = torch.empty(b, h, triton.cdiv(t, block), d, dtype=k.dtype, device=k.device)
-    if mean.numel():
-        _quantise[(mean.shape[2], b * h)](
-            k,
-            packed,
-            scale,
-            mean,
-            start,
-            *k.stride(),
-            h,
-            t,
-            HALF=d // 2,
-            WIDE_HALF=launch.wide(d // 2),
-            BLOCK=block,
-            num_warps=4,
-        )
-    return Int4(packed=packed, scale=scale, mean=mean, block=block, start=start)
-
-
 def int4_scores(q: Tensor, k4: Int4, *, scale: float) -> Tensor:
     b, h, t, d = q.shape
     hkv, n = k4.scale.shape[1:]
@@ -74,28 +51,12 @@ def int4_scores(q: Tensor, k4: Int4, *, scale: float) -> Tensor:
     row_tile = min(64, max(16, triton.next_power_of_2(rows)))
     if out.numel():
         _scores[(triton.cdiv(n, 128), triton.cdiv(rows, row_tile), b * hkv)](
-            q,
-            k4.packed,
-            k4.scale,
-            k4.mean,
-            out,
-            k4.start,
-            *q.stride(),
-            *k4.packed.stride()[:2],
-            *k4.scale.stride()[:2],
-            *k4.mean.stride()[:2],
-            hkv,
-            h // hkv,
-            t,
-            n,
-            scale,
-            HALF=d // 2,
-            WIDE_HALF=max(32, launch.wide(d // 2)),
-            ROWS=row_tile,
-            BLOCK=k4.block,
-            PER_K=128 // k4.block,
+            q, k4.packed, k4.scale, k4.mean, out, k4.start, *q.stride(), *_strides(k4),
+            hkv, h // hkv, t, n, scale,
+            HALF=d // 2, WIDE_HALF=max(32, launch.wide(d // 2)), ROWS=row_tile,
+            BLOCK=k4.block, PER_K=128 // k4.block,
             num_warps=8 if q.dtype == torch.float32 else 4,
-        )
+        )  # fmt: skip
     return out
 
 
@@ -116,42 +77,24 @@ def int4_block_max(
     splits = triton.cdiv(block_q, rows)
     parts = triton.cdiv(tq, block_q) * splits  # query blocks, or parts of them
     out = q.new_full((b, h, parts, triton.cdiv(tk, k4.block)), -torch.inf, dtype=torch.float32)
+    inner, outer = (scale, 0.0) if softcap is None else (scale / softcap, softcap)
     if out.numel():
         _block_max[(triton.cdiv(parts, bm // rows), b * h)](
-            q,
-            k4.packed,
-            k4.scale,
-            k4.mean,
-            row_offset,
-            out,
-            k4.start,
-            *q.stride(),
-            *k4.packed.stride()[:2],
-            *k4.scale.stride()[:2],
-            *k4.mean.stride()[:2],
-            *row_offset.stride(),
-            h,
-            h // hkv,
-            tq,
-            tk,
-            parts,
-            out.shape[3],
-            scale if softcap is None else scale / softcap,
-            0.0 if softcap is None else softcap,
-            HALF=d // 2,
-            WIDE_HALF=max(32, launch.wide(d // 2)),
+            q, k4.packed, k4.scale, k4.mean, row_offset, out, k4.start,
+            *q.stride(), *_strides(k4), *row_offset.stride(),
+            h, h // hkv, tq, tk, parts, out.shape[3], inner, outer,
+            HALF=d // 2, WIDE_HALF=max(32, launch.wide(d // 2)),
             LEVELS=0 if q_bits is None else 2 ** (q_bits - 1) - 1,
-            BLOCK_Q=block_q,
-            SPLITS=splits,
-            ROWS=rows,
-            PER_Q=bm // rows,
-            BLOCK=k4.block,
-            PER_K=max(1, bn // k4.block),
-            SOFTCAP=softcap is not None,
-            num_warps=warps,
-            num_stages=2,
-        )
+            BLOCK_Q=block_q, SPLITS=splits, ROWS=rows, PER_Q=bm // rows,
+            BLOCK=k4.block, PER_K=max(1, bn // k4.block), SOFTCAP=softcap is not None,
+            num_warps=warps, num_stages=2,
+        )  # fmt: skip
     return out if splits == 1 else out.unflatten(2, (-1, splits)).amax(3)
+
+
+def _strides(k4: Int4) -> tuple[int, ...]:
+    """From row to row and from head to head; what is within a head lies side by side."""
+    return (*k4.packed.stride()[:2], *k4.scale.stride()[:2], *k4.mean.stride()[:2])
 
 
 def _tile(dtype: torch.dtype, d: int, q_bits: int | None) -> tuple[int, int, int]:
@@ -163,103 +106,13 @@ def _tile(dtype: torch.dtype, d: int, q_bits: int | None) -> tuple[int, int, int
 
 
 @triton.jit
-def _quantise(
-    k_ptr,
-    packed_ptr,
-    scale_ptr,
-    mean_ptr,
-    start_ptr,
-    k_b,
-    k_h,
-    k_t,
-    k_d,
-    heads,
-    t,
-    HALF: tl.constexpr,
-    WIDE_HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    head = tl.program_id(1).to(tl.int64)
-    start = tl.zeros([], tl.int32)
-    if start_ptr is not None:
-        start = tl.load(start_ptr + head // heads).to(tl.int32)
-    key = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at_d = tl.arange(0, WIDE_HALF)
-    held = key < t
-    number = at_d < HALF
-    k_ptr += (head // heads) * k_b + (head % heads) * k_h
-    low_ptr = k_ptr + key.to(tl.int64)[:, None] * k_t + at_d[None, :] * k_d
-    mask = held[:, None] & number[None, :]
-    low = tl.load(low_ptr, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(low_ptr + HALF * k_d, mask=mask, other=0.0).to(tl.float32)
-
-    count = tl.maximum(tl.sum(held.to(tl.int32), 0), 1).to(tl.float32)
-    low_mean = tl.div_rn(tl.sum(low, 0), count).to(mean_ptr.dtype.element_ty)
-    high_mean = tl.div_rn(tl.sum(high, 0), count).to(mean_ptr.dtype.element_ty)
-    means = mean_ptr + (head * tl.num_programs(0) + tl.program_id(0)) * 2 * HALF + at_d
-    tl.store(means, low_mean, mask=number)
-    tl.store(means + HALF, high_mean, mask=number)
-
-    low = tl.where(
-        mask, low - low_mean.to(tl.float32)[None, :], 0.0
-    )  # what was rounded away stays in the key
-    high = tl.where(mask, high - high_mean.to(tl.float32)[None, :], 0.0)
-    scale = _scale(low, high, 7)
-    byte = (_round(low, scale, 7).to(tl.int32) & 15) | ((_round(high, scale, 7).to(tl.int32) & 15) << 4)
-    at = head * t + key
-    tl.store(scale_ptr + at, scale, mask=held)
-    tl.store(packed_ptr + at[:, None] * HALF + at_d[None, :], byte.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _scale(low, high, LEVELS: tl.constexpr):
-    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-    return tl.div_rn(largest, tl.zeros_like(largest) + LEVELS)
-
-
-@triton.jit
-def _round(x, scale, LEVELS: tl.constexpr):
-    step = tl.where(scale > 0, scale, 1.0)
-    whole = tl.floor(tl.div_rn(x, tl.zeros_like(x) + step[:, None]) + 0.5)
-    return tl.minimum(tl.maximum(whole, -LEVELS), LEVELS)
-
-
-@triton.jit
-def _integers(ptr, mask):
-    """The two numbers of each byte at ``ptr``, as int8."""
-    byte = tl.load(ptr, mask=mask, other=0).to(tl.int8, bitcast=True)
-    return (byte << 4) >> 4, byte >> 4
-
-
-@triton.jit
 def _scores(
-    q_ptr,
-    packed_ptr,
-    scale_ptr,
-    mean_ptr,
-    out_ptr,
-    start_ptr,
-    q_b,
-    q_h,
-    q_t,
-    q_d,
-    packed_b,
-    packed_h,
-    scale_b,
-    scale_h,
-    mean_b,
-    mean_h,
-    hkv,
-    group,
-    t,
-    n,
-    factor,
-    HALF: tl.constexpr,
-    WIDE_HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PER_K: tl.constexpr,
-):
+    q_ptr, packed_ptr, scale_ptr, mean_ptr, out_ptr, start_ptr,
+    q_b, q_h, q_t, q_d, packed_b, packed_h, scale_b, scale_h, mean_b, mean_h,
+    hkv, group, t, n, factor,
+    HALF: tl.constexpr, WIDE_HALF: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PER_K: tl.constexpr,
+):  # fmt: skip
     batch = (tl.program_id(2) // hkv).to(tl.int64)
     head = (tl.program_id(2) % hkv).to(tl.int64)
     start = tl.zeros([], tl.int32)
@@ -280,7 +133,7 @@ def _scores(
     key = start + first * BLOCK + tl.arange(0, PER_K * BLOCK)
     known = key < n
     bytes_ptr = packed_ptr + batch * packed_b + head * packed_h + key.to(tl.int64)[:, None] * HALF
-    low, high = _integers(bytes_ptr + at_d[None, :], known[:, None] & number[None, :])
+    low, high = integers(bytes_ptr + at_d[None, :], known[:, None] & number[None, :])
     step = tl.load(scale_ptr + batch * scale_b + head * scale_h + key, mask=known, other=0.0)
     product = tl.dot(low.to(q_low.dtype), q_low, input_precision="ieee")
     product = tl.dot(high.to(q_low.dtype), q_high, product, input_precision="ieee") * step[:, None]
@@ -301,45 +154,18 @@ def _scores(
 
 @triton.jit
 def _block_max(
-    q_ptr,
-    packed_ptr,
-    scale_ptr,
-    mean_ptr,
-    offset_ptr,
-    out_ptr,
-    start_ptr,
-    q_b,
-    q_h,
-    q_t,
-    q_d,
-    packed_b,
-    packed_h,
-    scale_b,
-    scale_h,
-    mean_b,
-    mean_h,
-    o_b,
-    o_h,
-    o_t,
+    q_ptr, packed_ptr, scale_ptr, mean_ptr, offset_ptr, out_ptr, start_ptr,
+    q_b, q_h, q_t, q_d, packed_b, packed_h, scale_b, scale_h, mean_b, mean_h, o_b, o_h, o_t,
     heads,
     per_kv,  # query heads per KV head
-    tq,
-    tk,
-    parts,
-    nk,
+    tq, tk, parts, nk,
     inner,  # logits are inner * q k^T, or outer * tanh(inner * q k^T) with a soft-cap
     outer,
-    HALF: tl.constexpr,
-    WIDE_HALF: tl.constexpr,
+    HALF: tl.constexpr, WIDE_HALF: tl.constexpr,
     LEVELS: tl.constexpr,  # that q is rounded to, or 0: not at all
-    BLOCK_Q: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PER_Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PER_K: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, PER_Q: tl.constexpr,
+    BLOCK: tl.constexpr, PER_K: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     # The longest rows first: what is left at the end is short. Tiles are laid out as in block_max.
     first_part = (tl.num_programs(0) - 1 - tl.program_id(0)) * PER_Q
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -370,9 +196,9 @@ def _block_max(
     q_step = tl.full([PER_Q * ROWS], 1.0, tl.float32)
     if LEVELS > 0:
         low32, high32 = raw_low.to(tl.float32), raw_high.to(tl.float32)
-        q_step = _scale(low32, high32, LEVELS)
-        q_low = _round(low32, q_step, LEVELS).to(tl.int8)
-        q_high = _round(high32, q_step, LEVELS).to(tl.int8)
+        q_step = row_scale(low32, high32, LEVELS)
+        q_low = rounded(low32, q_step, LEVELS).to(tl.int8)
+        q_high = rounded(high32, q_step, LEVELS).to(tl.int8)
 
     kv = head // per_kv
     bytes_ptr = packed_ptr + batch * packed_b + kv * packed_h + at_d[:, None]
@@ -382,13 +208,14 @@ def _block_max(
     at_n = tl.arange(0, PER_K * BLOCK)
     out_part = first_part + tl.arange(0, PER_Q)
     out_rows = out_ptr + (tl.program_id(1).to(tl.int64) * parts + out_part[:, None]) * nk
-    blocks = tl.cdiv(last + 1 - start, BLOCK)
-    whole = tl.minimum(least + 1 - start, last + 1 - start) // (PER_K * BLOCK) * PER_K
+    reach = tl.maximum(last + 1 - start, 0)  # a tile whose rows are all beyond the row's end reads nothing
+    blocks = tl.cdiv(reach, BLOCK)
+    whole = tl.minimum(least + 1 - start, reach) // (PER_K * BLOCK) * PER_K
     for diagonal in tl.static_range(2):  # tiles that every row sees whole need no mask
         for j in range(whole if diagonal else 0, blocks if diagonal else whole, PER_K):
             key = start + j * BLOCK + at_n
             seen = key <= last
-            low, high = _integers(bytes_ptr + key.to(tl.int64)[None, :] * HALF, seen[None, :] & number)
+            low, high = integers(bytes_ptr + key.to(tl.int64)[None, :] * HALF, seen[None, :] & number)
             if LEVELS > 0:
                 product = tl.dot(q_low, low, out_dtype=tl.int32)
                 product = tl.dot(q_high, high, product, out_dtype=tl.int32).to(tl.float32)

@@ -52,7 +52,7 @@ def _scores(
     d = tl.arange(0, PIECE)
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for begin in range(0, D, PIECE):
-        at = begin + d
+        at = (begin + d).to(tl.int64)
         queries = tl.load(q + at[None, :] * sqd, mask=here & (at < D)[None, :], other=0.0)
         keys = tl.load(k + at[:, None] * skd, mask=there & (at < D)[:, None], other=0.0)
         acc = tl.dot(queries, keys, acc, input_precision="ieee")
