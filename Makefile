@@ -72,6 +72,7 @@ results: $(VENV)/.evals ## regenerate the RULER table of docs/RESULTS.md (hours 
 
 bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into benchmarks/results/
 	$(BIN)/python -m benchmarks.decode_step
+	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.generate
 
 # --- to change it --------------------------------------------------------------------------------------------------
