@@ -79,7 +79,10 @@ def from_block_mask(mask: BlockMask) -> BlockIndex:
 
 
 def _compact(blocks: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The kept of ``blocks`` [..., M] moved to the front, then zeros: counts [...], blocks [..., width], int32."""
+    """The kept of ``blocks`` [..., M] moved to the front, then zeros.
+
+    -> counts [...] and blocks [..., width], int32.
+    """
     order = torch.argsort((~keep).int(), dim=-1, stable=True)
     counts = keep.sum(-1, dtype=torch.int32)
     moved = blocks.gather(-1, order)
