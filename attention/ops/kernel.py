@@ -15,7 +15,7 @@ from torch import Tensor
 from ..partial import Partial, empty_partial, merge
 from . import products
 
-_FEW_KEYS = 2048
+_FEW_KEYS, _NARROW = 2048, 96  # causal rows that see fewer keys, and narrower heads, gain nothing by products
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
 
 
@@ -39,14 +39,13 @@ def attend(
         return empty_partial(q, v.shape[-1])
     needs_grad = _needs_grad(q, k, v)
     if q.device.type == "cpu" and not needs_grad and products.serves(q, k, scale):
-        if causal and softcap is None:  # the first rows see too few keys to gain by it
-            few = min(_FEW_KEYS, q.shape[2])
+        if not causal or softcap is not None:
+            return products.attend(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
+        if q.shape[2] > _FEW_KEYS and q.shape[3] >= _NARROW:
+            few = _FEW_KEYS
             first = _cpu(q[:, :, :few], k[:, :, :few], v[:, :, :few], scale, True, None)
-            if few == q.shape[2]:
-                return first
             rest = products.attend(q, k, v, first=few, scale=scale, causal=True, mask=None, softcap=None)
             return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
-        return products.attend(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = torch.nn.functional.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
     if softcap is None and not needs_grad:
