@@ -77,6 +77,7 @@ class _Space(threading.local):
     """A thread's room for one tile (5 MB), used again and again: memory fresh from the system costs more than
     the sums in it."""
 
+    @torch.inference_mode(False)  # or only calls in inference mode could write to it
     def __init__(self) -> None:
         self.rounded = torch.empty(_ROWS * _KEYS, dtype=torch.bfloat16)
         self.logits, self.rest = torch.empty(_ROWS * _KEYS), torch.empty(_ROWS * _KEYS)

@@ -1,4 +1,4 @@
-"""bf16 attention out of matrix products, on the CPUs where kernel.attend takes it, against float64 (law 5)."""
+"""bf16 attention out of matrix products, where kernel.attend takes it, against float64 (law 5)."""
 
 from __future__ import annotations
 
@@ -115,3 +115,15 @@ def test_few_rows_or_keys_stay_with_torchs_kernel() -> None:
         assert not products.serves(q, k, 1.0)
     q, k, _ = inputs(128, 512, 64)
     assert not products.serves(q.float(), k.float(), 1.0)
+
+
+def test_what_is_kept_between_calls_outlives_inference_mode() -> None:
+    q, k, v = make_qkv(1, 8, 2, 260, 1021, 64, dtype=torch.bfloat16)
+    index = random_blocks(1, 2, 260, 1021, 64, 64, 12)
+    products._space.cache_clear()
+    with torch.inference_mode():
+        inside = block_sparse(q, k, v, index, scale=0.125)
+    assert torch.equal(block_sparse(q, k, v, index, scale=0.125).out, inside.out)
+    leaf = q.clone().requires_grad_()
+    block_sparse(leaf, k, v, index, scale=0.125).out.sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())

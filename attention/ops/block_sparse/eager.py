@@ -102,6 +102,7 @@ def _reordered(
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for calls with gradients, too
 def _late_mask(late: tuple[int, ...], block_k: int, rows: int, device: torch.device) -> Tensor:
     """Which of ``rows`` queries see which keys of the blocks that do not all end before the first of them.
 
