@@ -58,11 +58,12 @@ def to_block_mask(
     )
 
 
-def from_block_mask(mask: BlockMask) -> BlockIndex:
+def from_block_mask(mask: BlockMask, *, batch: int = 1, heads: int = 1) -> BlockIndex:
     """The BlockIndex of the blocks that a BlockMask [B, H, Tq, Tk] visits, full and partial.
 
-    Its ``mask_mod`` is not looked at: within the blocks a BlockIndex is causal, queries being the last
-    positions.
+    batch, heads: what a BlockMask for all rows or all heads (B or H of 1) is repeated to, as ``block_sparse``
+    wants it: the KV heads, or the query heads. Its ``mask_mod`` is not looked at: within the blocks a
+    BlockIndex is causal, queries being the last positions.
     """
     block_q, block_k = mask.BLOCK_SIZE
     nk = -(-mask.seq_lengths[1] // block_k)
@@ -75,6 +76,8 @@ def from_block_mask(mask: BlockMask) -> BlockIndex:
         used = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]
         chosen.scatter_(3, torch.where(used, indices.long(), nk), True)
     counts, blocks = _compact(torch.arange(nk, device=chosen.device).expand(*shape, nk), chosen[..., :nk], nk)
+    sizes = [wanted if have == 1 else have for wanted, have in zip((batch, heads), shape, strict=False)]
+    blocks, counts = (x.expand(*sizes, *x.shape[2:]).contiguous() for x in (blocks, counts))
     return BlockIndex(blocks=blocks, counts=counts, block_q=block_q, block_k=block_k)
 
 

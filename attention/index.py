@@ -58,6 +58,13 @@ class BlockIndex:
     def check(self, tk: int) -> None:
         """Raise ValueError where the counted blocks of a query block are not distinct, ascending blocks of
         Tk keys."""
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(
+                f"A BlockIndex has blocks of at least 1 position; got {self.block_q} and {self.block_k}."
+            )
+        whole = [x for x in (self.blocks, self.counts, self.start, self.key_order) if x is not None]
+        if any(x.is_floating_point() or x.dtype == torch.bool for x in whole):
+            raise ValueError("A BlockIndex holds whole numbers; some tensor of it is of another kind.")
         m = self.blocks.shape[-1]
         place = torch.arange(m, device=self.blocks.device)
         used = place < self.counts[..., None]
@@ -75,6 +82,14 @@ class BlockIndex:
                 "A BlockIndex names each block of a query block once, in ascending order; some block comes "
                 "twice or too late."
             )
+        if self.key_order is not None:
+            fits = self.key_order.shape == (*self.blocks.shape[:2], tk)
+            every = torch.arange(tk, device=self.blocks.device)
+            if not fits or not bool((self.key_order.sort(-1).values == every).all()):
+                raise ValueError(
+                    f"A BlockIndex's key_order holds, for each row and head of its blocks, every one of {tk} "
+                    "positions once."
+                )
 
     def to_mask(self, tq: int, tk: int) -> Tensor:
         """Boolean mask [B, Hs, Tq, Tk] of the (query, key) pairs read; causality and padding included."""

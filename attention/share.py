@@ -49,12 +49,18 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
     return (keys.seen().double() * fraction).round().long().clamp(min=1)
 
 
-def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:
+def most(k: int | None, fraction: float | None, keys: Keys) -> int:
+    """The largest ``budget`` of the call, known without asking the device."""
+    return k if k is not None else int((fraction or 0.0) * keys.longest()) + 1
+
+
+def pick(ranked: Tensor, size: int | Tensor, bound: int) -> tuple[Tensor, Tensor | None]:
     """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them
     count.
 
-    size: one number, or one per row, [...]. -> indices [..., M] int64, counts [...] int32 or None where all M
-    count. Entries past the count repeat the first one.
+    size: one number, or one per row, [...], none above ``bound``, so that a device need not be asked for
+    them. -> indices [..., M] int64, counts [...] int32 or None where all M count. Entries past the count
+    repeat the first one.
     """
     n = ranked.shape[-1]
     if isinstance(size, int):
@@ -63,7 +69,8 @@ def pick(ranked: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor | None]:
         if ranked.device.type == "cpu" and bool(valid.all()):  # elsewhere asking would wait for the device
             return chosen, None
     else:
-        chosen = top_k(ranked, int(size.max()), order="score")
+        on_cpu = ranked.device.type == "cpu"
+        chosen = top_k(ranked, int(size.max()) if on_cpu else bound, order="score")
         within = torch.arange(chosen.shape[-1], device=ranked.device) < size[..., None]
         valid = within & (ranked.gather(-1, chosen) > -torch.inf)
     place = torch.where(valid, chosen, n).sort(-1).values

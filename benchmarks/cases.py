@@ -29,6 +29,7 @@ from farspan.attention.partial import Partial
 from farspan.attention.sparse.block_topk import BlockTopK
 from farspan.attention.sparse.double_sparsity import DoubleSparsity
 from farspan.attention.sparse.quest import Quest
+from farspan.attention.summary import Channels
 
 from .ceilings import Ceilings
 from .inputs import Run, Setting, percent, random_blocks, size_of
@@ -151,7 +152,7 @@ def gather_decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Ite
         if size == length:
             continue  # nothing to select: the methods then read everything, densely
         how: tuple[tuple[AttentionMethod, int], ...] = (
-            (DoubleSparsity(k=size, channels=channels), size_of(k) * width // setting.head_dim),
+            (DoubleSparsity(k=size, labels=Channels(channels)), size_of(k) * width // setting.head_dim),
             (Quest(k=size), 2 * size_of(k) // Quest.page),
         )
         for method, summary in how:

@@ -63,8 +63,11 @@ class Record:
 
     def save(self) -> Path:
         ceilings = {"copy bytes/s": self._ceilings.bandwidth, "matmul flops/s": self._ceilings.rate}
+        # A run of some of it leaves the whole run's file alone.
+        given = self._arguments
+        parts = [*(given["ops"] or ()), *map(str, given["lengths"] or ())]
         return save(
-            f"ops_{self._setting.device}",
+            "_".join(["ops", self._setting.device, *parts]),
             self.rows,
             arguments=self._arguments,
             ceilings=ceilings,
@@ -236,7 +239,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--ops", nargs="+", choices=list(CASES), help="default: all")
     parser.add_argument("--lengths", type=numbers(int))
     parser.add_argument("--densities", type=numbers(float))
     parser.add_argument("--heads", type=int, default=32)
@@ -288,7 +291,7 @@ def main() -> None:
         f"copy {ceilings.bandwidth / 1e9:.4g} GB/s read plus written, "
         f"matmul {ceilings.rate / 1e12:.4g} TFLOP/s in {args.dtype}"
     )
-    for op in args.ops:
+    for op in args.ops or CASES:
         for name, longest, _ in CASES[op]:
             for length in args.lengths or LENGTHS:
                 if args.lengths or args.device == "cuda" or length <= longest:

@@ -17,8 +17,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Processor, threads, versions and commit of this run."""
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """Processor, threads, versions and commit of this run; device: where it ran, if there is a choice."""
     import transformers
 
     cpu = platform.processor()
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "triton": next(iter(d.version for d in metadata.distributions(name="triton")), None),
         "transformers": transformers.__version__,
@@ -49,7 +49,8 @@ def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
     """Write results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **about, "rows": rows}, indent=1) + "\n")
+    device = about.get("arguments", {}).get("device", "cuda")
+    path.write_text(json.dumps({"machine": machine(device), **about, "rows": rows}, indent=1) + "\n")
     return path
 
 

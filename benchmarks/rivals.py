@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from farspan.attention.block_mask import to_block_mask
 from farspan.attention.index import BlockIndex, TokenIndex
+from farspan.attention.ops.block_sparse.flex import compiled
 
 _BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -81,7 +83,7 @@ def flex_run(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -
     """FlexAttention over the same blocks, compiled; its BlockMask is made at the first call and kept."""
     how: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type == "cuda":
-        how["return_lse"] = True
+        how["return_aux"] = AuxRequest(lse=True)
         if index.block_q < 128:  # the tile it would take on Hopper holds 128 queries, and it then refuses
             how["kernel_options"] = {"BLOCK_M": index.block_q, "BLOCK_N": min(64, index.block_k)}
             how["kernel_options"]["num_warps"] = 4
@@ -89,18 +91,9 @@ def flex_run(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -
     def run() -> Any:
         if "block_mask" not in how:
             how["block_mask"] = to_block_mask(index, q.shape[2], k.shape[2], q.shape[1], transposed=False)
-        return _compiled()(q, k, v, **how)
+        return compiled()(q, k, v, **how)
 
     return run
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Never let a limit on recompilations send it, in silence, to the uncompiled twin.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(flex_attention)
 
 
 def gathered_prefill(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, counts: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The commands `models`, `methods`, `generate` and `calibrate`; `eval` is in evaluate.py."""
+"""The commands `models`, `methods`, `generate`, `tune` and `calibrate`; `eval` is in evaluate.py."""
 
 from __future__ import annotations
 
@@ -159,9 +159,11 @@ def generate(
     from ..runtime.patch import resolve
 
     text = _prompt_text(prompt, prompt_file)
-    from_keys = (
-        crossover if crossover in (None, "auto") else options.whole_numbers([crossover], "--crossover")[0]
-    )
+    from_keys: int | str | None = crossover
+    if crossover not in (None, "auto"):
+        from_keys, *others = options.whole_numbers([crossover], "--crossover")
+        if others:
+            raise FarspanError(f'--crossover takes "auto" or one number of keys; got {crossover!r}.')
     resolve(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, text_streamer
 
@@ -230,8 +232,12 @@ def tune(
     ],
     model: options.Model = options.DEFAULT_MODEL,
     lengths: Annotated[
-        list[str], typer.Option(help="Numbers of keys; repeatable, or one list: 1024,2048,4K.")
-    ] = ["512,1K,2K,4K,8K,16K"],  # noqa: B006 (typer copies it)
+        list[str] | None,
+        typer.Option(
+            help="Numbers of keys; repeatable, or one list: 1024,2048,4K [default: 512 to 16K in prefill, 1K "
+            "to 128K at decode]."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls, of which the median counts.")] = 5,
     recipe: options.Recipe = None,
     dtype: options.Dtype = "auto",
@@ -240,7 +246,7 @@ def tune(
 ) -> None:
     """Measure from which length a method is faster than dense on this device, for --crossover auto."""
     specs = options.split_methods(methods)
-    sizes = sorted(options.whole_numbers(lengths, "--lengths"))
+    sizes = sorted(options.whole_numbers(lengths, "--lengths")) if lengths else None
     from ..runtime.patch import resolve
 
     for spec in specs:

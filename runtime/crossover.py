@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,11 @@ def crossovers(
                 f"The crossover of {method} in {phase} was never measured on {device_name(model.device)} for "
                 f"{shape}: run 'farspan tune --methods \"{method}\"' with this model, or give a number."
             )
-        crossover = Measured(**entry).crossover
+        try:
+            crossover = Measured(**entry).crossover
+        except TypeError:
+            text = f"{_file()} holds no crossovers; delete it and run 'farspan tune' again."
+            raise FarspanError(text) from None
         found[phase] = math.inf if crossover is None else float(crossover)
     return found
 
@@ -103,7 +108,8 @@ def _dtype(model: Any) -> str:
 
 def _key(spec: str, phase: str, geometry: dict[str, int], model: Any) -> str:
     sizes = "x".join(map(str, geometry.values()))
-    return " | ".join((device_name(model.device), torch.__version__, _dtype(model), sizes, phase, spec))
+    made_with = f"farspan {version('farspan')}, torch {torch.__version__}"
+    return " | ".join((device_name(model.device), made_with, _dtype(model), sizes, phase, spec))
 
 
 def _file() -> Path:

@@ -22,15 +22,15 @@ from .crossover import Measured, geometry, keep
 from .patch import resolve, serve
 from .recipe import Recipe
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}
 _ROUGHLY = 20.0  # seconds: lengths at which one dense call would take longer are left out
 
 
 def tune(
     model: Any,
-    specs: Sequence[str | AttentionMethod],
+    specs: str | AttentionMethod | Sequence[str | AttentionMethod],
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     recipe: Recipe | str | Path | None = None,
     repeats: int = 5,
     progress: Callable[[int, int], None] | None = None,
@@ -40,23 +40,30 @@ def tune(
     One layer's attention, selection included, on random tensors of the model's geometry, beside farspan's
     dense attention. ``patch(..., crossover="auto")`` then runs a method densely on fewer keys.
 
-    lengths: numbers of keys, ascending; those at which one dense call would pass 20 s are left out. repeats:
+    lengths: numbers of keys, ascending (by default 512 to 16K in prefill, 1K to 128K at decode); those at
+    which one dense call would pass 20 s are left out. repeats:
     timed calls, method and dense in turn, of which the median counts. ``progress(done, total)`` is called
     after each length. Layers of other geometries are measured apart.
     """
-    if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < 2:
+    if repeats < 1:
+        raise FarspanError(f"repeats is a number of timed calls, at least 1; got {repeats}.")
+    if lengths is not None and (not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < 2):
         raise FarspanError(f"Lengths are ascending numbers of keys, at least 2; got {list(lengths)}.")
     info = hf.inspect_model(model)
+    specs = [specs] if isinstance(specs, str | AttentionMethod) else specs
     jobs = list(_jobs(info, specs, recipe))
+    sizes_of = {phase: LENGTHS[phase] if lengths is None else lengths for phase in (PREFILL, DECODE)}
+    total = sum(len(sizes_of[phase]) for _, phase, _, _ in jobs)
+    steps = 0
     done: list[Measured] = []
-    for number, (spec, phase, method, layer) in enumerate(jobs):
+    for spec, phase, method, layer in jobs:
         times: list[tuple[int, float, float]] = []
-        for step, length in enumerate(lengths):
-            if times and times[-1][1] * (length / times[-1][0]) ** 2 > _ROUGHLY:
-                break
-            times.append((length, *_compare(method, phase, layer, length, model, repeats)))
+        for length in sizes_of[phase]:
+            if not times or times[-1][1] * (length / times[-1][0]) ** 2 <= _ROUGHLY:
+                times.append((length, *_compare(method, phase, layer, length, model, repeats)))
+            steps += 1
             if progress:
-                progress(number * len(lengths) + step + 1, len(jobs) * len(lengths))
+                progress(steps, total)
         sizes, dense, seconds = (list(column) for column in zip(*times, strict=True))
         done.append(
             Measured(
@@ -84,7 +91,9 @@ def _jobs(
                     seen.add(job)
                     yield str(method), phase, served, layer
     if not seen:
-        raise FarspanError("There is nothing to measure: name at least one method other than dense.")
+        raise FarspanError(
+            "There is nothing to measure: name at least one method other than dense, that some layer runs."
+        )
 
 
 def _compare(

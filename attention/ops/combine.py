@@ -161,5 +161,5 @@ def tile_rows(rows: int, itemsize: int) -> int:
 
 def configs(stages: int) -> list[triton.Config]:
     """Loads bound these kernels: stages are bytes in flight, warps are what turns a tile over in time."""
-    chosen = ((4, stages), (4, stages + 1), (8, stages), (2, stages))
+    chosen = ((4, stages), (4, stages + 1), (8, stages))
     return [triton.Config({}, num_warps=w, num_stages=s) for w, s in chosen]

@@ -101,6 +101,8 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) ->
         raise ValueError(
             f"{op} got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, which do not fit together."
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{op} takes q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"{op} needs a whole number of query heads per KV head; got {q.shape[1]} and {k.shape[1]}."

@@ -38,7 +38,8 @@ def attend(
     if q.shape[2] == 0 or k.shape[2] == 0:
         return empty_partial(q, v.shape[-1])
     needs_grad = _needs_grad(q, k, v)
-    if q.device.type == "cpu" and not needs_grad and products.serves(q, k, scale):
+    one_kind = not (causal and mask is not None)  # of hiding keys is all that products know
+    if q.device.type == "cpu" and not needs_grad and one_kind and products.serves(q, k, scale):
         if not causal or softcap is not None:
             return products.attend(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
         if q.shape[2] > _FEW_KEYS and q.shape[3] >= _NARROW:
@@ -48,7 +49,7 @@ def attend(
             return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = torch.nn.functional.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
-    if softcap is None and not needs_grad:
+    if softcap is None and not needs_grad and v.shape[-1] == q.shape[-1]:
         if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
             return _cpu(q, k, v, scale, causal, mask)
         if (
@@ -56,6 +57,7 @@ def attend(
             and mask is None
             and q.dtype in (torch.float16, torch.bfloat16)
             and q.shape[-1] % 8 == 0
+            and q.shape[-1] <= 256
         ):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[
                 :2

@@ -66,7 +66,8 @@ class BlockTopK(AttentionMethod):
             size = ((last_own + 1) * self.fraction).round().long().clamp(min=2)[None, None]
         # A query block off the grid has two own blocks.
         size = torch.maximum(torch.as_tensor(size, device=q.device), forced.sum(-1)[None, None])
-        blocks, counts = pick(ranked.masked_fill(forced, torch.inf), size)
+        most_blocks = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * nk))
+        blocks, counts = pick(ranked.masked_fill(forced, torch.inf), size, most_blocks)
         if counts is None:
             counts = torch.full(blocks.shape[:3], blocks.shape[3], device=q.device)
         return BlockIndex(blocks=blocks.int(), counts=counts.int(), block_q=self.block, block_k=self.block)

@@ -12,7 +12,7 @@ from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import DECODE, AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
-from ..share import budget, check_budget, pick, share_scores
+from ..share import budget, check_budget, most, pick, share_scores
 from ..summary import Channels
 
 
@@ -75,5 +75,6 @@ class DoubleSparsity(AttentionMethod):
         channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
         logits = scores(q_labels, labels, scale=keys.scale)
-        tokens, counts = pick(share_scores(logits, keys.visible(), self.share), size)
+        ranked = share_scores(logits, keys.visible(), self.share)
+        tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys))
         return TokenIndex(tokens=tokens, counts=counts)

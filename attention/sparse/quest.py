@@ -12,7 +12,7 @@ from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import DECODE, AttentionMethod, require
 from ..ops.scores import scores
-from ..share import budget, check_budget, pick, share_scores
+from ..share import budget, check_budget, most, pick, share_scores
 from ..summary import BlockPool
 
 
@@ -67,7 +67,8 @@ class Quest(AttentionMethod):
         earlier = torch.arange(logits.shape[-1], device=q.device) < own
         ranked = share_scores(logits, earlier[:, 0], self.share)
         own = own.expand(*ranked.shape[:3], 1)
-        chosen, counts = pick(ranked.scatter(3, own, torch.inf), pages)  # [B, Hs, Tq, M]
+        most_pages = -(-most(self.k, self.fraction, keys) // self.page)
+        chosen, counts = pick(ranked.scatter(3, own, torch.inf), pages, most_pages)  # [B, Hs, Tq, M]
         tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
         tokens = tokens + first
         # Pages are in order, so only the last of a row can reach past its query: the tokens to read come

@@ -71,6 +71,10 @@ def test_a_block_mask_of_torchs_own_making() -> None:
     made = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 256, 256, device="cpu", BLOCK_SIZE=32)
     index = from_block_mask(made)
     assert torch.equal(index.to_mask(256, 256), causal_mask(256, 256, None, 1))
+    q, k, v = make_qkv(2, 4, 2, 256, 256, 16)
+    got = block_sparse(q, k, v, from_block_mask(made, batch=2, heads=2), scale=0.25)
+    truth = oracle(q, k, v, causal_mask(256, 256, None, 2), scale=0.25)
+    assert (got.out - truth.out).abs().max() < 1e-5
 
 
 def test_what_a_block_mask_cannot_say_is_refused() -> None:

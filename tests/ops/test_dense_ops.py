@@ -221,3 +221,12 @@ def test_an_empty_window_is_refused(op: Callable[..., Any]) -> None:
     q, k, v = make_qkv(1, 4, 2, 5, 9, 8, roomy=False)
     with pytest.raises(ValueError, match="window of at least 1"):
         op(q, k, v, scale=1.0, window=0)
+
+
+@pytest.mark.parametrize("op", [flash, decode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_may_be_narrower_than_keys(op: Callable[..., Any], dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(1, 4, 2, 5, 63, 32, dtype=dtype)
+    v = v[..., :16]
+    truth = oracle(q, k, v, brute_mask(5, 63, [0]), scale=0.2)
+    assert_law_5(op(q, k, v, scale=0.2), op(q, k, v, scale=0.2, impl="reference"), truth)

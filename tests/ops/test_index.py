@@ -158,3 +158,56 @@ def test_entries_past_the_count_may_be_anything() -> None:
     BlockIndex(
         blocks=torch.tensor([[[[1, 1, 99]]]]), counts=torch.tensor([[[1]]]), block_q=16, block_k=16
     ).check(40)
+
+
+def _order(tk: int, change: str) -> torch.Tensor:
+    order = torch.arange(tk).repeat(1, 1, 1).flip(-1)
+    if change == "twice":
+        order[..., 3] = order[..., 4]
+    elif change == "outside":
+        order[..., 3] = tk + 900
+    elif change == "short":
+        order = order[..., :-9]
+    return order
+
+
+@pytest.mark.parametrize("change", ["twice", "outside", "short"])
+def test_a_key_order_that_is_no_permutation_is_refused(change: str) -> None:
+    index = BlockIndex(
+        blocks=torch.tensor([[[[0, 1]]]]), counts=torch.tensor([[[2]]]), block_q=40, block_k=16,
+        key_order=_order(40, change),
+    )  # fmt: skip
+    q = torch.randn(1, 1, 40, 8)
+    with pytest.raises(ValueError, match="every one of 40 positions once"):
+        block_sparse(q, q, q, index, scale=1.0)
+
+
+def test_an_index_of_the_wrong_kind_is_refused() -> None:
+    q, k = torch.randn(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
+    good = {
+        "blocks": torch.tensor([[[[0, 1]]]]),
+        "counts": torch.tensor([[[2]]]),
+        "block_q": 40,
+        "block_k": 16,
+    }
+    for change, message in [
+        ({"blocks": torch.zeros(1, 1, 1, 2)}, "holds whole numbers"),
+        ({"start": torch.tensor([0.0])}, "holds whole numbers"),
+        ({"block_k": 0}, "blocks of at least 1 position; got 40 and 0"),
+        ({"blocks": torch.tensor([[[0, 1]]])}, r"takes blocks \[B, Hkv or H, Nq, M\]; got \[1, 1, 2\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            block_sparse(q, k, k, BlockIndex(**(good | change)), scale=1.0)
+    with pytest.raises(ValueError, match="queries among the keys; got Tq = 40 > Tk = 20"):
+        block_sparse(q, k[:, :, :20], k[:, :, :20], BlockIndex(**good), scale=1.0)
+    with pytest.raises(ValueError, match="q, k and v of one dtype"):
+        block_sparse(q, k.half(), k.half(), BlockIndex(**good), scale=1.0)
+
+
+def test_an_index_of_no_token_reads_nothing() -> None:
+    q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 9, 8)
+    for impl in ("reference", "eager"):
+        part = gather_decode(
+            q, k, k, TokenIndex(tokens=torch.zeros(1, 2, 1, 0, dtype=torch.long)), scale=1.0, impl=impl
+        )
+        assert bool((part.lse == -torch.inf).all()) and bool((part.out == 0).all())

@@ -138,3 +138,14 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
             pool_segments(x, bad, mode="mean")
     with pytest.raises(ValueError, match="bounds of an integer type"):
         pool_segments(x, bounds.float(), mode="mean")
+
+
+def test_pool_refuses_tensors_that_do_not_fit() -> None:
+    x = torch.zeros(2, 1, 8, 4)
+    for bad, start, message in [
+        (x[0], None, r"floating x \[B, Hkv, T, D\]; got \[1, 8, 4\]"),
+        (x.int(), None, "floating x"),
+        (x, torch.tensor([1]), r"start \[B\] = \[2\]; got \[1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pool(bad, 4, mode="mean", start=start)

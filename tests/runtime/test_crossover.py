@@ -13,6 +13,7 @@ import torch
 
 import farspan
 from farspan.attention.method import parse_method
+from farspan.runtime import crossover
 from farspan.runtime.crossover import Measured, crossovers, keep
 from farspan.runtime.hf import inspect_model
 
@@ -95,13 +96,17 @@ def test_auto_takes_what_was_measured(model: Any, cache: Path) -> None:
     with farspan.patch(model, prefill=block, decode=quest, crossover="auto") as patched:
         tokens(model, ids)
         fallbacks = patched.report().summary["fallbacks"]
-    assert fallbacks["dense attention was faster at every length measured"] == 2
+    assert fallbacks["not faster than dense at the longest length measured"] == 2
 
 
 def test_auto_without_a_measurement_is_refused(model: Any, cache: Path) -> None:
     with pytest.raises(
         farspan.FarspanError, match=r"quest:k=16,dense_layers=0 in decode was never measured .*farspan tune"
     ):
+        farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
+    key = crossover._key("quest:k=16,dense_layers=0", "decode", GEOMETRY, model)
+    (cache / "crossover.json").write_text(json.dumps({key: {"method": "quest"}}))
+    with pytest.raises(farspan.FarspanError, match=r"crossover.json holds no crossovers; delete it"):
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
     (cache / "crossover.json").write_text("not json")
     with pytest.raises(farspan.FarspanError, match=r"crossover.json cannot be read .*delete it"):
@@ -145,5 +150,7 @@ def test_what_cannot_be_tuned_is_refused(model: Any, cache: Path) -> None:
     for lengths in ([], [64, 32], [1, 2], [8, 8]):
         with pytest.raises(farspan.FarspanError, match="Lengths are ascending numbers of keys"):
             farspan.tune(model, ["quest:k=16,dense_layers=0"], lengths=lengths)
+    with pytest.raises(farspan.FarspanError, match="at least 1; got 0"):
+        farspan.tune(model, "quest:k=16,dense_layers=0", lengths=[64], repeats=0)
     with pytest.raises(farspan.FarspanError, match="needs a calibration recipe"):
         farspan.tune(model, ["double_sparsity:k=16"], lengths=[64])

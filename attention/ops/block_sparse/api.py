@@ -34,6 +34,12 @@ def block_sparse(
     Raises ValueError for shapes that do not fit and for an index with a block twice or out of range.
     """
     check_qkv("block_sparse", q, k, v, index.start)
+    if index.blocks.dim() != 4:
+        raise ValueError(f"block_sparse takes blocks [B, Hkv or H, Nq, M]; got {list(index.blocks.shape)}.")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"block_sparse needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {k.shape[2]}."
+        )
     b, hs, nq, _ = index.blocks.shape
     need = -(-q.shape[2] // index.block_q)
     if (

@@ -228,7 +228,7 @@ _run_backward_q = sized(
 _run_backward_kv = sized(
     triton.heuristics(ROWS_OF_A_TILE | _KEYS_OF_A_TILE)(_backward_kv),
     KEY,
-    half=[config(32, 128, 8, 3), config(64, 128, 8, 3), config(32, 64, 4, 3)],
+    half=[config(32, 128, 8, 2), config(32, 128, 8, 3), config(64, 64, 8, 2)],  # two sums: registers bound it
     wide_half=[config(32, 32, 8, 3)],
     single=[config(16, 16, 8, 1)],
 )

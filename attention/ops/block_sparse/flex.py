@@ -33,6 +33,10 @@ def unsupported(
             reasons.append("FlexAttention has no backward on the CPU")
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             reasons.append("on the CPU it is compiled, and there is no C++ compiler")
+    elif any(size < 16 or size & (size - 1) for size in (index.block_q, index.block_k)):
+        reasons.append(
+            f"on CUDA its blocks are powers of two from 16 on; these are {index.block_q} and {index.block_k}"
+        )
     elif q.shape[-1] < 16:
         reasons.append(f"FlexAttention takes heads of at least 16; these have {q.shape[-1]}")
     return reasons
@@ -51,21 +55,26 @@ def block_sparse(
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
-    flex = _compiled()
+    flex = compiled()
     if q.device.type == "cpu":
         out = flex(q, k.contiguous(), v.contiguous(), **how)
         return Partial(out, torch.full(q.shape[:3], torch.nan))
     if index.block_q < 128:  # its default tile for Hopper has 128 queries, and must divide the block
         tile = {"BLOCK_M": index.block_q, "BLOCK_N": min(64, index.block_k), "num_warps": 4}
         how["kernel_options"] = tile
-    out, lse = flex(q, k, v, return_lse=True, **how)
-    return Partial(out, lse)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), **how)
+    return Partial(out, aux.lse)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def compiled() -> Callable[..., Any]:
+    """FlexAttention, compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Never let a limit on recompilations send it, in silence, to the uncompiled twin.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import TokenIndex
-from ...partial import Partial
+from ...partial import Partial, empty_partial
 from .. import kernel
 from ..rows import gather_rows
 
@@ -17,6 +17,8 @@ def gather_decode(
     b, h, tq, d = q.shape
     hkv = k.shape[1]
     hs, n = index.tokens.shape[1], index.tokens.shape[3]
+    if n == 0:
+        return empty_partial(q, v.shape[-1])
     if index.gathered is not None:
         key, value = index.gathered
     else:

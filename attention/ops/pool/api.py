@@ -38,6 +38,10 @@ def pool(
     holds, blocks past the end of a padded row are zero. Raises ValueError for an unknown mode or a block
     below 1.
     """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"pool takes floating x [B, Hkv, T, D]; got {list(x.shape)} of {x.dtype}.")
+    if start is not None and start.shape != x.shape[:1]:
+        raise ValueError(f"pool takes start [B] = [{x.shape[0]}]; got {list(start.shape)}.")
     if block < 1:
         raise ValueError(f"pool needs blocks of at least 1 position; got {block}.")
     return run("pool", IMPLS, impl, x, block, modes=_modes("pool", mode), start=start)
