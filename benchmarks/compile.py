@@ -24,8 +24,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.pop("FARSPAN_AUTOTUNE", None)  # nothing is timed here
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
 
 from farspan.attention.index import BlockIndex, TokenIndex
@@ -160,25 +160,21 @@ class _Chip:
 
 
 def resources(compiled: Any, arch: int) -> tuple[int, int]:
-    """(registers, bytes spilled) of one compiled kernel, as the assembler reports them."""
-    bin_folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    """(registers, bytes spilled) of one compiled kernel, as the assembler that triton calls reports them."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         suffix = "a" if arch >= 90 else ""
-        for name in ("ptxas-blackwell", "ptxas"):  # the newer one first: it knows the newer PTX
-            if not (bin_folder / name).exists():
-                continue
-            done = subprocess.run(
-                [bin_folder / name, "-v", f"-arch=sm_{arch}{suffix}", ptx, "-o", ptx.with_suffix(".cubin")],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode == 0:
-                spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)))
-                found = re.search(r"Used (\d+) registers", done.stderr)
-                return int(found.group(1)) if found else 0, spills
+        done = subprocess.run(
+            [get_ptxas(arch).path, "-v", f"-arch=sm_{arch}{suffix}", ptx, "-o", ptx.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
         raise RuntimeError(f"ptxas refused {compiled.metadata.name}: {done.stderr.strip()}")
+    found = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    return int(found.group(1)) if found else 0, sum(map(int, spills))
 
 
 def compile_all(
