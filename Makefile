@@ -42,7 +42,7 @@ DEMO_OUT ?= demo-out
 DEMO_METHODS := dense; window:w=508,sinks=4; recycled:k=512,stride=10; recycled:k=512,stride=10,pool=15; double_sparsity:k=512; quest:k=512
 DEMO_FLAGS = --model smollm2-135m --methods "$(DEMO_METHODS)" --seed 1 --recipe $(DEMO_OUT)/recipe
 
-demo: $(VENV)/.evals ## a pretrained model on RULER and needle, dense beside four methods (about 6 minutes)
+demo: $(VENV)/.evals ## a pretrained model on RULER and needle, dense beside four methods (about 5 minutes on two cores)
 	$(BIN)/farspan methods
 	test -e $(DEMO_OUT)/recipe || $(BIN)/farspan calibrate --model smollm2-135m --text sotu --tokens 2048 \
 		--out $(DEMO_OUT)/recipe
