@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 
+from farspan.runtime.machine import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,20 +22,11 @@ def machine(device: str = "cuda") -> dict[str, Any]:
     """Processor, threads, versions and commit of this run; device: where it ran, if there is a choice."""
     import transformers
 
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     )
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,

@@ -275,24 +275,18 @@ def environment() -> dict[str, Any]:
     """The machine of this session: what seconds depend on."""
     import torch
 
+    from ..runtime.machine import cpu_name
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import torch
 
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
+from .machine import device_name
 from .models import cache_folder
 
 
@@ -77,20 +78,6 @@ def crossovers(
             raise FarspanError(text) from None
         found[phase] = math.inf if crossover is None else float(crossover)
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """What times depend on: the GPU's name, or the processor and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = "CPU"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def geometry(layer: LayerInfo) -> dict[str, int]:

@@ -128,16 +128,15 @@ def attend_tile(
 @triton.jit
 def store_rows(out, lse, at, keep, d, peak, total, acc, D: tl.constexpr):
     """Write the rows' results (at [M] int64: their places in out [., D] and lse [.])."""
-    safe = tl.where(total > 0, total, 1.0)
-    tile = (acc / safe[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at[:, None] * D + d[None, :], tile, mask=keep[:, None] & (d < D)[None, :])
-    natural = (peak + tl.log2(safe)) * launch.LN2
-    tl.store(lse + at, tl.where(total > 0, natural, float("-inf")), mask=keep)
+    result, natural = launch.finish(acc, peak, total)
+    mask = keep[:, None] & (d < D)[None, :]
+    tl.store(out + at[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + at, natural, mask=keep)
 
 
 def factors(scale: float, softcap: float | None) -> tuple[float, float]:
     """(inner, outer) of :func:`attend_tile`: logits in base 2."""
-    log2e = 1.4426950408889634
+    log2e = launch.LOG2E.value
     return (scale * log2e, 1.0) if softcap is None else (scale / softcap, softcap * log2e)
 
 

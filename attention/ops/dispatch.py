@@ -53,8 +53,8 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
 
     "auto" is triton on CUDA where it serves the arguments better than torch, and eager torch elsewhere.
-    Raises Unsupported,
-    with the reasons, for an implementation that there is not or that cannot serve these arguments.
+    Raises Unsupported, with the reasons, for an implementation that there is not or that cannot serve these
+    arguments.
     """
     if impl == "auto":
         triton = impls.get("triton") if args[0].device.type == "cuda" else None

@@ -62,3 +62,11 @@ def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any
 def tanh(x):
     """tanh, stable at both ends, where libdevice is not at hand (the interpreter)."""
     return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def finish(acc, peak, total):
+    """(out [M, WIDE_V], natural lse [M]) of the sums; (0, -inf) for rows that read nothing."""
+    empty = total == 0
+    safe = tl.where(empty, 1.0, total)
+    return acc / safe[:, None], tl.where(empty, -float("inf"), (peak + tl.log2(safe)) * LN2)

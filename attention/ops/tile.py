@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .launch import LN2, LOG2E, tanh
+from .launch import LOG2E, tanh
 
 
 @triton.jit
@@ -192,14 +192,6 @@ def attend(
         # chain block number -> key, and each tile would wait for its keys.
         key, there = slots(t + 1, blocks, order, first, count, tk, BLOCK_K, BLOCK_N)
     return acc, peak, total
-
-
-@triton.jit
-def finish(acc, peak, total):
-    """(out [M, WIDE_V], natural lse [M]) of the sums; (0, -inf) for rows that read nothing."""
-    empty = total == 0
-    safe = tl.where(empty, 1.0, total)
-    return acc / safe[:, None], tl.where(empty, -float("inf"), (peak + tl.log2(safe)) * LN2)
 
 
 def fold(rows: int, group: int, most: int) -> tuple[int, int]:

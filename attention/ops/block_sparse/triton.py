@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...index import BlockIndex
 from ...partial import Partial, empty_partial
+from ..launch import finish
 from ..tile import (
     KEY,
     ROWS_OF_A_TILE,
     attend,
     cannot_tile,
     config,
-    finish,
     geometry,
     load_rows,
     query_tile,

@@ -15,6 +15,8 @@ splits (see ``ops/combine.py``); where a row begins is read on the device, so no
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,16 +36,7 @@ from ..combine import (
 )
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    start: Tensor | None,
-) -> list[str]:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> list[str]:
     return launch.cannot_read(q, k, v) + launch.no_gradient(q, k, v)
 
 

@@ -20,18 +20,12 @@ from torch import Tensor
 
 from ...partial import Partial, empty_partial
 from .. import launch
-from ..tile import attend, cannot_tile, config, finish, fold, load_rows, sized, store_rows
+from ..launch import finish
+from ..tile import attend, cannot_tile, config, fold, load_rows, sized, store_rows
 
 
 def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    start: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, **_: Any
 ) -> list[str]:
     return cannot_tile(q, k, v, scale, softcap) + launch.no_gradient(q, k, v)
 
@@ -41,10 +35,10 @@ def better_eager(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float,
     window: int | None,
     softcap: float | None,
     start: Tensor | None,
+    **_: Any,
 ) -> bool:
     """Plain causal attention is what torch's own FlashAttention does best, lse included."""
     plain = window is None and softcap is None and start is None and q.shape[2] == k.shape[2]
