@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention.errors import FarspanError, SpecError, Unsupported
     from .attention.method import methods, parse_method
+    from .parallel.mesh import ContextParallel
     from .runtime.calibrate import calibrate
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
@@ -33,6 +34,7 @@ _HOMES = {
     "Unsupported": ".attention.errors",
     "methods": ".attention.method",
     "parse_method": ".attention.method",
+    "ContextParallel": ".parallel.mesh",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",
     "patch": ".runtime.patch",
@@ -43,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ContextParallel",
     "FarspanError",
     "Patched",
     "Recipe",

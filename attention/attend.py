@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .index import BlockIndex, TokenIndex, Window, causal_pairs
+from .index import BlockIndex, Index, TokenIndex, Window, causal_pairs
 from .keys import Keys
-from .method import DECODE, AttentionMethod
+from .method import DECODE, PREFILL, AttentionMethod
 from .ops import kernel
 from .ops.block_sparse import block_sparse
 from .ops.decode import decode
@@ -57,13 +57,25 @@ def attend(
     elif keys.starts is not None and any(keys.starts) and phase in method.phases:
         return _prefill_rows(method, phase, q, keys, impl)
     else:
-        index = method.select_prefill(q, keys)
-        part, pairs = _run_prefill(q, keys, index, impl)
-        reads = _count(q, keys, pairs, loads_shared_by=PREFILL_TILE * (q.shape[1] // keys.k.shape[1]))
+        return run_prefill(method, q, keys, method.select_prefill(q, keys), impl=impl)
+    return part, explained(reads, method, phase, keys, index)
+
+
+def run_prefill(
+    method: AttentionMethod, q: Tensor, keys: Keys, index: Index, *, impl: str = "auto"
+) -> tuple[Partial, Reads]:
+    """Attention of prefill queries q [B, H, Tq, D] over what ``method`` has selected."""
+    part, pairs = _run_prefill(q, keys, index, impl)
+    reads = _count(q, keys, pairs, loads_shared_by=PREFILL_TILE * (q.shape[1] // keys.k.shape[1]))
+    return part, explained(reads, method, PREFILL, keys, index)
+
+
+def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, index: Index) -> Reads:
+    """``reads`` with what selection cost and, where a selective method has read everything, why."""
     reads.selection_bytes = keys.summary_bytes
     if index is None and phase in method.phases and method.name != "dense":
         reads.reason = TOO_SHORT
-    return part, reads
+    return reads
 
 
 def _prefill_rows(
@@ -187,9 +199,16 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
 def _count(q: Tensor, keys: Keys, pairs: int | Tensor | None, *, loads_shared_by: int) -> Reads:
     b, h, tq, _ = q.shape
     causal = causal_pairs(tq, keys.length, keys.starts, b) * h
-    pairs = causal if pairs is None else pairs
-    per_key = (keys.k.shape[-1] + keys.v.shape[-1]) * keys.k.element_size()
-    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // keys.k.shape[1]
+    return count_reads(q, keys.k, keys.v, causal if pairs is None else pairs, causal, loads_shared_by)
+
+
+def count_reads(
+    q: Tensor, k: Tensor, v: Tensor, pairs: int | Tensor, causal: int, loads_shared_by: int
+) -> Reads:
+    """Reads of ``pairs`` out of ``causal`` (query head, key) pairs; ``loads_shared_by`` pairs share a load of
+    their key. Of q, k and v only the sizes are looked at."""
+    per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
+    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // k.shape[1]
     return Reads(
         pairs=pairs,
         causal_pairs=causal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +13,31 @@ from .summary import Summaries, Summary
 State = dict[str, Tensor]
 
 
+class Peers(Protocol):
+    """Those who hold the other keys of a sequence that is spread over several holders, each of whom asks
+    alike."""
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """logits [..., N] float32 of the keys held here -> their softmax over everyone's keys."""
+        ...
+
+    def candidates(self, ranked: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Scores [..., N] of the keys held here (-inf: not to be had) -> scores and positions [..., M] of
+        keys, ascending by position, that include the ``size`` best of everyone's; the same for everyone."""
+        ...
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """Numbers [..., N] of those of the first ``length`` keys that are here -> [..., length],
+        everyone's."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Keys:
     """The keys and values of one layer, the new ones included, and what is kept beside them.
 
     k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
-           positions.
+           positions. Where ``peers`` hold keys too, only N of the Tk are here.
     start: [B], each row's first valid position under left padding, or None where no row is padded.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
@@ -33,6 +53,7 @@ class Keys:
     summaries: Summaries = field(default_factory=Summaries)
     summary_bytes: int = 0  # bytes of summaries and keys that selection has read in this call
     starts: list[int] | None = None  # ``start`` on the host
+    peers: Peers | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:
@@ -46,7 +67,11 @@ class Keys:
     @property
     def past(self) -> int:
         """Position of the first query of the call."""
-        return self.k.shape[2] - self.tq
+        return self.length - self.tq
+
+    def held(self, length: int) -> int:
+        """How many of the first ``length`` keys are here; they come first."""
+        return length
 
     def shortest(self) -> int:
         """Fewest keys that the call's first query sees in any row."""
@@ -62,23 +87,28 @@ class Keys:
         return count if self.start is None else count - self.start[:, None, None]
 
     def summary(self, summary: Summary) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is
-        counted."""
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted.
+
+        Of a summary of single keys (block 1), the entries of those that are here."""
         entries = self.summaries.get(summary, self.k, self.start)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
     def read_all_keys(self) -> Tensor:
-        """The raw keys, for a method that scores every one of them; the reading is counted."""
+        """The raw keys that are here, for a method that scores every one of them; the reading is counted."""
         self.summary_bytes += self.k.numel() * self.k.element_size()
         return self.k
+
+    def places(self) -> Tensor:
+        """[N] int64, the positions of the keys that are here."""
+        return torch.arange(self.length, device=self.k.device)
 
     def visible(self, block: int = 1) -> Tensor | None:
         """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where
         all do.
 
-        N is Tk for block 1 (entries by position), else ceil(Tk / block) (entries counted from the row's
-        start).
+        N is Tk for block 1 (entries by position; of those that are here), else ceil(Tk / block) (entries
+        counted from the row's start).
         """
         if self.tq == 1 and self.start is None:
             return None
@@ -86,7 +116,7 @@ class Keys:
         rows = torch.arange(self.past, self.length, device=device)[None, :, None]
         first = 0 if self.start is None else self.start[:, None, None]
         if block == 1:
-            cols = torch.arange(self.length, device=device)
+            cols = self.places()
             return (cols <= rows) & (cols >= first)
         cols = torch.arange(-(-self.length // block), device=device)
         return cols * block <= rows - first
@@ -114,11 +144,6 @@ class _RowKeys(Keys):
 
     whole: Keys
     place: int
-
-    def seen(self) -> Tensor:
-        """[B or 1, 1, Tq] int64, how many keys each query sees."""
-        count = torch.arange(self.past + 1, self.length + 1, device=self.k.device)[None, None]
-        return count if self.start is None else count - self.start[:, None, None]
 
     def summary(self, summary: Summary) -> Tensor:
         entries = self.whole.summaries.get(summary, self.whole.k, self.whole.start)[

@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import SpecError
 from .index import Index
 from .keys import Keys
+from .summary import Summary
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
 PREFILL, DECODE = "prefill", "decode"
@@ -84,6 +85,12 @@ class AttentionMethod:
     def granule(self) -> int:
         """Prefill chunks are rounded to a multiple of this many tokens."""
         return 1
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """What ``select_prefill`` and ``select_decode`` ask ``keys.summary`` for; nothing else is to be
+        had."""
+        return ()
 
     def __str__(self) -> str:
         changed = [

@@ -89,36 +89,60 @@ class Summaries:
             tuple, tuple[Tensor, int]
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
-    def get(self, summary: Summary, k: Tensor, start: Tensor | None) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] for all keys k [B, Hkv, Tk, D]; what is new in k is taken
-        in now."""
-        b, h, t, d = k.shape
-        need = -(-t // summary.block)
-        buffer, done = self._kept.get(summary.key, (None, 0))
+    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
+        """Entries [B, Hkv, ceil(Tk / block), width] for all keys; what is new in k is taken in now.
+
+        k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s.
+        """
+        length = offset + k.shape[2]
+        buffer, done = self.room(summary, k, length), self.done(summary)
+        if done < length:
+            self._extend(summary, buffer, k, start, done, offset)
+        self._kept[summary.key] = (buffer, length)
+        return buffer[:, :, : -(-length // summary.block)]
+
+    def done(self, summary: Summary) -> int:
+        """How many keys have been taken in."""
+        return self._kept[summary.key][1] if summary.key in self._kept else 0
+
+    def open(self, summary: Summary, starts: list[int] | None) -> int:
+        """The first key of the earliest block that the next new key may change."""
+        done, block = self.done(summary), summary.block
+        if starts is None or block == 1:
+            return done // block * block
+        return min(first + max(done - first, 0) // block * block for first in starts)
+
+    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
+        """The buffer [B, Hkv, room, width] with place for ``length`` keys like k [B, Hkv, any, D].
+
+        done: says that whoever asks fills it himself, up to that many keys.
+        """
+        need = -(-length // summary.block)
+        buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
-            room = need + max(64, need // 8)
-            grown = k.new_empty(b, h, room, summary.width(d))
+            b, h, _, d = k.shape
+            grown = k.new_empty(b, h, need + max(64, need // 8), summary.width(d))
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown
-        if done < t:
-            self._extend(summary, buffer, k, start, done)
-        self._kept[summary.key] = (buffer, t)
-        return buffer[:, :, :need]
+        self._kept[summary.key] = (buffer, known if done is None else done)
+        return buffer
 
     @staticmethod
-    def _extend(summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int) -> None:
-        block, t = summary.block, k.shape[2]
+    def _extend(
+        summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int, offset: int
+    ) -> None:
+        block, t = summary.block, offset + k.shape[2]
         if start is None or block == 1:
             first = done // block  # the block that was still open is summarised again, from its first key
-            new = summary.compute(k[:, :, first * block :])
+            new = summary.compute(k[:, :, first * block - offset :])
             buffer[:, :, first : first + new.shape[2]] = new
             return
-        for begin, rows in _by_start(start):
+        for begin, rows in by_start(start.tolist()):
             if begin >= t:
                 continue
             first = max(done - begin, 0) // block
-            new = summary.compute(k[rows][:, :, begin + first * block :])
+            new = summary.compute(k[rows][:, :, begin + first * block - offset :])
             buffer[rows, :, first : first + new.shape[2]] = new
 
     def crop(self, length: int) -> None:
@@ -138,16 +162,12 @@ class Summaries:
         self._kept.clear()
 
 
-def _by_start(start: Tensor) -> list[tuple[int, Tensor | slice]]:
+def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:
     """Rows grouped by where they begin, so that equal rows are summarised in one go."""
-    values = start.tolist()
     groups: dict[int, list[int]] = {}
-    for row, begin in enumerate(values):
+    for row, begin in enumerate(starts):
         groups.setdefault(begin, []).append(row)
-    spans: list[tuple[int, Tensor | slice]] = []
-    for begin, rows in groups.items():
-        whole = rows == list(range(rows[0], rows[-1] + 1))
-        spans.append(
-            (begin, slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, device=start.device))
-        )
-    return spans
+    return [
+        (begin, slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows)
+        for begin, rows in groups.items()
+    ]

@@ -12,6 +12,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import evaluate, options, output
+from . import plan as planning
 
 app = typer.Typer(
     name="farspan",
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluate.app, name="eval")
+app.command()(planning.plan)
 
 
 def _version(wanted: bool) -> None:

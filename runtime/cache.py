@@ -42,6 +42,11 @@ class KVStore:
         self._starts: list[int] | None = None
 
     @property
+    def total(self) -> int:
+        """Positions of the sequence so far; as many as there are rows, if all of them are here."""
+        return self.length
+
+    @property
     def keys(self) -> Tensor | None:
         """[B, Hkv, T, D], a view of the buffer; None while the store is empty."""
         return None if self._k is None else self._k[:, :, : self.length]
@@ -97,9 +102,9 @@ class KVStore:
     def state(self, name: str, past: int) -> State:
         """What the method ``name`` keeps; empty if others appended to the ``past`` positions before this
         call."""
-        if self._seen.get(name) not in (past, self.length):
+        if self._seen.get(name) not in (past, self.total):
             self.states.pop(name, None)
-        self._seen[name] = self.length
+        self._seen[name] = self.total
         return self.states.setdefault(name, {})
 
     def crop(self, count: int) -> None:

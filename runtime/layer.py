@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS, attend
+from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
-from ..attention.partial import add_sinks
+from ..attention.partial import Partial, add_sinks
 from ..attention.summary import Summaries
+from ..parallel.mesh import Mesh
+from ..parallel.prefill import Call
 from .cache import KVStore, lasting
 from .report import PhaseReport
+from .shard import ShardStore
+from .spread import spread
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not the cache's own"
@@ -46,8 +51,12 @@ class Session(threading.local):
     """What the layers of one patched model share during a forward call; threads may call it at the same
     time."""
 
-    def __init__(self, strict: bool) -> None:
+    def __init__(self, strict: bool, mesh: Mesh | None = None) -> None:
         self.strict = strict
+        self.mesh = mesh
+        self.call: Call | None = None  # of a mesh, while the decoder runs
+        self.output: Tensor | None = None  # of a mesh, what the last call has given
+        self.rows: int | None = None  # of a mesh, how many last positions the caller wants; None: all
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
@@ -139,38 +148,93 @@ class Layer:
         sinks: Tensor | None,
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
+        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        if self.session.call is not None:
+            part = self._over_ranks(q, k, v, self.session.call, **how)
+        else:
+            part = self._here(q, k, v, mask, **how)
+        if sinks is not None:
+            part = add_sinks(part, sinks)
+        return part.out.to(q.dtype).transpose(1, 2).contiguous()
+
+    def _here(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Partial:
         b, _, tq, _ = q.shape
         padding = self.session.padding(mask, b, k.shape[2])
         store = self.session.stores[self.index] if self.session.stores is not None else None
         own = store is not None and store.holds(k)
-        phase = DECODE if own and k.shape[2] > tq and tq <= DECODE_ROWS else PREFILL
-        method = self.methods[phase]
-        short = k.shape[2] < self.from_keys.get(phase, 0)
-        if short:
-            method = _DENSE
         if window is not None:
-            part = flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
-        else:
-            keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
-            with implementations() as ran:
-                part, reads = attend(method, phase, q, keys)
-            if phase == PREFILL and own:
-                self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
-            if short:
-                reads.reason = _below(self.from_keys[phase])
-            elif not own and method.name == "dense" != self.decode.name:
-                reads.reason = FOREIGN if self.session.cached else NO_CACHE
-            elif reads.reason is None and self.left_dense and method.name == "dense":
-                reads.reason = self.left_dense
-            self.phases[phase].add(reads, b * tq, ran)
-            if self.session.strict and reads.reason in UNEXPECTED:
-                raise FarspanError(
-                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
-                    f"instead: {reads.reason}."
-                )
-        if sinks is not None:
-            part = add_sinks(part, sinks)
-        return part.out.to(q.dtype).transpose(1, 2).contiguous()
+            return flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
+        phase = DECODE if own and k.shape[2] > tq and tq <= DECODE_ROWS else PREFILL
+        method = self._method(phase, k.shape[2])
+        keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
+        with implementations() as ran:
+            part, reads = attend(method, phase, q, keys)
+        if phase == PREFILL and own:
+            self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
+        if not own and method.name == "dense" != self.decode.name and reads.reason is None:
+            reads.reason = FOREIGN if self.session.cached else NO_CACHE
+        self._report(phase, reads, b * tq, ran, k.shape[2])
+        return part
+
+    def _over_ranks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: Call,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Partial:
+        """As ``_here``, where q, k and v are of this rank's tokens and the keys of others are on other
+        ranks."""
+        mesh = self.session.mesh
+        assert mesh is not None
+        store = self.session.stores[self.index] if self.session.stores is not None else None
+        cached = isinstance(store, ShardStore)
+        if not isinstance(store, ShardStore):
+            store = ShardStore(mesh.ranks, mesh.config.block)
+        phase = DECODE if call.past and call.split is None else PREFILL
+        method = self._method(phase, call.total)
+        with implementations() as ran:
+            part, reads, travel = spread(
+                self, method, phase, q, k, v, store, call, mesh, scale=scale, window=window, softcap=softcap
+            )
+        if window is None:
+            if not cached and method.name == "dense" != self.decode.name and reads.reason is None:
+                reads.reason = NO_CACHE
+            self._report(phase, reads, q.shape[0] * q.shape[2], ran, call.total)
+            self.phases[phase].moved(travel)
+        return part
+
+    def _method(self, phase: str, length: int) -> AttentionMethod:
+        return _DENSE if length < self.from_keys.get(phase, 0) else self.methods[phase]
+
+    def _report(
+        self, phase: str, reads: Reads, queries: int, ran: Iterable[tuple[str, str]], length: int
+    ) -> None:
+        """Take a call into the report, with why every key was read where the method would have chosen."""
+        if length < self.from_keys.get(phase, 0):
+            reads.reason = _below(self.from_keys[phase])
+        elif reads.reason is None and self.left_dense and self.methods[phase].name == "dense":
+            reads.reason = self.left_dense
+        self.phases[phase].add(reads, queries, ran)
+        if self.session.strict and reads.reason in UNEXPECTED:
+            raise FarspanError(
+                f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
+                f"instead: {reads.reason}."
+            )
 
     def _keys(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def patch(
     prefill_chunk: int | None = None,
     recipe: Recipe | str | Path | None = None,
     crossover: int | str | None = None,
+    parallel: Any = None,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -44,6 +46,9 @@ def patch(
     long prompts. recipe: a saved calibration, for methods that need one.
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
     ``farspan tune`` measured on this device. Such calls are in the report with their reason.
+    parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
+    (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
+    rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
 
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
@@ -67,18 +72,38 @@ def patch(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
-    session = Session(strict)
-    bound = {}
-    for i in info.attention:
-        layer = _bind(chosen[i], info.layer_info(i), recipe, info.geometry, session)
-        if i not in untouched:
-            layer.from_keys = crossovers(layer.methods, info.layer_info(i), model, crossover)
-        bound[i] = layer
+    served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    from_keys = {
+        i: {}
+        if i in untouched
+        else crossovers({PREFILL: pair[0], DECODE: pair[1]}, info.layer_info(i), model, crossover)
+        for i, (*pair, _) in served.items()
+    }
+    granule = math.lcm(*(m.granule for pair in chosen for m in pair))
     if prefill_chunk is not None:
-        granule = math.lcm(*(m.granule for pair in chosen for m in pair))
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         prefill_chunk = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
-    undo = hf.install(model, info, bound, session, prefill_chunk)
+    mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    session = Session(strict, mesh)
+    bound = {
+        i: Layer(i, pre, dec, session, left_dense=reason, from_keys=from_keys[i])
+        for i, (pre, dec, reason) in served.items()
+    }
+    if mesh is not None:
+        granule = math.lcm(
+            granule, *(s.block for pair in served.values() for m in pair[:2] for s in m.summaries)
+        )
+        mesh.agree(
+            {
+                "the model": f"{type(model).__name__} {info.geometry}",
+                "the methods": str([(str(a), str(b)) for a, b, _ in served.values()]),
+                "the options": str((strict, prefill_chunk, from_keys, mesh.config)),
+                "the version of farspan": version("farspan"),
+            }
+        )
+    undo = hf.install(model, info, bound, session, prefill_chunk, granule)
+    if mesh is not None:
+        undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo)
 
 
@@ -179,15 +204,15 @@ def _bind(
     layer: LayerInfo,
     recipe: Recipe | str | Path | None,
     geometry: dict[str, Any],
-    session: Session,
-) -> Layer:
+) -> tuple[AttentionMethod, AttentionMethod, str | None]:
+    """Both methods as ``layer`` runs them, and why one of them leaves it dense."""
     bound, reason = [], None
     for method in methods:
         served = serve(method, layer, recipe, geometry)
         if served is None:
             reason = f"{method.name} leaves its first layers dense"
         bound.append(served or parse_method("dense"))
-    return Layer(layer.index, bound[0], bound[1], session, left_dense=reason)
+    return bound[0], bound[1], reason
 
 
 def serve(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
+from ..parallel.prefill import Travel
 
 
 @dataclass
@@ -18,7 +19,8 @@ class PhaseReport:
     pairs / causal_pairs: (query head, key) pairs read, and those dense attention would read; their ratio is
     ``density``. kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load;
     selection_bytes come on top. fallbacks: calls that read every visible key although the method is
-    selective, by reason.
+    selective, by reason. Over ranks, all of this speaks of one rank; sent_bytes / dense_sent_bytes: bytes of
+    attention that it sent, and those of dense attention by its formula.
     """
 
     method: str
@@ -29,6 +31,9 @@ class PhaseReport:
     kv_bytes: Any = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
+    sent_bytes: int = 0  # to other ranks
+    dense_sent_bytes: int = 0
+    mechanisms: dict[str, str] = field(default_factory=dict)  # how data moved between ranks, and why so
     implementations: dict[str, list[str]] = field(default_factory=dict)  # of each operation that ran
     fallbacks: Counter[str] = field(default_factory=Counter)
 
@@ -50,12 +55,19 @@ class PhaseReport:
         if reads.reason:
             self.fallbacks[reads.reason] += 1
 
+    def moved(self, travel: Travel) -> None:
+        """Take in how one call moved data between ranks."""
+        self.sent_bytes += travel.sent
+        self.dense_sent_bytes += travel.dense_bytes
+        self.mechanisms[travel.mechanism] = travel.why
+
     def snapshot(self) -> PhaseReport:
         """A copy that counts no further, in plain numbers."""
         return replace(
             self,
             pairs=int(self.pairs),
             kv_bytes=int(self.kv_bytes),
+            mechanisms=dict(self.mechanisms),
             implementations={op: list(impls) for op, impls in self.implementations.items()},
             fallbacks=self.fallbacks.copy(),
         )

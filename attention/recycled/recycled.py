@@ -14,8 +14,7 @@ from ..keys import Keys
 from ..method import DECODE, AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
-from ..ops.select import top_k
-from ..share import share_scores
+from ..share import best, share_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,9 @@ class Recycled(AttentionMethod):
     pool=p lets a key count as much as the best of the p positions around it (SnapKV's pooling, 2404.14469),
     so that what follows an attended key comes along; 1, the default, is the paper's plain top k.
 
-    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else. Saves
-    reads, not memory. State per row: set, clock, last full query; a crop makes the next step full.
+    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else
+    (where peers hold keys too, each reads its part of the set in place). Saves reads, not memory. State per
+    row: set, clock, last full query; a crop makes the next step full.
     """
 
     name: ClassVar[str] = "recycled"
@@ -86,7 +86,7 @@ class Recycled(AttentionMethod):
         return TokenIndex(
             tokens=torch.stack(tokens, 2),
             full=whole.to(q.device) if bool(whole.any()) else None,
-            gathered=(keys.state["k"], keys.state["v"]) if keys.tq == 1 else None,
+            gathered=(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
         )
 
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
@@ -129,41 +129,42 @@ class Recycled(AttentionMethod):
         """The new token takes the slot of the lowest-ranked key that is left (slots are in order of rank)."""
         state = keys.state
         slots = self.k - 1 - (clock.clamp(min=1) - 1) % self.k
+        sources = {} if keys.peers is not None else {"k": keys.k, "v": keys.v}
         same = int(slots.view(-1)[0])
         if bool((slots == same).all()):
-            state["k"][:, :, same] = keys.k[:, :, position]
-            state["v"][:, :, same] = keys.v[:, :, position]
             state["tokens"][:, :, same] = position
+            for name, source in sources.items():
+                state[name][:, :, same] = source[:, :, position]
             return
         slots = slots.to(keys.k.device)[..., None]  # [B, Hkv, 1]
         state["tokens"].scatter_(2, slots, position)
-        for name, source in (("k", keys.k), ("v", keys.v)):
+        for name, source in sources.items():
             new = source[:, :, position : position + 1]
             state[name].scatter_(2, slots[..., None].expand_as(new), new)
 
     def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
         """Pick the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
-        k, v = keys.read_all_keys()[:, :, :length], keys.v[:, :, :length]
-        visible = None
-        if keys.start is not None:
-            visible = (torch.arange(length, device=k.device) >= keys.start[:, None])[
-                :, None
-            ]  # [B, 1, length]
-        ranked = share_scores(scores(q, k, scale=keys.scale), visible, self.share)[:, :, 0]
+        here = keys.held(length)
+        k, v, places, peers = keys.read_all_keys()[:, :, :here], keys.v, keys.places()[:here], keys.peers
+        logits = scores(q, k, scale=keys.scale)
+        ranked = share_scores(logits, _from(keys.start, places), self.share, peers)[:, :, 0]
         if self.pool > 1:
+            if peers is not None:  # a key's neighbours may be elsewhere
+                ranked, peers = peers.gather(ranked, length), None
+                places = torch.arange(length, device=q.device)
             ranked = torch.nn.functional.max_pool1d(ranked, self.pool, stride=1, padding=self.pool // 2)
-            ranked = ranked if visible is None else ranked.masked_fill(~visible, -torch.inf)
-        tokens = top_k(ranked, self.k, order="score")  # [B, Hkv, k]
+            if keys.start is not None:
+                ranked = ranked.masked_fill(places < keys.start[:, None, None], -torch.inf)
+        tokens = best(ranked, self.k, peers)  # [B, Hkv, k]
         fresh = {
             "tokens": tokens,
-            "k": gather_rows(k, tokens),
-            "v": gather_rows(v, tokens),
             "clock": torch.zeros_like(full, dtype=torch.long),
             "q": q[:, :, 0].clone(),
         }
-        if (
-            keys.starts is not None
-        ):  # rows with fewer keys than the set: no set yet, they go on reading everything
+        if keys.peers is None:
+            fresh |= {"k": gather_rows(k, tokens), "v": gather_rows(v, tokens)}
+        if keys.starts is not None:
+            # Rows with fewer keys than the set: no set yet, they go on reading everything.
             short = torch.tensor([length - first <= self.k for first in keys.starts])
             fresh["clock"][short] = -1
         if bool(full.all()) or not keys.state:
@@ -174,3 +175,8 @@ class Recycled(AttentionMethod):
             chosen = full if name != "q" else full.repeat_interleave(old.shape[1] // full.shape[1], 1)
             chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
             keys.state[name] = torch.where(chosen, new, old)
+
+
+def _from(start: Tensor | None, places: Tensor) -> Tensor | None:
+    """[B, 1, N] bool: which of the keys at ``places`` [N] belong to their row; None where all do."""
+    return None if start is None else (places >= start[:, None])[:, None]

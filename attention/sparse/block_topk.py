@@ -14,7 +14,7 @@ from ..method import PREFILL, AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..share import check_budget, pick, share_scores
-from ..summary import BlockPool
+from ..summary import BlockPool, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,14 @@ class BlockTopK(AttentionMethod):
     def granule(self) -> int:
         return self.block
 
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        return (BlockPool(self.block),)
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if self.k is not None and max(2, self.k // self.block) * self.block >= keys.length:
             return None
-        means = keys.summary(BlockPool(self.block))  # [1, Hkv, Nk, D]
+        means = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
         pooled = pool(q, self.block, mode="mean")  # [1, H, Nq, D]
         logits = scores(pooled, means, scale=keys.scale)  # [1, Hkv, G, Nq, Nk]
         nq, nk = logits.shape[-2:]

@@ -13,7 +13,7 @@ from ..keys import Keys
 from ..method import DECODE, AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
 from ..share import budget, check_budget, most, pick, share_scores
-from ..summary import Channels
+from ..summary import Channels, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,20 @@ class DoubleSparsity(AttentionMethod):
         width = max(1, layer.head_dim // self.group_factor)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        return () if self.labels is None else (self.labels,)
+
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         size = budget(self.k, self.fraction, keys)
         if isinstance(size, int) and size >= keys.longest():
             return None
         assert self.labels is not None, "for_layer was not called"
-        labels = keys.summary(self.labels)  # [B, Hkv, Tk, r]
+        labels = keys.summary(self.labels)  # [B, Hkv, N, r], N of the Tk keys held here
         b, h, tq, _ = q.shape
         channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
         logits = scores(q_labels, labels, scale=keys.scale)
-        ranked = share_scores(logits, keys.visible(), self.share)
-        tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys))
+        ranked = share_scores(logits, keys.visible(), self.share, keys.peers)
+        tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)

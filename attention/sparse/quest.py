@@ -13,7 +13,7 @@ from ..keys import Keys
 from ..method import DECODE, AttentionMethod, require
 from ..ops.scores import scores
 from ..share import budget, check_budget, most, pick, share_scores
-from ..summary import BlockPool
+from ..summary import BlockPool, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class Quest(AttentionMethod):
         check_budget(self, self.k, self.fraction)
         require(self, page=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
 
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        return (BlockPool(self.page, ("max", "min")),)
+
     def _pages(self, size: int | Tensor, keys: Keys) -> int | Tensor:
         """Pages per query: whole ones within the budget, all where the budget covers the keys."""
         if isinstance(size, int) and (size % self.page == 0 or (keys.tq == 1 and keys.start is None)):
@@ -56,7 +60,7 @@ class Quest(AttentionMethod):
         if isinstance(size, int) and size >= keys.longest():
             return None
         pages = self._pages(size, keys)
-        bounds = keys.summary(BlockPool(self.page, ("max", "min")))  # [B, Hkv, P, 2 D]
+        bounds = keys.summary(*self.summaries)  # [B, Hkv, P, 2 D]
         # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
         signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         logits = scores(signed, bounds, scale=keys.scale)

@@ -11,4 +11,5 @@ from .models import SLIDING as SLIDING
 from .models import ModelInfo as ModelInfo
 from .models import inspect_model as inspect_model
 from .models import is_patched as is_patched
+from .models import join_ranks as join_ranks
 from .observe import observe as observe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers.cache_utils import (
 
 from ...attention.errors import FarspanError
 from ..cache import KVStore
+from ..shard import ShardStore, in_call
 
 
 class KVStoreLayer(DynamicLayer):
@@ -68,7 +71,7 @@ class KVStoreLayer(DynamicLayer):
         return self.store.append(key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return self.store.length
+        return self.store.total
 
     def reset(self) -> None:
         self.store.reset()
@@ -93,6 +96,27 @@ class KVStoreLayer(DynamicLayer):
         )
 
     prefetch = offload
+
+
+class ShardStoreLayer(KVStoreLayer):
+    """A ShardStore as a transformers cache layer. Its ``update`` hands the new keys and values through: the
+    layer's attention stores this rank's part of them."""
+
+    def __init__(self, make: Callable[[], ShardStore], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.store: ShardStore = make()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not in_call.get():
+            raise FarspanError(
+                "This cache is spread over ranks, and the model is not patched with them now: use it with the "
+                "same patch, or start a new one."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
 
 
 class HybridStoreLayer(KVStoreLayer, LinearAttentionAndFullAttentionLayer):
@@ -129,8 +153,11 @@ _KEPT = (
 )
 
 
-def adopt_cache(cache: Cache) -> None:
-    """Give a user's cache our storage, in place and with its contents. Refuses what cannot be adopted."""
+def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None = None) -> None:
+    """Give a user's cache our storage, in place and with its contents. Refuses what cannot be adopted.
+
+    shard: makes the stores (given a layer's sliding window) of a cache that is spread over ranks.
+    """
     replicated = getattr(cache, "layer_class_to_replicate", None)
     if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
@@ -138,11 +165,18 @@ def adopt_cache(cache: Cache) -> None:
             f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or "
             "DynamicCache(config=...)."
         )
-    if replicated not in (None, DynamicLayer, KVStoreLayer):
+    ours = isinstance(replicated, partial) and replicated.func is ShardStoreLayer
+    if replicated not in (None, DynamicLayer, KVStoreLayer) and not ours:
         raise _wrong_cache(cache, replicated)
     fresh: list[Any] = []
     for layer in cache.layers:
-        if type(layer) is DynamicLayer:
+        if shard is not None:
+            fresh.append(_sharded(cache, layer, shard))
+        elif isinstance(layer, ShardStoreLayer):
+            raise FarspanError(
+                "This cache is spread over ranks: use it with a patch that has the same parallel=."
+            )
+        elif type(layer) is DynamicLayer:
             fresh.append(_filled(KVStoreLayer(), layer))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
             hybrid = HybridStoreLayer.__new__(HybridStoreLayer)
@@ -157,7 +191,27 @@ def adopt_cache(cache: Cache) -> None:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
     if replicated is DynamicLayer:
-        cache.layer_class_to_replicate = KVStoreLayer
+        cache.layer_class_to_replicate = (
+            KVStoreLayer if shard is None else partial(ShardStoreLayer, partial(shard, None))
+        )
+
+
+def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> ShardStoreLayer:
+    if isinstance(layer, ShardStoreLayer):
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
+        raise _wrong_cache(cache, type(layer))
+    window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+    new = ShardStoreLayer(partial(shard, window))
+    if layer.is_initialized and layer.get_seq_length() > 0:
+        if window is not None:
+            raise FarspanError(
+                "A cache with sliding layers that was filled on one device cannot be spread over ranks: start "
+                "a new one."
+            )
+        new.lazy_initialization(layer.keys, layer.values)
+        new.store.take_shared(layer.keys, layer.values)
+    return new
 
 
 def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:

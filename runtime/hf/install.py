@@ -16,15 +16,26 @@ from transformers.cache_utils import Cache, DynamicCache
 from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..layer import DECODE_ROWS, Layer, Session
+from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .interface import ATTRIBUTE, NAME, register
 from .models import FULL, ModelInfo
+from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, replace_forward, spread_forward
 
 
 def install(
-    model: nn.Module, info: ModelInfo, layers: dict[int, Layer], session: Session, chunk: int | None
+    model: nn.Module,
+    info: ModelInfo,
+    layers: dict[int, Layer],
+    session: Session,
+    chunk: int | None,
+    granule: int = 1,
 ) -> list[Callable[[], None]]:
-    """Point every attention module at its Layer. Returns the undo steps, to be run last first."""
+    """Point every attention module at its Layer. Returns the undo steps, to be run last first.
+
+    chunk: tokens of a prefill step, or None; granule: tokens in multiples of which a step is shared out over
+    the ranks of ``session.mesh``.
+    """
     register()
     undo: list[Callable[[], None]] = []
     copies: dict[int, Any] = {}
@@ -40,6 +51,8 @@ def install(
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(partial(delattr, module, ATTRIBUTE))
+    if session.mesh is not None:
+        undo += spread_forward(model, info, session, granule)
     if chunk is not None:
         undo.append(_chunk_forward(info.decoder, chunk))
     before = info.decoder.register_forward_pre_hook(
@@ -75,8 +88,9 @@ def _begin(
     cache = call.get("past_key_values")
     if cache is None and use_cache:
         cache = call["past_key_values"] = DynamicCache(config=decoder.config)
+    mesh = session.mesh
     if cache is not None:
-        adopt_cache(cache)
+        adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
     _check_mask(call, cache)
     session.end()
     session.cached = cache is not None
@@ -123,32 +137,17 @@ def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
         )
 
 
-_ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
-
-
-def _can_cut(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call can run in pieces: all its tensors are known to lie along the tokens, and so will its
-    outputs."""
-    flat = [x for value in kwargs.values() for x in (value if isinstance(value, list | tuple) else [value])]
-    known = [kwargs.get(name) for name in (*_ALONG_TOKENS, "attention_mask")]
-    foreign = any(isinstance(x, Tensor) and not any(x is y for y in known) for x in flat)
-    routed = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
-    keyed = kwargs.get("return_dict", getattr(config, "return_dict", True))
-    return not foreign and not routed and keyed is not False
-
-
 def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
     """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
     decode step."""
-    original, replaced = decoder.forward, "forward" in vars(decoder)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (
             kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         )
         cache = kwargs.get("past_key_values")
         length = 0 if tokens is None else tokens.shape[1]
-        if cache is None or length <= chunk + DECODE_ROWS or not _can_cut(decoder.config, kwargs):
+        if cache is None or length <= chunk + DECODE_ROWS or foreign_tensors(decoder.config, kwargs):
             return original(*args, **kwargs)
         past = cache.get_seq_length()
         cuts = list(range(chunk, length, chunk))
@@ -157,9 +156,9 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         outputs = []
         for a, b in zip([0, *cuts], [*cuts, length], strict=True):
             part = dict(kwargs)
-            for name in _ALONG_TOKENS:
+            for name in ALONG_TOKENS:
                 if part.get(name) is not None:
-                    part[name] = part[name][:, a:b] if name == "inputs_embeds" else part[name][..., a:b]
+                    part[name] = along_tokens(name, part[name], partial(_narrow, a, b))
             if part.get("attention_mask") is not None:
                 part["attention_mask"] = part["attention_mask"][:, : past + b]
             outputs.append(original(*args, **part))
@@ -171,13 +170,8 @@ def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
             )
         return output
 
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    decoder.forward = forward
+    return replace_forward(decoder, forward)
 
-    def restore() -> None:
-        if replaced:
-            decoder.forward = original
-        else:
-            del decoder.forward
 
-    return restore
+def _narrow(a: int, b: int, x: Tensor, dim: int) -> Tensor:
+    return x.narrow(dim, a, b - a)

@@ -11,6 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...attention.errors import Unsupported
 from ...attention.method import LayerInfo
+from ...parallel.mesh import Mesh, join
 from .interface import ATTRIBUTE
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
@@ -102,3 +103,33 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
+
+
+def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
+    """The ranks that ``parallel`` asks for, or None where there is one process; refuses what cannot be spread
+    over them."""
+    reasons = [
+        f"layers of type {kind!r} carry a state along the sequence, which is not passed between ranks"
+        for kind in sorted({k for k in info.kinds if k not in (FULL, SLIDING)})
+    ]
+    if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
+        reasons.append("its decoder takes no position_ids, so it cannot be given a part of the sequence")
+    rope = getattr(info.config, "rope_parameters", None) or {}
+    kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    reasons += [
+        f"its {kind} RoPE depends on the length seen so far, which ranks see differently"
+        for kind in sorted(kinds & {"dynamic", "longrope"})
+    ]
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        reasons.append("device_map has spread its layers over devices; give each rank one device")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        reasons.append(
+            "its weights are sharded by DeepSpeed ZeRO-3, which gathers them layer by layer on its own schedule; "
+            "use ZeRO-2 or less, or transformers' tensor parallelism on a (cp, tp) mesh"
+        )
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    if device is None:
+        reasons.append("its weights are offloaded")
+    if reasons:
+        raise Unsupported(f"farspan cannot spread {type(model).__name__} over ranks", reasons)
+    return join(parallel, device)

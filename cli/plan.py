@@ -1,0 +1,250 @@
+"""`farspan plan`: what a long prompt costs on a number of devices, before any of them is rented."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..attention.errors import FarspanError
+from . import options, output
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def plan(
+    length: Annotated[str, typer.Option(help="Tokens of the prompt, such as 128K or 1M.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Devices.")],
+    model: options.Model = options.DEFAULT_MODEL,
+    method: Annotated[
+        str, typer.Option(help='What attention reads; "A + B" is A in prefill and B in decode.')
+    ] = "dense",
+    gpu: Annotated[str, typer.Option(help="The device: A100, H100, H200 or B200.")] = "H100",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of a device, such as 80G (GiB) [default: the device's].")
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Devices that share each layer's weights and heads.")
+    ] = 1,
+    per_node: Annotated[int | None, typer.Option(min=1, help="Devices of one node [default: 8].")] = None,
+    prefill_chunk: Annotated[
+        str | None, typer.Option(help="Read the prompt in chunks of this many tokens.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    mechanism: Annotated[str, typer.Option(help="auto, gather, ring, ulysses, usp or pass_q.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help='Of weights and cache: "auto" (as saved), bfloat16, float16 or float32.')
+    ] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="Memory of all weights, such as 35G [default: parameters x dtype].")
+    ] = None,
+    flops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a device.")] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Part of the peak that is reached [default: 0.6].")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Of its memory, GB/s.")] = None,
+    link_bandwidth: Annotated[
+        float | None, typer.Option(help="What a device sends inside its node, GB/s.")
+    ] = None,
+    node_bandwidth: Annotated[
+        float | None, typer.Option(help="What a device sends to other nodes, GB/s.")
+    ] = None,
+    latency: Annotated[float | None, typer.Option(help="Of a message, microseconds.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Replay one layer on more and more ranks.")
+    ] = False,
+    ranks: Annotated[
+        list[str] | None, typer.Option(help="Ranks to simulate [default: 1,2,4,...,1024].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the simulation's picture and JSON.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Plan a long prompt: memory of each GPU, bytes moved, seconds, the best mechanism, and what does not
+    fit.
+
+    Nothing of the model but its config is read. The figures of --gpu are those of data sheets; give measured
+    ones where you have them. docs/PLAN.md says what is assumed.
+    """
+    tokens = quantity(length, "--length")
+    chunk = quantity(prefill_chunk, "--prefill-chunk") if prefill_chunk else None
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise FarspanError(f"Unknown --dtype {dtype!r}; it is auto, bfloat16, float16 or float32.")
+    if not simulate and (ranks or out):
+        raise FarspanError("--ranks and --out belong to --simulate; give that as well.")
+    figures = {
+        "flops": _positive(flops, "--flops", 1e12),
+        "utilisation": _positive(utilisation, "--utilisation"),
+        "bandwidth": _positive(bandwidth, "--bandwidth", 1e9),
+        "link_bandwidth": _positive(link_bandwidth, "--link-bandwidth", 1e9),
+        "node_bandwidth": _positive(node_bandwidth, "--node-bandwidth", 1e9),
+        "latency": _positive(latency, "--latency", 1e-6),
+        "node_latency": _positive(latency, "--latency", 1e-6),
+        "per_node": per_node,
+        "memory": quantity(gpu_memory, "--gpu-memory") if gpu_memory else None,
+    }
+    counts = sorted(options.whole_numbers(ranks, "--ranks")) if ranks else [1 << n for n in range(11)]
+    if counts[-1] > 4096:
+        raise FarspanError(f"--ranks takes numbers up to 4096; got {counts[-1]}.")
+    from ..parallel.device import DEVICES
+
+    if gpu.upper() not in DEVICES:
+        raise FarspanError(
+            f"Unknown --gpu {gpu!r}; it is {', '.join(DEVICES)}. For another, give the nearest of them and "
+            "--flops, --bandwidth, --link-bandwidth, --node-bandwidth and --gpu-memory."
+        )
+    device = dataclasses.replace(
+        DEVICES[gpu.upper()], **{name: x for name, x in figures.items() if x is not None}
+    )
+    from ..runtime.patch import resolve
+
+    prefill, decode = resolve(method)
+    from ..parallel.job import Job
+    from ..parallel.plan import plan as work_out
+    from ..runtime.hf.config import read_shape
+
+    shape = read_shape(model, dtype)
+    job = Job(
+        model=shape,
+        device=device,
+        length=tokens,
+        gpus=gpus,
+        memory=device.memory,
+        weights=quantity(weights, "--weights") if weights else shape.parameters * shape.element_size,
+        prefill=prefill,
+        decode=decode,
+        tensor=tensor_parallel,
+        chunk=chunk,
+        batch=batch_size,
+        mechanism=mechanism,
+    )
+    if simulate:
+        return _simulate(job, counts, out, json)
+    result = work_out(job)
+    if json:
+        return output.show_json(result.to_dict())
+    _show(result)
+
+
+def quantity(text: str, option: str) -> int:
+    """Whole number of tokens or bytes: "128K" is 131,072, "80G" (or "80GiB") is 80 * 2**30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    number = round(float(match[1]) * 1024 ** _POWERS[match[2].lower()]) if match else 0
+    if number < 1:
+        raise FarspanError(f"{option} takes a positive number such as 4096, 128K, 1M or 80G; got {text!r}.")
+    return number
+
+
+def _positive(value: float | None, option: str, unit: float = 1.0) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise FarspanError(f"{option} takes a positive number; got {value:g}.")
+    return None if value is None else value * unit
+
+
+def _show(result: Any) -> None:
+    from ..parallel.volume import readable
+
+    job = result.job
+    where = f"{job.gpus} × {job.device.name}" + (
+        f" ({job.ranks} ranks of {job.tensor})" if job.tensor > 1 else ""
+    )
+    fits = "fits" if result.fits else "does not fit"
+    memory = output.table("memory of each GPU", "", title=f"{job.model.name}, {job.length} tokens on {where}")
+    for name, size in result.memory.items():
+        memory.add_row(_spelt(name, result), readable(size))
+    memory.add_section()
+    memory.add_row(f"needed ({fits})", f"{readable(result.needed)} of {readable(job.memory)}")
+    output.show(memory)
+    moved = output.table("sent by each GPU", "")
+    for name, size in result.sent.items():
+        mark = " (taken)" if result.mechanisms == [name] else ""
+        moved.add_row(f"prefill by {name}{mark}", readable(size))
+    if len(result.mechanisms) > 1:
+        moved.add_row(
+            f"prefill by {' and '.join(result.mechanisms)}, call by call", readable(result.sent_prefill)
+        )
+    if result.sent_least < result.sent_prefill:
+        moved.add_row(
+            "prefill, if no key is moved that nobody selected: at least", readable(result.sent_least)
+        )
+    moved.add_row("decode, a token", readable(result.sent_decode))
+    moved.add_section()
+    moved.add_row("K and V read, a token", readable(result.read))
+    if result.selection_read:
+        moved.add_row("read to select, a token", readable(result.selection_read))
+    moved.add_section()
+    moved.add_row("prefill", _seconds(result.prefill_seconds))
+    moved.add_row("decode, a token, at least", _seconds(result.decode_seconds))
+    output.show(moved)
+    print(f"Mechanism: {result.choice.reason}")
+    for note in result.notes:
+        print(note)
+    if result.fits:
+        print(f"It fits; so would {result.longest} tokens.")
+
+
+def _spelt(name: str, result: Any) -> str:
+    tall = "attention" if result.memory["transient"] > result.transient["mlp"] else "MLP"
+    return {
+        "weights": "weights",
+        "kv_cache": "KV cache, its share",
+        "room_to_grow": "room for the cache to grow",
+        "transient": f"while a layer runs (its {tall})",
+        "logits": "logits of the last token",
+        "reserved": "left for the runtime",
+    }[name]
+
+
+def _seconds(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None:
+    """One full-attention layer, strong scaling at the length, weak scaling at length / GPUs for each rank."""
+    from ..parallel.cost import sequence_device, work
+    from ..parallel.simulate import scaling
+
+    layer = next((x for x in job.model.layers if x.window is None), job.model.layers[0])
+    per_rank = max(1, job.length // job.ranks)
+    rows = scaling(work(job, layer), sequence_device(job), counts, job.length, per_rank)
+    about = {
+        "model": job.model.name,
+        "device": dataclasses.asdict(sequence_device(job)),
+        "length": job.length,
+        "tokens_per_rank": per_rank,
+        "rows": rows,
+    }
+    if out is not None:
+        from ..parallel.picture import scaling_picture
+
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "scaling.json").write_text(json_module.dumps(about, indent=1) + "\n", encoding="utf-8")
+            scaling_picture(rows, out / "scaling.png", f"{job.model.name}, one layer on {job.device.name}")
+        except OSError as error:
+            raise FarspanError(f"{out} cannot be written: {error.strerror}; give another --out.") from None
+    if json:
+        return output.show_json(about)
+    names = list(dict.fromkeys(row["mechanism"] for row in rows))
+    titles = {
+        "strong": f"Strong scaling: {job.length} tokens",
+        "weak": f"Weak scaling: {per_rank} tokens a rank",
+    }
+    for kind, title in titles.items():
+        table = output.table("ranks", "best s a layer", *names, title=f"{title}; efficiency of a layer")
+        for count in counts:
+            found = {r["mechanism"]: r for r in rows if r["kind"] == kind and r["ranks"] == count}
+            best = min(row["seconds"] for row in found.values())
+            cells = [f"{100 * found[name]['efficiency']:.1f} %" if name in found else "–" for name in names]
+            table.add_row(str(count), f"{best:.4g}", *cells)
+        output.show(table)
+    if out is not None:
+        output.note(f"The picture and the numbers are in {out}.")

@@ -1,0 +1,138 @@
+"""Block summaries kept whole on every rank: each computes those of its own keys, then all are gathered.
+
+A summary is hundreds of times smaller than the keys it speaks of. With all of them at hand every rank selects as
+one device does, by absolute block number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..attention.summary import Summaries, Summary, by_start
+from .comm import Ranks
+from .gather import gather_rows
+from .layout import Layout, Span, Split
+
+
+def extend(
+    summary: Summary,
+    shared: Summaries,
+    k: Tensor,
+    held: Layout,
+    new: Tensor,
+    starts: list[int] | None,
+    ranks: Ranks,
+) -> None:
+    """Take in what follows the ``shared.done`` keys, where all ranks have the newest of them at hand.
+
+    k [B, Hkv, n, D] are the rows this rank holds by ``held``; new [B, Hkv, t, D] the last t of all positions,
+    the same on every rank. Asks the others only for the open block's earlier keys.
+    """
+    total, block_begin = held.length, shared.open(summary, starts)
+    recent = total - new.shape[2]
+    if block_begin < recent:
+        layout = held.cut(block_begin, recent)
+        a, b = held.below(ranks.rank, block_begin), held.below(ranks.rank, recent)
+        new = torch.cat([gather_rows(k[:, :, a:b], layout, ranks, "open_block"), new], 2)
+    else:
+        new = new[:, :, block_begin - recent :]
+    start = None if starts is None else torch.tensor(starts, device=k.device)
+    shared.get(summary, new, start, total - new.shape[2])
+
+
+def extend_split(
+    summary: Summary,
+    shared: Summaries,
+    k: Tensor,
+    past: Layout,
+    past_k: Tensor,
+    split: Split,
+    starts: list[int] | None,
+    ranks: Ranks,
+) -> None:
+    """Take in the new keys k [B, Hkv, split.rows, D] that this rank has computed of ``split``, and the others'.
+
+    past_k [B, Hkv, n, D]: the rows this rank holds of what came before, by ``past``.
+    """
+    firsts = starts or [0] * k.shape[0]
+    if shared.done(summary) < split.begin and past.length:  # a method that was not asked since
+        recent = past_k.new_empty(*past_k.shape[:2], 0, past_k.shape[3])
+        extend(summary, shared, past_k, past, recent, starts, ranks)
+    opened = min(shared.open(summary, starts), split.begin)
+    head = k[:, :, :0]
+    if opened < split.begin:
+        a = past.below(ranks.rank, opened)
+        head = gather_rows(past_k[:, :, a:], past.cut(opened, split.begin), ranks, "open_block")
+    tails = _first_rows(summary, k, split, firsts, ranks)
+    plan = {
+        chunk: [
+            (*_blocks(summary.block, chunk, split.begin, first), first, rows)
+            for first, rows in by_start(firsts)
+        ]
+        for chunks in split.chunks
+        for chunk in chunks
+    }
+    room = max(count for parts in plan.values() for _, count, _, _ in parts)
+    width = summary.width(k.shape[3])
+    mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width)
+    for i, (slot, chunk) in enumerate(_every_slot(split, ranks.rank)):
+        keys, at = k[:, :, slot], chunk[0]
+        if chunk[0] == split.begin:
+            keys, at = torch.cat([head, keys], 2), opened
+        if chunk in tails:
+            keys = torch.cat([keys, tails[chunk]], 2)
+        for block, count, first, rows in plan[chunk]:
+            begin = first + block * summary.block - at
+            if count:
+                entries = summary.compute(keys[rows][:, :, begin : begin + count * summary.block])
+                mine[i][rows, :, : entries.shape[2]] = entries
+    every = ranks.all_gather(mine, "summaries")  # [P, chunks, B, Hkv, room, width]
+    buffer = shared.room(summary, k, split.end, done=split.end)
+    for rank, chunks in enumerate(split.chunks):
+        for i, chunk in enumerate(chunks):
+            for block, count, _, rows in plan[chunk]:
+                buffer[rows, :, block : block + count] = every[rank, i][rows, :, :count]
+
+
+def _every_slot(split: Split, rank: int) -> list[tuple[slice, Span]]:
+    return [
+        (slice(i * split.width, i * split.width + b - a), (a, b))
+        for i, (a, b) in enumerate(split.chunks[rank])
+    ]
+
+
+def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
+    """(number of the first, count) of a row's blocks that a chunk is answerable for: those that begin in it, and
+    for the call's first chunk the block that was open before. The row begins at position ``first``."""
+    a, b = chunk
+    if a >= b or first >= b:
+        return 0, 0
+    low = max(a - first, 0)
+    number = low // block if a == begin else -(-low // block)
+    return number, max(0, -(-(b - first) // block) - number)
+
+
+def _first_rows(
+    summary: Summary, k: Tensor, split: Split, firsts: list[int], ranks: Ranks
+) -> dict[Span, Tensor]:
+    """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with chunks."""
+    inner = {a for chunks in split.chunks for a, b in chunks if split.begin < a < b}
+    if all((a - first) % summary.block == 0 or a <= first for a in inner for first in firsts):
+        return {}
+    reach = min(summary.block - 1, split.width)
+    chunks = len(split.chunks[0])
+    mine = torch.stack([k[:, :, i * split.width : i * split.width + reach] for i in range(chunks)])
+    every = ranks.all_gather(mine, "edges")
+    heads = {
+        a: every[rank, i][:, :, : min(reach, b - a)]
+        for rank, spans in enumerate(split.chunks)
+        for i, (a, b) in enumerate(spans)
+        if a < b
+    }
+    return {
+        chunk: heads[chunk[1]]
+        for spans in split.chunks
+        for chunk in spans
+        if chunk[1] in heads and chunk[0] < chunk[1]
+    }

@@ -1,0 +1,139 @@
+"""Keys and values brought together: all of them, a range of positions, or only those that somebody selected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..attention.index import BlockIndex, Index, Window
+from ..attention.summary import by_start
+from .autograd import gather as gather_with_gradient
+from .comm import Ranks
+from .layout import Layout, Split
+
+
+def gather_rows(x: Tensor, layout: Layout, ranks: Ranks, name: str) -> Tensor:
+    """x [..., n, D], this rank's rows of ``layout`` -> [..., everyone's, D] by position, the smallest first.
+
+    Sends (P - 1) times the most rows that any rank holds.
+    """
+    counts = [layout.count(rank) for rank in range(ranks.size)]
+    filled = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[-2]))
+    every = gather_with_gradient(filled, ranks, name)
+    pieces = []
+    for rank, spans in enumerate(layout.spans):
+        at = 0
+        for a, b in spans:
+            pieces.append((a, every[rank].narrow(-2, at, b - a)))
+            at += b - a
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -2)
+
+
+def gather_all(
+    k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past: Layout, split: Split, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """All-gather pass-KV (2411.01783): k, v [B, Hkv, split.rows, D] just computed and the stored past_k, past_v
+    [B, Hkv, n, D] -> the keys and values [B, Hkv, split.end, D] of every position. Differentiable in k, v.
+    """
+    width = k.shape[-1]
+    new = split.joined(gather_with_gradient(torch.cat([k, v], -1), ranks, "gather"))
+    if past.length:
+        new = torch.cat([gather_rows(torch.cat([past_k, past_v], -1), past, ranks, "gather"), new], -2)
+    return new[..., :width], new[..., width:]
+
+
+def needed(
+    index: Index, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
+) -> Tensor:
+    """[B, Hkv, end] bool: the keys that queries ``chunk`` = [begin, end) read, told by their index. ``starts``
+    are the first valid positions of the B rows; an index of a padded row counts from its own."""
+    begin, end = chunk
+    places = torch.arange(end, device=device)
+    first = torch.tensor(starts, device=device)[:, None]
+    valid = places >= first  # [B, end]
+    if index is None:
+        return valid[:, None].expand(-1, kv_heads, -1)
+    if isinstance(index, Window):
+        seen = valid & ((places > begin - index.size) | (places < first + index.sinks))
+        return seen[:, None].expand(-1, kv_heads, -1)
+    if not isinstance(index, BlockIndex):
+        raise TypeError(
+            f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
+        )
+    b, hs, nq, m = index.blocks.shape
+    used = torch.arange(m, device=device) < index.counts[..., None]
+    blocks = -(-end // index.block_k) + 1
+    chosen = torch.zeros(b, hs, blocks, dtype=torch.bool, device=device)
+    chosen.scatter_(2, torch.where(used, index.blocks.long(), blocks - 1).view(b, hs, nq * m), True)
+    chosen[..., -1] = False  # where the unused entries went
+    if hs > kv_heads:
+        chosen = chosen.unflatten(1, (kv_heads, -1)).any(2)
+    seen = torch.zeros(b, kv_heads, end, dtype=torch.bool, device=device)
+    for start, rows in by_start(starts):
+        own = chosen[rows].repeat_interleave(index.block_k, -1)[..., : end - start]
+        if index.key_order is not None:
+            order = index.key_order[rows].long()
+            order = (
+                order.repeat_interleave(kv_heads // order.shape[1], 1) if order.shape[1] < kv_heads else order
+            )
+            own = torch.zeros_like(own).scatter_(2, order, own)
+        seen[rows, :, start:] = own
+    return seen
+
+
+def fetch(
+    wanted: Tensor, k: Tensor, v: Tensor, layout: Layout, into_k: Tensor, into_v: Tensor, ranks: Ranks
+) -> None:
+    """Fill into_k, into_v [B, Hkv, T, D] at the positions that ``wanted`` [B, Hkv, T] marks on this rank.
+
+    k, v [B, Hkv, n, D] are the rows this rank holds by ``layout``. What ranks want travels as bits, then every
+    selected (position, KV head) once to each rank that wants it and does not hold it; nothing else.
+    """
+    me, width = ranks.rank, k.shape[-1]
+    length = wanted.shape[-1]
+    asked = _unpack_bits(ranks.all_gather(_pack_bits(wanted), "selection"), length)  # [P, B, Hkv, T]
+    places = [layout.cut(0, length).positions(rank, k.device) for rank in range(ranks.size)]
+    mine = places[me]
+    into_k[:, :, mine], into_v[:, :, mine] = k[:, :, : mine.shape[0]], v[:, :, : mine.shape[0]]
+    rows = torch.cat([k, v], -1)
+    out, send, receive = [], [], []
+    for rank in range(ranks.size):
+        here = asked[rank][:, :, mine].nonzero(as_tuple=True) if rank != me else None
+        out.append(rows[here] if here is not None else rows.new_empty(0, rows.shape[-1]))
+        send.append(out[-1].shape[0])
+        receive.append(int(wanted[:, :, places[rank]].sum()) if rank != me else 0)
+    arrived = ranks.all_to_all(torch.cat(out), send, receive, "fetch").split(receive)
+    for rank in range(ranks.size):
+        if rank != me:
+            b, h, n = wanted[:, :, places[rank]].nonzero(as_tuple=True)
+            into_k[b, h, places[rank][n]] = arrived[rank][:, :width]
+            into_v[b, h, places[rank][n]] = arrived[rank][:, width:]
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """[..., T] bool -> [..., ceil(T / 8)] uint8."""
+    filled = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, device=mask.device)
+    return (filled * weights).sum(-1).to(torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, length: int) -> Tensor:
+    shifts = torch.arange(8, device=packed.device)
+    return (packed[..., None].long() >> shifts & 1).bool().flatten(-2)[..., :length]
+
+
+def rearranged(rows: Tensor, layout: Layout, into: Layout, ranks: Ranks) -> Tensor:
+    """rows [B, H, n, D], this rank's of ``layout`` -> its rows of ``into``, whose positions are among those of
+    ``layout``."""
+    device, me = rows.device, ranks.rank
+    old = [layout.positions(rank, device) for rank in range(ranks.size)]
+    new = [into.positions(rank, device) for rank in range(ranks.size)]
+    out = [rows[:, :, torch.isin(old[me], wanted)].movedim(2, 0) for wanted in new]
+    source = [torch.isin(new[me], theirs) for theirs in old]
+    arrived = ranks.all_to_all(
+        torch.cat(out), [x.shape[0] for x in out], [int(mine.sum()) for mine in source], "rearrange"
+    )
+    result = rows.new_empty(*rows.shape[:2], new[me].shape[0], rows.shape[3])
+    at = torch.cat([mine.nonzero()[:, 0] for mine in source])
+    result[:, :, at] = arrived.movedim(0, 2)
+    return result

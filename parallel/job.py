@@ -1,0 +1,106 @@
+"""What a plan is asked about: a model by its numbers, devices, and a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..attention.dense import Dense
+from ..attention.errors import FarspanError
+from ..attention.method import AttentionMethod
+from .device import Device
+from .volume import MECHANISMS, Geometry
+
+_DENSE = Dense()
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Attention of one layer. window: keys that a query sees at most, None for all."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A causal LM by its numbers.
+
+    layers: the attention layers. parameters: of the whole model. layer_parameters: of all layers together,
+    those that one token passes (of a mixture, its chosen experts). intermediate: width of the MLP (of a
+    mixture, of all experts that a token passes). element_size: bytes of a number in weights, activations and
+    the cache.
+    """
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    hidden: int
+    intermediate: int
+    vocab: int
+    parameters: int
+    layer_parameters: int
+    element_size: int = 2
+
+    def geometry(self, layer: LayerShape, tensor: int = 1) -> Geometry:
+        """One of ``tensor`` equal shares of a layer's heads."""
+        return Geometry(
+            layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, self.element_size
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked.
+
+    length: tokens of the prompt. gpus: devices, tensor of which share each layer's weights and heads; the
+    others, gpus / tensor, are the ranks of the sequence. memory: bytes of a device. weights: bytes of the
+    whole model. prefill, decode: the methods. chunk: tokens of one call of a chunked prefill. mechanism:
+    "auto" or one of volume.MECHANISMS.
+    """
+
+    model: ModelShape
+    device: Device
+    length: int
+    gpus: int
+    memory: int
+    weights: int
+    prefill: AttentionMethod = _DENSE
+    decode: AttentionMethod = _DENSE
+    tensor: int = 1
+    chunk: int | None = None
+    batch: int = 1
+    mechanism: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "gpus", "memory", "tensor", "batch"):
+            if getattr(self, name) < 1:
+                raise FarspanError(f"A plan needs {name} of at least 1; got {getattr(self, name)}.")
+        if self.mechanism not in ("auto", *MECHANISMS):
+            raise FarspanError(
+                f"There is no mechanism {self.mechanism!r}; it is auto, {', '.join(MECHANISMS)}."
+            )
+        if self.gpus % self.tensor:
+            raise FarspanError(f"{self.gpus} GPUs cannot be cut into groups of {self.tensor}.")
+        for layer in set(self.model.layers):
+            if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:
+                raise FarspanError(
+                    f"Tensor parallelism of {self.tensor} divides not both {layer.num_heads} query heads and "
+                    f"{layer.num_kv_heads} KV heads."
+                )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the sequence."""
+        return self.gpus // self.tensor
+
+    @property
+    def local_ranks(self) -> int:
+        """Of them, those of one node."""
+        return max(1, self.device.per_node // self.tensor)
+
+    @property
+    def calls(self) -> list[tuple[int, int]]:
+        """(new, past) of each call of the prefill."""
+        step = min(self.chunk or self.length, self.length)
+        return [(min(step, self.length - past), past) for past in range(0, self.length, step)]

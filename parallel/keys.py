@@ -1,0 +1,94 @@
+"""What a method sees of keys that are spread over ranks, and how it chooses among all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..attention.keys import Keys
+from ..attention.ops.select import top_k
+from ..attention.summary import Summaries, Summary
+from .comm import Ranks, pack, unpack
+from .layout import Layout
+
+
+@dataclass(kw_only=True)
+class ShardedKeys(Keys):
+    """The keys of a decode call: k, v [B, Hkv, N, D] are the N of ``total`` that this rank holds.
+
+    ``shared`` keeps the entries of block summaries whole on every rank, so that a method that selects by them
+    chooses here as on one device; ``summaries`` keeps those of single keys, of this rank's alone.
+    """
+
+    total: int
+    layout: Layout
+    ranks: Ranks
+    shared: Summaries
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peers = RankPeers(self.ranks, self.layout, self.places())
+
+    @property
+    def length(self) -> int:
+        return self.total
+
+    def held(self, length: int) -> int:
+        return self.layout.below(self.ranks.rank, length)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return self.layout.positions(self.ranks.rank, self.k.device)
+
+    def places(self) -> Tensor:
+        return self._places
+
+    def summary(self, summary: Summary) -> Tensor:
+        if summary.block == 1:
+            entries = self.summaries.get(summary, self.k, None)
+        else:
+            assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
+            entries = self.shared.room(summary, self.k, self.total)[:, :, : -(-self.total // summary.block)]
+        self.summary_bytes += entries.numel() * entries.element_size()
+        return entries
+
+
+@dataclass
+class RankPeers:
+    """The other ranks, asked by collectives: ``softmax`` and ``candidates`` are one each."""
+
+    ranks: Ranks
+    layout: Layout
+    places: Tensor = field(repr=False)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """The normaliser is summed in the order of ranks, so that each has the same bits."""
+        none = logits.new_full(logits.shape[:-1], -torch.inf)
+        local = torch.logsumexp(logits, -1) if logits.shape[-1] else none
+        whole = torch.logsumexp(self.ranks.all_gather(local, "normaliser"), 0)
+        whole = torch.where(whole == -torch.inf, 0.0, whole)
+        return torch.exp(logits - whole[..., None])
+
+    def candidates(self, ranked: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Each rank sends its own ``size`` best, 12 bytes each in float64 scores, else 8."""
+        room = min(size, max(self.layout.count(r) for r in range(self.ranks.size)))
+        here = top_k(ranked, min(room, ranked.shape[-1])) if ranked.shape[-1] else ranked.long()
+        filling = (0, room - here.shape[-1])
+        values = torch.nn.functional.pad(ranked.gather(-1, here), filling, value=-torch.inf)
+        places = torch.nn.functional.pad(self.places[here], filling, value=self.layout.length).int()
+        every = self.ranks.all_gather(pack(values, places), "candidates")
+        values, places = (x.movedim(0, -2).flatten(-2) for x in unpack(every, values, places))
+        order = places.argsort(dim=-1, stable=True)
+        return values.gather(-1, order), places.gather(-1, order).long().clamp_(max=self.layout.length - 1)
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        layout = self.layout.cut(0, length)
+        room = max(layout.count(r) for r in range(self.ranks.size))
+        every = self.ranks.all_gather(torch.nn.functional.pad(x, (0, room - x.shape[-1])), "scores")
+        whole = x.new_empty(*x.shape[:-1], length)
+        for rank in range(self.ranks.size):
+            whole[..., layout.positions(rank, x.device)] = every[rank, ..., : layout.count(rank)]
+        return whole

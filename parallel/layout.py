@@ -1,0 +1,193 @@
+"""Which positions of one sequence each rank holds.
+
+A ``Split`` shares the tokens of one call out over the ranks; a ``Layout`` remembers, for everything stored,
+who has it. Both are plain numbers that every rank works out alike, so nothing has to be asked.
+
+    zigzag, P = 2:  chunk   0 1 2 3      every rank meets one early and one late chunk,
+                    rank    0 1 1 0      so that causal work is equal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]  # positions [begin, end)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions held by each rank: ``spans[rank]``, disjoint, ascending, none empty.
+
+    A rank's rows are stored in the order of their positions, so a crop takes the last rows of every rank.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @staticmethod
+    def empty(size: int) -> Layout:
+        return Layout(((),) * size)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.spans)
+
+    @property
+    def length(self) -> int:
+        """Positions held by all ranks together: 0 .. length - 1."""
+        return max((spans[-1][1] for spans in self.spans if spans), default=0)
+
+    def count(self, rank: int) -> int:
+        """Positions that ``rank`` holds."""
+        return sum(b - a for a, b in self.spans[rank])
+
+    def below(self, rank: int, position: int) -> int:
+        """How many of the rank's positions come before ``position``."""
+        return sum(min(b, position) - a for a, b in self.spans[rank] if a < position)
+
+    def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
+        """[count] int64, ascending."""
+        parts = [torch.arange(a, b, device=device) for a, b in self.spans[rank]]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
+
+    def extended(self, other: Layout) -> Layout:
+        """With the positions of ``other``, all of them later than those here, behind."""
+        return Layout(tuple(_joined(a + b) for a, b in zip(self.spans, other.spans, strict=True)))
+
+    def cut(self, begin: int, end: int) -> Layout:
+        """What lies in [begin, end)."""
+        return Layout(
+            tuple(
+                tuple((max(a, begin), min(b, end)) for a, b in spans if max(a, begin) < min(b, end))
+                for spans in self.spans
+            )
+        )
+
+
+def round_robin(begin: int, end: int, size: int, block: int) -> Layout:
+    """Positions begin .. end - 1 in blocks of ``block``, block n (counted from position 0) on rank n modulo
+    ``size``."""
+    spans: list[list[Span]] = [[] for _ in range(size)]
+    for a, b in _blocks(begin, end, block):
+        spans[a // block % size].append((a, b))
+    return Layout(tuple(_joined(tuple(s)) for s in spans))
+
+
+def _blocks(begin: int, end: int, block: int) -> Iterator[Span]:
+    while begin < end:
+        stop = min((begin // block + 1) * block, end)
+        yield begin, stop
+        begin = stop
+
+
+def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    joined: list[Span] = []
+    for a, b in spans:
+        if joined and joined[-1][1] == a:
+            joined[-1] = (joined[-1][0], b)
+        else:
+            joined.append((a, b))
+    return tuple(joined)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens begin .. end - 1 of one call, shared out.
+
+    chunks[rank]: the rank's chunks, ascending spans; some may be empty, and every rank has as many. Each is
+    computed at ``width`` tokens, the widest chunk: what a chunk lacks is filled with repeated tokens, whose
+    results nobody reads.
+    """
+
+    begin: int
+    end: int
+    chunks: tuple[tuple[Span, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.chunks)
+
+    @property
+    def width(self) -> int:
+        """Tokens at which each chunk is computed."""
+        return max(b - a for chunks in self.chunks for a, b in chunks)
+
+    @property
+    def rows(self) -> int:
+        """Tokens that each rank computes, filling included."""
+        return len(self.chunks[0]) * self.width
+
+    def layout(self) -> Layout:
+        """Who has computed, and so stores, which position."""
+        return Layout(tuple(_joined(tuple(s for s in chunks if s[0] < s[1])) for chunks in self.chunks))
+
+    def slots(self, rank: int) -> list[tuple[slice, Span]]:
+        """Of the rank's computed rows, the part that holds each non-empty chunk."""
+        width = self.width
+        return [
+            (slice(i * width, i * width + b - a), (a, b))
+            for i, (a, b) in enumerate(self.chunks[rank])
+            if a < b
+        ]
+
+    def take(self, rank: int, device: torch.device | None = None) -> Tensor:
+        """[rows] int64: which tokens of the call, counted from its first, the rank computes."""
+        places = [torch.arange(a, a + self.width, device=device) for a, _ in self.chunks[rank]]
+        return (torch.cat(places) - self.begin).clamp_(max=self.end - self.begin - 1)
+
+    def real(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
+        """The rows of x (``rows`` of them along ``dim``) that are no filling, in the order of positions."""
+        parts = [x.narrow(dim, s.start, s.stop - s.start) for s, _ in self.slots(rank)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+    def joined(self, parts: Tensor, dim: int = 2) -> Tensor:
+        """All ranks' computed rows, parts [P, ...] with ``rows`` along ``dim`` of each -> in the order of
+        positions, without filling."""
+        pieces = [
+            (a, parts[rank].narrow(dim, s.start, s.stop - s.start))
+            for rank in range(self.size)
+            for s, (a, _) in self.slots(rank)
+        ]
+        return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim)
+
+
+def _cuts(begin: int, end: int, pieces: int, granule: int) -> list[Span]:
+    """``pieces`` spans of as equal numbers of whole granules as can be, the longer ones first; the last
+    granule may be short."""
+    granules = -(-(end - begin) // granule)
+    sizes = [granules // pieces + (i < granules % pieces) for i in range(pieces)]
+    edges = [min(begin + granule * n, end) for n in accumulate(sizes, initial=0)]
+    return list(pairwise(edges))
+
+
+def zigzag(begin: int, end: int, size: int, granule: int = 1) -> Split:
+    """2 P chunks of whole granules, the r-th from the front and the r-th from the back on rank r."""
+    return usp_split(begin, end, 1, size, granule)
+
+
+def contiguous(begin: int, end: int, size: int, granule: int = 1) -> Split:
+    """P chunks of whole granules in the order of the ranks."""
+    return Split(begin, end, tuple((span,) for span in _cuts(begin, end, size, granule)))
+
+
+def usp_split(begin: int, end: int, ulysses: int, ring: int, granule: int = 1) -> Split:
+    """A zigzag over ``ring`` groups, each chunk cut into ``ulysses`` neighbouring pieces; rank r * ulysses +
+    u."""
+    spans = _cuts(begin, end, 2 * ring * ulysses, granule)
+    return Split(
+        begin,
+        end,
+        tuple(
+            tuple(sorted((spans[r * ulysses + u], spans[(2 * ring - 1 - r) * ulysses + u])))
+            for r in range(ring)
+            for u in range(ulysses)
+        ),
+    )

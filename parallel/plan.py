@@ -1,0 +1,200 @@
+"""What a long prompt costs on a number of devices: memory of a rank, bytes that travel, seconds, and what
+does not fit. Arithmetic on the numbers of a model's config; docs/PLAN.md states what is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..attention.method import DECODE, PREFILL
+from .cost import (
+    choices,
+    decode_reads,
+    decode_seconds,
+    decode_sent,
+    memory,
+    prefill_seconds,
+    prefill_sent,
+    selective,
+)
+from .job import Job
+from .reading import reading
+from .volume import MECHANISMS, Choice, readable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer.
+
+    memory: bytes of one device by purpose; transient: what is alive at the peak of a layer. sent: bytes that
+    a rank sends over the whole prefill, by mechanism. sent_prefill: by the mechanisms taken, sent_least where
+    a selective prefill lets less travel, sent_decode: per token. read: bytes of K and V that a rank reads per
+    token, selection_read: to decide which. longest: tokens that fit, 0 if none. notes: what does not fit and
+    what would help, a sentence each.
+    """
+
+    job: Job
+    choice: Choice
+    mechanisms: list[str]
+    memory: dict[str, int]
+    transient: dict[str, int]
+    sent: dict[str, int]
+    sent_prefill: int
+    sent_least: int
+    sent_decode: int
+    read: int
+    selection_read: int
+    prefill_seconds: float
+    decode_seconds: float
+    longest: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of one device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as much."""
+        return self.needed <= self.job.memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        job = self.job
+        return {
+            "model": job.model.name,
+            "length": job.length,
+            "gpus": job.gpus,
+            "ranks": job.ranks,
+            "tensor_parallel": job.tensor,
+            "batch": job.batch,
+            "prefill_chunk": job.chunk,
+            "method": {PREFILL: str(job.prefill), DECODE: str(job.decode)},
+            "device": {"name": job.device.name, "memory": job.memory},
+            "fits": self.fits,
+            "longest_that_fits": self.longest,
+            "memory": {**self.memory, "needed": self.needed},
+            "transient": self.transient,
+            "mechanism": self.choice.mechanism,
+            "mechanisms": self.mechanisms,
+            "reason": self.choice.reason,
+            "refused": dict(self.choice.refused),
+            "bytes_sent_per_rank": {
+                "prefill": self.sent_prefill,
+                "prefill_at_least": self.sent_least,
+                "prefill_by_mechanism": self.sent,
+                "decode_per_token": self.sent_decode,
+            },
+            "bytes_read_per_token": {"kv": self.read, "selection": self.selection_read},
+            "seconds": {"prefill": self.prefill_seconds, "decode_per_token": self.decode_seconds},
+            "notes": self.notes,
+        }
+
+
+def plan(job: Job) -> Plan:
+    """Work it out. Raises FarspanError for a mechanism that was asked for and cannot serve the model."""
+    parts, transient = memory(job)
+    taken = choices(job)
+    names = [name for name in MECHANISMS if name != "pass_q" or len(job.calls) > 1]
+    sent = {
+        name: total for name in names if (total := prefill_sent(job, [name] * len(job.calls))) is not None
+    }
+    travelled = prefill_sent(job, [choice.mechanism for choice in taken])
+    assert travelled is not None
+    density = reading(job.prefill, PREFILL, job.length).kv
+    kv, selection = decode_reads(job)
+    result = Plan(
+        job=job,
+        choice=taken[-1],
+        mechanisms=sorted({choice.mechanism for choice in taken}),
+        memory=parts,
+        transient=transient,
+        sent=sent,
+        sent_prefill=travelled,
+        sent_least=round(travelled * density) if selective(job) else travelled,
+        sent_decode=decode_sent(job),
+        read=kv,
+        selection_read=selection,
+        prefill_seconds=prefill_seconds(job, taken),
+        decode_seconds=decode_seconds(job, kv + selection),
+        longest=_longest(job),
+    )
+    result.notes.extend(_notes(result))
+    return result
+
+
+def fits(job: Job) -> bool:
+    """Whether a device has the memory."""
+    parts, _ = memory(job)
+    return sum(parts.values()) <= job.memory
+
+
+def _longest(job: Job) -> int:
+    """The longest prompt that fits, to 1,024 tokens."""
+
+    def holds(blocks: int) -> bool:
+        return fits(replace(job, length=1024 * blocks))
+
+    if not holds(1):
+        return 0
+    high = 2
+    while holds(high):
+        high *= 2
+    low = high // 2
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return 1024 * low
+
+
+def _notes(result: Plan) -> list[str]:
+    job, parts = result.job, result.memory
+    notes = []
+    if not result.fits:
+        notes.append(
+            f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
+        )
+        room = job.memory - parts["reserved"]
+        if parts["weights"] > room:
+            notes.append(
+                f"The weights alone, {readable(parts['weights'])} on each device, are more than the "
+                f"{readable(room)} that can be used; {_more_tensor(job, room)}."
+            )
+        else:
+            notes.extend(_remedies(result))
+    phases = ((job.prefill, PREFILL), (job.decode, DECODE))
+    for method, phase in phases:
+        if method.name != "dense" and reading(method, phase, job.length).kv >= 1:
+            notes.append(
+                f"{method} counts as dense in {phase}: its budget covers {job.length} tokens, or cannot "
+                "be told from its parameters."
+            )
+    return notes
+
+
+def _more_tensor(job: Job, room: int) -> str:
+    for tensor in (2, 4, 8, 16, 32, 64):
+        divides = all(x.num_heads % tensor == 0 == x.num_kv_heads % tensor for x in job.model.layers)
+        if divides and tensor > job.tensor and job.weights / tensor < 0.8 * room:
+            return f"share them with --tensor-parallel {tensor}"
+    return "no number of devices that divides the heads can share them: take smaller weights (--weights)"
+
+
+def _remedies(result: Plan) -> list[str]:
+    """The longest chunk and the fewest devices that would do."""
+    job, found = result.job, []
+    chunks = [1 << n for n in range(17, 9, -1) if 1 << n < min(job.length, job.chunk or job.length)]
+    if chunk := next((c for c in chunks if fits(replace(job, chunk=c))), None):
+        found.append(f"It fits with --prefill-chunk {chunk}.")
+    counts = [job.gpus * (1 << n) for n in range(1, 11)]
+    if gpus := next((n for n in counts if n <= 4096 and fits(replace(job, gpus=n))), None):
+        found.append(f"It fits on {gpus} GPUs.")
+    if not found:
+        parts = sorted(result.memory.items(), key=lambda item: -item[1])[:2]
+        what = " and ".join(f"{readable(size)} of {name.replace('_', ' ')}" for name, size in parts)
+        found.append(f"More devices do not help either: the largest parts are {what}.")
+    if result.longest:
+        found.append(f"As it is, {result.longest} tokens fit.")
+    return found

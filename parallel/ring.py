@@ -1,0 +1,195 @@
+"""Ring attention: K and V of one rank at a time travel round, past every other rank's queries.
+
+P = 3      step 0    step 1    step 2          the next block is on its way while this one is computed;
+rank 0      kv 0      kv 2      kv 1           a rank never holds more than two blocks
+rank 1      kv 1      kv 0      kv 2
+rank 2      kv 2      kv 1      kv 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.partial import Partial
+from .blockwise import Gradient, add, add_gradients, nothing
+from .comm import Ranks
+from .layout import Layout, Span, Split
+from .rows import held, order
+
+
+def ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: Split,
+    ranks: Ranks,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    starts: list[int] | None = None,
+    past: Layout | None = None,
+    past_k: Tensor | None = None,
+    past_v: Tensor | None = None,
+) -> Partial:
+    """Causal attention of this rank's new tokens over what all ranks hold, in memory O(S / P).
+
+    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D] are this rank's computed rows; past_k, past_v
+    [B, Hkv, n, D] its stored rows, described by ``past``; starts each row's first valid position.
+    Differentiable in all five tensors. -> Partial in float32 (float64), (0, -inf) in filling and padding.
+
+    Bytes sent: everything that travels except the next rank's own block, (P - 1) / P * S * 2 Hkv D e for
+    equal blocks; backward sends it again, with gradients in float32 beside it.
+    Ring Attention, arXiv 2310.01889, with the zigzag split of arXiv 2411.01783.
+    """
+    me = (ranks.rank,)
+    if past is not None and past_k is not None and past_v is not None:
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    mine = order(split, None, me, q.device)
+    keys = order(split, past, me, k.device)
+    blocks = [
+        Block(held(split, past, (r,)), split.rows + (past.count(r) if past else 0)) for r in range(ranks.size)
+    ]
+    part = circulate(
+        mine.real(q),
+        held(split, None, me),
+        keys.sorted(k),
+        keys.sorted(v),
+        blocks,
+        ranks,
+        scale=scale,
+        softcap=softcap,
+        starts=starts,
+    )
+    return Partial(mine.back(part.out), mine.back(part.lse, -torch.inf))
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one rank sends round: the positions of its keys, and the rows that travel (filling behind)."""
+
+    spans: tuple[Span, ...]
+    rows: int
+
+    @property
+    def count(self) -> int:
+        """Rows that are no filling."""
+        return sum(b - a for a, b in self.spans)
+
+
+def circulate(
+    q: Tensor,
+    queries: tuple[Span, ...],
+    k: Tensor,
+    v: Tensor,
+    blocks: list[Block],
+    ranks: Ranks,
+    *,
+    scale: float,
+    softcap: float | None,
+    starts: list[int] | None,
+) -> Partial:
+    """Attention of q [B, H, n, D] at ``queries`` over the blocks of all ranks; k, v [B, Hkv, rows, D] are
+    this rank's."""
+    how = {"scale": scale, "softcap": softcap, "starts": starts}
+    return Partial(*_Ring.apply(q, k, v, queries, blocks, ranks, how))
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: tuple[Span, ...],
+        blocks: list[Block],
+        ranks: Ranks,
+        how: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        total = nothing(q, v.shape[-1])
+        message = _message(k, v)
+        for step in range(ranks.size):
+            block, after = _block(blocks, ranks, step), _block(blocks, ranks, step + 1)
+            arrived = None
+            if step < ranks.size - 1:
+                arrived = _pass_on(message, _size(k, v, after), ranks, "ring")
+            key, value = (x[:, :, : block.count] for x in _views(message, k, v, block))
+            add(total, q, queries, key, value, block.spans, **how)
+            if arrived:
+                message = arrived()
+        ctx.save_for_backward(q, k, v, *total)
+        ctx.queries, ctx.blocks, ctx.ranks, ctx.how = queries, blocks, ranks, how
+        return total.out, total.lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        """K and V go round once more. The gradients of a block start at the rank after its owner and follow
+        it, one step late, until they come home; the owner's own share waits for them there."""
+        q, k, v, out, lse = ctx.saved_tensors
+        ranks, name = ctx.ranks, "ring_backward"
+        gradient = Gradient.of(Partial(out, lse), dout, dlse)
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        message = _message(k, v)
+        homeward: Callable[[], Tensor] | None = None
+        for step in range(ranks.size):
+            block, after = _block(ctx.blocks, ranks, step), _block(ctx.blocks, ranks, step + 1)
+            arrived = None
+            if step < ranks.size - 1:
+                arrived = _pass_on(message, _size(k, v, after), ranks, name)
+            share = lse.new_zeros(_size(k, v, block))
+            key, value, dk, dv = (
+                x[:, :, : block.count] for m in (message, share) for x in _views(m, k, v, block)
+            )
+            add_gradients(dq, dk, dv, gradient, q, ctx.queries, key, value, block.spans, **ctx.how)
+            if step == 0:
+                own = share
+            else:
+                if homeward:
+                    share += homeward()
+                homeward = _pass_on(share, _size(k, v, after), ranks, name)
+            if arrived:
+                message = arrived()
+        if homeward:
+            own += homeward()
+        dk, dv = _views(own, k, v, _block(ctx.blocks, ranks, 0))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _pass_on(message: Tensor, size: int, ranks: Ranks, name: str) -> Callable[[], Tensor]:
+    """Start sending to the next rank; the result waits for the ``size`` elements that come from the last."""
+    coming = message.new_empty(size)
+    shift = ranks.shift(message, coming, name=name)
+
+    def arrived() -> Tensor:
+        shift.wait()
+        return coming
+
+    return arrived
+
+
+def _block(blocks: list[Block], ranks: Ranks, step: int) -> Block:
+    return blocks[(ranks.rank - step) % ranks.size]
+
+
+def _message(k: Tensor, v: Tensor) -> Tensor:
+    """K and V in one piece, so that a step is one message."""
+    return torch.cat([k.reshape(-1), v.reshape(-1)])
+
+
+def _size(k: Tensor, v: Tensor, block: Block) -> int:
+    return k.shape[0] * k.shape[1] * block.rows * (k.shape[3] + v.shape[3])
+
+
+def _views(message: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """K and V [B, Hkv, rows, D] of ``block`` in its message."""
+    b, hkv, _, d = k.shape
+    cut = b * hkv * block.rows * d
+    return (
+        message[:cut].view(b, hkv, block.rows, d),
+        message[cut:].view(b, hkv, block.rows, v.shape[3]),
+    )

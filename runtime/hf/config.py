@@ -1,0 +1,85 @@
+"""A model's numbers, read from its config alone: for planning, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ...parallel.job import LayerShape, ModelShape
+from ..models import _errors_as_sentences, _quiet, resolve
+from .models import SLIDING, ModelInfo, inspect_model
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
+    """The shape of an alias, a local folder's or a hub id's model; of the last only config.json is fetched.
+
+    dtype: "auto" (as the config says, else bfloat16) or a torch dtype's name. The model is built without
+    memory for its weights, so that parameters are counted and not guessed. Raises FarspanError where it
+    cannot be found or read, and Unsupported where farspan cannot serve it.
+    """
+    target = resolve(name_or_path)
+    with _errors_as_sentences(str(name_or_path), target), _quiet():
+        config = AutoConfig.from_pretrained(target)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    info = inspect_model(model)
+    saved = getattr(config, "dtype", None) or getattr(info.config, "dtype", None) or torch.bfloat16
+    chosen = saved if dtype == "auto" else getattr(torch, dtype)
+    size = (getattr(torch, chosen) if isinstance(chosen, str) else chosen).itemsize
+    return ModelShape(
+        name=str(name_or_path),
+        layers=_layers(info),
+        hidden=info.config.hidden_size,
+        intermediate=_intermediate(info),
+        vocab=info.config.vocab_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layer_parameters=_passed(info),
+        element_size=size,
+    )
+
+
+def _layers(info: ModelInfo) -> tuple[LayerShape, ...]:
+    kinds, settings = get_layer_types_and_kwargs(info.config.get_text_config(decoder=True))
+    layers = []
+    for index in info.attention:
+        layer = info.layer_info(index)
+        window = settings[index].get("sliding_window") if kinds[index] == SLIDING else None
+        layers.append(LayerShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, window))
+    return tuple(layers)
+
+
+def _chosen_experts(config: Any) -> tuple[int, int]:
+    """(experts that a token passes, experts there are)."""
+    total = next((int(n) for key in _EXPERTS if (n := getattr(config, key, None))), 0)
+    return int(getattr(config, "num_experts_per_tok", None) or total), total
+
+
+def _passed(info: ModelInfo) -> int:
+    """Parameters of the decoder's layers that one token passes: everything but the experts it is not sent
+    to."""
+    chosen, total = _chosen_experts(info.config)
+    shared, experts = 0, 0
+    for name, parameter in _layer_parameters(info.decoder):
+        if ".experts." in name:
+            experts += parameter.numel()
+        else:
+            shared += parameter.numel()
+    return shared + (experts * chosen // total if total else experts)
+
+
+def _layer_parameters(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    layers = next(m for m in decoder.children() if isinstance(m, nn.ModuleList))
+    return list(layers.named_parameters())
+
+
+def _intermediate(info: ModelInfo) -> int:
+    chosen, total = _chosen_experts(info.config)
+    width = getattr(info.config, "moe_intermediate_size", None) if total else None
+    return (width or info.config.intermediate_size) * (chosen if total else 1)

@@ -1,0 +1,175 @@
+"""Sharing a decoder's forward call out over ranks: tokens go in by layout, the last hidden states come back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.attend import DECODE_ROWS
+from ...attention.errors import FarspanError
+from ...parallel.autograd import gather
+from ...parallel.gather import gather_rows
+from ...parallel.layout import Split
+from ...parallel.mesh import Mesh
+from ...parallel.prefill import Call, make_split
+from ..layer import Padding, Session, read_padding
+from ..shard import in_call
+from .models import ModelInfo
+
+
+def spread_forward(
+    model: nn.Module, info: ModelInfo, session: Session, granule: int
+) -> list[Callable[[], None]]:
+    """Let long calls be shared out over ``session.mesh``, in whole granules; short ones run on every rank.
+    Returns the undo steps."""
+    undo = [_watch_rows(owner, session) for owner in _owners(model, info.decoder)]
+    undo.append(replace_forward(info.decoder, partial(_forward, info, session, granule)))
+    return undo
+
+
+def _owners(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules around the decoder that are told how many positions' logits are wanted."""
+    return [
+        module
+        for module in model.modules()
+        if "logits_to_keep" in inspect.signature(module.forward).parameters
+        and any(part is decoder for part in module.modules())
+    ]
+
+
+def _watch_rows(owner: nn.Module, session: Session) -> Callable[[], None]:
+    signature = inspect.signature(owner.forward)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
+        session.rows = wanted if isinstance(wanted, int) and wanted > 0 else None
+
+    def after(*_: Any) -> None:
+        session.rows = None
+
+    hooks = [
+        owner.register_forward_pre_hook(before, with_kwargs=True),
+        owner.register_forward_hook(after, always_call=True),
+    ]
+    return lambda: [hook.remove() for hook in hooks] and None
+
+
+def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``forward(original, *args, **kwargs)`` stand in for the module's own; returns the undo step."""
+    original, replaced = module.forward, "forward" in vars(module)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return forward(original, *args, **kwargs)
+
+    stand_in.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    module.forward = stand_in
+
+    def restore() -> None:
+        if replaced:
+            module.forward = original
+        else:
+            del module.forward
+
+    return restore
+
+
+ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
+
+
+def along_tokens(name: str, x: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``change(x, dim)`` on the dimension of the argument ``name`` that runs along the tokens."""
+    return change(x, 1 if name == "inputs_embeds" else x.dim() - 1)
+
+
+def foreign_tensors(config: Any, kwargs: dict[str, Any]) -> list[str]:
+    """What stops a call from being cut along its tokens: arguments or outputs not known to lie along them."""
+    known = [kwargs.get(name) for name in (*ALONG_TOKENS, "attention_mask")]
+    found = [
+        name
+        for name, value in kwargs.items()
+        for x in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(x, Tensor) and not any(x is y for y in known)
+    ]
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        found.append("output_router_logits")
+    if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
+        found.append("return_dict=False")
+    return found
+
+
+def _forward(
+    info: ModelInfo, session: Session, granule: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The decoder's forward; the pre-hook has given every argument its name."""
+    mesh = session.mesh
+    assert mesh is not None and not args
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        return original(**kwargs)
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    past = cache.get_seq_length() if cache is not None else 0
+    total = past + tokens.shape[1]
+    padding = Padding() if mask is None else read_padding(mask)
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(past, total, device=tokens.device)[None]
+    if mesh.config.check:
+        mesh.agree(
+            {
+                "the shape of the input": str((tuple(tokens.shape), past)),
+                "the input": tokens.detach(),
+                "the positions": kwargs["position_ids"],
+                "the padding": str(padding.starts),
+                "the last output": session.output,
+            }
+        )
+    split = None
+    if tokens.shape[1] > DECODE_ROWS:
+        if foreign := foreign_tensors(info.config, kwargs):
+            raise FarspanError(
+                f"This call of {type(info.decoder).__name__} cannot be shared out over ranks: "
+                f"{', '.join(foreign)} may not lie along the tokens."
+            )
+        split = make_split(mesh, past, total, granule)
+        at = split.take(mesh.ranks.rank, tokens.device)
+        for name in ALONG_TOKENS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
+    # transformers hands a mask of four dimensions on as it is, and looks for no packed sequences.
+    kwargs["attention_mask"] = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+    session.call, running = Call(split, past, total, padding.start, padding.starts), in_call.set(True)
+    try:
+        output = original(**kwargs)
+    except BaseException as error:
+        named = mesh.watch.failing(error)
+        if named is error:
+            raise
+        raise named from error
+    finally:
+        session.call = None
+        in_call.reset(running)
+    if split is not None:
+        output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
+    session.output = output.last_hidden_state[:, -1].detach()
+    return output
+
+
+def _collect(x: Tensor, split: Split, mesh: Mesh, rows: int | None) -> Tensor:
+    """x [B, split.rows, hidden] of this rank -> the last ``rows`` positions (None: all) of the call, on every
+    rank."""
+    if rows is None or rows >= split.end - split.begin:
+        return split.joined(gather(x, mesh.ranks, "hidden"), 1)
+    layout = split.layout()
+    first = layout.below(mesh.ranks.rank, split.end - rows)
+    return gather_rows(
+        split.real(x, mesh.ranks.rank, 1)[:, first:],
+        layout.cut(split.end - rows, split.end),
+        mesh.ranks,
+        "hidden",
+    )

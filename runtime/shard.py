@@ -1,0 +1,100 @@
+"""ShardStore: the part of a layer's KV cache that one rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from ..attention.errors import FarspanError
+from ..attention.summary import Summaries
+from ..parallel.comm import Ranks
+from ..parallel.layout import Layout, Split, round_robin
+from ..parallel.prefill import Rows
+from .cache import KVStore
+
+in_call: ContextVar[bool] = ContextVar("in_call", default=False)  # whether a call over ranks is running
+
+
+class ShardStore(KVStore):
+    """A KVStore whose rows are some of a sequence's positions, the others being on other ranks.
+
+    ``length`` counts the rows that are here, ``total`` the positions everywhere. ``layout`` says who holds which;
+    it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank. window: of a
+    layer with a sliding window, older positions than which are dropped.
+    """
+
+    def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
+        super().__init__()
+        self.ranks, self.block, self.window = ranks, block, window
+        self.layout = Layout.empty(ranks.size)
+        self.shared = Summaries()
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        return self._total
+
+    @property
+    def rows(self) -> Rows:
+        """What this rank holds."""
+        assert self.keys is not None and self.values is not None
+        return Rows(self.keys, self.values, self.layout)
+
+    def take_shared(self, k: Tensor, v: Tensor) -> None:
+        """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned round-robin in
+        blocks."""
+        end = self.total + k.shape[2]
+        layout = round_robin(self.total, end, self.ranks.size, self.block)
+        mine = layout.positions(self.ranks.rank, k.device) - self.total
+        self._take(k[:, :, mine], v[:, :, mine], layout, end)
+
+    def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
+        """Store the rows [B, Hkv, split.rows, D] that this rank has computed, filling left out."""
+        rank = self.ranks.rank
+        self._take(split.real(k, rank), split.real(v, rank), split.layout(), split.end)
+
+    def _take(self, k: Tensor, v: Tensor, layout: Layout, end: int) -> None:
+        self.append(k, v)
+        self.layout, self._total = self.layout.extended(layout), end
+
+    def replace(self, rows: Rows) -> None:
+        """Hold these instead."""
+        self._k, self._v, self.length = None, None, 0
+        self.append(rows.k, rows.v)
+        self.layout = rows.layout
+
+    def align(self, starts: list[int] | None) -> None:
+        if starts != self._starts:
+            self.shared.clear()
+        super().align(starts)
+
+    def crop(self, count: int) -> None:
+        if count <= 0:
+            return
+        oldest = min((spans[0][0] for spans in self.layout.spans if spans), default=0)
+        if self.window is not None and oldest > max(0, self.total - count - self.window):
+            raise FarspanError(
+                f"A layer with a sliding window of {self.window} tokens has dropped what it would need to go "
+                f"back by {count} of {self.total} tokens."
+            )
+        self._total = max(0, self.total - count)
+        here = self.layout.below(self.ranks.rank, self.total)
+        self.layout = self.layout.cut(0, self.total)
+        self.shared.crop(self.total)
+        super().crop(self.length - here)
+        self.states.clear()
+
+    def reset(self) -> None:
+        super().reset()
+        self.layout, self._total = Layout.empty(self.ranks.size), 0
+        self.shared.clear()
+
+    def holds(self, k: Tensor) -> bool:
+        return False  # k is the call's own; the rows here are read by position
+
+    def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
+        super()._map(change, rows)
+        self.shared.map_rows(change)

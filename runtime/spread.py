@@ -1,0 +1,160 @@
+"""One call of a patched layer whose keys are spread over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.attend import DECODE_ROWS, Reads, attend
+from ..attention.keys import Keys
+from ..attention.ops.flash import flash
+from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.partial import Partial
+from ..attention.summary import Summary
+from ..parallel.decode import decode
+from ..parallel.entries import extend, extend_split
+from ..parallel.gather import rearranged
+from ..parallel.keys import ShardedKeys
+from ..parallel.layout import round_robin
+from ..parallel.mesh import Mesh
+from ..parallel.prefill import Call, Rows, Travel, prefill
+from .shard import ShardStore
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+_SHORT = "the prompt is so short that every rank computes it"
+
+
+def spread(
+    layer: Layer,
+    method: AttentionMethod,
+    phase: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    store: ShardStore,
+    call: Call,
+    mesh: Mesh,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Partial, Reads, Travel]:
+    """Attention of q [B, H, n, D] over all ranks' keys, the new ones k, v [B, Hkv, n, D] included.
+
+    The n tokens are this rank's share (``call.split``), or the same on every rank.
+    """
+    past = store.rows if store.keys is not None else _nothing(k, v, store)
+    store.align(call.starts)
+    if call.split is None:
+        store.take_shared(k, v)
+    else:
+        store.take_split(k, v, call.split)
+    if window is None:
+        _extend(layer, phase, k, store, past, call, mesh)
+    how = {"scale": scale, "softcap": softcap}
+    sent = mesh.sent()
+    if call.split is not None:
+        part, reads, travel = prefill(
+            method, q, k, v, store.rows, store.shared, call, mesh, window=window, **how
+        )
+    elif phase == DECODE:
+        part, reads = decode(method, q, sharded_keys(q, store, call, method, scale, softcap), window)
+        travel = Travel("decode", dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q))
+    elif window is not None:
+        part, reads = flash(q, k, v, window=window, start=call.start, **how), Reads()
+        travel = Travel("none", _SHORT)
+    else:  # everything there is has just been computed here
+        everything = Keys(k=k, v=v, tq=q.shape[2], start=call.start, starts=call.starts, **how)
+        part, reads = attend(method, PREFILL, q, everything)
+        travel = Travel("none", _SHORT)
+    if window is not None:
+        _forget(store, window, call, mesh)
+    elif phase == PREFILL and _told(layer.decode):
+        last = _last_query(q, call, mesh)
+        layer.decode.after_prefill(last, sharded_keys(last, store, call, layer.decode, scale, softcap))
+    travel.sent = mesh.sent() - sent
+    return part, reads, travel
+
+
+def sharded_keys(
+    q: Tensor, store: ShardStore, call: Call, method: AttentionMethod, scale: float, softcap: float | None
+) -> ShardedKeys:
+    """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
+    rows = store.rows
+    return ShardedKeys(
+        k=rows.k,
+        v=rows.v,
+        tq=q.shape[2],
+        scale=scale,
+        softcap=softcap,
+        start=call.start,
+        starts=call.starts,
+        state=store.state(str(method), call.past),
+        summaries=store.summaries,
+        total=store.total,
+        layout=rows.layout,
+        ranks=store.ranks,
+        shared=store.shared,
+    )
+
+
+def _nothing(k: Tensor, v: Tensor, store: ShardStore) -> Rows:
+    return Rows(k[:, :, :0], v[:, :, :0], store.layout)
+
+
+def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
+    """Drop what lies before the window, in whole blocks, and let what is left be owned round-robin. Assisted
+    decoding may take back a few tokens, so their windows are kept, too."""
+    low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
+    kept = round_robin(low, call.total, mesh.ranks.size, store.block)
+    if call.split is not None:
+        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
+        store.replace(Rows(k, v, kept))
+        return
+    gone = store.layout.below(mesh.ranks.rank, low)
+    if gone:
+        store.replace(Rows(store.rows.k[:, :, gone:], store.rows.v[:, :, gone:], kept))
+    store.layout = kept
+
+
+def _extend(
+    layer: Layer, phase: str, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh
+) -> None:
+    """Bring the block summaries up to date that some method of the layer is going to select by."""
+    wanted: dict[tuple, Summary] = {s.key: s for s in layer.decode.summaries if s.block > 1}
+    if call.split is not None:
+        wanted |= {s.key: s for s in layer.prefill.summaries}
+    for summary in wanted.values():
+        if call.split is None:
+            extend(summary, store.shared, store.rows.k, store.layout, k, call.starts, mesh.ranks)
+        else:
+            extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
+
+
+def _told(method: AttentionMethod) -> bool:
+    return type(method).after_prefill is not AttentionMethod.after_prefill
+
+
+def _last_query(q: Tensor, call: Call, mesh: Mesh) -> Tensor:
+    """The call's last query [B, H, 1, D], on every rank."""
+    if call.split is None:
+        return q[:, :, -1:]
+    for rank in range(call.split.size):
+        for slot, (_, end) in call.split.slots(rank):
+            if end == call.total:
+                last = (
+                    q[:, :, slot.stop - 1 : slot.stop]
+                    if rank == mesh.ranks.rank
+                    else q.new_empty(*q.shape[:2], 1, q.shape[3])
+                )
+                return mesh.ranks.broadcast(last, rank, "last_query")
+    raise AssertionError("a split holds every token of its call")
+
+
+def _partial_bytes(q: Tensor) -> int:
+    """What a rank's partial of q [B, H, Tq, D] takes on its way."""
+    return q[..., 0].numel() * (q.shape[3] * q.element_size() + torch.finfo(torch.float32).bits // 8)

@@ -1,0 +1,77 @@
+"""Law 6: over N ranks = on one device. The same tokens on every rank, logits within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import farspan
+from farspan.attention.method import AttentionMethod
+
+from ..parallel.jobs import Case, generated, model_of, over_ranks
+from ..parallel.world import World
+from .tools import every_method
+
+SIZES = (2, 3, 4)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    pool = World()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[[AttentionMethod], Any]:
+    """The recipe of a method that needs one, calibrated on the model of the cases."""
+    made: dict[str, Any] = {}
+
+    def tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
+
+    def get(method: AttentionMethod) -> Any:
+        if method.needs_recipe and method.name not in made:
+            text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
+            made[method.name] = farspan.calibrate(
+                model_of(Case()), tokenizer, text, method=method.name, tokens=256
+            )
+        return made.get(method.name)
+
+    return get
+
+
+def _cases(method: AttentionMethod, recipe: Any) -> list[Case]:
+    common: dict[str, Any] = {"spec": method, "patch": {"recipe": recipe}}
+    return [
+        Case(lengths=(5,), **common),  # shorter than it pays to share out, and than blocks
+        Case(lengths=(17,), **common),
+        Case(lengths=(61,), **common),
+        Case(lengths=(257,), **common),
+        Case(lengths=(63, 20, 41, 63), **common),  # padded on the left, nothing aligned
+        Case(lengths=(61, 33), turns=(30, 1), **common),  # on a cache that is spread already
+        Case(lengths=(130,), **(common | {"patch": {"recipe": recipe, "prefill_chunk": 50}})),
+        Case(lengths=(40, 61), how={"num_beams": 3}, **common),
+        Case(lengths=(50,), how={"do_sample": True, "temperature": 0.8}, **common),
+    ]
+
+
+@every_method()
+def test_over_ranks_as_on_one_device(
+    method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
+):
+    cases = _cases(method, recipe_of(method))
+    alone = [generated(case) for case in cases]
+    for size in SIZES:
+        ranks = world.run(over_ranks, size, cases)
+        for i, (case, want) in enumerate(zip(cases, alone, strict=True)):
+            for rank, got in enumerate(done[i] for done in ranks):
+                where = f"rank {rank} of {size}, {case}"
+                for a, b in zip(got["tokens"], want["tokens"], strict=True):
+                    assert torch.equal(a, b), f"other tokens: {where}"
+                for a, b in zip(got["logits"], want["logits"], strict=True):
+                    assert (a - b).abs().max() < 1e-9, f"other logits: {where}"
+                assert got["seen"] == want["seen"]

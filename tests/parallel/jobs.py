@@ -1,0 +1,91 @@
+"""What the processes of the tests run: models that generate, alone or over ranks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import farspan
+
+from ..runtime import small_models
+
+BLOCK = 8  # tokens that a rank owns at a time at decode: small, so that short answers are spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of ``generate``, or of several on one cache.
+
+    lengths: tokens of each row; shorter rows are padded on the left. turns: tokens of further prompts on the same
+    cache. how: arguments of generate; patch: of farspan.patch; parallel: of ContextParallel.
+    """
+
+    model: str = "llama"
+    dtype: torch.dtype = torch.float64
+    overrides: dict[str, Any] = field(default_factory=dict)
+    spec: Any = "dense"
+    lengths: tuple[int, ...] = (61,)
+    turns: tuple[int, ...] = ()
+    new: int = 10
+    how: dict[str, Any] = field(default_factory=dict)
+    patch: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+
+_MODELS: dict[str, Any] = {}
+
+
+def model_of(case: Case) -> Any:
+    key = f"{case.model} {case.dtype} {case.overrides}"
+    if key not in _MODELS:
+        _MODELS[key] = small_models.make(case.model, **case.overrides).to(case.dtype)
+    return _MODELS[key]
+
+
+def prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), rows of different lengths padded on the left."""
+    draw = torch.Generator().manual_seed(sum(case.lengths))
+    longest = max(case.lengths)
+    ids = torch.zeros(len(case.lengths), longest, dtype=torch.long)
+    for row, length in zip(ids, case.lengths, strict=True):
+        row[longest - length :] = torch.randint(3, 128, (length,), generator=draw)
+    return ids, (ids != 0).long()
+
+
+def generated(case: Case, **parallel: Any) -> dict[str, Any]:
+    """Tokens, logits and report of a case; ``parallel`` is what patch is given besides."""
+    model, (ids, mask) = model_of(case), prompts(case)
+    draw = torch.Generator().manual_seed(1)
+    how = {"do_sample": False, "max_new_tokens": case.new, "min_new_tokens": case.new} | case.how
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    tokens, logits = [], []
+    with farspan.patch(model, case.spec, **case.patch, **parallel) as patched:
+        past = None
+        for turn in (0, *case.turns):
+            if turn:
+                more = torch.randint(3, 128, (ids.shape[0], turn), generator=draw)
+                ids = torch.cat([ids, more], 1)
+                mask = torch.cat([mask, torch.ones_like(more)], 1)
+            torch.manual_seed(7)
+            out = model.generate(ids, attention_mask=mask, past_key_values=past, **how)
+            past = out.past_key_values if case.turns else None
+            tokens.append(out.sequences)
+            logits.append(torch.stack(out.logits, 1))
+            mask = torch.cat([mask, torch.ones_like(out.sequences[:, ids.shape[1] :])], 1)
+            ids = out.sequences
+        report = patched.report()
+    kept = out.past_key_values
+    rows = None if kept is None else [layer.keys.shape[2] for layer in kept.layers if layer.keys is not None]
+    return {"tokens": tokens, "logits": logits, "report": report, "rows": rows, "seen": kept.get_seq_length()}
+
+
+def over_ranks(group: Any, cases: list[Case]) -> list[dict[str, Any]]:
+    """Every case over the ranks of ``group``."""
+    done = []
+    for case in cases:
+        config = farspan.ContextParallel(mesh=group, **({"block": BLOCK} | case.parallel))
+        done.append(generated(copy.deepcopy(case), parallel=config))
+    return done

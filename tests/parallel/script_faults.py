@@ -1,0 +1,67 @@
+"""What a rank of tests/parallel/test_faults.py runs: a few collectives, then a fault on the rank given.
+
+python script_faults.py FAULT RANK
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from farspan.attention.errors import FarspanError
+from farspan.parallel.mesh import ContextParallel, Mesh, join
+
+TIMEOUT = 3.0
+
+
+def fault(kind: str, mesh: Mesh) -> None:
+    if kind == "exit":
+        os._exit(1)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "busy":
+        time.sleep(3 * TIMEOUT)  # alive, and late
+    if kind == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if kind == "cpu_memory":
+        torch.empty(1 << 50)
+    if kind == "error":
+        raise KeyError("layer 7")
+    if kind == "input":
+        raise FarspanError("prompts must not be empty.")
+    if kind == "leave":
+        raise SystemExit(5)  # past the hook, as an error outside of the model call is
+    if kind == "inputs":
+        mesh.agree({"input_ids": torch.tensor([1, 2]), "max_new_tokens": 8})
+
+
+def main(kind: str, rank: int) -> None:
+    mesh = join(ContextParallel(timeout=TIMEOUT), "cpu")
+    assert mesh is not None
+    try:
+        for step in range(4):
+            gathered = mesh.ranks.all_gather(torch.full((100,), step))
+            assert gathered.unique().tolist() == [step]
+        if mesh.rank == rank:
+            fault(kind, mesh)
+        if kind == "inputs":
+            mesh.agree({"input_ids": torch.tensor([1, 3]), "max_new_tokens": 8})
+        for _ in range(4):
+            mesh.ranks.all_gather(torch.zeros(100))
+    except Exception as error:
+        raise mesh.watch.failing(error) from error
+    mesh.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    except FarspanError as error:
+        print(f"farspan: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
