@@ -164,14 +164,12 @@ def _show(result: Any) -> None:
     for name, size in result.sent.items():
         mark = " (taken)" if result.mechanisms == [name] else ""
         moved.add_row(f"prefill by {name}{mark}", readable(size))
-    if len(result.mechanisms) > 1:
-        moved.add_row(
-            f"prefill by {' and '.join(result.mechanisms)}, call by call", readable(result.sent_prefill)
-        )
-    if result.sent_least < result.sent_prefill:
-        moved.add_row(
-            "prefill, if no key is moved that nobody selected: at least", readable(result.sent_least)
-        )
+    if "fetch" in result.mechanisms:
+        moved.add_row("prefill by fetch (taken), at most", readable(result.sent_prefill))
+        moved.add_row("prefill by fetch, at least", readable(result.sent_least))
+    elif len(result.mechanisms) > 1:
+        mixed = " and ".join(result.mechanisms)
+        moved.add_row(f"prefill by {mixed}, call by call (taken)", readable(result.sent_prefill))
     moved.add_row("decode, a token", readable(result.sent_decode))
     moved.add_section()
     moved.add_row("K and V read, a token", readable(result.read))

@@ -69,9 +69,9 @@ class Ranks:
 
     @contextmanager
     def _counted(self, name: str, sent: int) -> Iterator[None]:
-        self.calls[name] += 1
-        self.sent[name] += sent
         with self.guard(name):
+            self.calls[name] += 1
+            self.sent[name] += sent
             yield
 
     def all_gather(self, x: Tensor, name: str = "all_gather") -> Tensor:

@@ -85,7 +85,11 @@ def _fetched(job: Job, geometry: Geometry) -> int:
 
 
 def _choose(job: Job, geometry: Geometry, new: int, past: int, left: int) -> Choice:
-    choice = choose(geometry, job.ranks, new, past, local_ranks=job.local_ranks, memory=left, batch=job.batch)
+    """``left``: bytes for what is brought together; where nothing is left at all, no limit is looked at."""
+    memory = left if left > 0 else None
+    choice = choose(
+        geometry, job.ranks, new, past, local_ranks=job.local_ranks, memory=memory, batch=job.batch
+    )
     if selective(job) and job.mechanism != "ulysses" and job.ranks > 1:
         reason = (
             f"{job.prefill} selects in prefill, and only keys that some query of a rank selected are moved."

@@ -95,7 +95,7 @@ class ContextParallel:
 class Mesh:
     """The ranks that share this rank's sequence.
 
-    ranks: all of them. config: with ``size`` known. device: where collectives' tensors stand.
+    ranks: all of them. config: with ``size`` and ``ulysses`` known. device: where collectives' tensors are.
     ulysses, ring: for USP, this rank's neighbours (rank r * U + u: those of the same r) and those across (of
         the same u); None where the mechanism is another or ``size`` has no divisor to cut it by.
     watch: turns a failing rank into one sentence on all.
@@ -357,7 +357,8 @@ def _meet(
     _joined[tuple(members)] += 1
     key = f"farspan/{text_hash(repr(members)):x}/{_joined[tuple(members)]}"
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "mesh"}
-    says = {"options": options, "device": _identity(device)}
+    inside = int(os.environ.get("LOCAL_WORLD_SIZE", len(mine)))
+    says = {"options": options, "device": _identity(device), "inside": inside}
     mesh: Mesh | None = None  # there is nothing to leave before the groups stand
     watch = Watch(
         store,
@@ -374,10 +375,13 @@ def _meet(
         return Ranks(made, watch.guard)
 
     try:
-        _compare(meet(store, key, members, rank, says, MEETING * config.timeout), members)
+        said = meet(store, key, members, rank, says, MEETING * config.timeout)
+        _compare(said, members)
+        inner = _ulysses_degree(config, [answer["inside"] for answer in said.values()])
+        config = dataclasses.replace(config, ulysses=inner)
         with watch.guard("join"):
             everyone, ulysses, ring = group("ranks", mine), None, None
-            if inner := _ulysses_degree(config):
+            if inner is not None:
                 place = mine.index(rank)
                 ulysses = group("ulysses", mine[place // inner * inner :][:inner])
                 ring = group("ring", mine[place % inner :: inner])
@@ -409,13 +413,12 @@ def _new_group(name: str, ranks: list[int], rank: int, transport: str, timeout: 
     return group
 
 
-def _ulysses_degree(config: ContextParallel) -> int | None:
+def _ulysses_degree(config: ContextParallel, local: list[int]) -> int | None:
+    """local: ranks on the machine of each rank."""
     size = config.size or 1
-    if config.mechanism not in ("auto", "usp"):
-        return None
-    if config.ulysses is not None:
+    if config.ulysses is not None or config.mechanism not in ("auto", "usp"):
         return config.ulysses
-    inside = math.gcd(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    inside = math.gcd(size, *local)
     if not 1 < inside < size:  # one machine, or one rank on each: as square as can be
         inside = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
     return inside if inside > 1 or config.mechanism == "usp" else None

@@ -39,9 +39,8 @@ from ..attention.errors import FarspanError
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which a living rank shows one, on a busy machine too
-LINGER = (
-    2.0  # seconds given to the others to read a verdict before this rank goes, and perhaps the store with it
-)
+LINGER = 1.0  # seconds the others have to read a verdict before this rank goes, perhaps with the store
+ANSWER = 5.0  # seconds until the job's store counts as gone
 
 _FROM_A_PEER = re.compile(r"gloo|nccl|timed? ?out|connection|socket|peer|broken pipe", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
@@ -151,10 +150,10 @@ class Watch:
         return FarspanError(verdict)
 
     def _ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What the watch's thread answers, or None: the store may be gone, or its keeper stopped."""
+        """What the watch's thread answers; None where the store has gone, or its keeper is stopped."""
         future: Future[Any] = Future()
         self._tasks.put((lambda: task(*arguments), future))
-        until = time.monotonic() + GRACE + LINGER
+        until = time.monotonic() + ANSWER
         while not self._mute and self._thread.is_alive() and time.monotonic() < until:
             try:
                 return future.result(0.1)

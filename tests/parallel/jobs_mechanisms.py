@@ -174,11 +174,14 @@ def _groups(u: int, r: int, rank: int) -> tuple[Ranks, Ranks]:
 
 
 def prefill(group: Any, cases: list[tuple[str, Case]]) -> None:
-    """Each mechanism gives this rank's rows of what one device gives."""
-    for name, case in cases:
-        mechanism = Mechanism(name, case, group)
-        with torch.no_grad():
-            part = mechanism(*mechanism.share.leaves())
+    """Each mechanism gives this rank's rows of what one device gives.
+
+    All of them run before the first is checked: a rank that failed would leave the others waiting.
+    """
+    mechanisms = [Mechanism(name, case, group) for name, case in cases]
+    with torch.no_grad():
+        parts = [mechanism(*mechanism.share.leaves()) for mechanism in mechanisms]
+    for (name, case), mechanism, part in zip(cases, mechanisms, parts, strict=True):
         assert part.out.dtype in (case.dtype, torch.float32)
         want, reference = (mechanism.share.part(x) for x in (case.truth(), case.reference()))
         if case.dtype == torch.float64:
@@ -197,12 +200,13 @@ def _assert_same(part: Partial, want: Partial, what: object) -> None:
 
 def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
     """Gradients of q, k, v and of stored k, v, through out and lse, on this rank's rows."""
+    results = []
     for name, case in cases:
         mechanism = Mechanism(name, case, group)
         share, leaves = mechanism.share, mechanism.share.leaves()
-        got = torch.autograd.grad(
-            _loss(mechanism(*leaves), share.of(case.whole()[3], 1e6)), leaves, allow_unused=True
-        )
+        loss = _loss(mechanism(*leaves), share.of(case.whole()[3], 1e6))
+        results.append((case, share, torch.autograd.grad(loss, leaves, allow_unused=True)))
+    for case, share, got in results:
         dq, dk, dv = _whole_gradients(case)
         want = [share.of(x, 0.0) for x in (dq, dk, dv)]
         close = 1e-9 if case.dtype == torch.float64 else 1e-5
@@ -270,7 +274,7 @@ def schedule(group: Any) -> list[str]:
 
 
 def same(group: Any, cases: list[Case]) -> None:
-    """What must not change a bit: an empty past instead of none; DeepSpeed's all-to-all instead of torch's."""
+    """What must not change a bit: an empty past for none; DeepSpeed's all-to-all for torch's."""
     for case in cases:
         names = ["ring", "pass_q", "ulysses"]
         for name in names:

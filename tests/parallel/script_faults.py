@@ -1,6 +1,9 @@
 """What a rank of tests/parallel/test_faults.py runs: a few collectives, then a fault on the rank given.
 
-python script_faults.py FAULT RANK
+    python script_faults.py FAULT RANK
+
+Standard output gets the time of the fault and of the end of those who were waiting, in the machine's
+monotonic seconds.
 """
 
 from __future__ import annotations
@@ -18,27 +21,32 @@ from farspan.parallel.mesh import ContextParallel, Mesh, join
 TIMEOUT = 3.0
 
 
+def now(what: str) -> None:
+    print(what, time.monotonic(), flush=True)
+
+
 def fault(kind: str, mesh: Mesh) -> None:
-    if kind == "exit":
-        os._exit(1)
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if kind == "busy":
-        time.sleep(3 * TIMEOUT)  # alive, and late
-    if kind == "memory":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    if kind == "cpu_memory":
-        torch.empty(1 << 50)
-    if kind == "error":
-        raise KeyError("layer 7")
-    if kind == "input":
-        raise FarspanError("prompts must not be empty.")
-    if kind == "leave":
-        raise SystemExit(5)  # past the hook, as an error outside of the model call is
-    if kind == "inputs":
-        mesh.agree({"input_ids": torch.tensor([1, 2]), "max_new_tokens": 8})
+    now("fault")
+    match kind:
+        case "exit":
+            os._exit(1)
+        case "kill" | "stop" | "terminate":
+            number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM}[kind]
+            os.kill(os.getpid(), number)
+        case "late":
+            time.sleep(3 * TIMEOUT)
+        case "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        case "cpu memory":
+            torch.empty(1 << 50)
+        case "error":
+            raise KeyError("layer 7")
+        case "input":
+            raise FarspanError("A prompt must not be empty.")
+        case "leave":
+            raise SystemExit(5)  # past what catches a failing model call
+        case "inputs":
+            mesh.agree({"input_ids": torch.tensor([1, 2]), "max_new_tokens": 8})
 
 
 def main(kind: str, rank: int) -> None:
@@ -64,4 +72,5 @@ if __name__ == "__main__":
         main(sys.argv[1], int(sys.argv[2]))
     except FarspanError as error:
         print(f"farspan: {error}", file=sys.stderr, flush=True)
+        now("end")
         sys.exit(2)

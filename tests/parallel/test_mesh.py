@@ -188,11 +188,7 @@ def replicas_and_sizes(_: Any) -> dict[str, Any]:
         join(ContextParallel(size=3), "cpu")
     mesh.agree({"replica": torch.distributed.get_rank() // 2})
     mesh.close()
-    return who_before(mesh)
-
-
-def who_before(mesh: Any) -> dict[str, Any]:
-    return {"ranks": [mesh.ranks.global_rank(i) for i in range(mesh.size)], "size": mesh.config.size}
+    return {"size": mesh.config.size, **who(mesh)}
 
 
 def test_a_smaller_size_makes_replicas(world: World):
@@ -225,10 +221,10 @@ def device_meshes(_: Any) -> dict[str, Any]:
     for given, said in [
         (unnamed, 'name the one whose ranks share a sequence "cp"'),
         (both["tp"], "dimensions"),
-        (ContextParallel(mesh=both, size=4), r"size=4\), but the mesh has 2 ranks"),
+        (ContextParallel(mesh=both, size=4), r"size=4\), but the mesh given has 2 ranks"),
         (ContextParallel(mesh=both, ulysses=4), "ulysses=4.*2 ranks"),
         (ContextParallel(mesh="cp"), "mesh='cp'"),
-        (ParallelismConfig(), "no mesh"),
+        (ParallelismConfig(), "no device mesh"),
     ]:
         with pytest.raises(FarspanError, match=said):
             join(given, "cpu")
