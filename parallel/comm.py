@@ -60,8 +60,12 @@ class Ranks:
         if not self._left:
             self.abort()
             self._left = True
-            dist.destroy_process_group(self.group)
+            if dist.is_initialized():  # or it went with all the others
+                dist.destroy_process_group(self.group)
             del self.group  # the last reference keeps connections open
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a copied cache is shared by the same ranks
 
     def global_rank(self, rank: int) -> int:
         """The rank in the whole job of this group's ``rank``."""

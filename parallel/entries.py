@@ -20,25 +20,25 @@ def extend(
     shared: Summaries,
     k: Tensor,
     held: Layout,
-    new: Tensor,
+    recent: Tensor,
     starts: list[int] | None,
     ranks: Ranks,
-) -> None:
+) -> Tensor:
     """Take in what follows the ``shared.done`` keys, where all ranks have the newest of them at hand.
 
-    k [B, Hkv, n, D] are the rows this rank holds by ``held``; new [B, Hkv, t, D] the last t of all positions,
-    the same on every rank. Asks the others only for the open block's earlier keys.
+    k [B, Hkv, n, D] are the rows this rank holds by ``held``; recent [B, Hkv, t, D] the last t of all positions,
+    the same on every rank. -> the same, longer where the open block began before: the others were asked.
     """
-    total, block_begin = held.length, shared.open(summary, starts)
-    recent = total - new.shape[2]
-    if block_begin < recent:
-        layout = held.cut(block_begin, recent)
-        a, b = held.below(ranks.rank, block_begin), held.below(ranks.rank, recent)
-        new = torch.cat([gather_rows(k[:, :, a:b], layout, ranks, "open_block"), new], 2)
-    else:
-        new = new[:, :, block_begin - recent :]
+    total, begin = held.length, shared.open(summary, starts)
+    known = total - recent.shape[2]
+    if begin < known:
+        layout = held.cut(begin, known)
+        a, b = held.below(ranks.rank, begin), held.below(ranks.rank, known)
+        recent = torch.cat([gather_rows(k[:, :, a:b], layout, ranks, "open_block"), recent], 2)
+        known = begin
     start = None if starts is None else torch.tensor(starts, device=k.device)
-    shared.get(summary, new, start, total - new.shape[2])
+    shared.get(summary, recent[:, :, begin - known :], start, begin)
+    return recent
 
 
 def extend_split(

@@ -8,6 +8,7 @@ own, so that farspan's collectives neither wait for others nor hang.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import importlib.util
 import math
@@ -162,18 +163,6 @@ class Mesh:
     def close(self) -> None:
         """Leave the groups that ``join`` has made. The job's own group stays."""
         self.watch.close()
-        self._leave()
-
-    def _leave(self) -> None:
-        for ranks in self._groups():
-            ranks.leave()
-
-    def _abort(self) -> None:
-        for ranks in self._groups():
-            ranks.abort()
-
-    def _groups(self) -> list[Ranks]:
-        return [ranks for ranks in (self.ranks, self.ulysses, self.ring) if ranks is not None]
 
 
 _SLOTS = 16
@@ -273,6 +262,12 @@ def _initialise(device: torch.device, timeout: float) -> None:
             f"Rank {os.environ['RANK']} did not meet the {os.environ['WORLD_SIZE']} ranks of the job at "
             f"{where}: {one_line(error)}"
         ) from error
+    atexit.register(_leave_job)
+
+
+def _leave_job() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _transport(device: torch.device) -> str:
@@ -359,20 +354,12 @@ def _meet(
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "mesh"}
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", len(mine)))
     says = {"options": options, "device": _identity(device), "inside": inside}
-    mesh: Mesh | None = None  # there is nothing to leave before the groups stand
-    watch = Watch(
-        store,
-        f"{key}/{mine[0]}",
-        mine,
-        rank,
-        config.timeout,
-        abandon=lambda: mesh._leave() if mesh else None,
-        abort=lambda: mesh._abort() if mesh else None,
-    )
+    watch = Watch(store, f"{key}/{mine[0]}", mine, rank, config.timeout)
 
     def group(name: str, ranks: list[int]) -> Ranks:
         made = _new_group(f"{key}/{name}/{ranks[0]}", ranks, rank, _transport(device), config.timeout)
-        return Ranks(made, watch.guard)
+        watch.groups.append(Ranks(made, watch.guard))
+        return watch.groups[-1]
 
     try:
         said = meet(store, key, members, rank, says, MEETING * config.timeout)
@@ -388,8 +375,7 @@ def _meet(
     except BaseException:
         watch.close()
         raise
-    mesh = Mesh(everyone, ulysses, ring, config, device, watch)
-    return mesh
+    return Mesh(everyone, ulysses, ring, config, device, watch)
 
 
 def _new_group(name: str, ranks: list[int], rank: int, transport: str, timeout: float) -> dist.ProcessGroup:

@@ -44,7 +44,7 @@ class Order:
         return x if self._back is None else x.index_select(2, self._back)
 
 
-@functools.lru_cache(maxsize=32)  # asked for by every layer of a call
+@functools.lru_cache(maxsize=8)  # asked for by every layer of a call
 @torch.inference_mode(False)  # or a backward could not keep the indices
 def order(split: Split, past: Layout | None, members: tuple[int, ...], device: torch.device) -> Order:
     """The order of what ``members`` hold: each one's stored rows (``past``; None: leave them out) and behind

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention.errors import FarspanError
+from .comm import Ranks
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which a living rank shows one, on a busy machine too
@@ -63,23 +64,14 @@ class Watch:
     store: the job's store; the watch uses a connection of its own.
     key: a prefix for the store's keys that no other watch has.
     ranks: the job's ranks watched over, and ``rank`` which of them this one is.
-    timeout: seconds after which the group's collectives give up, for the sentences.
-    abandon: closes this rank's connections to the others (called once, when a verdict is known).
+    timeout: seconds after which the groups' collectives give up, for the sentences.
+    groups: the groups it guards. They are left when the watch ends, by a verdict or by ``close``.
     """
 
-    def __init__(
-        self,
-        store: dist.Store,
-        key: str,
-        ranks: list[int],
-        rank: int,
-        timeout: float,
-        abandon: Callable[[], None],
-        abort: Callable[[], None],
-    ):
+    def __init__(self, store: dist.Store, key: str, ranks: list[int], rank: int, timeout: float):
         self._store = _own(store, GRACE)
         self._key, self._ranks, self._rank, self._timeout = key, ranks, rank, timeout
-        self._abandon, self._abort = abandon, abort
+        self.groups: list[Ranks] = []
         self._count, self._name, self._beats = 0, "join", 0
         self._said: str | None = None  # an error of this rank's that the group survives
         self._verdict: str | None = None
@@ -135,17 +127,22 @@ class Watch:
         return self._stop(self._ask(self._decide, text) or text)
 
     def close(self) -> None:
-        """Stop watching; the others may see that this rank has left."""
+        """Leave the groups and stop watching; the others may see that this rank has ended."""
         if not self._closed:
             self._closed = True
             self._tasks.put(None)
             self._thread.join(BEAT)  # it may hang on a store whose keeper is stopped
+            self._leave()
             atexit.unregister(self.close)
+
+    def _leave(self) -> None:
+        for group in self.groups:
+            group.leave()
 
     def _stop(self, verdict: str) -> FarspanError:
         if not self._stopped:
             self._stopped, self._verdict = True, verdict
-            self._abandon()
+            self._leave()
             self._ask(self._linger)
         return FarspanError(verdict)
 
@@ -188,7 +185,8 @@ class Watch:
             try:
                 self._publish()
                 if self._verdict is None and self._read_verdict() is not None:
-                    self._abort()
+                    for group in self.groups:
+                        group.abort()
             except RuntimeError as error:  # the store has gone: no more to be said or heard
                 if asked is not None:
                     asked[1].set_exception(error)

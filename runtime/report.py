@@ -91,8 +91,8 @@ class Report:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks,
-        implementation."""
+        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, how
+        data moved between ranks, implementation."""
         totals: dict[str, Any] = {}
         for phase in (PREFILL, DECODE):
             done = [layer.phases[phase] for layer in self.layers]
@@ -103,9 +103,12 @@ class Report:
             ("kv_bytes_read", "kv_bytes"),
             ("kv_bytes_dense", "dense_bytes"),
             ("selection_bytes",) * 2,
+            ("sent_bytes",) * 2,
+            ("sent_bytes_dense", "dense_sent_bytes"),
         ):
             totals[out] = sum(getattr(p, name) for p in every)
         totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
+        totals["mechanisms"] = {name: why for p in every for name, why in p.mechanisms.items()}
         totals["implementation"] = _implementation(every)
         return totals
 
@@ -145,6 +148,12 @@ class Report:
             f"{_bytes(totals['selection_bytes'])} to select; implementation: "
             f"{totals['implementation'] or 'none ran'}"
         )
+        if totals["mechanisms"]:
+            lines.append(
+                f"over ranks: this one sent {_bytes(totals['sent_bytes'])} where dense attention sends "
+                f"{_bytes(totals['sent_bytes_dense'])}"
+            )
+            lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")
         for reason in sorted(set(self.untouched.values())):

@@ -22,7 +22,8 @@ class ShardStore(KVStore):
     """A KVStore whose rows are some of a sequence's positions, the others being on other ranks.
 
     ``length`` counts the rows that are here, ``total`` the positions everywhere. ``layout`` says who holds which;
-    it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank. window: of a
+    it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank, and
+    ``recent`` the last few keys [B, Hkv, t, D], which a block that is still open is made of. window: of a
     layer with a sliding window, older positions than which are dropped.
     """
 
@@ -31,6 +32,7 @@ class ShardStore(KVStore):
         self.ranks, self.block, self.window = ranks, block, window
         self.layout = Layout.empty(ranks.size)
         self.shared = Summaries()
+        self.recent: Tensor | None = None
         self._total = 0
 
     @property
@@ -69,6 +71,7 @@ class ShardStore(KVStore):
     def align(self, starts: list[int] | None) -> None:
         if starts != self._starts:
             self.shared.clear()
+            self.recent = None
         super().align(starts)
 
     def crop(self, count: int) -> None:
@@ -84,6 +87,9 @@ class ShardStore(KVStore):
         here = self.layout.below(self.ranks.rank, self.total)
         self.layout = self.layout.cut(0, self.total)
         self.shared.crop(self.total)
+        self.recent = (
+            None if self.recent is None else self.recent[:, :, : max(0, self.recent.shape[2] - count)]
+        )
         super().crop(self.length - here)
         self.states.clear()
 
@@ -91,6 +97,7 @@ class ShardStore(KVStore):
         super().reset()
         self.layout, self._total = Layout.empty(self.ranks.size), 0
         self.shared.clear()
+        self.recent = None
 
     def holds(self, k: Tensor) -> bool:
         return False  # k is the call's own; the rows here are read by position
@@ -98,3 +105,4 @@ class ShardStore(KVStore):
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         super()._map(change, rows)
         self.shared.map_rows(change)
+        self.recent = None if self.recent is None else change(self.recent)

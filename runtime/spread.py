@@ -54,7 +54,7 @@ def spread(
     else:
         store.take_split(k, v, call.split)
     if window is None:
-        _extend(layer, phase, k, store, past, call, mesh)
+        _extend(layer, k, store, past, call, mesh)
     how = {"scale": scale, "softcap": softcap}
     sent = mesh.sent()
     if call.split is not None:
@@ -63,7 +63,11 @@ def spread(
         )
     elif phase == DECODE:
         part, reads = decode(method, q, sharded_keys(q, store, call, method, scale, softcap), window)
-        travel = Travel("decode", dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q))
+        travel = Travel(
+            "decode",
+            "one collective of partial results a layer",
+            dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q),
+        )
     elif window is not None:
         part, reads = flash(q, k, v, window=window, start=call.start, **how), Reads()
         travel = Travel("none", _SHORT)
@@ -121,18 +125,24 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     store.layout = kept
 
 
-def _extend(
-    layer: Layer, phase: str, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh
-) -> None:
+def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
     """Bring the block summaries up to date that some method of the layer is going to select by."""
     wanted: dict[tuple, Summary] = {s.key: s for s in layer.decode.summaries if s.block > 1}
     if call.split is not None:
         wanted |= {s.key: s for s in layer.prefill.summaries}
+    recent = k
+    if call.split is None and store.recent is not None:
+        recent = torch.cat([store.recent, k], 2)
     for summary in wanted.values():
         if call.split is None:
-            extend(summary, store.shared, store.rows.k, store.layout, k, call.starts, mesh.ranks)
+            recent = extend(
+                summary, store.shared, store.rows.k, store.layout, recent, call.starts, mesh.ranks
+            )
         else:
             extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
+    store.recent = None
+    if call.split is None and wanted:
+        store.recent = recent[:, :, -2 * max(s.block for s in wanted.values()) :]
 
 
 def _told(method: AttentionMethod) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from farspan.attention.errors import FarspanError, Unsupported
 from farspan.attention.ops.flash import flash
-from farspan.attention.ops.reference import masked_attention
 from farspan.attention.partial import Partial
 from farspan.parallel import ring as ring_module
 from farspan.parallel.autograd import gather
@@ -25,7 +24,7 @@ from farspan.parallel.ring import ring
 from farspan.parallel.ulysses import ulysses
 from farspan.parallel.usp import usp
 
-from ..ops.tools import assert_grads_equal, assert_law_5, brute_mask, oracle
+from ..ops.tools import assert_grads_equal, brute_mask, oracle
 
 BLOCK = 16  # of decoded tokens
 
@@ -69,10 +68,10 @@ class Case:
         q, k, v, _ = self.whole()
         return oracle(q[:, :, self.past :], k, v, self.mask, **self.how)
 
-    def reference(self) -> Partial:
-        """The definition in the dtype of the case (law 5)."""
+    def magnitude(self) -> Partial:
+        """The same of |v|: what partial outputs, weighted, add up to at most."""
         q, k, v, _ = self.whole()
-        return masked_attention(q[:, :, self.past :], k, v, self.mask, **self.how)
+        return oracle(q[:, :, self.past :], k, v.abs(), self.mask, **self.how)
 
 
 def stored(case: Case, size: int) -> Layout:
@@ -183,11 +182,11 @@ def prefill(group: Any, cases: list[tuple[str, Case]]) -> None:
         parts = [mechanism(*mechanism.share.leaves()) for mechanism in mechanisms]
     for (name, case), mechanism, part in zip(cases, mechanisms, parts, strict=True):
         assert part.out.dtype in (case.dtype, torch.float32)
-        want, reference = (mechanism.share.part(x) for x in (case.truth(), case.reference()))
+        want = mechanism.share.part(case.truth())
         if case.dtype == torch.float64:
             _assert_same(part, want, (name, case))
         else:
-            assert_law_5(part, reference, want)
+            _assert_rounded(part, want, mechanism.share.part(case.magnitude()).out, (name, case))
 
 
 def _assert_same(part: Partial, want: Partial, what: object) -> None:
@@ -198,12 +197,25 @@ def _assert_same(part: Partial, want: Partial, what: object) -> None:
     assert torch.allclose(part.lse, want.lse, rtol=1e-12, atol=1e-12), what
 
 
+def _assert_rounded(part: Partial, want: Partial, magnitude: Tensor, what: object) -> None:
+    """At most four roundings of what is added up: weights, a partial's out, its travel, the result. An error
+    of the lse is a relative error of the weights; torch's 16-bit kernel takes exponentials to 20 bits."""
+    eps = torch.finfo(torch.bfloat16).eps
+    empty = want.lse == -torch.inf
+    assert torch.equal(part.lse == -torch.inf, empty), what
+    assert not part.out[empty].any(), what
+    assert ((part.out - want.out).abs() <= 4 * eps / 2 * magnitude).all(), what
+    assert torch.allclose(part.lse[~empty].double(), want.lse[~empty], rtol=1e-6, atol=eps / 32), what
+
+
 def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
     """Gradients of q, k, v and of stored k, v, through out and lse, on this rank's rows."""
     results = []
     for name, case in cases:
         mechanism = Mechanism(name, case, group)
         share, leaves = mechanism.share, mechanism.share.leaves()
+        with torch.inference_mode():
+            mechanism(*leaves)  # indices kept from here must serve a backward
         loss = _loss(mechanism(*leaves), share.of(case.whole()[3], 1e6))
         results.append((case, share, torch.autograd.grad(loss, leaves, allow_unused=True)))
     for case, share, got in results:
@@ -213,7 +225,7 @@ def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
         assert_grads_equal([g.double() for g in got[:3]], want, close)
         if case.past:
             past = [x[:, :, share.stored] for x in (dk, dv)]
-            assert_grads_equal([g.double() for g in got[3:]], past, close)
+            assert_grads_equal([g.double() for g in (got[0], *got[3:])], [want[0], *past], close)
 
 
 def _loss(part: Partial, weights: Tensor) -> Tensor:
@@ -290,7 +302,8 @@ def same(group: Any, cases: list[Case]) -> None:
             for one in (ours, theirs):
                 leaves = one.share.leaves()
                 part = one(*leaves)
-                grads = torch.autograd.grad(_loss(part, one.share.of(case.whole()[3], 1.0)), leaves[:3])
+                leaves = leaves if case.past else leaves[:3]
+                grads = torch.autograd.grad(_loss(part, one.share.of(case.whole()[3], 1.0)), leaves)
                 ranks = [one.across, one.along] if name == "usp" else [one.ranks]
                 pairs.append((part, grads, [r.sent for r in ranks]))
             (a, da, sent_a), (b, db, sent_b) = pairs
@@ -308,7 +321,7 @@ def refusals(group: Any) -> None:
     heads = "9 query heads cannot .* 2 ranks; of 3 KV heads and 2 ranks"
     for case, options, error, words in (
         (Case(new=5, heads=(9, 3)), {}, Unsupported, heads),
-        (Case(new=5), {"backend": "mpi"}, Unsupported, "no backend 'mpi': it has farspan and deepspeed"),
+        (Case(new=5), {"backend": "mpi"}, Unsupported, "no backend 'mpi': it has torch and deepspeed"),
         (Case(new=5), {"backend": "deepspeed"}, FarspanError, r"pip install 'farspan\[parallel\]'"),
     ):
         mechanism = Mechanism("ulysses", case, group, **options)

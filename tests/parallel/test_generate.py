@@ -1,0 +1,211 @@
+"""``generate`` over ranks: architectures, mechanisms, what is stored, what is sent, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import farspan
+from farspan.attention.errors import Unsupported
+from farspan.parallel.comm import Ranks
+from farspan.parallel.layout import zigzag
+
+from ..runtime import small_models
+from .jobs import BLOCK, Case, generated, model_of, over_ranks, prompts
+from .world import World
+
+FP32 = {"dtype": torch.float32}
+
+
+def assert_same(world: World, sizes: tuple[int, ...], cases: list[Case], bound: float) -> list[Any]:
+    """Every rank has the tokens and logits of one device; -> what the last size has given, by rank."""
+    ranks: list[Any] = []
+    for size in sizes:
+        ranks = world.run(over_ranks, size, cases)
+        for i, case in enumerate(cases):
+            want = generated(case)
+            for rank, got in enumerate(done[i] for done in ranks):
+                where = f"rank {rank} of {size}, {case}"
+                for a, b in zip(got["tokens"], want["tokens"], strict=True):
+                    assert torch.equal(a, b), f"other tokens: {where}"
+                for a, b in zip(got["logits"], want["logits"], strict=True):
+                    assert (a - b).abs().max() <= bound, f"logits {(a - b).abs().max():.1e} apart: {where}"
+    return ranks
+
+
+SERVED = [name for name in small_models.ARCHITECTURES if name not in small_models.RECURRENT]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_architectures(name: str, world: World):
+    """Grouped heads, sliding layers, soft-caps, learned sinks, experts; padded, and on a cache that is spread."""
+    experts = name in ("gpt_oss", "qwen3_moe")  # whose kernel knows no float64
+    dtype = torch.float32 if experts else torch.float64
+    cases = [
+        Case(model=name, dtype=dtype, lengths=(90,)),
+        Case(model=name, dtype=dtype, lengths=(70, 41), turns=(20, 1), new=4),
+    ]
+    assert_same(world, (3,), cases, 5e-5 if experts else 1e-9)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 3), (8, 2)], ids=str)
+def test_any_number_of_heads_and_mechanism(heads: tuple[int, int], world: World):
+    overrides = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 96}
+    cases = [
+        Case(
+            **FP32,
+            overrides=overrides,
+            lengths=(37, 90),
+            turns=(40,),
+            new=3,
+            parallel={"mechanism": mechanism},
+        )
+        for mechanism in ("gather", "ring", "ulysses", "pass_q")
+    ]
+    usp = Case(
+        **FP32, overrides=overrides, lengths=(90, 37), turns=(40,), new=3,
+        parallel={"mechanism": "usp", "ulysses": 2},
+    )  # fmt: skip
+    assert_same(world, (3,), cases[:2], 1e-5)
+    assert_same(world, (4,), [*cases, usp], 1e-5)
+
+
+def test_a_mechanism_that_cannot_serve_is_named(world: World):
+    case = Case(
+        overrides={"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96},
+        parallel={"mechanism": "ulysses"},
+    )
+    [got] = world.run(over_ranks, 4, [case])[0]
+    [(name, why)] = got["report"].layers[0].phases["prefill"].mechanisms.items()
+    assert name == "gather" and why.startswith("ulysses was asked for, but") and "6 query heads" in why
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bytes_sent_and_kept_follow_the_formulas(size: int, world: World):
+    case = Case(**FP32, lengths=(1021, 700), new=9, overrides={"max_position_embeddings": 2048})
+    h, hkv, d, e, b = 4, 2, 16, 4, 2
+    filled = zigzag(0, 1021, size).rows * size
+    for rank, [got] in enumerate(world.run(over_ranks, size, [case])):
+        layer = got["report"].layers[1].phases
+        assert layer["prefill"].sent_bytes == b * (size - 1) * filled // size * 2 * hkv * d * e
+        assert layer["prefill"].dense_sent_bytes == layer["prefill"].sent_bytes
+        assert layer["decode"].calls == 8
+        assert layer["decode"].sent_bytes == 8 * b * (size - 1) * h * (d * e + 4)
+        total = 1021 + 8
+        assert got["seen"] == total
+        assert all(rows <= total / size + BLOCK for rows in got["rows"]), rank
+
+
+def counted(group: Any, case: Case) -> list[dict[str, int]]:
+    """The collectives of each decode call of a case."""
+    found: list[dict[str, int]] = []
+    seen: list[Any] = []
+    original = Ranks._counted
+
+    def spy(self: Ranks, name: str, sent: int) -> Any:
+        seen.append(name)
+        return original(self, name, sent)
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(Ranks, "_counted", spy)
+        over_ranks(group, [case])
+    calls: list[str] = []
+    for name in [*seen, "agree"]:
+        if name == "agree":  # one before each call
+            found.append({n: calls.count(n) for n in calls})
+            calls = []
+        else:
+            calls.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spec", "each"),
+    [
+        ("dense", {"partials": 1}),
+        ("window:w=20", {"partials": 1}),
+        ("quest:k=16,page=4,dense_layers=0", {"partials": 1}),
+        ("recycled:k=24,stride=100", {"partials": 1}),
+    ],
+)
+def test_collectives_of_a_decode_step(spec: str, each: dict[str, int], world: World):
+    layers = 3
+    for calls in world.run(counted, 3, Case(spec=spec, lengths=(61,), new=6)):
+        assert calls[-1] == {name: n * layers for name, n in each.items()}
+
+
+@pytest.mark.parametrize(
+    ("spec", "how"),
+    [("dense", {}), ("quest:k=16,page=4,dense_layers=0", {"prompt_lookup_num_tokens": 3}), ("dense", {"top_k": 5, "do_sample": True})],
+)  # fmt: skip
+def test_other_ways_to_generate(spec: str, how: dict[str, Any], world: World):
+    assert_same(world, (3,), [Case(spec=spec, lengths=(61,), how=how, new=12)], 1e-9)
+
+
+def test_selected_keys_alone_travel(world: World):
+    """With a block per query block, far less is sent than by dense attention."""
+    case = Case(
+        lengths=(1000,), spec="block_topk:k=32,block=16", new=2, overrides={"max_position_embeddings": 2048}
+    )
+    for [got] in world.run(over_ranks, 4, [case]):
+        prefill = got["report"].layers[0].phases["prefill"]
+        assert list(prefill.mechanisms) == ["fetch"]
+        assert 0 < prefill.sent_bytes < 0.5 * prefill.dense_sent_bytes
+
+
+@pytest.mark.parametrize("name", small_models.RECURRENT)
+def test_recurrent_layers_are_refused(name: str):
+    with pytest.raises(Unsupported, match="carry a state along the sequence"):
+        farspan.patch(small_models.shared(name), parallel="auto")
+
+
+def outside(group: Any) -> list[str]:
+    """What happens to a spread cache once its patch is gone, and to a deep copy of it."""
+    import copy
+
+    case = Case()
+    model, (ids, mask) = model_of(case), prompts(case)
+    config = farspan.ContextParallel(mesh=group)
+    with farspan.patch(model, parallel=config):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)
+        cache = out.past_key_values
+        again = copy.deepcopy(cache)
+        more = torch.cat([out.sequences, ids[:, :4]], 1)
+        first = model.generate(more, max_new_tokens=3, past_key_values=cache)
+        second = model.generate(more, max_new_tokens=3, past_key_values=again)
+    said = [str(torch.equal(first, second))]
+    for patch in (None, farspan.patch):
+        patched = patch(model) if patch else None
+        try:
+            model(ids[:, :3], past_key_values=cache)
+        except farspan.FarspanError as error:
+            said.append(str(error))
+        if patched:
+            patched.remove()
+    return said
+
+
+def test_a_spread_cache_outside_its_patch(world: World):
+    for same, unpatched, alone in world.run(outside, 2):
+        assert same == "True"
+        assert "not patched with them now" in unpatched
+        assert "parallel=" in alone
+
+
+def with_other_inputs(group: Any) -> str:
+    model, (ids, _) = model_of(Case()), prompts(Case())
+    with farspan.patch(model, parallel=farspan.ContextParallel(mesh=group)):
+        if torch.distributed.get_rank(group) == 1:
+            ids[0, 7] += 1
+        try:
+            model.generate(ids, max_new_tokens=2)
+        except farspan.FarspanError as error:
+            return str(error)
+    return ""
+
+
+def test_other_inputs_on_a_rank_are_found(world: World):
+    for said in world.run(with_other_inputs, 3):
+        assert "the input on rank 1" in said
