@@ -121,7 +121,7 @@ class Mesh:
 
     def sent(self) -> int:
         """Bytes that this rank has sent so far, what it takes to ``agree`` left out."""
-        return sum(sum(r.sent.values()) - r.sent["agree"] for r in self._groups())
+        return sum(sum(r.sent.values()) - r.sent["agree"] for r in self.watch.groups)
 
     def agree(self, values: dict[str, Tensor | int | str | None]) -> None:
         """That every rank has the same values, dtype, shape and bits: one all-gather of 128 bytes.

@@ -129,7 +129,7 @@ def test_two_agents_form_one_group():
 
 @pytest.mark.slow
 def test_accelerate_launch():
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     line += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     line += ["--main_process_port", str(launch.free_port()), script("script_gather.py"), "accelerate"]
     heard(launch.commands(line), 2)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from farspan.parallel import blockwise as blockwise_module
 from farspan.parallel.blockwise import blockwise
 from farspan.parallel.layout import Span
 from farspan.parallel.ulysses import unsupported
@@ -125,9 +126,15 @@ SPANS: list[tuple[list[Span], list[Span]]] = [
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("queries", "keys"), SPANS)
 def test_spans_by_position(
-    queries: list[Span], keys: list[Span], softcap: float | None, starts: list[int] | None
+    monkeypatch: pytest.MonkeyPatch,
+    queries: list[Span],
+    keys: list[Span],
+    softcap: float | None,
+    starts: list[int] | None,
 ):
-    """Out, lse and their gradients against a mask of positions."""
+    """Out, lse and their gradients against a mask of positions; the backward in small tiles."""
+    monkeypatch.setattr(blockwise_module, "_ROWS", 4)
+    monkeypatch.setattr(blockwise_module, "_COLS", 6)
     rows, cols = (torch.cat([torch.arange(a, b) for a, b in spans]) for spans in (queries, keys))
     g, b = torch.Generator().manual_seed(0), len(starts or [0])
     shapes = [(4, len(rows), 8), (2, len(cols), 8), (2, len(cols), 4)]
