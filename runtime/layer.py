@@ -24,7 +24,7 @@ from ..parallel.prefill import Call
 from .cache import KVStore, lasting
 from .report import PhaseReport
 from .shard import ShardStore
-from .spread import spread
+from .spread import carried, spread
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not the cache's own"
@@ -149,8 +149,9 @@ class Layer:
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        if self.session.call is not None:
-            part = self._over_ranks(q, k, v, self.session.call, **how)
+        call = self.session.call or carried(mask)
+        if call is not None:
+            part = self._over_ranks(q, k, v, call, **how)
         else:
             part = self._here(q, k, v, mask, **how)
         if sinks is not None:

@@ -25,7 +25,22 @@ from .shard import ShardStore
 if TYPE_CHECKING:
     from .layer import Layer
 
+_CALL = "_farspan_call"
 _SHORT = "the prompt is so short that every rank computes it"
+
+
+def carrier(call: Call, device: torch.device) -> Tensor:
+    """A mask that takes ``call`` along to every layer, also when gradient checkpointing runs a layer again in
+    backward. Of four dimensions: transformers hands such a mask on as it is and looks for no packed
+    sequences."""
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    setattr(mask, _CALL, call)
+    return mask
+
+
+def carried(mask: Tensor | None) -> Call | None:
+    """The call that came with the mask."""
+    return getattr(mask, _CALL, None)
 
 
 def spread(
@@ -125,6 +140,7 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     store.layout = kept
 
 
+@torch.no_grad()
 def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
     """Bring the block summaries up to date that some method of the layer is going to select by."""
     wanted: dict[tuple, Summary] = {s.key: s for s in layer.decode.summaries if s.block > 1}

@@ -19,6 +19,7 @@ from ...parallel.mesh import Mesh
 from ...parallel.prefill import Call, make_split
 from ..layer import Padding, Session, read_padding
 from ..shard import in_call
+from ..spread import carrier
 from .models import ModelInfo
 
 
@@ -139,9 +140,9 @@ def _forward(
         for name in ALONG_TOKENS:
             if kwargs.get(name) is not None:
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
-    # transformers hands a mask of four dimensions on as it is, and looks for no packed sequences.
-    kwargs["attention_mask"] = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-    session.call, running = Call(split, past, total, padding.start, padding.starts), in_call.set(True)
+    call = Call(split, past, total, padding.start, padding.starts)
+    kwargs["attention_mask"] = carrier(call, tokens.device)
+    session.call, running = call, in_call.set(True)
     try:
         output = original(**kwargs)
     except BaseException as error:

@@ -184,12 +184,12 @@ def prefill(group: Any, cases: list[tuple[str, Case]]) -> None:
         assert part.out.dtype in (case.dtype, torch.float32)
         want = mechanism.share.part(case.truth())
         if case.dtype == torch.float64:
-            _assert_same(part, want, (name, case))
+            assert_same(part, want, (name, case))
         else:
             _assert_rounded(part, want, mechanism.share.part(case.magnitude()).out, (name, case))
 
 
-def _assert_same(part: Partial, want: Partial, what: object) -> None:
+def assert_same(part: Partial, want: Partial, what: object) -> None:
     empty = want.lse == -torch.inf
     assert torch.equal(part.lse == -torch.inf, empty), what
     assert not part.out[empty].any(), what
@@ -216,8 +216,8 @@ def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
         share, leaves = mechanism.share, mechanism.share.leaves()
         with torch.inference_mode():
             mechanism(*leaves)  # indices kept from here must serve a backward
-        loss = _loss(mechanism(*leaves), share.of(case.whole()[3], 1e6))
-        results.append((case, share, torch.autograd.grad(loss, leaves, allow_unused=True)))
+        total = loss(mechanism(*leaves), share.of(case.whole()[3], 1e6))
+        results.append((case, share, torch.autograd.grad(total, leaves, allow_unused=True)))
     for case, share, got in results:
         dq, dk, dv = _whole_gradients(case)
         want = [share.of(x, 0.0) for x in (dq, dk, dv)]
@@ -228,7 +228,7 @@ def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
             assert_grads_equal([g.double() for g in (got[0], *got[3:])], [want[0], *past], close)
 
 
-def _loss(part: Partial, weights: Tensor) -> Tensor:
+def loss(part: Partial, weights: Tensor) -> Tensor:
     """Of one rank: all ranks' together are the loss of the whole."""
     return (part.out * weights).sum() + part.lse[part.lse > -torch.inf].cos().sum()
 
@@ -239,7 +239,7 @@ def _whole_gradients(case: Case) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in leaves]
     q, k, v = leaves
     part = oracle(q[:, :, case.past :], k, v, case.mask, **case.how)
-    return list(torch.autograd.grad(_loss(part, weights[:, :, case.past :]), leaves))
+    return list(torch.autograd.grad(loss(part, weights[:, :, case.past :]), leaves))
 
 
 def bytes_sent(group: Any, cases: list[tuple[str, Case]]) -> list[dict[str, int]]:
@@ -303,7 +303,7 @@ def same(group: Any, cases: list[Case]) -> None:
                 leaves = one.share.leaves()
                 part = one(*leaves)
                 leaves = leaves if case.past else leaves[:3]
-                grads = torch.autograd.grad(_loss(part, one.share.of(case.whole()[3], 1.0)), leaves)
+                grads = torch.autograd.grad(loss(part, one.share.of(case.whole()[3], 1.0)), leaves)
                 ranks = [one.across, one.along] if name == "usp" else [one.ranks]
                 pairs.append((part, grads, [r.sent for r in ranks]))
             (a, da, sent_a), (b, db, sent_b) = pairs

@@ -143,7 +143,7 @@ def test_spans_by_position(
     mask = (cols <= rows[:, None]) & (cols >= first)
     how = {"scale": 0.7, "softcap": softcap}
     got, want = blockwise(q, queries, k, v, keys, starts=starts, **how), oracle(q, k, v, mask, **how)
-    jobs._assert_same(got, want, (queries, keys))
+    jobs.assert_same(got, want, (queries, keys))
     weights = torch.randn(want.out.shape, generator=g, dtype=torch.float64)
-    grads = [torch.autograd.grad(jobs._loss(part, weights), (q, k, v)) for part in (got, want)]
+    grads = [torch.autograd.grad(jobs.loss(part, weights), (q, k, v)) for part in (got, want)]
     assert_grads_equal(*grads)
