@@ -77,7 +77,7 @@ def plan(
         raise FarspanError(f"Unknown --dtype {dtype!r}; it is auto, bfloat16, float16 or float32.")
     if not simulate and (ranks or out):
         raise FarspanError("--ranks and --out belong to --simulate; give that as well.")
-    figures = {
+    figures: dict[str, Any] = {
         "flops": _positive(flops, "--flops", 1e12),
         "utilisation": _positive(utilisation, "--utilisation"),
         "bandwidth": _positive(bandwidth, "--bandwidth", 1e9),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .ranks import Job
 
 MOST = 10
 """Rows beyond this gain little on a CPU (the weights are read once for them all) and delay the next line
@@ -16,10 +20,23 @@ COPIES = 4
 size."""
 
 
-def batch_rows(model: Any, length: int, count: int) -> int:
-    """Rows per batch for `count` prompts of `length` tokens, evened out over the batches."""
+class Peak:
+    """Bytes, known at the end; None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+def batch_rows(model: Any, length: int, count: int, job: Job | None = None) -> int:
+    """Rows per batch for `count` prompts of `length` tokens, evened out over the batches; over the ranks of a
+    job as many as fit where memory is least."""
     per_row = COPIES * kv_bytes(model, length) + activation_bytes(model, length)
-    fitting = max(1, min(MOST, int(available_memory(model.device) / 2 / max(per_row, 1))))
+    free = available_memory(model.device)
+    if job is not None and job.mesh is not None:
+        per_row /= job.size  # a prompt is spread over the ranks
+        if model.device.type == "cpu":  # ranks of one machine share its memory
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", job.size))
+        free = min(job.gather(free))
+    fitting = max(1, min(MOST, int(free / 2 / max(per_row, 1))))
     batches = -(-max(count, 1) // fitting)
     return -(-max(count, 1) // batches)
 
@@ -53,6 +70,26 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError):  # no cgroup, or "max"
         return int(free)
     return int(min(free, max(limit - used, 0)))
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """The most memory that this process holds on the device in a `with` block, weights included."""
+    found = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.bytes = int(torch.cuda.max_memory_allocated(device))
+        return
+    proc = Path("/proc/self")
+    try:
+        (proc / "clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError:  # not Linux, or not allowed
+        yield found
+        return
+    yield found
+    [line] = [line for line in (proc / "status").read_text().splitlines() if line.startswith("VmHWM")]
+    found.bytes = int(line.split()[1]) * 1024
 
 
 def _itemsize(model: Any) -> int:

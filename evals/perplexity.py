@@ -15,7 +15,8 @@ from typing import Any
 from ..attention.errors import FarspanError
 from . import batch as forward
 from .memory import batch_rows
-from .results import Results
+from .ranks import Job, interrupted
+from .results import Results, open_results, record
 from .run import Summary, finish
 from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
 
@@ -35,13 +36,14 @@ def perplexity(
     per_call: int = 1,
     batch_size: int | str = "auto",
     recipe: str | Path | None = None,
+    parallel: Any = None,
     progress: bool = True,
 ) -> Summary:
     """Mean NLL (nats per token) of `tokens` tokens after `context` tokens, in `windows` disjoint parts of the
     text.
 
     per_call: tokens per forward call while scoring, 1 to 16 (longer calls are prefill). Writes and resumes a
-    folder as `run` does. Raises FarspanError where the text is too short for the windows.
+    folder as `run` does, over the ranks of `parallel` where they are given. Raises FarspanError where the text is too short for the windows.
     """
     if not 1 <= per_call <= 16:
         raise FarspanError(f"per_call is {per_call}; a decode call takes 1 to 16 tokens.")
@@ -49,38 +51,44 @@ def perplexity(
         raise FarspanError(
             f"context {context}, tokens {tokens} and windows {windows} must all be at least 1."
         )
-    specs = check_methods(model, methods, recipe)
-    cut = list(cut_windows(tokenizer, text, context + tokens, windows))
-    settings = {
-        **config,
-        "suite": "ppl",
-        "model": model_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "methods": specs,
-        "recipes": recipes(specs, recipe),
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "context": context,
-        "tokens": tokens,
-        "windows": windows,
-        "per_call": per_call,
-    }
-    pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
-    size = batch_rows(model, context + tokens, windows) if isinstance(batch_size, str) else batch_size
-    with Results(out, settings, session={"batch_size": size}) as results, evaluating(model):
-        try:
-            with meter(progress, windows * len(specs)) as advance:
-                for first in range(0, windows, size):
-                    numbers = range(first, min(first + size, windows))
-                    rows = _score(
-                        model, cut, numbers, context, specs, recipe, pad, per_call, results, advance
-                    )
-                    for spec, lines in rows:
-                        results.append(lines)
-                        advance(len(lines), spec)
-        except KeyboardInterrupt:
-            finish(results, complete=False)
-            raise
-        return finish(results, complete=True)
+    with Job(model, parallel) as job:
+        specs = check_methods(model, methods, recipe, job)
+        cut = list(cut_windows(tokenizer, text, context + tokens, windows))
+        settings = {
+            **config,
+            "suite": "ppl",
+            "model": model_name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "methods": specs,
+            "recipes": recipes(specs, recipe),
+            "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "context": context,
+            "tokens": tokens,
+            "windows": windows,
+            "per_call": per_call,
+        }
+        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+        automatic = isinstance(batch_size, str)
+        size = batch_rows(model, context + tokens, windows, job) if automatic else int(batch_size)
+        with (
+            open_results(job, out, settings, session={"batch_size": size}) as results,
+            evaluating(model),
+        ):
+            try:
+                with meter(progress, windows * len(specs)) as advance:
+                    for first in range(0, windows, size):
+                        numbers = range(first, min(first + size, windows))
+                        rows = _score(
+                            model, cut, numbers, context, specs, recipe, pad, per_call, results, advance, job
+                        )
+                        for spec, lines in rows:
+                            record(job, results, lines)
+                            advance(len(lines), spec)
+            except (KeyboardInterrupt, FarspanError) as error:
+                if interrupted(error):
+                    finish(results, complete=False)
+                raise
+            return finish(results, complete=True)
 
 
 def cut_windows(tokenizer: Any, text: str, span: int, windows: int) -> Iterator[list[int]]:
@@ -110,6 +118,7 @@ def _score(
     per_call: int,
     results: Results,
     advance: Any,
+    job: Job,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Score the windows `numbers` under each method that has not finished all of them."""
     span = len(cut[0])
@@ -132,7 +141,7 @@ def _score(
         patched.reset_report()
         with forward.timed(model.device) as clock:
             nlls = forward.teacher_forced(model, batch, cache, golds, pad=pad, per_call=per_call)
-        common = costs(started, patched.report().summary, clock.seconds, len(numbers))
+        common = costs(started, job.report(patched).summary, clock.seconds, len(numbers))
         return [
             {
                 "key": key,
@@ -152,6 +161,6 @@ def _score(
             for key, number, nll in zip(keys, numbers, nlls, strict=True)
         ]
 
-    for spec, rows in under_each(model, batch, waiting, recipe, measure):
+    for spec, rows in under_each(model, batch, waiting, recipe, measure, job):
         fresh = [row for row in rows if not results.done(row["key"], spec, row["recipe"])]
         yield spec, [{"method": spec, **row} for row in fresh]

@@ -76,7 +76,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
         "lengths": lengths,
         "tasks": tasks,
         "rows": len(rows),
-        "one_machine": len({(s.get("cpu"), s.get("gpu"), s.get("threads")) for s in sessions}) <= 1,
+        "one_machine": len({tuple(map(s.get, ("cpu", "gpu", "threads", "ranks"))) for s in sessions}) <= 1,
         "cells": cells,
         "overall": overall,
         "methods": totals,
@@ -287,7 +287,7 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
     if not data.get("complete", True):
         out.append("Stopped before the end: run the same command to resume.")
     if not data["one_machine"]:
-        out.append("Sessions ran on different machines or thread counts: seconds are not comparable.")
+        out.append("Sessions ran on different machines or numbers of threads or ranks: seconds are not comparable.")
     invalid = sum(row["nll_invalid"] for row in data["methods"])
     if invalid:
         out.append(f"{invalid} likelihoods were not finite and are left out of ΔNLL.")

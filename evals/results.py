@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
+from .ranks import Job
 
 FORMAT = 1
 GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples")
@@ -247,6 +248,44 @@ class Results:
                 f"the output folder {self.out} cannot be {verb}: {reason}; rows already written are kept, "
                 "and the same command resumes once that is mended (or give another --out)."
             ) from error
+
+
+class Replica(Results):
+    """The folder as the other ranks of a job know it: the first one's rows, and nothing written."""
+
+    def __init__(self, out: str | Path, config: dict[str, Any], rows: list[dict[str, Any]]):
+        self.out, self.config, self.rows = Path(out), config, rows
+        self._lines, self._size = -1, 0
+        self._done = {(row["key"], row["method"]): row["recipe"] for row in rows}
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take note of rows that the first rank has written."""
+        self._note([json.loads(json.dumps(_finite(row))) for row in rows], 0)
+
+
+def open_results(
+    job: Job, out: str | Path, config: Mapping[str, Any], *, session: Mapping[str, Any] | None = None
+) -> Results:
+    """The folder `out`, opened by the first rank of the job for all of them: what is done is the same on
+    every rank. Raises, on all ranks, what `Results` raises, and FarspanError where their settings differ."""
+    job.agree("the settings of the evaluation", json.dumps(dict(config)))
+    opened: list[Results] = []
+
+    def begin() -> Any:
+        ranks = {"ranks": job.size} if job.size > 1 else {}
+        opened.append(Results(out, config, session={**(session or {}), **ranks}))
+        return [opened[0].config, opened[0].rows] if job.size > 1 else None
+
+    found = job.decide(begin)
+    return opened[0] if opened else Replica(out, *found)
+
+
+def record(job: Job, results: Results, rows: list[dict[str, Any]]) -> None:
+    """Append finished rows; the other ranks go on when the first has them on its disk, and stop where it
+    fails."""
+    job.decide(lambda: results.append(rows))
+    if isinstance(results, Replica):
+        results.append(rows)
 
 
 def read(out: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -10,6 +10,11 @@ What a stop loses: rows are written and synced when a method finishes a batch, s
 cut loses the answers of the batch in flight under the method in flight, and the shared prefill of that batch,
 which is computed again. With `batch_size=1` that is the sample in flight; larger batches trade that for
 speed.
+
+Over ranks (`parallel`) every rank makes the same model calls, each prompt spread over all of them. The first
+rank alone opens the folder and writes: the others take what is done already from it, and go on to the next
+batch when it has written the last. So a folder that was begun on one device is resumed on several, or after
+one of them has failed, and holds the same rows.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from ..attention.errors import FarspanError
 from . import batch as forward
 from . import report
 from .memory import batch_rows
-from .results import Results
+from .ranks import Job, interrupted
+from .results import Replica, Results, open_results, record
 from .sample import Sample, encode, encode_gold, key, score
 from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
 
@@ -53,6 +59,7 @@ def run(
     config: Mapping[str, Any],
     batch_size: int | str = "auto",
     recipe: str | Path | None = None,
+    parallel: Any = None,
     progress: bool = True,
 ) -> Summary:
     """Evaluate every method on every sample into the folder `out`; what is there already is not done again.
@@ -60,46 +67,52 @@ def run(
     methods: specs as for `farspan.patch`. config: the settings the samples were made with (suite, seed,
     lengths, tasks, haystack, ...): written first, and compared with the folder's when resuming. recipe: a
     saved calibration for the methods that need one. batch_size: rows per batch, or "auto" by the memory
-    available. Raises FarspanError for a method that cannot serve the model (before anything is computed) and
+    available. parallel: ranks to spread each prompt over, as for `farspan.patch`; dense is spread, too.
+    Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
-    specs = check_methods(model, methods, recipe)
     if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
         raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
-    settings = {
-        **config,
-        "model": model_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "methods": specs,
-        "recipes": recipes(specs, recipe),
-    }
-    session = {"batch_size": batch_size, "device": str(model.device)}
-    with Results(out, settings, session=session) as results, evaluating(model):
-        try:
-            work = []
-            with meter(progress, None) as advance:
-                for sample in samples:
-                    work.append(sample)
-                    advance(1, f"drawing prompts · {sample.task} {sample.length}")
-            batches = plan(model, work, batch_size)
-            with meter(progress, len(work) * len(specs)) as advance:
-                for batch in batches:
-                    _work_through(model, tokenizer, batch, specs, recipe, results, advance)
-        except KeyboardInterrupt:
-            finish(results, complete=False)
-            raise
-        return finish(results, complete=True)
+    with Job(model, parallel) as job:
+        specs = check_methods(model, methods, recipe, job)
+        settings = {
+            **config,
+            "model": model_name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "methods": specs,
+            "recipes": recipes(specs, recipe),
+        }
+        session = {"batch_size": batch_size, "device": str(model.device)}
+        with open_results(job, out, settings, session=session) as results, evaluating(model):
+            try:
+                work = []
+                with meter(progress, None) as advance:
+                    for sample in samples:
+                        job.agree(f"the sample {key(sample)}", sample)
+                        work.append(sample)
+                        advance(1, f"drawing prompts · {sample.task} {sample.length}")
+                batches = plan(model, work, batch_size, job)
+                with meter(progress, len(work) * len(specs)) as advance:
+                    for batch in batches:
+                        _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
+            except (KeyboardInterrupt, FarspanError) as error:
+                if interrupted(error):
+                    finish(results, complete=False)
+                raise
+            return finish(results, complete=True)
 
 
-def plan(model: Any, samples: Sequence[Sample], batch_size: int | str) -> list[list[Sample]]:
+def plan(
+    model: Any, samples: Sequence[Sample], batch_size: int | str, job: Job | None = None
+) -> list[list[Sample]]:
     """Batches of one suite, task and length, in rounds over all cells: a stop leaves a balanced table."""
     cells: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
         cells.setdefault((sample.suite, sample.task, sample.length), []).append(sample)
     rounds: list[tuple[int, list[Sample]]] = []
     for (_, _, length), cell in cells.items():
-        rows = batch_rows(model, length, len(cell)) if isinstance(batch_size, str) else batch_size
+        rows = batch_rows(model, length, len(cell), job) if isinstance(batch_size, str) else batch_size
         rounds += [(i, cell[start : start + rows]) for i, start in enumerate(range(0, len(cell), rows))]
     return [batch for _, batch in sorted(rounds, key=lambda item: item[0])]
 
@@ -112,8 +125,10 @@ def _work_through(
     recipe: Any,
     results: Results,
     advance: Any,
+    job: Job,
 ) -> None:
-    """One batch under every method that has not finished it; halved when a GPU's memory runs out."""
+    """One batch under every method that has not finished it; halved when a GPU's memory runs out (but over
+    ranks all stop, as one cannot go on without the others)."""
     todo: dict[tuple[int, ...], list[str]] = {}
     for spec in specs:
         rows = tuple(i for i, s in enumerate(samples) if not results.done(key(s), spec, s.recipe))
@@ -123,22 +138,27 @@ def _work_through(
         for rows, waiting in todo.items():
             if not rows:
                 continue
-            for spec, lines in evaluate(model, tokenizer, [samples[i] for i in rows], waiting, recipe):
-                results.append(lines)
+            left = [samples[i] for i in rows]
+            for spec, lines in evaluate(model, tokenizer, left, waiting, recipe, job):
+                record(job, results, lines)
                 advance(len(lines), f"{lines[0]['task']} {lines[0]['length']} · {spec}")
     except torch.OutOfMemoryError:
-        if len(samples) == 1:
+        if len(samples) == 1 or job.mesh is not None:
             raise
         torch.cuda.empty_cache()
         middle = len(samples) // 2
         for half in (samples[:middle], samples[middle:]):
-            _work_through(
-                model, tokenizer, half, specs, recipe, results, lambda n, d: advance(n, d) if d else None
-            )
+            counted = lambda n, d: advance(n, d) if d else None  # noqa: E731
+            _work_through(model, tokenizer, half, specs, recipe, results, counted, job)
 
 
 def evaluate(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], specs: Sequence[str], recipe: str | Path | None
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    specs: Sequence[str],
+    recipe: str | Path | None,
+    job: Job,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
     eos = forward.end_tokens(model, tokenizer)
@@ -154,7 +174,7 @@ def evaluate(
         patched.reset_report()  # what is reported is what the answer read
         with forward.timed(model.device) as clock:
             answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
-        common = costs(started, patched.report().summary, clock.seconds, len(samples))
+        common = costs(started, job.report(patched).summary, clock.seconds, len(samples))
         common["steps"] = min(
             limit, max(len(answer) for answer in answers) + 1
         )  # the end token took a step too
@@ -163,7 +183,7 @@ def evaluate(
             _row(tokenizer, sample, prompt, answer, nll) | common for sample, prompt, answer, nll in columns
         ]
 
-    for spec, rows in under_each(model, batch, specs, recipe, measure):
+    for spec, rows in under_each(model, batch, specs, recipe, measure, job):
         yield spec, [{"method": spec, **row} for row in rows]
 
 
@@ -192,8 +212,10 @@ def _row(
 
 
 def finish(results: Results, *, complete: bool) -> Summary:
-    """Write summary.json, the tables and the pictures from what the folder holds."""
+    """Write summary.json, the tables and the pictures from what the folder holds (the first rank does)."""
     data = report.summarise(results.config, results.rows)
     data["complete"] = complete
+    if isinstance(results, Replica):
+        return Summary(out=results.out, data=data, complete=complete)
     results.write_summary(data)
     return Summary(out=results.out, data=data, complete=complete, files=report.write(results, data))

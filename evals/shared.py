@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ..attention.errors import FarspanError
 from ..runtime.patch import patch, resolve
 from . import batch as forward
+from .ranks import Job
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ def under_each(
     specs: Sequence[str],
     recipe: str | Path | None,
     measure: Callable[[Any, Started], T],
+    job: Job,
 ) -> Iterator[tuple[str, T]]:
     """Yield (spec, measure(patched, started)) per method, the model patched only while measuring.
 
@@ -51,13 +53,14 @@ def under_each(
     prefill runs without the decode method, so whatever that builds, it builds from the last prompt token.
     """
     for prefill, group in by_prefill(specs):
-        with patch(model, prefill=prefill, recipe=recipe if prefill.needs_recipe else None) as patched:
-            shared: Started | None = start(model, batch, patched)
+        takes = {"recipe": recipe if prefill.needs_recipe else None, "parallel": job.mesh}
+        with patch(model, prefill=prefill, **takes) as patched:
+            shared: Started | None = start(model, batch, patched, job)
         for i, spec in enumerate(group):
             assert shared is not None
             started = replace(shared, keep=i < len(group) - 1)
             shared = shared if started.keep else None  # the last one uses the cache up: it must not be held
-            with patched_with(model, spec, recipe) as patched:
+            with patched_with(model, spec, recipe, job) as patched:
                 result = measure(patched, started)
             del started
             yield spec, result
@@ -76,28 +79,29 @@ def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
     return groups
 
 
-def start(model: Any, batch: forward.Batch, patched: Any | None) -> Started:
+def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:
     """Prefill the batch as the model stands (patched None: unpatched, nothing is reported)."""
     with forward.timed(model.device) as clock:
         cache = forward.prefill(model, batch)
-    return Started(cache=cache, seconds=clock.seconds, summary=patched.report().summary if patched else {})
+    summary = job.report(patched).summary if patched else {}
+    return Started(cache=cache, seconds=clock.seconds, summary=summary)
 
 
-def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None) -> list[str]:
+def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None, job: Job) -> list[str]:
     """The specs, each once, after patching the model with each in turn: bad input ends here."""
     specs = list(dict.fromkeys(" ".join(spec.split()) for spec in methods))
     if not specs:
         raise FarspanError("no method was given; name at least one, such as dense.")
     for spec in specs:
-        with patched_with(model, spec, recipe):
+        with patched_with(model, spec, recipe, job):
             pass
     return specs
 
 
-def patched_with(model: Any, spec: str, recipe: str | Path | None) -> Any:
-    """`patch` with the recipe handed only to the methods that take one."""
+def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> Any:
+    """`patch` over the ranks of a job, with the recipe handed only to the methods that take one."""
     takes_one = any(method.needs_recipe for method in resolve(spec))
-    return patch(model, spec, recipe=recipe if takes_one else None)
+    return patch(model, spec, recipe=recipe if takes_one else None, parallel=job.mesh)
 
 
 def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:

@@ -1,7 +1,11 @@
-"""Prefill seconds and decode tokens per second, each method beside the unpatched model in one run.
+"""Prefill seconds and decode tokens per second, each method beside a baseline in one run.
 
-Repeats are interleaved (unpatched, each method, then again), so a machine that slows down slows all alike;
-medians are reported, and ratios to the unpatched model are what can be compared between machines.
+On one device the baseline is the unpatched model. Over ranks it is dense attention over the same ranks: the
+unpatched model would run whole on each of them, and a prompt that is worth spreading does not fit there. What
+spreading itself gains is the ratio of two runs' numbers, one with a launcher and one without.
+
+Repeats are interleaved (baseline, each method, then again), so a machine that slows down slows all alike;
+medians are reported, and ratios to the baseline are what can be compared between machines.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from . import batch as forward
+from .memory import peak
 from .perplexity import cut_windows
+from .ranks import Job
 from .report import markdown
-from .results import Results
+from .results import open_results, record
 from .run import Summary
 from .shared import check_methods, evaluating, meter, patched_with, recipes, start
 
-UNPATCHED = "unpatched"
+UNPATCHED, DENSE = "unpatched", "dense"
+_HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")
 
 
 def speed(
@@ -37,87 +44,115 @@ def speed(
     repeats: int = 3,
     batch_size: int = 1,
     recipe: str | Path | None = None,
+    parallel: Any = None,
     progress: bool = True,
 ) -> Summary:
     """Time every method at every prompt length: all prompt tokens but one in prefill, `new_tokens` by
     `generate`.
 
-    Decoding goes through a plain `model.generate` that may not stop early. Writes a folder like the other
-    evaluations', but is never resumed: times of two runs are not one measurement.
+    Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a process's (a
+    rank's, the highest of them), weights included: on CUDA what torch has allocated, else the resident set.
+    Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes a folder like
+    the other evaluations', but is never resumed: times of two runs are not one measurement.
     """
     if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
         raise FarspanError(
             f"lengths {list(lengths)}, new_tokens {new_tokens}, repeats {repeats}, batch_size {batch_size}: "
             "lengths must be at least 2 and the others at least 1."
         )
-    specs = check_methods(model, methods, recipe)
-    pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
-    prompts = {
-        length: list(cut_windows(tokenizer, text, length, batch_size)) for length in sorted(set(lengths))
-    }
-    settings = {
-        **config,
-        "suite": "speed",
-        "model": model_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "methods": specs,
-        "recipes": recipes(specs, recipe),
-        "lengths": sorted(set(lengths)),
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "batch_size": batch_size,
-    }
-
-    def once(spec: str, prompt: list[list[int]], count: int) -> dict[str, Any]:
-        batch = forward.collate(prompt, pad, model.device)
-        with nullcontext() if spec == UNPATCHED else patched_with(model, spec, recipe) as patched:
-            started = start(model, batch, patched)
-            if patched:
-                patched.reset_report()
-            with forward.timed(model.device) as clock:
-                forward.greedy(
-                    model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
-                )
-            read = patched.report().summary if patched else {}
-        return {
-            "prefill_seconds": started.seconds,
-            "decode_tokens_per_second": len(prompt) * count / clock.seconds,
-            "prefill_density": started.summary.get("prefill_density"),
-            "decode_density": read.get("decode_density"),
-            "implementation": read.get("implementation"),
+    with Job(model, parallel) as job:
+        specs = check_methods(model, methods, recipe, job)
+        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+        prompts = {
+            length: list(cut_windows(tokenizer, text, length, batch_size)) for length in sorted(set(lengths))
+        }
+        baseline = UNPATCHED if job.mesh is None else DENSE
+        settings = {
+            **config,
+            "suite": "speed",
+            "model": model_name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "baseline": baseline,
+            "methods": specs,
+            "recipes": recipes(specs, recipe),
+            "lengths": sorted(set(lengths)),
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+            "batch_size": batch_size,
+            "ranks": job.size,
         }
 
-    everyone = [UNPATCHED, *specs]
-    with Results(out, settings) as results, evaluating(model):
-        if results.rows:
-            raise FarspanError(
-                f"{out} holds a speed run already; times are measured in one run: give another --out."
-            )
-        with meter(progress, repeats * len(prompts) * len(everyone)) as advance:
-            for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
-                once(spec, [row[:64] for row in prompts[min(prompts)]], 2)
-            for repeat in range(repeats):
-                for length, prompt in prompts.items():
-                    for spec in everyone:
-                        place = {
-                            "key": f"speed/{length}/{repeat}",
-                            "method": spec,
-                            "recipe": {"repeat": repeat},
-                        }
-                        results.append([{**place, "length": length, **once(spec, prompt, new_tokens)}])
-                        advance(1, f"{length} · {spec}")
-        data = summarise(results.config, results.rows)
-        results.write_summary(data)
-        results.write_text("speed.md", f"# speed: {model_name} ({data['dtype']})\n\n{speed_table(data)}")
-        return Summary(out=results.out, data=data, complete=True, files=["speed.md"])
+        def once(spec: str, prompt: list[list[int]], count: int) -> dict[str, Any]:
+            batch = forward.collate(prompt, pad, model.device)
+            unpatched = spec == UNPATCHED
+            with (
+                peak(model.device) as most,
+                nullcontext() if unpatched else patched_with(model, spec, recipe, job) as patched,
+            ):
+                sent = [job.sent]
+                started = start(model, batch, patched, job)
+                sent.append(job.sent)
+                if patched:
+                    patched.reset_report()
+                with forward.timed(model.device) as clock:
+                    forward.greedy(
+                        model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
+                    )
+                sent.append(job.sent)
+                read = job.report(patched).summary if patched else {}
+            ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])
+            memory, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
+            return {
+                "prefill_seconds": started.seconds,
+                "decode_tokens_per_second": len(prompt) * count / clock.seconds,
+                "prefill_density": started.summary.get("prefill_density"),
+                "decode_density": read.get("decode_density"),
+                "implementation": read.get("implementation"),
+                "peak_memory_bytes": memory,
+                "prefill_sent_bytes": prefill_sent,
+                "decode_sent_bytes_per_token": decode_sent / count,
+            }
+
+        everyone = list(dict.fromkeys([baseline, *specs]))
+        with open_results(job, out, settings) as results, evaluating(model):
+            if results.rows:
+                raise FarspanError(
+                    f"{out} holds a speed run already; times are measured in one run: give another --out."
+                )
+            with meter(progress, repeats * len(prompts) * len(everyone)) as advance:
+                for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
+                    once(spec, [row[:64] for row in prompts[min(prompts)]], 2)
+                for repeat in range(repeats):
+                    for length, prompt in prompts.items():
+                        for spec in everyone:
+                            place = {
+                                "key": f"speed/{length}/{repeat}",
+                                "method": spec,
+                                "recipe": {"repeat": repeat},
+                            }
+                            row = {**place, "length": length, **once(spec, prompt, new_tokens)}
+                            record(job, results, [row])
+                            advance(1, f"{length} · {spec}")
+            data = summarise(results.config, results.rows)
+            if job.first:
+                results.write_summary(data)
+                title = f"# speed: {model_name} ({data['dtype']})"
+                results.write_text("speed.md", f"{title}\n\n{speed_table(data)}")
+            return Summary(out=results.out, data=data, complete=True, files=["speed.md"])
+
+
+def _highest(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats per (method, length), and ratios to the unpatched model (above 1 is faster)."""
+    """Medians over repeats per (method, length), and ratios to the baseline (above 1 is faster)."""
     overall = []
+    baseline = config.get("baseline", UNPATCHED)
     for length in config["lengths"]:
         base: dict[str, float] = {}
-        for method in [UNPATCHED, *config["methods"]]:
+        for method in dict.fromkeys([baseline, *config["methods"]]):
             mine = [row for row in rows if row["length"] == length and row["method"] == method]
             found = {
                 name: median(row[name] for row in mine)
@@ -132,43 +167,50 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                     **found,
                     "prefill_speedup": base["prefill_seconds"] / found["prefill_seconds"],
                     "decode_speedup": found["decode_tokens_per_second"] / base["decode_tokens_per_second"],
-                    "prefill_density": mine[0]["prefill_density"],
-                    "decode_density": mine[0]["decode_density"],
+                    **{name: mine[0][name] for name in ("prefill_density", "decode_density")},
+                    **{name: _highest([row.get(name) for row in mine]) for name in _HIGHEST},
                 }
             )
-    named = ("suite", "model", "dtype", "versions", "new_tokens", "batch_size")
+    named = ("suite", "model", "dtype", "versions", "baseline", "new_tokens", "batch_size", "ranks")
     return {**{name: config.get(name) for name in named}, "complete": True, "overall": overall}
 
 
 def speed_table(data: Mapping[str, Any]) -> str:
     """Markdown: a row per method and length."""
-    head = [
-        "method",
-        "length",
-        "prefill s",
-        "× unpatched",
-        "decode tokens/s",
-        "× unpatched",
-        "keys read (decode)",
-    ]
-    return markdown(head, [[f"`{cells[0]}`", *cells[1:]] for cells in _cells(data)])
+    head = ["method", "length", "prefill s", "×", "decode tokens/s", "×", "keys read (decode)", "peak memory"]
+    head = [f"× {data['baseline']}" if name == "×" else name for name in head]
+    body = [[f"`{cells[0]}`", *cells[1:]] for cells in _cells(data)]
+    return f"{markdown([*head, 'sent'][: len(body[0])], body)}\n{_caption(data)}\n"
 
 
 def terminal_table(data: Mapping[str, Any]) -> Any:
     """A rich Table of the same rows."""
     from rich.table import Table
 
-    table = Table(
-        title=f"speed · {data['model']}", caption="× = faster than the unpatched model by this factor"
-    )
-    for name in ("method", "length", "prefill s", "×", "tokens/s", "×", "read"):
+    table = Table(title=f"speed · {data['model']}", caption=_caption(data))
+    head = ["method", "length", "prefill s", "×", "tokens/s", "×", "read", "memory", "sent"]
+    rows = _cells(data)
+    for name in head[: len(rows[0])]:
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
-    for cells in _cells(data):
+    for cells in rows:
         table.add_row(*cells)
     return table
 
 
+def _caption(data: Mapping[str, Any]) -> str:
+    if data["ranks"] == 1:
+        return (
+            f"× = faster than the {data['baseline']} model by this factor; memory: the process at its peak, "
+            "weights included."
+        )
+    return (
+        f"{data['ranks']} ranks. × = faster than {data['baseline']} over the same ranks by this factor; memory: "
+        "a rank at its peak, weights included; sent: what a rank sends in prefill / per token."
+    )
+
+
 def _cells(data: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of either table; over ranks they end with what was sent."""
     return [
         [
             row["method"],
@@ -178,6 +220,18 @@ def _cells(data: Mapping[str, Any]) -> list[list[str]]:
             f"{row['decode_tokens_per_second']:.1f}",
             f"{row['decode_speedup']:.2f}",
             "–" if row["decode_density"] is None else f"{100 * row['decode_density']:.1f} %",
-        ]
+            _size(row["peak_memory_bytes"]),
+            f"{_size(row['prefill_sent_bytes'])} / {_size(row['decode_sent_bytes_per_token'])}",
+        ][: 8 if data["ranks"] == 1 else None]
         for row in data["overall"]
     ]
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"

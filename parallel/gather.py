@@ -91,14 +91,14 @@ def fetch(
     """
     me, width = ranks.rank, k.shape[-1]
     length = wanted.shape[-1]
-    asked = _unpack_bits(ranks.all_gather(_pack_bits(wanted), "selection"), length)  # [P, B, Hkv, T]
+    asked = ranks.all_gather(_pack_bits(wanted), "selection")  # [P, B, Hkv, ceil(T / 8)]
     places = [layout.cut(0, length).positions(rank, k.device) for rank in range(ranks.size)]
     mine = places[me]
     into_k[:, :, mine], into_v[:, :, mine] = k[:, :, : mine.shape[0]], v[:, :, : mine.shape[0]]
     rows = torch.cat([k, v], -1)
     out, send, receive = [], [], []
     for rank in range(ranks.size):
-        here = asked[rank][:, :, mine].nonzero(as_tuple=True) if rank != me else None
+        here = _unpack_bits(asked[rank], length)[:, :, mine].nonzero(as_tuple=True) if rank != me else None
         out.append(rows[here] if here is not None else rows.new_empty(0, rows.shape[-1]))
         send.append(out[-1].shape[0])
         receive.append(int(wanted[:, :, places[rank]].sum()) if rank != me else 0)
@@ -112,14 +112,16 @@ def fetch(
 
 def _pack_bits(mask: Tensor) -> Tensor:
     """[..., T] bool -> [..., ceil(T / 8)] uint8."""
-    filled = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    weights = 2 ** torch.arange(8, device=mask.device)
-    return (filled * weights).sum(-1).to(torch.uint8)
+    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << _places(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpack_bits(packed: Tensor, length: int) -> Tensor:
-    shifts = torch.arange(8, device=packed.device)
-    return (packed[..., None].long() >> shifts & 1).bool().flatten(-2)[..., :length]
+    return (packed[..., None] >> _places(packed.device) & 1).flatten(-2)[..., :length].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def rearranged(rows: Tensor, layout: Layout, into: Layout, ranks: Ranks) -> Tensor:

@@ -137,6 +137,7 @@ def _dense(
     if travel.mechanism == "gather":
         keys, values = gather_all(k, v, past.k, past.v, past.layout, split, ranks)
         result = _Result(q, v.shape[3])
+        result.hang_on(keys, values)
         for slot, (a, b) in split.slots(ranks.rank):
             seen = Keys(
                 k=keys[:, :, :b], v=values[:, :, :b], tq=b - a, start=call.start, starts=call.starts, **how
@@ -272,6 +273,13 @@ class _Result:
         self.part = empty_partial(self.q, self.value_dim)
         self._reasons: list[str | None] = []
 
+    def hang_on(self, *gathered: Tensor) -> None:
+        """Keep the queries and what others have sent in the graph: a rank of nothing but filling would have no
+        gradients, and leave the others waiting for it in backward."""
+        zero = sum((x[..., :0].sum() for x in (self.q, *gathered)), torch.zeros((), device=self.q.device))
+        if zero.requires_grad:
+            self.part = Partial(self.part.out + zero, self.part.lse)
+
     def put(self, batch: slice, slot: slice, given: tuple[Partial, Reads]) -> None:
         part, reads = given
         self.part.out[batch, :, slot] = part.out.to(self.part.out.dtype)
@@ -315,7 +323,8 @@ def _selected(
     else:
         whole_k = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         whole_v = v.new_empty(*v.shape[:2], call.total, v.shape[3])
-    pieces = _pieces(method, q, whole_k, whole_v, shared, call, mesh, window, how)
+    edges = _Edges(q, call, 1 if window is not None else method.granule, mesh)
+    pieces = _pieces(method, q, whole_k, whole_v, shared, call, mesh, window, edges, how)
     if not learns:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
         for piece in pieces:
@@ -325,6 +334,8 @@ def _selected(
             wanted[piece.batch, :, : chunk[1]] |= marks
         fetch(wanted, rows.k, rows.v, rows.layout, whole_k, whole_v, ranks)
     result = _Result(q, v.shape[3])
+    if learns:
+        result.hang_on(whole_k, whole_v, *edges.gathered)
     for piece in pieces:
         part, reads = run_prefill(method, piece.q, piece.keys, piece.index)
         own = Partial(part.out[:, :, piece.cut], part.lse[:, :, piece.cut])
@@ -341,13 +352,12 @@ def _pieces(
     call: Call,
     mesh: Mesh,
     window: int | None,
+    edges: _Edges,
     how: dict[str, Any],
 ) -> list[_Piece]:
     """This rank's chunks, a padded batch row by row, each with what the method selects for it."""
     split, rank = call.split, mesh.ranks.rank
     assert split is not None
-    granule = 1 if window is not None else method.granule
-    edges = _Edges(q, call, granule, mesh)
     everyone = [(0, slice(0, q.shape[0]))]
     alone = [(first, slice(b, b + 1)) for b, first in enumerate(call.starts or ())]
     pieces = []
@@ -388,6 +398,7 @@ class _Edges:
         split = call.split
         assert split is not None
         self.split, self.granule, self.past = split, granule, call.past
+        self.gathered: list[Tensor] = []
         self._before: dict[int, Tensor] = {}  # by position, the last queries before it
         self._after: dict[int, Tensor] = {}  # by position, the first ones from it on
         chunks = [chunk for spans in split.chunks for chunk in spans if chunk[0] < chunk[1]]
@@ -401,6 +412,7 @@ class _Edges:
             at, size = i * split.width, max(b - a, reach)
             ends.append(torch.stack([q[:, :, at : at + reach], q[:, :, at + size - reach : at + size]]))
         every = gather_with_gradient(torch.stack(ends), mesh.ranks, "edges")  # [P, chunks, 2, B, H, reach, D]
+        self.gathered.append(every)
         for rank, spans in enumerate(split.chunks):
             for i, (a, b) in enumerate(spans):
                 if a < b:

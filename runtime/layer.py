@@ -152,6 +152,11 @@ class Layer:
         call = self.session.call or carried(mask)
         if call is not None:
             part = self._over_ranks(q, k, v, call, **how)
+        elif self.session.mesh is not None:
+            raise FarspanError(
+                f"Layer {self.index} of a model that is spread over ranks was called outside a call of its "
+                "decoder; gradient checkpointing needs use_reentrant=False."
+            )
         else:
             part = self._here(q, k, v, mask, **how)
         if sinks is not None:

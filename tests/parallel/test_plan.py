@@ -333,7 +333,11 @@ def test_a_method_scales_what_is_read_and_moved():
 
 @pytest.mark.parametrize(("length", "published", "within"), [(1 << 20, 77.0, 0.1), (1 << 17, 3.8, 0.35)])
 def test_published_yardstick(length: int, published: float, within: float):
-    """Llama 3 405B on 128 H100, 16 ranks of 8: 1M tokens in 77 s, 128K in 3.8 s (2411.01783)."""
+    """Llama 3 405B on 128 H100, 16 ranks of 8: 1M tokens in 77 s, 128K in 3.8 s (2411.01783).
+
+    A check of the operations counted: the paper's own 63 % of peak is near the utilisation assumed. At 128K
+    the plan is 30 % too fast, and the tolerance says so.
+    """
     found = plan(job(LLAMA_405B, length, 128, tensor=8, weights=500 * 10**9, mechanism="ring"))
     assert found.prefill_seconds == pytest.approx(published, rel=within)
 

@@ -128,7 +128,8 @@ def test_scaling_rows():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_replay_against_real_processes(size: int):
-    """Within a factor of 2.5 of gloo processes, which share the machine's cores with whatever else runs."""
+    """Within a factor of 2.5 of gloo processes, which share the machine's cores with whatever else runs.
+    Shorter layers drown in that: at 1,024 tokens and P = 4 the factor does not hold."""
     command = [sys.executable, "-m", "benchmarks.parallel_schedule", "--json", "--repeats", "15"]
     command += ["--ranks", str(size), "--lengths", "2048,3072"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)

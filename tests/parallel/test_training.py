@@ -51,6 +51,7 @@ def test_gradients_as_on_one_device(mechanism: str, world: World):
         Case(lengths=(93,), **common),
         Case(lengths=(17, 130), **common),  # padded; some ranks have little but filling
         Case(lengths=(130, 101), spec=SPARSE, **common),
+        Case(lengths=(40,), spec=SPARSE, **common),  # fewer blocks than ranks: some have nothing but filling
         Case(lengths=(93,), how={"gradient_checkpointing": True}, **common),
     ]
     for size in (2, 4):

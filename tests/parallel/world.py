@@ -12,8 +12,10 @@ import importlib
 import inspect
 import multiprocessing as mp
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,21 @@ class World:
         name = ".".join(Path(inspect.getfile(function)).relative_to(ROOT).with_suffix("").parts)
         for pipe in self._pipes:
             pipe.send((name, function.__qualname__, size, arguments))
-        results, errors = [], []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                self.stop()
-                raise TimeoutError(f"rank {rank} of {size} has not answered in {timeout} s")
-            good, result = pipe.recv()
-            (results if good else errors).append(result if good else f"rank {rank}: {result}")
-        if errors:
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        until = time.monotonic() + timeout
+        while len(results) < MOST and time.monotonic() < until:
+            for pipe in wait([p for i, p in enumerate(self._pipes) if i not in results], timeout=1):
+                rank = self._pipes.index(pipe)
+                good, results[rank] = pipe.recv()
+                if not good:
+                    errors.append(f"rank {rank}: {results[rank]}")
+                    until = min(until, time.monotonic() + 2)  # the others may be waiting for it for ever
+        if errors or len(results) < MOST:
             self.stop()  # a group that has failed is of no more use
-            raise AssertionError("\n".join(errors))
-        return results[:size]
+            missing = sorted(set(range(MOST)) - set(results))
+            raise AssertionError("\n".join([*errors, f"ranks {missing} have not answered"]))
+        return [results[rank] for rank in range(size)]
 
     def _start(self) -> None:
         import torch.distributed as dist
