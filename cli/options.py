@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
+from . import launch
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -27,7 +28,18 @@ Rope = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help='"auto" (as saved), "bfloat16", "float16" or "float32".')]
 Device = Annotated[
-    str, typer.Option(help='"cpu", "cuda", or "auto" (CUDA if there is one; several: spread over them).')
+    str,
+    typer.Option(
+        help='"cpu", "cuda", or "auto" (CUDA if there is one; several: spread over them, under a '
+        "launcher: one each rank)."
+    ),
+]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="Under a launcher (torchrun --nproc-per-node N -m farspan ...), how prompts are spread over its "
+        'ranks: "auto", "gather", "ring", "ulysses", "usp" or "pass_q"; "none" runs on rank 0 alone.'
+    ),
 ]
 Recipe = Annotated[
     Path | None, typer.Option(help="A saved calibration (see `farspan calibrate`) for methods that need one.")
@@ -35,8 +47,28 @@ Recipe = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 
 
-def load_model(name: str, *, rope: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """The model and tokenizer that the shared options ask for."""
+def spread_over(value: str) -> Any:
+    """The --parallel option as `farspan.patch` takes it; with "none" the other ranks end here."""
+    if value == "none":
+        launch.only_rank_0()
+        return None
+    from ..parallel.mesh import MECHANISMS, ContextParallel
+
+    if value not in MECHANISMS:
+        raise FarspanError(f"Unknown --parallel {value!r}; it is none, {', '.join(MECHANISMS)}.")
+    if value == "auto":
+        return value
+    if launch.size() == 1:
+        raise FarspanError(
+            f"--parallel {value} needs several ranks: start it as torchrun --nproc-per-node N -m farspan ..."
+        )
+    return ContextParallel(mechanism=value)
+
+
+def load_model(
+    name: str, *, rope: str | None, dtype: str, device: str, parallel: Any = None
+) -> tuple[Any, Any]:
+    """The model and tokenizer that the shared options ask for; of a rank, on a device of its own."""
     import torch
 
     from ..runtime.models import load
@@ -50,6 +82,14 @@ def load_model(name: str, *, rope: str | None, dtype: str, device: str) -> tuple
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise FarspanError(f"Unknown --device {device!r}; it is auto, cpu, cuda or cuda:N.")
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if parallel is not None and launch.size() > 1 and device in ("auto", "cuda") and not on_cpu:
+        if launch.local_rank() >= torch.cuda.device_count():
+            raise FarspanError(
+                f"There are {torch.cuda.device_count()} CUDA devices and more ranks on this machine: start "
+                "at most one per device (--nproc-per-node)."
+            )
+        device = f"cuda:{launch.local_rank()}"
+        torch.cuda.set_device(device)
     return load(name, dtype=dtype, device_map=None if on_cpu else device, rope=rope)
 
 

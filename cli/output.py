@@ -1,9 +1,10 @@
-"""What the command writes: results on stdout, everything else on stderr."""
+"""What the command writes: results on stdout, everything else on stderr; of several ranks, rank 0 does."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import launch
+
 
 def prepare() -> None:
-    """Show farspan's log lines and warnings as plain lines on stderr."""
+    """Show farspan's log lines and warnings as plain lines on stderr, and no results but rank 0's."""
+    if not launch.leads():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("farspan")
@@ -38,17 +44,18 @@ def _show_warning(
 
 def note(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if launch.leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 def interactive() -> bool:
     """Whether a person watches stderr: progress bars are for them alone."""
-    return sys.stderr.isatty()
+    return launch.leads() and sys.stderr.isatty()
 
 
 def fail(sentence: str) -> None:
-    """The one sentence that bad input ends in."""
-    note(f"farspan: {sentence}")
+    """The one sentence that bad input ends in, whatever the rank."""
+    print(f"farspan: {sentence}", file=sys.stderr, flush=True)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -43,7 +43,8 @@ def perplexity(
     text.
 
     per_call: tokens per forward call while scoring, 1 to 16 (longer calls are prefill). Writes and resumes a
-    folder as `run` does, over the ranks of `parallel` where they are given. Raises FarspanError where the text is too short for the windows.
+    folder as `run` does, over ranks too (`parallel`). Raises FarspanError where the text is too short for the
+    windows.
     """
     if not 1 <= per_call <= 16:
         raise FarspanError(f"per_call is {per_call}; a decode call takes 1 to 16 tokens.")

@@ -73,8 +73,8 @@ class Job:
             self.mesh.close()
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank (JSON-able), on every rank; where it raises a FarspanError, so do
-        all."""
+        """What `make` gives on the first rank (JSON-able), on every rank; a FarspanError that it raises there
+        is raised on all."""
         if self.mesh is None:
             return make()
         value: Any = None
@@ -105,8 +105,8 @@ class Job:
         return [_read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
     def agree(self, what: str, value: Any) -> None:
-        """That every rank has come to `what` and has the same value (by its text). It keeps them in step, too:
-        a rank waits for another no longer than one such step takes."""
+        """That every rank has come to `what` and has the same value (by its text). It keeps them in step:
+        what they do for themselves in between must not differ by more than the ranks' timeout."""
         if self.mesh is not None:
             self.mesh.agree({what: str(value)})
 

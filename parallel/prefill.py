@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
     split: how its new tokens are shared out, or None where every rank computes all of them. past, total:
     positions before the call and after it. start, starts: each row's first valid position, on the device and
-    on the host.
+    on the host. memory: bytes that every rank can spare for one layer's attention; None: nobody has looked.
     """
 
     split: Split | None
@@ -44,6 +44,7 @@ class Call(NamedTuple):
     total: int
     start: Tensor | None = None
     starts: list[int] | None = None
+    memory: int | None = None
 
 
 class Rows(NamedTuple):
@@ -182,15 +183,14 @@ def _choice(mesh: Mesh, geometry: Geometry, call: Call, past: Rows, batch: int) 
         if asked not in refused:
             return Travel(asked, "asked for")
         return Travel("gather", f"{asked} was asked for, but {refused[asked]}")
-    best = _chosen(geometry, mesh.ranks.size, new, call.past, most, batch)
-    return Travel(*best)
+    return Travel(*_chosen(geometry, mesh.ranks.size, new, call.past, most, call.memory, batch))
 
 
 @lru_cache(maxsize=256)
 def _chosen(
-    geometry: Geometry, ranks: int, new: int, past: int, past_rows: int, batch: int
+    geometry: Geometry, ranks: int, new: int, past: int, past_rows: int, memory: int | None, batch: int
 ) -> tuple[str, str]:
-    choice = choose(geometry, ranks, new, past, past_rows=past_rows, batch=batch)
+    choice = choose(geometry, ranks, new, past, past_rows=past_rows, memory=memory, batch=batch)
     return choice.mechanism, choice.reason
 
 

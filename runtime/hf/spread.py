@@ -128,19 +128,19 @@ def _forward(
                 "the last output": session.output,
             }
         )
-    split = None
+    split, memory = None, None
     if tokens.shape[1] > DECODE_ROWS:
         if foreign := foreign_tensors(info.config, kwargs):
             raise FarspanError(
                 f"This call of {type(info.decoder).__name__} cannot be shared out over ranks: "
                 f"{', '.join(foreign)} may not lie along the tokens."
             )
-        split = make_split(mesh, past, total, granule)
+        split, memory = make_split(mesh, past, total, granule), _spare_memory(mesh)
         at = split.take(mesh.ranks.rank, tokens.device)
         for name in ALONG_TOKENS:
             if kwargs.get(name) is not None:
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
-    call = Call(split, past, total, padding.start, padding.starts)
+    call = Call(split, past, total, padding.start, padding.starts, memory)
     kwargs["attention_mask"] = carrier(call, tokens.device)
     session.call, running = call, in_call.set(True)
     try:
@@ -159,6 +159,15 @@ def _forward(
             output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
     session.output = output.last_hidden_state[:, -1].detach()
     return output
+
+
+def _spare_memory(mesh: Mesh) -> int | None:
+    """Half of what is free on the GPU of the rank that has least, the same number on every rank; None on a
+    CPU. In whole GiB, so that a choice does not change from call to call."""
+    if mesh.device.type != "cuda":
+        return None
+    free = torch.tensor([torch.cuda.mem_get_info(mesh.device)[0]], device=mesh.device)
+    return int(mesh.ranks.all_gather(free, "agree").min()) // 2 >> 30 << 30
 
 
 def _collect(x: Tensor, split: Split, mesh: Mesh, rows: int | None) -> Tensor:

@@ -73,3 +73,14 @@ def test_over_ranks_as_on_one_device(
                 for a, b in zip(got["logits"], want["logits"], strict=True):
                     assert (a - b).abs().max() < 1e-9, f"other logits: {where}"
                 assert got["seen"] == want["seen"]
+            if case.lengths == (257,):
+                _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
+
+
+def _assert_shared_out(parts: list[farspan.Report], whole: farspan.Report) -> None:
+    """What the ranks have read adds up to what one device reads (law 8)."""
+    for layer, want in enumerate(whole.layers):
+        for phase in ("prefill", "decode"):
+            for name in ("pairs", "causal_pairs"):
+                got = sum(getattr(part.layers[layer].phases[phase], name) for part in parts)
+                assert got == getattr(want.phases[phase], name), f"{name} in {phase}, layer {layer}"

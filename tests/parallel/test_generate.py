@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
@@ -228,3 +229,30 @@ def with_other_inputs(group: Any) -> str:
 def test_other_inputs_on_a_rank_are_found(world: World):
     for said in world.run(with_other_inputs, 3):
         assert "the input on rank 1" in said
+
+
+def out_of_memory_on_a_rank(group: Any) -> str:
+    model, (ids, _) = model_of(Case()), prompts(Case())
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+
+    if torch.distributed.get_rank(group) == 2:
+        model.get_decoder().layers[1].mlp.register_forward_pre_hook(fail)
+    with farspan.patch(model, parallel=farspan.ContextParallel(mesh=group, timeout=20)):
+        try:
+            model.generate(ids, max_new_tokens=2)
+        except farspan.FarspanError as error:
+            return str(error)
+    return ""
+
+
+def test_out_of_memory_on_a_rank_is_said_by_all():
+    world = World()  # of its own: the group is of no use afterwards
+    try:
+        began = time.monotonic()
+        for said in world.run(out_of_memory_on_a_rank, 3):
+            assert "ank 2 ran out of memory" in said and "20.00 GiB" in said
+        assert time.monotonic() - began < 30
+    finally:
+        world.stop()
