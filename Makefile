@@ -33,7 +33,7 @@ $(VENV)/.evals: pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,parallel,dev]'
 	touch $@ $(VENV)/.evals
 
 # --- to see it -----------------------------------------------------------------------------------------------------

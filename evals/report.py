@@ -287,9 +287,7 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
     if not data.get("complete", True):
         out.append("Stopped before the end: run the same command to resume.")
     if not data["one_machine"]:
-        out.append(
-            "Sessions ran on different machines or numbers of threads or ranks: seconds are not comparable."
-        )
+        out.append("Sessions ran on different machines, threads or ranks: seconds are not comparable.")
     invalid = sum(row["nll_invalid"] for row in data["methods"])
     if invalid:
         out.append(f"{invalid} likelihoods were not finite and are left out of ΔNLL.")

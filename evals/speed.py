@@ -204,8 +204,8 @@ def _caption(data: Mapping[str, Any]) -> str:
             "weights included."
         )
     return (
-        f"{data['ranks']} ranks. × = faster than {data['baseline']} over the same ranks by this factor; memory: "
-        "a rank at its peak, weights included; sent: what a rank sends in prefill / per token."
+        f"{data['ranks']} ranks. × = faster than {data['baseline']} over the same ranks by this factor; "
+        "memory: a rank at its peak, weights included; sent: what a rank sends in prefill / per token."
     )
 
 
@@ -230,8 +230,8 @@ def _cells(data: Mapping[str, Any]) -> list[list[str]]:
 def _size(count: float | None) -> str:
     if count is None:
         return "–"
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB"):
         if count < 999.5:
-            break
+            return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} {unit}"
+    return f"{count:.3g} GB"

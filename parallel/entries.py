@@ -1,7 +1,7 @@
 """Block summaries kept whole on every rank: each computes those of its own keys, then all are gathered.
 
-A summary is hundreds of times smaller than the keys it speaks of. With all of them at hand every rank selects as
-one device does, by absolute block number.
+A summary is hundreds of times smaller than the keys it speaks of. With all of them at hand every rank selects
+as one device does, by absolute block number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def extend(
 ) -> Tensor:
     """Take in what follows the ``shared.done`` keys, where all ranks have the newest of them at hand.
 
-    k [B, Hkv, n, D] are the rows this rank holds by ``held``; recent [B, Hkv, t, D] the last t of all positions,
-    the same on every rank. -> the same, longer where the open block began before: the others were asked.
+    k [B, Hkv, n, D] are the rows this rank holds by ``held``; recent [B, Hkv, t, D] the last t of all
+    positions, the same on every rank. -> the same, longer where the open block began before: the others were
+    asked.
     """
     total, begin = held.length, shared.open(summary, starts)
     known = total - recent.shape[2]
@@ -51,7 +52,8 @@ def extend_split(
     starts: list[int] | None,
     ranks: Ranks,
 ) -> None:
-    """Take in the new keys k [B, Hkv, split.rows, D] that this rank has computed of ``split``, and the others'.
+    """Take in the new keys k [B, Hkv, split.rows, D] that this rank has computed of ``split``, and the
+    others'.
 
     past_k [B, Hkv, n, D]: the rows this rank holds of what came before, by ``past``.
     """
@@ -103,8 +105,8 @@ def _every_slot(split: Split, rank: int) -> list[tuple[slice, Span]]:
 
 
 def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
-    """(number of the first, count) of a row's blocks that a chunk is answerable for: those that begin in it, and
-    for the call's first chunk the block that was open before. The row begins at position ``first``."""
+    """(number of the first, count) of a row's blocks that a chunk is answerable for: those that begin in it,
+    and for the call's first chunk the block that was open before. The row begins at position ``first``."""
     a, b = chunk
     if a >= b or first >= b:
         return 0, 0
@@ -116,7 +118,8 @@ def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
 def _first_rows(
     summary: Summary, k: Tensor, split: Split, firsts: list[int], ranks: Ranks
 ) -> dict[Span, Tensor]:
-    """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with chunks."""
+    """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with
+    chunks."""
     inner = {a for chunks in split.chunks for a, b in chunks if split.begin < a < b}
     if all((a - first) % summary.block == 0 or a <= first for a in inner for first in firsts):
         return {}

@@ -1,4 +1,4 @@
-"""Keys and values brought together: all of them, a range of positions, or only those that somebody selected."""
+"""Keys and values brought together: all of them, a range of positions, or only what somebody selected."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def gather_rows(x: Tensor, layout: Layout, ranks: Ranks, name: str) -> Tensor:
 def gather_all(
     k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past: Layout, split: Split, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """All-gather pass-KV (2411.01783): k, v [B, Hkv, split.rows, D] just computed and the stored past_k, past_v
-    [B, Hkv, n, D] -> the keys and values [B, Hkv, split.end, D] of every position. Differentiable in k, v.
+    """All-gather pass-KV (2411.01783): k, v [B, Hkv, split.rows, D] just computed and the stored past_k,
+    past_v [B, Hkv, n, D] -> the keys and values [B, Hkv, split.end, D] of every position. Differentiable in
+    k, v.
     """
     width = k.shape[-1]
     new = split.joined(gather_with_gradient(torch.cat([k, v], -1), ranks, "gather"))
@@ -45,8 +46,8 @@ def gather_all(
 def needed(
     index: Index, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
 ) -> Tensor:
-    """[B, Hkv, end] bool: the keys that queries ``chunk`` = [begin, end) read, told by their index. ``starts``
-    are the first valid positions of the B rows; an index of a padded row counts from its own."""
+    """[B, Hkv, end] bool: the keys that queries ``chunk`` = [begin, end) read, told by their index.
+    ``starts`` are the first valid positions of the B rows; an index of a padded row counts from its own."""
     begin, end = chunk
     places = torch.arange(end, device=device)
     first = torch.tensor(starts, device=device)[:, None]
@@ -86,8 +87,8 @@ def fetch(
 ) -> None:
     """Fill into_k, into_v [B, Hkv, T, D] at the positions that ``wanted`` [B, Hkv, T] marks on this rank.
 
-    k, v [B, Hkv, n, D] are the rows this rank holds by ``layout``. What ranks want travels as bits, then every
-    selected (position, KV head) once to each rank that wants it and does not hold it; nothing else.
+    k, v [B, Hkv, n, D] are the rows this rank holds by ``layout``. What ranks want travels as bits, then
+    every selected (position, KV head) once to each rank that wants it and does not hold it; nothing else.
     """
     me, width = ranks.rank, k.shape[-1]
     length = wanted.shape[-1]
@@ -125,8 +126,8 @@ def _places(device: torch.device) -> Tensor:
 
 
 def rearranged(rows: Tensor, layout: Layout, into: Layout, ranks: Ranks) -> Tensor:
-    """rows [B, H, n, D], this rank's of ``layout`` -> its rows of ``into``, whose positions are among those of
-    ``layout``."""
+    """rows [B, H, n, D], this rank's of ``layout`` -> its rows of ``into``, whose positions are among those
+    of ``layout``."""
     device, me = rows.device, ranks.rank
     old = [layout.positions(rank, device) for rank in range(ranks.size)]
     new = [into.positions(rank, device) for rank in range(ranks.size)]

@@ -1,5 +1,5 @@
-"""Prefill whose tokens are shared out over ranks: dense by the mechanism that sends least, selective by moving
-what was selected."""
+"""Prefill whose tokens are shared out over ranks: dense by the mechanism that sends least, selective by
+moving what was selected."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def prefill(
     """Attention of this rank's queries q [B, H, split.rows, D] over the keys of all ranks.
 
     k, v [B, Hkv, split.rows, D]: what it has computed beside them; rows: everything it holds, those included;
-    shared: the entries of the summaries that ``method`` declares, of all keys. window: the model's own, instead
-    of the method. Reads counts what this rank's queries read.
+    shared: the entries of the summaries that ``method`` declares, of all keys. window: the model's own,
+    instead of the method. Reads counts what this rank's queries read.
     """
     assert call.split is not None
     how: dict[str, Any] = {"scale": scale, "softcap": softcap}
@@ -241,8 +241,8 @@ def _over_heads(
 
 @dataclass(kw_only=True)
 class _ChunkKeys(Keys):
-    """The keys that one chunk of queries may see, while they are still elsewhere: methods select by the shared
-    entries, of ``rows`` of the batch."""
+    """The keys that one chunk of queries may see, while they are still elsewhere: methods select by the
+    shared entries, of ``rows`` of the batch."""
 
     shared: Summaries
     rows: slice
@@ -274,8 +274,8 @@ class _Result:
         self._reasons: list[str | None] = []
 
     def hang_on(self, *gathered: Tensor) -> None:
-        """Keep the queries and what others have sent in the graph: a rank of nothing but filling would have no
-        gradients, and leave the others waiting for it in backward."""
+        """Keep the queries and what others have sent in the graph: a rank of nothing but filling would have
+        no gradients, and leave the others waiting for it in backward."""
         zero = sum((x[..., :0].sum() for x in (self.q, *gathered)), torch.zeros((), device=self.q.device))
         if zero.requires_grad:
             self.part = Partial(self.part.out + zero, self.part.lse)
@@ -292,14 +292,14 @@ class _Result:
 
 class _Piece(NamedTuple):
     """A chunk's queries in some rows of the batch. ``cut``: which of them belong to the chunk; the others
-    complete the query blocks at its ends."""
+    complete the query blocks at its ends. chosen: what they read."""
 
     batch: slice
     slot: slice
     cut: slice
     q: Tensor
     keys: _ChunkKeys
-    index: Index
+    chosen: Index
 
 
 def _selected(
@@ -330,14 +330,14 @@ def _selected(
         for piece in pieces:
             first, keys = 0 if call.starts is None else call.starts[piece.batch.start], piece.keys
             chunk = (first + keys.past, first + keys.length)
-            marks = needed(piece.index, chunk, [first] * keys.k.shape[0], k.shape[1], k.device)
+            marks = needed(piece.chosen, chunk, [first] * keys.k.shape[0], k.shape[1], k.device)
             wanted[piece.batch, :, : chunk[1]] |= marks
         fetch(wanted, rows.k, rows.v, rows.layout, whole_k, whole_v, ranks)
     result = _Result(q, v.shape[3])
     if learns:
         result.hang_on(whole_k, whole_v, *edges.gathered)
     for piece in pieces:
-        part, reads = run_prefill(method, piece.q, piece.keys, piece.index)
+        part, reads = run_prefill(method, piece.q, piece.keys, piece.chosen)
         own = Partial(part.out[:, :, piece.cut], part.lse[:, :, piece.cut])
         result.put(piece.batch, piece.slot, (own, reads))
     return result.part, result.reads

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 from ..attention.errors import FarspanError
@@ -21,9 +20,9 @@ in_call: ContextVar[bool] = ContextVar("in_call", default=False)  # whether a ca
 class ShardStore(KVStore):
     """A KVStore whose rows are some of a sequence's positions, the others being on other ranks.
 
-    ``length`` counts the rows that are here, ``total`` the positions everywhere. ``layout`` says who holds which;
-    it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank, and
-    ``recent`` the last few keys [B, Hkv, t, D], which a block that is still open is made of. window: of a
+    ``length`` counts the rows that are here, ``total`` the positions everywhere. ``layout`` says who holds
+    which; it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank,
+    and ``recent`` the last few keys [B, Hkv, t, D], which a block that is still open is made of. window: of a
     layer with a sliding window, older positions than which are dropped.
     """
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.keys import Keys
-from ..attention.ops.flash import flash
 from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import Summary
 from ..parallel.decode import decode
@@ -70,7 +70,7 @@ def spread(
         store.take_split(k, v, call.split)
     if window is None:
         _extend(layer, k, store, past, call, mesh)
-    how = {"scale": scale, "softcap": softcap}
+    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
     sent = mesh.sent()
     if call.split is not None:
         part, reads, travel = prefill(

@@ -1,4 +1,4 @@
-"""Sharing a decoder's forward call out over ranks: tokens go in by layout, the last hidden states come back."""
+"""Sharing a decoder's forward call out over ranks: tokens go in by layout, hidden states come back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ def _watch_rows(owner: nn.Module, session: Session) -> Callable[[], None]:
         owner.register_forward_pre_hook(before, with_kwargs=True),
         owner.register_forward_hook(after, always_call=True),
     ]
-    return lambda: [hook.remove() for hook in hooks] and None
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
 
 
 def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:

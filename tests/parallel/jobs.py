@@ -19,8 +19,8 @@ BLOCK = 8  # tokens that a rank owns at a time at decode: small, so that short a
 class Case:
     """One run of ``generate``, or of several on one cache.
 
-    lengths: tokens of each row; shorter rows are padded on the left. turns: tokens of further prompts on the same
-    cache. how: arguments of generate; patch: of farspan.patch; parallel: of ContextParallel.
+    lengths: tokens of each row; shorter rows are padded on the left. turns: tokens of further prompts on the
+    same cache. how: arguments of generate; patch: of farspan.patch; parallel: of ContextParallel.
     """
 
     model: str = "llama"

@@ -42,7 +42,7 @@ SERVED = [name for name in small_models.ARCHITECTURES if name not in small_model
 
 @pytest.mark.parametrize("name", SERVED)
 def test_architectures(name: str, world: World):
-    """Grouped heads, sliding layers, soft-caps, learned sinks, experts; padded, and on a cache that is spread."""
+    """Grouped heads, sliding layers, soft-caps, sinks, experts; padded, and on a spread cache."""
     experts = name in ("gpt_oss", "qwen3_moe")  # whose kernel knows no float64
     dtype = torch.float32 if experts else torch.float64
     cases = [
@@ -74,7 +74,7 @@ def test_float32_logits(name: str, world: World):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_bfloat16_tokens(name: str, world: World):
-    """The same tokens on every rank; as on one device until a step whose two best are closer than rounding."""
+    """The same tokens on every rank; as on one device until the two best are closer than rounding."""
     case = Case(model=name, dtype=torch.bfloat16, lengths=(257,), new=24)
     exact = generated(dataclasses.replace(case, dtype=torch.float64, new=1))
     want = generated(case)
@@ -158,8 +158,12 @@ def test_collectives_of_a_decode_step(spec: str, each: dict[str, int], world: Wo
 
 @pytest.mark.parametrize(
     ("spec", "how"),
-    [("dense", {}), ("quest:k=16,page=4,dense_layers=0", {"prompt_lookup_num_tokens": 3}), ("dense", {"top_k": 5, "do_sample": True})],
-)  # fmt: skip
+    [
+        ("dense", {}),
+        ("quest:k=16,page=4,dense_layers=0", {"prompt_lookup_num_tokens": 3}),
+        ("dense", {"top_k": 5, "do_sample": True}),
+    ],
+)
 def test_other_ways_to_generate(spec: str, how: dict[str, Any], world: World):
     assert_same(world, (3,), [Case(spec=spec, lengths=(61,), how=how, new=12)], 1e-9)
 
