@@ -111,7 +111,8 @@ class Job:
             self.mesh.agree({what: str(value)})
 
     def report(self, patched: Patched) -> Report:
-        """What all ranks have read together. A call fell back where it did on all of them."""
+        """What all ranks have read together; bytes sent stay this rank's. A call fell back where it did on all
+        of them."""
         mine = patched.report()
         every = self.gather([[_facts(part) for part in layer.phases.values()] for layer in mine.layers])
         for layer, of_ranks in zip(mine.layers, zip(*every, strict=True), strict=True):
@@ -134,15 +135,7 @@ def interrupted(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
 
 
-_COUNTS = (
-    "pairs",
-    "causal_pairs",
-    "kv_bytes",
-    "dense_bytes",
-    "selection_bytes",
-    "sent_bytes",
-    "dense_sent_bytes",
-)
+_COUNTS = ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes")
 
 
 def _facts(part: PhaseReport) -> list[Any]:
@@ -150,7 +143,7 @@ def _facts(part: PhaseReport) -> list[Any]:
 
 
 def _together(part: PhaseReport, facts: Iterable[list[Any]]) -> PhaseReport:
-    """The part of all ranks: counts added up, what ran anywhere, fallbacks that all of them had."""
+    """The part of all ranks: what was read added up, what ran on any, fallbacks that all of them had."""
     counts, fallbacks, ran = zip(*facts, strict=True)
     implementations: dict[str, list[str]] = {}
     for op, impls in (item for one in ran for item in one.items()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -51,13 +52,13 @@ class Layout:
         return sum(min(b, position) - a for a, b in self.spans[rank] if a < position)
 
     def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """[count] int64, ascending."""
-        parts = [torch.arange(a, b, device=device) for a, b in self.spans[rank]]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
+        """[count] int64, ascending; not to be written to."""
+        return _positions(self.spans[rank], device or torch.device("cpu"))
 
     def extended(self, other: Layout) -> Layout:
         """With the positions of ``other``, all of them later than those here, behind."""
-        return Layout(tuple(_joined(a + b) for a, b in zip(self.spans, other.spans, strict=True)))
+        pairs = zip(self.spans, other.spans, strict=True)
+        return Layout(tuple(_joined(a + b) if b else a for a, b in pairs))
 
     def cut(self, begin: int, end: int) -> Layout:
         """What lies in [begin, end)."""
@@ -67,6 +68,13 @@ class Layout:
                 for spans in self.spans
             )
         )
+
+
+@lru_cache(maxsize=32)  # every layer of a call asks for the same
+@torch.inference_mode(False)
+def _positions(spans: tuple[Span, ...], device: torch.device) -> Tensor:
+    parts = [torch.arange(a, b, device=device) for a, b in spans]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
 
 
 def round_robin(begin: int, end: int, size: int, block: int) -> Layout:

@@ -256,7 +256,8 @@ class _ChunkKeys(Keys):
         raise Unsupported(
             "This method cannot select in prefill over ranks",
             [
-                "it reads every key to select, and here keys travel after the selection; mechanism='ulysses' can"
+                "it reads every key to select, and here keys travel after the selection; "
+                "mechanism='ulysses' serves it"
             ],
         )
 

@@ -228,7 +228,7 @@ class Watch:
         until = time.monotonic() + GRACE
         silent = list(before)
         while silent and time.monotonic() < until:
-            time.sleep(0.1)
+            time.sleep(0.1 + len(before) / 1000)  # all ranks ask the one store
             self._publish()
             if (verdict := self._read_verdict()) is not None:
                 return verdict
@@ -238,7 +238,8 @@ class Watch:
 
     def _blame(self, lives: dict[int, _Life], silent: list[int], error: RuntimeError) -> str:
         at = self._place()
-        behind = [r for r, life in lives.items() if life.count < self._count]
+        least = min(life.count for life in lives.values())
+        behind = [r for r, life in lives.items() if life.count == least < self._count]
         for rank in behind:
             if said := lives[rank].error:
                 return f"Rank {rank} failed, so all ranks have stopped: {said}"

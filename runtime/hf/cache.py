@@ -111,8 +111,8 @@ class ShardStoreLayer(KVStoreLayer):
     ) -> tuple[Tensor, Tensor]:
         if not in_call.get():
             raise FarspanError(
-                "This cache is spread over ranks, and the model is not patched with them now: use it with the "
-                "same patch, or start a new one."
+                "This cache is spread over ranks, and the model is not patched with them now: use it with "
+                "the same patch, or start a new one."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -206,8 +206,8 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
     if layer.is_initialized and layer.get_seq_length() > 0:
         if window is not None:
             raise FarspanError(
-                "A cache with sliding layers that was filled on one device cannot be spread over ranks: start "
-                "a new one."
+                "A cache with sliding layers that was filled on one device cannot be spread over ranks: "
+                "start a new one."
             )
         new.lazy_initialization(layer.keys, layer.values)
         new.store.take_shared(layer.keys, layer.values)

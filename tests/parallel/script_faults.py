@@ -30,6 +30,9 @@ def fault(kind: str, mesh: Mesh) -> None:
     match kind:
         case "exit":
             os._exit(1)
+        case "first try":
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os._exit(1)
         case "kill" | "stop" | "terminate":
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM}[kind]
             os.kill(os.getpid(), number)

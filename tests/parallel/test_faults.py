@@ -120,6 +120,13 @@ def test_torchrun_ends_with_the_rank_named():
 
 
 @pytest.mark.slow
+def test_a_restarted_job_meets_again():
+    run = [*TORCHRUN, "--nproc-per-node", "3", "--max-restarts", "1", script("script_faults.py")]
+    (end,) = launch.commands([*run, "first try", "1"])
+    assert end.code == 0 and end.out.count("fault") == 2, end
+
+
+@pytest.mark.slow
 def test_two_agents_form_one_group():
     port = launch.free_port()
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "farspan"]
