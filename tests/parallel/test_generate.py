@@ -260,3 +260,29 @@ def test_out_of_memory_on_a_rank_is_said_by_all():
         assert time.monotonic() - began < 30
     finally:
         world.stop()
+
+
+def plain_calls(group: Any) -> list[torch.Tensor]:
+    """Calls without generate: every position's logits, the last ones', hidden states, embeddings, no cache."""
+    case = Case(lengths=(45, 90))
+    model, (ids, mask) = model_of(case), prompts(case)
+    parallel = None if group is None else farspan.ContextParallel(mesh=group)
+    embeddings = model.get_input_embeddings()(ids)
+    with farspan.patch(model, parallel=parallel), torch.no_grad():
+        whole = model(ids, attention_mask=mask, output_hidden_states=True)
+        return [
+            whole.logits[mask.bool()],
+            *(x[mask.bool()] for x in whole.hidden_states),
+            model(ids, attention_mask=mask, logits_to_keep=3).logits,
+            model(ids, attention_mask=mask, logits_to_keep=torch.tensor([44, 80])).logits,
+            model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits[mask.bool()],
+            model.get_decoder()(ids, attention_mask=mask).last_hidden_state[mask.bool()],
+        ]
+
+
+def test_calls_without_generate(world: World):
+    alone = plain_calls(None)
+    for size in (2, 3):
+        for got in world.run(plain_calls, size):
+            for i, (a, b) in enumerate(zip(got, alone, strict=True)):
+                assert a.shape == b.shape and (a - b).abs().max() < 1e-9, f"output {i}"
