@@ -57,6 +57,8 @@ def attend(
     elif keys.starts is not None and any(keys.starts) and phase in method.phases:
         return _prefill_rows(method, phase, q, keys, impl)
     else:
+        if method.last_queries:
+            keys.surveyed = method.survey(q[:, :, -method.last_queries :], keys)
         return run_prefill(method, q, keys, method.select_prefill(q, keys), impl=impl)
     return part, explained(reads, method, phase, keys, index)
 

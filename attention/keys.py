@@ -54,6 +54,7 @@ class Keys:
     summary_bytes: int = 0  # bytes of summaries and keys that selection has read in this call
     starts: list[int] | None = None  # ``start`` on the host
     peers: Peers | None = None
+    surveyed: State = field(default_factory=dict)  # what the method's survey of the call has found
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:

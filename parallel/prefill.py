@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_prefill
 from ..attention.dense import Dense
-from ..attention.errors import Unsupported
 from ..attention.index import Index, Window, causal_pairs
-from ..attention.keys import Keys
+from ..attention.keys import Keys, State
 from ..attention.method import PREFILL, AttentionMethod
 from ..attention.partial import Partial, empty_partial
 from ..attention.summary import Summaries, Summary
 from .autograd import gather as gather_with_gradient
-from .gather import fetch, gather_all, needed
+from .gather import fetch, gather_all, gather_rows, needed
 from .layout import Layout, Span, Split, usp_split, zigzag
 from .mesh import Mesh
 from .pass_q import pass_q
@@ -241,11 +240,12 @@ def _over_heads(
 
 @dataclass(kw_only=True)
 class _ChunkKeys(Keys):
-    """The keys that one chunk of queries may see, while they are still elsewhere: methods select by the
-    shared entries, of ``rows`` of the batch."""
+    """The keys that one chunk of queries may see, of ``rows`` of the batch: methods select by the shared
+    entries, while the keys are still elsewhere, unless they are ``complete``."""
 
     shared: Summaries
     rows: slice
+    complete: bool
 
     def summary(self, summary: Summary) -> Tensor:
         entries = self.shared.room(summary, self.k, 0)[self.rows, :, : -(-self.length // summary.block)]
@@ -253,13 +253,8 @@ class _ChunkKeys(Keys):
         return entries
 
     def read_all_keys(self) -> Tensor:
-        raise Unsupported(
-            "This method cannot select in prefill over ranks",
-            [
-                "it reads every key to select, and here keys travel after the selection; "
-                "mechanism='ulysses' serves it"
-            ],
-        )
+        assert self.complete, "a method that reads raw keys in prefill says reads_keys"
+        return super().read_all_keys()
 
 
 @dataclass
@@ -318,7 +313,8 @@ def _selected(
     split, ranks = call.split, mesh.ranks
     assert split is not None
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if learns:
+    whole = learns or (method.reads_keys and window is None)
+    if whole:
         past = rows.before(call.past, ranks.rank)
         whole_k, whole_v = gather_all(k, v, past.k, past.v, past.layout, split, ranks)
     else:
@@ -326,7 +322,7 @@ def _selected(
         whole_v = v.new_empty(*v.shape[:2], call.total, v.shape[3])
     edges = _Edges(q, call, 1 if window is not None else method.granule, mesh)
     pieces = _pieces(method, q, whole_k, whole_v, shared, call, mesh, window, edges, how)
-    if not learns:
+    if not whole:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
         for piece in pieces:
             first, keys = 0 if call.starts is None else call.starts[piece.batch.start], piece.keys
@@ -359,8 +355,18 @@ def _pieces(
     """This rank's chunks, a padded batch row by row, each with what the method selects for it."""
     split, rank = call.split, mesh.ranks.rank
     assert split is not None
+    complete = method.reads_keys and window is None
     everyone = [(0, slice(0, q.shape[0]))]
     alone = [(first, slice(b, b + 1)) for b, first in enumerate(call.starts or ())]
+    found: dict[int, State] = {}
+    if window is None and (n := min(method.last_queries, call.total - call.past)):
+        last = _last_queries(q, n, split, mesh)
+        for first, batch in alone or everyone:
+            queries = last[batch, :, -(call.total - max(first, call.past)) :]
+            k, v = whole_k[batch, :, first:], whole_v[batch, :, first:]
+            tq = queries.shape[2]
+            keys = _ChunkKeys(k=k, v=v, tq=tq, shared=shared, rows=batch, complete=complete, **how)
+            found[batch.start] = method.survey(queries, keys)
     pieces = []
     for slot, (a, b) in split.slots(rank):
         for first, batch in alone or everyone:
@@ -378,6 +384,8 @@ def _pieces(
                 tq=queries.shape[2],
                 shared=shared,
                 rows=batch,
+                complete=complete,
+                surveyed=found.get(batch.start, {}),
                 **how,
             )
             if window is not None:
@@ -387,6 +395,14 @@ def _pieces(
             here = slice(slot.stop - (b - begin), slot.stop)
             pieces.append(_Piece(batch, here, slice(low, low + b - begin), queries, keys, index))
     return pieces
+
+
+def _last_queries(q: Tensor, n: int, split: Split, mesh: Mesh) -> Tensor:
+    """The last n queries [B, H, n, D] of the call, on every rank."""
+    layout, rank = split.layout(), mesh.ranks.rank
+    first = layout.below(rank, split.end - n)
+    mine = split.real(q, rank).detach()[:, :, first:]
+    return gather_rows(mine, layout.cut(split.end - n, split.end), mesh.ranks, "last_queries")
 
 
 class _Edges:
