@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .partial import Partial, empty_partial, merge
 DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
 TOO_SHORT = "the budget covers the length"
 PREFILL_TILE = 64  # prefill queries that share one reading of a key, when bytes are counted
+COUNTS = ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes")
 
 
 @dataclass
@@ -42,6 +44,12 @@ class Reads:
     dense_bytes: int = 0
     selection_bytes: int = 0
     reason: str | None = None  # why every visible key was read although the method is selective
+
+    def __iadd__(self, other: Reads) -> Reads:
+        """The counts of both; the reason stays."""
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
 
 
 def attend(
@@ -63,12 +71,30 @@ def attend(
     return part, explained(reads, method, phase, keys, index)
 
 
+def tell(method: AttentionMethod, q: Tensor, keys: Keys) -> None:
+    """Tell a decode method that a prefill call of queries q [B, H, Tq, D] has run: of them it is given the
+    last ones, as many as it asks for."""
+    wanted = method.told_queries
+    if wanted is not None and wanted < keys.tq:
+        q, keys = q[:, :, -wanted:], dataclasses.replace(keys, tq=wanted)
+    method.after_prefill(q, keys)
+
+
 def run_prefill(
-    method: AttentionMethod, q: Tensor, keys: Keys, index: Index, *, impl: str = "auto"
+    method: AttentionMethod,
+    q: Tensor,
+    keys: Keys,
+    index: Index,
+    *,
+    rows: range | None = None,
+    impl: str = "auto",
 ) -> tuple[Partial, Reads]:
-    """Attention of prefill queries q [B, H, Tq, D] over what ``method`` has selected."""
-    part, pairs = _run_prefill(q, keys, index, impl)
-    reads = _count(q, keys, pairs, loads_shared_by=PREFILL_TILE * (q.shape[1] // keys.k.shape[1]))
+    """Attention of prefill queries q [B, H, Tq, D] over what ``method`` has selected; ``rows``: the queries
+    that count, where others only complete a block."""
+    rows = range(keys.tq) if rows is None else rows
+    part, pairs = _run_prefill(q, keys, index, rows, impl)
+    shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
+    reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
     return part, explained(reads, method, PREFILL, keys, index)
 
 
@@ -93,22 +119,23 @@ def _prefill_rows(
         if row.tq > 0:
             part, reads = attend(method, phase, q[b : b + 1, :, -row.tq :], row, impl=impl)
             out[b : b + 1, :, -row.tq :], lse[b : b + 1, :, -row.tq :] = part.out.to(out.dtype), part.lse
-            for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
-                setattr(total, name, getattr(total, name) + getattr(reads, name))
+            total += reads
             reasons.append(reads.reason)
     if reasons and all(reasons):
         total.reason = reasons[0]
     return Partial(out, lse), total
 
 
-def _run_prefill(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | Tensor | None]:
+def _run_prefill(
+    q: Tensor, keys: Keys, index: object, rows: range, impl: str
+) -> tuple[Partial, int | Tensor | None]:
     how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
         return flash(q, keys.k, keys.v, start=keys.start, **how), None
     if isinstance(index, Window):
         return _window(q, keys, index, impl, flash)
     if isinstance(index, BlockIndex):
-        pairs = _total(index.pairs(q.shape[2], keys.length)) * (q.shape[1] // index.blocks.shape[1])
+        pairs = _total(index.pairs(q.shape[2], keys.length, rows)) * (q.shape[1] // index.blocks.shape[1])
         return block_sparse(q, keys.k, keys.v, index, check=False, **how), pairs
     raise TypeError(
         f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
@@ -198,9 +225,12 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
     return Partial(out, lse), pairs
 
 
-def _count(q: Tensor, keys: Keys, pairs: int | Tensor | None, *, loads_shared_by: int) -> Reads:
+def _count(
+    q: Tensor, keys: Keys, pairs: int | Tensor | None, *, loads_shared_by: int, rows: range | None = None
+) -> Reads:
     b, h, tq, _ = q.shape
-    causal = causal_pairs(tq, keys.length, keys.starts, b) * h
+    rows = range(tq) if rows is None else rows
+    causal = causal_pairs(len(rows), keys.past + rows.stop, keys.starts, b) * h
     return count_reads(q, keys.k, keys.v, causal if pairs is None else pairs, causal, loads_shared_by)
 
 

@@ -122,23 +122,25 @@ class BlockIndex:
                 mask[i, h] = chosen[i, h][n][:, j[h]]
         return mask & causal_mask(tq, tk, self.start, b, device)
 
-    def pairs(self, tq: int, tk: int) -> Tensor:
+    def pairs(self, tq: int, tk: int, rows: range | None = None) -> Tensor:
         """Number of (query, key) pairs read, summed over batch and Hs; int64 scalar tensor. No [Tq, Tk]
-        tensor is made."""
+        tensor is made. rows: of these queries of the call alone."""
+        counted = range(tq) if rows is None else rows
         b, _, nq, m = self.blocks.shape
         if self.key_order is not None:
-            return self.to_mask(tq, tk).sum()
+            return self.to_mask(tq, tk)[:, :, counted.start : counted.stop].sum()
         device, past = self.blocks.device, tk - tq
         start = (
             torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
         )
         begin = torch.clamp(start - past, min=0)  # [B], first valid query row of this call
-        rows = begin[:, None, None] + torch.arange(nq * self.block_q, device=device).view(1, nq, self.block_q)
-        q_pos = rows + past  # [B, Nq, block_q]
+        row = begin[:, None, None] + torch.arange(nq * self.block_q, device=device).view(1, nq, self.block_q)
+        q_pos = row + past  # [B, Nq, block_q]
         lo = start[:, None, None, None] + self.blocks.long() * self.block_k  # [B, Hs, Nq, M]
         seen = torch.clamp(q_pos[:, None, :, :, None] + 1 - lo[..., None, :], 0, self.block_k)
         used = torch.arange(m, device=device) < self.counts[..., None]
-        seen = seen * used[..., None, :] * (rows < tq)[:, None, :, :, None]
+        inside = (row >= counted.start) & (row < counted.stop)
+        seen = seen * used[..., None, :] * inside[:, None, :, :, None]
         return seen.sum()
 
 

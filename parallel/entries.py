@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attention.summary import Summaries, Summary, by_start
 from .comm import Ranks
+from .edges import Beyond, beyond
 from .gather import gather_rows
 from .layout import Layout, Span, Split
 
@@ -66,7 +67,7 @@ def extend_split(
     if opened < split.begin:
         a = past.below(ranks.rank, opened)
         head = gather_rows(past_k[:, :, a:], past.cut(opened, split.begin), ranks, "open_block")
-    tails = _first_rows(summary, k, split, firsts, ranks)
+    tails = _tails(summary, k, split, firsts, ranks)
     plan = {
         chunk: [
             (*_blocks(summary.block, chunk, split.begin, first), first, rows)
@@ -83,7 +84,7 @@ def extend_split(
         if chunk[0] == split.begin:
             keys, at = torch.cat([head, keys], 2), opened
         if chunk in tails:
-            keys = torch.cat([keys, tails[chunk]], 2)
+            keys = torch.cat([keys, tails[chunk].after], 2)
         for block, count, first, rows in plan[chunk]:
             begin = first + block * summary.block - at
             if count:
@@ -115,27 +116,10 @@ def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
     return number, max(0, -(-(b - first) // block) - number)
 
 
-def _first_rows(
-    summary: Summary, k: Tensor, split: Split, firsts: list[int], ranks: Ranks
-) -> dict[Span, Tensor]:
+def _tails(summary: Summary, k: Tensor, split: Split, firsts: list[int], ranks: Ranks) -> dict[Span, Beyond]:
     """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with
     chunks."""
-    inner = {a for chunks in split.chunks for a, b in chunks if split.begin < a < b}
-    if all((a - first) % summary.block == 0 or a <= first for a in inner for first in firsts):
+    chunks = [chunk for rank in range(split.size) for _, chunk in split.slots(rank)]
+    if all((a - first) % summary.block == 0 or a <= first for a, _ in chunks for first in firsts):
         return {}
-    reach = min(summary.block - 1, split.width)
-    chunks = len(split.chunks[0])
-    mine = torch.stack([k[:, :, i * split.width : i * split.width + reach] for i in range(chunks)])
-    every = ranks.all_gather(mine, "edges")
-    heads = {
-        a: every[rank, i][:, :, : min(reach, b - a)]
-        for rank, spans in enumerate(split.chunks)
-        for i, (a, b) in enumerate(spans)
-        if a < b
-    }
-    return {
-        chunk: heads[chunk[1]]
-        for spans in split.chunks
-        for chunk in spans
-        if chunk[1] in heads and chunk[0] < chunk[1]
-    }
+    return beyond(k, 0, summary.block - 1, split, ranks, "edges")[0]

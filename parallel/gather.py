@@ -67,19 +67,13 @@ def needed(
     chosen = torch.zeros(b, hs, blocks, dtype=torch.bool, device=device)
     chosen.scatter_(2, torch.where(used, index.blocks.long(), blocks - 1).view(b, hs, nq * m), True)
     chosen[..., -1] = False  # where the unused entries went
-    if hs > kv_heads:
-        chosen = chosen.unflatten(1, (kv_heads, -1)).any(2)
-    seen = torch.zeros(b, kv_heads, end, dtype=torch.bool, device=device)
+    seen = torch.zeros(b, hs, end, dtype=torch.bool, device=device)
     for start, rows in by_start(starts):
         own = chosen[rows].repeat_interleave(index.block_k, -1)[..., : end - start]
         if index.key_order is not None:
-            order = index.key_order[rows].long()
-            order = (
-                order.repeat_interleave(kv_heads // order.shape[1], 1) if order.shape[1] < kv_heads else order
-            )
-            own = torch.zeros_like(own).scatter_(2, order, own)
+            own = torch.zeros_like(own).scatter_(2, index.key_order[rows].long(), own)
         seen[rows, :, start:] = own
-    return seen
+    return seen.unflatten(1, (kv_heads, -1)).any(2)
 
 
 def fetch(

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..attention.keys import Keys
+from ..attention.keys import Keys, Peers
 from ..attention.ops.select import top_k
 from ..attention.summary import Summaries, Summary
 from .comm import Ranks, pack, unpack
@@ -30,7 +30,7 @@ class ShardedKeys(Keys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peers = RankPeers(self.ranks, self.layout, self.places())
+        self.peers: Peers | None = RankPeers(self.ranks, self.layout, self.places())
 
     @property
     def length(self) -> int:
@@ -58,7 +58,7 @@ class ShardedKeys(Keys):
 
 @dataclass
 class RankPeers:
-    """The other ranks, asked by collectives: ``softmax`` and ``candidates`` are one each."""
+    """The other ranks, asked by collectives, one for each question."""
 
     ranks: Ranks
     layout: Layout
@@ -83,6 +83,10 @@ class RankPeers:
         values, places = (x.movedim(0, -2).flatten(-2) for x in unpack(every, values, places))
         order = places.argsort(dim=-1, stable=True)
         return values.gather(-1, order), places.gather(-1, order).long().clamp_(max=self.layout.length - 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In the order of ranks, so that each has the same bits."""
+        return self.ranks.all_gather(x, "sum").sum(0)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         layout = self.layout.cut(0, length)

@@ -9,7 +9,6 @@ who has it. Both are plain numbers that every rank works out alike, so nothing h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -43,6 +42,11 @@ class Layout:
         """Positions held by all ranks together: 0 .. length - 1."""
         return max((spans[-1][1] for spans in self.spans if spans), default=0)
 
+    @property
+    def begin(self) -> int:
+        """The smallest position that is held; 0 where none is."""
+        return min((spans[0][0] for spans in self.spans if spans), default=0)
+
     def count(self, rank: int) -> int:
         """Positions that ``rank`` holds."""
         return sum(b - a for a, b in self.spans[rank])
@@ -60,6 +64,23 @@ class Layout:
         pairs = zip(self.spans, other.spans, strict=True)
         return Layout(tuple(_joined(a + b) if b else a for a, b in pairs))
 
+    def lightest(self) -> list[int]:
+        """The ranks, those that hold least first."""
+        counts = [self.count(rank) for rank in range(self.size)]
+        return sorted(range(self.size), key=counts.__getitem__)
+
+    def dealt(self, begin: int, end: int, block: int) -> Layout:
+        """With the positions begin .. end - 1 behind, in blocks of ``block`` counted from position 0: a block
+        that has begun is filled up by its rank, a new one goes to the rank that holds least."""
+        layout = self
+        while begin < end:
+            stop = min((begin // block + 1) * block, end)
+            owners = [r for r, spans in enumerate(layout.spans) if spans and spans[-1][1] == begin]
+            owner = owners[0] if owners and begin % block else layout.lightest()[0]
+            more = tuple(((begin, stop),) if rank == owner else () for rank in range(self.size))
+            layout, begin = layout.extended(Layout(more)), stop
+        return layout
+
     def cut(self, begin: int, end: int) -> Layout:
         """What lies in [begin, end)."""
         return Layout(
@@ -75,22 +96,6 @@ class Layout:
 def _positions(spans: tuple[Span, ...], device: torch.device) -> Tensor:
     parts = [torch.arange(a, b, device=device) for a, b in spans]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
-
-
-def round_robin(begin: int, end: int, size: int, block: int) -> Layout:
-    """Positions begin .. end - 1 in blocks of ``block``, block n (counted from position 0) on rank n modulo
-    ``size``."""
-    spans: list[list[Span]] = [[] for _ in range(size)]
-    for a, b in _blocks(begin, end, block):
-        spans[a // block % size].append((a, b))
-    return Layout(tuple(_joined(tuple(s)) for s in spans))
-
-
-def _blocks(begin: int, end: int, block: int) -> Iterator[Span]:
-    while begin < end:
-        stop = min((begin // block + 1) * block, end)
-        yield begin, stop
-        begin = stop
 
 
 def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
@@ -176,9 +181,14 @@ def _cuts(begin: int, end: int, pieces: int, granule: int) -> list[Span]:
     return list(pairwise(edges))
 
 
-def zigzag(begin: int, end: int, size: int, granule: int = 1) -> Split:
-    """2 P chunks of whole granules, the r-th from the front and the r-th from the back on rank r."""
-    return usp_split(begin, end, 1, size, granule)
+def zigzag(begin: int, end: int, size: int, granule: int = 1, held: Layout | None = None) -> Split:
+    """2 P chunks of whole granules, the r-th from the front and the r-th from the back on one rank: on rank
+    r, or on the one that holds r-th least in ``held``, since the first chunks are the longer ones."""
+    plain = usp_split(begin, end, 1, size, granule)
+    if held is None:
+        return plain
+    place = {rank: i for i, rank in enumerate(held.lightest())}
+    return Split(begin, end, tuple(plain.chunks[place[rank]] for rank in range(size)))
 
 
 def contiguous(begin: int, end: int, size: int, granule: int = 1) -> Split:

@@ -13,7 +13,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections import Counter
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..attention.errors import FarspanError, SpecError
 from .comm import Ranks
 from .digest import bit_hash, minority, text_hash
-from .watch import Watch, host, meet, named, one_line
+from .meeting import meet, named, new_group, one_line, rendezvous
+from .watch import Watch
 
 MECHANISMS = ("auto", "gather", "ring", "ulysses", "usp", "pass_q")
 BACKENDS = ("torch", "deepspeed")
@@ -48,7 +49,8 @@ class ContextParallel:
     mechanism: how prefill attention meets keys on other ranks: "auto" (the least bytes), "gather" (all-gather
         of keys and values), "ring", "ulysses" (heads instead of positions), "usp" (Ulysses inside, ring
         across) or "pass_q" (queries travel instead of keys).
-    ulysses: degree of Ulysses inside USP, a divisor of ``size``; None: the ranks of one machine.
+    ulysses: degree of Ulysses inside USP, a divisor of ``size``; None: the ranks of one machine, or about the
+        root of ``size`` where that is all of them or one.
     block: tokens; new tokens are stored in turn, in blocks of this many.
     timeout: seconds that a collective waits for a rank before all ranks stop.
     check: compare inputs and outputs over the ranks by hash, so that they cannot differ silently.
@@ -86,7 +88,7 @@ class ContextParallel:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise wrong("timeout", "a number of seconds above 0 is allowed")
         if self.ulysses is not None:
-            if self.mechanism not in ("auto", "usp"):
+            if self.mechanism != "usp":
                 raise wrong("ulysses", f'only mechanism="usp" has it, not {self.mechanism!r}')
             if self.size is not None and self.size % self.ulysses:
                 raise wrong("ulysses", f"a divisor of size={self.size} is allowed")
@@ -98,8 +100,9 @@ class Mesh:
 
     ranks: all of them. config: with ``size`` and ``ulysses`` known. device: where collectives' tensors are.
     ulysses, ring: for USP, this rank's neighbours (rank r * U + u: those of the same r) and those across (of
-        the same u); None where the mechanism is another or ``size`` has no divisor to cut it by.
+        the same u); None for other mechanisms.
     watch: turns a failing rank into one sentence on all.
+    lent: the groups are another one's, who closes them.
     """
 
     ranks: Ranks
@@ -108,6 +111,7 @@ class Mesh:
     config: ContextParallel
     device: torch.device
     watch: Watch
+    lent: bool = False
 
     @property
     def size(self) -> int:
@@ -162,7 +166,8 @@ class Mesh:
 
     def close(self) -> None:
         """Leave the groups that ``join`` has made. The job's own group stays."""
-        self.watch.close()
+        if not self.lent:
+            self.watch.close()
 
 
 _SLOTS = 16
@@ -173,12 +178,14 @@ def join(parallel: Any, device: torch.device | str) -> Mesh | None:
 
     parallel: a ContextParallel; "auto" for all ranks of the launcher or of the initialised default group; a
         torch DeviceMesh (1-D, or with a dimension "cp" or "context", whose ranks are taken), an accelerate
-        Accelerator or ParallelismConfig, or a process group; None.
+        Accelerator or ParallelismConfig, or a process group; a Mesh, which is lent; None.
     device: where the model is. torch.distributed is initialised for it where nobody has.
     -> the mesh, or None where one process is alone.
     FarspanError: no launcher, a size that does not divide the job, a mesh without such a dimension, a device
         that is not there or shared, ranks whose configuration differs or that do not come.
     """
+    if isinstance(parallel, Mesh):
+        return dataclasses.replace(parallel, lent=True)
     config = _config(parallel)
     if config is None or (config.size == 1 and config.mesh is None):
         return None
@@ -250,12 +257,19 @@ def _initialise(device: torch.device, timeout: float) -> None:
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise FarspanError(
-                f"Rank {os.environ['RANK']} wants cuda:{index}, but {host()} has {torch.cuda.device_count()} "
-                "such devices: start at most one process per device (--nproc-per-node)."
+                f"Rank {os.environ['RANK']} wants cuda:{index}, but {socket.gethostname()} has "
+                f"{torch.cuda.device_count()} such devices: start at most one process per device "
+                "(--nproc-per-node)."
             )
         torch.cuda.set_device(index)
+    seconds = MEETING * timeout
     try:
-        dist.init_process_group(_transport(device), timeout=timedelta(seconds=MEETING * timeout))
+        store, rank, size = rendezvous(seconds)
+        dist.init_process_group(
+            _transport(device), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+        )
+    except FarspanError:
+        raise
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise FarspanError(
@@ -342,79 +356,58 @@ def _column(mesh: DeviceMesh, rank: int) -> tuple[list[int], list[int]]:
 
 # --- coming together ------------------------------------------------------------------------------------
 
-_joined: Counter[tuple[int, ...]] = Counter()  # how often this process has joined with the same ranks
-
 
 def _meet(
     config: ContextParallel, device: torch.device, members: list[int], mine: list[int], rank: int
 ) -> Mesh:
     store = c10d._get_default_store()
-    _joined[tuple(members)] += 1
-    key = f"farspan/{text_hash(repr(members)):x}/{_joined[tuple(members)]}"
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "mesh"}
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", len(mine)))
     says = {"options": options, "device": _identity(device), "inside": inside}
-    watch = Watch(store, f"{key}/{mine[0]}", mine, rank, config.timeout)
+    place = f"farspan/{text_hash(repr(members)):x}"
+    name, said = meet(store, place, members, rank, says, MEETING * config.timeout)
+    _compare(said, members)
+    inner = _ulysses_degree(config, [answer["inside"] for answer in said.values()])
+    config = dataclasses.replace(config, ulysses=inner)
 
-    def group(name: str, ranks: list[int]) -> Ranks:
-        made = _new_group(f"{key}/{name}/{ranks[0]}", ranks, rank, _transport(device), config.timeout)
-        watch.groups.append(Ranks(made, watch.guard))
+    watch = Watch(store, f"farspan/{name}", members, mine, rank, config.timeout)
+
+    def group(kind: str, ranks: list[int]) -> Ranks:
+        called = f"farspan/{name}/{kind}/{ranks[0]}"
+        watch.groups.append(
+            Ranks(new_group(called, ranks, rank, _transport(device), config.timeout), watch.guard)
+        )
         return watch.groups[-1]
 
     try:
-        said = meet(store, key, members, rank, says, MEETING * config.timeout)
-        _compare(said, members)
-        inner = _ulysses_degree(config, [answer["inside"] for answer in said.values()])
-        config = dataclasses.replace(config, ulysses=inner)
         with watch.guard("join"):
             everyone, ulysses, ring = group("ranks", mine), None, None
             if inner is not None:
-                place = mine.index(rank)
-                ulysses = group("ulysses", mine[place // inner * inner :][:inner])
-                ring = group("ring", mine[place % inner :: inner])
+                at = mine.index(rank)
+                ulysses = group("ulysses", mine[at // inner * inner :][:inner])
+                ring = group("ring", mine[at % inner :: inner])
     except BaseException:
         watch.close()
         raise
     return Mesh(everyone, ulysses, ring, config, device, watch)
 
 
-def _new_group(name: str, ranks: list[int], rank: int, transport: str, timeout: float) -> dist.ProcessGroup:
-    """A group made by its members alone, under a name of its own.
-
-    This is what dist.new_group does with a name. It would want every rank of the job to call it; with
-    use_local_synchronization it wants all members to have as many groups as each other, and uses the name of
-    a destroyed group again, whose addresses are still in the store.
-    """
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(rank),
-        ranks,
-        dist.Backend(transport),
-        c10d._get_default_store(),
-        name,  # type: ignore[arg-type]
-        timeout=timedelta(seconds=timeout),
-        group_desc="farspan",
-    )
-    c10d._world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
-    return group
-
-
 def _ulysses_degree(config: ContextParallel, local: list[int]) -> int | None:
     """local: ranks on the machine of each rank."""
     size = config.size or 1
-    if config.ulysses is not None or config.mechanism not in ("auto", "usp"):
+    if config.ulysses is not None or config.mechanism != "usp":
         return config.ulysses
     inside = math.gcd(size, *local)
-    if not 1 < inside < size:  # one machine, or one rank on each: as square as can be
-        inside = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
-    return inside if inside > 1 or config.mechanism == "usp" else None
+    if 1 < inside < size:
+        return inside
+    return max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)  # one machine, or one rank on each
 
 
 def _identity(device: torch.device) -> str | None:
     """The accelerator, as no other one in the job is called; None for a CPU, which ranks may share."""
     if device.type != "cuda":
         return None
-    return f"{device} of {host()} ({torch.cuda.get_device_properties(device).uuid})"
+    return f"{device} of {socket.gethostname()} ({torch.cuda.get_device_properties(device).uuid})"
 
 
 def _compare(said: dict[int, dict[str, Any]], members: list[int]) -> None:

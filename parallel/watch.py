@@ -21,14 +21,12 @@ import atexit
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -37,6 +35,7 @@ import torch.distributed as dist
 
 from ..attention.errors import FarspanError
 from .comm import Ranks
+from .meeting import named, one_line, own
 
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 2.0  # seconds in which a living rank shows one, on a busy machine too
@@ -59,18 +58,23 @@ class _Life:
 
 
 class Watch:
-    """Watches over the ranks that share one sequence.
+    """Watches over the ranks that have joined, those of other sequences too: they end with each other.
 
     store: the job's store; the watch uses a connection of its own.
     key: a prefix for the store's keys that no other watch has.
-    ranks: the job's ranks watched over, and ``rank`` which of them this one is.
+    ranks: the job's ranks watched over; ``beside``: those of them that share this one's sequence and so enter
+    the same collectives; ``rank``: this one.
     timeout: seconds after which the groups' collectives give up, for the sentences.
     groups: the groups it guards. They are left when the watch ends, by a verdict or by ``close``.
     """
 
-    def __init__(self, store: dist.Store, key: str, ranks: list[int], rank: int, timeout: float):
-        self._store = _own(store, GRACE)
-        self._key, self._ranks, self._rank, self._timeout = key, ranks, rank, timeout
+    def __init__(
+        self, store: dist.Store, key: str, ranks: list[int], beside: list[int], rank: int, timeout: float
+    ):
+        self._store = own(store, GRACE)
+        self._key, self._rank, self._timeout = key, rank, timeout
+        self._others = [other for other in ranks if other != rank]
+        self._beside = [other for other in beside if other != rank]
         self.groups: list[Ranks] = []
         self._count, self._name, self._beats = 0, "join", 0
         self._said: str | None = None  # an error of this rank's that the group survives
@@ -124,6 +128,8 @@ class Watch:
         else:
             what = f"{type(error).__name__}: {one_line(error)}"
             text = f"Rank {self._rank} failed, so all ranks have stopped: {what}"
+            if isinstance(error, RuntimeError) and _FROM_A_PEER.search(str(error)):
+                return self._stop(self._ask(self._judge, error, text) or text)  # tensor parallelism's, say
         return self._stop(self._ask(self._decide, text) or text)
 
     def close(self) -> None:
@@ -202,9 +208,8 @@ class Watch:
         self._store.set(f"{self._key}/{self._rank}", json.dumps(life))
 
     def _lives(self) -> dict[int, _Life]:
-        others = [rank for rank in self._ranks if rank != self._rank]
-        stored = self._store.multi_get([f"{self._key}/{rank}" for rank in others])
-        return {rank: _Life(*json.loads(text)) for rank, text in zip(others, stored, strict=True)}
+        stored = self._store.multi_get([f"{self._key}/{rank}" for rank in self._others])
+        return {rank: _Life(*json.loads(text)) for rank, text in zip(self._others, stored, strict=True)}
 
     def _read_verdict(self) -> str | None:
         if self._verdict is None and self._store.check([f"{self._key}/verdict"]):
@@ -219,11 +224,15 @@ class Watch:
 
     def _linger(self) -> None:
         until = time.monotonic() + LINGER
-        while time.monotonic() < until and self._store.add(f"{self._key}/seen", 0) < len(self._ranks):
+        while time.monotonic() < until and self._store.add(f"{self._key}/seen", 0) <= len(self._others):
             time.sleep(0.05)
 
-    def _judge(self, error: RuntimeError) -> str:
-        """Who is to blame for a collective that failed with ``error``."""
+    def _judge(self, error: RuntimeError, otherwise: str | None = None) -> str:
+        """Who is to blame for a collective that failed with ``error``.
+
+        otherwise: what to say where all others live; None: the collective was a guarded one, and it is known
+        who has entered it.
+        """
         before = now = self._lives()
         until = time.monotonic() + GRACE
         silent = list(before)
@@ -234,12 +243,14 @@ class Watch:
                 return verdict
             now = self._lives()
             silent = [r for r, life in now.items() if life.beat == before[r].beat and not life.ended]
-        return self._decide(self._blame(now, silent, error))
+        return self._decide(self._blame(now, silent, error, otherwise))
 
-    def _blame(self, lives: dict[int, _Life], silent: list[int], error: RuntimeError) -> str:
+    def _blame(
+        self, lives: dict[int, _Life], silent: list[int], error: RuntimeError, otherwise: str | None
+    ) -> str:
         at = self._place()
-        least = min(life.count for life in lives.values())
-        behind = [r for r, life in lives.items() if life.count == least < self._count]
+        least = min(lives[r].count for r in self._beside)
+        behind = [r for r in self._beside if lives[r].count == least < self._count and otherwise is None]
         for rank in behind:
             if said := lives[rank].error:
                 return f"Rank {rank} failed, so all ranks have stopped: {said}"
@@ -250,7 +261,7 @@ class Watch:
             )
         if silent:
             return f"{_have(silent, 'died')} without a word while rank {self._rank} was in {at}."
-        if ended := [r for r, life in lives.items() if life.ended]:
+        if ended := [r for r in (self._beside if otherwise is None else lives) if lives[r].ended]:
             return (
                 f"{_have(ended, 'ended')} while rank {self._rank} was still in {at}; its own output says why."
             )
@@ -261,14 +272,9 @@ class Watch:
                 f"was {last.name} (collective {last.count}). If it is only slow, give more time with "
                 "ContextParallel(timeout=...)."
             )
+        if otherwise is not None:
+            return otherwise
         return f"Rank {self._rank} lost its connection to the others in {at}: {one_line(error)}"
-
-
-def _own(store: dist.Store, seconds: float) -> dist.Store:
-    """A connection of one's own: a store answers one caller at a time."""
-    mine: dist.Store = store.clone()  # type: ignore[attr-defined]
-    mine.set_timeout(timedelta(seconds=seconds))
-    return mine
 
 
 def _answer(task: Callable[[], Any], future: Future[Any]) -> None:
@@ -288,44 +294,5 @@ def _timed_out(error: RuntimeError) -> bool:
     return bool(re.search(r"timed? ?out", str(error), re.IGNORECASE))
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
-
-
 def _have(ranks: list[int], done: str) -> str:
     return f"{named(ranks).capitalize()} {'has' if len(ranks) == 1 else 'have'} {done}"
-
-
-def named(ranks: list[int]) -> str:
-    """'rank 1', 'ranks 1 and 2', 'ranks 0, 1 and 2'."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
-
-
-def meet(
-    store: dist.Store, key: str, ranks: list[int], rank: int, says: dict[str, Any], seconds: float
-) -> dict[int, dict[str, Any]]:
-    """What each of ``ranks`` says, by rank. FarspanError names those that do not come within ``seconds``."""
-    store = _own(store, seconds)
-    keys = {other: f"{key}/{other}" for other in ranks}
-    try:
-        store.set(keys[rank], json.dumps(says))
-        store.wait(list(keys.values()))
-    except RuntimeError as error:
-        try:
-            missing = [other for other in ranks if not store.check([keys[other]])]
-        except RuntimeError:
-            missing = []
-        if not missing:
-            raise FarspanError(f"Rank {rank} lost the job's store: {one_line(error)}") from error
-        raise FarspanError(
-            f"{named(missing).capitalize()} did not come to patch(..., parallel=...) within {seconds:g} s: "
-            "every rank of the job makes the same calls."
-        ) from error
-    return {other: json.loads(store.get(k)) for other, k in keys.items()}
-
-
-def host() -> str:
-    """This machine, as the other ranks tell it from theirs."""
-    return socket.gethostname()

@@ -46,10 +46,15 @@ def calibrate(
         raise FarspanError(
             f"Calibration needs at least 64 tokens in a window; got tokens={tokens}, window={window}."
         )
+    info = hf.inspect_model(model)
+    if info.weights_mesh is not None:
+        raise FarspanError(
+            "A model is calibrated before its heads are shared out by tensor parallelism: calibrate it "
+            "whole, and give all ranks the recipe."
+        )
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
     if ids.shape[1] < 64:
         raise FarspanError(f"The calibration text has {ids.shape[1]} tokens; at least 64 are needed.")
-    info = hf.inspect_model(model)
     means = {i: _Means() for i in info.attention}
     total = ids.shape[1]
     with patch(model, "dense"), torch.no_grad(), _observed(info, means, before_rope=by != "qk"):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS, Reads, attend
+from ..attention.attend import DECODE_ROWS, Reads, attend, tell
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
@@ -19,8 +19,8 @@ from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.summary import Summaries
+from ..parallel.call import Call
 from ..parallel.mesh import Mesh
-from ..parallel.prefill import Call
 from .cache import KVStore, lasting
 from .report import PhaseReport
 from .shard import ShardStore
@@ -150,6 +150,12 @@ class Layer:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         call = self.session.call or carried(mask)
+        if call is not None and mask is None:
+            raise FarspanError(
+                f"The attention mask was dropped on its way to layer {self.index}, as accelerate's own "
+                "context parallelism drops it: leave cp_size out of the Accelerator's ParallelismConfig, and "
+                "let patch(parallel=...) alone spread the sequence."
+            )
         if call is not None:
             part = self._over_ranks(q, k, v, call, **how)
         elif self.session.mesh is not None:
@@ -186,7 +192,7 @@ class Layer:
         with implementations() as ran:
             part, reads = attend(method, phase, q, keys)
         if phase == PREFILL and own:
-            self.decode.after_prefill(q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
+            tell(self.decode, q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
         if not own and method.name == "dense" != self.decode.name and reads.reason is None:
             reads.reason = FOREIGN if self.session.cached else NO_CACHE
         self._report(phase, reads, b * tq, ran, k.shape[2])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
+from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
 from .layer import DECODE_ROWS, Layer, Session
@@ -96,7 +100,8 @@ def patch(
         mesh.agree(
             {
                 "the model": f"{type(model).__name__} {info.geometry}",
-                "the methods": str([(str(a), str(b)) for a, b, _ in served.values()]),
+                "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
+                "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, prefill_chunk, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
@@ -104,7 +109,7 @@ def patch(
     undo = hf.install(model, info, bound, session, prefill_chunk, granule)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh)
 
 
 class Patched:
@@ -116,11 +121,14 @@ class Patched:
         layers: dict[int, Layer],
         untouched: dict[int, str],
         undo: list[Callable[[], None]],
+        mesh: Mesh | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
         self._untouched = untouched
         self._undo: list[Callable[[], None]] | None = undo
+        self._mesh = mesh
+        self._sent_before = self._sent()
 
     def report(self) -> Report:
         """What has been read since the patch, or since ``reset_report``."""
@@ -129,12 +137,18 @@ class Patched:
             for i, layer in self._layers.items()
             if i not in self._untouched
         ]
-        return Report(self._name, layers, dict(self._untouched))
+        return Report(self._name, layers, dict(self._untouched), dict(self._sent() - self._sent_before))
 
     def reset_report(self) -> None:
         """Start counting anew."""
         for layer in self._layers.values():
             layer.clear_report()
+        self._sent_before = self._sent()
+
+    def _sent(self) -> Counter[str]:
+        """Bytes that this rank has ever sent, by collective."""
+        groups = [] if self._mesh is None else self._mesh.watch.groups
+        return sum((ranks.sent for ranks in groups), Counter())
 
     def remove(self) -> None:
         """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second
@@ -215,11 +229,22 @@ def _bind(
     return bound[0], bound[1], reason
 
 
+def _weighed(method: AttentionMethod) -> tuple[object, ...]:
+    """The method with what a recipe has given it, as text can tell it from another."""
+    weights = [x.tolist() for x in vars(method).values() if isinstance(x, Tensor)]
+    return (str(method), [summary.key for summary in method.summaries], weights)
+
+
 def serve(
     method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
 ) -> AttentionMethod | None:
     """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
     dense."""
+    if method.couples_heads and layer.shares > 1:
+        raise Unsupported(
+            f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
+            ["it decides for all heads of a layer together, and each rank has but some of them"],
+        )
     if method.needs_recipe:
         source = recipe if recipe is not None else getattr(method, "recipe", "") or None
         if source is None:

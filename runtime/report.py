@@ -9,7 +9,7 @@ from typing import Any
 
 from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
-from ..parallel.prefill import Travel
+from ..parallel.call import Travel
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Report:
     model: str
     layers: list[LayerReport]
     untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
+    traffic: dict[str, int] = field(default_factory=dict)  # every byte that this rank has sent, by collective
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -127,6 +128,7 @@ class Report:
                 }
                 for layer in self.layers
             ],
+            "traffic": dict(self.traffic),
             "untouched": {str(layer): reason for layer, reason in self.untouched.items()},
         }
 
@@ -150,8 +152,8 @@ class Report:
         )
         if totals["mechanisms"]:
             lines.append(
-                f"over ranks: this one sent {_bytes(totals['sent_bytes'])} where dense attention sends "
-                f"{_bytes(totals['sent_bytes_dense'])}"
+                f"over ranks: this one sent {_bytes(totals['sent_bytes'])} for attention where dense sends "
+                f"{_bytes(totals['sent_bytes_dense'])}; {_bytes(sum(self.traffic.values()))} in all"
             )
             lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
         for reason, count in sorted(totals["fallbacks"].items()):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..attention.errors import FarspanError
 from ..attention.summary import Summaries
+from ..parallel.call import Rows
 from ..parallel.comm import Ranks
-from ..parallel.layout import Layout, Split, round_robin
-from ..parallel.prefill import Rows
+from ..parallel.layout import Layout, Split
 from .cache import KVStore
 
 in_call: ContextVar[bool] = ContextVar("in_call", default=False)  # whether a call over ranks is running
@@ -45,27 +45,30 @@ class ShardStore(KVStore):
         return Rows(self.keys, self.values, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
-        """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned round-robin in
-        blocks."""
-        end = self.total + k.shape[2]
-        layout = round_robin(self.total, end, self.ranks.size, self.block)
-        mine = layout.positions(self.ranks.rank, k.device) - self.total
+        """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned in blocks, each by the
+        rank that has least."""
+        begin, end = self.total, self.total + k.shape[2]
+        layout = self.layout.dealt(begin, end, self.block)
+        mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
         """Store the rows [B, Hkv, split.rows, D] that this rank has computed, filling left out."""
         rank = self.ranks.rank
-        self._take(split.real(k, rank), split.real(v, rank), split.layout(), split.end)
+        layout = self.layout.extended(split.layout())
+        self._take(split.real(k, rank), split.real(v, rank), layout, split.end)
 
     def _take(self, k: Tensor, v: Tensor, layout: Layout, end: int) -> None:
         self.append(k, v)
-        self.layout, self._total = self.layout.extended(layout), end
+        self.layout, self._total = layout, end
+        assert self.layout.count(self.ranks.rank) == self.length
 
     def replace(self, rows: Rows) -> None:
         """Hold these instead."""
         self._k, self._v, self.length = None, None, 0
         self.append(rows.k, rows.v)
         self.layout = rows.layout
+        assert self.layout.count(self.ranks.rank) == self.length
 
     def align(self, starts: list[int] | None) -> None:
         if starts != self._starts:
@@ -76,8 +79,7 @@ class ShardStore(KVStore):
     def crop(self, count: int) -> None:
         if count <= 0:
             return
-        oldest = min((spans[0][0] for spans in self.layout.spans if spans), default=0)
-        if self.window is not None and oldest > max(0, self.total - count - self.window):
+        if self.window is not None and self.layout.begin > max(0, self.total - count - self.window + 1):
             raise FarspanError(
                 f"A layer with a sliding window of {self.window} tokens has dropped what it would need to go "
                 f"back by {count} of {self.total} tokens."

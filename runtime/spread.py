@@ -13,13 +13,15 @@ from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import Summary
+from ..parallel.call import Call, Rows, Share, Travel
 from ..parallel.decode import decode
 from ..parallel.entries import extend, extend_split
 from ..parallel.gather import rearranged
 from ..parallel.keys import ShardedKeys
-from ..parallel.layout import round_robin
+from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
-from ..parallel.prefill import Call, Rows, Travel, prefill
+from ..parallel.prefill import prefill
+from ..parallel.selected import last_queries
 from .shard import ShardStore
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def spread(
     """
     past = store.rows if store.keys is not None else _nothing(k, v, store)
     store.align(call.starts)
+    store.window = window
+    sent = mesh.sent()
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -71,17 +75,15 @@ def spread(
     if window is None:
         _extend(layer, k, store, past, call, mesh)
     how: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    sent = mesh.sent()
     if call.split is not None:
-        part, reads, travel = prefill(
-            method, q, k, v, store.rows, store.shared, call, mesh, window=window, **how
-        )
+        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
+        part, reads, travel = prefill(method, share, store.shared, window)
     elif phase == DECODE:
         part, reads = decode(method, q, sharded_keys(q, store, call, method, scale, softcap), window)
         travel = Travel(
             "decode",
             "one collective of partial results a layer",
-            dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q),
+            dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q, v.shape[3]),
         )
     elif window is not None:
         part, reads = flash(q, k, v, window=window, start=call.start, **how), Reads()
@@ -93,7 +95,9 @@ def spread(
     if window is not None:
         _forget(store, window, call, mesh)
     elif phase == PREFILL and _told(layer.decode):
-        last = _last_query(q, call, mesh)
+        wanted = layer.decode.told_queries
+        n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
+        last = q[:, :, -n:] if call.split is None else last_queries(share, n)
         layer.decode.after_prefill(last, sharded_keys(last, store, call, layer.decode, scale, softcap))
     travel.sent = mesh.sent() - sent
     return part, reads, travel
@@ -126,18 +130,19 @@ def _nothing(k: Tensor, v: Tensor, store: ShardStore) -> Rows:
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
-    """Drop what lies before the window, in whole blocks, and let what is left be owned round-robin. Assisted
-    decoding may take back a few tokens, so their windows are kept, too."""
+    """Drop what lies before the window, in whole blocks, and deal what is left of a prompt out anew: its end
+    was computed by few ranks. Assisted decoding may take back a few tokens, so their windows are kept,
+    too."""
     low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
-    kept = round_robin(low, call.total, mesh.ranks.size, store.block)
+    low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
+        kept = Layout.empty(mesh.ranks.size).dealt(low, call.total, store.block)
         k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
         store.replace(Rows(k, v, kept))
-        return
-    gone = store.layout.below(mesh.ranks.rank, low)
-    if gone:
-        store.replace(Rows(store.rows.k[:, :, gone:], store.rows.v[:, :, gone:], kept))
-    store.layout = kept
+    elif low > store.layout.begin:
+        gone = store.layout.below(mesh.ranks.rank, low)
+        rows = store.rows
+        store.replace(Rows(rows.k[:, :, gone:], rows.v[:, :, gone:], rows.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
@@ -165,22 +170,6 @@ def _told(method: AttentionMethod) -> bool:
     return type(method).after_prefill is not AttentionMethod.after_prefill
 
 
-def _last_query(q: Tensor, call: Call, mesh: Mesh) -> Tensor:
-    """The call's last query [B, H, 1, D], on every rank."""
-    if call.split is None:
-        return q[:, :, -1:]
-    for rank in range(call.split.size):
-        for slot, (_, end) in call.split.slots(rank):
-            if end == call.total:
-                last = (
-                    q[:, :, slot.stop - 1 : slot.stop]
-                    if rank == mesh.ranks.rank
-                    else q.new_empty(*q.shape[:2], 1, q.shape[3])
-                )
-                return mesh.ranks.broadcast(last, rank, "last_query")
-    raise AssertionError("a split holds every token of its call")
-
-
-def _partial_bytes(q: Tensor) -> int:
+def _partial_bytes(q: Tensor, value_dim: int) -> int:
     """What a rank's partial of q [B, H, Tq, D] takes on its way."""
-    return q[..., 0].numel() * (q.shape[3] * q.element_size() + torch.finfo(torch.float32).bits // 8)
+    return q[..., 0].numel() * (value_dim * q.element_size() + torch.finfo(torch.float32).bits // 8)

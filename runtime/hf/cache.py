@@ -198,6 +198,13 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
 
 def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> ShardStoreLayer:
     if isinstance(layer, ShardStoreLayer):
+        ranks, old = shard(None).ranks, layer.store.ranks
+        if (ranks.size, ranks.rank) != (old.size, old.rank):
+            raise FarspanError(
+                f"This cache is spread over {old.size} ranks, this one being number {old.rank}; the patch "
+                f"has {ranks.size} and makes it number {ranks.rank}: start a new cache."
+            )
+        layer.store.ranks = ranks  # those of this patch: another one's are closed with it
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
         raise _wrong_cache(cache, type(layer))

@@ -20,7 +20,14 @@ from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .interface import ATTRIBUTE, NAME, register
 from .models import FULL, ModelInfo
-from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, replace_forward, spread_forward
+from .spread import (
+    ALONG_TOKENS,
+    along_tokens,
+    foreign_tensors,
+    replace_forward,
+    spread_forward,
+    told_to_all,
+)
 
 
 def install(
@@ -55,9 +62,12 @@ def install(
         undo += spread_forward(model, info, session, granule)
     if chunk is not None:
         undo.append(_chunk_forward(info.decoder, chunk))
-    before = info.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: _begin(module, args, kwargs, session), with_kwargs=True
-    )
+
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        with told_to_all(session.mesh):
+            return _begin(module, args, kwargs, session)
+
+    before = info.decoder.register_forward_pre_hook(begin, with_kwargs=True)
     after = info.decoder.register_forward_hook(lambda *_: session.end(), always_call=True)
     undo += [before.remove, after.remove]
     return undo

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ...attention.errors import Unsupported
+from ...attention.errors import FarspanError, Unsupported
 from ...attention.method import LayerInfo
-from ...parallel.mesh import Mesh, join
+from ...parallel.mesh import ContextParallel, Mesh, join
 from .interface import ATTRIBUTE
+from .tensor import TENSOR, count_heads, same_share, weights_mesh
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
 _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
@@ -22,6 +27,7 @@ _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
 class ModelInfo:
     """What patching needs to know of a model: its decoder, and its attention modules by layer."""
 
+    model: nn.Module
     decoder: nn.Module
     config: Any
     attention: dict[int, nn.Module]
@@ -29,8 +35,8 @@ class ModelInfo:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What a recipe must match: architecture and sizes."""
-        first = self.layer_info(min(self.attention))
+        """What a recipe must match: architecture and sizes, of the whole model."""
+        first = self._whole(min(self.attention))
         return {
             "model_type": self.config.model_type,
             "num_layers": len(self.kinds),
@@ -42,11 +48,48 @@ class ModelInfo:
         }
 
     def layer_info(self, index: int) -> LayerInfo:
-        """Head counts and size of one layer."""
+        """Head counts and size of one layer; under tensor parallelism of this rank's share of it."""
+        whole = self._whole(index)
+        if self.weights_mesh is None or self._heads[index] == (whole.num_heads, whole.num_kv_heads):
+            return whole
+        heads, kv_heads = self._heads[index]
+        shares = self.weights_mesh[TENSOR].size()
+        if (heads * shares, kv_heads * shares) != (whole.num_heads, whole.num_kv_heads):
+            raise self._uneven(shares)
+        place = self.weights_mesh[TENSOR].get_local_rank()
+        return dataclasses.replace(whole, num_heads=heads, num_kv_heads=kv_heads, shares=shares, share=place)
+
+    def _whole(self, index: int) -> LayerInfo:
         heads = self.config.num_attention_heads
         group = int(getattr(self.attention[index], "num_key_value_groups", 1))
         head_dim = getattr(self.attention[index], "head_dim", None) or self.config.hidden_size // heads
         return LayerInfo(index=index, num_heads=heads, num_kv_heads=heads // group, head_dim=int(head_dim))
+
+    @cached_property
+    def weights_mesh(self) -> DeviceMesh | None:
+        """The mesh over which tensor parallelism has shared out the layers' weights, if it has."""
+        return weights_mesh(self.model)
+
+    @cached_property
+    def _heads(self) -> dict[int, tuple[int, int]]:
+        try:
+            return count_heads(self.model, self.config, self.attention)
+        except RuntimeError as error:
+            assert self.weights_mesh is not None
+            shares = self.weights_mesh[TENSOR].size()
+            if all(self._whole(i).num_kv_heads % shares == 0 for i in self.attention):
+                raise
+            raise self._uneven(shares) from error
+
+    def _uneven(self, shares: int) -> Unsupported:
+        whole = self._whole(min(self.attention))
+        return Unsupported(
+            f"farspan cannot patch {type(self.model).__name__}",
+            [
+                f"tensor parallelism over {shares} ranks does not divide its {whole.num_heads} query and "
+                f"{whole.num_kv_heads} KV heads"
+            ],
+        )
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -59,7 +102,7 @@ def inspect_model(model: Any) -> ModelInfo:
     if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
         raise Unsupported(
             f"farspan cannot patch a {type(model).__name__}",
-            ["it patches transformers' causal LMs (a PreTrainedModel)"],
+            [f"it patches transformers' causal LMs (a PreTrainedModel){_inside(model)}"],
         )
     decoder = cast(Any, model).get_decoder()
     config = decoder.config
@@ -89,7 +132,15 @@ def inspect_model(model: Any) -> ModelInfo:
         reasons += [f"layers of type {kind!r} are not served" for kind in sorted(set(kinds) - set(known))]
     if reasons:
         raise Unsupported(f"farspan cannot patch {type(model).__name__}", reasons)
-    return ModelInfo(decoder=decoder, config=config, attention=dict(sorted(attention.items())), kinds=kinds)
+    return ModelInfo(model, decoder, config, dict(sorted(attention.items())), kinds)
+
+
+def _inside(wrapper: Any) -> str:
+    """Where the model is in what DistributedDataParallel, DeepSpeed or others have put around it."""
+    inner = getattr(wrapper, "module", None)
+    if not isinstance(inner, nn.Module) or not hasattr(inner, "get_decoder"):
+        return ""
+    return f"; pass the {type(inner).__name__} in it: its .module, or accelerator.unwrap_model(...)"
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -124,12 +175,42 @@ def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
         reasons.append("device_map has spread its layers over devices; give each rank one device")
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         reasons.append(
-            "its weights are sharded by DeepSpeed ZeRO-3, which gathers them layer by layer on its own schedule; "
-            "use ZeRO-2 or less, or transformers' tensor parallelism on a (cp, tp) mesh"
+            "its weights are sharded by DeepSpeed ZeRO-3, which gathers them layer by layer on its own "
+            "schedule; use ZeRO-2 or less, torch's FSDP2 (fully_shard), or transformers' tensor parallelism "
+            "on a (cp, tp) mesh"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     if device is None:
         reasons.append("its weights are offloaded")
     if reasons:
         raise Unsupported(f"farspan cannot spread {type(model).__name__} over ranks", reasons)
-    return join(parallel, device)
+    if info.weights_mesh is None:
+        return join(parallel, device)
+    return _join_beside(info.weights_mesh, parallel, device)
+
+
+def _join_beside(weights: DeviceMesh, parallel: Any, device: torch.device) -> Mesh | None:
+    """As ``join``, where other ranks have other shares of the heads: those never share this rank's
+    sequence."""
+    config = ContextParallel() if parallel == "auto" else parallel
+    if isinstance(config, ContextParallel) and config.mesh is None:
+        along = same_share(weights)
+        if along is None:
+            if config.size not in (None, 1):
+                raise FarspanError(
+                    f"ContextParallel(size={config.size}), but tensor parallelism takes all "
+                    f"{weights.size()} ranks of the job: start {config.size} times as many."
+                )
+            return None
+        config = dataclasses.replace(config, mesh=along)
+    mesh = join(config, device)
+    if mesh is None:
+        return None
+    peers = set(weights[TENSOR].mesh.flatten().tolist())
+    if len(peers.intersection(map(mesh.ranks.global_rank, range(mesh.size)))) > 1:
+        mesh.close()
+        raise FarspanError(
+            "parallel= gives a sequence to ranks that have different shares of the model's heads by tensor "
+            'parallelism: the dimensions "cp" and "tp" of a mesh cross each other.'
+        )
+    return mesh

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...parallel.autograd import gather
+from ...parallel.call import Call
 from ...parallel.gather import gather_rows
-from ...parallel.layout import Split
+from ...parallel.layout import Layout, Split
 from ...parallel.mesh import Mesh
-from ...parallel.prefill import Call, make_split
+from ...parallel.prefill import make_split
 from ..layer import Padding, Session, read_padding
 from ..shard import in_call
 from ..spread import carrier
+from .cache import ShardStoreLayer
 from .models import ModelInfo
 
 
@@ -108,15 +111,46 @@ def foreign_tensors(config: Any, kwargs: dict[str, Any]) -> list[str]:
     return found
 
 
+@contextmanager
+def told_to_all(mesh: Mesh | None) -> Iterator[None]:
+    """Around what this rank may fail in: the others learn of it, and stop with the same sentence."""
+    try:
+        yield
+    except BaseException as error:
+        named = error if mesh is None else mesh.watch.failing(error)
+        if named is error:
+            raise
+        raise named from error
+
+
 def _forward(
     info: ModelInfo, session: Session, granule: int, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The decoder's forward; the pre-hook has given every argument its name."""
-    mesh = session.mesh
-    assert mesh is not None and not args
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None:
+    assert session.mesh is not None and not args
+    if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
+    with told_to_all(session.mesh):
+        call = _share_out(info, session, session.mesh, granule, kwargs)
+        session.call, running = call, in_call.set(True)
+        try:
+            output = original(**kwargs)
+        finally:
+            session.call = None
+            in_call.reset(running)
+        if call.split is not None:
+            split, mesh = call.split, session.mesh
+            output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
+            if output.get("hidden_states") is not None:
+                output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
+    session.output = output.last_hidden_state[:, -1].detach()
+    return output
+
+
+def _share_out(info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwargs: dict[str, Any]) -> Call:
+    """Make the arguments of the decoder's forward those of this rank, once all ranks have the same."""
+    ids = kwargs.get("input_ids")
+    tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     past = cache.get_seq_length() if cache is not None else 0
     total = past + tokens.shape[1]
@@ -140,30 +174,21 @@ def _forward(
                 f"This call of {type(info.decoder).__name__} cannot be shared out over ranks: "
                 f"{', '.join(foreign)} may not lie along the tokens."
             )
-        split, memory = make_split(mesh, past, total, granule), _spare_memory(mesh)
+        split, memory = make_split(mesh, past, total, granule, _held(cache)), _spare_memory(mesh)
         at = split.take(mesh.ranks.rank, tokens.device)
         for name in ALONG_TOKENS:
             if kwargs.get(name) is not None:
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
     call = Call(split, past, total, padding.start, padding.starts, memory)
     kwargs["attention_mask"] = carrier(call, tokens.device)
-    session.call, running = call, in_call.set(True)
-    try:
-        output = original(**kwargs)
-    except BaseException as error:
-        named = mesh.watch.failing(error)
-        if named is error:
-            raise
-        raise named from error
-    finally:
-        session.call = None
-        in_call.reset(running)
-    if split is not None:
-        output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
-    session.output = output.last_hidden_state[:, -1].detach()
-    return output
+    return call
+
+
+def _held(cache: Any) -> Layout | None:
+    """Who holds what of a cache that is spread already."""
+    stores = [layer.store for layer in getattr(cache, "layers", ()) if isinstance(layer, ShardStoreLayer)]
+    whole = [store for store in stores if store.window is None]
+    return (whole or stores)[0].layout if stores else None
 
 
 def _spare_memory(mesh: Mesh) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import farspan
 
@@ -30,6 +31,7 @@ class Case:
     lengths: tuple[int, ...] = (61,)
     turns: tuple[int, ...] = ()
     new: int = 10
+    calls: tuple[int, ...] = ()
     how: dict[str, Any] = field(default_factory=dict)
     patch: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -74,8 +76,9 @@ def generated(case: Case, **parallel: Any) -> dict[str, Any]:
             past = out.past_key_values if case.turns else None
             tokens.append(out.sequences)
             logits.append(torch.stack(out.logits, 1))
-            mask = torch.cat([mask, torch.ones_like(out.sequences[:, ids.shape[1] :])], 1)
-            ids = out.sequences
+            if case.turns:
+                mask = torch.cat([mask, torch.ones_like(out.sequences[:, ids.shape[1] :])], 1)
+                ids = out.sequences
         report = patched.report()
     kept = out.past_key_values
     rows = None if kept is None else [layer.keys.shape[2] for layer in kept.layers if layer.keys is not None]
@@ -90,3 +93,37 @@ def over_ranks(group: Any, cases: list[Case]) -> list[dict[str, Any]]:
         config = farspan.ContextParallel(mesh=group, **({"block": BLOCK} | case.parallel))
         done.append(generated(copy.deepcopy(case), parallel=config))
     return done
+
+
+def random_ids(case: Case) -> torch.Tensor:
+    """Tokens enough for all of a case's plain calls."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.randint(3, 128, (len(case.lengths), sum(map(abs, case.calls))), generator=draw)
+
+
+def stepped(case: Case, **parallel: Any) -> dict[str, Any]:
+    """The logits of a case's plain calls on one cache, and how many rows each layer keeps in the end."""
+    model = model_of(case)
+    ids = random_ids(case)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits, at = [], 0
+    with farspan.patch(model, case.spec, **case.patch, **parallel) as patched, torch.no_grad():
+        for n in case.calls:
+            if n < 0:
+                cache.crop(n)
+                at += n
+                continue
+            logits.append(model(ids[:, at : at + n], past_key_values=cache).logits)
+            at += n
+        report = patched.report()
+    rows = [layer.keys.shape[2] for layer in cache.layers]
+    return {"logits": logits, "rows": rows, "seen": cache.get_seq_length(), "report": report}
+
+
+def stepped_over_ranks(group: Any, cases: list[Case]) -> list[dict[str, Any]]:
+    """The same over the ranks of ``group``."""
+    torch.use_deterministic_algorithms(True)
+    return [
+        stepped(case, parallel=farspan.ContextParallel(mesh=group, **({"block": BLOCK} | case.parallel)))
+        for case in cases
+    ]

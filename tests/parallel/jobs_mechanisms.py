@@ -18,7 +18,7 @@ from farspan.attention.partial import Partial
 from farspan.parallel import ring as ring_module
 from farspan.parallel.autograd import gather
 from farspan.parallel.comm import Ranks
-from farspan.parallel.layout import Layout, Split, contiguous, round_robin, usp_split, zigzag
+from farspan.parallel.layout import Layout, Split, contiguous, usp_split, zigzag
 from farspan.parallel.pass_q import pass_q
 from farspan.parallel.ring import ring
 from farspan.parallel.ulysses import ulysses
@@ -79,7 +79,7 @@ def stored(case: Case, size: int) -> Layout:
     if case.past == 0:
         return Layout.empty(size)
     prefill = case.past * 2 // 3
-    return zigzag(0, prefill, size).layout().extended(round_robin(prefill, case.past, size, BLOCK))
+    return zigzag(0, prefill, size).layout().dealt(prefill, case.past, BLOCK)
 
 
 @dataclass

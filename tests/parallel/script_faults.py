@@ -8,12 +8,15 @@ monotonic seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
 import time
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from farspan.attention.errors import FarspanError
 from farspan.parallel.mesh import ContextParallel, Mesh, join
@@ -28,7 +31,7 @@ def now(what: str) -> None:
 def fault(kind: str, mesh: Mesh) -> None:
     now("fault")
     match kind:
-        case "exit":
+        case "exit" | "beside":
             os._exit(1)
         case "first try":
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -53,16 +56,24 @@ def fault(kind: str, mesh: Mesh) -> None:
 
 
 def main(kind: str, rank: int) -> None:
-    mesh = join(ContextParallel(timeout=TIMEOUT), "cpu")
+    beside = None
+    given = ContextParallel(timeout=TIMEOUT)
+    if kind == "beside":  # other ranks have other shares of the weights
+        dist.init_process_group("gloo")
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+        given, beside = dataclasses.replace(given, mesh=both), both.get_group("tp")
+    mesh = join(given, "cpu")
     assert mesh is not None
     try:
         for step in range(4):
             gathered = mesh.ranks.all_gather(torch.full((100,), step))
             assert gathered.unique().tolist() == [step]
-        if mesh.rank == rank:
+        if dist.get_rank() == rank:
             fault(kind, mesh)
         if kind == "inputs":
             mesh.agree({"input_ids": torch.tensor([1, 3]), "max_new_tokens": 8})
+        if beside is not None:
+            dist.all_reduce(torch.zeros(100), group=beside)
         for _ in range(4):
             mesh.ranks.all_gather(torch.zeros(100))
     except Exception as error:

@@ -29,12 +29,14 @@ def seconds_to_the_end(ends: list[launch.Ended]) -> float:
     return last - float(times["fault"])
 
 
-def check(kind: str, rank: int, said: str, within: float, codes: dict[int, int] | None = None) -> None:
-    """On three ranks: every survivor says ``said`` in one sentence and ends with 2, in time.
+def check(
+    kind: str, rank: int, said: str, within: float, codes: dict[int, int] | None = None, size: int = 3
+) -> None:
+    """Every survivor of ``size`` ranks says ``said`` in one sentence and ends with 2, in time.
 
     codes: exit statuses of the ranks that do not survive.
     """
-    ends = launch.ranks(3, "script_faults.py", kind, str(rank))
+    ends = launch.ranks(size, "script_faults.py", kind, str(rank))
     codes = codes or {}
     for place, end in enumerate(ends):
         assert end.code == codes.get(place, 2), end
@@ -93,6 +95,11 @@ def test_other_faults(kind: str, rank: int, said: str, within: float, codes: dic
         assert [end.code for end in launch.ranks(3, "script_faults.py", kind, "0")] == [0, 0, 0]
     else:
         check(kind, rank, said, within, codes)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_tensor_parallelism():
+    check("beside", 3, "Rank 3 has died", FOUND_OUT, {3: 1}, size=4)
 
 
 # --- under the launchers ------------------------------------------------------------------------------------

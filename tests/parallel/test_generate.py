@@ -92,6 +92,26 @@ def test_bfloat16_tokens(name: str, world: World):
             assert best[0] - best[1] <= 2 * bound, f"step {first} of {size} ranks"
 
 
+@pytest.mark.parametrize("mechanism", ["ulysses", "usp", "ring", "pass_q"])
+def test_selective_methods_whatever_is_asked_for(mechanism: str, world: World):
+    """A group's heads choose together, so heads are shared out by whole groups or not at all."""
+    cases = [
+        Case(
+            overrides={"num_key_value_heads": kv},
+            spec=f"block_topk:k=48,block=16,share={share}",
+            lengths=(241, 90),
+            new=3,
+            parallel={"mechanism": mechanism} | ({"ulysses": 2} if mechanism == "usp" else {}),
+        )
+        for kv, share in ((2, "sum"), (4, "none"))
+    ]
+    ranks = assert_same(world, (4,), cases, 1e-9)
+    assert_same(world, (3,), cases if mechanism != "usp" else [], 1e-9)
+    if mechanism == "ulysses":
+        ways = [list(got["report"].layers[0].phases["prefill"].mechanisms) for got in ranks[0]]
+        assert ways == [["fetch"], ["ulysses"]]
+
+
 def test_a_mechanism_that_cannot_serve_is_named(world: World):
     case = Case(
         overrides={"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96},
@@ -148,6 +168,8 @@ def counted(group: Any, case: Case) -> list[dict[str, int]]:
         ("window:w=20", {"partials": 1}),
         ("quest:k=16,page=4,dense_layers=0", {"partials": 1}),
         ("recycled:k=24,stride=100", {"partials": 1}),
+        # A global cut over single keys: the shares of grouped heads need a normaliser of their own.
+        ("recycled:k=24,stride=1", {"normaliser": 1, "candidates": 1, "partials": 1}),
     ],
 )
 def test_collectives_of_a_decode_step(spec: str, each: dict[str, int], world: World):
@@ -162,6 +184,7 @@ def test_collectives_of_a_decode_step(spec: str, each: dict[str, int], world: Wo
         ("dense", {}),
         ("quest:k=16,page=4,dense_layers=0", {"prompt_lookup_num_tokens": 3}),
         ("dense", {"top_k": 5, "do_sample": True}),
+        ("dense", {"num_beams": 3, "num_return_sequences": 2}),
     ],
 )
 def test_other_ways_to_generate(spec: str, how: dict[str, Any], world: World):
@@ -263,7 +286,8 @@ def test_out_of_memory_on_a_rank_is_said_by_all():
 
 
 def plain_calls(group: Any) -> list[torch.Tensor]:
-    """Calls without generate: every position's logits, the last ones', hidden states, embeddings, no cache."""
+    """Calls without generate: every position's logits, the last ones', hidden states, embeddings, no
+    cache."""
     case = Case(lengths=(45, 90))
     model, (ids, mask) = model_of(case), prompts(case)
     parallel = None if group is None else farspan.ContextParallel(mesh=group)

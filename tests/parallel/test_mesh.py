@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from farspan.attention.errors import FarspanError, SpecError
 from farspan.parallel.digest import bit_hash, minority, text_hash
+from farspan.parallel.meeting import meet
 from farspan.parallel.mesh import ContextParallel, join
 
 from .world import World
@@ -37,7 +41,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"timeout": 0}, r"timeout=0\): a number of seconds above 0"),
         ({"timeout": float("inf")}, "timeout=inf"),
         ({"check": 1}, "check=1"),
-        ({"size": 6, "ulysses": 4}, "ulysses=4.*a divisor of size=6"),
+        ({"size": 6, "mechanism": "usp", "ulysses": 4}, "ulysses=4.*a divisor of size=6"),
         ({"mechanism": "ring", "ulysses": 2}, "ulysses=2.*usp.*'ring'"),
     ],
 )
@@ -95,6 +99,24 @@ def meet_and_agree(group: Any) -> list[int]:
     return mesh.ranks.sent["agree"]
 
 
+def lend(group: Any) -> None:
+    mesh = join(group, "cpu")
+    assert mesh is not None
+    for _ in range(2):  # a patch after another
+        lent = join(mesh, "cpu")
+        assert lent is not None
+        lent.agree({"x": 1})
+        lent.close()
+    assert mesh.ranks.calls["agree"] == 2
+    mesh.close()
+    with pytest.raises(FarspanError, match="has been closed"):
+        lent.agree({"x": 1})
+
+
+def test_a_mesh_is_lent_to_whom_it_is_given(world: World):
+    world.run(lend, 2)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_meet_agree_and_leave(world: World, size: int):
     assert world.run(meet_and_agree, size) == [(size - 1) * 128] * size
@@ -149,6 +171,43 @@ def other_configurations(group: Any) -> str:
 def test_other_configurations_are_found_before_any_collective(world: World):
     for said in world.run(other_configurations, 3):
         assert "mechanism is 'ring' on rank 1 and 'gather' on the others" in said
+
+
+def many_meetings(group: Any) -> list[str]:
+    chance = random.Random(group.rank())
+    store = distributed_c10d._get_default_store()
+    names = []
+    for i in range(50):
+        time.sleep(chance.random() / 50)
+        name, said = meet(store, "test/meeting", [2, 0, 1, 3], group.rank(), i, 20)
+        assert said == dict.fromkeys(range(4), i)
+        names.append(name)
+    return names
+
+
+def test_meetings_one_after_another_are_not_taken_for_each_other(world: World):
+    names = world.run(many_meetings, 4)
+    assert names[0] == names[1] == names[2] == names[3] and len(set(names[0])) == 50
+
+
+def all_but_one_come(group: Any) -> str:
+    said = ""
+    if group.rank() == 1:
+        time.sleep(3)
+    else:
+        with pytest.raises(FarspanError) as caught:
+            join(ContextParallel(mesh=group, timeout=0.1), "cpu")
+        said = str(caught.value)
+    mesh = join(group, "cpu")  # and now all of them
+    assert mesh is not None
+    mesh.agree({"x": 1})
+    mesh.close()
+    return said
+
+
+def test_a_rank_that_does_not_come_is_named(world: World):
+    said = world.run(all_but_one_come, 3)
+    assert said[0] == said[2] and said[0].startswith("Rank 1 did not come within 1 s")
 
 
 def who(mesh: Any) -> dict[str, Any]:
@@ -222,7 +281,7 @@ def device_meshes(_: Any) -> dict[str, Any]:
         (unnamed, 'name the one whose ranks share a sequence "cp"'),
         (both["tp"], "dimensions"),
         (ContextParallel(mesh=both, size=4), r"size=4\), but the mesh given has 2 ranks"),
-        (ContextParallel(mesh=both, ulysses=4), "ulysses=4.*2 ranks"),
+        (ContextParallel(mesh=both, mechanism="usp", ulysses=4), "ulysses=4.*2 ranks"),
         (ContextParallel(mesh="cp"), "mesh='cp'"),
         (ParallelismConfig(), "no device mesh"),
     ]:
