@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,16 @@ def _one_thread_per_worker() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Any]:
+    """The worker's pool of processes (tests/parallel/world.py), started when first asked to run something."""
+    from .parallel.world import World
+
+    pool = World()
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +14,6 @@ from farspan.attention.method import AttentionMethod
 from ..parallel.jobs import Case, generated, model_of, over_ranks
 from ..parallel.world import World
 from .tools import every_method
-
-
-@pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    pool = World()
-    yield pool
-    pool.stop()
 
 
 @pytest.fixture(scope="session")

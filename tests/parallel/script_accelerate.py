@@ -31,12 +31,9 @@ STEPS, RATE = 2, 0.1
 # when the patch is put on, the method, and the other options of the run
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "before, gather": ("before", "dense", {"mechanism": "gather"}),
-    "after, gather": ("after", "dense", {"mechanism": "gather"}),
-    "before, ring": ("before", "dense", {"mechanism": "ring"}),
     "after, ring": ("after", "dense", {"mechanism": "ring"}),
     "before, sparse": ("before", SPARSE, {}),
-    "after, sparse": ("after", SPARSE, {}),
-    "after, gradient checkpointing": ("after", "dense", {}),
+    "after, sparse, gradient checkpointing": ("after", SPARSE, {}),
     "before, ranks of a ParallelismConfig": ("before", "dense", {"mesh": "ParallelismConfig"}),
 }
 

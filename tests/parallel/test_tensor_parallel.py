@@ -134,7 +134,9 @@ def assert_as_on_one_device(ranks: list[Any], folder: Path, specs: list[str]) ->
         assert [sum(pairs) for pairs in read] == want["pairs"], spec
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "route", [ROUTE, *(pytest.param(route, marks=pytest.mark.slow) for route in ROUTES if route != ROUTE)]
+)
 def test_generate_as_on_one_device(route: str, folder: Path, world: World):
     specs = SPECS if route == ROUTE else [LABELS]
     ranks = world.run(by_transformers, 4, folder, route, specs)
@@ -148,8 +150,8 @@ def test_weights_laid_out_by_torch(folder: Path, world: World):
 
 # --- heads, by architecture -------------------------------------------------------------------------------
 
-# The plans of these gather the projections' outputs, so that every rank computes all heads.
-WHOLE_HEADS = ("olmo2", "phi3")
+# The plans of these gather the projections' outputs or leave attention out: every rank computes all heads.
+WHOLE_HEADS = ("olmo2", "phi3", "gpt_oss")
 
 
 def of_architecture(_: Any, folder: Path, specs: list[str]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
