@@ -31,6 +31,10 @@ class Peers(Protocol):
         everyone's."""
         ...
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Everyone's x [...], added up; the same for everyone."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Keys:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import SpecError
 from .index import Index
-from .keys import Keys
+from .keys import Keys, State
 from .summary import Summary
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
@@ -29,13 +29,22 @@ PREFILL, DECODE = "prefill", "decode"
 @dataclass(frozen=True)
 class LayerInfo:
     """What a method may know of the layer it will serve. ``weights``: the recipe's tensors for this layer, by
-    name."""
+    name.
+
+    Under tensor parallelism the heads counted are those of one of ``shares`` equal shares, the ``share``-th;
+    ``weights`` are the whole layer's."""
 
     index: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     weights: Mapping[str, Tensor] | None = None
+    shares: int = 1
+    share: int = 0
+
+    def own(self, per_head: Tensor) -> Tensor:
+        """This share's part of a tensor whose first dimension is all the layer's query or KV heads."""
+        return per_head.chunk(self.shares)[self.share]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,7 @@ class AttentionMethod:
         "0"  # how far past a row its selection may have looked: "0", "block_q - 1" or "prompt"
     )
     needs_recipe: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False  # whether survey or select_prefill asks for raw keys
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,12 +89,34 @@ class AttentionMethod:
         return None
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
-        """Told once a prefill call has run, so that state may be set up from its last query."""
+        """Told once a prefill call has run, so that state may be set up from its last ``told_queries``
+        queries q [B, H, n, D], fewer if the call has fewer."""
+
+    @property
+    def told_queries(self) -> int | None:
+        """How many of a prefill call's last queries ``after_prefill`` is given; None: all of them."""
+        return 1
+
+    @property
+    def couples_heads(self) -> bool:
+        """Whether it decides something for all KV heads of a layer together: then no rank may have but some
+        of them, as tensor parallelism would have it."""
+        return False
 
     @property
     def granule(self) -> int:
         """Prefill chunks are rounded to a multiple of this many tokens."""
         return 1
+
+    @property
+    def last_queries(self) -> int:
+        """How many of a prefill call's last queries ``survey`` is asked about; 0: it is not asked."""
+        return 0
+
+    def survey(self, q: Tensor, keys: Keys) -> State:
+        """What the last queries q [B, H, n, D] of a call find among all its keys, for ``keys.surveyed`` when
+        ``select_prefill`` is asked about any of its queries."""
+        return {}
 
     @property
     def summaries(self) -> tuple[Summary, ...]:

@@ -19,12 +19,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     output.prepare()
     try:
-        # Where one of several ranks speaks, the others end as it does, without the usage and the help.
+        # Of several ranks, one shows help and wrong usage; the others end as it does.
         sys.exit(app(arguments, prog_name="farspan", standalone_mode=launch.leads()))
     except FarspanError as error:
         launch.say_once(str(error), output.fail)
         sys.exit(2)
     except TyperException as error:
+        launch.let_rank_0_speak()
         sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ended:
+        if not ended.code:
+            launch.leave()
+        raise

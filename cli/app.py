@@ -225,7 +225,7 @@ def _prompt_text(prompt: str | None, file: Path | None, ranks: Any) -> str:
     def read() -> str:
         return _read_prompt(prompt, file)
 
-    return read() if ranks is None else launch.on_rank_0("the prompt", read)
+    return read() if ranks is None else launch.on_rank_0(read)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

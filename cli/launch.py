@@ -6,8 +6,8 @@ says. Nothing here imports torch before it is needed.
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _MEETING = 300.0  # seconds that ranks wait for one that started late, or for a person who types
 _ASKING = 10.0  # seconds in which the job's store answers, if it can
-_LETTING = 1.0  # seconds that a rank which ends lets others speak: its end may be theirs
+_LETTING = 1.0  # seconds that a rank which ends leaves the others to speak: its end may be theirs
 
 
 def size() -> int:
@@ -48,26 +48,31 @@ def only_rank_0() -> None:
         raise typer.Exit()
 
 
-def on_rank_0(what: str, make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0 (JSON-able), on every rank; where it raises a FarspanError, so do all."""
+def on_rank_0(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0 (JSON-able), on every rank; a FarspanError there is raised on all.
+
+    Raises FarspanError where the ranks do not meet.
+    """
     if size() == 1:
         return make()
-    key = _key(what)
+    from ..parallel.meeting import meet
+
+    value: Any = None
+    error: FarspanError | None = None
     if leads():
-        value: Any = None
-        error: FarspanError | None = None
         try:
             value = make()
         except FarspanError as raised:
             error = raised
-        _store(_MEETING).set(key, json.dumps([value, error and str(error)]))
-        if error is not None:
-            raise error
-        return value  # type: ignore[no-any-return]
+    said = [value, error and str(error)]
     try:
-        value, sentence = json.loads(_store(_MEETING).get(key))
-    except RuntimeError as lost:
-        raise FarspanError(f"Rank 0 has ended, or did not give {what} within {_MEETING:g} s.") from lost
+        store, rank, count = _rendezvous(_MEETING)
+    except (RuntimeError, ValueError) as lost:
+        raise FarspanError(f"This rank did not meet the others of the job: {lost}") from lost
+    _, everyone = meet(store, "farspan/command", list(range(count)), rank, said, _MEETING)
+    if error is not None:
+        raise error
+    value, sentence = everyone[0]
     if sentence is not None:
         raise FarspanError(sentence)
     return value  # type: ignore[no-any-return]
@@ -79,9 +84,10 @@ def say_once(sentence: str, say: Callable[[str], None]) -> None:
         return say(sentence)
     from ..parallel.digest import text_hash
 
-    key = _key(f"said/{text_hash(sentence):x}")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, whose store stays
+    key = f"farspan/said/{attempt}/{text_hash(sentence):x}"
     try:
-        store = _store(_ASKING)
+        store, _, _ = _rendezvous(_ASKING)
         if store.add(key, 1) == 1:
             say(sentence)
         until = time.monotonic() + _LETTING
@@ -91,13 +97,23 @@ def say_once(sentence: str, say: Callable[[str], None]) -> None:
         say(sentence)
 
 
-def _key(name: str) -> str:
-    return f"farspan/command/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+def let_rank_0_speak() -> None:
+    """To be called by a rank that ends in silence with an error: launchers end all ranks with the first."""
+    time.sleep(_LETTING)
+
+
+def leave() -> None:
+    """Leave the job that this command has joined, once all is well: NCCL warns where nobody does."""
+    if size() > 1 and "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @cache
-def _store(seconds: float) -> Any:
-    """The job's store, where torch.distributed's ranks find each other."""
+def _rendezvous(seconds: float) -> tuple[Any, int, int]:
+    """The job's store, where torch.distributed's ranks find each other, this one's number, and how many."""
     import torch.distributed as dist
 
-    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))[0]
+    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))

@@ -111,8 +111,8 @@ class Job:
             self.mesh.agree({what: str(value)})
 
     def report(self, patched: Patched) -> Report:
-        """What all ranks have read together; bytes sent stay this rank's. A call fell back where it did on all
-        of them."""
+        """What all ranks have read together. Bytes sent stay this rank's; a call fell back where it did on
+        all of them."""
         mine = patched.report()
         every = self.gather([[_facts(part) for part in layer.phases.values()] for layer in mine.layers])
         for layer, of_ranks in zip(mine.layers, zip(*every, strict=True), strict=True):

@@ -64,6 +64,10 @@ class Recycled(AttentionMethod):
                 f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}."
             )
 
+    @property
+    def couples_heads(self) -> bool:
+        return self.dynamic and self.scope == "layer"
+
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
         if keys.longest() > self.k:

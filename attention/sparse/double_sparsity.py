@@ -56,7 +56,7 @@ class DoubleSparsity(AttentionMethod):
                 "with "
                 "'farspan calibrate' and pass recipe=PATH."
             )
-        ranking = layer.weights["channels"]  # [Hkv, D], best first
+        ranking = layer.own(layer.weights["channels"])  # [Hkv, D], best first
         if tuple(ranking.shape) != (layer.num_kv_heads, layer.head_dim):
             raise FarspanError(
                 f"This recipe ranks {list(ranking.shape)} channels in layer {layer.index}, the model has "

@@ -31,9 +31,9 @@ def weights_mesh(model: nn.Module) -> DeviceMesh | None:
     for module in managed:
         module.reshard()  # weights it has gathered and kept no longer know of its own dimensions
     parameters: list[Any] = [p for p in model.parameters() if hasattr(p, "placements")]
-    for mesh in {p.device_mesh for p in parameters}:
-        if TENSOR in (mesh.mesh_dim_names or ()):
-            return mesh
+    named = [p.device_mesh for p in parameters if TENSOR in (p.device_mesh.mesh_dim_names or ())]
+    if named:
+        return max(named, key=lambda mesh: mesh.ndim)
     if managed and all(sum(not x.is_replicate() for x in p.placements) <= 1 for p in parameters):
         return None  # FSDP gives every module its whole weights while it runs
     raise Unsupported(
