@@ -166,7 +166,7 @@ def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot be given a part of the sequence")
     rope = getattr(info.config, "rope_parameters", None) or {}
-    kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    kinds = {str(p.get("rope_type")) for p in (rope, *rope.values()) if isinstance(p, dict)}
     reasons += [
         f"its {kind} RoPE depends on the length seen so far, which ranks see differently"
         for kind in sorted(kinds & {"dynamic", "longrope"})
@@ -182,7 +182,7 @@ def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     if device is None:
         reasons.append("its weights are offloaded")
-    if reasons:
+    if reasons or device is None:
         raise Unsupported(f"farspan cannot spread {type(model).__name__} over ranks", reasons)
     if info.weights_mesh is None:
         return join(parallel, device)
