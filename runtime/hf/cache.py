@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..shard import ShardStore, in_call
+from .interface import autocast
 
 
 class KVStoreLayer(DynamicLayer):
@@ -66,6 +67,7 @@ class KVStoreLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.store.append(key_states, value_states)

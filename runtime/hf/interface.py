@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -42,10 +43,25 @@ def _attention_forward(
         )
     if kwargs.get("position_bias") is not None:
         raise FarspanError(f"farspan cannot add the position bias that {type(module).__name__} asks for.")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window
-    out = layer(query, key, value, attention_mask, scale=scale, window=window, softcap=softcap, sinks=s_aux)
-    return out, None
+    how: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    how["scale"] = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if not torch.is_autocast_enabled(query.device.type):
+        return layer(query, key, value, attention_mask, **how), None
+    query, key, value = autocast(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):  # scores are in float32
+        return layer(query, key, value, attention_mask, **how), None
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype that torch's own attention takes them in: under autocast the lower one, else as they are.
+
+    RoPE gives queries and keys in float32 there, projections give values in the lower precision.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _padding_mask(
