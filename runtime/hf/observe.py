@@ -13,9 +13,11 @@ from ..layer import Layer
 from .interface import ATTRIBUTE
 
 
-def observe(module: nn.Module, before_rope: bool, see: Callable[..., None]) -> Callable[[], None]:
-    """Call ``see(q, k, v, scale=, softcap=, window=, sinks=)`` with what a patched attention module is given,
-    uncached; with RoPE undone where asked.
+def observe(
+    module: nn.Module, before_rope: bool, see: Callable[[Tensor, Tensor], None]
+) -> Callable[[], None]:
+    """Call ``see(q, k)`` with what a patched attention module is given, uncached; with RoPE undone where
+    asked.
 
     Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
     projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
@@ -38,9 +40,9 @@ def observe(module: nn.Module, before_rope: bool, see: Callable[..., None]) -> C
         if before_rope and rotate is not None and angles[0] is not None:
             cos, sin = (x.float() for x in angles[0])
             size = cos**2 + sin**2
-            see(*rotate(q.float(), k.float(), cos / size, -sin / size), v, **how)
+            see(*rotate(q.float(), k.float(), cos / size, -sin / size))
         else:
-            see(q, k, v, **how)
+            see(q, k)
         return layer(q, k, v, mask, **how)
 
     hook = module.register_forward_pre_hook(remember, with_kwargs=True)
