@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .index import BlockIndex, Index, TokenIndex, Window, causal_pairs
+from .bands import attend_bands
+from .index import Bands, BlockIndex, Index, Rescaled, TokenIndex, Window, causal_pairs
 from .keys import Keys
+from .mass import ATTENTION, SELECTION, Probe
 from .method import DECODE, PREFILL, AttentionMethod
 from .ops import kernel
 from .ops.block_sparse import block_sparse
@@ -21,6 +24,7 @@ from .ops.flash import flash
 from .ops.gather_decode import gather_decode
 from .ops.rows import gather_rows
 from .partial import Partial, empty_partial, merge
+from .rescaled import attend_rescaled
 
 DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
 TOO_SHORT = "the budget covers the length"
@@ -53,31 +57,51 @@ class Reads:
 
 
 def attend(
-    method: AttentionMethod, phase: str, q: Tensor, keys: Keys, *, impl: str = "auto"
+    method: AttentionMethod,
+    phase: str,
+    q: Tensor,
+    keys: Keys,
+    *,
+    impl: str = "auto",
+    probe: Probe | None = None,
 ) -> tuple[Partial, Reads]:
     """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys``; out is in the dtype of q or
-    float32."""
+    float32. ``probe`` looks on."""
     if phase == DECODE:
-        index = method.select_decode(q, keys)
-        part, pairs = _run_decode(q, keys, index, impl)
+        with _timed(probe, SELECTION, q):
+            index = method.select_decode(q, keys)
+        if probe is not None:
+            probe.chose(q, keys, index)
+        with _timed(probe, ATTENTION, q):
+            part, pairs = _run_decode(q, keys, index, impl)
         shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
         reads = _count(q, keys, pairs, loads_shared_by=q.shape[1] // shared)
     elif keys.starts is not None and any(keys.starts) and phase in method.phases:
-        return _prefill_rows(method, phase, q, keys, impl)
+        return _prefill_rows(method, phase, q, keys, impl, probe)
     else:
-        if method.last_queries:
-            keys.surveyed = method.survey(q[:, :, -method.last_queries :], keys)
-        return run_prefill(method, q, keys, method.select_prefill(q, keys), impl=impl)
+        with _timed(probe, SELECTION, q):
+            if method.last_queries:
+                keys.surveyed = method.survey(q[:, :, -method.last_queries :], keys)
+            index = method.select_prefill(q, keys)
+        if probe is not None:
+            probe.chose(q, keys, index)
+        with _timed(probe, ATTENTION, q):
+            return run_prefill(method, q, keys, index, impl=impl)
     return part, explained(reads, method, phase, keys, index)
 
 
-def tell(method: AttentionMethod, q: Tensor, keys: Keys) -> None:
+def _timed(probe: Probe | None, stage: str, q: Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if probe is None else probe.timed(stage, q.device)
+
+
+def tell(method: AttentionMethod, q: Tensor, keys: Keys) -> int:
     """Tell a decode method that a prefill call of queries q [B, H, Tq, D] has run: of them it is given the
-    last ones, as many as it asks for."""
+    last ones, as many as it asks for. -> bytes that it has read."""
     wanted = method.told_queries
     if wanted is not None and wanted < keys.tq:
         q, keys = q[:, :, -wanted:], dataclasses.replace(keys, tq=wanted)
     method.after_prefill(q, keys)
+    return keys.summary_bytes
 
 
 def run_prefill(
@@ -107,7 +131,7 @@ def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, ind
 
 
 def _prefill_rows(
-    method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str
+    method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str, probe: Probe | None
 ) -> tuple[Partial, Reads]:
     """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs
     nothing."""
@@ -117,7 +141,7 @@ def _prefill_rows(
     for b in range(q.shape[0]):
         row = keys.row(b)
         if row.tq > 0:
-            part, reads = attend(method, phase, q[b : b + 1, :, -row.tq :], row, impl=impl)
+            part, reads = attend(method, phase, q[b : b + 1, :, -row.tq :], row, impl=impl, probe=probe)
             out[b : b + 1, :, -row.tq :], lse[b : b + 1, :, -row.tq :] = part.out.to(out.dtype), part.lse
             total += reads
             reasons.append(reads.reason)
@@ -134,11 +158,17 @@ def _run_prefill(
         return flash(q, keys.k, keys.v, start=keys.start, **how), None
     if isinstance(index, Window):
         return _window(q, keys, index, impl, flash)
+    if isinstance(index, Bands):
+        pairs = index.pairs(keys.past + rows.start, keys.past + rows.stop) * q.shape[0] * q.shape[1]
+        return attend_bands(q, keys, index, impl), pairs
     if isinstance(index, BlockIndex):
-        pairs = _total(index.pairs(q.shape[2], keys.length, rows)) * (q.shape[1] // index.blocks.shape[1])
-        return block_sparse(q, keys.k, keys.v, index, check=False, **how), pairs
+        return block_sparse(q, keys.k, keys.v, index, check=False, **how), _block_pairs(q, keys, index, rows)
+    if isinstance(index, Rescaled):
+        part = attend_rescaled(q, keys, index, impl)
+        return part, None if index.read is None else _block_pairs(q, keys, index.read, rows)
     raise TypeError(
-        f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
+        "select_prefill answers with None, a Window, Bands, a BlockIndex or Rescaled; got "
+        f"{type(index).__name__}."
     )
 
 
@@ -159,6 +189,10 @@ def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partia
     if bool(index.full.all()):
         return decode(q, keys.k, keys.v, start=keys.start, **how), None
     return _mixed(q, keys, index, impl)
+
+
+def _block_pairs(q: Tensor, keys: Keys, index: BlockIndex, rows: range) -> int | Tensor:
+    return _total(index.pairs(q.shape[2], keys.length, rows)) * (q.shape[1] // index.blocks.shape[1])
 
 
 def _total(counts: Tensor) -> int | Tensor:

@@ -6,16 +6,20 @@ positions. A row b of a left-padded batch begins at ``start[b]``; nothing before
 An index is one of
   ``None``        every visible key (dense),
   ``Window``      a static pattern of recent keys and sinks,
+  ``Bands``       a static pattern of keys at regular distances, and sinks (prefill),
   ``BlockIndex``  key blocks per query block (prefill),
+  ``Rescaled``    either of None and BlockIndex, some of whose keys count for less (prefill),
   ``TokenIndex``  single keys per query (decode).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +29,69 @@ class Window:
     size: int
     sinks: int = 0
 
-    def to_mask(self, tq: int, tk: int, start: Tensor | None, batch: int) -> Tensor:
-        """Boolean mask [B, 1, Tq, Tk] of the keys read; causality and padding included."""
-        mask = causal_mask(tq, tk, start, batch)
-        rows, cols = _positions(tq, tk, mask.device)
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None, batch: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Boolean mask [B, 1, Tq, Tk] of the keys read; causality and padding included. rows [R]: of these
+        queries of the call alone, [B, 1, R, Tk]."""
+        mask = causal_mask(tq, tk, start, batch, rows=rows)
+        places, cols = _positions(tq, tk, mask.device, rows)
         first = torch.zeros(batch, dtype=torch.long) if start is None else start.cpu()
         sink = cols[None] < (first.to(mask.device) + self.sinks)[:, None, None]
-        return mask & ((cols > rows - self.size)[None, None] | sink[:, None])
+        return mask & ((cols > places - self.size)[None, None] | sink[:, None])
+
+
+class Band(NamedTuple):
+    """The keys at distances near, near + stride, ... < far behind a query (far None: down to the row's
+    first); ``near`` is a multiple of ``stride``.
+
+        stride = 2, near = 2, far = 6      key   0 1 2 3 4 5 6 7
+                                     query 7     . . . x . x . .
+    """
+
+    stride: int
+    near: int = 0
+    far: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bands:
+    """Keys whose distances behind a query lie in one of the ``bands``, no two of which share a distance, and
+    the first ``sinks`` keys of its row."""
+
+    bands: tuple[Band, ...]
+    sinks: int = 0
+
+    def hold(self, distance: Tensor) -> Tensor:
+        """Whether keys at these distances, none below 0, lie in a band; bool like ``distance``."""
+        held = torch.zeros_like(distance, dtype=torch.bool)
+        for stride, near, far in self.bands:
+            inside = (distance >= near) & (distance % stride == 0)
+            held |= inside if far is None else inside & (distance < far)
+        return held
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None, batch: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Boolean mask [B, 1, Tq, Tk] of the keys read; causality and padding included. rows [R]: of these
+        queries of the call alone, [B, 1, R, Tk]."""
+        mask = causal_mask(tq, tk, start, batch, rows=rows)
+        places, cols = _positions(tq, tk, mask.device, rows)
+        first = torch.zeros(batch, dtype=torch.long) if start is None else start.cpu()
+        sink = cols[None] < (first.to(mask.device) + self.sinks)[:, None, None]
+        return mask & (self.hold((places - cols).clamp(min=0))[None, None] | sink[:, None])
+
+    def pairs(self, begin: int, end: int) -> int:
+        """Number of (query, key) pairs that the queries begin .. end - 1 of an unpadded row read."""
+        seen = torch.arange(begin, end) + 1  # distances 0 .. seen - 1 are there
+        total = seen.clamp(max=self.sinks)
+        for stride, near, far in self.bands:
+            reach = seen if far is None else seen.clamp(max=far)
+            within = (-((near - reach) // stride)).clamp(min=0)
+            lowest = (seen - self.sinks).clamp(min=near)  # of the distances of sinks, which count once
+            shared = (-((-(-lowest // stride) * stride - reach) // stride)).clamp(min=0)
+            total = total + within - shared
+        return int(total.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +151,22 @@ class BlockIndex:
                     "positions once."
                 )
 
-    def to_mask(self, tq: int, tk: int) -> Tensor:
-        """Boolean mask [B, Hs, Tq, Tk] of the (query, key) pairs read; causality and padding included."""
+    def to_mask(self, tq: int, tk: int, rows: Tensor | None = None) -> Tensor:
+        """Boolean mask [B, Hs, Tq, Tk] of the (query, key) pairs read; causality and padding included. rows
+        [R]: of these queries of the call alone, [B, Hs, R, Tk], and nothing larger is made."""
         b, hs, nq, m = self.blocks.shape
         device = self.blocks.device
-        past = tk - tq
+        places, cols = _positions(tq, tk, device, rows)  # [R, 1], [1, Tk]
         start = (
             torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
         )
-        used = torch.arange(m, device=device) < self.counts[..., None]
-        nk = -(-tk // self.block_k) + 1
-        chosen = torch.zeros(b, hs, nq, nk + 1, dtype=torch.bool, device=device)
-        chosen.scatter_(
-            3, torch.where(used, self.blocks.long(), nk), True
-        )  # slot nk collects the unused entries
-        rows, cols = torch.arange(past, tk, device=device), torch.arange(tk, device=device)
+        row = places[:, 0] - start.clamp(min=tk - tq)[:, None]  # [B, R], within the call
+        block = (row // self.block_q).clamp(0, nq - 1)[:, None].expand(b, hs, -1)
+        blocks = self.blocks.gather(2, block[..., None].expand(-1, -1, -1, m)).long()  # [B, Hs, R, M]
+        used = torch.arange(m, device=device) < self.counts.gather(2, block)[..., None]
+        nk = -(-tk // self.block_k)
+        chosen = torch.zeros(*blocks.shape[:3], nk + 1, dtype=torch.bool, device=device)
+        chosen.scatter_(3, torch.where(used, blocks, nk), True)  # slot nk collects the unused entries
         if self.key_order is None:
             ordered = cols.expand(b, hs, tk)
         else:
@@ -113,14 +174,9 @@ class BlockIndex:
             ordered.scatter_(
                 2, self.key_order.long(), cols.expand(b, hs, tk).clone()
             )  # place of each position
-        mask = torch.zeros(b, hs, tq, tk, dtype=torch.bool, device=device)
-        for i in range(b):
-            first = int(start[i])
-            n = torch.clamp((rows - max(past, first)) // self.block_q, 0, nq - 1)
-            j = torch.clamp((ordered[i] - first) // self.block_k, 0, nk - 1)  # [Hs, Tk]
-            for h in range(hs):
-                mask[i, h] = chosen[i, h][n][:, j[h]]
-        return mask & causal_mask(tq, tk, self.start, b, device)
+        j = ((ordered - start[:, None, None]) // self.block_k).clamp(min=0)  # [B, Hs, Tk]
+        mask = chosen.gather(3, j[:, :, None].expand(-1, -1, chosen.shape[2], -1))
+        return mask & causal_mask(tq, tk, self.start, b, device, rows)
 
     def pairs(self, tq: int, tk: int, rows: range | None = None) -> Tensor:
         """Number of (query, key) pairs read, summed over batch and Hs; int64 scalar tensor. No [Tq, Tk]
@@ -128,20 +184,68 @@ class BlockIndex:
         counted = range(tq) if rows is None else rows
         b, _, nq, m = self.blocks.shape
         if self.key_order is not None:
-            return self.to_mask(tq, tk)[:, :, counted.start : counted.stop].sum()
+            return self._reordered_pairs(tq, tk, counted)
         device, past = self.blocks.device, tk - tq
         start = (
             torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
         )
-        begin = torch.clamp(start - past, min=0)  # [B], first valid query row of this call
-        row = begin[:, None, None] + torch.arange(nq * self.block_q, device=device).view(1, nq, self.block_q)
-        q_pos = row + past  # [B, Nq, block_q]
+        begin = torch.clamp(start - past, min=0)[:, None]  # [B, 1], first valid query row of this call
+        row = begin + torch.arange(nq, device=device) * self.block_q  # [B, Nq], each block's first
+        first = row.clamp(min=counted.start)
+        stop = torch.maximum(first, (row + self.block_q).clamp(max=counted.stop))
         lo = start[:, None, None, None] + self.blocks.long() * self.block_k  # [B, Hs, Nq, M]
-        seen = torch.clamp(q_pos[:, None, :, :, None] + 1 - lo[..., None, :], 0, self.block_k)
+        before, upto = (x[:, None, :, None] + past - lo for x in (first, stop))
         used = torch.arange(m, device=device) < self.counts[..., None]
-        inside = (row >= counted.start) & (row < counted.stop)
-        seen = seen * used[..., None, :] * inside[:, None, :, :, None]
-        return seen.sum()
+        return ((self._seen_by(upto) - self._seen_by(before)) * used).sum()
+
+    def _reordered_pairs(self, tq: int, tk: int, rows: range) -> Tensor:
+        """The same for blocks of keys in another order: of each key block, the keys before a query block's
+        first query are seen by all of its queries, the others each by those that are no earlier."""
+        assert self.key_order is not None
+        device, (b, hs, nq, m) = self.blocks.device, self.blocks.shape
+        past, starts = tk - tq, [0] * b if self.start is None else self.start.tolist()
+        used = torch.arange(m, device=device) < self.counts[..., None]
+        total = torch.zeros((), dtype=torch.long, device=device)
+        for i, first in enumerate(starts):
+            begin = max(past, first) + torch.arange(nq, device=device) * self.block_q
+            begin, end = (x.clamp(past + rows.start, past + rows.stop) for x in (begin, begin + self.block_q))
+            for s in range(hs):  # one head at a time: [key blocks, query blocks] of each
+                order = self.key_order[i, s, first:].long()
+                places = pad(order, (0, -len(order) % self.block_k), value=tk).view(-1, self.block_k)
+                places = places.sort(-1).values
+                sums = pad(places.cumsum(-1), (1, 0))
+                before, until = (
+                    torch.searchsorted(places, x.expand(len(places), nq).contiguous()) for x in (begin, end)
+                )
+                late = (until - before) * end - (sums.gather(1, until) - sums.gather(1, before))
+                seen = (before * (end - begin) + late).T  # [Nq, Nk]
+                there = used[i, s] & (self.blocks[i, s] < len(places))
+                total += (seen.gather(1, self.blocks[i, s].long().clamp(max=len(places) - 1)) * there).sum()
+        return total
+
+    def _seen_by(self, rows: Tensor) -> Tensor:
+        """How many keys of a block the first ``rows`` queries from its first key on see, all together."""
+        inside = rows.clamp(0, self.block_k)
+        return inside * (inside + 1) // 2 + (rows - inside).clamp(min=0) * self.block_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled:
+    """What ``read`` names, some of it with another weight: of each query's attention ``keys`` [B, H, Tk]
+    (bool, of each query head) keep ``factor`` (0 to 1) of their share, and what the query reads besides them
+    grows in proportion to fill the row again. Where that is nothing, they keep all of it."""
+
+    read: BlockIndex | None
+    keys: Tensor
+    factor: float
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None, batch: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Boolean mask [B, 1 | Hs, Tq, Tk] of the pairs read, as of ``read``."""
+        if self.read is None:
+            return causal_mask(tq, tk, start, batch, self.keys.device, rows)
+        return self.read.to_mask(tq, tk, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,29 +281,38 @@ class TokenIndex:
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ValueError("A TokenIndex names each token of a query once; some token comes twice.")
 
-    def to_mask(self, tq: int, tk: int, start: Tensor | None = None) -> Tensor:
-        """Boolean mask [B, Hs, Tq, Tk] of the keys read."""
-        b, hs, _, k = self.tokens.shape
-        device = self.tokens.device
-        used = torch.ones_like(self.tokens, dtype=torch.bool)
-        if self.counts is not None:
-            used = torch.arange(k, device=device) < self.counts[..., None]
-        mask = torch.zeros(b, hs, tq, tk + 1, dtype=torch.bool, device=device)
-        mask.scatter_(3, torch.where(used, self.tokens, tk), True)
+    def to_mask(self, tq: int, tk: int, start: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Boolean mask [B, Hs, Tq, Tk] of the keys read. rows [R]: of these queries of the call alone,
+        [B, Hs, R, Tk]."""
+        some = slice(None) if rows is None else rows
+        tokens = self.tokens[:, :, some]
+        counts, full = (None if x is None else x[:, :, some] for x in (self.counts, self.full))
+        device = tokens.device
+        used = torch.ones_like(tokens, dtype=torch.bool)
+        if counts is not None:
+            used = torch.arange(tokens.shape[3], device=device) < counts[..., None]
+        mask = torch.zeros(*tokens.shape[:3], tk + 1, dtype=torch.bool, device=device)
+        mask.scatter_(3, torch.where(used, tokens, tk), True)
         mask = mask[..., :tk]
-        if self.full is not None:
-            mask = torch.where(self.full[..., None], causal_mask(tq, tk, start, b, device), mask)
+        if full is not None:
+            visible = causal_mask(tq, tk, start, tokens.shape[0], device, rows)
+            mask = torch.where(full[..., None], visible, mask)
         return mask
 
 
-Index = Window | BlockIndex | TokenIndex | None
+Index = Window | Bands | BlockIndex | Rescaled | TokenIndex | None
 
 
 def causal_mask(
-    tq: int, tk: int, start: Tensor | None, batch: int, device: torch.device | None = None
+    tq: int,
+    tk: int,
+    start: Tensor | None,
+    batch: int,
+    device: torch.device | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Boolean mask [B, 1, Tq, Tk]: query row i (position tk - tq + i) sees key j iff start[b] <= j <= its
-    position.
+    position. rows [R]: of these query rows alone, [B, 1, R, Tk].
 
     tq = 3, tk = 5          tq = 3, tk = 3, start = 1
       k 0 1 2 3 4             k 0 1 2
@@ -209,15 +322,17 @@ def causal_mask(
     """
     if device is None:
         device = torch.device("cpu") if start is None else start.device
-    rows, cols = _positions(tq, tk, device)
-    mask = (cols <= rows)[None, None].expand(batch, 1, tq, tk)
+    places, cols = _positions(tq, tk, device, rows)
+    mask = (cols <= places)[None, None].expand(batch, 1, -1, -1)
     if start is not None:
         mask = mask & (cols[None] >= start.to(device)[:, None, None])[:, None]
     return mask
 
 
-def _positions(tq: int, tk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.arange(tk - tq, tk, device=device)[:, None], torch.arange(tk, device=device)[None, :]
+def _positions(tq: int, tk: int, device: torch.device, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of the queries, all or ``rows`` of them, [R, 1]; of the keys [1, Tk]."""
+    queries = torch.arange(tq, device=device) if rows is None else rows.to(device)
+    return (tk - tq + queries)[:, None], torch.arange(tk, device=device)[None, :]
 
 
 def causal_pairs(tq: int, tk: int, starts: list[int] | None, batch: int) -> int:

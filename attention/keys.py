@@ -104,6 +104,13 @@ class Keys:
         self.summary_bytes += self.k.numel() * self.k.element_size()
         return self.k
 
+    def read_keys(self, first: int, end: int) -> Tensor:
+        """The raw keys of positions first .. end - 1, for a method that scores these alone; the reading is
+        counted."""
+        k = self.k[:, :, first:end]
+        self.summary_bytes += k.numel() * k.element_size()
+        return k
+
     def places(self) -> Tensor:
         """[N] int64, the positions of the keys that are here."""
         return torch.arange(self.length, device=self.k.device)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .errors import SpecError
+from .errors import FarspanError, SpecError
 from .index import Index
 from .keys import Keys, State
 from .summary import Summary
@@ -45,6 +46,38 @@ class LayerInfo:
     def own(self, per_head: Tensor) -> Tensor:
         """This share's part of a tensor whose first dimension is all the layer's query or KV heads."""
         return per_head.chunk(self.shares)[self.share]
+
+
+class Calibration(Protocol):
+    """Learns one layer's weights by watching its dense attention over windows of a text.
+
+    before_rope: whether it wants queries and keys as they are before RoPE. settings: how it learns, for the
+    record.
+    """
+
+    @property
+    def before_rope(self) -> bool: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+        """A window of its own: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What ``for_layer`` will find in ``LayerInfo.weights``."""
+        ...
+
+
+@runtime_checkable
+class GradientCalibration(Calibration, Protocol):
+    """One that also asks what a change of the layer's attention does to the likelihood of the text."""
+
+    def feel(self, gradient: Tensor) -> None:
+        """The gradient, in the output [1, H, T, D] of the attention of the window seen last, of that window's
+        mean negative log-likelihood."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +111,21 @@ class AttentionMethod:
         first = getattr(self, "dense_layers", 0)
         return None if layer.index < first else self
 
+    def calibration(self, layer: LayerInfo, *args: Any, **options: Any) -> Calibration:
+        """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that
+        needs none and for options it cannot take."""
+        raise FarspanError(f"{self.name} is not calibrated: it learns nothing from a text.")
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         """Which keys each prefill query reads. q [1, H, Tq, D] (a padded batch is asked row by row); None
         means all."""
         return None
+
+    def block_maxima(self, q: Tensor, keys: Keys) -> tuple[Tensor, int, int]:
+        """Where a method estimates it: the natural log of the largest attention probability in each block of
+        prefill queries and keys [1, H, Nq, Nk] (or a bound above it; -inf where nobody sees it), block_q,
+        block_k."""
+        raise NotImplementedError(f"{self.name} estimates no block maxima.")
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means
@@ -126,9 +170,9 @@ class AttentionMethod:
 
     def __str__(self) -> str:
         changed = [
-            f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={f'({value})' if isinstance(value, AttentionMethod) else value}"
             for f in dataclasses.fields(self)
-            if f.repr and getattr(self, f.name) != f.default
+            if f.repr and (value := getattr(self, f.name)) != f.default
         ]
         return self.name + (":" + ",".join(changed) if changed else "")
 
@@ -141,7 +185,8 @@ def methods() -> dict[str, type[AttentionMethod]]:
 
 
 def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
-    """A method from ``"name"`` or ``"name:par=value,par=value"``; a method object is returned as it is.
+    """A method from ``"name"`` or ``"name:par=value,par=value"``; a method object is returned as it is. A
+    value that is itself a method with parameters stands in parentheses: ``"act:over=(sale:threshold=1)"``.
 
     Raises SpecError, naming the nearest known name, for an unknown method or parameter and for a value it
     cannot take.
@@ -163,7 +208,7 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)}
     values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for item in filter(None, (part.strip() for part in _OUTSIDE.split(rest))):
         key, equals, text = (piece.strip() for piece in item.partition("="))
         if key not in fields:
             takes = f"it takes {', '.join(fields)}" if fields else "it takes none"
@@ -175,7 +220,13 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
         if key in values:
             raise SpecError(f"{name} got the parameter {key} twice in {spec!r}.")
         values[key] = _convert(name, key, text, hints[key])
+    for given, other in (("k", "fraction"), ("fraction", "k")):
+        if given in values and other in fields:
+            values.setdefault(other, None)  # one budget takes the place of the other's default
     return cls(**values)
+
+
+_OUTSIDE = re.compile(r",(?![^()]*\))")  # commas that stand outside of parentheses
 
 
 def _convert(name: str, key: str, text: str, hint: Any) -> Any:
@@ -193,6 +244,8 @@ def _convert(name: str, key: str, text: str, hint: Any) -> Any:
                 continue
         elif kind is str:
             return text
+        elif kind is AttentionMethod:
+            return parse_method(text[1:-1] if text[0] == "(" and text[-1] == ")" else text)
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}
     raise SpecError(f"{name} takes {wanted.get(kinds[0], kinds[0])} for {key}; got {text!r}.")
 

@@ -29,12 +29,20 @@ def share_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers 
     return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
 
 
+def together(shares: Tensor, how: str) -> Tensor:
+    """What the heads of a group go by: shares [B, Hkv, G, ...] -> [B, Hs, ...], each its own ("none"), or one
+    by the "sum" or the "max"."""
+    if how == "none":
+        return shares.flatten(1, 2)
+    return shares.sum(2) if how == "sum" else shares.amax(2)
+
+
 def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
     """A budget is either ``k`` tokens or a ``fraction`` of the visible keys, and positive."""
     if (k is None) == (fraction is None):
         given = "neither" if k is None else "both"
         raise SpecError(
-            f"{method.name} takes a budget of k=TOKENS or fraction=SHARE (k=none with it); got {given}."
+            f"{method.name} takes one budget, k=TOKENS or fraction=SHARE (the other none); got {given}."
         )
     require(method, k=(1, None), fraction=(1e-6, 1.0))
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 
 
 class Summary(Protocol):
     """block: keys per entry. Entry j of row b speaks of positions start[b] + j * block onward (1: of position
-    j itself)."""
+    j itself). Entries are in the keys' dtype, or in the summary's own ``dtype`` where it has one."""
 
     @property
     def key(self) -> tuple: ...  # equal keys mean equal contents
@@ -81,6 +83,44 @@ class Channels:
         return k.gather(3, self.on(k.device)[None, :, None].expand(b, h, t, -1))
 
 
+@dataclass(frozen=True)
+class Int4Keys:
+    """Keys in four bits around the mean of their block (``ops.int4_scores``): a block's means and its keys'
+    scales in float32, then their bits, side by side as bytes."""
+
+    block: int
+    dtype: ClassVar[torch.dtype] = torch.uint8
+
+    @property
+    def key(self) -> tuple:
+        return ("int4", self.block)
+
+    def width(self, head_dim: int) -> int:
+        return 4 * (head_dim + self.block) + -(-self.block * head_dim // 8) * 4
+
+    def compute(self, k: Tensor) -> Tensor:
+        k4 = quantise_int4(k.float() if k.dtype == torch.float64 else k, self.block)
+        fill = -k.shape[2] % self.block
+        scale = pad(k4.scale, (0, fill)).unflatten(2, (-1, self.block))
+        packed = pad(k4.packed, (0, 0, 0, fill)).unflatten(2, (-1, self.block)).flatten(3)
+        packed = pad(packed, (0, -packed.shape[3] % 4))
+        return torch.cat([k4.mean.float().view(torch.uint8), scale.view(torch.uint8), packed], 3)
+
+    def keys(self, entries: Tensor, like: Tensor) -> Int4:
+        """Those of keys ``like`` [B, Hkv, T, D] out of their entries."""
+        t, d = like.shape[2:]
+        mean, scale, packed = entries.split(
+            [4 * d, 4 * self.block, entries.shape[3] - 4 * (d + self.block)], 3
+        )
+        packed = packed[..., : self.block * d // 2].unflatten(3, (self.block, d // 2))
+        return Int4(
+            packed=packed.flatten(2, 3)[:, :, :t],
+            scale=scale.view(torch.float32).flatten(2)[:, :, :t],
+            mean=mean.view(torch.float32).to(like.dtype),
+            block=self.block,
+        )
+
+
 class Summaries:
     """The entries of each summary of one layer's keys, extended as keys are appended; never rebuilt."""
 
@@ -121,7 +161,8 @@ class Summaries:
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
             b, h, _, d = k.shape
-            grown = k.new_empty(b, h, need + max(64, need // 8), summary.width(d))
+            room = need + max(64, need // 8)
+            grown = k.new_empty(b, h, room, summary.width(d), dtype=getattr(summary, "dtype", k.dtype))
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import evaluate, launch, options, output
+from . import inspect as inspecting
 from . import plan as planning
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluate.app, name="eval")
 app.command()(planning.plan)
+app.command()(inspecting.inspect)
 
 
 def _version(wanted: bool) -> None:
@@ -223,23 +224,9 @@ def _prompt_text(prompt: str | None, file: Path | None, ranks: Any) -> str:
     """The prompt; of several ranks one reads it, as they share stdin and may not share a disk."""
 
     def read() -> str:
-        return _read_prompt(prompt, file)
+        return options.read_prompt(prompt, file)
 
     return read() if ranks is None else launch.on_rank_0(read)
-
-
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None and file is not None:
-        raise FarspanError("Both --prompt and --prompt-file were given; give one.")
-    if prompt is not None and prompt != "-":
-        text = prompt
-    elif prompt is None and file is None and sys.stdin.isatty():
-        raise FarspanError("There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin.")
-    else:
-        text = options.read_text(file or "-")
-    if not text.strip():
-        raise FarspanError("The prompt is empty; give at least one word.")
-    return text
 
 
 @app.command()
@@ -299,9 +286,29 @@ def calibrate(
     model: options.Model = options.DEFAULT_MODEL,
     method: Annotated[str, typer.Option(help="The method to calibrate.")] = "double_sparsity",
     by: Annotated[
-        str, typer.Option(help='Rank channels by "q", "k" (mean magnitude) or "qk" (mean |q·k|).')
-    ] = "qk",
+        str | None,
+        typer.Option(
+            help='double_sparsity: rank channels by "q", "k" (mean magnitude) or "qk" (mean |q·k|) '
+            "[default: qk]."
+        ),
+    ] = None,
+    start: Annotated[
+        float | None,
+        typer.Option(
+            help="sale: the threshold that every head begins with, and the highest it can get [default: "
+            "0.008]."
+        ),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(help="sale: how far a query's output may be off on average [default: 0.4]."),
+    ] = None,
+    sure: Annotated[
+        float | None,
+        typer.Option(help="act: take heads whose gain is above so many standard errors [default: 1]."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 4096,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that are read at a time.")] = 2048,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -315,7 +322,18 @@ def calibrate(
     causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
     from ..runtime.calibrate import calibrate as run
 
+    asked = {"by": by, "start": start, "error": error, "sure": sure}
+    given = {name: x for name, x in asked.items() if x is not None}
     with output.progress("tokens read") as advance:
-        recipe = run(causal_lm, tokenizer, prose, method=method, by=by, tokens=tokens, progress=advance)
+        recipe = run(
+            causal_lm,
+            tokenizer,
+            prose,
+            method=method,
+            tokens=tokens,
+            window=window,
+            progress=advance,
+            **given,
+        )
     recipe.save(out)
     output.note(f"Saved the recipe to {out}; use it with --recipe {out}.")

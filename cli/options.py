@@ -144,3 +144,18 @@ def read_text(path: Path | str) -> str:
         raise FarspanError(
             f"{path} cannot be read: {error.strerror}; give a text file, or - for stdin."
         ) from None
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text of --prompt or of --prompt-file; of stdin where that is "-" or neither is given."""
+    if prompt is not None and file is not None:
+        raise FarspanError("Both --prompt and --prompt-file were given; give one.")
+    if prompt is not None and prompt != "-":
+        text = prompt
+    elif prompt is None and file is None and sys.stdin.isatty():
+        raise FarspanError("There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin.")
+    else:
+        text = read_text(file or "-")
+    if not text.strip():
+        raise FarspanError("The prompt is empty; give at least one word.")
+    return text

@@ -1,10 +1,14 @@
-"""Pictures of an evaluation: the needle heatmap (depth × length) and RULER's scores (method × task)."""
+"""Pictures: the needle heatmap (depth × length), RULER's scores (method × task), and what a prefill read of
+the true attention (blocks of queries × blocks of keys)."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from ..attention.errors import FarspanError
+from ..runtime.inspect import LayerPicture
 from .report import _k, slug
 from .results import Results
 
@@ -82,8 +86,98 @@ def score_grid(data: Mapping[str, Any], path: Any) -> None:
     figure.savefig(path, format="png", dpi=130)
 
 
+READ, MISSED, HIDDEN = "Blues", "Reds", "#e9e9e9"  # colour maps, and the colour of what no query may see
+FAINTEST = 1e-4  # attention at the pale end of the maps; 1 is at the other
+
+
+def what_was_read(picture: LayerPicture, method: str, path: Any) -> None:
+    """One panel per head: the largest true attention of each block, in blue where it was read, in red where
+    it was missed; the deeper, the more attention. A legend of both below."""
+    side, left, right, gap, top, bottom = 2.9, 0.7, 0.25, 0.65, 0.85, 1.45  # inches
+    count = len(picture.heads)
+    wide = min(count, 3)
+    tall = -(-count // wide)
+    width = max(left + wide * (side + gap) - gap + right, 6.5)
+    height = top + tall * (side + gap + 0.1) - gap - 0.1 + bottom
+    figure = _figure(width, height)
+    figure.set_layout_engine("none")
+
+    def place(x: float, y: float, across: float, up: float) -> Any:
+        return figure.add_axes((x / width, y / height, across / width, up / height))
+
+    figure.text(left / width, 1 - 0.3 / height, f"{method}, layer {picture.layer}", fontsize=11)
+    n, size = picture.attention.shape[1], picture.block
+    for panel, head in enumerate(picture.heads):
+        row, column = divmod(panel, wide)
+        up = height - top - side - row * (side + gap + 0.1)
+        axes = place(left + column * (side + gap), up, side, side)
+        axes.imshow(
+            _coloured(picture.attention[panel], picture.read[panel]),
+            extent=(0, n * size, n * size, 0),
+            interpolation="nearest" if n <= 300 else "antialiased",  # blocks smaller than dots are averaged
+        )
+        axes.set_xlim(0, picture.length)
+        axes.set_ylim(picture.length, 0)
+        axes.set_title(
+            f"head {head}: {100 * picture.density[panel]:.1f} % of pairs, "
+            f"{100 * picture.recall[panel]:.1f} % of mass",
+            fontsize=9,
+        )
+        axes.tick_params(labelsize=7)
+        axes.locator_params(nbins=5)
+        if row == (count - 1 - column) // wide:
+            axes.set_xlabel("key (position)", fontsize=8)
+        if column == 0:
+            axes.set_ylabel("query (position)", fontsize=8)
+    bar = (width - left - right - 2 * 0.4) / 3
+    _legend([place(left + i * (bar + 0.4), 0.5, bar, 0.18) for i in range(3)])
+    label = "the largest true attention probability in a block of queries and keys"
+    figure.text((left + width - right) / 2 / width, 0.13 / height, label, ha="center", fontsize=8)
+    figure.savefig(path, format="png", dpi=130)
+
+
+def _coloured(attention: Any, read: Any) -> Any:
+    """Blocks [N, N] as colours [N, N, 3], above the diagonal those of what no query may see."""
+    import numpy as np
+
+    colours = _mixed(attention.numpy(), read.numpy())
+    hidden = np.triu(np.ones(attention.shape, dtype=bool), 1)
+    colours[hidden] = [int(HIDDEN[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return colours
+
+
+def _mixed(attention: Any, share: Any) -> Any:
+    """Arrays of attention and of the share read -> [..., 3]: the colours of both, mixed by that share."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    depth = 1 - np.log10(np.clip(attention, FAINTEST, 1)) / np.log10(FAINTEST)
+    read = colormaps[READ](0.2 + 0.8 * depth)[..., :3]  # never white, however little attention it has
+    missed = np.where(depth[..., None] > 0, colormaps[MISSED](depth)[..., :3], 1.0)
+    return share[..., None] * read + (1 - share[..., None]) * missed
+
+
+def _legend(bars: list[Any]) -> None:
+    """How deep a colour is for how much attention, by the share that was read."""
+    import numpy as np
+
+    attention = np.logspace(-4, 0, 256)[None]
+    for axes, name, share in zip(bars, ("read", "half of it read", "not read"), (1.0, 0.5, 0.0), strict=True):
+        axes.imshow(_mixed(attention, np.full_like(attention, share)), extent=(-4, 0, 0, 1), aspect="auto")
+        axes.set_yticks([])
+        axes.set_xticks(range(-4, 1), ["≤ .0001", ".001", ".01", ".1", "1"], fontsize=7)
+        axes.set_title(name, fontsize=8, pad=3)
+
+
+def check_matplotlib() -> None:
+    """Raises FarspanError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FarspanError("A picture needs matplotlib: pip install 'farspan[evals]'.")
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure on the Agg canvas, made without pyplot: no display, no global state."""
+    check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -78,7 +78,8 @@ def extend_split(
     }
     room = max(count for parts in plan.values() for _, count, _, _ in parts)
     width = summary.width(k.shape[3])
-    mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width)
+    dtype = getattr(summary, "dtype", k.dtype)
+    mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width, dtype=dtype)
     for i, (slot, chunk) in enumerate(_every_slot(split, ranks.rank)):
         keys, at = k[:, :, slot], chunk[0]
         if chunk[0] == split.begin:

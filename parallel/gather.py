@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.index import BlockIndex, Index, Window
+from ..attention.index import Bands, BlockIndex, Index, Window
 from ..attention.summary import by_start
 from .autograd import gather as gather_with_gradient
 from .comm import Ranks
@@ -57,9 +57,17 @@ def needed(
     if isinstance(index, Window):
         seen = valid & ((places > begin - index.size) | (places < first + index.sinks))
         return seen[:, None].expand(-1, kv_heads, -1)
+    if isinstance(index, Bands):
+        seen = places < first + index.sinks
+        for stride, near, far in index.bands:
+            nearest = (places + near).clamp(min=begin)  # the first query that a band could be of
+            nearest = nearest + (places - nearest) % stride
+            read = nearest < end
+            seen = seen | (read if far is None else read & (nearest - places < far))
+        return (seen & valid)[:, None].expand(-1, kv_heads, -1)
     if not isinstance(index, BlockIndex):
         raise TypeError(
-            f"select_prefill answers with None, a Window or a BlockIndex; got {type(index).__name__}."
+            f"select_prefill answers with None, a Window, Bands or a BlockIndex; got {type(index).__name__}."
         )
     b, hs, nq, m = index.blocks.shape
     used = torch.arange(m, device=device) < index.counts[..., None]

@@ -1,20 +1,19 @@
-"""Offline calibration: rank each KV head's channels on text the user names (Double Sparsity, 2408.07092)."""
+"""Offline calibration: a method learns of a model's layers what it needs, on text the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..attention.errors import FarspanError
+from ..attention.method import AttentionMethod, Calibration, GradientCalibration, parse_method
 from . import hf
+from .heads import read_with_gradients
 from .patch import patch
 from .recipe import Recipe
-
-RANKINGS = ("q", "k", "qk")
 
 
 def calibrate(
@@ -22,26 +21,23 @@ def calibrate(
     tokenizer: Any,
     text: str,
     *,
-    method: str = "double_sparsity",
-    by: str = "qk",
+    method: str | AttentionMethod = "double_sparsity",
     tokens: int = 4096,
     window: int = 2048,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Recipe:
-    """Rank the channels of every layer's KV heads on the first ``tokens`` tokens of ``text``.
+    """Let ``method`` learn from the first ``tokens`` tokens of ``text``, in windows of ``window`` tokens.
 
-    by: "q" or "k" ranks a channel by its mean magnitude before RoPE; "qk" by the mean of |q_c k_c| over pairs
-    of a query and a key after RoPE, which is the product of the two mean magnitudes. Query heads of a group
-    count together. The text is read in windows of ``window`` tokens. ``progress(done, total)`` is called
-    after each.
+    What it learns, and what ``options`` it takes, is its own: double_sparsity ranks channels (by=), sale
+    finds thresholds (error=, start=), act chooses heads (sure=); see their ``calibration``.
+    ``progress(done, total)`` is called after each window.
 
-    Returns a Recipe with ``layers.<i>.channels`` [Hkv, D] int32, best first. Raises FarspanError for an
-    unknown ranking or a text that is too short to rank on (under 64 tokens).
+    Returns a Recipe with ``layers.<i>.<name>`` tensors. Raises FarspanError for a method that is not
+    calibrated, for options it does not take, and for a text that is too short to learn from (under 64
+    tokens).
     """
-    if method != "double_sparsity":
-        raise FarspanError(f"Only double_sparsity is calibrated; got {method!r}.")
-    if by not in RANKINGS:
-        raise FarspanError(f"Channels are ranked by {', '.join(RANKINGS)}; got {by!r}.")
+    learns = parse_method(method)
     if tokens < 64 or window < 64:
         raise FarspanError(
             f"Calibration needs at least 64 tokens in a window; got tokens={tokens}, window={window}."
@@ -52,48 +48,39 @@ def calibrate(
             "A model is calibrated before its heads are shared out by tensor parallelism: calibrate it "
             "whole, and give all ranks the recipe."
         )
+    try:
+        layers = {i: learns.calibration(info.layer_info(i), **options) for i in info.attention}
+    except TypeError as error:
+        raise FarspanError(f"{learns.name} cannot be calibrated so: {error}.") from error
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
     if ids.shape[1] < 64:
         raise FarspanError(f"The calibration text has {ids.shape[1]} tokens; at least 64 are needed.")
-    means = {i: _Means() for i in info.attention}
     total = ids.shape[1]
-    with patch(model, "dense"), torch.no_grad(), _observed(info, means, before_rope=by != "qk"):
-        for a in range(0, total, window):
-            piece = ids[:, a : a + window].to(model.device)
-            model(piece, use_cache=False, logits_to_keep=1)
-            if progress is not None:
-                progress(min(a + window, total), total)
-    tensors = {
-        f"layers.{i}.channels": m.score(by, info.layer_info(i).num_kv_heads)
-        .argsort(dim=-1, descending=True, stable=True)
-        .int()
-        for i, m in means.items()
-    }
-    settings = {"by": by, "tokens": total, "window": window, "torch": torch.__version__}
-    return Recipe(method=method, geometry=info.geometry, settings=settings, tensors=tensors)
+    pieces = [ids[:, a : a + window].to(model.device) for a in range(0, total, window)]
 
+    def done(count: int) -> None:
+        if progress is not None:
+            progress(min(count * window, total), total)
 
-class _Means:
-    """Running sums of |q| and |k| per head and channel."""
-
-    def __init__(self) -> None:
-        self.q: Tensor | float = 0.0  # [H, D]
-        self.k: Tensor | float = 0.0  # [Hkv, D]
-
-    def add(self, q: Tensor, k: Tensor) -> None:
-        self.q = self.q + q.double().abs().sum((0, 2)).cpu()
-        self.k = self.k + k.double().abs().sum((0, 2)).cpu()
-
-    def score(self, by: str, num_kv_heads: int) -> Tensor:
-        assert isinstance(self.q, Tensor) and isinstance(self.k, Tensor)
-        q = self.q.unflatten(0, (num_kv_heads, -1)).mean(1)  # [Hkv, D]
-        return {"q": q, "k": self.k, "qk": q * self.k}[by]
+    graded = {i: layer for i, layer in layers.items() if isinstance(layer, GradientCalibration)}
+    with patch(model, "dense"):
+        if graded:
+            read_with_gradients(model, info, graded, [x for x in pieces if x.shape[1] >= 64], done)
+        else:
+            with torch.no_grad(), _observed(info, layers):
+                for i, piece in enumerate(pieces):
+                    model(piece, use_cache=False, logits_to_keep=1)
+                    done(i + 1)
+    tensors = {f"layers.{i}.{name}": x for i, layer in layers.items() for name, x in layer.weights().items()}
+    settings = next(iter(layers.values())).settings
+    settings = {**settings, "tokens": total, "window": window, "torch": torch.__version__}
+    return Recipe(method=learns.name, geometry=info.geometry, settings=settings, tensors=tensors)
 
 
 @contextmanager
-def _observed(info: hf.ModelInfo, means: dict[int, _Means], *, before_rope: bool) -> Iterator[None]:
-    """Feed the q and k of every attention call to ``means``."""
-    undo = [hf.observe(module, before_rope, means[i].add) for i, module in info.attention.items()]
+def _observed(info: hf.ModelInfo, layers: Mapping[int, Calibration]) -> Iterator[None]:
+    """Let each layer's calibration see every call of its attention."""
+    undo = [hf.observe(info.attention[i], layer.before_rope, layer.see) for i, layer in layers.items()]
     try:
         yield
     finally:

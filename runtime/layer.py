@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -14,6 +15,7 @@ from ..attention.attend import DECODE_ROWS, Reads, attend, tell
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
+from ..attention.mass import SELECTION
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
@@ -22,6 +24,7 @@ from ..attention.summary import Summaries
 from ..parallel.call import Call
 from ..parallel.mesh import Mesh
 from .cache import KVStore, lasting
+from .measure import Measured, Meter, See
 from .report import PhaseReport
 from .shard import ShardStore
 from .spread import carried, spread
@@ -117,6 +120,8 @@ class Layer:
     session: Session
     left_dense: str | None = None  # why the method itself leaves this layer dense
     from_keys: dict[str, float] = field(default_factory=dict)  # by phase, fewer keys are read densely
+    measure: int = 0  # query rows of a prefill call on which the attention that is read is measured
+    see: See | None = None  # with ``measure``, told of every selection
     phases: dict[str, PhaseReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,7 +137,10 @@ class Layer:
 
     def clear_report(self) -> None:
         """Start counting anew."""
-        self.phases = {PREFILL: PhaseReport(str(self.prefill)), DECODE: PhaseReport(str(self.decode))}
+        self.phases = {
+            phase: PhaseReport(str(method), measured=Measured() if self.measure else None)
+            for phase, method in self.methods.items()
+        }
 
     @lasting()
     def __call__(
@@ -190,9 +198,14 @@ class Layer:
         method = self._method(phase, k.shape[2])
         keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
         with implementations() as ran:
-            part, reads = attend(method, phase, q, keys)
+            part, reads = attend(method, phase, q, keys, probe=self._meter(phase))
         if phase == PREFILL and own:
-            tell(self.decode, q, self._keys(q, k, v, store, padding, scale, softcap, self.decode))
+            told, meter = (
+                self._keys(q, k, v, store, padding, scale, softcap, self.decode),
+                self._meter(DECODE),
+            )
+            with nullcontext() if meter is None else meter.timed(SELECTION, q.device):
+                self.phases[DECODE].selection_bytes += tell(self.decode, q, told)
         if not own and method.name == "dense" != self.decode.name and reads.reason is None:
             reads.reason = FOREIGN if self.session.cached else NO_CACHE
         self._report(phase, reads, b * tq, ran, k.shape[2])
@@ -229,6 +242,10 @@ class Layer:
             self._report(phase, reads, q.shape[0] * q.shape[2], ran, call.total)
             self.phases[phase].moved(travel)
         return part
+
+    def _meter(self, phase: str) -> Meter | None:
+        measured = self.phases[phase].measured
+        return None if measured is None else Meter(measured, phase, self.measure, self.see)
 
     def _method(self, phase: str, length: int) -> AttentionMethod:
         return _DENSE if length < self.from_keys.get(phase, 0) else self.methods[phase]

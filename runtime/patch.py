@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
 from .layer import DECODE_ROWS, Layer, Session
+from .measure import See, rows_to_measure
 from .recipe import Recipe
 from .report import LayerReport, Report
 
@@ -37,6 +39,7 @@ def patch(
     recipe: Recipe | str | Path | None = None,
     crossover: int | str | None = None,
     parallel: Any = None,
+    measure_mass: bool | int = False,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -53,6 +56,9 @@ def patch(
     parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
     (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
     rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
+    measure_mass: measure at every call, on 16 of its queries (a number: on so many; at decode on all), the
+    share of the true attention that the keys read hold, and the seconds of selection; ``report`` has them.
+    Calls are slower for it. One device alone can measure.
 
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
@@ -87,10 +93,17 @@ def patch(
     if prefill_chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         prefill_chunk = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
+    measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    if mesh is not None and measured:
+        mesh.close()
+        raise FarspanError(
+            f"Attention mass is measured on one device, and this model is spread over {mesh.size} ranks: "
+            "leave out measure_mass, or patch without parallel in one process."
+        )
     session = Session(strict, mesh)
     bound = {
-        i: Layer(i, pre, dec, session, left_dense=reason, from_keys=from_keys[i])
+        i: Layer(i, pre, dec, session, left_dense=reason, from_keys=from_keys[i], measure=measured)
         for i, (pre, dec, reason) in served.items()
     }
     if mesh is not None:
@@ -130,14 +143,28 @@ class Patched:
         self._mesh = mesh
         self._sent_before = self._sent()
 
-    def report(self) -> Report:
-        """What has been read since the patch, or since ``reset_report``."""
+    def report(self, *, measure_mass: bool = False) -> Report:
+        """What has been read since the patch, or since ``reset_report``; measured too, where the patch
+        measures.
+
+        measure_mass: insist on it. Raises FarspanError where the patch was made without.
+        """
+        if measure_mass and not all(layer.measure for layer in self._layers.values()):
+            raise FarspanError(
+                "This patch has measured no attention mass: patch the model with measure_mass=True, then ask "
+                "for the report."
+            )
         layers = [
             LayerReport(i, {phase: p.snapshot() for phase, p in layer.phases.items()})
             for i, layer in self._layers.items()
             if i not in self._untouched
         ]
         return Report(self._name, layers, dict(self._untouched), dict(self._sent() - self._sent_before))
+
+    def watch(self, see: Mapping[int, See]) -> None:
+        """Let ``see(q, keys, index)`` look at every selection of a layer; for patches that measure."""
+        for index, one in see.items():
+            self._layers[index].see = one
 
     def reset_report(self) -> None:
         """Start counting anew."""
@@ -224,14 +251,18 @@ def _bind(
     for method in methods:
         served = serve(method, layer, recipe, geometry)
         if served is None:
-            reason = f"{method.name} leaves its first layers dense"
+            reason = f"{method.name} leaves this layer dense"
         bound.append(served or parse_method("dense"))
     return bound[0], bound[1], reason
 
 
 def _weighed(method: AttentionMethod) -> tuple[object, ...]:
     """The method with what a recipe has given it, as text can tell it from another."""
-    weights = [x.tolist() for x in vars(method).values() if isinstance(x, Tensor)]
+    weights = [
+        x.tolist() if isinstance(x, Tensor) else _weighed(x)
+        for x in vars(method).values()
+        if isinstance(x, Tensor | AttentionMethod)
+    ]
     return (str(method), [summary.key for summary in method.summaries], weights)
 
 
@@ -245,14 +276,27 @@ def serve(
             f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
             ["it decides for all heads of a layer together, and each rank has but some of them"],
         )
-    if method.needs_recipe:
-        source = recipe if recipe is not None else getattr(method, "recipe", "") or None
-        if source is None:
-            raise FarspanError(
-                f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-                f"{method.name}' (or "
-                f"farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
-            )
-        loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-        layer = loaded.for_layer(method.name, layer, geometry)
+    over = getattr(method, "over", None)  # a method that this one goes over, with a recipe of its own
+    inner = {} if over is None else learned(over, layer, None, geometry).weights or {}
+    layer = learned(method, layer, recipe, geometry)
+    if inner:
+        layer = replace(
+            layer, weights={**(layer.weights or {}), **{f"over.{n}": x for n, x in inner.items()}}
+        )
     return method.for_layer(layer)
+
+
+def learned(
+    method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
+) -> LayerInfo:
+    """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none."""
+    if not method.needs_recipe:
+        return layer
+    source = recipe if recipe is not None else getattr(method, "recipe", "") or None
+    if source is None:
+        raise FarspanError(
+            f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
+            f"{method.name}' (or farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
+        )
+    loaded = source if isinstance(source, Recipe) else Recipe.load(source)
+    return loaded.for_layer(method.name, layer, geometry)

@@ -10,6 +10,7 @@ from typing import Any
 from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
 from ..parallel.call import Travel
+from .measure import Measured
 
 
 @dataclass
@@ -20,7 +21,8 @@ class PhaseReport:
     ``density``. kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load;
     selection_bytes come on top. fallbacks: calls that read every visible key although the method is
     selective, by reason. Over ranks, all of this speaks of one rank; sent_bytes / dense_sent_bytes: bytes of
-    attention that it sent, and those of dense attention by its formula.
+    attention that it sent, and those of dense attention by its formula. measured: what a patch with
+    measure_mass has measured besides; None without.
     """
 
     method: str
@@ -36,6 +38,7 @@ class PhaseReport:
     mechanisms: dict[str, str] = field(default_factory=dict)  # how data moved between ranks, and why so
     implementations: dict[str, list[str]] = field(default_factory=dict)  # of each operation that ran
     fallbacks: Counter[str] = field(default_factory=Counter)
+    measured: Measured | None = None
 
     @property
     def density(self) -> float | None:
@@ -70,7 +73,15 @@ class PhaseReport:
             mechanisms=dict(self.mechanisms),
             implementations={op: list(impls) for op, impls in self.implementations.items()},
             fallbacks=self.fallbacks.copy(),
+            measured=None if self.measured is None else self.measured.snapshot(),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; what was measured among the rest."""
+        known = asdict(replace(self, measured=None)) | {"fallbacks": dict(self.fallbacks)}
+        del known["measured"]
+        measured = {} if self.measured is None else self.measured.to_dict()
+        return {**known, "density": self.density, **measured}
 
 
 @dataclass
@@ -93,12 +104,19 @@ class Report:
     @property
     def summary(self) -> dict[str, Any]:
         """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, how
-        data moved between ranks, implementation."""
+        data moved between ranks, implementation; of a patch that measures, the mean recall of attention mass
+        per phase, and seconds of selection and of attention."""
         totals: dict[str, Any] = {}
         for phase in (PREFILL, DECODE):
             done = [layer.phases[phase] for layer in self.layers]
             causal = sum(p.causal_pairs for p in done)
             totals[f"{phase}_density"] = sum(p.pairs for p in done) / causal if causal else None
+            measured = [p.measured for p in done if p.measured is not None]
+            if measured:
+                found = [m.recall for m in measured if m.recall is not None]
+                totals[f"{phase}_mass_recall"] = sum(found) / len(found) if found else None
+                for name in ("selection_seconds", "attention_seconds"):
+                    totals[f"{phase}_{name}"] = sum(getattr(m, name) for m in measured)
         every = [p for layer in self.layers for p in layer.phases.values()]
         for out, name in (
             ("kv_bytes_read", "kv_bytes"),
@@ -121,10 +139,7 @@ class Report:
             "layers": [
                 {
                     "layer": layer.layer,
-                    **{
-                        phase: {**asdict(p), "fallbacks": dict(p.fallbacks), "density": p.density}
-                        for phase, p in layer.phases.items()
-                    },
+                    **{phase: p.to_dict() for phase, p in layer.phases.items()},
                 }
                 for layer in self.layers
             ],
@@ -134,26 +149,33 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: what attention read"]
-        lines.append(f"{'layers':<9}{'phase':<9}{'method':<34}{'density':>8}{'KV read':>10}{'of dense':>9}")
-        for layers, phase, p in self._grouped():
+        measured = any(p.measured is not None for layer in self.layers for p in layer.phases.values())
+        head = f"{'layers':<9}{'phase':<9}{'method':<34}{'density':>8}{'KV read':>10}{'of dense':>9}"
+        lines.append(head + f"{'mass':>8}" * measured)
+        for layers, phase, p, recall in self._grouped():
             if p.calls:
                 method = p.method if len(p.method) <= 33 else p.method[:30] + "..."
                 of_dense = f"{100 * p.kv_bytes / p.dense_bytes:.1f} %" if p.dense_bytes else "-"
-                density = "-" if p.density is None else f"{100 * p.density:.1f} %"
-                lines.append(
-                    f"{layers:<9}{phase:<9}{method:<34}{density:>8}{_bytes(p.kv_bytes):>10}{of_dense:>9}"
-                )
+                density = as_percent(p.density)
+                line = f"{layers:<9}{phase:<9}{method:<34}{density:>8}{as_bytes(p.kv_bytes):>10}{of_dense:>9}"
+                lines.append(line + f"{as_percent(recall):>8}" * measured)
         totals = self.summary
         lines.append(
-            f"total: {_bytes(totals['kv_bytes_read'])} of K and V for {_bytes(totals['kv_bytes_dense'])} "
+            f"total: {as_bytes(totals['kv_bytes_read'])} of K and V for {as_bytes(totals['kv_bytes_dense'])} "
             "dense, "
-            f"{_bytes(totals['selection_bytes'])} to select; implementation: "
+            f"{as_bytes(totals['selection_bytes'])} to select; implementation: "
             f"{totals['implementation'] or 'none ran'}"
         )
+        for phase in (PREFILL, DECODE) if measured else ():
+            chosen, read = totals[f"{phase}_selection_seconds"], totals[f"{phase}_attention_seconds"]
+            if chosen or read:
+                lines.append(f"{phase}: selection {as_seconds(chosen)} of {as_seconds(chosen + read)}")
+        if measured:
+            lines.append("mass: the share of the true attention that the keys read hold, on sampled queries")
         if totals["mechanisms"]:
             lines.append(
-                f"over ranks: this one sent {_bytes(totals['sent_bytes'])} for attention where dense sends "
-                f"{_bytes(totals['sent_bytes_dense'])}; {_bytes(sum(self.traffic.values()))} in all"
+                f"over ranks: this one sent {as_bytes(totals['sent_bytes'])} for attention where dense sends "
+                f"{as_bytes(totals['sent_bytes_dense'])}; {as_bytes(sum(self.traffic.values()))} in all"
             )
             lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
         for reason, count in sorted(totals["fallbacks"].items()):
@@ -163,17 +185,22 @@ class Report:
             lines.append(f"not patched, layers {names}: {reason}")
         return "\n".join(lines)
 
-    def _grouped(self) -> list[tuple[str, str, PhaseReport]]:
-        """Layers that ran the same method in a phase, summed."""
-        groups: dict[tuple[str, str], tuple[list[int], PhaseReport]] = {}
+    def _grouped(self) -> list[tuple[str, str, PhaseReport, float | None]]:
+        """Layers that ran the same method in a phase, summed, and the mean recall of attention mass."""
+        groups: dict[tuple[str, str], tuple[list[int], PhaseReport, list[float]]] = {}
         for phase in (PREFILL, DECODE):
             for layer in self.layers:
                 p = layer.phases[phase]
-                layers, total = groups.setdefault((phase, p.method), ([], PhaseReport(p.method)))
+                layers, total, found = groups.setdefault((phase, p.method), ([], PhaseReport(p.method), []))
                 layers.append(layer.layer)
                 for name in ("calls", "pairs", "causal_pairs", "kv_bytes", "dense_bytes"):
                     setattr(total, name, getattr(total, name) + getattr(p, name))
-        return [(_ranges(layers), phase, total) for (phase, _), (layers, total) in groups.items()]
+                if p.measured is not None and p.measured.recall is not None:
+                    found.append(p.measured.recall)
+        return [
+            (_ranges(layers), phase, total, sum(found) / len(found) if found else None)
+            for (phase, _), (layers, total, found) in groups.items()
+        ]
 
 
 def _implementation(phases: Iterable[PhaseReport]) -> str:
@@ -194,7 +221,15 @@ def _ranges(layers: list[int]) -> str:
     return text if len(text) <= 8 else f"{len(layers)} of them"
 
 
-def _bytes(count: int) -> str:
+def as_percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def as_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+
+
+def as_bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

@@ -95,6 +95,13 @@ def test_methods_json_is_the_registry(farspan_command):
         assert farspan.parse_method(f"{name}:{spelt}") == cls()
 
 
+def test_a_budget_takes_the_place_of_the_default_one():
+    registry = farspan.methods()
+    assert farspan.parse_method("dhsa:k=640") == registry["dhsa"](k=640, fraction=None)
+    assert farspan.parse_method("quest:fraction=0.1") == registry["quest"](k=None, fraction=0.1)
+    assert farspan.parse_method("oracle:k=512") == registry["oracle"](mass=0.9, k=512)  # whatever comes first
+
+
 @pytest.mark.parametrize("command", ["methods", "models"])
 def test_tables_fit_80_columns(farspan_command, command):
     code, out, _ = farspan_command(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from ..method import DECODE, AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
 from ..share import budget, check_budget, most, pick, share_scores
 from ..summary import Channels, Summary
+
+RANKINGS = ("q", "k", "qk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,12 @@ class DoubleSparsity(AttentionMethod):
         width = max(1, layer.head_dim // self.group_factor)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 
+    def calibration(self, layer: LayerInfo, *, by: str = "qk") -> ChannelRanking:
+        """by: "q" or "k" ranks a channel by its mean magnitude before RoPE; "qk" by the mean of |q_c k_c|
+        over pairs of query and key after RoPE, which is the product of the two mean magnitudes. Query heads
+        of a group count together."""
+        return ChannelRanking(layer, by)
+
     @property
     def summaries(self) -> tuple[Summary, ...]:
         return () if self.labels is None else (self.labels,)
@@ -82,3 +90,25 @@ class DoubleSparsity(AttentionMethod):
         ranked = share_scores(logits, keys.visible(), self.share, keys.peers)
         tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)
+
+
+class ChannelRanking:
+    """``channels`` [Hkv, D] int32, each KV head's channels, best first, by running sums of |q| and |k|."""
+
+    def __init__(self, layer: LayerInfo, by: str) -> None:
+        if by not in RANKINGS:
+            raise FarspanError(f"Channels are ranked by {', '.join(RANKINGS)}; got {by!r}.")
+        self.before_rope, self.settings = by != "qk", {"by": by}
+        self._by, self._kv_heads = by, layer.num_kv_heads
+        self._q: Tensor | float = 0.0  # [H, D]
+        self._k: Tensor | float = 0.0  # [Hkv, D]
+
+    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+        self._q = self._q + q.double().abs().sum((0, 2)).cpu()
+        self._k = self._k + k.double().abs().sum((0, 2)).cpu()
+
+    def weights(self) -> dict[str, Tensor]:
+        assert isinstance(self._q, Tensor) and isinstance(self._k, Tensor)
+        q = self._q.unflatten(0, (self._kv_heads, -1)).mean(1)  # [Hkv, D]
+        score = {"q": q, "k": self._k, "qk": q * self._k}[self._by]
+        return {"channels": score.argsort(dim=-1, descending=True, stable=True).int()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ..index import Index, Window
+from ..blocks import Grid
+from ..errors import FarspanError, SpecError
+from ..index import Band, Bands, BlockIndex, Index, TokenIndex, Window
 from ..keys import Keys
 from ..method import DECODE, PREFILL, AttentionMethod, require
+from ..ops.select import by_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +44,244 @@ class SlidingWindow(AttentionMethod):
 
     def _select(self, keys: Keys) -> Index:
         return None if keys.longest() <= self.w + self.sinks else Window(size=self.w, sinks=self.sinks)
+
+
+# --- keys at regular distances -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dilated(AttentionMethod):
+    """Every d-th of the last keys, w of them: dilated neighbourhood attention (2209.15001) in its causal 1-D
+    form (2403.04690), at dilation d = ``dilation``.
+
+        w = 3, dilation = 2      key   0 1 2 3 4 5 6 7
+                           query 7     . . . x . x . x
+
+    Query i reads i, i - d, .., i - (w - 1) d, as far as there are keys; besides, the first ``sinks`` keys of
+    its row, 0 in the papers. The defaults are the dilated baseline of MInference (2407.02490). With
+    dilation > 1 no w reads everything.
+    """
+
+    name: ClassVar[str] = "dilated"
+    title: ClassVar[str] = "Dilated neighbourhood attention, causal"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2209.15001"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})
+
+    w: int = 4096
+    dilation: int = 2
+    sinks: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self, w=(1, None), dilation=(1, None), sinks=(0, None))
+
+    @property
+    def bands(self) -> Bands:
+        """The distances."""
+        return Bands(bands=(Band(self.dilation, 0, self.w * self.dilation),), sinks=self.sinks)
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        return None if self._covers(keys) else self.bands
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        return None if self._covers(keys) else tokens(self.bands, keys)
+
+    def _covers(self, keys: Keys) -> bool:
+        near = self.w if self.dilation == 1 else 1
+        return keys.longest() <= near + self.sinks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strided(AttentionMethod):
+    """The last w keys, and every l-th key before them: the strided pattern of Sparse Transformers
+    (1904.10509), both of its parts in each head, at stride l = ``stride``.
+
+        w = 3, stride = 4      key   0 1 2 3 4 5 6 7 8 9
+                         query 9     . x . . . x . x x x
+
+    Query i reads j where i - j < w or (i - j) mod l = 0; with ``reach``, only where i - j < reach; besides,
+    the first ``sinks`` keys of its row, 0 in the paper, which takes w = l. MInference's strided baseline
+    (2407.02490) is w=2048,stride=2,reach=6144,sinks=1024.
+    """
+
+    name: ClassVar[str] = "strided"
+    title: ClassVar[str] = "Strided sparse attention (Sparse Transformers)"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "1904.10509"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})
+
+    w: int = 128
+    stride: int = 128
+    reach: int | None = None
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, w=(1, None), stride=(1, None), reach=(1, None), sinks=(0, None))
+        if self.reach is not None and self.reach < self.w:
+            raise SpecError(f"strided takes a reach of at least w; got reach={self.reach}, w={self.w}.")
+
+    @property
+    def bands(self) -> Bands:
+        """The distances: the window, and the multiples of the stride beyond it."""
+        beyond = -(-self.w // self.stride) * self.stride
+        return Bands(bands=(Band(1, 0, self.w), Band(self.stride, beyond, self.reach)), sinks=self.sinks)
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        return None if keys.longest() <= self.w + self.sinks else self.bands
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        return None if keys.longest() <= self.w + self.sinks else tokens(self.bands, keys)
+
+
+def tokens(index: Bands, keys: Keys) -> TokenIndex:
+    """The keys that each decode query reads, one by one, the query's own first."""
+    device, length = keys.k.device, keys.longest()
+    ends = [length if band.far is None else min(band.far, length) for band in index.bands]
+    near = torch.cat(
+        [torch.arange(n, max(n, end), s) for (s, n, _), end in zip(index.bands, ends, strict=True)]
+    ).to(device)
+    first = torch.zeros(1, dtype=torch.long, device=device) if keys.start is None else keys.start
+    rows = torch.arange(keys.past, keys.length, device=device)[:, None]
+    sinks = (first[:, None] + torch.arange(index.sinks, device=device))[:, None]  # [B or 1, 1, sinks]
+    distance = rows - sinks
+    fresh = (distance >= 0) & ~index.hold(distance.clamp(min=0))  # [B or 1, Tq, sinks]
+    chosen = torch.cat([(rows - near).expand(*fresh.shape[:2], -1), sinks.expand(*fresh.shape)], 2)
+    read = torch.cat([rows - near >= first[:, None, None], fresh], 2)
+    order = (~read).int().sort(dim=2, stable=True).indices  # what is read comes first
+    counts = read.sum(2)
+    room = chosen.shape[2] if device.type != "cpu" else int(counts.max())
+    chosen = chosen.gather(2, order[..., :room])
+    within = torch.arange(room, device=device) < counts[..., None]
+    chosen = torch.where(within, chosen, chosen[..., :1])
+    shape = (keys.k.shape[0], keys.k.shape[1], keys.tq)
+    return TokenIndex(tokens=chosen[:, None].expand(*shape, room), counts=counts[:, None].expand(shape).int())
+
+
+# --- whole blocks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AShape(AttentionMethod):
+    """The first blocks and the last: MInference's static A-shape head (2407.02490), in whole blocks.
+
+    A block of ``block`` queries reads the key blocks that hold the first ``sinks`` keys, and those that hold
+    the last w keys of any of its queries. The defaults are what MInference sets its StreamingLLM baseline to;
+    the pattern token by token is ``window``. Decode is dense.
+    """
+
+    name: ClassVar[str] = "a_shape"
+    title: ClassVar[str] = "A-shape (MInference's static pattern)"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2407.02490"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
+
+    w: int = 4096
+    sinks: int = 1024
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        require(self, w=(1, None), sinks=(0, None), block=(1, None))
+
+    @property
+    def granule(self) -> int:
+        return self.block
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        if keys.longest() <= self.w + self.sinks:
+            return None
+        grid = Grid.of(keys, self.block, self.block)
+        return _static(grid, _a_shape(grid, self.w, self.sinks), keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStatic(AttentionMethod):
+    """A fixed mask over blocks of queries and of keys: block-sparse FlashAttention (2205.14135).
+
+    pattern: "butterfly", the one that paper takes (the flat block butterfly of 2112.00029): query block i
+    reads key block j <= i where i and j differ in no bit or in one, below ``stride`` blocks where that is
+    given; or "given", the causal part of ``mask`` [blocks, blocks] (bool, row i for query block i, both
+    counted from position 0), which is passed from Python: BlockStatic(pattern="given", mask=...).
+
+        butterfly      j   0 1 2 3 4 5 6 7
+                     i 5   . x . . x x . .
+                       6   . . x . x . x .
+                       7   . . . x . x x x
+
+    The query block's own key block is always read; besides, the blocks that hold the first ``sinks`` keys and
+    the last w of any of its queries. A query block off the grid lies in two rows and reads what either reads.
+    Decode is dense.
+    """
+
+    name: ClassVar[str] = "block_static"
+    title: ClassVar[str] = "Static block masks (block-sparse FlashAttention)"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2205.14135"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
+
+    pattern: str = "butterfly"
+    block: int = 128
+    stride: int | None = None
+    w: int = 1
+    sinks: int = 0
+    mask: Tensor | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+
+    def __post_init__(self) -> None:
+        require(self, pattern=("butterfly", "given"), block=(1, None), w=(1, None), sinks=(0, None))
+        require(self, stride=(2, None))
+        if (self.pattern == "given") != (self.mask is not None):
+            raise SpecError(
+                "block_static takes a mask with pattern='given', and only there: "
+                "BlockStatic(pattern='given', mask=...)."
+            )
+        square = self.mask is None or (self.mask.dim() == 2 and self.mask.shape[0] == self.mask.shape[1])
+        if not square or (self.mask is not None and self.mask.dtype != torch.bool):
+            assert self.mask is not None
+            raise SpecError(
+                "block_static takes a mask of as many query blocks as key blocks, bool; got "
+                f"{list(self.mask.shape)} of {self.mask.dtype}."
+            )
+
+    @property
+    def granule(self) -> int:
+        return self.block
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        if keys.longest() <= self.w + self.sinks:
+            return None
+        grid = Grid.of(keys, self.block, self.block)
+        read = self._rows(grid.first, grid) | self._rows(grid.last, grid)
+        return _static(grid, read | _a_shape(grid, self.w, self.sinks), keys)
+
+    def _rows(self, i: Tensor, grid: Grid) -> Tensor:
+        """[Nq, Nk] bool: what the pattern's rows i [Nq] read."""
+        j = grid.cols
+        if self.mask is not None:
+            if len(j) > len(self.mask):
+                raise FarspanError(
+                    f"block_static was given a mask of {len(self.mask)} blocks of {self.block} tokens, which "
+                    f"is {len(self.mask) * self.block} tokens, for a sequence of more: pass a larger one."
+                )
+            return self.mask.to(i.device)[i][:, : len(j)] & (j <= i[:, None])
+        differ = i[:, None] ^ j
+        one_bit = (differ & (differ - 1)) == 0
+        near = differ < (self.stride or 1 << 62)
+        return one_bit & near & (j <= i[:, None])
+
+
+def _a_shape(grid: Grid, w: int, sinks: int) -> Tensor:
+    """[Nq, Nk] bool: the blocks of the first ``sinks`` keys and of the last w of any query of a block."""
+    return grid.between(grid.local(w), grid.last) | (
+        (grid.cols * grid.block_k < sinks) & (grid.cols <= grid.last[:, None])
+    )
+
+
+def _static(grid: Grid, read: Tensor, keys: Keys) -> BlockIndex:
+    """The blocks in ``read`` [Nq, Nk], for every head alike."""
+    blocks, counts = by_threshold(read.float(), 0.5)
+    shape = keys.k.shape[:2]
+    return BlockIndex(
+        blocks=blocks.int().expand(*shape, -1, -1).contiguous(),
+        counts=counts.expand(*shape, -1).contiguous(),
+        block_q=grid.block_q,
+        block_k=grid.block_k,
+    )

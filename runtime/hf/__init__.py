@@ -13,3 +13,4 @@ from .models import inspect_model as inspect_model
 from .models import is_patched as is_patched
 from .models import join_ranks as join_ranks
 from .observe import observe as observe
+from .observe import replace_attention as replace_attention

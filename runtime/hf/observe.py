@@ -13,11 +13,17 @@ from ..layer import Layer
 from .interface import ATTRIBUTE
 
 
-def observe(
-    module: nn.Module, before_rope: bool, see: Callable[[Tensor, Tensor], None]
-) -> Callable[[], None]:
-    """Call ``see(q, k)`` with what a patched attention module is given, uncached; with RoPE undone where
-    asked.
+def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
+    """Let ``attend(q, k, v, mask, scale=, softcap=, window=, sinks=)`` -> [B, Tq, H, D] stand for the layer
+    of a patched attention module. Returns the undo step."""
+    layer = getattr(module, ATTRIBUTE)
+    setattr(module, ATTRIBUTE, attend)
+    return lambda: setattr(module, ATTRIBUTE, layer)
+
+
+def observe(module: nn.Module, before_rope: bool, see: Callable[..., None]) -> Callable[[], None]:
+    """Call ``see(q, k, v, scale=, softcap=, window=, sinks=)`` with what a patched attention module is given,
+    uncached; with RoPE undone where asked.
 
     Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
     projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
@@ -40,9 +46,9 @@ def observe(
         if before_rope and rotate is not None and angles[0] is not None:
             cos, sin = (x.float() for x in angles[0])
             size = cos**2 + sin**2
-            see(*rotate(q.float(), k.float(), cos / size, -sin / size))
+            see(*rotate(q.float(), k.float(), cos / size, -sin / size), v, **how)
         else:
-            see(q, k)
+            see(q, k, v, **how)
         return layer(q, k, v, mask, **how)
 
     hook = module.register_forward_pre_hook(remember, with_kwargs=True)

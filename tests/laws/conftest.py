@@ -11,7 +11,7 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from .tools import layer_info
+from .tools import CALIBRATION, Data, layer_info
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,26 @@ def model(tiny_llama: Callable[..., Any]) -> Any:
     return tiny_llama(initializer_range=0.15).double()
 
 
+@pytest.fixture(scope="session")
+def smollm2_layers(smollm2: tuple[Any, Any]) -> list[Data]:
+    """Queries, keys and values of two layers of SmolLM2 on 512 tokens of prose, in float64."""
+    from farspan.evals.text import load_prose
+    from farspan.runtime import hf
+
+    causal_lm, tokenizer = smollm2
+    text = " ".join(load_prose("sotu").documents[:2])
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
+    info, seen = hf.inspect_model(causal_lm), []
+    with farspan.patch(causal_lm, "dense"), torch.no_grad():
+        undo = [
+            hf.observe(info.attention[i], False, lambda q, k, v, **_: seen.append((q, k, v))) for i in (1, 20)
+        ]
+        causal_lm(ids, use_cache=False, logits_to_keep=1)
+        for step in undo:
+            step()
+    return [Data(*(x.double() for x in layer)) for layer in seen]
+
+
 def _tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
     """Characters as tokens; what ``calibrate`` asks of a tokenizer."""
     return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
@@ -41,10 +61,11 @@ def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
     def get(method: AttentionMethod) -> Any:
         if not method.needs_recipe:
             return None
-        if method.name not in made:
+        if str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
-            made[method.name] = farspan.calibrate(model, _tokenizer, text, method=method.name, tokens=256)
-        return made[method.name]
+            how = CALIBRATION.get(method.name, {})
+            made[str(method)] = farspan.calibrate(model, _tokenizer, text, method=method, tokens=256, **how)
+        return made[str(method)]
 
     return get
 

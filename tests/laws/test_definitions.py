@@ -1,4 +1,5 @@
-"""Each method against its definition, written apart (naive.py): the sets it reads, and what comes out."""
+"""Each method against its definition, written apart (naive.py): the sets it reads, and what comes out, on
+random queries and keys and on those of SmolLM2."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 import farspan
 from farspan.attention.index import BlockIndex, TokenIndex
-from farspan.attention.method import AttentionMethod
+from farspan.attention.method import AttentionMethod, LayerInfo
 
 from . import naive
 from .tools import HKV, D, Data, H, Selection, Stream, layer_info, recorded
@@ -17,15 +18,15 @@ from .tools import HKV, D, Data, H, Selection, Stream, layer_info, recorded
 G, SCALE = H // HKV, D**-0.5
 
 
-def grouped(q: torch.Tensor) -> torch.Tensor:
+def grouped(q: torch.Tensor, kv_heads: int = HKV) -> torch.Tensor:
     """[H, ...] -> [Hkv, G, ...]"""
-    return q.unflatten(0, (HKV, G))
+    return q.unflatten(0, (kv_heads, -1))
 
 
-def reads(selection: Selection, b: int, first: int) -> list[list[set[int]]]:
+def reads(selection: Selection, b: int, first: int, heads: int = H) -> list[list[set[int]]]:
     """[query][query head] -> positions read by row b, counted from its first."""
     mask = selection.mask()[b if selection.batch > 1 else 0]
-    mask = mask.repeat_interleave(H // mask.shape[0], 0)
+    mask = mask.repeat_interleave(heads // mask.shape[0], 0)
     return [
         [{i - first for i in row.nonzero()[:, 0].tolist()} for row in mask[:, t]]
         for t in range(mask.shape[1])
@@ -34,6 +35,7 @@ def reads(selection: Selection, b: int, first: int) -> list[list[set[int]]]:
 
 # --- Recycled ---------------------------------------------------------------------------------------
 
+STEPS = 40
 RECYCLED = [
     {"k": 16, "stride": 7},
     {"k": 16, "stride": 1},
@@ -50,20 +52,29 @@ RECYCLED = [
     ("prompt", "starts"), [(60, None), (60, [0, 20, 47, 58]), (10, None), (18, [0, 3, 17]), (1, [0])]
 )
 def test_recycled_step_by_step(settings: dict[str, Any], prompt: int, starts: list[int] | None) -> None:
-    """40 steps, one crop among them, of rows that are longer than k, reach it on the way, or never do."""
-    method = farspan.parse_method("recycled")
-    method = type(method)(**settings)
-    steps, crop_at = 40, 25
-    data = Data.random(prompt + steps, starts, seed=3)
-    firsts = starts or [0]
+    """Rows that are longer than k, reach it on the way, or never do."""
+    assert_recycled(settings, Data.random(prompt + STEPS, starts, seed=3), prompt)
+
+
+@pytest.mark.parametrize("settings", RECYCLED, ids=str)
+def test_recycled_on_smollm2(settings: dict[str, Any], smollm2_layers: list[Data]) -> None:
+    for data in smollm2_layers:
+        assert_recycled(settings, data, 300)
+
+
+def assert_recycled(settings: dict[str, Any], data: Data, prompt: int) -> None:
+    """STEPS steps, one crop among them."""
+    method: Any = farspan.methods()["recycled"](**settings)
+    crop_at = 25
+    firsts, heads, kv_heads = data.starts or [0], data.q.shape[1], data.k.shape[1]
     known = {f: getattr(method, f) for f in ("k", "stride", "dynamic", "qc", "s", "share", "scope", "pool")}
-    rows = [naive.RecycledRow(**known, scale=SCALE, heads=HKV) for _ in firsts]
+    rows = [naive.RecycledRow(**known, scale=data.scale, heads=kv_heads) for _ in firsts]
     stream = Stream(method, data)
     stream.call(prompt)
     for b, first in enumerate(firsts):
-        rows[b].prefilled(grouped(data.q[b, :, prompt - 1]), data.k[b, :, first:prompt])
+        rows[b].prefilled(grouped(data.q[b, :, prompt - 1], kv_heads), data.k[b, :, first:prompt])
     kinds = {"full": 0, "recycled": 0}
-    for n in range(prompt + 1, prompt + steps + 1):
+    for n in range(prompt + 1, prompt + STEPS + 1):
         if n == prompt + crop_at:
             stream.state.clear()  # what KVStore.crop does to a method's state
             for row in rows:
@@ -72,11 +83,12 @@ def test_recycled_step_by_step(settings: dict[str, Any], prompt: int, starts: li
             part = stream.call(n)
         for b, first in enumerate(firsts):
             q, k, v = data.q[b, :, n - 1], data.k[b, :, first:n], data.v[b, :, first:n]
-            want = rows[b].step(grouped(q), k)
-            got = reads(seen[0], b, first)[0]
-            for h in range(H):
-                assert got[h] == want[h // G], f"step {n - prompt}, row {b}, head {h}"
-                out = naive.attention(q[h], k[h // G], v[h // G], want[h // G], SCALE)
+            want = rows[b].step(grouped(q, kv_heads), k)
+            got = reads(seen[0], b, first, heads)[0]
+            for h in range(heads):
+                head = h * kv_heads // heads
+                assert got[h] == want[head], f"step {n - prompt}, row {b}, head {h}"
+                out = naive.attention(q[h], k[head], v[head], want[head], data.scale)
                 assert (part.out[b, h, 0] - out).abs().max() < 1e-12
             if n - first > method.k:
                 kinds["full" if len(want[0]) == n - first else "recycled"] += 1
@@ -96,33 +108,43 @@ def _size(method: AttentionMethod, n: int) -> int:
 @pytest.mark.parametrize("name", ["quest", "double_sparsity"])
 @pytest.mark.parametrize("starts", [None, [0, 30, 57]])
 def test_decode_selection(name: str, share: str, budget: dict[str, Any], starts: list[int] | None) -> None:
-    cls = farspan.methods()[name]
+    assert_decode_selection({"share": share, **budget}, name, Data.random(69, starts))
+
+
+@pytest.mark.parametrize("settings", [{"k": 40, "share": "max"}, {"k": None, "fraction": 0.2}], ids=str)
+@pytest.mark.parametrize("name", ["quest", "double_sparsity"])
+def test_decode_selection_on_smollm2(name: str, settings: dict[str, Any], smollm2_layers: list[Data]) -> None:
+    for data in smollm2_layers:
+        assert_decode_selection(settings, name, data)
+
+
+def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> None:
+    """Of 9 steps, the last of the data."""
+    heads, kv_heads, d = data.q.shape[1], data.k.shape[1], data.k.shape[3]
     generator = torch.Generator().manual_seed(0)
-    ranking = torch.stack([torch.randperm(D, generator=generator) for _ in range(HKV)]).int()
-    settings = {"share": share, "dense_layers": 0, **budget, **({"page": 8} if name == "quest" else {})}
-    method = cls(**settings).for_layer(layer_info({"channels": ranking}))
-    assert method is not None
-    prompt, steps = 60, 9
-    data = Data.random(prompt + steps, starts)
+    ranking = torch.stack([torch.randperm(d, generator=generator) for _ in range(kv_heads)]).int()
+    settings = {"dense_layers": 0, **settings, **({"page": 8} if name == "quest" else {})}
+    info = LayerInfo(0, heads, kv_heads, d, weights={"channels": ranking})
+    method: Any = farspan.methods()[name](**settings).for_layer(info)
+    total = data.k.shape[2]
     stream = Stream(method, data)
-    stream.call(prompt)
-    for n in range(prompt + 1, prompt + steps + 1):
+    stream.call(total - 9)
+    for n in range(total - 8, total + 1):
         with recorded(method) as seen:
             part = stream.call(n)
-        for b, first in enumerate(starts or [0]):
-            got = reads(seen[0], b, first)[0]
-            for head in range(HKV):
-                q, k = grouped(data.q[b, :, n - 1])[head], data.k[b, head, first:n]
-                size = _size(method, n - first)
+        for b, first in enumerate(data.starts or [0]):
+            got = reads(seen[0], b, first, heads)[0]
+            for head in range(kv_heads):
+                q, k = grouped(data.q[b, :, n - 1], kv_heads)[head], data.k[b, head, first:n]
+                how = {"size": _size(method, n - first), "share": method.share, "scale": data.scale}
                 if name == "quest":
-                    want = naive.quest(q, k, size=size, page=8, share=share, scale=SCALE)
+                    want = naive.quest(q, k, page=8, **how)
                 else:
-                    channels = ranking[head, : D // 4].tolist()
-                    want = naive.double_sparsity(q, k, channels, size=size, share=share, scale=SCALE)
-                for g in range(G):
-                    h = head * G + g
+                    want = naive.double_sparsity(q, k, ranking[head, : d // 4].tolist(), **how)
+                for g in range(len(q)):
+                    h = head * len(q) + g
                     assert got[h] == want[g], f"{n - first} keys, row {b}, head {h}"
-                    out = naive.attention(q[g], k, data.v[b, head, first:n], want[g], SCALE)
+                    out = naive.attention(q[g], k, data.v[b, head, first:n], want[g], data.scale)
                     assert (part.out[b, h, 0] - out).abs().max() < 1e-12
 
 
@@ -150,36 +172,46 @@ BLOCKS = [
 @pytest.mark.parametrize("cuts", [[150], [64, 150], [37, 90, 150]], ids=["whole", "aligned", "unaligned"])
 @pytest.mark.parametrize("starts", [None, [0, 21, 120]])
 def test_block_topk_selection(settings: dict[str, Any], cuts: list[int], starts: list[int] | None) -> None:
-    method = farspan.methods()["block_topk"](**settings)
-    data = Data.random(150, starts)
+    assert_block_topk(settings, Data.random(150, starts), cuts)
+
+
+@pytest.mark.parametrize("settings", BLOCKS, ids=str)
+def test_block_topk_selection_on_smollm2(settings: dict[str, Any], smollm2_layers: list[Data]) -> None:
+    for data in smollm2_layers:
+        assert_block_topk(settings, data, [200, 512])
+
+
+def assert_block_topk(settings: dict[str, Any], data: Data, cuts: list[int]) -> None:
+    method: Any = farspan.methods()["block_topk"](**settings)
+    heads, kv_heads = data.q.shape[1], data.k.shape[1]
     stream = Stream(method, data)
     for a, z in zip([0, *cuts], cuts, strict=False):
         with recorded(method) as seen:
             stream.call(z)
-        rows = [(b, first) for b, first in enumerate(starts or [0]) if first < z]
-        if not starts:
+        rows = [(b, first) for b, first in enumerate(data.starts or [0]) if first < z]
+        if not data.starts:
             assert len(seen) == 1
         for (b, first), selection in zip(rows, seen, strict=True):
             begin = max(a, first)
             if selection.index is None:
                 continue  # the budget covers the length: law 1 and law 3 are about that
             assert isinstance(selection.index, BlockIndex)
-            for head in range(HKV):
+            for head in range(kv_heads):
                 want = naive.block_topk(
-                    grouped(data.q[b, :, begin:z])[head],
+                    grouped(data.q[b, :, begin:z], kv_heads)[head],
                     data.k[b, head, first:z],
                     past=begin - first,
                     block=method.block,
                     k_tokens=method.k,
                     fraction=method.fraction,
                     share=method.share,
-                    scale=SCALE,
+                    scale=data.scale,
                 )
-                index, shared = selection.index, H // selection.index.blocks.shape[1]
+                index, shared = selection.index, heads // selection.index.blocks.shape[1]
                 assert index.blocks.shape[2] == len(want)
                 for n, per_head in enumerate(want):
-                    for g in range(G):
-                        h = (head * G + g) // shared
+                    for g in range(heads // kv_heads):
+                        h = (head * (heads // kv_heads) + g) // shared
                         count = int(index.counts[0, h, n])
                         got = index.blocks[0, h, n, :count].tolist()
                         assert got == sorted(per_head[g]), f"row {b}, head {h}, query block {n}"

@@ -1,4 +1,8 @@
-"""Law 3: prefill in aligned chunks is prefill whole; other cuts give the definition on those cuts."""
+"""Law 3: prefill in aligned chunks is prefill whole; other cuts give the definition on those cuts.
+
+A method whose lookahead is "prompt" judges each call by that call's own last queries: for it every cut is one
+of the other cuts, and ``prefill_chunk`` gives what feeding these chunks by hand gives.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def _aligned(granule: int, prompt: int) -> list[int]:
     return [*cuts, prompt]
 
 
-@every_method()
+@every_method(whole_prompt=False)
 def test_aligned_chunks_equal_the_whole(bound: AttentionMethod) -> None:
     data = Data.random(N)
     steps = list(range(N - 9, N + 1))
@@ -42,7 +46,7 @@ def test_any_cuts_equal_the_definition(
     assert_same(Stream(bound, data).run(cuts), Stream(bound, data, impl="reference", fresh=True).run(cuts))
 
 
-@every_method()
+@every_method(whole_prompt=False)
 @pytest.mark.parametrize("chunk", [48, 41])
 def test_model_with_prefill_chunk(
     model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int
@@ -65,7 +69,7 @@ def test_model_with_prefill_chunk(
         assert densities[0][f"{phase}_density"] == pytest.approx(densities[1][f"{phase}_density"], rel=1e-12)
 
 
-@every_method()
+@every_method(whole_prompt=False)
 def test_model_fed_by_hand(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
     ids = torch.randint(3, 128, (1, 190), generator=torch.Generator().manual_seed(0))
     with patched(method), torch.no_grad():
@@ -82,3 +86,20 @@ def test_model_fed_by_hand(model: Any, patched: Callable[..., Any], method: Atte
             a = model(token, past_key_values=whole.past_key_values).logits
             b = model(token, past_key_values=cache).logits
             assert (a - b).abs().max() < 1e-5
+
+
+@every_method()
+def test_model_with_prefill_chunk_is_fed_these_chunks(
+    model: Any, patched: Callable[..., Any], method: AttentionMethod
+) -> None:
+    ids = torch.randint(3, 128, (1, 230), generator=torch.Generator().manual_seed(0))
+    size = method.granule * -(-40 // method.granule)
+    with torch.no_grad():
+        with patched(method, prefill_chunk=40):
+            logits = model(ids, use_cache=True, logits_to_keep=1).logits
+        with patched(method):
+            cache = None
+            for a in range(0, 230, size):
+                output = model(ids[:, a : a + size], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = output.past_key_values
+    assert (logits - output.logits).abs().max() < 1e-5

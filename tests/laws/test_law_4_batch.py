@@ -22,6 +22,7 @@ from .tools import Data, Stream, assert_same, decode_cuts, every_method
         (120, [97, 0]),
         (60, [0, 40, 59]),  # rows of 20 and 1 keys: shorter than every budget, growing beyond it
         (120, [50, 50]),
+        (120, [0, 0]),  # no padding at all
         (20, [0, 2]),  # every row shorter than the budget at first
         (25, [0, 1, 2, 3]),  # a budget of 24 is crossed by one row after the other
     ],

@@ -13,7 +13,7 @@ from farspan.attention.method import AttentionMethod
 
 from ..parallel.jobs import Case, generated, model_of, over_ranks
 from ..parallel.world import World
-from .tools import every_method
+from .tools import CALIBRATION, every_method
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +25,13 @@ def recipe_of() -> Callable[[AttentionMethod], Any]:
         return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
 
     def get(method: AttentionMethod) -> Any:
-        if method.needs_recipe and method.name not in made:
+        if method.needs_recipe and str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
-            made[method.name] = farspan.calibrate(
-                model_of(Case()), tokenizer, text, method=method.name, tokens=256
+            how = CALIBRATION.get(method.name, {})
+            made[str(method)] = farspan.calibrate(
+                model_of(Case()), tokenizer, text, method=method, tokens=256, **how
             )
-        return made.get(method.name)
+        return made.get(str(method))
 
     return get
 

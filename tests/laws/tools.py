@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import farspan
-from farspan.attention.attend import DECODE_ROWS, Reads, attend
-from farspan.attention.index import BlockIndex, TokenIndex, Window, causal_mask
+from farspan.attention.attend import DECODE_ROWS, Reads, attend, tell
+from farspan.attention.index import Bands, BlockIndex, Rescaled, TokenIndex, Window, causal_mask
 from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
@@ -21,10 +21,47 @@ from farspan.attention.summary import Summaries
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
 
+
+def _given(blocks: int) -> Tensor:
+    """A random mask over blocks."""
+    return torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.3
+
+
+_SALE = farspan.parse_method("sale:threshold=2.0,block_q=8,block_k=4,local=12,dense_below=0,q_bits=none")
 # Parameters that make a method sparse at test lengths (60 to 250 keys). A method that is not here gets SMALL.
 SPARSE: dict[str, list[dict[str, Any]]] = {
+    "act": [
+        {"first": 0, "threshold": 0.05},  # with a recipe
+        {"first": 0, "heads": "all", "threshold": 0.06, "beta": 0.0},
+        {"first": 0, "heads": "all", "threshold": 0.06, "over": _SALE},
+    ],
+    "antidiagonal": [
+        {"mass": 0.5, "stride": 4, "block": 16},
+        {"mass": 0.4, "stride": 8, "block": 8, "share": "sum"},
+        {"mass": 0.3, "stride": 4, "block": 8, "share": "max"},
+    ],
     "dense": [{}],
+    "dhsa": [
+        {"fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
+        {"fraction": 0.25, "block_q": 8, "block_k": 4, "local": 12, "share": "sum"},
+        {"k": 40, "fraction": None, "block_q": 16, "block_k": 8, "local": 1, "share": "max"},
+        {"k": 48, "fraction": None, "block_q": 8, "block_k": 16, "local": 9},
+        {"select": "vertical_slash", "fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
+        {"select": "vertical_slash", "k": 40, "fraction": None, "block_q": 8, "block_k": 4, "share": "sum"},
+    ],
     "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
+    "dilated": [{"w": 9, "dilation": 3, "sinks": 2}, {"w": 30, "dilation": 2, "sinks": 0}],
+    "strided": [
+        {"w": 8, "stride": 8, "sinks": 0},
+        {"w": 11, "stride": 5, "reach": 40, "sinks": 3},
+        {"w": 2, "stride": 7},
+    ],
+    "a_shape": [{"w": 20, "sinks": 4, "block": 8}, {"w": 1, "sinks": 0, "block": 16}],
+    "block_static": [
+        {"block": 8},
+        {"block": 8, "stride": 4, "w": 12, "sinks": 9},
+        {"block": 16, "pattern": "given", "mask": _given(20)},
+    ],
     "block_topk": [
         {"k": 48, "block": 16},
         {"k": None, "fraction": 0.4, "block": 8, "share": "none"},
@@ -40,15 +77,61 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 20, "dense_layers": 0},
         {"k": None, "fraction": 0.2, "share": "none", "dense_layers": 0, "group_factor": 2},
     ],
+    "h2o": [{"k": 24}, {"k": 7}],
+    "pbs": [
+        {"mass": 0.5, "block": 8, "segment": 16},
+        {"mass": 0.3, "block": 8, "segment": 24, "share": "sum"},
+        {"mass": 0.2, "block": 8, "segment": 8, "share": "max"},
+        {"mass": 0.5, "block": 8, "segment": 16, "select": "antidiagonal", "stride": 4},
+        {"mass": 0.4, "block": 16, "segment": 16, "select": "antidiagonal", "stride": 8, "share": "sum"},
+    ],
+    "oracle": [
+        {"mass": 0.6, "block": 8},
+        {"mass": 0.9, "k": 24, "block": 8, "share": "sum"},
+        {"mass": 1.0, "fraction": 0.3, "block": 16, "share": "max"},
+    ],
+    "vertical_slash": [
+        {"vertical": 6, "slash": 5, "block": 8, "last": 16, "sinks": 2, "local": 4},
+        {"vertical": 20, "slash": 5, "block": 16, "last": 8, "sinks": 4, "local": 3, "share": "sum"},
+        {"mass": 0.03, "block": 8, "last": 16, "sinks": 2, "local": 4},
+    ],
+    "sale": [
+        {"block_q": 8, "block_k": 4, "local": 8, "dense_below": 0},  # with a recipe
+        {"threshold": 2.0, "block_q": 8, "block_k": 4, "local": 12, "dense_below": 0, "q_bits": None},
+        {"threshold": 4.0, "block_q": 16, "block_k": 8, "local": 16, "dense_below": 24, "q_bits": 4},
+    ],
     "recycled": [
         {"k": 24, "stride": 4},
         {"k": 6, "stride": 100, "share": "max", "pool": 3},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2, "scope": "kv_head"},
     ],
+    "routing": [
+        {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
+        {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "share": "none"},
+        {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "share": "max"},
+    ],
+    "snapkv": [
+        {"k": 24, "window": 8},
+        {"k": 9, "window": 4, "kernel": 3, "pool": "max"},
+        {"k": 40, "window": 30, "kernel": 1},
+    ],
+}
+# What a method's calibration on a tiny model is told, so that it comes out sparse.
+CALIBRATION: dict[str, dict[str, Any]] = {
+    "act": {"sure": -100.0, "window": 64},
+    "sale": {"start": 8.0, "error": 4.0},
 }
 SMALL = {"k": 24, "w": 24, "block": 8, "page": 8, "dense_layers": 0}
-FULL = {"k": 1 << 20, "w": 1 << 20, "dense_layers": 0}
+FULL = {
+    "k": 1 << 20,
+    "fraction": None,
+    "mass": 1.0,
+    "threshold": 0.0,
+    "w": 1 << 20,
+    "dilation": 1,
+    "dense_layers": 0,
+}
 
 
 def _takes(cls: type[AttentionMethod], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -62,10 +145,13 @@ def sparse_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
 
 def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
     """Budgets that cover any length; the whole fraction goes through the selection instead of around it."""
+    if cls.name == "act":  # its own are beta and threshold
+        over = farspan.parse_method("sale:threshold=0,block_q=8,block_k=4,local=12,dense_below=0")
+        return [{"heads": "all", "first": 0, "beta": 1.0, "over": x} for x in (None, over)]
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
-        small = _takes(cls, {"page": 8, "block": 8})
+        small = _takes(cls, {"page": 8, "block": 8, "block_q": 16, "block_k": 8})
         settings += [settings[-1] | small] if small else []
     return settings
 
@@ -79,9 +165,15 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None) -> Any:
-    """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out."""
-    return pytest.mark.parametrize("method", _cases(sparse_settings, phase))
+def every_method(phase: str | None = None, *, whole_prompt: bool = True) -> Any:
+    """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
+
+    whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
+    """
+    cases = _cases(sparse_settings, phase)
+    if not whole_prompt:
+        cases = [case for case in cases if lookahead(case.values[0]) is not None]
+    return pytest.mark.parametrize("method", cases)
 
 
 def every_method_with_full_budget() -> Any:
@@ -90,6 +182,11 @@ def every_method_with_full_budget() -> Any:
 
 def selective(method: AttentionMethod) -> bool:
     return method.name != "dense"
+
+
+def leaves_out(method: AttentionMethod) -> bool:
+    """Whether some keys are not read; ACT by itself gives them other weights."""
+    return selective(method) and (method.name != "act" or getattr(method, "over", None) is not None)
 
 
 def lookahead(method: AttentionMethod) -> int | None:
@@ -124,6 +221,14 @@ class Data:
         k, v = (torch.randn(b, HKV, n, D, generator=generator) for _ in range(2))
         return Data(q.to(dtype), k.to(dtype), v.to(dtype), starts if starts and any(starts) else None)
 
+    @property
+    def scale(self) -> float:
+        return self.q.shape[3] ** -0.5
+
+    def first(self, n: int) -> Data:
+        """The first n positions."""
+        return Data(self.q[:, :, :n], self.k[:, :, :n], self.v[:, :, :n], self.starts)
+
     def row(self, b: int) -> Data:
         """Row b alone, without its padding."""
         first = self.starts[b] if self.starts else 0
@@ -153,7 +258,7 @@ class Stream:
         q = self.data.q[:, :, past:upto]
         part, reads = attend(method, phase, q, self._keys(upto, tq), impl=self.impl)
         if phase == PREFILL and DECODE in self.method.phases:
-            self.method.after_prefill(q, self._keys(upto, tq))
+            tell(self.method, q, self._keys(upto, tq))
         self.length = upto
         self.reads.append(reads)
         return part
@@ -169,7 +274,7 @@ class Stream:
             k=self.data.k[:, :, :upto],
             v=self.data.v[:, :, :upto],
             tq=tq,
-            scale=D**-0.5,
+            scale=self.data.scale,
             start=None if starts is None else torch.tensor(starts),
             state=self.state,
             summaries=Summaries() if self.fresh else self.summaries,
@@ -195,7 +300,7 @@ class Selection:
         """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
         if self.index is None:
             return causal_mask(self.tq, self.tk, self.start, self.batch)
-        if isinstance(self.index, Window):
+        if isinstance(self.index, Window | Bands | Rescaled):
             return self.index.to_mask(self.tq, self.tk, self.start, self.batch)
         if isinstance(self.index, TokenIndex):
             return self.index.to_mask(self.tq, self.tk, self.start)

@@ -93,6 +93,8 @@ def test_block_index(
     assert bool(want.any())
     assert torch.equal(index.to_mask(tq, tk), want)
     assert int(index.pairs(tq, tk)) == int(want.sum())
+    for a, z in ((0, tq), (0, tq // 2), (tq // 3, tq), (tq - 1, tq)):
+        assert int(index.pairs(tq, tk, range(a, z))) == int(want[:, :, a:z].sum())
 
 
 def test_token_index() -> None:

@@ -52,7 +52,7 @@ SPECS = {
     "quest:k=": ["quest needs a value for k", "got 'k='"],
     "quest:k": ["quest needs a value for k"],
     "quest:k=none": ["k=TOKENS or fraction=SHARE", "got neither"],
-    "quest:fraction=0.5": ["k=TOKENS or fraction=SHARE", "got both"],
+    "quest:k=16,fraction=0.5": ["k=TOKENS or fraction=SHARE", "got both"],
     "quest:k=none,fraction=1.5": ["fraction from .* to 1", "got 1.5"],
     "quest:k=none,fraction=nan": ["fraction from", "got nan"],
     "quest:k=4,k=5": ["parameter k twice"],
@@ -294,7 +294,8 @@ def test_calibration_that_cannot_be_done():
         return lambda m: farspan.calibrate(m, tokens, "text", **{"tokens": 96, **how})
 
     refused(FarspanError, calibrate(by="v"), "ranked by q, k, qk", "got 'v'")
-    refused(FarspanError, calibrate(method="quest"), "Only double_sparsity is calibrated", "got 'quest'")
+    refused(FarspanError, calibrate(method="quest"), "quest is not calibrated")
+    refused(FarspanError, calibrate(method="sale", by="qk"), "sale cannot be calibrated so", "by")
     refused(FarspanError, calibrate(tokens=10), "at least 64 tokens", "tokens=10")
     refused(FarspanError, calibrate(window=3), "at least 64 tokens", "window=3")
     short = lambda text, **_: {"input_ids": torch.full((1, 5), PAD)}  # noqa: E731

@@ -8,6 +8,7 @@ no mask; only the keys of the others, which come last, are masked by position.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,14 +48,16 @@ def _row(
     hkv, tk, hs = k.shape[1], k.shape[2], blocks.shape[0]
     block_q, past, share = index.block_q, tk - tq, h // hs
     grouped = q[0].unflatten(0, (hs, share))  # [Hs, heads that share an index row, Tq, D]
-    number, used = blocks.tolist(), counts.tolist()
+    natural = order is None and index.block_k > 1
+    number: Any = blocks.tolist() if natural else blocks
+    used = counts.tolist()
     result = empty_partial(q, v.shape[3])
     out, lse = (x[0].unflatten(0, (hs, share)) for x in result)
     for n, a in enumerate(range(0, tq, block_q)):
         rows = min(block_q, tq - a)
         for s in range(hs):
             chosen = number[s][n][: used[s][n]]
-            read = _natural if order is None else functools.partial(_reordered, order[s])
+            read = _natural if natural else functools.partial(_places, None if order is None else order[s])
             kv = s * hkv // hs
             key, value, mask = read(k[0, kv], v[0, kv], chosen, index.block_k, past + a, rows)
             if key.shape[0] == 0:
@@ -88,12 +91,16 @@ def _natural(
     )
 
 
-def _reordered(
-    order: Tensor, k: Tensor, v: Tensor, chosen: list[int], block_k: int, first: int, rows: int
+def _places(
+    order: Tensor | None, k: Tensor, v: Tensor, chosen: Tensor, block_k: int, first: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where blocks are of keys in another ``order`` [Tk]: what each query sees goes by position."""
-    places = (torch.tensor(chosen, dtype=torch.long)[:, None] * block_k + torch.arange(block_k)).view(-1)
-    positions = order[places[places < order.shape[0]].to(order.device)].long()
+    """The same where blocks are of single keys, or of keys in another ``order`` [Tk]: what each query sees
+    goes by position."""
+    positions = chosen.long()
+    if block_k > 1:
+        positions = (positions[:, None] * block_k + torch.arange(block_k, device=k.device)).view(-1)
+    if order is not None:
+        positions = order[positions[positions < order.shape[0]]].long()
     common = positions[positions <= first]
     late = positions[(positions > first) & (positions < first + rows)]
     taken = torch.cat([common, late])

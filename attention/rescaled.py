@@ -1,0 +1,178 @@
+"""Attention in which some keys count for less than their share: those keys and the others attended to apart,
+merged with other weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .index import BlockIndex, Rescaled
+from .keys import Keys
+from .ops import kernel
+from .ops.block_sparse import block_sparse
+from .ops.flash import flash
+from .partial import Partial, empty_partial, merge
+
+_PAIRS = 1 << 22  # of query and key that are masked at a time
+
+
+def attend_rescaled(q: Tensor, keys: Keys, index: Rescaled, impl: str) -> Partial:
+    """Attention of prefill queries q [B, H, Tq, D], whose rows are not padded, as ``index`` has it; lse is
+    that of what is read, unscaled.
+
+    With S the keys to be scaled by f and R the others that a query reads, exp(lse) = exp(lse_R) + exp(lse_S)
+    stays, and
+
+        lse_S' = lse_S + log f      lse_R' = log(exp(lse_R) + (1 - f) exp(lse_S))
+
+    give S the share f m where it had m, and R the rest. R is attended to by itself: nothing is subtracted, so
+    nothing is lost where m is near 1.
+    """
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+    group = q.shape[1] // keys.k.shape[1]
+    result = empty_partial(q, keys.v.shape[3])
+    for b in range(q.shape[0]):
+        scaled = index.keys[b, :, : keys.length]
+        some = scaled.any(1)
+        plain = (~some).nonzero()[:, 0]
+        todo: list[tuple[Tensor, Tensor | None]] = [(plain, None)] if len(plain) else []
+        todo += [(h[None], scaled[h]) for h in some.nonzero()[:, 0]]
+        for heads, few in todo:
+            mine = q[b : b + 1, heads], keys.k[b : b + 1, heads // group], keys.v[b : b + 1, heads // group]
+            read = None if index.read is None else of_heads(index.read, b, heads, q.shape[1])
+            if few is not None:
+                part = _calibrated(*mine, few, read, index.factor, impl, how)
+            elif read is None:
+                part = flash(*mine, impl=impl, **how)
+            else:
+                part = block_sparse(*mine, read, check=False, impl=impl, **how)
+            result.out[b, heads] = part.out[0].to(result.out.dtype)
+            result.lse[b, heads] = part.lse[0].to(result.lse.dtype)
+    return result
+
+
+def of_heads(index: BlockIndex, b: int, heads: Tensor, num_heads: int) -> BlockIndex:
+    """What query heads ``heads`` [n], out of ``num_heads``, of row b read: an index of n heads."""
+    mine = heads * index.blocks.shape[1] // num_heads
+    return replace(index, blocks=index.blocks[b : b + 1, mine], counts=index.counts[b : b + 1, mine])
+
+
+class HeadReads(NamedTuple):
+    """Which keys one head reads in a call that begins at position ``past``: by query block the key ``blocks``
+    [Nq, Nk] (bool), or all."""
+
+    past: int
+    blocks: Tensor | None = None
+    block_q: int = 1
+    block_k: int = 1
+
+    @staticmethod
+    def of(index: BlockIndex, past: int, length: int) -> HeadReads:
+        """Those of an index of one row and head, among ``length`` keys."""
+        count = -(-length // index.block_k)
+        used = torch.arange(index.blocks.shape[3], device=index.blocks.device) < index.counts[0, 0, :, None]
+        blocks = torch.zeros(used.shape[0], count + 1, dtype=torch.bool, device=used.device)
+        blocks.scatter_(1, torch.where(used, index.blocks[0, 0].long(), count), True)
+        return HeadReads(past, blocks[:, :count], index.block_q, index.block_k)
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """[R, C] bool: which of the keys at ``columns`` [C] the queries at positions ``rows`` [R] read."""
+        seen = columns <= rows[:, None]
+        if self.blocks is None:
+            return seen
+        return seen & self.blocks[(rows - self.past) // self.block_q][:, columns // self.block_k]
+
+
+def _calibrated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaled: Tensor,
+    read: BlockIndex | None,
+    factor: float,
+    impl: str,
+    how: dict[str, Any],
+) -> Partial:
+    """One head, q [1, 1, Tq, D], k, v [1, 1, Tk, D], whose keys ``scaled`` [Tk] are scaled."""
+    if read is None:
+        rest, less = _apart(q, k, v, scaled, impl, how)
+    else:
+        rest, less = _apart_in_blocks(q, k, v, scaled, read, impl, how)
+    alone = rest.lse == -torch.inf
+    freed = torch.logaddexp(rest.lse, less.lse + _log(1 - factor)).masked_fill(alone, -torch.inf)
+    kept = torch.where(alone, less.lse, less.lse + _log(factor))
+    return merge(Partial(rest.out, freed), Partial(less.out, kept))
+
+
+def _apart(
+    q: Tensor, k: Tensor, v: Tensor, scaled: Tensor, impl: str, how: dict[str, Any]
+) -> tuple[Partial, Partial]:
+    """Dense attention over the other keys and over the scaled ones.
+
+    Without the scaled positions, queries and keys alike, what is left is causal attention of a shorter
+    sequence; the queries at those positions, as few as they are, come on their own.
+    """
+    past, device = k.shape[2] - q.shape[2], q.device
+    rows = torch.arange(past, k.shape[2], device=device)
+    few, other = (x.nonzero()[:, 0] for x in (scaled, ~scaled))
+    rest = empty_partial(q, v.shape[3])
+    others_k, others_v = k[:, :, other], v[:, :, other]
+    mine = (~scaled[past:]).nonzero()[:, 0]
+    if len(mine):
+        part = flash(q[:, :, mine], others_k, others_v, impl=impl, **how)
+        rest.out[:, :, mine], rest.lse[:, :, mine] = part.out.to(q.dtype), part.lse.to(rest.lse.dtype)
+    if len(theirs := scaled[past:].nonzero()[:, 0]):
+        part = _masked(q[:, :, theirs], others_k, others_v, rows[theirs], other, HeadReads(past), how)
+        rest.out[:, :, theirs], rest.lse[:, :, theirs] = part.out.to(q.dtype), part.lse.to(rest.lse.dtype)
+    return rest, _masked(q, k[:, :, few], v[:, :, few], rows, few, HeadReads(past), how)
+
+
+def _apart_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scaled: Tensor, read: BlockIndex, impl: str, how: dict[str, Any]
+) -> tuple[Partial, Partial]:
+    """The same of an index. Blocks without a scaled key are read as ever; the keys of the others one by
+    one."""
+    length, past, size = k.shape[2], k.shape[2] - q.shape[2], read.block_k
+    mine = HeadReads.of(read, past, length)
+    blocks = mine.blocks
+    assert blocks is not None
+    mixed = pad(scaled, (0, -length % size)).unflatten(0, (-1, size)).any(1)
+    whole = blocks & ~mixed
+    counts = whole.sum(1)
+    chosen = (~whole).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(counts.max()))]
+    index = replace(read, blocks=chosen.int()[None, None], counts=counts.int()[None, None])
+    parts = [block_sparse(q, k, v, index, check=False, impl=impl, **how)]
+    rows = torch.arange(past, length, device=q.device)
+    # Some query must read a key for it to be looked at.
+    last = (blocks * torch.arange(1, len(blocks) + 1, device=q.device)[:, None]).amax(0) * read.block_q + past
+    columns = torch.arange(length, device=q.device)
+    columns = columns[(mixed & blocks.any(0))[columns // size] & (columns < last[columns // size])]
+    for some in (columns[~scaled[columns]], columns[scaled[columns]]):
+        parts.append(_masked(q, k[:, :, some], v[:, :, some], rows, some, mine, how))
+    return merge(*parts[:2]), parts[2]
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    read: HeadReads,
+    how: dict[str, Any],
+) -> Partial:
+    """Queries at positions ``rows`` over the keys at ``columns``, as far as they read them."""
+    parts, tile = [], max(1, _PAIRS // max(1, len(columns)))
+    for a in range(0, len(rows), tile):
+        mask = read.pairs(rows[a : a + tile], columns)[None, None]
+        parts.append(kernel.attend(q[:, :, a : a + tile], k, v, mask=mask, **how))
+    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

@@ -1,0 +1,138 @@
+"""Routing Transformer without its training: queries read the keys nearest to their cluster's centroid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot, pad
+
+from ..errors import SpecError
+from ..index import BlockIndex, Index
+from ..keys import Keys
+from ..method import PREFILL, AttentionMethod, require
+from ..ops.pool import pool
+from ..ops.scores import scores
+from ..share import pick, share_scores
+
+_CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(AttentionMethod):
+    """A query belongs to the cluster with the largest q . mu and reads the w keys with the largest k . mu
+    before it (Routing Transformer, 2003.05997), with centroids learned from the prompt's own keys.
+
+    Vectors are scaled to the unit sphere, as in the paper. Each KV head keeps ``clusters`` centroids mu, a
+    running mean of the keys that were nearest to them (online k-means): they begin as that many keys of the
+    first ``segment``, evenly spaced, and are moved once for every complete segment. Centroids are thus a
+    function of the keys before a query, never of chunks or ranks. A block of ``block`` queries is routed
+    together, by its mean; with block=1 each query is. It reads k keys in all: the first ``sinks``, the last
+    ``window`` of each query, its own block, and for the rest the keys nearest to the centroid. share: whether
+    the query heads of a group are routed together, by the "sum" or the "max" of their softmax over the
+    clusters, or each for itself ("none").
+
+    Departures: no training, hence no shared queries and keys, keys alone in the means, and a plain mean in
+    the place of one that forgets over training steps (0.999); a running top w among the keys before a query,
+    where the paper takes each cluster's top w of the whole sequence, later keys included, and masks; local
+    attention in every head, where the paper has local heads beside routing ones; sinks. Decode is dense.
+    """
+
+    name: ClassVar[str] = "routing"
+    title: ClassVar[str] = "Routing Transformer, training-free"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2003.05997"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
+    lookahead: ClassVar[str] = "block - 1"
+    reads_keys: ClassVar[bool] = True
+
+    k: int = 1024
+    clusters: int = 16
+    segment: int = 256
+    block: int = 64
+    window: int = 256
+    sinks: int = 4
+    share: str = "sum"
+
+    def __post_init__(self) -> None:
+        require(self, k=(1, None), clusters=(1, None), segment=(1, None), block=(1, None))
+        require(self, window=(1, None), sinks=(0, None), share=("sum", "max", "none"))
+        if self.clusters > self.segment:
+            raise SpecError(
+                "routing begins its centroids as keys of the first segment: clusters can be at most segment; "
+                f"got clusters={self.clusters}, segment={self.segment}."
+            )
+        least = self.block + max(self.segment, self.window + self.sinks)
+        if self.k < least:
+            raise SpecError(
+                f"routing takes k of at least block + segment and block + window + sinks, here {least}, "
+                f"since queries before the end of the first segment read everything; got k={self.k}."
+            )
+
+    @property
+    def granule(self) -> int:
+        return self.block
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        if keys.length <= self.k:
+            return None
+        k, device = keys.read_all_keys(), q.device
+        pooled = normalize(pool(q, self.block, mode="mean").to(_wide(q)), dim=-1)  # [B, H, Nq, D]
+        means = self._means(k)  # [T, B, Hkv, C, D]
+        lengths = torch.linalg.vector_norm(k, dim=3, dtype=_wide(k)).clamp_(min=1e-12)  # [B, Hkv, Tk]
+        begins = torch.arange(keys.past, keys.length, self.block, device=device)  # of each query block
+        most = _CPU if device.type == "cpu" else _DEVICE
+        step = max(1, most // (q.shape[0] * q.shape[1] * keys.length))
+        blocks, counts = [], []
+        for n in range(0, len(begins), step):
+            begin = begins[n : n + step, None]  # [n, 1]
+            end = min(keys.past + (n + step) * self.block, keys.length)
+            centre = self._centre(pooled[:, :, n : n + step], means, begin[:, 0])  # [B, Hs, n, D]
+            near = scores(centre, k[:, :, :end]) / lengths[:, :, None, None, :end]  # [B, Hkv, _, n, end]
+            near = near.flatten(1, 2)
+            place = torch.arange(end, device=device)
+            forced = (place < self.sinks) | (place > begin - self.window)
+            near = near.masked_fill(forced, torch.inf).masked_fill(place >= begin + self.block, -torch.inf)
+            chosen, count = pick(near, self.k, self.k)
+            if count is None:
+                count = torch.full(chosen.shape[:3], chosen.shape[3], dtype=torch.int, device=device)
+            blocks.append(pad(chosen, (0, self.k - chosen.shape[3])).int())
+            counts.append(count)
+        return BlockIndex(
+            blocks=torch.cat(blocks, 2), counts=torch.cat(counts, 2), block_q=self.block, block_k=1
+        )
+
+    def _means(self, k: Tensor) -> Tensor:
+        """Keys k [B, Hkv, Tk, D] -> the centroids after each complete segment, at least one:
+        [T, B, Hkv, C, D]."""
+        c, size = self.clusters, self.segment
+        first = torch.arange(c, device=k.device) * size // c
+        mean = normalize(k[:, :, first.clamp(max=k.shape[2] - 1)].to(_wide(k)), dim=-1)
+        sums, counts, means = torch.zeros_like(mean), mean.new_zeros(*mean.shape[:3], 1), []
+        for a in range(0, k.shape[2] - size + 1, size):
+            x = normalize(k[:, :, a : a + size].to(mean.dtype), dim=-1)
+            nearest = (x @ mean.transpose(2, 3)).argmax(3)  # the first of equals
+            member = one_hot(nearest, c).to(mean.dtype).transpose(2, 3)  # [B, Hkv, C, size]
+            sums, counts = sums + member @ x, counts + member.sum(3, keepdim=True)
+            mean = torch.where(counts > 0, normalize(sums, dim=-1), mean)
+            means.append(mean)
+        return torch.stack(means or [mean])
+
+    def _centre(self, pooled: Tensor, means: Tensor, begin: Tensor) -> Tensor:
+        """The centroid that each query block is routed to: pooled [B, H, n, D], the blocks begin at ``begin``
+        [n] -> [B, Hs, n, D]."""
+        known = means[(begin // self.segment - 1).clamp(min=0)]  # [n, B, Hkv, C, D]
+        known = known.permute(1, 2, 0, 3, 4)
+        grouped = pooled.unflatten(1, (known.shape[1], -1)).transpose(2, 3)  # [B, Hkv, n, G, D]
+        # As logits of layer-normalised vectors of length sqrt(D): sqrt(D) cos(q, mu).
+        logits = (grouped @ known.transpose(3, 4)).transpose(2, 3) * pooled.shape[3] ** 0.5
+        cluster = share_scores(logits, None, self.share).argmax(3)  # [B, Hs, n]
+        heads = cluster.shape[1] // known.shape[1]
+        index = cluster.unflatten(1, (-1, heads))[..., None, None].expand(-1, -1, -1, -1, 1, pooled.shape[3])
+        return known[:, :, None].expand(-1, -1, heads, -1, -1, -1).gather(4, index)[..., 0, :].flatten(1, 2)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,112 @@
+"""SnapKV: after the prompt only the keys stay that its last queries attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from ..errors import SpecError
+from ..index import Index, TokenIndex
+from ..keys import Keys
+from ..method import DECODE, AttentionMethod, require
+from ..ops.select import top_k
+from ..received import attention_received
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(AttentionMethod):
+    """Decode reads k keys of the prompt, chosen once at its end, and every key generated since (SnapKV,
+    2404.14469).
+
+    The prompt's last ``window`` keys stay, and of those before, the k - window to which the last ``window``
+    queries pay most attention: softmax over all keys, summed over the queries, then pooled over the
+    ``kernel`` positions around each ("avg", counting 0 beyond the ends, or "max"). Prefill is dense, and a
+    prompt of at most k keys stays whole. Defaults are those of the authors' code; their longest LongBench
+    runs take k=4096, kernel=7, pool=max.
+
+    The evicted keys stay in the store but are never named again: it saves reads, not memory. A further prompt
+    reads all of them (prefill is dense) and chooses anew; a prompt given in chunks is judged by the last
+    queries of the whole. After a crop the next step reads everything and chooses by its own query.
+    Departures: one choice per KV head, by the attention of all its query heads together, where the authors'
+    code repeats keys to query heads and lets each choose.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    title: ClassVar[str] = "SnapKV"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2404.14469"
+    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
+
+    k: int = 2048
+    window: int = 32
+    kernel: int = 5
+    pool: str = "avg"
+
+    def __post_init__(self) -> None:
+        require(self, k=(1, None), window=(1, None), kernel=(1, None), pool=("avg", "max"))
+        if self.window >= self.k:
+            raise SpecError(
+                f"snapkv keeps the window and more of the prompt: k must be above window; got k={self.k}, "
+                f"window={self.window}."
+            )
+        if self.kernel % 2 == 0:
+            raise SpecError(f"snapkv takes an odd number of positions for kernel; got {self.kernel}.")
+
+    @property
+    def told_queries(self) -> int:
+        return self.window
+
+    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+        earlier = keys.state.get("queries")  # of the chunks before this one
+        if earlier is not None and q.shape[2] < self.window:
+            q = torch.cat([earlier, q], 2)[:, :, -self.window :]
+        self._choose(q, keys, keys.length)
+        keys.state["queries"] = q.detach().clone()
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        state, device = keys.state, q.device
+        state.pop("queries", None)  # the next prompt has its own
+        full = None
+        if "tokens" not in state:  # after a crop
+            self._choose(q[:, :, :1], keys, keys.past + 1)
+            full = torch.zeros(q.shape[0], keys.k.shape[1], keys.tq, dtype=torch.bool, device=device)
+            full[:, :, 0] = True
+        tokens, end = state["tokens"], int(state["end"][0])
+        if end - min(keys.starts or [0]) <= self.k:
+            return None
+        since = torch.arange(end, keys.length, device=device).expand(*tokens.shape[:2], -1)
+        tokens = torch.cat([tokens, since], 2)[:, :, None].expand(-1, -1, keys.tq, -1)
+        if keys.starts is None and keys.tq == 1:
+            return TokenIndex(tokens=tokens, full=full)
+        for b, first in enumerate(keys.starts or ()):
+            if end - first <= self.k:  # a prompt that stays whole
+                tokens = tokens.clone()
+                tokens[b] = first + torch.arange(tokens.shape[3], device=device)
+        kept = torch.tensor([min(self.k, end - first) for first in keys.starts or [0]])
+        counts = kept[:, None] + torch.arange(keys.past + 1 - end, keys.length + 1 - end)  # [B, Tq]
+        counts = counts.clamp(min=0).to(device)[:, None].expand(tokens.shape[:3])
+        within = torch.arange(tokens.shape[3], device=device) < counts[..., None]
+        tokens = torch.where(within, tokens, tokens[..., :1].clamp(max=keys.length - 1))
+        return TokenIndex(tokens=tokens, counts=counts.int(), full=full)
+
+    def _choose(self, q: Tensor, keys: Keys, length: int) -> None:
+        """Let queries q [B, H, n, D], the last of ``length`` positions, say which k of them stay."""
+        b, hkv = q.shape[0], keys.k.shape[1]
+        keys.state["end"] = torch.full((b,), length)
+        before = length - self.window
+        if length - min(keys.starts or [0]) <= self.k:
+            keys.state["tokens"] = torch.zeros(b, hkv, 0, dtype=torch.long, device=q.device)
+            return
+        received = attention_received(q, keys, length).sum(2)[..., :before]
+        pooled = avg_pool1d if self.pool == "avg" else max_pool1d
+        received = pooled(received, self.kernel, stride=1, padding=self.kernel // 2)
+        if keys.start is not None:
+            padding = torch.arange(before, device=q.device) < keys.start[:, None, None]
+            received = received.masked_fill(padding, -torch.inf)
+        best = top_k(received, self.k - self.window)
+        window = torch.arange(before, length, device=q.device).expand(b, hkv, -1)
+        keys.state["tokens"] = torch.cat([best, window], 2)

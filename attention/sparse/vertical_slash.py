@@ -1,0 +1,189 @@
+"""MInference's vertical-slash: the columns and the diagonals that a prompt's last queries attend to."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import FarspanError, SpecError
+from ..index import BlockIndex, Index
+from ..keys import Keys, State
+from ..method import PREFILL, AttentionMethod, LayerInfo, require
+from ..ops.select import by_mass, by_threshold
+from ..received import columns_and_diagonals
+from ..share import pick, together
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerticalSlash(AttentionMethod):
+    """Exact attention over each head's best columns and diagonals (MInference 1.0, 2407.02490).
+
+    The causal attention of the call's last ``last`` queries is added up per key (a column, "vertical") and
+    per distance of query and key (a diagonal, "slash"). A head reads ``vertical`` columns, the first
+    ``sinks`` keys always among them, and ``slash`` diagonals, the nearest ``local`` always among them. A
+    query block a .. a + b - 1 (b = ``block``) reads of the diagonal at distance s the keys a - s ..
+    a + b - 1 - s, all of them with every query. The defaults are MInference's for a head that it has no
+    better budgets for.
+
+    Budgets per head: ``config``, a file in MInference's format (per layer and query head a pattern,
+    ``vertical`` and ``slash``), as its users have them from its search; or ``mass``, the fewest columns and
+    the fewest diagonals that each hold that share of the head's attention (the rule of FlexPrefill,
+    2502.20766), instead of the numbers. share: whether the heads of a group have one pattern, by the "sum" or
+    the "max" of their attention, or each its own ("none", the paper's).
+
+    As blocks: the keys of no column stand first, in order, then the columns (``key_order``), so that columns
+    cost no more than they hold. Of the former a block is read where a diagonal passes between its first and
+    its last key, besides the one with the query block's latest key: what that adds to the pattern are the
+    rims of blocks (MInference's begin anywhere, and columns are read one by one). The sums need every raw
+    key. A chunk of a prompt is judged by its own last queries, so that chunks read other keys than the prompt
+    whole would (law 3 does not hold): each chunk the definition's.
+    """
+
+    name: ClassVar[str] = "vertical_slash"
+    title: ClassVar[str] = "Vertical-slash (MInference)"
+    family: ClassVar[str] = "sparse"
+    paper: ClassVar[str] = "2407.02490"
+    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
+    lookahead: ClassVar[str] = "prompt"
+    reads_keys: ClassVar[bool] = True
+
+    vertical: int = 1000
+    slash: int = 6096
+    mass: float | None = None
+    config: str = ""
+    block: int = 64
+    last: int = 64
+    sinks: int = 30
+    local: int = 100
+    share: str = "none"
+    budgets: Tensor | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+
+    def __post_init__(self) -> None:
+        require(self, vertical=(1, None), slash=(1, None), mass=(1e-6, 1.0), block=(1, None), last=(1, None))
+        require(self, sinks=(0, None), local=(1, None), share=("sum", "max", "none"))
+        if self.config and (self.mass is not None or self.share != "none"):
+            raise SpecError(
+                "vertical_slash takes config=PATH, budgets of single heads, with neither mass nor share; "
+                f"got mass={self.mass}, share={self.share}."
+            )
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+        if not self.config:
+            return self
+        layers = _read(self.config)
+        heads = layers[layer.index] if layer.index < len(layers) else {}
+        count = layer.num_heads * layer.shares
+        if any(int(head) >= count for head in heads):
+            raise FarspanError(
+                f"{self.config} has budgets for more than the {count} query heads of layer {layer.index}: it "
+                "was made for another model."
+            )
+        table = [heads.get(str(head), (None, self.vertical, self.slash))[1:3] for head in range(count)]
+        return replace(self, budgets=layer.own(torch.tensor(table)))
+
+    @property
+    def couples_heads(self) -> bool:
+        return self.budgets is not None  # they are of the heads it was bound to, and of no others
+
+    @property
+    def granule(self) -> int:
+        return self.block
+
+    @property
+    def last_queries(self) -> int:
+        return self.last
+
+    def survey(self, q: Tensor, keys: Keys) -> State:
+        """columns [1, Hs, T] bool: which keys they are; nearer [1, Hs, T + 1]: how many diagonals are nearer
+        than each distance. Nothing where every key is read."""
+        length = keys.length
+        sizes = torch.tensor([[self.vertical, self.slash]]) if self.budgets is None else self.budgets
+        fewest, most = sizes.amax(1).min(), sizes.amax(0).tolist()
+        if self.mass == 1 or (self.mass is None and int(fewest) >= length):
+            return {}
+        columns, diagonals = columns_and_diagonals(q, keys)
+        sizes = sizes.to(q.device)
+        columns = self._best(columns, sizes[:, 0], most[0], self.sinks)
+        diagonals = self._best(diagonals, sizes[:, 1], most[1], self.local)
+        return {"columns": columns, "nearer": pad(diagonals.cumsum(-1), (1, 0))}
+
+    def _best(self, x: Tensor, size: Tensor, most: int, always: int) -> Tensor:
+        """[1, Hs, T] bool: the highest of x [1, Hkv, G, T], as many as the budget says, the first ``always``
+        whatever they hold."""
+        x = together(x, self.share)
+        n = x.shape[-1]
+        if self.mass is None:
+            ranked = x.masked_fill(torch.arange(n, device=x.device) < always, torch.inf)
+            chosen, counts = pick(ranked, size.clamp(max=n).expand(x.shape[:2]), min(most, n))
+        else:
+            chosen, counts = by_mass(x, self.mass)
+        assert counts is not None
+        used = torch.arange(chosen.shape[-1], device=x.device) < counts[..., None]
+        best = torch.zeros(*x.shape[:-1], n + 1, dtype=torch.bool, device=x.device)
+        best = best.scatter_(-1, torch.where(used, chosen, n), True)[..., :n]
+        if self.mass is not None:
+            best[..., :always] = True
+        return best
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        if not keys.surveyed:
+            return None
+        columns, nearer = keys.surveyed["columns"][..., : keys.length], keys.surveyed["nearer"]
+        order = columns.to(torch.int8).argsort(dim=-1, stable=True)  # [1, Hs, length], the columns last
+        begin = torch.arange(keys.past, keys.length, self.block, device=q.device)[:, None]  # [Nq, 1]
+        end = (begin + self.block).clamp(max=keys.length)
+        rows, everything = [], True
+        heads = zip(columns.flatten(0, 1), order.flatten(0, 1), nearer.flatten(0, 1), strict=True)
+        for head in heads:  # its [Nq, Nk] at a time
+            read, there = self._blocks(*head, begin, end)
+            everything = everything and bool((read | ~there).all())
+            rows.append(by_threshold(read.float(), 0.5))
+        if everything:
+            return None
+        room = max(blocks.shape[1] for blocks, _ in rows)
+        blocks = torch.stack([pad(blocks.int(), (0, room - blocks.shape[1])) for blocks, _ in rows])
+        return BlockIndex(
+            blocks=blocks.unflatten(0, order.shape[:2]),
+            counts=torch.stack([counts for _, counts in rows]).unflatten(0, order.shape[:2]),
+            block_q=self.block,
+            block_k=self.block,
+            key_order=order.int(),
+        )
+
+    def _blocks(
+        self, columns: Tensor, order: Tensor, nearer: Tensor, begin: Tensor, end: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[Nq, Nk] bool, of one head: which blocks of keys in ``order`` are read, and which hold a visible
+        key."""
+        length, block = len(order), self.block
+        places = pad(order, (0, -length % block), value=length).view(-1, block)
+        first, last = places[:, 0], places[:, -1].clamp(max=length)
+        there = places.amin(1) < end
+        others = (~columns).cumsum(0)
+        passing = nearer[(end - first).clamp(min=0)] > nearer[(begin - last).clamp(min=0)]
+        cols = torch.arange(len(places), device=order.device)
+        latest = cols == (others[end - 1] - 1) // block  # holds the latest key of no column
+        return torch.where(cols < others[-1] // block, passing | latest, there), there
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str) -> list[dict[str, Any]]:
+    try:
+        layers = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise FarspanError(f"{path} is no file of MInference's patterns: {error}.") from error
+    entries = [entry for layer in layers for entry in layer.values()]
+    kinds = {entry[0] for entry in entries}
+    if not entries or kinds != {"vertical_and_slash"}:
+        raise FarspanError(
+            f"{path} names the patterns {', '.join(sorted(kinds)) or 'of no head'}; vertical_slash serves "
+            "vertical_and_slash alone."
+        )
+    return layers

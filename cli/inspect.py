@@ -1,0 +1,87 @@
+"""`farspan inspect`: a picture of what a method reads, over the attention that it leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..attention.errors import FarspanError
+from . import launch, options, output
+
+
+def inspect(
+    method: Annotated[str, typer.Option(help="What the prefill reads; see `farspan methods`.")],
+    model: options.Model = options.DEFAULT_MODEL,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers to draw, such as 0,5,11 [default: 4, evenly spread].")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query heads to draw [default: 6, evenly spread].")
+    ] = None,
+    block: Annotated[int, typer.Option(min=1, help="Tokens of a square of the picture.")] = 64,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the pictures, the page and the numbers.")
+    ] = Path("inspect-out"),
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
+    ] = None,
+    recipe: options.Recipe = None,
+    rope: options.Rope = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Draw what a method's prefill reads over the true attention, and print how much of it that holds.
+
+    One PNG per layer, a panel per head; a page with all of them, which needs nothing beside it; a table of
+    every layer: density, recall of attention mass, cost of the selection. docs/INSPECT.md explains them. One
+    process does that; of a launcher's ranks, rank 0.
+    """
+    launch.only_rank_0()
+    text = options.read_prompt(prompt, prompt_file)
+    drawn = {name: _numbers(given, f"--{name}") for name, given in (("layers", layers), ("heads", heads))}
+    from ..runtime.patch import resolve
+
+    resolve(method)  # a misspelt method ends here, before the model is loaded
+    from ..evals import inspect as files
+
+    files.prepare(out)
+    from ..runtime.inspect import inspect as run
+    from ..runtime.models import check_length, encode_prompt
+
+    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
+    ids = encode_prompt(tokenizer, text, chat=chat)
+    check_length(causal_lm, ids.shape[1])
+    found = run(causal_lm, ids, method, block=block, recipe=recipe, **drawn)
+    data = files.numbers(found, model)
+    written = files.write(found, data, out)
+    if json:
+        return output.show_json(data | {"files": [str(path) for path in written]})
+    shown = output.table(*files.COLUMNS, title=f"{found.method} on {model}, {found.length} tokens")
+    *lines, total = files.table(data)
+    for line in lines:
+        shown.add_row(*line)
+    shown.add_section()
+    shown.add_row(*total)
+    output.show(shown)
+    for reason, count in data["fallbacks"].items():
+        output.note(f"Read everything in {count} layer calls: {reason}.")
+    output.note(f"The pictures are in {out / files.PAGE}, and one by one beside it.")
+
+
+def _numbers(values: list[str] | None, option: str) -> list[int] | None:
+    """Numbers from 0 of a repeated option, each value of which may hold several."""
+    if values is None:
+        return None
+    items = options.split_list(values)
+    for item in items:
+        if not item.isdecimal():
+            raise FarspanError(f"{option} takes whole numbers from 0 on, such as 0,5,11; got {item!r}.")
+    return [int(item) for item in items]

@@ -1,0 +1,77 @@
+"""Reading a text with gradients: what a small change of each layer's attention does to its likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from ..attention.method import GradientCalibration
+from ..attention.ops.flash import flash
+from ..attention.partial import add_sinks
+from . import hf
+
+
+def read_with_gradients(
+    model: Any,
+    info: hf.ModelInfo,
+    layers: Mapping[int, GradientCalibration],
+    windows: Sequence[Tensor],
+    done: Callable[[int], None],
+) -> None:
+    """Let each layer's calibration see its dense attention over each of ``windows`` [1, T] of tokens, and
+    then feel the gradient of the window's mean negative log-likelihood in that attention's output.
+
+    ``model`` is patched. One forward and one backward call a window; attention is computed again in the
+    backward call rather than kept. ``done`` is told how many windows are through. No parameter gets a
+    gradient.
+    """
+    undo = [hf.replace_attention(info.attention[i], partial(_attend, layer)) for i, layer in layers.items()]
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: embedded.append(output.requires_grad_())
+    )
+    try:
+        with torch.enable_grad():
+            for i, ids in enumerate(windows):
+                embedded.clear()
+                logits = model(ids, use_cache=False).logits
+                loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+                torch.autograd.grad(loss, embedded[0])
+                done(i + 1)
+    finally:
+        hook.remove()
+        for step in undo:
+            step()
+
+
+def _attend(
+    layer: GradientCalibration, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any
+) -> Tensor:
+    """Dense attention of one unpadded window, watched by ``layer``; [1, T, H, D]."""
+    with torch.no_grad():
+        layer.see(q.detach(), k.detach(), v.detach(), **how)
+    out: Tensor = checkpoint(_dense, q, k, v, use_reentrant=False, **how)
+    out.register_hook(layer.feel)
+    return out.transpose(1, 2).contiguous()
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    part = flash(q, k, v, scale=scale, window=window, softcap=softcap)
+    if sinks is not None:
+        part = add_sinks(part, sinks)
+    return part.out.to(q.dtype)
