@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+_ENTRIES = 1 << 22  # of an index, looked at at a time to count what it names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
@@ -193,10 +195,16 @@ class BlockIndex:
         row = begin + torch.arange(nq, device=device) * self.block_q  # [B, Nq], each block's first
         first = row.clamp(min=counted.start)
         stop = torch.maximum(first, (row + self.block_q).clamp(max=counted.stop))
-        lo = start[:, None, None, None] + self.blocks.long() * self.block_k  # [B, Hs, Nq, M]
-        before, upto = (x[:, None, :, None] + past - lo for x in (first, stop))
-        used = torch.arange(m, device=device) < self.counts[..., None]
-        return ((self._seen_by(upto) - self._seen_by(before)) * used).sum()
+        total = torch.zeros((), dtype=torch.long, device=device)
+        place = torch.arange(m, device=device)
+        step = max(1, _ENTRIES // max(1, self.blocks[:, :, :1].numel()))
+        for n in range(0, nq, step):
+            some = slice(n, n + step)
+            lo = start[:, None, None, None] + self.blocks[:, :, some].long() * self.block_k
+            before, upto = (x[:, None, some, None] + past - lo for x in (first, stop))  # [B, Hs, step, M]
+            used = place < self.counts[:, :, some, None]
+            total += ((self._seen_by(upto) - self._seen_by(before)) * used).sum()
+        return total
 
     def _reordered_pairs(self, tq: int, tk: int, rows: range) -> Tensor:
         """The same for blocks of keys in another order: of each key block, the keys before a query block's

@@ -72,9 +72,7 @@ def recall(q: Tensor, keys: Keys, rows: Tensor, read: Tensor) -> Tensor:
     parts: list[Tensor] = []
     first = 0
     for some in rows.split(_tile(q.device, b * h * keys.length)):
-        logits = scores(q[:, :, some], keys.k, scale=keys.scale)  # [B, Hkv, G, r, Tk]
-        if keys.softcap is not None:
-            logits = keys.softcap * torch.tanh(logits / keys.softcap)
+        logits = scores(q[:, :, some], keys.k, scale=keys.scale, softcap=keys.softcap)  # [B, Hkv, G, r, Tk]
         visible = causal_mask(keys.tq, keys.length, keys.start, b, q.device, some)
         logits = logits.masked_fill_(~visible[:, :, None], -torch.inf)
         held = _by_group(read[:, :, first : first + len(some)], hkv)

@@ -220,12 +220,14 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
         if key in values:
             raise SpecError(f"{name} got the parameter {key} twice in {spec!r}.")
         values[key] = _convert(name, key, text, hints[key])
-    for given, other in (("k", "fraction"), ("fraction", "k")):
-        if given in values and other in fields:
-            values.setdefault(other, None)  # one budget takes the place of the other's default
+    if values.keys() & _SIZES:  # a budget takes the place of the default one
+        for other in (_SIZES | {"mass"}) & fields.keys():
+            if type(None) in typing.get_args(hints[other]):
+                values.setdefault(other, None)
     return cls(**values)
 
 
+_SIZES = {"k", "fraction"}  # budgets that say how much is read
 _OUTSIDE = re.compile(r",(?![^()]*\))")  # commas that stand outside of parentheses
 
 
@@ -245,6 +247,11 @@ def _convert(name: str, key: str, text: str, hint: Any) -> Any:
         elif kind is str:
             return text
         elif kind is AttentionMethod:
+            if text[0] == "(" and text[-1] != ")":
+                raise SpecError(
+                    f"The parenthesis of {key}={text} in {name} is not closed; write "
+                    f"{key}=(METHOD:PAR=VALUE)."
+                )
             return parse_method(text[1:-1] if text[0] == "(" and text[-1] == ")" else text)
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}
     raise SpecError(f"{name} takes {wanted.get(kinds[0], kinds[0])} for {key}; got {text!r}.")

@@ -30,9 +30,7 @@ def attention_of_last(q: Tensor, keys: Keys, length: int) -> Iterator[tuple[int,
     for a in range(0, n, step):
         first, last = length - n + a, length - n + min(a + step, n) - 1
         upto = keys.held(last + 1)
-        logits = scores(q[:, :, a : a + step], k[:, :, :upto], scale=keys.scale)
-        if keys.softcap is not None:
-            logits = keys.softcap * torch.tanh(logits / keys.softcap)
+        logits = scores(q[:, :, a : a + step], k[:, :, :upto], scale=keys.scale, softcap=keys.softcap)
         rows = torch.arange(first, last + 1, device=q.device)[:, None]
         late = keys.held(first + 1)  # from here on some query of the tile does not see a key
         logits[..., late:].masked_fill_(places[late:upto] > rows, -torch.inf)

@@ -1,16 +1,23 @@
 """A whole model's prefill seconds and decode tokens per second, patched against unpatched, in one run.
 
     python -m benchmarks.generate [--model smollm2-135m] [--tokens 7900] [--repeats 3] [--device cuda]
+    python -m benchmarks.generate --tokens 4096,32768 --new 1 --methods "dense; antidiagonal; dhsa"
+    python -m benchmarks.generate --shape llama-3.1-8b --device cuda --tokens 32768,131072 --new 256
 
-The prompt is real text. Prefill and decode are timed apart: decode is what a longer ``generate`` takes beyond
-a one-token one.
+The prompt is real text; positions are stretched (YaRN) where it is longer than the model's. ``--shape`` makes
+a model of random weights instead, as large as the real one: its queries and keys are no real ones, and what
+methods read that choose by them is not what they would read. Prefill is time to first token but for sampling
+it; decode is what a longer ``generate`` takes beyond the first tokens. Peak memory is what prefill needed at
+most beyond what the process (on a GPU: the device) held before.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import statistics
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +28,39 @@ from farspan.evals.text import load_prose
 from .record import clock, save, table
 
 METHODS = (
-    "dense",
-    "window:w=1020,sinks=4",
-    "recycled:k=512,stride=10",
-    "double_sparsity:k=512",
-    "quest:k=512",
-    "block_topk:k=2048",
+    "dense; window:w=1020,sinks=4; recycled:k=512,stride=10; double_sparsity:k=512; quest:k=512; "
+    "block_topk:k=2048"
 )
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {  # as its config.json has it
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+}
+
+
+@dataclass
+class Times:
+    """What the rounds of one method took, and what it read."""
+
+    prefill: list[float] = field(default_factory=list)
+    token: list[float] = field(default_factory=list)
+    peak: float = 0.0
+    densities: dict[str, float | None] = field(default_factory=dict)
 
 
 def prefill(model: Any, ids: torch.Tensor) -> tuple[float, Any]:
@@ -59,45 +92,101 @@ def decode(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> float:
     return (stamps[-1] - stamps[2]) / (len(stamps) - 3)
 
 
+def resident(device: str, name: str) -> float:
+    """Bytes the process holds ("VmRSS"), or held at most ("VmHWM") since ``forget_peak``."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def forget_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def load(args: argparse.Namespace, longest: int) -> tuple[Any, torch.Tensor, Any]:
+    """(model, token ids [1, longest], recipe of double_sparsity)."""
+    if args.shape is None:
+        _, tokenizer = farspan.load(args.model)
+        text = "\n\n".join(load_prose().documents)
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :longest]
+        rope = f"yarn:{longest}" if longest > tokenizer.model_max_length else None
+        model, _ = farspan.load(args.model, rope=rope)
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**SHAPES[args.shape])
+        with torch.device(args.device):
+            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        ids = torch.randint(0, config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
+    if ids.shape[1] < longest:
+        raise SystemExit(f"the prose has {ids.shape[1]} tokens; {longest} are wanted.")
+    model, ids = model.to(args.device), ids.to(args.device)
+    recipe = farspan.calibrate(model, lambda *_, **__: {"input_ids": ids[:, :1024]}, "", tokens=1024)
+    return model, ids, recipe
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=7900)
-    parser.add_argument("--new", type=int, default=44)
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, not a model")
+    parser.add_argument("--methods", default=METHODS, help='specs with ";" between')
+    parser.add_argument("--tokens", default="7900", help="lengths of the prompt")
+    parser.add_argument("--new", type=int, default=44, help="tokens to decode; 1: prefill alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="generate", help="of the file in benchmarks/results")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    model, tokenizer = farspan.load(args.model)
-    model.to(args.device)
-    text = "\n\n".join(load_prose().documents[:20])
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : args.tokens + 1].to(args.device)
-    recipe = farspan.calibrate(model, tokenizer, text, tokens=1024)
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("unpatched", *METHODS)}
-    for repeat in range(args.repeats + 1):  # the methods in turn, so that drift of the machine hits all alike
-        for name, (first, rest) in times.items():
-            with nullcontext() if name == "unpatched" else farspan.patch(model, name, recipe=recipe):
-                seconds, cache = prefill(model, ids[:, :-1])
-                per_token = decode(model, ids, copy.deepcopy(cache), args.new)
-            if repeat:
-                first.append(seconds)
-                rest.append(per_token)
-    middle = {name: [sorted(part)[len(part) // 2] for part in parts] for name, parts in times.items()}
-    base = middle["unpatched"]
-    rows = [
-        {
-            "method": name,
-            "prefill s": p,
-            "prefill x": base[0] / p,
-            "tokens/s": 1 / t,
-            "decode x": base[1] / t,
-        }
-        for name, (p, t) in middle.items()
-    ]
-    print(table(rows))
-    print("written to", save("generate", rows, arguments=vars(args)))
+    lengths = [int(n) for n in args.tokens.split(",")]
+    model, ids, recipe = load(args, max(lengths) + 1)
+    methods = ["unpatched", *(spec.strip() for spec in args.methods.split(";") if spec.strip())]
+    rows = []
+    for length in lengths:
+        prompt = ids[:, : length + 1]
+        times = {name: Times() for name in methods}
+        for repeat in range(args.repeats + 1):  # in turn, so that drift of the machine hits all alike
+            for name, found in times.items():
+                warm_up = repeat == 0  # not timed, so a shorter prompt does where the long one takes minutes
+                given = prompt[:, : min(length, 4096) + 1] if warm_up else prompt
+                run(model, given, name, recipe, Times() if warm_up else found, args)
+        rows += [line(length, name, found, times["unpatched"]) for name, found in times.items()]
+        print(table(rows[-len(times) :]), flush=True)
+    print("written to", save(args.name, rows, arguments=vars(args)))
+
+
+def run(
+    model: Any, ids: torch.Tensor, name: str, recipe: Any, found: Times, args: argparse.Namespace
+) -> None:
+    """One prefill and, of more than one new token, one decode."""
+    takes = {"recipe": recipe} if "double_sparsity" in name else {}
+    with nullcontext() if name == "unpatched" else farspan.patch(model, name, **takes) as patched:
+        forget_peak(args.device)
+        before = resident(args.device, "VmRSS")
+        seconds, cache = prefill(model, ids[:, :-1])
+        found.prefill.append(seconds)
+        found.peak = max(found.peak, resident(args.device, "VmHWM") - before)
+        if args.new > 1:
+            found.token.append(decode(model, ids, cache, args.new))
+        if patched is not None:
+            summary = patched.report().summary
+            found.densities = {phase: summary.get(f"{phase}_density") for phase in ("prefill", "decode")}
+
+
+def line(length: int, name: str, found: Times, base: Times) -> dict[str, Any]:
+    """A row of the table."""
+    first, before = statistics.median(found.prefill), statistics.median(base.prefill)
+    row = {"tokens": length, "method": name, "prefill s": first, "prefill x": before / first}
+    if found.token:
+        rest = statistics.median(found.token)
+        row |= {"tokens/s": 1 / rest, "decode x": statistics.median(base.token) / rest}
+    read = {f"{phase} keys": found.densities.get(phase) or 1.0 for phase in ("prefill", "decode")}
+    return row | read | {"peak GB": found.peak / 1e9}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def inspect(
     resolve(method)  # a misspelt method ends here, before the model is loaded
     from ..evals import inspect as files
 
-    files.prepare(out)
+    files.check(out)
     from ..runtime.inspect import inspect as run
     from ..runtime.models import check_length, encode_prompt
 

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,20 +86,23 @@ def _line(name: str, row: Mapping[str, Any], lowest: float) -> list[str]:
     ]
 
 
-def prepare(out: Path) -> None:
-    """Make the folder and see that pictures can be made and written there. Raises FarspanError."""
+def check(out: Path) -> None:
+    """See that pictures can be made, and written to the folder or to where it will be made. Raises
+    FarspanError."""
     pictures.check_matplotlib()
     with _disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
 
 
 def write(inspection: Inspection, data: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write layer_NN.png for each picture, inspect.html with everything in it, and inspect.json; returns
-    their paths. Raises FarspanError where the folder cannot be written."""
+    """Write layer_NN.png for each picture, inspect.html with everything in it, and inspect.json, and remove
+    the pictures of an earlier run; returns their paths. Raises FarspanError where the folder cannot be
+    written."""
     files, shown = [], []
     with _disk(out):
+        out.mkdir(parents=True, exist_ok=True)
         for picture in inspection.pictures:
             path = out / f"layer_{picture.layer:02d}.png"
             with _at_once(path) as scratch:
@@ -112,6 +116,9 @@ def write(inspection: Inspection, data: Mapping[str, Any], out: Path) -> list[Pa
             with _at_once(out / name) as scratch:
                 scratch.write_text(text, encoding="utf-8")
             files.append(out / name)
+        for old in out.glob("layer_*.png"):
+            if re.fullmatch(r"layer_\d{2,}\.png", old.name) and old not in files:
+                old.unlink()
     return files
 
 

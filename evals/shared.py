@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..attention.errors import FarspanError
+from ..attention.method import AttentionMethod
 from ..runtime.patch import patch, resolve
 from . import batch as forward
 from .ranks import Job
@@ -49,12 +50,17 @@ def under_each(
 ) -> Iterator[tuple[str, T]]:
     """Yield (spec, measure(patched, started)) per method, the model patched only while measuring.
 
-    Methods with the same prefill (dense, for all that only change decoding) continue from copies of one. The
-    prefill runs without the decode method, so whatever that builds, it builds from the last prompt token.
+    Methods with the same prefill (dense, for all that only change decoding) continue from copies of one,
+    which runs without the decode method: what that builds, it builds from the last prompt token. A decode
+    method that asks for more of the prompt's queries has a prefill to itself.
     """
     for prefill, group in by_prefill(specs):
-        takes = {"recipe": recipe if prefill.needs_recipe else None, "parallel": job.mesh}
-        with patch(model, prefill=prefill, **takes) as patched:
+        if asks_for_queries(group[0]):
+            shared_by = patched_with(model, group[0], recipe, job)
+        else:
+            takes = {"recipe": recipe if prefill.needs_recipe else None, "parallel": job.mesh}
+            shared_by = patch(model, prefill=prefill, **takes)
+        with shared_by as patched:
             shared: Started | None = start(model, batch, patched, job)
         for i, spec in enumerate(group):
             assert shared is not None
@@ -67,16 +73,25 @@ def under_each(
 
 
 def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
-    """Specs by the method that serves their prefill, in order of first mention."""
+    """Specs by the method that serves their prefill, in order of first mention; those that ask for the
+    prompt's queries each apart."""
     groups: list[tuple[Any, list[str]]] = []
     for spec in specs:
         prefill, _ = resolve(spec)
-        members = next((members for method, members in groups if method == prefill), None)
+        alike = (
+            members for method, members in groups if method == prefill and not asks_for_queries(members[0])
+        )
+        members = None if asks_for_queries(spec) else next(alike, None)
         if members is None:
             groups.append((prefill, [spec]))
         else:
             members.append(spec)
     return groups
+
+
+def asks_for_queries(spec: str) -> bool:
+    """Whether the decode method of a spec is set up by more queries of a prompt than the last."""
+    return resolve(spec)[1].told_queries != 1
 
 
 def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:
@@ -105,14 +120,25 @@ def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> 
 
 
 def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
-    """A short hash of the calibration that each method with one uses: another calibration, other numbers."""
+    """A short hash of each calibration that a method uses, the method underneath another one and a file of
+    budgets included: another calibration, other numbers."""
     found = {}
     for spec in specs:
-        for method in resolve(spec):
-            path = getattr(method, "recipe", None) or recipe
-            if method.needs_recipe and path is not None:
-                found[spec] = _digest(Path(path))
+        paths = dict.fromkeys(path for method in resolve(spec) for path in _learned_from(method, recipe))
+        if paths:
+            found[spec] = " + ".join(_digest(Path(path)) for path in paths)
     return found
+
+
+def _learned_from(method: AttentionMethod, recipe: str | Path | None) -> Iterator[str | Path]:
+    own, config = (getattr(method, name, "") for name in ("recipe", "config"))
+    if method.needs_recipe and (own or recipe):
+        yield own or recipe
+    if config:
+        yield config
+    over = getattr(method, "over", None)
+    if over is not None:
+        yield from _learned_from(over, None)
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,10 +49,8 @@ def calibrate(
             "A model is calibrated before its heads are shared out by tensor parallelism: calibrate it "
             "whole, and give all ranks the recipe."
         )
-    try:
-        layers = {i: learns.calibration(info.layer_info(i), **options) for i in info.attention}
-    except TypeError as error:
-        raise FarspanError(f"{learns.name} cannot be calibrated so: {error}.") from error
+    _check_options(learns, options)
+    layers = {i: learns.calibration(info.layer_info(i), **options) for i in info.attention}
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
     if ids.shape[1] < 64:
         raise FarspanError(f"The calibration text has {ids.shape[1]} tokens; at least 64 are needed.")
@@ -75,6 +74,20 @@ def calibrate(
     settings = next(iter(layers.values())).settings
     settings = {**settings, "tokens": total, "window": window, "torch": torch.__version__}
     return Recipe(method=learns.name, geometry=info.geometry, settings=settings, tensors=tensors)
+
+
+def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
+    """Raises FarspanError for options that the calibration of ``method`` does not have."""
+    parameters = inspect.signature(method.calibration).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return  # it looks at them itself
+    takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in takes]
+    if unknown:
+        raise FarspanError(
+            f"The calibration of {method.name} has no option {' and no option '.join(unknown)}; it takes "
+            f"{', '.join(takes) or 'none'}."
+        )
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def inspect(
     def see(layer: int, q: Tensor, keys: Keys, index: Index) -> None:
         seen[layer] = _look(q, keys, index, drawn, block)
 
-    takes = recipe if method.needs_recipe else None
+    takes = None if decode.needs_recipe and not method.needs_recipe else recipe  # a decode's own is left out
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
         patched.watch({layer: partial(see, layer) for layer in chosen})
         with torch.no_grad():

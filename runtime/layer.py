@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from ..attention.attend import DECODE_ROWS, Reads, attend, tell
 from ..attention.dense import Dense
@@ -118,7 +119,7 @@ class Layer:
     prefill: AttentionMethod
     decode: AttentionMethod
     session: Session
-    left_dense: str | None = None  # why the method itself leaves this layer dense
+    left_dense: Mapping[str, str] = field(default_factory=dict)  # by phase, why its method leaves it dense
     from_keys: dict[str, float] = field(default_factory=dict)  # by phase, fewer keys are read densely
     measure: int = 0  # query rows of a prefill call on which the attention that is read is measured
     see: See | None = None  # with ``measure``, told of every selection
@@ -138,7 +139,9 @@ class Layer:
     def clear_report(self) -> None:
         """Start counting anew."""
         self.phases = {
-            phase: PhaseReport(str(method), measured=Measured() if self.measure else None)
+            phase: PhaseReport(
+                str(method), lookahead=method.lookahead, measured=Measured() if self.measure else None
+            )
             for phase, method in self.methods.items()
         }
 
@@ -157,6 +160,8 @@ class Layer:
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        if self.prefill.lookahead == "prompt" and q.requires_grad and is_grad_enabled():
+            self._flag_training()
         call = self.session.call or carried(mask)
         if call is not None and mask is None:
             raise FarspanError(
@@ -243,6 +248,15 @@ class Layer:
             self.phases[phase].moved(travel)
         return part
 
+    def _flag_training(self) -> None:
+        sentence = (
+            f"{self.prefill} selects by a prompt's last queries, so a loss over the prompt's own tokens has "
+            "seen what comes after them: train under another prefill method."
+        )
+        if self.session.strict:
+            raise FarspanError(f"{sentence} (strict=True)")
+        warnings.warn(sentence, stacklevel=3)
+
     def _meter(self, phase: str) -> Meter | None:
         measured = self.phases[phase].measured
         return None if measured is None else Meter(measured, phase, self.measure, self.see)
@@ -256,8 +270,8 @@ class Layer:
         """Take a call into the report, with why every key was read where the method would have chosen."""
         if length < self.from_keys.get(phase, 0):
             reads.reason = _below(self.from_keys[phase])
-        elif reads.reason is None and self.left_dense and self.methods[phase].name == "dense":
-            reads.reason = self.left_dense
+        elif reads.reason is None:
+            reads.reason = self.left_dense.get(phase)
         self.phases[phase].add(reads, queries, ran)
         if self.session.strict and reads.reason in UNEXPECTED:
             raise FarspanError(

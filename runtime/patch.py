@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,15 +44,18 @@ def patch(
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
     spec: a method object, ``"name:par=value,..."``, or ``"PREFILL + DECODE"``, two of them, one per phase.
-    One method serves
-        the phases it has; the other phase is dense. Nothing at all means dense, on farspan's storage.
+    One method serves the phases it has; the other phase is dense. Nothing at all means dense, on farspan's
+    storage.
     prefill, decode: the same by phase, instead of ``spec``.
     layers: other specs for single layers, by number (negative counts from the end).
-    strict: raise FarspanError where a layer would silently read everything for want of a cache.
+    strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
+    method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts. recipe: a saved calibration, for methods that need one.
+    long prompts.
+    recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
-    ``farspan tune`` measured on this device. Such calls are in the report with their reason.
+    ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
+    that remembers the prompt (snapkv, h2o, recycled) begins anew where generation crosses it.
     parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
     (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
     rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
@@ -82,7 +85,10 @@ def patch(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
+    _check_recipe(recipe, chosen)
     served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    if strict:
+        _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
         i: {}
         if i in untouched
@@ -103,8 +109,8 @@ def patch(
         )
     session = Session(strict, mesh)
     bound = {
-        i: Layer(i, pre, dec, session, left_dense=reason, from_keys=from_keys[i], measure=measured)
-        for i, (pre, dec, reason) in served.items()
+        i: Layer(i, pre, dec, session, left_dense=reasons, from_keys=from_keys[i], measure=measured)
+        for i, (pre, dec, reasons) in served.items()
     }
     if mesh is not None:
         granule = math.lcm(
@@ -240,20 +246,55 @@ def _per_layer(
     return chosen
 
 
+def _check_recipe(
+    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
+) -> None:
+    """Refuse one recipe for several methods, and one that no method takes."""
+    if recipe is None:
+        return
+    methods = [method for pair in chosen for method in pair]
+    need = [method for method in methods if method.needs_recipe]
+    lack = list(dict.fromkeys(method.name for method in need if not getattr(method, "recipe", "")))
+    if len(lack) > 1:
+        joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
+        raise FarspanError(
+            f"{' and '.join(lack)} need a recipe each, and recipe= is one: name each in its spec, as "
+            f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
+        )
+    if not need:
+        names = sorted({method.name for method in methods} - {"dense"}) or ["dense"]
+        raise FarspanError(
+            f"A recipe was given that no method takes: {' and '.join(names)} needs none; leave it out."
+        )
+
+
+def _check_all_run(
+    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
+    served: Mapping[int, tuple[AttentionMethod, AttentionMethod, Any]],
+) -> None:
+    for place in (0, 1):
+        for method in {str(chosen[i][place]): chosen[i][place] for i in served}.values():
+            if not any(chosen[i][place] == method and served[i][place].name == method.name for i in served):
+                raise FarspanError(
+                    f"No layer of this model runs {method}, as its own parameters or its recipe have it, and "
+                    "strict=True forbids that: change them, or leave strict out."
+                )
+
+
 def _bind(
     methods: tuple[AttentionMethod, AttentionMethod],
     layer: LayerInfo,
     recipe: Recipe | str | Path | None,
     geometry: dict[str, Any],
-) -> tuple[AttentionMethod, AttentionMethod, str | None]:
-    """Both methods as ``layer`` runs them, and why one of them leaves it dense."""
-    bound, reason = [], None
-    for method in methods:
+) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
+    """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
+    bound, reasons = [], {}
+    for phase, method in zip((PREFILL, DECODE), methods, strict=True):
         served = serve(method, layer, recipe, geometry)
         if served is None:
-            reason = f"{method.name} leaves this layer dense"
+            reasons[phase] = f"{method.name} leaves this layer dense"
         bound.append(served or parse_method("dense"))
-    return bound[0], bound[1], reason
+    return bound[0], bound[1], reasons
 
 
 def _weighed(method: AttentionMethod) -> tuple[object, ...]:
@@ -277,7 +318,7 @@ def serve(
             ["it decides for all heads of a layer together, and each rank has but some of them"],
         )
     over = getattr(method, "over", None)  # a method that this one goes over, with a recipe of its own
-    inner = {} if over is None else learned(over, layer, None, geometry).weights or {}
+    inner = {} if over is None else learned(over, layer, None, geometry, within=method.name).weights or {}
     layer = learned(method, layer, recipe, geometry)
     if inner:
         layer = replace(
@@ -287,16 +328,24 @@ def serve(
 
 
 def learned(
-    method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
+    method: AttentionMethod,
+    layer: LayerInfo,
+    recipe: Recipe | str | Path | None,
+    geometry: dict[str, Any],
+    *,
+    within: str = "",
 ) -> LayerInfo:
-    """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none."""
+    """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none.
+    within: the method that goes over it, if one does."""
     if not method.needs_recipe:
         return layer
-    source = recipe if recipe is not None else getattr(method, "recipe", "") or None
+    source = getattr(method, "recipe", "") or recipe  # its own comes first: two methods may need one each
     if source is None:
+        own = f"{method.name}:recipe=PATH"
+        how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"
         raise FarspanError(
             f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-            f"{method.name}' (or farspan.calibrate) and pass recipe=PATH, or '{method.name}:recipe=PATH'."
+            f"{method.name}' (or farspan.calibrate) and pass {how}."
         )
     loaded = source if isinstance(source, Recipe) else Recipe.load(source)
     return loaded.for_layer(method.name, layer, geometry)

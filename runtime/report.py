@@ -26,6 +26,7 @@ class PhaseReport:
     """
 
     method: str
+    lookahead: str = "0"  # as the method declares it
     calls: int = 0
     queries: int = 0
     pairs: Any = 0  # while counting, a tensor on a device that nobody need wait for
@@ -178,6 +179,9 @@ class Report:
                 f"{as_bytes(totals['sent_bytes_dense'])}; {as_bytes(sum(self.traffic.values()))} in all"
             )
             lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
+        prefills = [layer.phases[PREFILL] for layer in self.layers]
+        for method in sorted({p.method for p in prefills if p.calls and p.lookahead == "prompt"}):
+            lines.append(f"{method} selects by a prompt's last queries: no likelihoods of its earlier tokens")
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")
         for reason in sorted(set(self.untouched.values())):

@@ -99,7 +99,8 @@ def test_a_budget_takes_the_place_of_the_default_one():
     registry = farspan.methods()
     assert farspan.parse_method("dhsa:k=640") == registry["dhsa"](k=640, fraction=None)
     assert farspan.parse_method("quest:fraction=0.1") == registry["quest"](k=None, fraction=0.1)
-    assert farspan.parse_method("oracle:k=512") == registry["oracle"](mass=0.9, k=512)  # whatever comes first
+    assert farspan.parse_method("oracle:k=512") == registry["oracle"](mass=None, k=512)
+    assert farspan.parse_method("oracle:k=512,mass=0.8") == registry["oracle"](mass=0.8, k=512)
 
 
 @pytest.mark.parametrize("command", ["methods", "models"])

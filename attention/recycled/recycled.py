@@ -150,7 +150,7 @@ class Recycled(AttentionMethod):
         """Pick the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
         here = keys.held(length)
         k, v, places, peers = keys.read_all_keys()[:, :, :here], keys.v, keys.places()[:here], keys.peers
-        logits = scores(q, k, scale=keys.scale)
+        logits = scores(q, k, scale=keys.scale, softcap=keys.softcap)
         ranked = share_scores(logits, _from(keys.start, places), self.share, peers)[:, :, 0]
         if self.pool > 1:
             if peers is not None:  # a key's neighbours may be elsewhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -74,7 +75,7 @@ class ACT(AttentionMethod):
 
     def __post_init__(self) -> None:
         require(self, beta=(0.0, 1.0), threshold=(0.0, 1.0), heads=("chosen", "all"))
-        require(self, first=(0, None), last=(0, None))
+        require(self, first=(0, None), last=(self.first, None))
         object.__setattr__(self, "needs_recipe", self.heads == "chosen")
         if self.over is not None and not _shows_maxima(type(self.over)):
             can = ", ".join(name for name, cls in methods().items() if _shows_maxima(cls))
@@ -179,9 +180,9 @@ class ACT(AttentionMethod):
             reads = HeadReads.of(mine, keys.past, keys.length)
             total = torch.zeros(len(columns), dtype=bound.dtype, device=q.device)
             for rows in _tiles(keys, len(columns)):
-                logits = scores(one[:, :, rows - keys.past], its_k[:, :, columns], scale=keys.scale)[0, 0, 0]
-                if keys.softcap is not None:
-                    logits = keys.softcap * torch.tanh(logits / keys.softcap)
+                logits = scores(
+                    one[:, :, rows - keys.past], its_k[:, :, columns], scale=keys.scale, softcap=keys.softcap
+                )[0, 0, 0]
                 share = (logits - lse[rows - keys.past, None]).exp()
                 total += share.masked_fill(~reads.pairs(rows, columns), 0).sum(0)
             means[b, i, columns] = total / _watched(keys)[columns]
@@ -200,6 +201,8 @@ class HeadSearch:
     before_rope = False
 
     def __init__(self, method: ACT, layer: LayerInfo, sure: float) -> None:
+        if not isinstance(sure, int | float) or not 0 <= sure < math.inf:
+            raise FarspanError(f"act takes sure, a number of standard errors from 0 on; got sure={sure!r}.")
         self.settings: dict[str, Any] = {"sure": sure, "beta": method.beta, "threshold": method.threshold}
         self._method = replace(method, over=None, heads="all", chosen=None)
         self._sure, self._heads = sure, layer.num_heads

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..index import BlockIndex, Index
+from ..blocks import Grid
+from ..index import Index
 from ..keys import Keys
 from ..method import PREFILL, AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
-from ..share import check_budget, pick, share_scores
+from ..share import check_budget, share_scores
 from ..summary import BlockPool, Summary
 
 
@@ -54,24 +54,16 @@ class BlockTopK(AttentionMethod):
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if self.k is not None and max(2, self.k // self.block) * self.block >= keys.length:
             return None
+        grid = Grid.of(keys, self.block, self.block)
         means = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
         pooled = pool(q, self.block, mode="mean")  # [1, H, Nq, D]
-        logits = scores(pooled, means, scale=keys.scale)  # [1, Hkv, G, Nq, Nk]
-        nq, nk = logits.shape[-2:]
-        begins = keys.past + torch.arange(nq, device=q.device) * self.block  # of each query block
-        first_own = begins // self.block  # key blocks from here to the last are the query block's own
-        last_own = (torch.clamp(begins + self.block, max=keys.length) - 1) // self.block
-        cols = torch.arange(nk, device=q.device)
+        logits = scores(pooled, means, scale=keys.scale, softcap=keys.softcap)  # [1, Hkv, G, Nq, Nk]
         # Only blocks before the own ones are ranked: those are read anyway, and may reach past it.
-        ranked = share_scores(logits, (cols < first_own[:, None])[None], self.share)
-        forced = (cols <= last_own[:, None]) & ((cols == 0) | (cols >= first_own[:, None]))  # [Nq, Nk]
+        ranked = share_scores(logits, (grid.cols < grid.first[:, None])[None], self.share)
+        forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         size: int | Tensor = max(2, (self.k or 0) // self.block)
         if self.fraction is not None:
-            size = ((last_own + 1) * self.fraction).round().long().clamp(min=2)[None, None]
+            size = ((grid.last + 1) * self.fraction).round().long().clamp(min=2)
         # A query block off the grid has two own blocks.
-        size = torch.maximum(torch.as_tensor(size, device=q.device), forced.sum(-1)[None, None])
-        most_blocks = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * nk))
-        blocks, counts = pick(ranked.masked_fill(forced, torch.inf), size, most_blocks)
-        if counts is None:
-            counts = torch.full(blocks.shape[:3], blocks.shape[3], device=q.device)
-        return BlockIndex(blocks=blocks.int(), counts=counts.int(), block_q=self.block, block_k=self.block)
+        most = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * len(grid.cols)))
+        return grid.choose(ranked, forced, size, most)

@@ -100,7 +100,11 @@ class DHSA(AttentionMethod):
         size: int | Tensor = self._least
         if self.fraction is not None:
             size = ((grid.last + 1) * self.fraction).round().long()
-        return grid.choose(ranked, forced, size)
+        most = None
+        if self.select == "mean":
+            always = (self.block_q + self.local - 2) // self.block_k + 3
+            most = max(always, self._least, round(len(grid.cols) * (self.fraction or 0.0)))
+        return grid.choose(ranked, forced, size, most)
 
     @property
     def _least(self) -> int:
@@ -115,7 +119,9 @@ class DHSA(AttentionMethod):
         chunks = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
         queries = pool(q, self.block_q, mode="length_normalised")  # [1, H, Nq, D]
         # For whole chunks the square roots go, and what is left is a mean logit.
-        logits = scores(queries, chunks, scale=keys.scale / math.sqrt(self.block_q * self.block_k))
+        logits = scores(
+            queries, chunks, scale=keys.scale / math.sqrt(self.block_q * self.block_k), softcap=keys.softcap
+        )
         return share_scores(logits, visible[None], self.share)
 
     def survey(self, q: Tensor, keys: Keys) -> State:

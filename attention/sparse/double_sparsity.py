@@ -86,7 +86,7 @@ class DoubleSparsity(AttentionMethod):
         b, h, tq, _ = q.shape
         channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
-        logits = scores(q_labels, labels, scale=keys.scale)
+        logits = scores(q_labels, labels, scale=keys.scale, softcap=keys.softcap)
         ranked = share_scores(logits, keys.visible(), self.share, keys.peers)
         tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)

@@ -155,7 +155,7 @@ class H2O(AttentionMethod):
         sums = self._scores(keys, keys.length, q)
         if keys.peers is None:
             rows = gather_rows(keys.k, tokens)
-            logits = scores(q, rows, scale=keys.scale)[:, :, :, 0]  # [B, Hkv, G, k]
+            logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]  # [B, Hkv, G, k]
         else:
             places = torch.nn.functional.pad(keys.places(), (0, 1), value=keys.length)
             here = torch.searchsorted(places, tokens)
@@ -163,11 +163,9 @@ class H2O(AttentionMethod):
             last = keys.k.shape[2] - 1
             empty = keys.k.new_zeros(*tokens.shape, keys.k.shape[3])
             rows = gather_rows(keys.k, here.clamp(max=last)) if last >= 0 else empty
-            logits = scores(q, rows, scale=keys.scale)[:, :, :, 0]
+            logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]
             logits = keys.peers.sum(logits.masked_fill(elsewhere[:, :, None], 0))
         keys.summary_bytes += rows.numel() * rows.element_size()
-        if keys.softcap is not None:
-            logits = keys.softcap * torch.tanh(logits / keys.softcap)
         if min(counts) < self.k:
             place = torch.arange(self.k, device=q.device)
             none = place >= torch.tensor(counts, device=q.device)[:, None, None]

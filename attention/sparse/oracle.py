@@ -25,11 +25,11 @@ class Oracle(AttentionMethod):
 
     The true share of a block is the softmax over all visible keys, summed over its keys and over the queries
     of the query block. Read are those the queries lie in, and then the largest, until they hold ``mass`` of
-    the total or are k tokens or a ``fraction`` of the visible ones, whatever is given and comes first. No
-    selection of as many blocks of this size holds more attention, so what is lost here no estimate can win
-    back. To know it costs what dense attention costs: this is a measure for other methods, not one of them.
-    ``share``: "none", each head for itself, or one set for a group by the "sum" or the "max" of its heads'
-    shares. Decode is dense.
+    the total or are k tokens or a ``fraction`` of the visible ones, whatever of these is given and comes
+    first. No selection of as many blocks of this size, these among them, holds more attention. To know it
+    costs what dense attention costs: this is a measure for other methods, not one of them. ``share``: "none",
+    each head for itself, or one set for a group by the "sum" or the "max" of its heads' shares. Decode is
+    dense.
     """
 
     name: ClassVar[str] = "oracle"
@@ -40,7 +40,7 @@ class Oracle(AttentionMethod):
     lookahead: ClassVar[str] = "block - 1"
     reads_keys: ClassVar[bool] = True
 
-    mass: float = 0.9
+    mass: float | None = 0.9
     k: int | None = None
     fraction: float | None = None
     block: int = 64
@@ -55,15 +55,16 @@ class Oracle(AttentionMethod):
         return self.block
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        k, fraction = (keys.length if self.k is None else self.k), self.fraction or 1.0
-        if keys.length <= self.block or (self.mass == fraction == 1 and k >= keys.length):
+        mass, fraction = self.mass or 1.0, self.fraction or 1.0
+        k = keys.length if self.k is None else self.k
+        if keys.length <= self.block or (mass == fraction == 1 and k >= keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
         shares = together(self._shares(q, keys, grid), self.share)  # [1, Hs, Nq, Nk]
         forced = grid.between(grid.first, grid.last)
         size = ((grid.last + 1) * fraction).round().long().clamp(max=-(-k // self.block))
-        if self.mass < 1:
-            size = torch.minimum(size, covering(shares, forced, self.mass))
+        if mass < 1:
+            size = torch.minimum(size, covering(shares, forced, mass))
         return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)
 
     def _shares(self, q: Tensor, keys: Keys, grid: Grid) -> Tensor:
@@ -77,9 +78,7 @@ class Oracle(AttentionMethod):
         for a in range(0, q.shape[2], step):
             rows = torch.arange(keys.past + a, min(keys.past + a + step, length), device=q.device)
             seen = keys.past + a + len(rows)
-            logits = scores(q[:, :, a : a + step], k[:, :, :seen], scale=keys.scale)
-            if keys.softcap is not None:
-                logits = keys.softcap * torch.tanh(logits / keys.softcap)
+            logits = scores(q[:, :, a : a + step], k[:, :, :seen], scale=keys.scale, softcap=keys.softcap)
             share = torch.softmax(logits.masked_fill_(cols[:seen] > rows[:, None], -torch.inf), -1)
             share = pad(share, (0, nk * block - seen, 0, -len(rows) % block))
             tiles.append(share.unflatten(4, (nk, block)).sum(5).unflatten(3, (-1, block)).sum(4))

@@ -137,7 +137,7 @@ class PBS(AttentionMethod):
     def _mean_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
         """[1, Hs, Nq, most]: each head's share of its attention over the blocks of earlier segments."""
         means = keys.surveyed["means"][:, :, : earlier.shape[1]]
-        logits = scores(pool(q, self.block, mode="mean"), means, scale=keys.scale)
+        logits = scores(pool(q, self.block, mode="mean"), means, scale=keys.scale, softcap=keys.softcap)
         shares = torch.softmax(logits.masked_fill_(~earlier, -torch.inf), -1).masked_fill_(~earlier, 0)
         return together(shares, self.share)
 
@@ -154,7 +154,9 @@ class PBS(AttentionMethod):
             last = min(a + step, nq) - 1
             seen = max(1, (keys.past + last * block) // self.segment * (self.segment // block))  # key blocks
             rows, hidden = q[:, :, a * per : (last + 1) * per], ~earlier[a : last + 1, :seen]
-            logits = scores(rows, k[:, :, : seen * per], scale=keys.scale / s)  # [1, Hs, G, rows, keys]
+            logits = scores(
+                rows, k[:, :, : seen * per], scale=keys.scale / s, softcap=keys.softcap
+            )  # [1, Hs, G, rows, keys]
             hide = hidden.repeat_interleave(per, 0)[: rows.shape[2]].repeat_interleave(per, 1)
             share = torch.softmax(logits.masked_fill_(hide, -torch.inf), -1).unflatten(4, (seen, per)).sum(5)
             share = pad(share, (0, most - seen, 0, -rows.shape[2] % per)).unflatten(3, (-1, per)).sum(4)

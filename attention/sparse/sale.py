@@ -189,8 +189,10 @@ class ThresholdSearch:
     before_rope = False
 
     def __init__(self, method: SALE, layer: LayerInfo, start: float, error: float) -> None:
-        if not (start > 0 and error > 0):
-            raise FarspanError(f"sale takes start and error above 0; got start={start}, error={error}.")
+        if not all(isinstance(x, int | float) and 0 < x < math.inf for x in (start, error)):
+            raise FarspanError(
+                f"sale takes start and error, finite numbers above 0; got start={start!r}, error={error!r}."
+            )
         sizes = {name: getattr(method, name) for name in ("block_q", "block_k", "local", "q_bits")}
         self.settings: dict[str, Any] = {"start": start, "error": error, **sizes}
         self._method, self._error = method, error

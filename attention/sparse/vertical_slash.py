@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ from ..ops.select import by_mass, by_threshold
 from ..received import columns_and_diagonals
 from ..share import pick, together
 
+_MOST = 2**31 - 1  # of a budget
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerticalSlash(AttentionMethod):
@@ -33,10 +36,11 @@ class VerticalSlash(AttentionMethod):
     better budgets for.
 
     Budgets per head: ``config``, a file in MInference's format (per layer and query head a pattern,
-    ``vertical`` and ``slash``), as its users have them from its search; or ``mass``, the fewest columns and
-    the fewest diagonals that each hold that share of the head's attention (the rule of FlexPrefill,
-    2502.20766), instead of the numbers. share: whether the heads of a group have one pattern, by the "sum" or
-    the "max" of their attention, or each its own ("none", the paper's).
+    ``vertical`` and ``slash``), as its users have them from its search, a head that is not in it having the
+    general budgets; or ``mass``, the fewest columns and the fewest diagonals that each hold that share of the
+    head's attention (the rule of FlexPrefill, 2502.20766), instead of the numbers. share: whether the heads
+    of a group have one pattern, by the "sum" or the "max" of their attention, or each its own ("none", the
+    paper's).
 
     As blocks: the keys of no column stand first, in order, then the columns (``key_order``), so that columns
     cost no more than they hold. Of the former a block is read where a diagonal passes between its first and
@@ -77,15 +81,19 @@ class VerticalSlash(AttentionMethod):
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if not self.config:
             return self
-        layers = _read(self.config)
-        heads = layers[layer.index] if layer.index < len(layers) else {}
-        count = layer.num_heads * layer.shares
-        if any(int(head) >= count for head in heads):
+        layers = _load(self.config)
+        if layer.index >= len(layers):
+            raise FarspanError(
+                f"{self.config} has budgets for {len(layers)} layers and none for layer {layer.index}: it "
+                "was made for another model."
+            )
+        heads, count = layers[layer.index], layer.num_heads * layer.shares
+        if any(head >= count for head in heads):
             raise FarspanError(
                 f"{self.config} has budgets for more than the {count} query heads of layer {layer.index}: it "
                 "was made for another model."
             )
-        table = [heads.get(str(head), (None, self.vertical, self.slash))[1:3] for head in range(count)]
+        table = [heads.get(head, (self.vertical, self.slash)) for head in range(count)]
         return replace(self, budgets=layer.own(torch.tensor(table)))
 
     @property
@@ -173,17 +181,56 @@ class VerticalSlash(AttentionMethod):
         return torch.where(cols < others[-1] // block, passing | latest, there), there
 
 
-@functools.lru_cache(maxsize=8)
-def _read(path: str) -> list[dict[str, Any]]:
+def _load(path: str) -> list[dict[int, tuple[int, int]]]:
+    """Per layer and head of a file of MInference's its (vertical, slash), read anew once it has changed.
+    Raises FarspanError."""
     try:
-        layers = json.loads(Path(path).read_text())
+        about = Path(path).stat()
+    except OSError as error:
+        raise FarspanError(f"{path} is no file of MInference's patterns: {error.strerror}.") from error
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, changed: int, size: int) -> list[dict[int, tuple[int, int]]]:
+    try:
+        layers = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FarspanError(f"{path} is no file of MInference's patterns: {error}.") from error
-    entries = [entry for layer in layers for entry in layer.values()]
-    kinds = {entry[0] for entry in entries}
-    if not entries or kinds != {"vertical_and_slash"}:
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise FarspanError(
-            f"{path} names the patterns {', '.join(sorted(kinds)) or 'of no head'}; vertical_slash serves "
+            f"{path} is no file of MInference's patterns: that is a list with one object per layer, each of "
+            'query heads as in {"0": ["vertical_and_slash", 1000, 6096, 1]}.'
+        )
+    found = [
+        {_head(path, i, head): _budgets(path, i, head, entry) for head, entry in layer.items()}
+        for i, layer in enumerate(layers)
+    ]
+    if not any(found):
+        raise FarspanError(f"{path} has budgets for no head; take the file of a search, or leave config out.")
+    return found
+
+
+def _head(path: str, layer: int, head: str) -> int:
+    if not re.fullmatch("0|[1-9][0-9]{0,5}", head):
+        raise FarspanError(f"{path} numbers query heads 0, 1, ... in each layer; layer {layer} has {head!r}.")
+    return int(head)
+
+
+def _budgets(path: str, layer: int, head: str, entry: Any) -> tuple[int, int]:
+    if isinstance(entry, list) and entry and isinstance(entry[0], str) and entry[0] != "vertical_and_slash":
+        raise FarspanError(
+            f"{path} gives head {head} of layer {layer} the pattern {entry[0]}; vertical_slash serves "
             "vertical_and_slash alone."
         )
-    return layers
+    match entry:
+        case [str(), int(vertical), int(slash), *_] if _whole(vertical) and _whole(slash):
+            return vertical, slash
+    raise FarspanError(
+        f'A head has ["vertical_and_slash", VERTICAL, SLASH, ...] in {path}, both whole numbers from 1 to '
+        f"{_MOST}; head {head} of layer {layer} has {json.dumps(entry)[:60]}."
+    )
+
+
+def _whole(number: int) -> bool:
+    return type(number) is int and 1 <= number <= _MOST

@@ -259,8 +259,10 @@ def test_the_command(command, folder, tmp_path):
         shape = picture(out / name).shape
         assert min(shape[:2]) > 400 and shape[2] in (3, 4)
 
+    (out / "layer_2.png").write_text("not one of ours")
     code, text, err = command(*arguments[:-3], "-p", "-", "--layers", "4", stdin="It rained. " * 80)
     assert code == 0, err
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names[1:], "layer_2.png"])
     assert max(map(len, text.splitlines())) <= 80
     for part in ("layer", "density", "recall", "select", "all"):
         assert part in text
@@ -302,6 +304,12 @@ def test_blue_is_read_red_is_missed_and_deeper_is_more():
         (["--layers", "6"], ["There is no layer 6", "layers 0 to 5"]),
         (["--heads", "1,9"], ["There is no head 9", "heads 0 to 7"]),
         (["--layers", "first"], ["--layers takes whole numbers from 0 on", "'first'"]),
+        (["--recipe", "/no/such"], ["A recipe was given that no method takes: pbs"]),
+        (["--method", "sale"], ["sale needs a calibration recipe"]),
+        (
+            ["--method", "sale", "--recipe", "/no/such"],
+            ["There is no recipe at /no/such", "farspan calibrate"],
+        ),
         (["--heads", "-1"], ["--heads takes whole numbers from 0 on", "'-1'"]),
         (["--block", "100000"], ["blocks of 1 to", "got 100000"]),
         (["--method", "pbbs"], ["no method 'pbbs'", "did you mean 'pbs'"]),
@@ -321,15 +329,16 @@ def test_bad_input_ends_in_one_sentence(command, folder, tmp_path, arguments, pa
         "--prompt-file": str(folder / "prompt.txt"),
         "--out": str(tmp_path / "out"),
     }
-    name, value = arguments
-    given[name] = value.format(folder=folder)
+    given |= {
+        name: value.format(folder=folder) for name, value in zip(arguments[::2], arguments[1::2], strict=True)
+    }
     code, out, err = command("inspect", *(word for pair in given.items() for word in pair))
     assert (code, out) == (2, "")
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("farspan: ") and lines[0].endswith("."), err
     for part in parts:
         assert part in lines[0]
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_it_is_said_before_the_model_is_loaded(command, folder, tmp_path, monkeypatch):

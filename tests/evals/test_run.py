@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from farspan.evals import memory
 from farspan.evals.results import ResultsError, read
 from farspan.evals.run import plan, run
 from farspan.evals.sample import encode, encode_gold
+from farspan.evals.shared import recipes
 
 TINY = Path(__file__).with_name("tiny.py")
 _spec = importlib.util.spec_from_file_location("farspan_tests_tiny", TINY)
@@ -262,3 +264,25 @@ def test_a_stopped_run_resumes_to_the_same_rows(model: Any, tmp_path: Path, how:
     found = read(tmp_path / "stopped")[1]
     assert found[: len(done)] == done  # nothing finished was computed again
     assert comparable(found) == comparable(read(tmp_path / "whole")[1])
+
+
+def test_another_calibration_of_any_method_is_told_apart(tmp_path: Path) -> None:
+    """The recipe given, a method's own, that of the method underneath, and a file of budgets."""
+    a, b, c = (tmp_path / name for name in "abc")
+    under, both = f"act:heads=all,over=(sale:recipe={a})", f"sale:recipe={a} + double_sparsity:recipe={b}"
+    specs = ["dense", "double_sparsity", f"sale:recipe={a}", both, under, f"act:over=(sale:recipe={a})"]
+    specs.append(f"vertical_slash:config={a}")
+
+    def changed(path: Path) -> list[int]:
+        for each in (a, b, c):
+            each.write_text(each.name)
+        before = recipes(specs, c)
+        path.write_text("another")
+        after = recipes(specs, c)
+        assert before.keys() == after.keys() == set(specs[1:])
+        return [i for i, spec in enumerate(specs) if before.get(spec) != after.get(spec)]
+
+    assert changed(a) == [2, 3, 4, 5, 6]
+    assert changed(b) == [3]
+    assert changed(c) == [1, 5], "the one for all that name none of their own"
+    assert recipes(["double_sparsity"], a)["double_sparsity"] == hashlib.sha256(b"a").hexdigest()[:16]

@@ -251,7 +251,6 @@ def test_vertical_slash_with_the_budgets_of_a_file(tmp_path: Path) -> None:
     for index, budgets in (
         (0, [(1, 1)] + [(10, 20)] * (H - 1)),
         (1, [*((3 + 5 * h, 40 - 5 * h) for h in range(H - 1)), (10, 20)]),
-        (2, [(10, 20)] * H),
     ):
         method = general.for_layer(LayerInfo(index=index, num_heads=H, num_kv_heads=HKV, head_dim=D))
         assert agrees_with_vertical_slash(method, data.q[0], data.k[0], SCALE, budgets) > 0
@@ -261,14 +260,53 @@ def test_vertical_slash_with_the_budgets_of_a_file(tmp_path: Path) -> None:
     assert agrees_with_vertical_slash(shared, data.q[0, H // 2 :], data.k[0, 1:], SCALE, own) > 0
     with pytest.raises(farspan.FarspanError, match="more than the 2 query heads of layer 1"):
         general.for_layer(LayerInfo(index=1, num_heads=2, num_kv_heads=1, head_dim=D))
-    for text, says in (
+    with pytest.raises(farspan.FarspanError, match="for 2 layers and none for layer 2"):
+        general.for_layer(LayerInfo(index=2, num_heads=H, num_kv_heads=HKV, head_dim=D))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
         ("{", "no file of MInference's"),
-        ('[{"0": ["block_sparse", 1, 1, 1]}]', "block_sparse"),
-    ):
-        path = tmp_path / f"{says[:5]}.json"
-        path.write_text(text)
-        with pytest.raises(farspan.FarspanError, match=says):
-            farspan.parse_method(f"vertical_slash:config={path}").for_layer(half)
+        ("\xff", "no file of MInference's"),
+        ('{"0": ["vertical_and_slash", 1, 1]}', "a list with one object per layer"),
+        ('"x"', "a list with one object per layer"),
+        ("[1]", "a list with one object per layer"),
+        ('[["vertical_and_slash", 1, 1]]', "a list with one object per layer"),
+        ("[]", "budgets for no head"),
+        ("[{}]", "budgets for no head"),
+        ('[{"a": ["vertical_and_slash", 1, 1]}]', "layer 0 has 'a'"),
+        ('[{"-1": ["vertical_and_slash", 1, 1]}]', "layer 0 has '-1'"),
+        ('[{"00": ["vertical_and_slash", 1, 1]}]', "layer 0 has '00'"),
+        ('[{"0": 5}]', "head 0 of layer 0 has 5"),
+        ('[{}, {"3": []}]', r"head 3 of layer 1 has \[\]"),
+        ('[{"0": ["block_sparse", 1, 1, 1]}]', "head 0 of layer 0 the pattern block_sparse"),
+        ('[{"0": ["vertical_and_slash"]}]', r'has \["vertical_and_slash"\]'),
+        ('[{"0": ["vertical_and_slash", "1", "1"]}]', "both whole numbers"),
+        ('[{"0": ["vertical_and_slash", 1, 1.5]}]', "both whole numbers"),
+        ('[{"0": ["vertical_and_slash", true, 1]}]', "both whole numbers"),
+        ('[{"0": ["vertical_and_slash", 1, 0]}]', "both whole numbers from 1 to 2147483647"),
+        ('[{"0": ["vertical_and_slash", 9999999999999999999, 1]}]', "both whole numbers"),
+    ],
+)
+def test_a_file_of_budgets_that_cannot_be_read(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(farspan.FarspanError, match=says) as error:
+        farspan.parse_method(f"vertical_slash:config={path}").for_layer(LayerInfo(0, H, HKV, D))
+    sentence = str(error.value)
+    assert str(path) in sentence and sentence.endswith(".") and "\n" not in sentence
+
+
+def test_a_file_of_budgets_is_read_anew_once_it_changes(tmp_path: Path) -> None:
+    path, info = tmp_path / "patterns.json", LayerInfo(0, 2, 1, D)
+    method = farspan.parse_method(f"vertical_slash:config={path},vertical=7,slash=8")
+    for vertical in (5, 1234):
+        path.write_text(json.dumps([{"1": ["vertical_and_slash", vertical, 6]}]))
+        assert method.for_layer(info).budgets.tolist() == [[7, 8], [vertical, 6]]
+    path.unlink()
+    with pytest.raises(farspan.FarspanError, match="No such file"):
+        method.for_layer(info)
 
 
 @pytest.mark.parametrize(

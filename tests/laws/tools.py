@@ -119,7 +119,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
 }
 # What a method's calibration on a tiny model is told, so that it comes out sparse.
 CALIBRATION: dict[str, dict[str, Any]] = {
-    "act": {"sure": -100.0, "window": 64},
+    "act": {"sure": 0.0, "window": 64},
     "sale": {"start": 8.0, "error": 4.0},
 }
 SMALL = {"k": 24, "w": 24, "block": 8, "page": 8, "dense_layers": 0}

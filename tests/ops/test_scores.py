@@ -28,6 +28,15 @@ def test_scores(t: int, n: int, d: int, run: Run) -> None:
 
 
 @every_run()
+def test_softcap(run: Run) -> None:
+    q, k, _ = make_qkv(1, 2, 1, 3, 70, 32, dtype=run.dtype)
+    plain = scores(run.to(q), run.to(k), scale=0.3, impl=run.impl)
+    bent = scores(run.to(q), run.to(k), scale=0.3, softcap=2.0, impl=run.impl)
+    assert (bent - 2 * torch.tanh(plain / 2)).abs().max() <= 1e-6
+    assert float(plain.abs().max()) > 2 > float(bent.abs().max())
+
+
+@every_run()
 def test_strided_views_and_the_same_twice(run: Run) -> None:
     """q as models hand it over, [B, T, H, D] transposed; k, a part of a wider summary."""
     q, k, _ = make_qkv(2, 4, 2, 3, 70, 32, dtype=run.dtype)

@@ -58,7 +58,8 @@ def generated(model: Any, spec: str, recipe: Path, **parallel: Any) -> dict[str,
     """What ``generate`` gives, the shape of each layer's stored keys, and the pairs that its decode has
     read."""
     how = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "return_dict_in_generate": True}
-    with farspan.patch(model, spec, recipe=recipe, **parallel) as patched:
+    needed = recipe if LABELS in spec else None
+    with farspan.patch(model, spec, recipe=needed, **parallel) as patched:
         out = model.generate(**batch(), **how)
         shapes = [tuple(layer.keys.shape) for layer in out.past_key_values.layers]
         pairs = [layer.phases["decode"].pairs for layer in patched.report().layers]

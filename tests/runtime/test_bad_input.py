@@ -68,6 +68,9 @@ SPECS = {
     "quest + dense": ["quest has no prefill", "it serves decode"],
     "dense + block_topk": ["block_topk has no decode", "it serves prefill"],
     "dense + ": ["no method ''"],
+    "act:first=9,last=8": ["act takes last a whole number, at least 9", "got 8"],
+    "act:over=(sale": ["parenthesis of over=\\(sale in act is not closed"],
+    "act:over=(sale:block_q=64,beta=0.5": ["parenthesis of over=\\(sale:block_q=64 in act is not closed"],
 }
 
 
@@ -150,6 +153,33 @@ def test_a_recipe_for_another_model_or_method(tmp_path):
     other = dataclasses.replace(right, method="seer")
     says = ["recipe is for seer, not for double_sparsity"]
     refused(FarspanError, lambda m: farspan.patch(m, "double_sparsity", recipe=other), *says)
+
+
+def test_a_recipe_for_several_methods_or_for_none():
+    says = [
+        "sale and double_sparsity need a recipe each",
+        "as 'sale:recipe=PATH \\+ double_sparsity:recipe=PATH'",
+    ]
+    for given in ("/nope", recipe("llama")):
+        refused(FarspanError, lambda m, r=given: farspan.patch(m, "sale + double_sparsity", recipe=r), *says)
+        refused(
+            FarspanError, lambda m, r=given: farspan.patch(m, "pbs", recipe=r), "no method takes: pbs needs"
+        )
+    layers = {0: "sale", 1: "act"}
+    says = ["sale and act need a recipe each", "as 'sale:recipe=PATH' and 'act:recipe=PATH'"]
+    refused(FarspanError, lambda m: farspan.patch(m, layers=layers, recipe="/nope"), *says)
+    spec = "act:heads=all,over=(sale)"
+    says = ["sale needs a calibration recipe", r"pass 'act:over=\(sale:recipe=PATH\)'"]
+    refused(FarspanError, lambda m: farspan.patch(m, spec), *says)
+
+
+def test_strict_refuses_a_method_that_no_layer_runs():
+    says = ["No layer of this model runs quest:k=16,dense_layers=3", "strict=True"]
+    refused(FarspanError, lambda m: farspan.patch(m, "quest:k=16,dense_layers=3", strict=True), *says)
+    layers = {0: "quest:k=16"}
+    refused(FarspanError, lambda m: farspan.patch(m, layers=layers, strict=True), "runs quest:k=16,")
+    for spec, how in (("quest:k=16,dense_layers=2", {"strict": True}), ("quest:k=16,dense_layers=3", {})):
+        farspan.patch(shared("llama"), spec, **how).remove()
 
 
 def test_a_recipe_with_the_wrong_tensors():
@@ -295,7 +325,13 @@ def test_calibration_that_cannot_be_done():
 
     refused(FarspanError, calibrate(by="v"), "ranked by q, k, qk", "got 'v'")
     refused(FarspanError, calibrate(method="quest"), "quest is not calibrated")
-    refused(FarspanError, calibrate(method="sale", by="qk"), "sale cannot be calibrated so", "by")
+    says = ["calibration of sale has no option by", "it takes start, error"]
+    refused(FarspanError, calibrate(method="sale", by="qk"), *says)
+    refused(FarspanError, calibrate(start=1.0, sure=1.0), "no option start and no option sure", "takes by")
+    for wrong in (float("nan"), float("inf"), -1.0, "1"):
+        refused(FarspanError, calibrate(method="act", sure=wrong), "from 0 on", f"got sure={wrong!r}")
+        refused(FarspanError, calibrate(method="sale", error=wrong), "finite numbers above 0", f"{wrong!r}")
+        refused(FarspanError, calibrate(method="sale", start=wrong), "finite numbers above 0", f"{wrong!r}")
     refused(FarspanError, calibrate(tokens=10), "at least 64 tokens", "tokens=10")
     refused(FarspanError, calibrate(window=3), "at least 64 tokens", "window=3")
     short = lambda text, **_: {"input_ids": torch.full((1, 5), PAD)}  # noqa: E731
@@ -303,3 +339,11 @@ def test_calibration_that_cannot_be_done():
     model = make("llama")
     with farspan.patch(model):
         refused(FarspanError, calibrate(), "patched already", model=model)
+
+
+def test_a_bug_in_a_calibration_stays_a_bug(monkeypatch):
+    from small_models import tokens
+
+    monkeypatch.setattr(DoubleSparsity, "calibration", lambda self, layer, *, by="qk": len(by + 1))
+    with pytest.raises(TypeError, match="concatenate"):
+        farspan.calibrate(shared("llama"), tokens, "text", tokens=96)

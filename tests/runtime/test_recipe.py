@@ -142,8 +142,12 @@ def test_a_recipe_saved_and_loaded_is_the_same(tmp_path):
     for how in ({"recipe": made}, {"recipe": loaded}, {"recipe": path}, {"recipe": str(path)}):
         with farspan.patch(model, "double_sparsity:k=16,dense_layers=0", **how):
             expected.append(decode(model, padded()))
-    with farspan.patch(model, f"double_sparsity:k=16,dense_layers=0,recipe={path}"):
-        expected.append(decode(model, padded()))
+    other = Recipe(method="sale", geometry=made.geometry, settings={}, tensors={})
+    for recipe_of_others in (None, other):  # a method's own comes first, so that two may need one each
+        with farspan.patch(
+            model, f"double_sparsity:k=16,dense_layers=0,recipe={path}", recipe=recipe_of_others
+        ):
+            expected.append(decode(model, padded()))
     assert all(torch.equal(one, expected[0]) for one in expected)
 
 
@@ -187,6 +191,11 @@ def test_layers_that_stay_dense_say_so():
         decode(model, prompt(1, 40), 4)
     densities = [layer.phases["decode"].density for layer in patched.report().layers]
     assert densities[:2] == [1.0, 1.0] and densities[2] < 0.3
-    assert "double_sparsity leaves this layer dense" in patched.report().summary["fallbacks"]
+    reason = "double_sparsity leaves this layer dense"
+    told = [
+        {phase: part.fallbacks for phase, part in layer.phases.items()} for layer in patched.report().layers
+    ]
+    assert all(layer["prefill"] == {} for layer in told), "prefill is dense by choice"
+    assert [set(layer["decode"]) for layer in told] == [{reason}, {reason}, set()]
     with farspan.patch(model, "double_sparsity:k=4096,dense_layers=0", recipe=recipe("llama")):
         assert close(logits(model, prompt()), logits(make("llama"), prompt()))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import Impls, Optional, run
@@ -12,12 +13,16 @@ IMPLS: Impls = {
 }
 
 
-def scores(q: Tensor, k: Tensor, *, scale: float = 1.0, impl: str = "auto") -> Tensor:
-    """Logits scale * q k^T of q [B, H, T, D] against k [B, Hkv, N, D] -> [B, Hkv, G, T, N] in float32.
+def scores(
+    q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """Logits scale * q k^T of q [B, H, T, D] against k [B, Hkv, N, D] -> [B, Hkv, G, T, N] in float32;
+    softcap c bends them to c * tanh(logits / c).
 
     Products of 16-bit inputs are accumulated and returned in float32 (no rounding to the input type), without
     a float32 copy of k and without expanding it to query heads. Raises ValueError for shapes that do not fit.
     """
     if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(f"scores got q {list(q.shape)} and k {list(k.shape)}, which do not fit together.")
-    return run("scores", IMPLS, impl, q, k, scale=scale)
+    logits: Tensor = run("scores", IMPLS, impl, q, k, scale=scale)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,0 +1,41 @@
+"""Which methods share a prefill in an evaluation, and that those which do not choose as under generate()."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import farspan
+from farspan.evals import batch as forward
+from farspan.evals.ranks import Job
+from farspan.evals.shared import by_prefill, under_each
+
+
+def test_groups() -> None:
+    specs = ["dense", "snapkv", "quest", "pbs + h2o", "pbs", "pbs + quest", "snapkv:k=64"]
+    groups = [members for _, members in by_prefill(specs)]
+    assert groups == [["dense", "quest"], ["snapkv"], ["pbs + h2o"], ["pbs", "pbs + quest"], ["snapkv:k=64"]]
+
+
+@pytest.mark.parametrize(
+    "spec", ["snapkv:k=24,window=8", "h2o:k=24", "block_topk:k=32,block=8 + snapkv:k=24,window=8"]
+)
+def test_a_decode_method_is_told_of_the_prompt(spec: str, tiny_llama: Any) -> None:
+    """The logits after the prompt are those of a plain call of the patched model."""
+    model = tiny_llama(initializer_range=0.15)
+    ids = torch.randint(3, 128, (1, 101), generator=torch.Generator().manual_seed(1))
+    batch = forward.collate([ids[0].tolist()], 0, model.device)
+
+    def step(_: Any, started: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids[:, -1:], past_key_values=started.take(), use_cache=True).logits
+
+    with Job(model, None) as job:
+        found = dict(under_each(model, batch, ["dense", spec], None, step, job))
+    with farspan.patch(model, spec), torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        want = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(found[spec], want)
+    assert not torch.equal(found["dense"], want), "nothing was left out, so that this test could not fail"
