@@ -113,6 +113,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "needs_recipe": cls.needs_recipe,
+        "lookahead": cls.lookahead,
         "parameters": parameters,
     }
 

@@ -1,0 +1,89 @@
+"""Every prefill method with every decode method: what both together cost on RULER's answers.
+
+    python -m benchmarks.pairs [--length 2048] [--samples 2] [--recipe docs/results/recipe] [--device cuda]
+
+The mean negative log-likelihood of the gold answer per token (nats, teacher forcing through the decode
+method) minus that of dense prefill and decode on the same prompts, with the half width of its 95 % interval
+over prompts; and the shares of visible keys read in prefill and at decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import fmean
+from typing import Any
+
+import farspan
+from farspan.evals import batch as forward
+from farspan.evals import ruler
+from farspan.evals.ranks import Job
+from farspan.evals.sample import encode, encode_gold
+from farspan.evals.shared import under_each
+from farspan.evals.stats import paired_interval
+
+from .record import save, table
+
+PREFILL = "dense; antidiagonal; dhsa:k=512,block_q=64; pbs:mass=0.7; block_topk:k=512"
+DECODE = (
+    "dense; double_sparsity:k=512,group_factor=2; quest:k=512; recycled:k=512,stride=10,pool=15; snapkv:k=512"
+)
+TASKS = "niah_single_2,niah_multiquery,fwe"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prefill", default=PREFILL, help='specs with ";" between')
+    parser.add_argument("--decode", default=DECODE, help='specs with ";" between')
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--recipe", default="docs/results/recipe")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    model, tokenizer = farspan.load(args.model)
+    model.to(args.device)
+    pairs = [f"{a.strip()} + {b.strip()}" for a in args.prefill.split(";") for b in args.decode.split(";")]
+    found: dict[str, list[tuple[float, float, float]]] = {pair: [] for pair in pairs}
+    for task in args.tasks.split(","):
+        for sample in ruler.make_samples(tokenizer, task, args.length, args.samples, seed=1):
+            prompt = forward.collate([encode(tokenizer, sample)], tokenizer.pad_token_id, model.device)
+            gold = encode_gold(tokenizer, sample)
+
+            def measure(
+                patched: Any, started: Any, prompt: Any = prompt, gold: list[int] = gold
+            ) -> tuple[float, float, float]:
+                [losses] = forward.teacher_forced(
+                    model, prompt, started.take(), [gold], pad=tokenizer.pad_token_id
+                )
+                decode = patched.report().summary["decode_density"]
+                return fmean(losses), started.summary["prefill_density"], decode
+
+            with Job(model, None) as job:
+                for pair, numbers in under_each(model, prompt, pairs, args.recipe, measure, job):
+                    found[pair].append(numbers)
+            print(f"{task}: {len(found[pairs[0]])} prompts", flush=True)
+    base = [loss for loss, _, _ in found[pairs[0]]]
+    rows = []
+    for pair, numbers in found.items():
+        prefill, decode = pair.split(" + ")
+        off = paired_interval([x[0] - y for x, y in zip(numbers, base, strict=True)])
+        assert off is not None
+        rows.append(
+            {
+                "prefill": prefill,
+                "decode": decode,
+                "ΔNLL": off.mean,
+                "±": off.high - off.mean if off.high is not None else float("nan"),
+                "prefill keys": fmean(x[1] for x in numbers),
+                "decode keys": fmean(x[2] for x in numbers),
+            }
+        )
+    print(table(rows))
+    print("written to", save("pairs", rows, arguments=vars(args)))
+
+
+if __name__ == "__main__":
+    main()
