@@ -9,6 +9,8 @@ that memory stays bounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,25 +30,30 @@ def attend(
     causal: bool = False,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    wide: bool = False,
 ) -> Partial:
     """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is
     made).
 
     causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, M], True =
-    read, for the last M keys; every row reads those before.
+    read, for the last M keys; every row reads those before. wide: the output in float32 (float64 for float64
+    q), so that what is merged with it is rounded once.
     """
+    kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
     if q.shape[2] == 0 or k.shape[2] == 0:
-        return empty_partial(q, v.shape[-1])
+        return empty_partial(q.to(kind), v.shape[-1])
     needs_grad = _needs_grad(q, k, v)
     one_kind = not (causal and mask is not None)  # of hiding keys is all that products know
     if q.device.type == "cpu" and not needs_grad and one_kind and products.serves(q, k, scale):
         if not causal or softcap is not None:
-            return products.attend(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
-        if q.shape[2] > _FEW_KEYS and q.shape[3] >= _NARROW:
+            how: dict[str, Any] = {"scale": scale, "causal": causal, "mask": mask, "softcap": softcap}
+            return products.attend(q, k, v, dtype=kind, **how)
+        if q.shape[2] > _FEW_KEYS and q.shape[3] >= _NARROW and not wide:
             few = _FEW_KEYS
             first = _cpu(q[:, :, :few], k[:, :, :few], v[:, :, :few], scale, True, None)
             rest = products.attend(q, k, v, first=few, scale=scale, causal=True, mask=None, softcap=None)
             return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
+    q, k, v = (x.to(kind) for x in (q, k, v))
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = torch.nn.functional.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
     if softcap is None and not needs_grad and v.shape[-1] == q.shape[-1]:

@@ -22,6 +22,7 @@ from ..partial import Partial
 
 _ROWS, _KEYS = 256, 2048
 _FEWEST_ROWS, _FEWEST_KEYS = 128, 512  # below these, starting the operations costs more than is won
+_NARROW, _FEWEST_NARROW = 96, 256  # the rows that narrower heads need
 _LOG2E = 1.4426950408889634
 
 
@@ -29,7 +30,7 @@ def serves(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether the products are there and worth it for q [B, H, Tq, D] against k [B, H, Tk, D]."""
     return (
         q.dtype == torch.bfloat16
-        and q.shape[2] >= _FEWEST_ROWS
+        and q.shape[2] >= (_FEWEST_ROWS if q.shape[3] >= _NARROW else _FEWEST_NARROW)
         and k.shape[2] >= _FEWEST_KEYS
         and scale > 0
         and _cpu_has_products()
@@ -51,11 +52,13 @@ def attend(
     mask: Tensor | None,
     softcap: float | None,
     first: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Partial:
-    """The arguments and the result of ``kernel.attend``, for the rows from ``first`` on."""
+    """The arguments and the result of ``kernel.attend``, for the rows from ``first`` on. dtype: of the
+    output."""
     b, h, tq, _ = q.shape
     dv = v.shape[3]
-    out = q.new_empty(b, h, tq - first, dv)
+    out = torch.empty(b, h, tq - first, dv, dtype=dtype or q.dtype)
     lse = torch.empty(b, h, tq - first, dtype=torch.float32)
     space = _space()
     above = torch.ones(_ROWS, _ROWS, dtype=torch.bool).triu_(1) if causal else None
