@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..block_max.eager import block_maxima
+from ..block_max.eager import Tile, block_maxima
 from .storage import Int4, pack, round_rows, unpack
 
 _TILE = 1 << 20  # numbers widened at a time, over all heads of a row
@@ -78,27 +76,37 @@ def int4_block_max(
     starts = None if k4.start is None else k4.start.tolist()
     grouped, offset = (x.unflatten(1, (hkv, -1)) for x in (q, row_offset.to(wide)[..., None]))
     group = grouped.shape[2]
+    # Integers are multiplied exactly either way, as bytes many times faster where the CPU can.
+    bytes_do = q_bits is not None and q.device.type == "cpu" and torch.cpu._is_vnni_supported()
 
-    def tiles(row: int, rows: slice) -> Callable[[slice], Tensor]:
+    def tile(row: int, rows: slice) -> Tile:
         queries = grouped[row, :, :, rows].to(wide).flatten(1, 2)  # [Hkv, G * rows, D]
-        rounded = queries
+        rounded, step = queries, torch.ones_like(queries[..., :1])
         if q_bits is not None:
-            integers, step = round_rows(queries, 2 ** (q_bits - 1) - 1)
-            rounded = integers * step
+            rounded, step = round_rows(queries, 2 ** (q_bits - 1) - 1)
+        if bytes_do:
+            rounded = rounded.to(torch.int8)
         first = 0 if starts is None else starts[row]
 
-        def tile(cols: slice) -> Tensor:
+        def products(cols: slice) -> Tensor:
+            keys = unpack(k4.packed[row, :, cols])
+            if bytes_do:
+                product = queries.new_empty(hkv, rounded.shape[1], keys.shape[1])
+                for head, (a, b) in enumerate(zip(rounded, keys, strict=True)):
+                    product[head].copy_(torch._int_mm(a, b.T))
+            else:
+                product = rounded @ keys.to(wide).transpose(-1, -2)
+            return product.mul_(k4.scale[row, :, None, cols]).unflatten(1, (group, -1))
+
+        def logits(largest: Tensor, cols: slice) -> Tensor:
             j = slice((cols.start - first) // k4.block, -((first - cols.stop) // k4.block))
             of_means = queries @ k4.mean[row, :, j].to(wide).transpose(-1, -2)
-            keys = unpack(k4.packed[row, :, cols]).to(wide).mul_(k4.scale[row, :, cols, None])
-            logits = rounded @ keys.transpose(-1, -2)
-            logits += of_means.repeat_interleave(k4.block, -1)[..., : logits.shape[-1]]
-            logits *= scale
+            largest = (largest.flatten(1, 2).mul_(step).add_(of_means)).mul_(scale)
             if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
-            return logits.unflatten(1, (group, -1)).sub_(offset[row, :, :, rows])
+                largest = largest.div_(softcap).tanh_().mul_(softcap)
+            return largest.unflatten(1, (group, -1)).sub_(offset[row, :, :, rows])
 
-        return tile
+        return Tile(products, logits)
 
-    pooled = block_maxima(tiles, offset, q.shape[2], past, block_q, k4.block, k4.start)
+    pooled = block_maxima(tile, offset, q.shape[2], past, block_q, k4.block, k4.start)
     return pooled.flatten(1, 2)
