@@ -15,6 +15,7 @@ from .results import Results
 from .stats import paired, paired_interval, stratified_interval
 
 BASELINE = "dense"
+REACH = (0.2, 0.95)  # of dense's mean score on a task: below and above, all methods look alike
 RULER_TASKS = (
     "niah_single_1",
     "niah_single_2",
@@ -39,14 +40,15 @@ GROUPS = {
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What summary.json holds: `cells`, `overall` (per method and length) and `methods` (all lengths)."""
+    """What summary.json holds: `cells`, `overall` (per method and length), `in_reach` (the same over
+    the tasks where dense scores within REACH) and `methods` (all lengths)."""
     methods = [m for m in config.get("methods", []) if any(row["method"] == m for row in rows)]
     lengths = sorted({row["length"] for row in rows})
     tasks = _ordered({row["task"] for row in rows})
     index: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         index.setdefault((row["method"], row["task"], row["length"]), []).append(row)
-    cells, overall, totals = [], [], []
+    cells, overall, totals, reach = [], [], [], []
     for method in methods:
         for length in lengths:
             for task in tasks:
@@ -65,6 +67,8 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                         }
                     )
             overall.append({"method": method, "length": length, **_overall(method, index, tasks, [length])})
+            within = _in_reach(index, tasks, length)
+            reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
         totals.append({"method": method, **_overall(method, index, tasks, lengths)})
     sessions = config.get("sessions", [])
     return {
@@ -79,8 +83,18 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
         "one_machine": len({tuple(map(s.get, ("cpu", "gpu", "threads", "ranks"))) for s in sessions}) <= 1,
         "cells": cells,
         "overall": overall,
+        "in_reach": reach,
         "methods": totals,
     }
+
+
+def _in_reach(
+    index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]], tasks: list[str], length: int
+) -> list[str]:
+    """The tasks that tell methods apart at this length: where dense scores within REACH."""
+    low, high = REACH
+    scores = {task: _mean(row["score"] for row in index.get((BASELINE, task, length), ())) for task in tasks}
+    return [task for task, score in scores.items() if score is not None and low <= score <= high]
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -112,6 +126,10 @@ def _overall(
     score = [_differences(rows, index.get((BASELINE, *cell), []), "score") for cell, rows in groups.items()]
     return {
         "n": sum(len(rows) for rows in groups.values()),
+        "baseline_score": _mean(
+            _mean(base["score"] for base in index.get((BASELINE, *cell), ()) if base["key"] in keys)
+            for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
+        ),
         **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
@@ -155,6 +173,28 @@ def ruler_table(data: Mapping[str, Any]) -> str:
                 ["–"] * 3 if row is None else [_percent(row["score"], 1), difference(row), share_read(row)]
             )
         body.append(cells)
+    return markdown(head, body)
+
+
+def reach_table(data: Mapping[str, Any]) -> str:
+    """Markdown, a row per method and length, over the tasks where dense scores within REACH: the score,
+    dense's on the same prompts, and the paired differences."""
+    head = ["method", "length", "tasks", "n", "score", "dense", "Δscore (95 %)", "ΔNLL (95 %)", "read"]
+    body = [
+        [
+            f"`{row['method']}`",
+            _k(row["length"]),
+            str(sum(score is not None for score in row["tasks"].values())),
+            str(row["n"]),
+            _percent(row["score"], 1),
+            _percent(row["baseline_score"], 1),
+            difference(row, "score_diff", 100, 1),
+            difference(row),
+            share_read(row),
+        ]
+        for row in data["in_reach"]
+        if row["n"]
+    ]
     return markdown(head, body)
 
 
@@ -300,14 +340,15 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def difference(row: Mapping[str, Any]) -> str:
+def difference(row: Mapping[str, Any], name: str = "nll_diff", scale: float = 1, digits: int = 3) -> str:
     """`+0.12 [+0.05, +0.19]`, or a dash for dense itself and where there is nothing to compare with."""
-    found = row.get("nll_diff")
+    found = row.get(name)
     if found is None or row["method"] == BASELINE:
         return "–"
-    if found["low"] is None:
-        return f"{found['mean']:+.3f}"
-    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    mean, low, high = (
+        None if found[x] is None else f"{scale * found[x]:+.{digits}f}" for x in ("mean", "low", "high")
+    )
+    return str(mean) if low is None else f"{mean} [{low}, {high}]"
 
 
 def _plus_minus(row: Mapping[str, Any]) -> str:
@@ -334,7 +375,11 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
     elif data["suite"] == "ppl":
         parts = [title, perplexity_table(data)]
     else:
-        parts = [title, ruler_table(data), group_table(data)]
+        parts = [title, ruler_table(data)]
+        if any(row["n"] for row in data["in_reach"]):
+            low, high = (f"{100 * x:.0f}" for x in REACH)
+            parts.append(f"## Tasks in reach: dense scores {low} to {high}\n\n{reach_table(data)}")
+        parts.append(f"## By haystack\n\n{group_table(data)}")
         parts += [f"## {_k(length)}\n\n{task_table(data, length)}" for length in data["lengths"]]
     text = "\n".join([*parts, cost_table(data), *(note + "\n" for note in notes(data))])
     name = f"{data['suite']}.md"

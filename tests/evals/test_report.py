@@ -93,6 +93,26 @@ def test_ruler_tables(ruler: dict[str, Any]) -> None:
     assert "Samples a cell: 2." in report.notes(ruler)
 
 
+def test_tasks_that_dense_always_or_never_solves_are_left_out_of_the_reach_table() -> None:
+    rows = []
+    for index, solved in enumerate((1.0, 0.0, 1.0)):
+        for task, score in (("vt", 1.0), ("cwe", 0.0), ("fwe", solved)):
+            rows.append(row("dense", task, index, score=score, nll=0.5))
+            if index < 2:  # fewer prompts: compared with dense on these alone
+                rows.append(row(SPARSE, task, index, score=0.0, nll=0.75))
+    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    dense, sparse = data["in_reach"]
+    assert {task for task, score in sparse["tasks"].items() if score is not None} == {"fwe"}
+    assert (dense["score"], dense["n"], sparse["score"], sparse["n"]) == (pytest.approx(2 / 3), 3, 0.0, 2)
+    assert sparse["baseline_score"] == 0.5 and sparse["score_diff"]["mean"] == -0.5
+    lines = report.reach_table(data).splitlines()
+    assert lines[2] == "| `dense` | 1K | 1 | 3 | 66.7 | 66.7 | – | – | 100 / 100.0 % |"
+    # differences -1 and 0 of the score, 0.25 twice of the likelihood
+    assert lines[3].startswith(
+        f"| `{SPARSE}` | 1K | 1 | 2 | 0.0 | 50.0 | -50.0 [-685.3, +585.3] | +0.250 [+0.250"
+    )
+
+
 def test_a_difference_beyond_its_interval_is_starred() -> None:
     rows = []
     for index in range(5):
