@@ -177,8 +177,8 @@ def ruler_table(data: Mapping[str, Any]) -> str:
 
 
 def reach_table(data: Mapping[str, Any]) -> str:
-    """Markdown, a row per method and length, over the tasks where dense scores within REACH: the score,
-    dense's on the same prompts, and the paired differences."""
+    """Markdown, a row per method and length, over the tasks where dense scores within REACH: the score and
+    dense's on the prompts that both have, and the paired differences."""
     head = ["method", "length", "tasks", "n", "score", "dense", "Δscore (95 %)", "ΔNLL (95 %)", "read"]
     body = [
         [
@@ -186,7 +186,7 @@ def reach_table(data: Mapping[str, Any]) -> str:
             _k(row["length"]),
             str(sum(score is not None for score in row["tasks"].values())),
             str(row["n"]),
-            _percent(row["score"], 1),
+            _percent(row["score_diff"] and row["baseline_score"] + row["score_diff"]["mean"], 1),
             _percent(row["baseline_score"], 1),
             difference(row, "score_diff", 100, 1),
             difference(row),
@@ -316,6 +316,11 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             "tasks). Read: share of the causal (query, key) pairs read in prefill / decode; KV bytes counts "
             "summaries too. Seconds are a sample's share of its batch."
         ]
+        if data["suite"] == "ruler" and any(row["n"] for row in data["in_reach"]):
+            out.append(
+                "In reach: tasks chosen by dense's own score. Score and dense are over the same prompts, "
+                "Δscore is paired like ΔNLL; an interval without width says that all differences were equal."
+            )
         counts = sorted({cell["n"] for cell in data["cells"]})
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
         if data["haystack"]:

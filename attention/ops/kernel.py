@@ -2,9 +2,8 @@
 
 What the library does best is not rewritten: on the CPU the flash kernel behind
 ``scaled_dot_product_attention`` (in bfloat16, its matrix products: products.py), on CUDA its FlashAttention.
-Where neither can run (soft-cap, an input that
-needs gradients, other devices) the same definition is computed in float32 over tiles of queries and keys, so
-that memory stays bounded.
+Where neither can run (soft-cap, an input that needs gradients, other devices) the same definition is computed
+in float32 over tiles of queries and keys, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..partial import Partial, empty_partial, merge
 from . import products
 
-_FEW_KEYS, _NARROW = 2048, 96  # causal rows that see fewer keys, and narrower heads, gain nothing by products
+_FEW_KEYS = 2048  # causal rows that see fewer keys gain nothing by products, nor do narrow heads
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
 
 
@@ -45,13 +44,14 @@ def attend(
     needs_grad = _needs_grad(q, k, v)
     one_kind = not (causal and mask is not None)  # of hiding keys is all that products know
     if q.device.type == "cpu" and not needs_grad and one_kind and products.serves(q, k, scale):
+        how: dict[str, Any] = {"scale": scale, "causal": causal, "mask": mask, "softcap": softcap}
         if not causal or softcap is not None:
-            how: dict[str, Any] = {"scale": scale, "causal": causal, "mask": mask, "softcap": softcap}
             return products.attend(q, k, v, dtype=kind, **how)
-        if q.shape[2] > _FEW_KEYS and q.shape[3] >= _NARROW and not wide:
+        if q.shape[2] > _FEW_KEYS and q.shape[3] >= products.NARROW:
             few = _FEW_KEYS
-            first = _cpu(q[:, :, :few], k[:, :, :few], v[:, :, :few], scale, True, None)
-            rest = products.attend(q, k, v, first=few, scale=scale, causal=True, mask=None, softcap=None)
+            q_few, k_few, v_few = (x[:, :, :few].to(kind) for x in (q, k, v))
+            first = _cpu(q_few, k_few, v_few, scale, True, None)
+            rest = products.attend(q, k, v, first=few, dtype=kind, **how)
             return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
     q, k, v = (x.to(kind) for x in (q, k, v))
     if mask is not None and mask.shape[-1] < k.shape[2]:

@@ -22,7 +22,7 @@ from ..partial import Partial
 
 _ROWS, _KEYS = 256, 2048
 _FEWEST_ROWS, _FEWEST_KEYS = 128, 512  # below these, starting the operations costs more than is won
-_NARROW, _FEWEST_NARROW = 96, 256  # the rows that narrower heads need
+NARROW, _FEWEST_NARROW = 96, 256  # the rows that narrower heads need
 _LOG2E = 1.4426950408889634
 
 
@@ -30,7 +30,7 @@ def serves(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether the products are there and worth it for q [B, H, Tq, D] against k [B, H, Tk, D]."""
     return (
         q.dtype == torch.bfloat16
-        and q.shape[2] >= (_FEWEST_ROWS if q.shape[3] >= _NARROW else _FEWEST_NARROW)
+        and q.shape[2] >= (_FEWEST_ROWS if q.shape[3] >= NARROW else _FEWEST_NARROW)
         and k.shape[2] >= _FEWEST_KEYS
         and scale > 0
         and _cpu_has_products()

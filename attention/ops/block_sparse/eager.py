@@ -3,8 +3,9 @@
 A row of work is one query block of one head of the index: the queries of all heads that share the index row,
 against the keys of its blocks. Blocks whose keys are all behind the block's first query (*early*) need no
 mask, and rows with equally many of them are one call: rows by keys by numbers, all sizes equal. The other
-blocks (*late*: on the diagonal) are few; each row's are filled up to equally many, and a mask says which
-query sees which of their keys. Both parts are merged in float32.
+blocks (*late*) are few where keys are in their own order, those on the diagonal; each row's are filled up to
+as many as any row has, and a mask says which query sees which of their keys. Both parts are merged before
+they are rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...index import BlockIndex
-from ...partial import Partial, merge
+from ...partial import Partial, empty_partial, merge
 from .. import kernel
 from ..padding import by_row
 
@@ -38,47 +39,70 @@ def block_sparse(
 
 
 class _Keys(NamedTuple):
-    """Keys and values of one unpadded row of the batch, [Hkv, (Nk + 1) * block_k, D]: zeros from tk on, for
-    whom nothing is to be read. places [Hs, Nk, block_k]: where the keys of each block stand, tk past the
-    end."""
+    """Keys k, v [Hkv, Tk, D] of one unpadded row of the batch, and where the blocks of index heads lie.
+
+    begin, end: [Hs, Nk], positions of a block's first and last key; end is Tk where the block is not full.
+    order: [Hs, Nk, block_k], positions of all its keys, Tk past the end; None in natural order.
+    """
 
     k: Tensor
     v: Tensor
-    places: Tensor
-    tk: int
-    natural: bool
+    begin: Tensor
+    end: Tensor
+    order: Tensor | None
+    block_k: int
 
     @staticmethod
     def of(k: Tensor, v: Tensor, order: Tensor | None, hs: int, block_k: int) -> _Keys:
         tk = k.shape[2]
         count = -(-tk // block_k)
-        natural = order is None and block_k > 1
         if order is None:
-            order = torch.arange(tk, device=k.device).expand(hs, -1)
-        places = pad(order.long(), (0, count * block_k - tk), value=tk).unflatten(1, (count, block_k))
-        more = (count + 1) * block_k - tk
-        return _Keys(pad(k[0], (0, 0, 0, more)), pad(v[0], (0, 0, 0, more)), places, tk, natural)
+            begin = (torch.arange(count, device=k.device) * block_k).expand(hs, -1)
+            end = begin + (block_k - 1)
+            return _Keys(k[0], v[0], begin, end.where(end < tk, tk), None, block_k)
+        order = pad(order.long(), (0, count * block_k - tk), value=tk).unflatten(1, (count, block_k))
+        return _Keys(k[0], v[0], order.amin(2), order.amax(2), order, block_k)
 
-    def blocks(self, heads: Tensor, of: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, 1, C * block_k, D] of the blocks chosen [R, C] by rows of the index heads
-        ``of`` [R], from the KV heads [R]; whole blocks in one copy each."""
-        block_k = self.places.shape[2]
-        if not self.natural:
-            return self.at(heads, self.places[of[:, None], chosen].flatten(1))
-        flat = (heads[:, None] * (self.k.shape[1] // block_k) + chosen).view(-1)
+    @property
+    def length(self) -> int:
+        return self.k.shape[1]
+
+    def kv_heads(self, heads: Tensor) -> Tensor:
+        """The KV heads of index heads."""
+        return heads * self.k.shape[0] // len(self.begin)
+
+    def positions(self, heads: Tensor, blocks: Tensor) -> Tensor:
+        """[R, C, block_k]: of the keys of blocks [R, C] of index heads [R], Tk past the end."""
+        if self.order is not None:
+            return self.order[heads[:, None], blocks]
+        places = blocks[..., None] * self.block_k + torch.arange(self.block_k, device=blocks.device)
+        return places.clamp_(max=self.length)
+
+    def full(self, heads: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, 1, C * block_k, D] of full blocks [R, C] of index heads [R]."""
+        if self.order is not None or self.block_k == 1:
+            return self.at(heads, self.positions(heads, blocks).flatten(1))
+        of, whole = self.kv_heads(heads), self.length // self.block_k
 
         def take(x: Tensor) -> Tensor:
-            taken = x.view(-1, block_k * x.shape[2]).index_select(0, flat)
-            return taken.view(len(heads), 1, -1, x.shape[2])
+            if x.is_contiguous() and x.shape[1] == whole * self.block_k:  # a block in one copy
+                flat = (of[:, None] * whole + blocks).view(-1)
+                taken = x.view(-1, self.block_k * x.shape[2]).index_select(0, flat)
+            else:
+                x = x[:, : whole * self.block_k].unflatten(1, (whole, self.block_k))
+                taken = x[of[:, None], blocks]
+            return taken.view(len(heads), 1, -1, x.shape[-1])
 
         return take(self.k), take(self.v)
 
     def at(self, heads: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, 1, N, D] at positions [R, N] of the KV heads [R]."""
-        flat = (heads[:, None] * self.k.shape[1] + positions).view(-1)
+        """Keys and values [R, 1, N, D] at positions [R, N] of index heads [R]; zeros at Tk."""
+        of, there = self.kv_heads(heads)[:, None], positions < self.length
+        whole, positions = bool(there.all()), positions.clamp(max=self.length - 1)
 
         def take(x: Tensor) -> Tensor:
-            return x.flatten(0, 1).index_select(0, flat).view(len(heads), 1, -1, x.shape[2])
+            taken = x[of, positions]
+            return (taken if whole else taken.masked_fill(~there[..., None], 0))[:, None]
 
         return take(self.k), take(self.v)
 
@@ -96,24 +120,22 @@ def _row(
 ) -> Partial:
     """One row of the batch without its padding: q [1, H, Tq, D], blocks [Hs, Nq, M], order [Hs, Tk]."""
     _, h, tq, d = q.shape
-    hs, block_q = blocks.shape[0], index.block_q
-    nq = -(-tq // block_q)
+    hs, block_q = blocks.shape[0], min(index.block_q, tq)
+    nq, share = -(-tq // block_q), h // hs
     keys = _Keys.of(k, v, order, hs, index.block_k)
-    # [Hs, heads that share an index row, Nq, block_q, D]
-    queries = pad(q[0], (0, 0, 0, -tq % block_q)).unflatten(1, (nq, block_q)).unflatten(0, (hs, h // hs))
-    first = keys.tk - tq + torch.arange(0, tq, block_q, device=q.device)
-    room = hs * max(blocks.shape[2], h // hs * block_q * d)
-    step = max(1, _ENTRIES // room)
-    parts = []
+    first = keys.length - tq + torch.arange(0, tq, block_q, device=q.device)
+    result = empty_partial(q, v.shape[3])
+    step = max(1, _ENTRIES // (hs * max(blocks.shape[2], share * block_q * d)))
     for a in range(0, nq, step):
-        some = slice(a, min(a + step, nq))
-        work = queries[:, :, some].transpose(1, 2)
-        chosen, used = blocks[:, some].long(), counts[:, some]
-        parts.append(_span(work, chosen, used, first[some], keys, scale, softcap))
-    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))  # [Hs, share, Nq, block_q, Dv]
-    return Partial(
-        out.flatten(2, 3).flatten(0, 1)[None, :, :tq], lse.flatten(2, 3).flatten(0, 1)[None, :, :tq]
-    )
+        z = min(a + step, nq)
+        rows = slice(a * block_q, min(z * block_q, tq))
+        some = pad(q[0, :, rows], (0, 0, 0, -(rows.stop - rows.start) % block_q))
+        work = some.view(hs, share, z - a, block_q, d).transpose(1, 2)
+        part = _span(work, blocks[:, a:z].long(), counts[:, a:z], first[a:z], keys, scale, softcap)
+        for into, x in zip(result, part, strict=True):
+            x = x.unflatten(0, (hs, z - a)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            into[0, :, rows] = x[:, : rows.stop - rows.start].to(into.dtype)
+    return result
 
 
 def _span(
@@ -126,24 +148,23 @@ def _span(
     softcap: float | None,
 ) -> Partial:
     """Some query blocks, work [Hs, Nq, share, block_q, D], which begin at first [Nq], over the blocks chosen
-    [Hs, Nq, M], of which used [Hs, Nq] count -> [Hs, share, Nq, block_q, Dv] in float32."""
+    [Hs, Nq, M], of which used [Hs, Nq] count -> [Hs * Nq, share, block_q, Dv], not rounded."""
     hs, nq, _, block_q, _ = work.shape
-    last = (first + block_q - 1).clamp(max=keys.tk - 1)
+    last = (first + block_q - 1).clamp(max=keys.length - 1)
     counted = torch.arange(chosen.shape[2], device=chosen.device) < used[..., None]
-    counted &= chosen < keys.places.shape[1]  # a padded row ends before the others' last blocks
+    counted &= chosen < keys.begin.shape[1]  # a padded row ends before the others' last blocks
     chosen = chosen.where(counted, 0)
 
     def of_blocks(x: Tensor) -> Tensor:  # [Hs, Nk] -> [Hs, Nq, M]
         return x.gather(1, chosen.flatten(1)).view_as(chosen)
 
-    early = counted & (of_blocks(keys.places.amax(2)) <= first[:, None])
-    late = counted & ~early & (of_blocks(keys.places.amin(2)) <= last[:, None])
+    early = counted & (of_blocks(keys.end) <= first[:, None])
+    late = counted & ~early & (of_blocks(keys.begin) <= last[:, None])
     work, chosen, early, late = (x.flatten(0, 1) for x in (work, chosen, early, late))
     heads = torch.arange(hs, device=work.device).repeat_interleave(nq)
     before = _early(work, chosen, early, heads, keys, scale, softcap)
     near = _late(work, chosen, late, heads, first.repeat(hs), last.repeat(hs), keys, scale, softcap)
-    out, lse = merge(before, near)
-    return Partial(out.unflatten(0, (hs, nq)).transpose(1, 2), lse.unflatten(0, (hs, nq)).transpose(1, 2))
+    return merge(before, near)
 
 
 def _early(
@@ -155,25 +176,24 @@ def _early(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    """Rows of work [R, share, block_q, D] over those of the blocks chosen [R, M] that are early."""
+    """Rows of work [R, share, block_q, D] of index heads [R] over those of the blocks chosen [R, M] that are
+    early."""
     share, block_q, d = work.shape[1:]
-    result = _room(work, keys)
+    out, lse = _room(work, keys)
     many, rows = early.sum(1).sort(stable=True)
     sizes = many.unique_consecutive(return_counts=True)
     for size, group in zip(sizes[0].tolist(), rows.split(sizes[1].tolist()), strict=True):
         if size == 0:
-            result.out[group], result.lse[group] = 0, -torch.inf
+            out[group], lse[group] = 0, -torch.inf
             continue
-        for some in group.split(max(1, _GATHERED // (size * keys.places.shape[2] * d))):
-            blocks = chosen[some][early[some]].view(-1, size)
-            of = heads[some]
-            key, value = keys.blocks(of * keys.k.shape[0] // len(keys.places), of, blocks)
+        for some in group.split(max(1, _GATHERED // (size * keys.block_k * d))):
+            key, value = keys.full(heads[some], chosen[some][early[some]].view(-1, size))
             part = kernel.attend(
                 work[some].flatten(1, 2)[:, None], key, value, scale=scale, softcap=softcap, wide=True
             )
-            result.out[some] = part.out.view(-1, share, block_q, value.shape[3])
-            result.lse[some] = part.lse.view(-1, share, block_q)
-    return result
+            out[some] = part.out.view(-1, share, block_q, value.shape[3]).to(out.dtype)
+            lse[some] = part.lse.view(-1, share, block_q)
+    return Partial(out, lse)
 
 
 def _late(
@@ -190,38 +210,28 @@ def _late(
     """The same over the late ones, each query over what it sees of them; first, last [R]: positions of the
     rows' first and last queries."""
     share, block_q, d = work.shape[1:]
+    out, lse = _room(work, keys)
     most = int(late.sum(1).max())
-    result = _room(work, keys)
     if most == 0:
-        result.out.zero_(), result.lse.fill_(-torch.inf)
-        return result
-    there, slots = late.int().topk(most, dim=1)
-    blocks, of_kv = chosen.gather(1, slots), heads * keys.k.shape[0] // len(keys.places)
+        return Partial(out.zero_(), lse.fill_(-torch.inf))
+    slots = late.int().topk(most, dim=1).indices.sort(1).values
+    there, blocks = late.gather(1, slots), chosen.gather(1, slots)
     own = torch.arange(block_q, device=work.device)
-    size = most * keys.places.shape[2]
-    step = max(1, _GATHERED // (size * max(d, block_q)))
+    step = max(1, _GATHERED // (most * keys.block_k * max(d, block_q)))
     for some in torch.arange(len(work), device=work.device).split(step):
-        positions = keys.places[heads[some, None], blocks[some]]
-        read = (there[some] > 0)[..., None] & (positions <= last[some, None, None])
-        positions = positions.where(read, keys.tk).flatten(1)  # [R, most * block_k]
-        queries = first[some, None] + own
-        causal = positions.shape == queries.shape and bool(
-            (positions == queries).all()
-        )  # the diagonal itself
-        mask = positions[:, None] <= queries.clamp(max=keys.tk - 1)[..., None]
-        key, value = keys.at(of_kv[some], positions)
+        positions = keys.positions(heads[some], blocks[some])
+        read = there[some][..., None] & (positions <= last[some, None, None])
+        positions = positions.where(read, keys.length).flatten(1)  # [R, most * block_k]
+        queries = (first[some, None] + own).clamp(max=keys.length - 1)
+        mask = positions[:, None] <= queries[..., None]
+        key, value = (
+            x.to(out.dtype).expand(-1, share, -1, -1) for x in keys.at(heads[some], positions)
+        )  # widened before they are expanded: once per index head
         part = kernel.attend(
-            work[some],
-            key.expand(-1, share, -1, -1),
-            value.expand(-1, share, -1, -1),
-            scale=scale,
-            causal=causal,
-            mask=None if causal else mask[:, None],
-            softcap=softcap,
-            wide=True,
+            work[some], key, value, scale=scale, mask=mask[:, None], softcap=softcap, wide=True
         )
-        result.out[some], result.lse[some] = part
-    return result
+        out[some], lse[some] = part.out.to(out.dtype), part.lse
+    return Partial(out, lse)
 
 
 def _room(work: Tensor, keys: _Keys) -> Partial:
