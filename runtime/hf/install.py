@@ -1,4 +1,4 @@
-"""Changing a model, reversibly: configs, attention modules, hooks and chunked prefill."""
+"""Changing a model, reversibly: configs, attention modules and hooks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ...attention.errors import FarspanError
 from ..cache import KVStore
-from ..layer import DECODE_ROWS, Layer, Session
+from ..layer import Layer, Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
+from .chunk import chunk_forward
 from .interface import ATTRIBUTE, NAME, register
 from .models import FULL, ModelInfo
-from .spread import (
-    ALONG_TOKENS,
-    along_tokens,
-    foreign_tensors,
-    replace_forward,
-    spread_forward,
-    told_to_all,
-)
+from .spread import spread_forward, told_to_all
 
 
 def install(
@@ -61,7 +55,7 @@ def install(
     if session.mesh is not None:
         undo += spread_forward(model, info, session, granule)
     if chunk is not None:
-        undo.append(_chunk_forward(info.decoder, chunk))
+        undo.append(chunk_forward(info.decoder, chunk))
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         with told_to_all(session.mesh):
@@ -145,43 +139,3 @@ def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
             f"{past} cached and "
             f"{tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
         )
-
-
-def _chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
-    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
-    decode step."""
-
-    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = (
-            kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        )
-        cache = kwargs.get("past_key_values")
-        length = 0 if tokens is None else tokens.shape[1]
-        if cache is None or length <= chunk + DECODE_ROWS or foreign_tensors(decoder.config, kwargs):
-            return original(*args, **kwargs)
-        past = cache.get_seq_length()
-        cuts = list(range(chunk, length, chunk))
-        if length - cuts[-1] <= DECODE_ROWS:
-            cuts.pop()
-        outputs = []
-        for a, b in zip([0, *cuts], [*cuts, length], strict=True):
-            part = dict(kwargs)
-            for name in ALONG_TOKENS:
-                if part.get(name) is not None:
-                    part[name] = along_tokens(name, part[name], partial(_narrow, a, b))
-            if part.get("attention_mask") is not None:
-                part["attention_mask"] = part["attention_mask"][:, : past + b]
-            outputs.append(original(*args, **part))
-        output = outputs[-1]
-        output.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], 1)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(
-                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs), strict=True)
-            )
-        return output
-
-    return replace_forward(decoder, forward)
-
-
-def _narrow(a: int, b: int, x: Tensor, dim: int) -> Tensor:
-    return x.narrow(dim, a, b - a)
