@@ -14,3 +14,5 @@ from .models import is_patched as is_patched
 from .models import join_ranks as join_ranks
 from .observe import observe as observe
 from .observe import replace_attention as replace_attention
+from .trial import accept as accept
+from .trial import continues_exactly as continues_exactly

@@ -19,7 +19,7 @@ from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
 from .interface import ATTRIBUTE, NAME, register
-from .models import FULL, ModelInfo
+from .models import FULL, ModelInfo, calls_attention
 from .spread import spread_forward, told_to_all
 
 
@@ -39,6 +39,7 @@ def install(
     register()
     undo: list[Callable[[], None]] = []
     copies: dict[int, Any] = {}
+    served = set(info.attention.values())
     copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
     # Two models built from one config object share it: ours gets a copy, so that no other model is switched
     # over. Modules around a text backbone hold a config that contains its config, and make its masks by
@@ -46,6 +47,8 @@ def install(
     for module in model.modules():
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
+            if calls_attention(module) and module not in served:
+                continue  # attention over an image that has the text's config (Kosmos-2.5) stays as it is
             module.config = copy.deepcopy(config, copies)
             undo.append(partial(setattr, module, "config", config))
     for index, module in info.attention.items():
