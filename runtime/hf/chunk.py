@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layer import DECODE_ROWS
+from .releases import given_cache
 from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, replace_forward
 
 
@@ -21,7 +22,7 @@ def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         tokens = (
             kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         )
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         length = 0 if tokens is None else tokens.shape[1]
         if cache is None or length <= chunk + DECODE_ROWS or foreign_tensors(decoder.config, kwargs):
             return original(*args, **kwargs)

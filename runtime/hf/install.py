@@ -20,6 +20,7 @@ from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
 from .interface import ATTRIBUTE, NAME, register
 from .models import FULL, ModelInfo
+from .releases import CACHE_NAMES, cache_name, given_cache
 from .spread import spread_forward, told_to_all
 
 
@@ -88,9 +89,13 @@ def _begin(
         use_cache = getattr(decoder.config, "use_cache", False)
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         use_cache = False  # the model itself switches the cache off then
-    cache = call.get("past_key_values")
+    cache = given_cache(call)
+    for name in CACHE_NAMES:  # one name from here on: where both are given, transformers drops the older one
+        call.pop(name, None)
     if cache is None and use_cache:
-        cache = call["past_key_values"] = DynamicCache(config=decoder.config)
+        cache = DynamicCache(config=decoder.config)
+    if cache is not None:
+        call[cache_name(decoder)] = cache
     mesh = session.mesh
     if cache is not None:
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))

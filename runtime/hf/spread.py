@@ -24,6 +24,7 @@ from ..shard import in_call
 from ..spread import carrier
 from .cache import ShardStoreLayer
 from .models import ModelInfo
+from .releases import given_cache
 
 
 def spread_forward(
@@ -151,7 +152,7 @@ def _share_out(info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwar
     """Make the arguments of the decoder's forward those of this rank, once all ranks have the same."""
     ids = kwargs.get("input_ids")
     tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
     past = cache.get_seq_length() if cache is not None else 0
     total = past + tokens.shape[1]
     padding = Padding() if mask is None else read_padding(mask)
