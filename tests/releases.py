@@ -3,10 +3,10 @@
     python tests/releases.py lowest constrained newest          # what `make test-releases` does
     python tests/releases.py 5.22.2 --pytest "-k llama"
 
-A release is a version, or one of three names: `lowest` is the least that pyproject.toml asks for, `constrained`
-is the one in constraints.txt, `newest` is the newest on the package index that pyproject.toml admits. Each
-is installed without its requirements into a folder of its own, `<venv>/releases/<version>`, which goes first on
-the path. Everything else is shared, torch included.
+A release is a version, or one of three names: `lowest` is the least that pyproject.toml asks for,
+`constrained` is the one in constraints.txt, `newest` is the newest on the package index that pyproject.toml
+admits. Each is installed without its requirements into a folder of its own, `<venv>/releases/<version>`, which
+goes first on the path. Everything else is shared, torch included.
 """
 
 from __future__ import annotations
