@@ -5,8 +5,8 @@
 
 A release is a version, or one of three names: `lowest` is the least that pyproject.toml asks for,
 `constrained` is the one in constraints.txt, `newest` is the newest on the package index that pyproject.toml
-admits. Each is installed without its requirements into a folder of its own, `<venv>/releases/<version>`, which
-goes first on the path. Everything else is shared, torch included.
+admits. Each is installed without its requirements into `<venv>/releases/<version>`, a folder that goes
+first on the path. Everything else is shared, torch included.
 """
 
 from __future__ import annotations
