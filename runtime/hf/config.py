@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...parallel.job import LayerShape, ModelShape
-from ..models import _errors_as_sentences, _quiet, resolve
+from ..models import errors_as_sentences, quiet, resolve
 from .models import SLIDING, ModelInfo, inspect_model
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -25,7 +25,7 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
     cannot be found or read, and Unsupported where farspan cannot serve it.
     """
     target = resolve(name_or_path)
-    with _errors_as_sentences(str(name_or_path), target), _quiet():
+    with errors_as_sentences(str(name_or_path), target), quiet():
         config = AutoConfig.from_pretrained(target)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
