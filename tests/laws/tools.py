@@ -74,7 +74,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": None, "fraction": 0.3, "page": 8, "share": "none", "dense_layers": 0},
     ],
     "double_sparsity": [
-        {"k": 20, "dense_layers": 0},
+        {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "share": "none", "dense_layers": 0, "group_factor": 2},
     ],
     "h2o": [{"k": 24}, {"k": 7}],
