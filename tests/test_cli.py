@@ -155,7 +155,7 @@ def test_lists_in_options():
         (["generate", "-p", "x", "--method", "recycled:k=-5"], ["k a whole number, at least 1", "got -5"]),
         (["generate", "-p", "x", "--method", "recycled:k=many"], ["a whole number for k", "'many'"]),
         (["generate", "-p", "x", "--method", "quest + block_topk"], ["quest has no prefill"]),
-        (["generate", "-p", "x", "--model", "./nowhere"], ["no folder './nowhere'"]),
+        (["generate", "-p", "x", "--model", "./nowhere"], ["no folder or file './nowhere'"]),
         (["generate", "-p", "x", "--model", "smollm-135m"], ["did you mean the alias 'smollm2-135m'"]),
         (["generate", "-p", "x", "--rope", "yarn"], ["yarn:4"]),
         (["generate", "-p", "x", "--rope", "yarn:100000:1"], ["yarn:4"]),

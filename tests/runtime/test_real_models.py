@@ -86,7 +86,7 @@ def loaded(alias) -> tuple[Any, Any]:
 def test_every_weight_is_the_dequantised_one(alias, tmp_path):
     """Downloads the wheels again. The oracle is gguf's own dequantiser.
 
-    A GGUF holds a Gemma norm as 1 + w, and a Llama's rows of q and k with the halves of each head interleaved.
+    A GGUF holds a Gemma norm as 1 + w, and a Llama's q and k with the halves of each head interleaved.
     """
     model = load(alias)[0]
     state, config = model.state_dict(), model.config
