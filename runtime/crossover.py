@@ -58,11 +58,11 @@ def crossovers(
     if setting is None:
         return {}
     selective = {phase: method for phase, method in methods.items() if method.name != "dense"}
-    if setting != "auto":
-        number = whole_number(setting)
-        if number is None or number < 1:
-            raise FarspanError(f'crossover is "auto" or a number of keys, at least 1; got {setting!r}.')
+    number = whole_number(setting)
+    if number is not None and number >= 1:
         return dict.fromkeys(selective, float(number))
+    if not isinstance(setting, str) or setting != "auto":
+        raise FarspanError(f'crossover is "auto" or a number of keys, at least 1; got {setting!r}.')
     kept = _read()
     found = {}
     for phase, method in selective.items():
