@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -51,16 +52,30 @@ class Stores(Protocol):
     def __getitem__(self, index: int) -> KVStore | None: ...
 
 
+class Unique:
+    """A part of a patch, which belongs to one model. Copying or pickling it raises FarspanError."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise FarspanError(
+            "A patched model cannot be copied or pickled (torch.save of a whole model pickles it): call "
+            "remove() first, and patch again afterwards. save_pretrained and state_dict work while it is "
+            "patched."
+        )
+
+
 class Session(threading.local):
     """What the layers of one patched model share during a forward call; threads may call it at the same
     time."""
 
-    def __init__(self, strict: bool, mesh: Mesh | None = None) -> None:
+    def __init__(self, strict: bool, mesh: Mesh | None = None, notices: Counter[str] | None = None) -> None:
         self.strict = strict
         self.mesh = mesh
+        self.notices = Counter() if notices is None else notices  # of all threads, for the report
         self.call: Call | None = None  # of a mesh, while the decoder runs
         self.output: Tensor | None = None  # of a mesh, what the last call has given
         self.rows: int | None = None  # of a mesh, how many last positions the caller wants; None: all
+        self.off = False  # whether the running call is the model's own, since it was set to another attention
+        self.positions: Tensor | None = None  # of the whole call, while a part of it runs
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
@@ -84,6 +99,16 @@ class Session(threading.local):
             )
         return self._paddings[id(mask)][1]
 
+    @contextmanager
+    def part_of(self, positions: Tensor) -> Iterator[None]:
+        """Around calls that run parts of one with these ``positions``; a part may have parts itself."""
+        before = self.positions
+        self.positions = positions if before is None else before
+        try:
+            yield
+        finally:
+            self.positions = before
+
     def end(self) -> None:
         """Forget the call."""
         self.cached, self.stores, self._paddings = False, None, {}
@@ -98,8 +123,9 @@ def read_padding(mask: Tensor) -> Padding:
         row = int((mask[:, 1:] < mask[:, :-1]).any(1).nonzero()[0])
         raise FarspanError(
             f"The attention mask has zeros after ones in row {row}: farspan serves left padding "
-            "(tokenizer.padding_side = "
-            "'left'), not right padding or holes."
+            "(tokenizer.padding_side = 'left'), not right padding or holes. Where generate() is given no "
+            "mask, it makes one with a zero at every pad token of the prompt: pass "
+            "attention_mask=torch.ones_like(input_ids) then."
         )
     start = (~mask).sum(1)
     return Padding(start, start.tolist())
@@ -112,7 +138,7 @@ def _below(keys: float) -> str:
 
 
 @dataclass
-class Layer:
+class Layer(Unique):
     """Attention of one layer of a patched model."""
 
     index: int
@@ -127,9 +153,6 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.clear_report()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise FarspanError("A patched model cannot be copied: call remove() first, then patch both.")
 
     @property
     def methods(self) -> dict[str, AttentionMethod]:

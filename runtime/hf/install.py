@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from ...attention.errors import FarspanError
@@ -18,9 +17,12 @@ from ..layer import Layer, Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
+from .hooks import Hook
 from .interface import ATTRIBUTE, NAME, register
 from .models import FULL, ModelInfo
+from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
+from .rope import follow_length
 from .spread import spread_forward, told_to_all
 
 
@@ -38,33 +40,44 @@ def install(
     the ranks of ``session.mesh``.
     """
     register()
-    undo: list[Callable[[], None]] = []
-    copies: dict[int, Any] = {}
-    copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
-    # Two models built from one config object share it: ours gets a copy, so that no other model is switched
-    # over. Modules around a text backbone hold a config that contains its config, and make its masks by
-    # that: copied along.
-    for module in model.modules():
-        config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
-            module.config = copy.deepcopy(config, copies)
-            undo.append(partial(setattr, module, "config", config))
+    undo = [own_configs(model, info.config)]
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(partial(delattr, module, ATTRIBUTE))
+    if session.mesh is not None or chunk is not None:
+        undo += follow_length(info.decoder, session)
     if session.mesh is not None:
         undo += spread_forward(model, info, session, granule)
     if chunk is not None:
-        undo.append(chunk_forward(info.decoder, chunk))
+        undo.append(chunk_forward(info.decoder, chunk, session))
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with told_to_all(session.mesh):
-            return _begin(module, args, kwargs, session)
+            return None if _switched_off(module, session) else _begin(module, args, kwargs, session)
 
-    before = info.decoder.register_forward_pre_hook(begin, with_kwargs=True)
-    after = info.decoder.register_forward_hook(lambda *_: session.end(), always_call=True)
+    before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
+    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
     undo += [before.remove, after.remove]
     return undo
+
+
+def _switched_off(decoder: Any, session: Session) -> bool:
+    """Whether the model has been set to another attention since the patch; its calls are its own then."""
+    name = decoder.config._attn_implementation
+    session.off = name != NAME
+    if not session.off:
+        return False
+    sentence = (
+        f"The patched model was set to the attention {name!r} (model.set_attn_implementation), so farspan "
+        f"does nothing in it: set {NAME!r} again, or call remove(), which keeps {name!r}."
+    )
+    if session.strict or session.mesh is not None:
+        raise FarspanError(sentence)
+    reason = f"the model was set to the attention {name!r}, so farspan did nothing"
+    if reason not in session.notices:
+        warnings.warn(sentence, stacklevel=2)
+    session.notices[reason] += 1
+    return True
 
 
 def _begin(
