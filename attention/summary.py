@@ -203,6 +203,29 @@ class Summaries:
         self._kept.clear()
 
 
+class SomeRows(Summaries):
+    """The entries of ``rows`` of a batch, out of those of the whole batch: keys k [B, Hkv, Tk, D], whose rows
+    begin at ``start``. first: how many positions of padding the rows are without."""
+
+    def __init__(
+        self, whole: Summaries, k: Tensor, start: Tensor | None, rows: slice, first: int = 0
+    ) -> None:
+        super().__init__()
+        self._whole, self._k, self._start, self._rows, self._first = whole, k, start, rows, first
+
+    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
+        entries = self._whole.get(summary, self._k, self._start)[self._rows]
+        if summary.block == 1:
+            entries = entries[:, :, self._first :]
+        return entries[:, :, : -(-k.shape[2] // summary.block)]
+
+    def done(self, summary: Summary) -> int:
+        return self._whole.done(summary)
+
+    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
+        return self._whole.room(summary, self._k, length, done)[self._rows]
+
+
 def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:
     """Rows grouped by where they begin, so that equal rows are summarised in one go."""
     groups: dict[int, list[int]] = {}

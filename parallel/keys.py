@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..attention.keys import Keys, Peers
+from ..attention.keys import Keys, Peers, State
 from ..attention.ops.select import top_k
-from ..attention.summary import Summaries, Summary
+from ..attention.summary import SomeRows, Summaries, Summary
 from .comm import Ranks, pack, unpack
 from .layout import Layout
 
@@ -45,6 +46,11 @@ class ShardedKeys(Keys):
 
     def places(self) -> Tensor:
         return self._places
+
+    def some_rows(self, rows: slice, state: State) -> ShardedKeys:
+        some = super().some_rows(rows, state)
+        assert isinstance(some, ShardedKeys)
+        return dataclasses.replace(some, shared=SomeRows(self.shared, self.k, None, rows))
 
     def summary(self, summary: Summary) -> Tensor:
         if summary.block == 1:
