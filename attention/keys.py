@@ -96,7 +96,8 @@ class Keys:
     def summary(self, summary: Summary) -> Tensor:
         """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted.
 
-        Of a summary of single keys (block 1), the entries of those that are here."""
+        Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
+        keys that are here."""
         entries = self.summaries.get(summary, self.k, self.start)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
@@ -117,23 +118,14 @@ class Keys:
         """[N] int64, the positions of the keys that are here."""
         return torch.arange(self.length, device=self.k.device)
 
-    def visible(self, block: int = 1) -> Tensor | None:
-        """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where
-        all do.
-
-        N is Tk for block 1 (entries by position; of those that are here), else ceil(Tk / block) (entries
-        counted from the row's start).
-        """
+    def visible(self) -> Tensor | None:
+        """[B or 1, Tq, N] bool: the keys here that each query sees; None where all do."""
         if self.tq == 1 and self.start is None:
             return None
-        device = self.k.device
-        rows = torch.arange(self.past, self.length, device=device)[None, :, None]
+        rows = torch.arange(self.past, self.length, device=self.k.device)[None, :, None]
         first = 0 if self.start is None else self.start[:, None, None]
-        if block == 1:
-            cols = self.places()
-            return (cols <= rows) & (cols >= first)
-        cols = torch.arange(-(-self.length // block), device=device)
-        return cols * block <= rows - first
+        cols = self.places()
+        return (cols <= rows) & (cols >= first)
 
     def row(self, b: int) -> Keys:
         """Row b alone, its padding cut off: what the method would see if the row were not in a batch."""

@@ -203,9 +203,8 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
 @torch.no_grad()
 def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
     """Bring the block summaries up to date that some method of the layer is going to select by."""
-    wanted: dict[tuple, Summary] = {s.key: s for s in layer.decode.summaries if s.block > 1}
-    if call.split is not None:
-        wanted |= {s.key: s for s in layer.prefill.summaries}
+    asked = (*layer.decode.summaries, *(() if call.split is None else layer.prefill.summaries))
+    wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
         recent = torch.cat([store.recent, k], 2)
@@ -218,7 +217,7 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
             extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
     store.recent = None
     if call.split is None and wanted:
-        store.recent = recent[:, :, -2 * max(s.block for s in wanted.values()) :]
+        store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]
 
 
 def _told(method: AttentionMethod) -> bool:

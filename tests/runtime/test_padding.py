@@ -116,6 +116,31 @@ def test_state_follows_the_rows_in_groups() -> None:
         assert [x[:, 0].tolist() for x in got] == want
 
 
+# --- summaries of blocks of one key (f02) ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "quest:k=12,page=1,dense_layers=0",
+        "quest:k=12,page=1,dense_layers=0,share=none",
+        "block_topk:k=8,block=1",
+        "dhsa:fraction=0.25,block_q=8,block_k=1,local=3",
+        "sale:threshold=2,block_q=8,block_k=1,local=8,dense_below=0",
+    ],
+)
+def test_blocks_of_one_key_count_from_the_row_s_start(model: Any, spec: str) -> None:
+    """f02: ``page=1`` and ``block=1`` are blocks like any others under left padding."""
+    lengths = (60, 41, 7)
+    prompts = padded(*lengths)
+    with farspan.patch(model, spec):
+        tokens, logits = answers(model, prompts)
+        for row, n in enumerate(lengths):
+            got = answers(model, {name: x[row : row + 1, 60 - n :] for name, x in prompts.items()})
+            assert torch.equal(got[0][0], tokens[row])
+            assert (got[1][0] - logits[row]).abs().max() < 1e-5
+
+
 # --- rows in phases of their own (f03) ---------------------------------------------------------------------
 
 
