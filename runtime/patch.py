@@ -130,7 +130,7 @@ def patch(
     }
     if mesh is not None:
         granule = math.lcm(
-            granule, *(s.block for pair in served.values() for m in pair[:2] for s in m.summaries)
+            granule, *(s.block or 1 for pair in served.values() for m in pair[:2] for s in m.summaries)
         )
         mesh.agree(
             {

@@ -72,6 +72,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "page": 4, "dense_layers": 0},
         {"k": 27, "page": 8, "share": "sum", "dense_layers": 0},
         {"k": None, "fraction": 0.3, "page": 8, "share": "none", "dense_layers": 0},
+        {"k": 12, "page": 1, "dense_layers": 0},
     ],
     "double_sparsity": [
         {"k": 20, "dense_layers": 0, "group_factor": 4},
