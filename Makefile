@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-gpu | lint | bench | results | results-prefill.  Everything runs in .venv, made on first use.
+# make demo | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill.  Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-gpu bench results results-prefill lint style types imports clean
+.PHONY: help demo test test-releases test-slow test-gpu bench results results-prefill lint style types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -94,6 +94,11 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 
 test: $(VENV)/.dev ## the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+RELEASES ?= lowest constrained newest
+
+test-releases: $(VENV)/.dev ## laws, runtime and command line under each supported release of transformers
+	$(BIN)/python tests/releases.py $(RELEASES) --pytest "-n $(WORKERS)"
 
 test-slow: $(VENV)/.dev ## the tests that take minutes each
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"

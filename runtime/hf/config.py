@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...parallel.job import LayerShape, ModelShape
-from ..models import _errors_as_sentences, _quiet, resolve
+from ..models import errors_as_sentences, quiet, resolve
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -22,7 +22,7 @@ def empty_model(name_or_path: str | Path) -> Any:
     """The model of an alias, a local folder or a hub id, by its config and without weights (torch's meta
     device); of a hub id only config.json is fetched. Raises FarspanError where it cannot be found or read."""
     target = resolve(name_or_path)
-    with _errors_as_sentences(str(name_or_path), target), _quiet():
+    with errors_as_sentences(str(name_or_path), target), quiet():
         config = AutoConfig.from_pretrained(target)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

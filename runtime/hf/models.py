@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...attention.errors import FarspanError, Unsupported
@@ -109,7 +109,7 @@ def inspect_model(model: Any) -> ModelInfo:
             f"farspan cannot patch a {type(model).__name__}",
             [f"it patches transformers' causal LMs (a PreTrainedModel){_inside(model)}"],
         )
-    decoder = cast(Any, model).get_decoder()
+    decoder = without_head(cast(Any, model).get_decoder())
     config = getattr(decoder, "config", None)
     if not isinstance(config, PreTrainedConfig):
         raise Unsupported(
@@ -148,6 +148,15 @@ def inspect_model(model: Any) -> ModelInfo:
     if reasons:
         raise Unsupported(f"farspan cannot patch {type(model).__name__}", reasons)
     return ModelInfo(model, decoder, config, dict(sorted(attention.items())), kinds)
+
+
+def without_head(decoder: Any) -> Any:
+    """The part that gives hidden states; `get_decoder` gives a CausalLM for Mllama's text and Kosmos-2.5."""
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        inner = [part for part in decoder.children() if isinstance(part, PreTrainedModel)]
+        if len(inner) == 1:
+            return inner[0]
+    return decoder
 
 
 def _inside(wrapper: Any) -> str:
@@ -209,12 +218,6 @@ def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot be given a part of the sequence")
-    rope = getattr(info.config, "rope_parameters", None) or {}
-    kinds = {str(p.get("rope_type")) for p in (rope, *rope.values()) if isinstance(p, dict)}
-    reasons += [
-        f"its {kind} RoPE depends on the length seen so far, which ranks see differently"
-        for kind in sorted(kinds & {"dynamic", "longrope"})
-    ]
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         reasons.append("device_map has spread its layers over devices; give each rank one device")
     if any(hasattr(p, "ds_id") for p in model.parameters()):

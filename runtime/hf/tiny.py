@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .models import ModelInfo
+from .models import ModelInfo, without_head
 
 VOCAB = 128
 TOKENS = range(3, 64)  # of which calls are made: none of them is special
@@ -86,7 +86,7 @@ def small_copies(info: ModelInfo) -> Iterator[PreTrainedModel]:
 def owner(info: ModelInfo) -> Any:
     """The model as transformers knows it, without what peft or others have put around it."""
     around = (m for m in info.model.modules() if isinstance(m, PreTrainedModel))
-    return next((m for m in around if m.get_decoder() is info.decoder), info.decoder)
+    return next((m for m in around if without_head(m.get_decoder()) is info.decoder), info.decoder)
 
 
 def own_class(module: Any) -> type[Any]:

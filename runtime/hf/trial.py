@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
 import math
 import warnings
@@ -141,15 +140,16 @@ def _batch(length: int) -> tuple[Tensor, Tensor]:
 
 def run(model: Any, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
     """Logits (or hidden states) [B, T, ...] of a sequence given in pieces, zero at padding."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, parts = None, []
     for a, b in itertools.pairwise(cuts):
         how = {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b], "use_cache": True}
-        output = model(**how, **{name: cache})
-        if cache is None and output.get(name) is None:  # RecurrentGemma gives back none: it is handed one
+        output = model(**how, **releases.with_cache(model, cache))
+        if cache is None and releases.returned_cache(output) is None:
+            # RecurrentGemma gives back no cache of its own making: it is handed one.
             cache = DynamicCache(config=model.config)
-            output = model(**how, **{name: cache})
-        cache = output.get(name, cache)
+            output = model(**how, **releases.with_cache(model, cache))
+        given_back = releases.returned_cache(output)
+        cache = cache if given_back is None else given_back
         parts.append(output[0])
     return torch.cat(parts, 1).float() * mask[..., None]
 
