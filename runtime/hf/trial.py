@@ -85,7 +85,8 @@ def continues_exactly(info: ModelInfo) -> bool:
     Attention continues exactly. What else a layer has (a recurrence, a convolution) is tried out on a small
     copy, once in a process for a class and a config; where no copy runs the answer is no.
     """
-    return {FULL, SLIDING}.issuperset(info.kinds) or _once(_continues, info)
+    attention = {FULL, SLIDING}.issuperset(info.kinds) and len(info.attention) == len(info.kinds)
+    return attention or _once(_continues, info)
 
 
 _done: dict[tuple[Any, ...], Any] = {}
