@@ -47,7 +47,10 @@ def _root(
 
 @app.command()
 def models(json: options.Json = False) -> None:
-    """The aliases: models that need no hub, and where they are kept. Any hub id or local folder works too."""
+    """The aliases: models that need no hub, and where they are kept.
+
+    Any hub id, local folder or GGUF file works too.
+    """
     from ..runtime.models import ALIASES, cached
 
     rows: list[dict[str, Any]] = [
@@ -56,7 +59,8 @@ def models(json: options.Json = False) -> None:
             "title": alias.title,
             "positions": alias.positions,
             "license": alias.license,
-            "source": f"PyPI: {alias.requirement}",
+            "source": f"PyPI: {', '.join(part.requirement for part in alias.parts)}",
+            "origin": alias.origin,
             "cached": str(folder) if (folder := cached(name)) else None,
         }
         for name, alias in ALIASES.items()
@@ -66,7 +70,9 @@ def models(json: options.Json = False) -> None:
     table = output.table("alias", "model", "positions", "kept in")
     for row in rows:
         kept = row["cached"] or "fetched on first use"
-        table.add_row(row["alias"], f"{row['title']}. {row['license']}.", str(row["positions"]), kept)
+        table.add_row(
+            row["alias"], f"{row['title']}. {row['license']}. {row['origin']}.", str(row["positions"]), kept
+        )
     output.show(table)
 
 

@@ -17,7 +17,10 @@ DEFAULT_MODEL = "smollm2-135m"
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Hub id, local folder, or an alias of `farspan models`.", show_default=True
+        "--model",
+        "-m",
+        help="Hub id, local folder, GGUF file, or an alias of `farspan models`.",
+        show_default=True,
     ),
 ]
 Rope = Annotated[

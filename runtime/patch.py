@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -52,8 +53,9 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
     method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts. A call that needs gradients, keeps no cache, or has other tensors than those of its tokens
-    stays whole, and the report says so.
+    long prompts. Not used, with a warning, on a model whose recurrent layers do not continue exactly. A call
+    that needs gradients, keeps no cache, or has tensors besides those of its tokens stays whole; the report
+    says so.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
     ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
@@ -66,13 +68,16 @@ def patch(
     Calls are slower for it. One device alone can measure.
 
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
-    reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
-    patched already.
+    reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
+    copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
+    do not cover, and for every class under an untested release of transformers). FarspanError for one that
+    is patched already.
     """
     methods = resolve(spec, prefill, decode)
     info = hf.inspect_model(model)
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
+    trial = hf.accept(info)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
@@ -88,6 +93,8 @@ def patch(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
+    if trial.foreign_keys:
+        _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
     _check_recipe(recipe, chosen)
     served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
     if strict:
@@ -99,6 +106,13 @@ def patch(
         for i, (*pair, _) in served.items()
     }
     granule = math.lcm(*(m.granule for pair in chosen for m in pair))
+    if chunk is not None and not hf.continues_exactly(info):
+        warnings.warn(
+            f"prefill_chunk is not used: the layers of {type(model).__name__} that are not attention do not "
+            "continue a prompt exactly where it is cut, in this release of transformers.",
+            stacklevel=2,
+        )
+        chunk = None
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         chunk = -(-max(chunk, DECODE_ROWS + 1) // granule) * granule
@@ -118,7 +132,7 @@ def patch(
     }
     if mesh is not None:
         granule = math.lcm(
-            granule, *(s.block for pair in served.values() for m in pair[:2] for s in m.summaries)
+            granule, *(s.block or 1 for pair in served.values() for m in pair[:2] for s in m.summaries)
         )
         mesh.agree(
             {
@@ -262,6 +276,20 @@ def _per_layer(
         if reason and any(m.name != "dense" for m in chosen[index]):
             raise SpecError(f"layers= cannot give layer {name} a method: {reason}.")
     return chosen
+
+
+def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
+    """Refuse a decode method where every call is a prefill; a method of both phases runs as that."""
+    dense = parse_method("dense")
+    never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
+    if never:
+        raise Unsupported(
+            f"farspan cannot run {' and '.join(never)} at decode on {model}",
+            [
+                "its attention is given keys that are not the cache's own, so every call is a prefill: "
+                "choose a prefill method or dense"
+            ],
+        )
 
 
 def _check_recipe(

@@ -112,9 +112,19 @@ def test_tables_fit_80_columns(farspan_command, command):
 
 
 def test_models_json(farspan_command, smollm2):
-    [entry] = json.loads(farspan_command("models", "--json")[1])
-    assert entry["alias"] == "smollm2-135m" and (Path(entry["cached"]) / "model.safetensors").is_file()
-    assert entry["positions"] == smollm2[0].config.max_position_embeddings
+    entries = {entry["alias"]: entry for entry in json.loads(farspan_command("models", "--json")[1])}
+    assert set(entries) == {"smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"}
+    smol = entries["smollm2-135m"]
+    assert (Path(smol["cached"]) / "model.safetensors").is_file()
+    assert smol["positions"] == smollm2[0].config.max_position_embeddings
+
+
+def test_models_says_whose_upload_and_which_terms(farspan_command):
+    rows = json.loads(farspan_command("models", "--json")[1])
+    assert all("Somebody else's upload of the published" in row["origin"] for row in rows)
+    assert "Gemma Terms of Use" in next(row["license"] for row in rows if row["alias"] == "gemma3-270m")
+    table = farspan_command("models", columns=300)[1]
+    assert table.count("Somebody else's upload") == len(rows) and "Gemma Terms of Use" in table
 
 
 def test_lists_in_options():
@@ -145,7 +155,7 @@ def test_lists_in_options():
         (["generate", "-p", "x", "--method", "recycled:k=-5"], ["k a whole number, at least 1", "got -5"]),
         (["generate", "-p", "x", "--method", "recycled:k=many"], ["a whole number for k", "'many'"]),
         (["generate", "-p", "x", "--method", "quest + block_topk"], ["quest has no prefill"]),
-        (["generate", "-p", "x", "--model", "./nowhere"], ["no folder './nowhere'"]),
+        (["generate", "-p", "x", "--model", "./nowhere"], ["no folder or file './nowhere'"]),
         (["generate", "-p", "x", "--model", "smollm-135m"], ["did you mean the alias 'smollm2-135m'"]),
         (["generate", "-p", "x", "--rope", "yarn"], ["yarn:4"]),
         (["generate", "-p", "x", "--rope", "yarn:100000:1"], ["yarn:4"]),

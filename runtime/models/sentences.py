@@ -1,0 +1,87 @@
+"""Sentences instead of tracebacks, and quiet instead of other libraries' progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...attention.errors import FarspanError
+from .aliases import ALIASES
+
+
+@contextlib.contextmanager
+def disk_errors_as_sentences(folder: Path) -> Iterator[None]:
+    """Turn an OSError met while a model is written below `folder` into one FarspanError."""
+    try:
+        yield
+    except OSError as error:
+        what = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "your quota is used up",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "you may not write there",
+            errno.EPERM: "you may not write there",
+        }.get(error.errno or 0)
+        detail = f"{what} ({error.strerror})" if what else f"{error.strerror or error}"
+        raise FarspanError(
+            f"Could not keep the model in {folder}: {detail}. Free some space, or set FARSPAN_CACHE to "
+            "another folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
+    """Turn what transformers raises on a missing, unreachable or unreadable model into one FarspanError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FarspanError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(target, Path):
+            raise FarspanError(f"Could not load a causal language model from {target}: {first}") from error
+        chain = {type(link).__name__ for link in _causes(error)}
+        if "GatedRepoError" in chain:
+            why = "the hub asks you to accept its licence there and to log in first ('hf auth login')"
+        elif "RepositoryNotFoundError" in chain or "HFValidationError" in chain:
+            why = "the Hugging Face hub has no such model (or it is private)"
+        elif "LocalEntryNotFoundError" in chain or "couldn't connect" in first:
+            why = "the Hugging Face hub cannot be reached, and the model is not in its local cache"
+        else:
+            why = first.rstrip(".")
+        raise FarspanError(
+            f"Could not load {name!r}: {why}; give a hub id, a local folder, or an alias "
+            f"({', '.join(ALIASES)})."
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def quiet(always: bool = False) -> Iterator[None]:
+    """Hold back transformers' progress bars off a terminal (or always), and the hub client's retry lines."""
+    from transformers.utils import logging as transformers_logging
+
+    hide = always or not sys.stderr.isatty()
+    bars = transformers_logging.is_progress_bar_enabled()
+    retries = logging.getLogger("huggingface_hub")
+    level = retries.level
+    if hide:
+        transformers_logging.disable_progress_bar()
+    retries.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        retries.setLevel(level)
+        if hide and bars:
+            transformers_logging.enable_progress_bar()
