@@ -53,7 +53,9 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
     method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts. Not used, with a warning, on a model whose recurrent layers do not continue exactly.
+    long prompts. Not used, with a warning, on a model whose recurrent layers do not continue exactly. A call
+    that needs gradients, keeps no cache, or has tensors besides those of its tokens stays whole; the report
+    says so.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
     ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
@@ -204,8 +206,11 @@ class Patched:
         return sum((ranks.sent for ranks in groups), Counter())
 
     def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second
-        time."""
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time.
+
+        What was changed on ``model.config`` while patched stays changed, an attention implementation among
+        it. A model that shares the config sees the changes from now on.
+        """
         if self._undo is None:
             raise FarspanError("This patch has been removed already.")
         undo, self._undo = self._undo, None
