@@ -126,7 +126,7 @@ def inspect_model(model: Any) -> ModelInfo:
         reasons.append("encoder-decoder models are not causal LMs")
     if asks("kv_lora_rank"):
         reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
-    if asks("kv_sharing_modes") or asks("num_kv_shared_layers"):
+    if asks("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
         reasons.append("layers that share another layer's keys are not served")
     if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
         reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
@@ -171,6 +171,12 @@ def layer_configs(config: Any) -> list[Any]:
     """The config, or one for each layer where settings differ from layer to layer (then the config itself
     refuses to be asked for them)."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _reuses_keys(config: Any) -> bool:
+    """Whether a layer reads another's keys. The layer that gives them says "store", and says so without readers
+    too (Gemma 4 in transformers 5.24)."""
+    return "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
 
 
 def _is_set(value: Any) -> bool:
