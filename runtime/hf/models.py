@@ -174,8 +174,8 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def _reuses_keys(config: Any) -> bool:
-    """Whether a layer reads another's keys. The layer that gives them says "store", and says so without readers
-    too (Gemma 4 in transformers 5.24)."""
+    """Whether a layer reads another's keys. The layer that gives them says "store", even where no layer reads
+    them (Gemma 4 in transformers 5.24)."""
     return "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
 
 
