@@ -17,6 +17,7 @@ from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, pars
 from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
+from .cuts import Chunking
 from .layer import DECODE_ROWS, Layer, Session
 from .measure import See, rows_to_measure
 from .recipe import Recipe
@@ -51,7 +52,8 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
     method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts.
+    long prompts. No cut falls inside a block of queries of any row: a left-padded batch is cut as far as its
+    rows begin at whole blocks of each other, and what follows runs in one call, with a warning.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
     ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
@@ -96,9 +98,12 @@ def patch(
         for i, (*pair, _) in served.items()
     }
     granule = math.lcm(*(m.granule for pair in chosen for m in pair))
+    chunking = None
     if prefill_chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
-        prefill_chunk = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
+        tokens = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
+        by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
+        chunking = Chunking(tokens=tokens, granule=granule, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
     if mesh is not None and measured:
@@ -121,11 +126,11 @@ def patch(
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
                 "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
-                "the options": str((strict, prefill_chunk, from_keys, mesh.config)),
+                "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, prefill_chunk, granule)
+    undo = hf.install(model, info, bound, session, chunking, granule)
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo, mesh)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import DECODE_ROWS
+from ..cuts import Chunking
+from ..layer import read_padding
+from .models import FULL
 from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, replace_forward
 
 
-def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
-    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
-    decode step. Returns the undo step."""
+def chunk_forward(decoder: Any, chunking: Chunking) -> Callable[[], None]:
+    """Let a long call run as several, cut by ``chunking``. Returns the undo step."""
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (
@@ -23,12 +24,12 @@ def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         )
         cache = kwargs.get("past_key_values")
         length = 0 if tokens is None else tokens.shape[1]
-        if cache is None or length <= chunk + DECODE_ROWS or foreign_tensors(decoder.config, kwargs):
+        if cache is None or chunking.fits(length) or foreign_tensors(decoder.config, kwargs):
             return original(*args, **kwargs)
         past = cache.get_seq_length()
-        cuts = list(range(chunk, length, chunk))
-        if length - cuts[-1] <= DECODE_ROWS:
-            cuts.pop()
+        cuts = chunking.cuts(_begins(kwargs.get("attention_mask"), past, length), length)
+        if not cuts:
+            return original(*args, **kwargs)
         outputs = []
         for a, b in zip([0, *cuts], [*cuts, length], strict=True):
             part = dict(kwargs)
@@ -47,6 +48,16 @@ def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         return output
 
     return replace_forward(decoder, forward)
+
+
+def _begins(mask: Any, past: int, length: int) -> list[int]:
+    """At which of the call's ``length`` tokens rows begin, by a mask of these and the ``past`` ones."""
+    if isinstance(mask, dict):
+        mask = mask.get(FULL)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return [0]
+    starts = read_padding(mask[:, : past + length]).starts
+    return [0] if starts is None else [max(first - past, 0) for first in starts]
 
 
 def _narrow(a: int, b: int, x: Tensor, dim: int) -> Tensor:
