@@ -56,8 +56,9 @@ def patch(
     rows begin at whole blocks of each other, and what follows runs in one call, with a warning.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
-    ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
-    that remembers the prompt (snapkv, h2o, recycled) begins anew where generation crosses it.
+    ``farspan tune`` measured on this device. In a padded batch each row goes by its own number of keys. Such
+    calls are in the report with their reason. A decode method that remembers the prompt (snapkv, h2o,
+    recycled) begins anew where generation crosses it.
     parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
     (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
     rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
