@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .summary import Summaries, Summary
+from .summary import SomeRows, Summaries, Summary
 
 State = dict[str, Tensor]
 
@@ -42,7 +43,8 @@ class Keys:
 
     k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
-    start: [B], each row's first valid position under left padding, or None where no row is padded.
+    start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
+           in a row that has no token yet; ``after_prefill`` may meet such a row, ``select_*`` never does.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     """
@@ -94,7 +96,8 @@ class Keys:
     def summary(self, summary: Summary) -> Tensor:
         """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted.
 
-        Of a summary of single keys (block 1), the entries of those that are here."""
+        Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
+        keys that are here."""
         entries = self.summaries.get(summary, self.k, self.start)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
@@ -115,55 +118,41 @@ class Keys:
         """[N] int64, the positions of the keys that are here."""
         return torch.arange(self.length, device=self.k.device)
 
-    def visible(self, block: int = 1) -> Tensor | None:
-        """[B or 1, Tq, N] bool: entries of ``block`` keys that hold a key visible to each query; None where
-        all do.
-
-        N is Tk for block 1 (entries by position; of those that are here), else ceil(Tk / block) (entries
-        counted from the row's start).
-        """
+    def visible(self) -> Tensor | None:
+        """[B or 1, Tq, N] bool: the keys here that each query sees; None where all do."""
         if self.tq == 1 and self.start is None:
             return None
-        device = self.k.device
-        rows = torch.arange(self.past, self.length, device=device)[None, :, None]
+        rows = torch.arange(self.past, self.length, device=self.k.device)[None, :, None]
         first = 0 if self.start is None else self.start[:, None, None]
-        if block == 1:
-            cols = self.places()
-            return (cols <= rows) & (cols >= first)
-        cols = torch.arange(-(-self.length // block), device=device)
-        return cols * block <= rows - first
+        cols = self.places()
+        return (cols <= rows) & (cols >= first)
 
     def row(self, b: int) -> Keys:
         """Row b alone, its padding cut off: what the method would see if the row were not in a batch."""
         assert self.starts is not None
-        first = self.starts[b]
-        tq = min(self.tq, self.length - first)
-        cut = slice(b, b + 1)
-        return _RowKeys(
-            k=self.k[cut, :, first:],
-            v=self.v[cut, :, first:],
-            tq=tq,
+        first, rows = self.starts[b], slice(b, b + 1)
+        return Keys(
+            k=self.k[rows, :, first:],
+            v=self.v[rows, :, first:],
+            tq=min(self.tq, self.length - first),
             scale=self.scale,
             softcap=self.softcap,
-            whole=self,
-            place=b,
+            summaries=SomeRows(self.summaries, self.k, self.start, rows, first),
         )
 
-
-@dataclass(kw_only=True)
-class _RowKeys(Keys):
-    """One row of a padded batch, reading its summaries out of the batch's."""
-
-    whole: Keys
-    place: int
-
-    def summary(self, summary: Summary) -> Tensor:
-        entries = self.whole.summaries.get(summary, self.whole.k, self.whole.start)[
-            self.place : self.place + 1
-        ]
-        if summary.block == 1:
-            assert self.whole.starts is not None
-            entries = entries[:, :, self.whole.starts[self.place] :]
-        entries = entries[:, :, : -(-self.length // summary.block)]
-        self.summary_bytes += entries.numel() * entries.element_size()
-        return entries
+    def some_rows(self, rows: slice, state: State) -> Keys:
+        """Some rows of the batch with what is kept of them, ``state``; their padding stays."""
+        if rows == slice(0, self.k.shape[0]):
+            return dataclasses.replace(self, state=state, summary_bytes=0)
+        starts = None if self.starts is None else self.starts[rows]
+        padded = starts is not None and any(starts)
+        return dataclasses.replace(
+            self,
+            k=self.k[rows],
+            v=self.v[rows],
+            start=self.start[rows] if padded and self.start is not None else None,
+            starts=starts if padded else None,
+            state=state,
+            summaries=SomeRows(self.summaries, self.k, self.start, rows),
+            summary_bytes=0,
+        )

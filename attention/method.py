@@ -22,6 +22,7 @@ from .errors import FarspanError, SpecError
 from .index import Index
 from .keys import Keys, State
 from .summary import Summary
+from .whole import whole_number
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
 PREFILL, DECODE = "prefill", "decode"
@@ -278,6 +279,9 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
             continue
         low, high = allowed
         kinds = typing.get_args(hints[key]) or (hints[key],)
+        if (whole := whole_number(value)) is not None:
+            value = whole
+            object.__setattr__(method, key, whole)
         number = isinstance(value, int | float if float in kinds else int) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"from {low} to {high}"

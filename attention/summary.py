@@ -20,20 +20,27 @@ from .ops.pool import pool
 
 
 class Summary(Protocol):
-    """block: keys per entry. Entry j of row b speaks of positions start[b] + j * block onward (1: of position
-    j itself). Entries are in the keys' dtype, or in the summary's own ``dtype`` where it has one."""
+    """block: keys per entry, whatever their number: entry j of row b speaks of the keys from position
+    start[b] + j * block on. None: a label of each key, which stands where its key stands (entry j of the j-th
+    key that is here, at position j where all are). Entries are in the keys' dtype, or in the summary's own
+    ``dtype`` where it has one."""
 
     @property
     def key(self) -> tuple: ...  # equal keys mean equal contents
 
     @property
-    def block(self) -> int: ...
+    def block(self) -> int | None: ...
 
     def width(self, head_dim: int) -> int: ...
 
     def compute(
         self, k: Tensor
     ) -> Tensor: ...  # [B, Hkv, T, D], aligned to a block -> [B, Hkv, ceil(T / block), width]
+
+
+def count_entries(summary: Summary, length: int) -> int:
+    """How many entries speak of ``length`` keys of a row."""
+    return -(-length // (summary.block or 1))
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Channels:
     """Chosen channels of every key, a label of r numbers: ``channels`` [Hkv, r], which ones per KV head."""
 
     channels: Tensor = field(compare=False)
-    block: int = 1
+    block: ClassVar[None] = None
 
     @cached_property
     def key(self) -> tuple:
@@ -130,7 +137,7 @@ class Summaries:
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
     def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] for all keys; what is new in k is taken in now.
+        """Entries [B, Hkv, count_entries, width] for all keys; what is new in k is taken in now.
 
         k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s.
         """
@@ -139,7 +146,7 @@ class Summaries:
         if done < length:
             self._extend(summary, buffer, k, start, done, offset)
         self._kept[summary.key] = (buffer, length)
-        return buffer[:, :, : -(-length // summary.block)]
+        return buffer[:, :, : count_entries(summary, length)]
 
     def done(self, summary: Summary) -> int:
         """How many keys have been taken in."""
@@ -147,8 +154,8 @@ class Summaries:
 
     def open(self, summary: Summary, starts: list[int] | None) -> int:
         """The first key of the earliest block that the next new key may change."""
-        done, block = self.done(summary), summary.block
-        if starts is None or block == 1:
+        done, block = self.done(summary), summary.block or 1
+        if starts is None or summary.block is None:
             return done // block * block
         return min(first + max(done - first, 0) // block * block for first in starts)
 
@@ -157,7 +164,7 @@ class Summaries:
 
         done: says that whoever asks fills it himself, up to that many keys.
         """
-        need = -(-length // summary.block)
+        need = count_entries(summary, length)
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
             b, h, _, d = k.shape
@@ -173,8 +180,8 @@ class Summaries:
     def _extend(
         summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int, offset: int
     ) -> None:
-        block, t = summary.block, offset + k.shape[2]
-        if start is None or block == 1:
+        block, t = summary.block or 1, offset + k.shape[2]
+        if start is None or summary.block is None:
             first = done // block  # the block that was still open is summarised again, from its first key
             new = summary.compute(k[:, :, first * block - offset :])
             buffer[:, :, first : first + new.shape[2]] = new
@@ -201,6 +208,29 @@ class Summaries:
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+class SomeRows(Summaries):
+    """The entries of ``rows`` of a batch, out of those of the whole batch: keys k [B, Hkv, Tk, D], whose rows
+    begin at ``start``. first: how many positions of padding the rows are without."""
+
+    def __init__(
+        self, whole: Summaries, k: Tensor, start: Tensor | None, rows: slice, first: int = 0
+    ) -> None:
+        super().__init__()
+        self._whole, self._k, self._start, self._rows, self._first = whole, k, start, rows, first
+
+    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
+        entries = self._whole.get(summary, self._k, self._start)[self._rows]
+        if summary.block is None:
+            entries = entries[:, :, self._first :]
+        return entries[:, :, : count_entries(summary, k.shape[2])]
+
+    def done(self, summary: Summary) -> int:
+        return self._whole.done(summary)
+
+    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
+        return self._whole.room(summary, self._k, length, done)[self._rows]
 
 
 def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:

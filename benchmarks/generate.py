@@ -24,6 +24,7 @@ import torch
 
 import farspan
 from farspan.evals.text import load_prose
+from farspan.runtime.hf import returned_cache, with_cache
 
 from .record import clock, save, table
 
@@ -67,7 +68,7 @@ def prefill(model: Any, ids: torch.Tensor) -> tuple[float, Any]:
     """Seconds of a prefill with a cache, and the cache."""
     begin = clock()
     out = model(ids, use_cache=True, logits_to_keep=1)
-    return clock() - begin, out.past_key_values
+    return clock() - begin, returned_cache(out)
 
 
 def decode(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> float:
@@ -83,7 +84,7 @@ def decode(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> float:
 
     model.generate(
         ids,
-        past_key_values=cache,
+        **with_cache(model, cache),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,

@@ -1,7 +1,7 @@
 """The `farspan` command. Nothing here imports torch before a command needs it, so `--help` is quick.
 
-Exit codes: 0 done, 1 a fault of farspan itself (with a traceback), 2 bad input or a rank that failed (one
-sentence on stderr, of all ranks together), 130 Ctrl-C.
+Exit codes: 0 done, 1 a fault of farspan itself (with a traceback) or one that `doctor` has found (one
+sentence), 2 bad input or a rank that failed (one sentence on stderr, of all ranks together), 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
+from . import doctor as examining
 from . import evaluate, launch, options, output
 from . import inspect as inspecting
 from . import plan as planning
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(evaluate.app, name="eval")
 app.command()(planning.plan)
 app.command()(inspecting.inspect)
+app.command()(examining.doctor)
 
 
 def _version(wanted: bool) -> None:

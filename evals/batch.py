@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..runtime.hf import returned_cache, with_cache
+
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>")
 """Tokens by which chat templates close an assistant's turn; some models do not name theirs as EOS."""
 
@@ -70,7 +72,7 @@ def prefill(model: Any, batch: Batch) -> Any:
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.past_key_values
+    return returned_cache(output)
 
 
 @torch.no_grad()
@@ -98,8 +100,8 @@ def teacher_forced(
             input_ids=inputs[:, start:stop],
             attention_mask=mask[:, : prompt + stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(model, cache),
         ).logits
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), targets[:, start:stop].flatten(), reduction="none"
@@ -128,7 +130,7 @@ def greedy(
     output = model.generate(
         input_ids=batch.ids,
         attention_mask=batch.mask,
-        past_key_values=cache,
+        **with_cache(model, cache),
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens if exactly else None,
         do_sample=False,

@@ -43,17 +43,28 @@ def batch_rows(model: Any, length: int, count: int, job: Job | None = None) -> i
 
 def kv_bytes(model: Any, length: int) -> int:
     """Bytes of the dense KV cache of one row (every layer counted as full attention)."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * dim * length * _itemsize(model)
+    channels = 0
+    for config in _layers(model):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        channels += heads * dim
+    return 2 * channels * length * _itemsize(model)
 
 
 def activation_bytes(model: Any, length: int) -> int:
     """A bound on what one row's prefill holds beside the cache: a layer's MLP and a few hidden states."""
+    hidden = model.config.get_text_config().hidden_size
+    given = [getattr(config, "intermediate_size", None) for config in _layers(model)]
+    wide = max(max(x) if isinstance(x, list | tuple) else x or 4 * hidden for x in given)
+    return length * (3 * wide + 8 * hidden) * max(_itemsize(model), 4)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The config of each layer: settings may differ from layer to layer (Gemma 4)."""
     config = model.config.get_text_config()
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return length * (3 * wide + 8 * config.hidden_size) * max(_itemsize(model), 4)
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
 
 
 def available_memory(device: torch.device) -> int:

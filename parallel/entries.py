@@ -58,6 +58,8 @@ def extend_split(
 
     past_k [B, Hkv, n, D]: the rows this rank holds of what came before, by ``past``.
     """
+    size = summary.block
+    assert size is not None, "labels of single keys stay with their keys"
     firsts = starts or [0] * k.shape[0]
     if shared.done(summary) < split.begin and past.length:  # a method that was not asked since
         recent = past_k.new_empty(*past_k.shape[:2], 0, past_k.shape[3])
@@ -67,12 +69,9 @@ def extend_split(
     if opened < split.begin:
         a = past.below(ranks.rank, opened)
         head = gather_rows(past_k[:, :, a:], past.cut(opened, split.begin), ranks, "open_block")
-    tails = _tails(summary, k, split, firsts, ranks)
+    tails = _tails(size, k, split, firsts, ranks)
     plan = {
-        chunk: [
-            (*_blocks(summary.block, chunk, split.begin, first), first, rows)
-            for first, rows in by_start(firsts)
-        ]
+        chunk: [(*_blocks(size, chunk, split.begin, first), first, rows) for first, rows in by_start(firsts)]
         for chunks in split.chunks
         for chunk in chunks
     }
@@ -87,9 +86,9 @@ def extend_split(
         if chunk in tails:
             keys = torch.cat([keys, tails[chunk].after], 2)
         for block, count, first, rows in plan[chunk]:
-            begin = first + block * summary.block - at
+            begin = first + block * size - at
             if count:
-                entries = summary.compute(keys[rows][:, :, begin : begin + count * summary.block])
+                entries = summary.compute(keys[rows][:, :, begin : begin + count * size])
                 mine[i][rows, :, : entries.shape[2]] = entries
     every = ranks.all_gather(mine, "summaries")  # [P, chunks, B, Hkv, room, width]
     buffer = shared.room(summary, k, split.end, done=split.end)
@@ -117,10 +116,10 @@ def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
     return number, max(0, -(-(b - first) // block) - number)
 
 
-def _tails(summary: Summary, k: Tensor, split: Split, firsts: list[int], ranks: Ranks) -> dict[Span, Beyond]:
+def _tails(size: int, k: Tensor, split: Split, firsts: list[int], ranks: Ranks) -> dict[Span, Beyond]:
     """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with
     chunks."""
     chunks = [chunk for rank in range(split.size) for _, chunk in split.slots(rank)]
-    if all((a - first) % summary.block == 0 or a <= first for a, _ in chunks for first in firsts):
+    if all((a - first) % size == 0 or a <= first for a, _ in chunks for first in firsts):
         return {}
-    return beyond(k, 0, summary.block - 1, split, ranks, "edges")[0]
+    return beyond(k, 0, size - 1, split, ranks, "edges")[0]

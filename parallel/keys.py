@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..attention.keys import Keys, Peers
+from ..attention.keys import Keys, Peers, State
 from ..attention.ops.select import top_k
-from ..attention.summary import Summaries, Summary
+from ..attention.summary import SomeRows, Summaries, Summary, count_entries
 from .comm import Ranks, pack, unpack
 from .layout import Layout
 
@@ -20,7 +21,7 @@ class ShardedKeys(Keys):
     """The keys of a decode call: k, v [B, Hkv, N, D] are the N of ``total`` that this rank holds.
 
     ``shared`` keeps the entries of block summaries whole on every rank, so that a method that selects by them
-    chooses here as on one device; ``summaries`` keeps those of single keys, of this rank's alone.
+    chooses here as on one device; ``summaries`` keeps labels of single keys, of this rank's alone.
     """
 
     total: int
@@ -46,12 +47,19 @@ class ShardedKeys(Keys):
     def places(self) -> Tensor:
         return self._places
 
+    def some_rows(self, rows: slice, state: State) -> ShardedKeys:
+        some = super().some_rows(rows, state)
+        assert isinstance(some, ShardedKeys)
+        return dataclasses.replace(some, shared=SomeRows(self.shared, self.k, None, rows))
+
     def summary(self, summary: Summary) -> Tensor:
-        if summary.block == 1:
+        if summary.block is None:
             entries = self.summaries.get(summary, self.k, None)
         else:
             assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
-            entries = self.shared.room(summary, self.k, self.total)[:, :, : -(-self.total // summary.block)]
+            entries = self.shared.room(summary, self.k, self.total)[
+                :, :, : count_entries(summary, self.total)
+            ]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 

@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..attention.errors import FarspanError, SpecError
+from ..attention.whole import whole_number
 from .comm import Ranks
 from .digest import bit_hash, minority, text_hash
 from .meeting import meet, named, new_group, one_line, rendezvous
@@ -74,10 +75,11 @@ class ContextParallel:
 
         for name in ("size", "ulysses", "block"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and (value is not None or name == "block"):
+            number = whole_number(value)
+            if (number is None or number < 1) and (value is not None or name == "block"):
                 or_none = "" if name == "block" else ", or None"
                 raise wrong(name, f"a whole number of at least 1{or_none}, is allowed")
+            object.__setattr__(self, name, number)
         if self.mechanism not in MECHANISMS:
             raise wrong("mechanism", f"one of {', '.join(MECHANISMS)} is allowed")
         if self.backend not in BACKENDS:

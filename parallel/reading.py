@@ -24,16 +24,17 @@ def reading(method: AttentionMethod, phase: str, length: int) -> Reading:
     """What ``method`` reads of ``length`` keys in a phase.
 
     From its budget: k / length or fraction, a window's w + sinks, and for a stride every stride-th step
-    whole. It decides by labels of D / group_factor channels, by two bounds a page, by a mean a block, or at a
-    full step by every key. A method with another kind of budget counts as dense.
+    whole. It decides by labels of D / group_factor channels (of D / 4 where none is given: 32 of 128), by two
+    bounds a page, by a mean a block, or at a full step by every key. A method with another kind of budget
+    counts as dense.
     """
     fraction, k, w, stride = (getattr(method, name, None) for name in ("fraction", "k", "w", "stride"))
     tokens = fraction * length if fraction is not None else (k or 0) + (w or 0) + getattr(method, "sinks", 0)
     if phase not in method.phases or not tokens or tokens >= length:
         return Reading()
     part, selection, candidates = tokens / length, 0.0, 0.0
-    if channels := getattr(method, "group_factor", None):
-        selection, candidates = 1 / (2 * channels), tokens
+    if hasattr(method, "group_factor"):
+        selection, candidates = 1 / (2 * (method.group_factor or 4)), tokens
     elif page := getattr(method, "page", None):
         selection = 1 / page
     elif (block := getattr(method, "block", None)) and phase == DECODE:

@@ -17,7 +17,7 @@ from ..attention.index import Index, Window
 from ..attention.keys import Keys, State
 from ..attention.method import AttentionMethod
 from ..attention.partial import Partial, empty_partial
-from ..attention.summary import Summaries, Summary
+from ..attention.summary import Summaries, Summary, count_entries
 from .call import Call, Share
 from .edges import Beyond, beyond
 from .gather import fetch, gather_all, gather_rows, needed
@@ -34,7 +34,7 @@ class _ChunkKeys(Keys):
     complete: bool
 
     def summary(self, summary: Summary) -> Tensor:
-        entries = self.shared.room(summary, self.k, 0)[self.rows, :, : -(-self.length // summary.block)]
+        entries = self.shared.room(summary, self.k, 0)[self.rows, :, : count_entries(summary, self.length)]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 

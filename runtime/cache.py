@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..attention.keys import State
 from ..attention.summary import Summaries
+from .state import States
 
 
 @contextmanager
@@ -37,9 +37,11 @@ class KVStore:
         self._v: Tensor | None = None
         self.length = 0
         self.summaries = Summaries()
-        self.states: dict[str, State] = {}
-        self._seen: dict[str, int] = {}  # how many positions each state has been told of
-        self._starts: list[int] | None = None
+        self.states = States()
+        self._starts: list[int] | None = (
+            None  # where rows begin, as far as the first ``_known`` positions say
+        )
+        self._known = 0
 
     @property
     def total(self) -> int:
@@ -90,22 +92,24 @@ class KVStore:
         """Whether ``k`` is this store's own view of its keys."""
         return self._k is not None and k.shape[2] == self.length and k.data_ptr() == self._k.data_ptr()
 
-    def align(self, starts: list[int] | None) -> None:
-        """Say where rows begin. If that is not what summaries were made for (another mask), they are
-        dropped."""
-        if starts != self._starts:
-            if self._starts is not None or starts is not None:
-                self.summaries.clear()
-                self.states.clear()
-            self._starts = starts
+    def align(self, starts: list[int] | None, length: int) -> None:
+        """Say where rows begin, by a mask of the first ``length`` positions: at ``length`` those without a
+        token.
 
-    def state(self, name: str, past: int) -> State:
-        """What the method ``name`` keeps; empty if others appended to the ``past`` positions before this
-        call."""
-        if self._seen.get(name) not in (past, self.total):
-            self.states.pop(name, None)
-        self._seen[name] = self.total
-        return self.states.setdefault(name, {})
+        A row begins once, when its first token comes. Where a mask says something else than the ones before,
+        what was made by those is dropped: the state of the rows that differ, and all summaries.
+        """
+        starts = [0] * self._rows() if starts is None else starts
+        if self._starts is not None:
+            pairs = zip(self._starts, starts, strict=True)
+            moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
+            if moved:
+                self._drop_summaries()
+                self.states.drop(moved)
+        self._starts, self._known = starts, length
+
+    def _drop_summaries(self) -> None:
+        self.summaries.clear()
 
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for
@@ -113,7 +117,14 @@ class KVStore:
         if count > 0:
             self.length = max(0, self.length - count)
             self.summaries.crop(self.length)
-            self.states.clear()
+            self._forget_since(self.total)
+
+    def _forget_since(self, length: int) -> None:
+        """Drop what later positions than the first ``length`` have said."""
+        self.states.clear()
+        if self._starts is not None:
+            self._known = min(self._known, length)
+            self._starts = [min(first, length) for first in self._starts]
 
     def reset(self) -> None:
         """Empty the store; its buffers are released."""
@@ -149,9 +160,7 @@ class KVStore:
             self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in (self._k, self._v)
         )
         self.summaries.map_rows(change)
-        self.states = {
-            name: {key: change(x) for key, x in state.items()} for name, state in self.states.items()
-        }
+        self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]
 

@@ -19,6 +19,7 @@ import torch
 
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
+from ..attention.whole import whole_number
 from .machine import device_name
 from .models import cache_folder
 
@@ -57,10 +58,11 @@ def crossovers(
     if setting is None:
         return {}
     selective = {phase: method for phase, method in methods.items() if method.name != "dense"}
-    if setting != "auto":
-        if type(setting) is not int or setting < 1:
-            raise FarspanError(f'crossover is "auto" or a number of keys, at least 1; got {setting!r}.')
-        return dict.fromkeys(selective, float(setting))
+    number = whole_number(setting)
+    if number is not None and number >= 1:
+        return dict.fromkeys(selective, float(number))
+    if not isinstance(setting, str) or setting != "auto":
+        raise FarspanError(f'crossover is "auto" or a number of keys, at least 1; got {setting!r}.')
     kept = _read()
     found = {}
     for phase, method in selective.items():

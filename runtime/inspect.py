@@ -19,6 +19,7 @@ from ..attention.mass import block_reads, visible_pairs
 from ..attention.method import AttentionMethod
 from ..attention.ops.block_max import block_max
 from ..attention.ops.flash import flash
+from ..attention.whole import whole_number
 from . import hf
 from .measure import ROWS
 from .patch import patch, resolve
@@ -86,11 +87,13 @@ def inspect(
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
         raise FarspanError(f"inspect takes the ids of one prompt, [1, T]; got {list(ids.shape)}.")
     length = ids.shape[1]
-    if type(block) is not int or not 1 <= block <= max(length, BLOCK) or -(-length // block) > BLOCKS:
+    size = whole_number(block)
+    if size is None or not 1 <= size <= max(length, BLOCK) or -(-length // size) > BLOCKS:
         raise FarspanError(
             f"A picture of {length} tokens has blocks of {-(-length // BLOCKS)} to {length} tokens; got "
             f"{block!r}."
         )
+    block = size
     method, decode = resolve(spec)
     if method.name == "dense" != decode.name:
         raise SpecError(
@@ -166,9 +169,12 @@ def _within(given: Sequence[int] | None, what: str, known: range, most: int) -> 
     if given is None:
         n, m = len(known), min(len(known), most)
         return sorted({round(i * (n - 1) / max(m - 1, 1)) for i in range(m)})
-    for number in given:
-        if type(number) is not int or number not in known:
-            raise FarspanError(f"There is no {what} {number}: the model has {what}s 0 to {known[-1]}.")
-    if not given:
+    chosen = set()
+    for one in given:
+        number = whole_number(one)
+        if number is None or number not in known:
+            raise FarspanError(f"There is no {what} {one}: the model has {what}s 0 to {known[-1]}.")
+        chosen.add(number)
+    if not chosen:
         raise FarspanError(f"No {what} was given; name at least one, from 0 to {known[-1]}.")
-    return sorted(set(given))
+    return sorted(chosen)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -15,20 +16,21 @@ from torch import Tensor, is_grad_enabled
 from ..attention.attend import DECODE_ROWS, Reads, attend, tell
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
-from ..attention.keys import Keys, State
+from ..attention.keys import Keys
 from ..attention.mass import SELECTION
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
-from ..attention.summary import Summaries
 from ..parallel.call import Call
 from ..parallel.mesh import Mesh
 from .cache import KVStore, lasting
 from .measure import Measured, Meter, See
 from .report import PhaseReport
+from .rows import Done, Run, Served, joined, served
 from .shard import ShardStore
-from .spread import carried, spread
+from .spread import carried, spread, spread_window
+from .state import States
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not the cache's own"
@@ -51,16 +53,30 @@ class Stores(Protocol):
     def __getitem__(self, index: int) -> KVStore | None: ...
 
 
+class Unique:
+    """A part of a patch, which belongs to one model. Copying or pickling it raises FarspanError."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise FarspanError(
+            "A patched model cannot be copied or pickled (torch.save of a whole model pickles it): call "
+            "remove() first, and patch again afterwards. save_pretrained and state_dict work while it is "
+            "patched."
+        )
+
+
 class Session(threading.local):
     """What the layers of one patched model share during a forward call; threads may call it at the same
     time."""
 
-    def __init__(self, strict: bool, mesh: Mesh | None = None) -> None:
+    def __init__(self, strict: bool, mesh: Mesh | None = None, notices: Counter[str] | None = None) -> None:
         self.strict = strict
         self.mesh = mesh
+        self.notices = Counter() if notices is None else notices  # of all threads, for the report
         self.call: Call | None = None  # of a mesh, while the decoder runs
         self.output: Tensor | None = None  # of a mesh, what the last call has given
         self.rows: int | None = None  # of a mesh, how many last positions the caller wants; None: all
+        self.off = False  # whether the running call is the model's own, since it was set to another attention
+        self.positions: Tensor | None = None  # of the whole call, while a part of it runs
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
@@ -84,6 +100,16 @@ class Session(threading.local):
             )
         return self._paddings[id(mask)][1]
 
+    @contextmanager
+    def part_of(self, positions: Tensor) -> Iterator[None]:
+        """Around calls that run parts of one with these ``positions``; a part may have parts itself."""
+        before = self.positions
+        self.positions = positions if before is None else before
+        try:
+            yield
+        finally:
+            self.positions = before
+
     def end(self) -> None:
         """Forget the call."""
         self.cached, self.stores, self._paddings = False, None, {}
@@ -98,8 +124,9 @@ def read_padding(mask: Tensor) -> Padding:
         row = int((mask[:, 1:] < mask[:, :-1]).any(1).nonzero()[0])
         raise FarspanError(
             f"The attention mask has zeros after ones in row {row}: farspan serves left padding "
-            "(tokenizer.padding_side = "
-            "'left'), not right padding or holes."
+            "(tokenizer.padding_side = 'left'), not right padding or holes. Where generate() is given no "
+            "mask, it makes one with a zero at every pad token of the prompt: pass "
+            "attention_mask=torch.ones_like(input_ids) then."
         )
     start = (~mask).sum(1)
     return Padding(start, start.tolist())
@@ -112,7 +139,7 @@ def _below(keys: float) -> str:
 
 
 @dataclass
-class Layer:
+class Layer(Unique):
     """Attention of one layer of a patched model."""
 
     index: int
@@ -127,9 +154,6 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.clear_report()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise FarspanError("A patched model cannot be copied: call remove() first, then patch both.")
 
     @property
     def methods(self) -> dict[str, AttentionMethod]:
@@ -194,27 +218,50 @@ class Layer:
         softcap: float | None,
     ) -> Partial:
         b, _, tq, _ = q.shape
-        padding = self.session.padding(mask, b, k.shape[2])
+        total = k.shape[2]
+        padding = self.session.padding(mask, b, total)
         store = self.session.stores[self.index] if self.session.stores is not None else None
         own = store is not None and store.holds(k)
         if window is not None:
             return flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
-        phase = DECODE if own and k.shape[2] > tq and tq <= DECODE_ROWS else PREFILL
-        method = self._method(phase, k.shape[2])
-        keys = self._keys(q, k, v, store if own else None, padding, scale, softcap, method)
-        with implementations() as ran:
-            part, reads = attend(method, phase, q, keys, probe=self._meter(phase))
-        if phase == PREFILL and own:
-            told, meter = (
-                self._keys(q, k, v, store, padding, scale, softcap, self.decode),
-                self._meter(DECODE),
-            )
-            with nullcontext() if meter is None else meter.timed(SELECTION, q.device):
-                self.phases[DECODE].selection_bytes += tell(self.decode, q, told)
-        if not own and method.name == "dense" != self.decode.name and reads.reason is None:
-            reads.reason = FOREIGN if self.session.cached else NO_CACHE
-        self._report(phase, reads, b * tq, ran, k.shape[2])
-        return part
+        whole = Keys(
+            k=k,
+            v=v,
+            tq=tq,
+            scale=scale,
+            start=padding.start,
+            starts=padding.starts,
+            softcap=softcap,
+        )
+        states = States()
+        if own and store is not None:
+            store.align(padding.starts, total)
+            whole.summaries, states = store.summaries, store.states
+        batch = self.served(padding.starts, b, total - tq, total, own and tq <= DECODE_ROWS, states)
+        done = []
+        for run in batch.runs:
+            method = self.method(run)
+            state = states.of(str(method), run.rows, total - tq, total) if run.phase == DECODE else {}
+            keys = whole.some_rows(run.rows, state)
+            with implementations() as ran:
+                part, read = attend(method, run.phase, q[run.rows], keys, probe=self._meter(run.phase))
+            if not own and method.name == "dense" != self.decode.name and read.reason is None:
+                read.reason = FOREIGN if self.session.cached else NO_CACHE
+            done.append(Done(run, part, read, ran))
+        if own:
+            self._tell(q, whole, batch.told, states)
+        self._report(done, tq)
+        return joined(done, q, v.shape[3])
+
+    def _tell(self, q: Tensor, whole: Keys, rows: list[slice], states: States) -> None:
+        """Let the decode method know that a prefill call has run in these rows."""
+        meter = self._meter(DECODE)
+        with nullcontext() if meter is None else meter.timed(SELECTION, q.device):
+            for some in rows:
+                state = states.of(str(self.decode), some, whole.past, whole.length)
+                self.phases[DECODE].selection_bytes += tell(
+                    self.decode, q[some], whole.some_rows(some, state)
+                )
 
     def _over_ranks(
         self,
@@ -235,18 +282,35 @@ class Layer:
         cached = isinstance(store, ShardStore)
         if not isinstance(store, ShardStore):
             store = ShardStore(mesh.ranks, mesh.config.block)
-        phase = DECODE if call.past and call.split is None else PREFILL
-        method = self._method(phase, call.total)
-        with implementations() as ran:
-            part, reads, travel = spread(
-                self, method, phase, q, k, v, store, call, mesh, scale=scale, window=window, softcap=softcap
-            )
-        if window is None:
-            if not cached and method.name == "dense" != self.decode.name and reads.reason is None:
+        how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if window is not None:
+            return spread_window(q, k, v, store, call, mesh, window, **how)
+        done = spread(self, q, k, v, store, call, mesh, **how)
+        for run, _, reads, _, travel in done:
+            if not cached and self.method(run).name == "dense" != self.decode.name and reads.reason is None:
                 reads.reason = NO_CACHE
-            self._report(phase, reads, q.shape[0] * q.shape[2], ran, call.total)
-            self.phases[phase].moved(travel)
-        return part
+            assert travel is not None
+            self.phases[run.phase].moved(travel)
+        self._report(done, q.shape[2])
+        return joined(done, q, v.shape[3])
+
+    def served(
+        self, starts: list[int] | None, batch: int, past: int, total: int, short: bool, states: States
+    ) -> Served:
+        """Which rows of a call are served together; arguments as in ``rows.served``."""
+        return served(
+            starts,
+            batch,
+            past,
+            total,
+            short=short,
+            crossover=self.from_keys,
+            groups=states.groups(batch),
+        )
+
+    def method(self, run: Run) -> AttentionMethod:
+        """What serves the rows of ``run``."""
+        return _DENSE if run.below else self.methods[run.phase]
 
     def _flag_training(self) -> None:
         sentence = (
@@ -261,48 +325,20 @@ class Layer:
         measured = self.phases[phase].measured
         return None if measured is None else Meter(measured, phase, self.measure, self.see)
 
-    def _method(self, phase: str, length: int) -> AttentionMethod:
-        return _DENSE if length < self.from_keys.get(phase, 0) else self.methods[phase]
-
-    def _report(
-        self, phase: str, reads: Reads, queries: int, ran: Iterable[tuple[str, str]], length: int
-    ) -> None:
+    def _report(self, done: list[Done], tq: int) -> None:
         """Take a call into the report, with why every key was read where the method would have chosen."""
-        if length < self.from_keys.get(phase, 0):
-            reads.reason = _below(self.from_keys[phase])
-        elif reads.reason is None:
-            reads.reason = self.left_dense.get(phase)
-        self.phases[phase].add(reads, queries, ran)
-        if self.session.strict and reads.reason in UNEXPECTED:
-            raise FarspanError(
-                f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
-                f"instead: {reads.reason}."
-            )
-
-    def _keys(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        store: KVStore | None,
-        padding: Padding,
-        scale: float,
-        softcap: float | None,
-        method: AttentionMethod,
-    ) -> Keys:
-        state: State = {}
-        summaries = Summaries()
-        if store is not None:
-            store.align(padding.starts)
-            state, summaries = store.state(str(method), k.shape[2] - q.shape[2]), store.summaries
-        return Keys(
-            k=k,
-            v=v,
-            tq=q.shape[2],
-            scale=scale,
-            start=padding.start,
-            starts=padding.starts,
-            softcap=softcap,
-            state=state,
-            summaries=summaries,
-        )
+        for phase, report in self.phases.items():
+            mine = [x for x in done if x.run.phase == phase]
+            total = Reads()
+            for run, _, reads, *_ in mine:
+                if run.below:
+                    reads.reason = _below(self.from_keys[phase])
+                total += reads
+                total.reason = total.reason or reads.reason or self.left_dense.get(phase)
+            if mine:
+                report.add(total, sum(x.run.size for x in mine) * tq, [op for x in mine for op in x.ran])
+            if self.session.strict and total.reason in UNEXPECTED:
+                raise FarspanError(
+                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
+                    f"instead: {total.reason}."
+                )

@@ -18,6 +18,7 @@ from ..attention.keys import Keys
 from ..attention.mass import mass_recall, sample_rows
 from ..attention.method import DECODE
 from ..attention.ops.dispatch import implementations
+from ..attention.whole import whole_number
 
 ROWS = 16  # of a layer and call that measure_mass=True samples
 
@@ -104,12 +105,13 @@ def rows_to_measure(measure_mass: bool | int) -> int:
     """How many rows of a prefill call the option asks for; 0: nothing is measured. Raises FarspanError."""
     if isinstance(measure_mass, bool):
         return ROWS if measure_mass else 0
-    if type(measure_mass) is not int or measure_mass < 1:
+    rows = whole_number(measure_mass)
+    if rows is None or rows < 1:
         raise FarspanError(
             f"measure_mass is True or a number of query rows per layer and call, at least 1; got "
             f"{measure_mass!r}."
         )
-    return measure_mass
+    return rows
 
 
 def _drain(device: torch.device) -> None:

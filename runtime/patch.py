@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
+from ..attention.whole import whole_number
 from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
@@ -51,7 +53,9 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
     method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts.
+    long prompts. Not used, with a warning, on a model whose recurrent layers do not continue exactly. A call
+    that needs gradients, keeps no cache, or has tensors besides those of its tokens stays whole; the report
+    says so.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
     ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
@@ -64,20 +68,24 @@ def patch(
     Calls are slower for it. One device alone can measure.
 
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
-    reasons, before anything is changed) for a model that cannot be served, FarspanError for one that is
-    patched already.
+    reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
+    copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
+    do not cover, and for every class under an untested release of transformers). FarspanError for one that
+    is patched already.
     """
     methods = resolve(spec, prefill, decode)
     info = hf.inspect_model(model)
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
+    trial = hf.accept(info)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
-    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+    chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
+    if prefill_chunk is not None and (chunk is None or chunk < 1):
         raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
     selective = sorted({str(m) for pair in chosen for m in pair if m.name != "dense"})
     if set(info.attention) <= set(untouched) and selective:
@@ -85,6 +93,8 @@ def patch(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
         )
+    if trial.foreign_keys:
+        _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
     _check_recipe(recipe, chosen)
     served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
     if strict:
@@ -96,9 +106,16 @@ def patch(
         for i, (*pair, _) in served.items()
     }
     granule = math.lcm(*(m.granule for pair in chosen for m in pair))
-    if prefill_chunk is not None:
+    if chunk is not None and not hf.continues_exactly(info):
+        warnings.warn(
+            f"prefill_chunk is not used: the layers of {type(model).__name__} that are not attention do not "
+            "continue a prompt exactly where it is cut, in this release of transformers.",
+            stacklevel=2,
+        )
+        chunk = None
+    if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
-        prefill_chunk = -(-max(prefill_chunk, DECODE_ROWS + 1) // granule) * granule
+        chunk = -(-max(chunk, DECODE_ROWS + 1) // granule) * granule
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
     if mesh is not None and measured:
@@ -107,28 +124,29 @@ def patch(
             f"Attention mass is measured on one device, and this model is spread over {mesh.size} ranks: "
             "leave out measure_mass, or patch without parallel in one process."
         )
-    session = Session(strict, mesh)
+    notices: Counter[str] = Counter()
+    session = Session(strict, mesh, notices)
     bound = {
         i: Layer(i, pre, dec, session, left_dense=reasons, from_keys=from_keys[i], measure=measured)
         for i, (pre, dec, reasons) in served.items()
     }
     if mesh is not None:
         granule = math.lcm(
-            granule, *(s.block for pair in served.values() for m in pair[:2] for s in m.summaries)
+            granule, *(s.block or 1 for pair in served.values() for m in pair[:2] for s in m.summaries)
         )
         mesh.agree(
             {
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
                 "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
-                "the options": str((strict, prefill_chunk, from_keys, mesh.config)),
+                "the options": str((strict, chunk, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, prefill_chunk, granule)
+    undo = hf.install(model, info, bound, session, chunk, granule)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
 
 
 class Patched:
@@ -141,12 +159,14 @@ class Patched:
         untouched: dict[int, str],
         undo: list[Callable[[], None]],
         mesh: Mesh | None = None,
+        notices: Counter[str] | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
         self._untouched = untouched
         self._undo: list[Callable[[], None]] | None = undo
         self._mesh = mesh
+        self._notices = Counter() if notices is None else notices
         self._sent_before = self._sent()
 
     def report(self, *, measure_mass: bool = False) -> Report:
@@ -165,7 +185,8 @@ class Patched:
             for i, layer in self._layers.items()
             if i not in self._untouched
         ]
-        return Report(self._name, layers, dict(self._untouched), dict(self._sent() - self._sent_before))
+        traffic = dict(self._sent() - self._sent_before)
+        return Report(self._name, layers, dict(self._untouched), traffic, dict(self._notices))
 
     def watch(self, see: Mapping[int, See]) -> None:
         """Let ``see(q, keys, index)`` look at every selection of a layer; for patches that measure."""
@@ -176,6 +197,7 @@ class Patched:
         """Start counting anew."""
         for layer in self._layers.values():
             layer.clear_report()
+        self._notices.clear()
         self._sent_before = self._sent()
 
     def _sent(self) -> Counter[str]:
@@ -184,8 +206,11 @@ class Patched:
         return sum((ranks.sent for ranks in groups), Counter())
 
     def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second
-        time."""
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time.
+
+        What was changed on ``model.config`` while patched stays changed, an attention implementation among
+        it. A model that shares the config sees the changes from now on.
+        """
         if self._undo is None:
             raise FarspanError("This patch has been removed already.")
         undo, self._undo = self._undo, None
@@ -236,14 +261,35 @@ def _per_layer(
     untouched: Mapping[int, str],
 ) -> list[tuple[AttentionMethod, AttentionMethod]]:
     chosen = [methods] * count
-    for index, spec in overrides.items():
-        if type(index) is not int or not -count <= index < count:
-            raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {index!r}.")
-        chosen[index] = resolve(spec)
-        reason = untouched.get(index % count)
+    given: dict[int, object] = {}  # by layer, the number it was named by
+    for name, spec in overrides.items():
+        number = whole_number(name)
+        if number is None or not -count <= number < count:
+            raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {name!r}.")
+        index = number % count
+        if index in given:
+            raise SpecError(
+                f"layers= names layer {index} twice, as {given[index]!r} and {name!r}: keep one of them."
+            )
+        given[index], chosen[index] = name, resolve(spec)
+        reason = untouched.get(index)
         if reason and any(m.name != "dense" for m in chosen[index]):
-            raise SpecError(f"layers= cannot give layer {index} a method: {reason}.")
+            raise SpecError(f"layers= cannot give layer {name} a method: {reason}.")
     return chosen
+
+
+def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
+    """Refuse a decode method where every call is a prefill; a method of both phases runs as that."""
+    dense = parse_method("dense")
+    never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
+    if never:
+        raise Unsupported(
+            f"farspan cannot run {' and '.join(never)} at decode on {model}",
+            [
+                "its attention is given keys that are not the cache's own, so every call is a prefill: "
+                "choose a prefill method or dense"
+            ],
+        )
 
 
 def _check_recipe(

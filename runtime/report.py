@@ -101,12 +101,13 @@ class Report:
     layers: list[LayerReport]
     untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
     traffic: dict[str, int] = field(default_factory=dict)  # every byte that this rank has sent, by collective
+    notices: dict[str, int] = field(default_factory=dict)  # what was not done in calls of the model, and why
 
     @property
     def summary(self) -> dict[str, Any]:
         """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, how
-        data moved between ranks, implementation; of a patch that measures, the mean recall of attention mass
-        per phase, and seconds of selection and of attention."""
+        data moved between ranks, implementation, notices; of a patch that measures, the mean recall of
+        attention mass per phase, and seconds of selection and of attention."""
         totals: dict[str, Any] = {}
         for phase in (PREFILL, DECODE):
             done = [layer.phases[phase] for layer in self.layers]
@@ -130,6 +131,7 @@ class Report:
         totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
         totals["mechanisms"] = {name: why for p in every for name, why in p.mechanisms.items()}
         totals["implementation"] = _implementation(every)
+        totals["notices"] = dict(self.notices)
         return totals
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +148,7 @@ class Report:
             ],
             "traffic": dict(self.traffic),
             "untouched": {str(layer): reason for layer, reason in self.untouched.items()},
+            "notices": dict(self.notices),
         }
 
     def __str__(self) -> str:
@@ -184,6 +187,8 @@ class Report:
             lines.append(f"{method} selects by a prompt's last queries: no likelihoods of its earlier tokens")
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")
+        for reason, count in sorted(self.notices.items()):
+            lines.append(f"in {count} calls of the model: {reason}")
         for reason in sorted(set(self.untouched.values())):
             names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
             lines.append(f"not patched, layers {names}: {reason}")

@@ -70,11 +70,10 @@ class ShardStore(KVStore):
         self.layout = rows.layout
         assert self.layout.count(self.ranks.rank) == self.length
 
-    def align(self, starts: list[int] | None) -> None:
-        if starts != self._starts:
-            self.shared.clear()
-            self.recent = None
-        super().align(starts)
+    def _drop_summaries(self) -> None:
+        super()._drop_summaries()
+        self.shared.clear()
+        self.recent = None
 
     def crop(self, count: int) -> None:
         if count <= 0:
@@ -92,7 +91,7 @@ class ShardStore(KVStore):
             None if self.recent is None else self.recent[:, :, : max(0, self.recent.shape[2] - count)]
         )
         super().crop(self.length - here)
-        self.states.clear()
+        self._forget_since(self.total)
 
     def reset(self) -> None:
         super().reset()

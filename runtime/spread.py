@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS, Reads, attend
+from ..attention.attend import DECODE_ROWS, attend
+from ..attention.dense import Dense
 from ..attention.keys import Keys
 from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
-from ..attention.summary import Summary
+from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.call import Call, Rows, Share, Travel
 from ..parallel.decode import decode
 from ..parallel.entries import extend, extend_split
@@ -22,6 +25,7 @@ from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.prefill import prefill
 from ..parallel.selected import last_queries
+from .rows import Done
 from .shard import ShardStore
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 _CALL = "_farspan_call"
 _SHORT = "the prompt is so short that every rank computes it"
+_DENSE = Dense()
 
 
 def carrier(call: Call, device: torch.device) -> Tensor:
@@ -47,8 +52,6 @@ def carried(mask: Tensor | None) -> Call | None:
 
 def spread(
     layer: Layer,
-    method: AttentionMethod,
-    phase: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,54 +60,111 @@ def spread(
     mesh: Mesh,
     *,
     scale: float,
-    window: int | None,
     softcap: float | None,
-) -> tuple[Partial, Reads, Travel]:
+) -> list[Done]:
     """Attention of q [B, H, n, D] over all ranks' keys, the new ones k, v [B, Hkv, n, D] included.
 
     The n tokens are this rank's share (``call.split``), or the same on every rank.
     """
-    past = store.rows if store.keys is not None else _nothing(k, v, store)
-    store.align(call.starts)
-    store.window = window
+    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
     sent = mesh.sent()
+    past = _take(k, v, store, call)
+    _extend(layer, k, store, past, call, mesh)
+    short = call.split is None and call.past > 0
+    batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states)
+    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, scale, softcap)
+    done = []
+    for run in batch.runs:
+        method, rows = layer.method(run), run.rows
+        with implementations() as ran:
+            if share is not None:
+                part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
+            elif run.phase == DECODE:
+                state = store.states.of(str(method), rows, call.past, call.total)
+                keys = sharded_keys(q, store, call, **how).some_rows(rows, state)
+                part, reads = decode(method, q[rows], keys, None)
+                size = (mesh.ranks.size - 1) * _partial_bytes(q[rows], v.shape[3])
+                travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
+            else:  # every key of these rows has just been computed here
+                here = Keys(k=k, v=v, tq=q.shape[2], **_padding_within(call), **how)
+                part, reads = attend(method, PREFILL, q[rows], here.some_rows(rows, {}))
+                travel = Travel("none", _SHORT)
+        sent, travel.sent = mesh.sent(), mesh.sent() - sent
+        done.append(Done(run, part, reads, ran, travel))
+    if batch.told and _told(layer.decode):
+        wanted = layer.decode.told_queries
+        n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
+        last = q[:, :, -n:] if share is None else last_queries(share, n)
+        keys = sharded_keys(last, store, call, **how)
+        for rows in batch.told:
+            state = store.states.of(str(layer.decode), rows, call.past, call.total)
+            layer.decode.after_prefill(last[rows], keys.some_rows(rows, state))
+        travel.sent += mesh.sent() - sent
+    return done
+
+
+def spread_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    store: ShardStore,
+    call: Call,
+    mesh: Mesh,
+    window: int,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """The same of a layer with the model's own sliding ``window``."""
+    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    store.window = window
+    _take(k, v, store, call)
+    if call.split is not None:
+        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
+        part = prefill(_DENSE, share, store.shared, window)[0]
+    elif call.past:
+        part = decode(_DENSE, q, sharded_keys(q, store, call, **how), window)[0]
+    else:
+        part = flash(q, k, v, window=window, start=call.start, **how)
+    _forget(store, window, call, mesh)
+    return part
+
+
+def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
+    """Store the new keys and values of a call. -> what this rank held before."""
+    past = store.rows if store.keys is not None else Rows(k[:, :, :0], v[:, :, :0], store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
         store.take_split(k, v, call.split)
-    if window is None:
-        _extend(layer, k, store, past, call, mesh)
-    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    if call.split is not None:
-        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
-        part, reads, travel = prefill(method, share, store.shared, window)
-    elif phase == DECODE:
-        part, reads = decode(method, q, sharded_keys(q, store, call, method, scale, softcap), window)
-        travel = Travel(
-            "decode",
-            "one collective of partial results a layer",
-            dense_bytes=(mesh.ranks.size - 1) * _partial_bytes(q, v.shape[3]),
-        )
-    elif window is not None:
-        part, reads = flash(q, k, v, window=window, start=call.start, **how), Reads()
-        travel = Travel("none", _SHORT)
-    else:  # everything there is has just been computed here
-        everything = Keys(k=k, v=v, tq=q.shape[2], start=call.start, starts=call.starts, **how)
-        part, reads = attend(method, PREFILL, q, everything)
-        travel = Travel("none", _SHORT)
-    if window is not None:
-        _forget(store, window, call, mesh)
-    elif phase == PREFILL and _told(layer.decode):
-        wanted = layer.decode.told_queries
-        n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
-        last = q[:, :, -n:] if call.split is None else last_queries(share, n)
-        layer.decode.after_prefill(last, sharded_keys(last, store, call, layer.decode, scale, softcap))
-    travel.sent = mesh.sent() - sent
-    return part, reads, travel
+    store.align(call.starts, call.total)
+    return past
+
+
+def _padding_within(call: Call) -> dict[str, Any]:
+    """Where rows begin, counted from the call's first token."""
+    if call.start is None or call.starts is None:
+        return {}
+    starts = [max(first - call.past, 0) for first in call.starts]
+    return {"start": (call.start - call.past).clamp(min=0), "starts": starts}
+
+
+def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Summaries]:
+    """A share, and the entries of all keys, of some rows of the batch."""
+    if rows == slice(0, share.q.shape[0]):
+        return share, shared
+    call, start = share.call, None
+    starts = None if call.starts is None else call.starts[rows]
+    if starts is not None and any(starts):
+        start = None if call.start is None else call.start[rows]
+    q, k, v = (x[rows] for x in (share.q, share.k, share.v))
+    held = Rows(share.rows.k[rows], share.rows.v[rows], share.rows.layout)
+    call = call._replace(start=start, starts=None if start is None else starts)
+    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(shared, share.k, None, rows)
 
 
 def sharded_keys(
-    q: Tensor, store: ShardStore, call: Call, method: AttentionMethod, scale: float, softcap: float | None
+    q: Tensor, store: ShardStore, call: Call, *, scale: float, softcap: float | None
 ) -> ShardedKeys:
     """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
     rows = store.rows
@@ -116,17 +176,12 @@ def sharded_keys(
         softcap=softcap,
         start=call.start,
         starts=call.starts,
-        state=store.state(str(method), call.past),
         summaries=store.summaries,
         total=store.total,
         layout=rows.layout,
         ranks=store.ranks,
         shared=store.shared,
     )
-
-
-def _nothing(k: Tensor, v: Tensor, store: ShardStore) -> Rows:
-    return Rows(k[:, :, :0], v[:, :, :0], store.layout)
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
@@ -148,9 +203,8 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
 @torch.no_grad()
 def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
     """Bring the block summaries up to date that some method of the layer is going to select by."""
-    wanted: dict[tuple, Summary] = {s.key: s for s in layer.decode.summaries if s.block > 1}
-    if call.split is not None:
-        wanted |= {s.key: s for s in layer.prefill.summaries}
+    asked = (*layer.decode.summaries, *(() if call.split is None else layer.prefill.summaries))
+    wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
         recent = torch.cat([store.recent, k], 2)
@@ -163,7 +217,7 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
             extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
     store.recent = None
     if call.split is None and wanted:
-        store.recent = recent[:, :, -2 * max(s.block for s in wanted.values()) :]
+        store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]
 
 
 def _told(method: AttentionMethod) -> bool:

@@ -16,6 +16,7 @@ from ..share import budget, check_budget, most, pick, share_scores
 from ..summary import Channels, Summary
 
 RANKINGS = ("q", "k", "qk")
+LABELS = 32  # channels of a key, where no group_factor is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,10 @@ class DoubleSparsity(AttentionMethod):
 
     Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user
     names. At decode a label cache holds the first D / group_factor ranked channels of every key, per KV head,
-    kept incrementally; labels score all keys, the best k are read exactly. Query heads of a group share one
-    selection by the ``share`` ("sum" or "max") of their estimated attention, or choose each for itself
-    ("none"). Layers below ``dense_layers`` stay dense; prefill is dense.
+    kept incrementally; without a group_factor the first 32, as in the paper's 32 of 128. Labels score all
+    keys, and the best k are read exactly. Query heads of a group share one selection by the ``share`` ("sum"
+    or "max") of their estimated attention, or choose each for itself ("none"). Layers below ``dense_layers``
+    stay dense; prefill is dense.
     """
 
     name: ClassVar[str] = "double_sparsity"
@@ -39,7 +41,7 @@ class DoubleSparsity(AttentionMethod):
 
     k: int | None = 512
     fraction: float | None = None
-    group_factor: int = 4
+    group_factor: int | None = None
     share: str = "sum"
     dense_layers: int = 2
     recipe: str = ""
@@ -64,7 +66,7 @@ class DoubleSparsity(AttentionMethod):
                 f"This recipe ranks {list(ranking.shape)} channels in layer {layer.index}, the model has "
                 f"[{layer.num_kv_heads}, {layer.head_dim}]: it was made for another model."
             )
-        width = max(1, layer.head_dim // self.group_factor)
+        width = max(1, layer.head_dim // self.group_factor) if self.group_factor else LABELS
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 
     def calibration(self, layer: LayerInfo, *, by: str = "qk") -> ChannelRanking:

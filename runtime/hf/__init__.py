@@ -1,7 +1,8 @@
 """The only place that touches transformers' internals: interfaces, masks, cache classes, hooks.
 
 Nothing here happens on import. ``install`` changes a model and returns the list of undo steps; what cannot be
-served is refused by ``inspect_model`` before anything is changed. Checked on transformers 5.21 and 5.23.
+served is refused by ``inspect_model`` before anything is changed. What differs between the releases of
+transformers stands in ``releases``.
 """
 
 from .cache import KVStoreLayer as KVStoreLayer
@@ -14,3 +15,7 @@ from .models import is_patched as is_patched
 from .models import join_ranks as join_ranks
 from .observe import observe as observe
 from .observe import replace_attention as replace_attention
+from .releases import returned_cache as returned_cache
+from .releases import with_cache as with_cache
+from .trial import accept as accept
+from .trial import continues_exactly as continues_exactly

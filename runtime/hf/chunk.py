@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layer import DECODE_ROWS
-from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, replace_forward
+from ...attention.errors import FarspanError
+from ..layer import DECODE_ROWS, Session
+from .hooks import replace_forward
+from .releases import given_cache
+from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 
 
-def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
+def chunk_forward(decoder: Any, chunk: int, session: Session) -> Callable[[], None]:
     """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
     decode step. Returns the undo step."""
 
@@ -21,33 +25,76 @@ def chunk_forward(decoder: Any, chunk: int) -> Callable[[], None]:
         tokens = (
             kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         )
-        cache = kwargs.get("past_key_values")
         length = 0 if tokens is None else tokens.shape[1]
-        if cache is None or length <= chunk + DECODE_ROWS or foreign_tensors(decoder.config, kwargs):
+        if tokens is None or length <= chunk + DECODE_ROWS or session.off:
+            return original(*args, **kwargs)
+        cache, reason = given_cache(kwargs), _left_whole(decoder, kwargs)
+        if cache is None or reason is not None:
+            session.notices[f"prefill_chunk left it whole: {reason or 'it keeps no KV cache'}"] += 1
             return original(*args, **kwargs)
         past = cache.get_seq_length()
-        cuts = list(range(chunk, length, chunk))
-        if length - cuts[-1] <= DECODE_ROWS:
-            cuts.pop()
+        parts = _parts(length, chunk)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=tokens.device)[None]
         outputs = []
-        for a, b in zip([0, *cuts], [*cuts, length], strict=True):
-            part = dict(kwargs)
-            for name in ALONG_TOKENS:
-                if part.get(name) is not None:
-                    part[name] = along_tokens(name, part[name], partial(_narrow, a, b))
-            if part.get("attention_mask") is not None:
-                part["attention_mask"] = part["attention_mask"][:, : past + b]
-            outputs.append(original(*args, **part))
+        with session.part_of(positions):
+            for a, b in parts:
+                part = dict(kwargs)
+                for name in ALONG_TOKENS:
+                    if part.get(name) is not None:
+                        part[name] = along_tokens(name, part[name], partial(_narrow, a, b))
+                if part.get("attention_mask") is not None:
+                    part["attention_mask"] = part["attention_mask"][:, : past + b]
+                outputs.append(original(*args, **part))
         output = outputs[-1]
-        output.last_hidden_state = torch.cat([part.last_hidden_state for part in outputs], 1)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(
-                torch.cat(layer, 1) for layer in zip(*(part.hidden_states for part in outputs), strict=True)
-            )
+        # Over ranks, hidden states come back for the last ``session.rows`` tokens alone.
+        sizes = [{b - a, min(b - a, session.rows or b - a)} for a, b in parts]
+        for name in list(output):
+            output[name] = _joined(name, [part[name] for part in outputs], sizes)
         return output
 
     return replace_forward(decoder, forward)
 
 
+def _parts(length: int, chunk: int) -> list[tuple[int, int]]:
+    """Where each part of a call of ``length`` tokens begins and ends."""
+    cuts = list(range(chunk, length, chunk))
+    if length - cuts[-1] <= DECODE_ROWS:
+        cuts.pop()
+    return list(zip([0, *cuts], [*cuts, length], strict=True))
+
+
+def _left_whole(decoder: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call must not be cut; None where it may."""
+    if torch.is_grad_enabled() and _needs_gradients(decoder, kwargs):
+        return "it needs gradients (torch.no_grad() avoids that)"
+    if foreign := foreign_tensors(decoder.config, kwargs):
+        return f"{', '.join(dict.fromkeys(foreign))} may not lie along the tokens"
+    return None
+
+
+def _needs_gradients(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether gradients flow through a call: to the decoder's weights, its arguments, or cached keys."""
+    layers = getattr(given_cache(kwargs), "layers", ())
+    cached = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in layers]
+    return any(x.requires_grad for x in chain(decoder.parameters(), tensors_in(kwargs), tensors_in(cached)))
+
+
 def _narrow(a: int, b: int, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, a, b - a)
+
+
+def _joined(name: str, parts: list[Any], sizes: list[set[int]]) -> Any:
+    """One entry of a decoder's output for the whole call: tensors [B, T, ...] are joined along the tokens,
+    anything else is as it was after the last part. sizes: the T that each part may have."""
+    if isinstance(parts[0], tuple | list):
+        return tuple(_joined(name, list(each), sizes) for each in zip(*parts, strict=True))
+    if not isinstance(parts[0], Tensor):
+        return parts[-1]
+    if any(x.dim() < 2 or x.shape[1] not in size for x, size in zip(parts, sizes, strict=True)):
+        raise FarspanError(
+            f"prefill_chunk cannot join the output {name!r} of its chunks, since it does not lie along the "
+            "tokens: patch without prefill_chunk."
+        )
+    return torch.cat(parts, 1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from ...attention.errors import FarspanError
@@ -18,8 +17,12 @@ from ..layer import Layer, Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
+from .hooks import Hook
 from .interface import ATTRIBUTE, NAME, register
-from .models import FULL, ModelInfo
+from .models import FULL, ModelInfo, calls_attention
+from .own_config import own_configs
+from .releases import CACHE_NAMES, cache_name, given_cache
+from .rope import follow_length
 from .spread import spread_forward, told_to_all
 
 
@@ -37,33 +40,45 @@ def install(
     the ranks of ``session.mesh``.
     """
     register()
-    undo: list[Callable[[], None]] = []
-    copies: dict[int, Any] = {}
-    copy.deepcopy(info.config, copies)._attn_implementation_internal = NAME
-    # Two models built from one config object share it: ours gets a copy, so that no other model is switched
-    # over. Modules around a text backbone hold a config that contains its config, and make its masks by
-    # that: copied along.
-    for module in model.modules():
-        config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is info.config:
-            module.config = copy.deepcopy(config, copies)
-            undo.append(partial(setattr, module, "config", config))
+    served = set(info.attention.values())
+    undo = [own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m))]
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(partial(delattr, module, ATTRIBUTE))
+    if session.mesh is not None or chunk is not None:
+        undo += follow_length(info.decoder, session)
     if session.mesh is not None:
         undo += spread_forward(model, info, session, granule)
     if chunk is not None:
-        undo.append(chunk_forward(info.decoder, chunk))
+        undo.append(chunk_forward(info.decoder, chunk, session))
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with told_to_all(session.mesh):
-            return _begin(module, args, kwargs, session)
+            return None if _switched_off(module, session) else _begin(module, args, kwargs, session)
 
-    before = info.decoder.register_forward_pre_hook(begin, with_kwargs=True)
-    after = info.decoder.register_forward_hook(lambda *_: session.end(), always_call=True)
+    before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
+    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
     undo += [before.remove, after.remove]
     return undo
+
+
+def _switched_off(decoder: Any, session: Session) -> bool:
+    """Whether the model has been set to another attention since the patch; its calls are its own then."""
+    name = decoder.config._attn_implementation
+    session.off = name != NAME
+    if not session.off:
+        return False
+    sentence = (
+        f"The patched model was set to the attention {name!r} (model.set_attn_implementation), so farspan "
+        f"does nothing in it: set {NAME!r} again, or call remove(), which keeps {name!r}."
+    )
+    if session.strict or session.mesh is not None:
+        raise FarspanError(sentence)
+    reason = f"the model was set to the attention {name!r}, so farspan did nothing"
+    if reason not in session.notices:
+        warnings.warn(sentence, stacklevel=2)
+    session.notices[reason] += 1
+    return True
 
 
 def _begin(
@@ -88,9 +103,13 @@ def _begin(
         use_cache = getattr(decoder.config, "use_cache", False)
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         use_cache = False  # the model itself switches the cache off then
-    cache = call.get("past_key_values")
+    cache = given_cache(call)
+    for name in CACHE_NAMES:  # one name from here on: where both are given, transformers drops the older one
+        call.pop(name, None)
     if cache is None and use_cache:
-        cache = call["past_key_values"] = DynamicCache(config=decoder.config)
+        cache = DynamicCache(config=decoder.config)
+    if cache is not None:
+        call[cache_name(decoder)] = cache
     mesh = session.mesh
     if cache is not None:
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -11,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...attention.errors import FarspanError, Unsupported
@@ -60,9 +63,11 @@ class ModelInfo:
         return dataclasses.replace(whole, num_heads=heads, num_kv_heads=kv_heads, shares=shares, share=place)
 
     def _whole(self, index: int) -> LayerInfo:
-        heads = self.config.num_attention_heads
+        settings = layer_configs(self.config)
+        config = settings[index] if len(settings) > 1 else settings[0]
+        heads = config.num_attention_heads
         group = int(getattr(self.attention[index], "num_key_value_groups", 1))
-        head_dim = getattr(self.attention[index], "head_dim", None) or self.config.hidden_size // heads
+        head_dim = getattr(self.attention[index], "head_dim", None) or config.hidden_size // heads
         return LayerInfo(index=index, num_heads=heads, num_kv_heads=heads // group, head_dim=int(head_dim))
 
     @cached_property
@@ -104,18 +109,28 @@ def inspect_model(model: Any) -> ModelInfo:
             f"farspan cannot patch a {type(model).__name__}",
             [f"it patches transformers' causal LMs (a PreTrainedModel){_inside(model)}"],
         )
-    decoder = cast(Any, model).get_decoder()
-    config = decoder.config
+    decoder = without_head(cast(Any, model).get_decoder())
+    config = getattr(decoder, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise Unsupported(
+            f"farspan cannot patch {type(model).__name__}",
+            [f"its get_decoder() gives a {type(decoder).__name__}, not a transformers decoder with a config"],
+        )
+    settings = layer_configs(config)
+
+    def asks(name: str) -> bool:
+        return any(_is_set(getattr(one, name, None)) for one in settings)
+
     reasons = []
-    if getattr(config, "is_encoder_decoder", False):
+    if asks("is_encoder_decoder"):
         reasons.append("encoder-decoder models are not causal LMs")
-    if getattr(config, "kv_lora_rank", None):
+    if asks("kv_lora_rank"):
         reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+    if asks("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
         reasons.append("layers that share another layer's keys are not served")
     if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
         reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+    if not all(_is_causal_config(one) for one in settings):
         reasons.append("its attention is bidirectional")
     modules = [m for m in decoder.modules() if _is_attention(m)]
     attention = {m.layer_idx: m for m in modules}
@@ -135,6 +150,15 @@ def inspect_model(model: Any) -> ModelInfo:
     return ModelInfo(model, decoder, config, dict(sorted(attention.items())), kinds)
 
 
+def without_head(decoder: Any) -> Any:
+    """The part that gives hidden states; `get_decoder` gives a CausalLM for Mllama's text and Kosmos-2.5."""
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        inner = [part for part in decoder.children() if isinstance(part, PreTrainedModel)]
+        if len(inner) == 1:
+            return inner[0]
+    return decoder
+
+
 def _inside(wrapper: Any) -> str:
     """Where the model is in what DistributedDataParallel, DeepSpeed or others have put around it."""
     inner = getattr(wrapper, "module", None)
@@ -143,13 +167,48 @@ def _inside(wrapper: Any) -> str:
     return f"; pass the {type(inner).__name__} in it: its .module, or accelerator.unwrap_model(...)"
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config, or one for each layer where settings differ from layer to layer (then the config itself
+    refuses to be asked for them)."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _reuses_keys(config: Any) -> bool:
+    """Whether a layer reads another's keys. The layer that gives them says "store", even where no layer reads
+    them (Gemma 4 in transformers 5.24)."""
+    return "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a config asks for something here; a list does where one of its entries does."""
+    return any(map(_is_set, value)) if isinstance(value, list | tuple) else bool(value)
+
+
+def _is_causal_config(config: Any) -> bool:
+    """Whether text is causal. "vision": image tokens alone see each other, and calls with images are refused
+    by the mask function."""
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    return bool(getattr(config, "is_causal", True)) and both_ways in (None, False, "vision")
+
+
 def _is_attention(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "layer_idx", None), int):
-        return False
-    try:
-        return "attention_interface" in inspect.getsource(type(module).forward)
-    except (OSError, TypeError):  # no source at hand
+    return isinstance(getattr(module, "layer_idx", None), int) and calls_attention(module)
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a module calls attention through transformers' AttentionInterface."""
+    source = _source(type(module).forward)
+    if source is None:
         return type(module).__name__.endswith("Attention") and hasattr(module, "num_key_value_groups")
+    return "attention_interface" in source
+
+
+@functools.cache
+def _source(forward: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):
+        return None  # no source at hand
 
 
 def _is_causal(module: nn.Module) -> bool:
@@ -165,12 +224,6 @@ def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot be given a part of the sequence")
-    rope = getattr(info.config, "rope_parameters", None) or {}
-    kinds = {str(p.get("rope_type")) for p in (rope, *rope.values()) if isinstance(p, dict)}
-    reasons += [
-        f"its {kind} RoPE depends on the length seen so far, which ranks see differently"
-        for kind in sorted(kinds & {"dynamic", "longrope"})
-    ]
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         reasons.append("device_map has spread its layers over devices; give each rank one device")
     if any(hasattr(p, "ds_id") for p in model.parameters()):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +24,9 @@ from ..layer import Padding, Session, read_padding
 from ..shard import in_call
 from ..spread import carrier
 from .cache import ShardStoreLayer
+from .hooks import Hook, replace_forward
 from .models import ModelInfo
+from .releases import given_cache
 
 
 def spread_forward(
@@ -57,8 +60,8 @@ def _watch_rows(owner: nn.Module, session: Session) -> Callable[[], None]:
         session.rows = None
 
     hooks = [
-        owner.register_forward_pre_hook(before, with_kwargs=True),
-        owner.register_forward_hook(after, always_call=True),
+        owner.register_forward_pre_hook(Hook(before), with_kwargs=True),
+        owner.register_forward_hook(Hook(after), always_call=True),
     ]
 
     def undo() -> None:
@@ -66,25 +69,6 @@ def _watch_rows(owner: nn.Module, session: Session) -> Callable[[], None]:
             hook.remove()
 
     return undo
-
-
-def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``forward(original, *args, **kwargs)`` stand in for the module's own; returns the undo step."""
-    original, replaced = module.forward, "forward" in vars(module)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return forward(original, *args, **kwargs)
-
-    stand_in.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    module.forward = stand_in
-
-    def restore() -> None:
-        if replaced:
-            module.forward = original
-        else:
-            del module.forward
-
-    return restore
 
 
 ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
@@ -101,14 +85,27 @@ def foreign_tensors(config: Any, kwargs: dict[str, Any]) -> list[str]:
     found = [
         name
         for name, value in kwargs.items()
-        for x in (value if isinstance(value, list | tuple) else [value])
-        if isinstance(x, Tensor) and not any(x is y for y in known)
+        if any(not any(x is y for y in known) for x in tensors_in(value))
     ]
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         found.append("output_router_logits")
     if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
         found.append("return_dict=False")
     return found
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a value: itself, or at any depth of mappings, sequences, sets and dataclasses, which
+    models' outputs are. Caches and other objects are not looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif isinstance(value, list | tuple | Set):
+        for part in value:
+            yield from tensors_in(part)
 
 
 @contextmanager
@@ -131,10 +128,11 @@ def _forward(
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
     with told_to_all(session.mesh):
-        call = _share_out(info, session, session.mesh, granule, kwargs)
+        call, positions = _share_out(info, session, session.mesh, granule, kwargs)
         session.call, running = call, in_call.set(True)
         try:
-            output = original(**kwargs)
+            with session.part_of(positions):
+                output = original(**kwargs)
         finally:
             session.call = None
             in_call.reset(running)
@@ -147,22 +145,26 @@ def _forward(
     return output
 
 
-def _share_out(info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwargs: dict[str, Any]) -> Call:
-    """Make the arguments of the decoder's forward those of this rank, once all ranks have the same."""
+def _share_out(
+    info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwargs: dict[str, Any]
+) -> tuple[Call, Tensor]:
+    """Make the arguments of the decoder's forward those of this rank, once all ranks have the same; -> the
+    call, and the positions of all its tokens."""
     ids = kwargs.get("input_ids")
     tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
     past = cache.get_seq_length() if cache is not None else 0
     total = past + tokens.shape[1]
     padding = Padding() if mask is None else read_padding(mask)
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = torch.arange(past, total, device=tokens.device)[None]
+    positions: Tensor = kwargs["position_ids"]
     if mesh.config.check:
         mesh.agree(
             {
                 "the shape of the input": str((tuple(tokens.shape), past)),
                 "the input": tokens.detach(),
-                "the positions": kwargs["position_ids"],
+                "the positions": positions,
                 "the padding": str(padding.starts),
                 "the last output": session.output,
             }
@@ -181,7 +183,7 @@ def _share_out(info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwar
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
     call = Call(split, past, total, padding.start, padding.starts, memory)
     kwargs["attention_mask"] = carrier(call, tokens.device)
-    return call
+    return call, positions
 
 
 def _held(cache: Any) -> Layout | None:

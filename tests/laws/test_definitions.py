@@ -123,7 +123,8 @@ def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> 
     heads, kv_heads, d = data.q.shape[1], data.k.shape[1], data.k.shape[3]
     generator = torch.Generator().manual_seed(0)
     ranking = torch.stack([torch.randperm(d, generator=generator) for _ in range(kv_heads)]).int()
-    settings = {"dense_layers": 0, **settings, **({"page": 8} if name == "quest" else {})}
+    own = {"page": 8} if name == "quest" else {"group_factor": 4}
+    settings = {"dense_layers": 0, **settings, **own}
     info = LayerInfo(0, heads, kv_heads, d, weights={"channels": ranking})
     method: Any = farspan.methods()[name](**settings).for_layer(info)
     total = data.k.shape[2]
@@ -149,11 +150,16 @@ def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> 
 
 
 def test_double_sparsity_reads_the_first_ranked_channels() -> None:
-    """group_factor 4 of 16 channels keeps 4, per KV head; the order within them does not matter."""
+    """group_factor 4 of 16 channels keeps 4, per KV head; the order within them does not matter. Without one
+    it keeps 32, or all where there are fewer."""
     ranking = torch.stack([torch.arange(D), torch.arange(D).flip(0)]).int()
     method = farspan.methods()["double_sparsity"](dense_layers=0, group_factor=4)
     served = method.for_layer(layer_info({"channels": ranking}))
     assert served.labels.channels.tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]  # type: ignore[union-attr]
+    for size, kept in ((16, 16), (64, 32), (256, 32)):
+        info = LayerInfo(0, 2, 1, size, weights={"channels": torch.arange(size)[None].int()})
+        served = farspan.methods()["double_sparsity"](dense_layers=0).for_layer(info)
+        assert served.labels.channels.tolist() == [[*range(kept)]]  # type: ignore[union-attr]
 
 
 # --- prefill ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -77,17 +77,60 @@ def test_model(model: Any, patched: Callable[..., Any], method: AttentionMethod)
             assert error < 1e-5, f"row {b} differs by {error:.1e}"
 
 
+@every_method()
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [24, 48, 72, 73, 74, 75],
+        [20, 36, 44, 60, 64, 72, 73, 74, 75],  # calls of at most 16 tokens in which rows begin (f03)
+        [8, 40, 56, 72, 73, 74, 75],
+    ],
+)
+def test_model_fed_in_pieces(
+    model: Any, patched: Callable[..., Any], method: AttentionMethod, cuts: list[int]
+) -> None:
+    """Any pieces of a padded batch: each row gives what it gives alone, cut where the batch is cut (f03,
+    f04)."""
+    lengths = (72, 61, 40, 13, 5, 1)
+    ids, mask = _padded([n + 3 for n in lengths])
+    with patched(method), torch.no_grad():
+        got = _in_pieces(model, ids, mask, cuts)
+        for b, length in enumerate(lengths):
+            first = 72 - length
+            alone = [cut - first for cut in cuts if cut > first]
+            want = _in_pieces(model, ids[b : b + 1, first:], mask[b : b + 1, first:], alone)
+            error = (got[b : b + 1, first:] - want).abs().max()
+            assert error < 1e-5, f"the row of {length} tokens differs by {error:.1e}"
+
+
+def _padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), rows of these lengths padded on the left."""
+    width, generator = max(lengths), torch.Generator().manual_seed(0)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, n in zip(ids, lengths, strict=True):
+        row[width - n :] = torch.randint(3, 128, (n,), generator=generator)
+    return ids, (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+
+
 def _logits(model: Any, ids: torch.Tensor, following: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Prefill, then one token at a time, as generate feeds a left-padded batch."""
-    logits, cache = [], None
-    tokens = [ids, *following.split(1, 1)]
-    for token in tokens:
-        if cache is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]
+    n, steps = ids.shape[1], following.shape[1]
+    mask = torch.cat([mask, mask.new_ones(len(mask), steps)], 1)
+    return _in_pieces(model, torch.cat([ids, following], 1), mask, range(n, n + steps + 1))
+
+
+def _in_pieces(model: Any, ids: torch.Tensor, mask: torch.Tensor, cuts: Iterable[int]) -> torch.Tensor:
+    """The logits of calls that end at ``cuts``, side by side."""
+    logits, cache, begin = [], None, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for end in cuts:
         output = model(
-            token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
         )
-        cache = output.past_key_values
+        cache, begin = output.past_key_values, end
         logits.append(output.logits)
     return torch.cat(logits, 1)

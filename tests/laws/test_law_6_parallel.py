@@ -44,7 +44,10 @@ def _cases(method: AttentionMethod, recipe: Any) -> list[Case]:
         Case(lengths=(257,), **common),
         Case(lengths=(141, 60, 97), **common),  # padded on the left, nothing aligned
         Case(lengths=(61, 33), turns=(30, 1), new=4, **common),  # on a cache that is spread already
-        Case(lengths=(130,), new=4, **(common | {"patch": {"recipe": recipe, "prefill_chunk": 50}})),
+        Case(lengths=(130, 83), new=4, **(common | {"patch": {"recipe": recipe, "prefill_chunk": 50}})),
+        Case(
+            lengths=(61, 5, 29), new=4, how={"prefill_chunk_size": 24}, **common
+        ),  # rows begin in short calls
         Case(lengths=(40, 61), new=6, how={"num_beams": 3}, **common),
         Case(lengths=(50,), new=4, how={"do_sample": True, "temperature": 0.8}, **common),
     ]

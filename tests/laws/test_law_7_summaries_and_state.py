@@ -33,7 +33,7 @@ def summaries_checked() -> Iterator[list[int]]:
             anew = Summaries().get(wanted, self.k, self.start)
             for b in range(self.k.shape[0]):
                 first = self.starts[b] if self.starts else 0
-                if wanted.block == 1:
+                if wanted.block is None:
                     rows = slice(first, self.length)
                 else:  # blocks are counted from the row's start; those past its end mean nothing
                     rows = slice(0, -(-(self.length - first) // wanted.block))

@@ -72,9 +72,10 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "page": 4, "dense_layers": 0},
         {"k": 27, "page": 8, "share": "sum", "dense_layers": 0},
         {"k": None, "fraction": 0.3, "page": 8, "share": "none", "dense_layers": 0},
+        {"k": 12, "page": 1, "dense_layers": 0},
     ],
     "double_sparsity": [
-        {"k": 20, "dense_layers": 0},
+        {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "share": "none", "dense_layers": 0, "group_factor": 2},
     ],
     "h2o": [{"k": 24}, {"k": 7}],

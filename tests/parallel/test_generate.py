@@ -52,6 +52,38 @@ def test_architectures(name: str, world: World):
     assert_same(world, (3,), cases, 5e-5 if experts else 1e-9)
 
 
+ROPE_BY_LENGTH: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama": {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROPE_BY_LENGTH)
+def test_rope_whose_frequencies_depend_on_the_length(name: str, world: World):
+    """f01: every rank's share of a call is rotated by the length of the whole call, in chunks as well. From
+    57 tokens, answering crosses the boundary."""
+    common: dict[str, Any] = {"model": name, "overrides": ROPE_BY_LENGTH[name]}
+    cases = [
+        Case(**common, lengths=(90, 57)),
+        Case(**common, lengths=(57,), new=12),
+        Case(**common, lengths=(90,), patch={"prefill_chunk": 24}),
+        Case(**common, lengths=(70, 41), turns=(40, 1), new=4),
+    ]
+    assert_same(world, (3,), cases, 1e-9)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 3), (8, 2)], ids=str)
 def test_any_number_of_heads_and_mechanism(heads: tuple[int, int], world: World):
     overrides = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 96}

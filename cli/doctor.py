@@ -1,0 +1,52 @@
+"""`farspan doctor`: what farspan runs on, and whether it computes there what the model alone computes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import launch, options, output
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Try this model's class, by its config alone [default: a small Llama]."
+        ),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Versions, tested releases, devices, and a short run of a small model with and without farspan.
+
+    The small model has random weights and the class of `--model`; its logits and its `generate` must be the
+    same with and without a dense patch. Exit code 0 if all is well, else 1 with one sentence on stderr.
+    """
+    launch.only_rank_0()
+    from ..runtime.doctor import examine
+
+    found = examine(model)
+    if json:
+        output.show_json(found)
+    else:
+        table = output.table("what", "found", "needed or tested")
+        table.add_row("farspan", found["farspan"], "")
+        table.add_row("python", found["python"], "")
+        for package in found["packages"]:
+            needed = package["needed"]
+            if package["name"] == "transformers":
+                needed += f" (tested: {', '.join(found['transformers_tested'])})"
+            table.add_row(package["name"], package["version"] or "missing", needed)
+        for device in found["devices"]:
+            cores = f", {device['cores']} cores" if device["cores"] else ""
+            memory = f", {device['bytes'] / 2**30:.0f} GiB" if device["bytes"] else ""
+            table.add_row(device["device"], f"{device['name']}{cores}{memory}", "")
+        table.add_row("cache folder", found["cache_folder"], "")
+        trial = found["trial"]
+        passed = "failed" if trial["faults"] else "the same logits and tokens with and without farspan"
+        table.add_row("trial", f"{trial['model']}: {passed} ({trial['seconds']:.1f} s)", "")
+        output.show(table)
+    if found["faults"]:
+        output.fail(f"{'; '.join(found['faults'])}.")
+        raise typer.Exit(1)

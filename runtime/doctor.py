@@ -1,0 +1,98 @@
+"""What farspan runs on: versions, devices, and whether a small model computes the same under it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib import metadata
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from ..attention.errors import Unsupported
+from .hf import inspect_model
+from .hf.config import empty_llama, empty_model
+from .hf.releases import TESTED, installed, newer_than_tested
+from .hf.trial import try_out
+from .machine import cpu_name
+from .models import cache_folder
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "gguf", "triton", "peft", "deepspeed")
+
+
+def examine(model: str | None = None) -> dict[str, Any]:
+    """Versions, tested releases, devices, the cache folder, and a trial: a small copy of a model, patched
+    against unpatched. ``faults`` has one clause for each thing that is wrong.
+
+    model: whose class and config the trial is of (an alias, a local folder or a hub id); a Llama by default.
+    Raises FarspanError where it cannot be found or read.
+    """
+    needs = _needs()
+    packages = [
+        {"name": name, "version": version, "needed": str(needs.get(name, ""))}
+        for name in _PACKAGES
+        if (version := _version(name)) is not None or name in needs
+    ]
+    versions = {name: _version(name) for name in needs}
+    faults = [
+        f"farspan needs {name}{needs[name]}, and {version or 'none'} is installed"
+        for name, version in versions.items()
+        if version is None or not needs[name].contains(version, prereleases=True)
+    ]
+    trial = _trial(empty_llama() if model is None else empty_model(model))
+    return {
+        "farspan": metadata.version("farspan"),
+        "python": platform.python_version(),
+        "packages": packages,
+        "transformers_tested": list(TESTED),
+        "transformers_newer_than_tested": newer_than_tested(),
+        "devices": _devices(),
+        "cache_folder": str(cache_folder()),
+        "trial": trial,
+        "faults": faults + trial["faults"],
+    }
+
+
+def _needs() -> dict[str, Any]:
+    """What farspan's own metadata asks of each package, without its extras."""
+    found = map(Requirement, metadata.requires("farspan") or [])
+    return {one.name: one.specifier for one in found if one.marker is None}
+
+
+def _version(package: str) -> str | None:
+    if package == "transformers":
+        return installed()
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpu = {"device": "cpu", "name": cpu_name(), "cores": os.cpu_count(), "bytes": memory}
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        cpu,
+        *(
+            {"device": f"cuda:{i}", "name": gpu.name, "cores": None, "bytes": gpu.total_memory}
+            for i, gpu in enumerate(gpus)
+        ),
+    ]
+
+
+def _trial(model: Any) -> dict[str, Any]:
+    """The class that was tried, how long that took, and every fault."""
+    start = time.perf_counter()
+    try:
+        found = try_out(inspect_model(model))
+        reasons = ["no small copy of it runs by itself"] if found is None else list(found.reasons)
+    except Unsupported as error:
+        reasons = error.reasons
+    kind = type(model).__name__
+    faults = [f"farspan cannot be shown to serve {kind}: {'; '.join(reasons)}"] if reasons else []
+    return {"model": kind, "seconds": time.perf_counter() - start, "faults": faults}

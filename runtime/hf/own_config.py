@@ -1,0 +1,68 @@
+"""A patched model's own configs: copies that name farspan's attention, whose changes outlive the patch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .interface import NAME
+
+_ATTENTION = "_attn_implementation_internal"
+
+
+def own_configs(
+    model: nn.Module, text: PreTrainedConfig, leave: Callable[[nn.Module], bool]
+) -> Callable[[], None]:
+    """Give the modules of ``model`` that hold the config ``text``, or a config around it, a copy that names
+    farspan's attention. Returns the undo step.
+
+    leave: which modules keep the config they have, such as attention over an image (Kosmos-2.5).
+
+    Two models built from one config object share it: a copy keeps the other model from being switched over.
+    Copies are shallow, so what they contain (lists, the config of a vision part) is the model's own. The undo
+    step sets and deletes on the model's own configs what was set and deleted on the copies, an attention
+    implementation among it; a model that shares such a config sees the change from then on.
+    """
+    copies: dict[int, tuple[Any, Any]] = {}  # by id of the original: (original, copy)
+
+    def copied(config: PreTrainedConfig) -> Any:
+        if id(config) not in copies:
+            new = copy.copy(config)
+            copies[id(config)] = config, new
+            for name, value in vars(new).items():
+                if _leads_to(value, text):  # transformers makes the masks by the config around the text's
+                    vars(new)[name] = copied(value)
+        return copies[id(config)][1]
+
+    for module in model.modules():
+        config = vars(module).get("config")
+        if _leads_to(config, text) and not leave(module):
+            module.config = copied(config)
+    vars(copied(text))[_ATTENTION] = NAME
+    before = {key: dict(vars(new)) for key, (_, new) in copies.items()}
+
+    def undo() -> None:
+        originals = {id(new): config for config, new in copies.values()}
+        for key, (config, new) in copies.items():
+            own, now, was = vars(config), vars(new), before[key]
+            for name in [name for name in was if name not in now]:
+                own.pop(name, None)
+            for name, value in now.items():
+                if (name not in was or value is not was[name]) and (name, value) != (_ATTENTION, NAME):
+                    own[name] = originals.get(id(value), value)
+        for module in model.modules():
+            config = vars(module).get("config")
+            if id(config) in originals:
+                module.config = originals[id(config)]
+
+    return undo
+
+
+def _leads_to(config: Any, text: PreTrainedConfig) -> bool:
+    return config is text or (
+        isinstance(config, PreTrainedConfig) and config.get_text_config(decoder=True) is text
+    )

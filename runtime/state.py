@@ -1,0 +1,90 @@
+"""What methods keep over time of the rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+import torch
+
+from ..attention.keys import State
+
+
+@dataclass(eq=False)
+class _Group:
+    """Neighbouring rows whose state is kept together: by method its state, and how many positions it has
+    seen."""
+
+    rows: range
+    states: dict[str, State] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def of(self, rows: Sequence[int], at: int) -> _Group:
+        """The state of some rows, any of this group's in any order, as that of the rows from ``at`` on."""
+        local = torch.tensor([row - self.rows.start for row in rows])
+        states = {
+            name: {key: x.index_select(0, local.to(x.device)) for key, x in state.items()}
+            for name, state in self.states.items()
+        }
+        return _Group(range(at, at + len(rows)), states, dict(self.seen))
+
+
+class States:
+    """The state of each method, by groups of neighbouring rows.
+
+    All rows are one group until some of them are served apart, or lose their state: states of different
+    groups may have different sizes, so groups stay apart as long as any state is kept.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[_Group] = []
+
+    def groups(self, batch: int) -> list[range]:
+        """Which of the ``batch`` rows have their state together."""
+        if not any(state for group in self._groups for state in group.states.values()):
+            self._groups = [_Group(range(batch))]
+        return [group.rows for group in self._groups]
+
+    def of(self, name: str, rows: slice, past: int, total: int) -> State:
+        """What the method ``name`` keeps of neighbouring rows of one group, at a call that takes the sequence
+        from ``past`` to ``total`` positions; empty if others appended positions since its last call."""
+        group = self._apart(range(rows.start, rows.stop))
+        if group.seen.get(name) not in (past, total):
+            group.states.pop(name, None)
+        group.seen[name] = total
+        return group.states.setdefault(name, {})
+
+    def drop(self, rows: Iterable[int]) -> None:
+        """Forget the state of some rows, of every method."""
+        for row in rows:
+            if self._groups:
+                self._apart(range(row, row + 1)).states.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._groups = []
+
+    def map_rows(self, rows: Sequence[int]) -> None:
+        """Let row i become what row ``rows[i]`` was."""
+        groups, at = [], 0
+        for group, some in groupby(rows, key=self._holder):
+            if group is not None:
+                groups.append(group.of(list(some), at))
+                at = groups[-1].rows.stop
+        self._groups = groups
+
+    def _holder(self, row: int) -> _Group | None:
+        return next((group for group in self._groups if row in group.rows), None)
+
+    def _apart(self, rows: range) -> _Group:
+        """The group of exactly these rows, cut out of the one that holds them."""
+        holder = self._holder(rows.start)
+        assert holder is not None and rows.stop <= holder.rows.stop, "rows are served by groups"
+        if holder.rows == rows:
+            return holder
+        edges = (holder.rows.start, rows.start, rows.stop, holder.rows.stop)
+        parts = [holder.of(range(a, b), a) for a, b in pairwise(edges) if a < b]
+        place = self._groups.index(holder)
+        self._groups[place : place + 1] = parts
+        return next(part for part in parts if part.rows == rows)
