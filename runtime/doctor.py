@@ -12,9 +12,8 @@ import torch
 from packaging.requirements import Requirement
 
 from ..attention.errors import Unsupported
-from .hf import inspect_model
+from .hf import inspect_model, releases
 from .hf.config import empty_llama, empty_model
-from .hf.releases import TESTED, installed, newer_than_tested
 from .hf.trial import try_out
 from .machine import cpu_name
 from .models import cache_folder
@@ -46,8 +45,8 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "farspan": metadata.version("farspan"),
         "python": platform.python_version(),
         "packages": packages,
-        "transformers_tested": list(TESTED),
-        "transformers_newer_than_tested": newer_than_tested(),
+        "transformers_tested": list(releases.TESTED),
+        "transformers_newer_than_tested": releases.newer_than_tested(),
         "devices": _devices(),
         "cache_folder": str(cache_folder()),
         "trial": trial,
@@ -63,7 +62,7 @@ def _needs() -> dict[str, Any]:
 
 def _version(package: str) -> str | None:
     if package == "transformers":
-        return installed()
+        return releases.installed()
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import farspan
 from farspan.cli import main
 from farspan.cli.options import split_methods, whole_numbers
+from farspan.runtime.hf import releases, trial
 from farspan.runtime.models import ALIASES, encode_prompt
 
 
@@ -125,6 +127,30 @@ def test_models_says_whose_upload_and_which_terms(farspan_command):
     assert "Gemma Terms of Use" in next(row["license"] for row in rows if row["alias"] == "gemma3-270m")
     table = farspan_command("models", columns=300)[1]
     assert table.count("Somebody else's upload") == len(rows) and "Gemma Terms of Use" in table
+
+
+def test_doctor_says_what_there_is_and_tries_a_small_model(farspan_command, tiny_folder):
+    code, out, err = farspan_command("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and not err and found["faults"] == [] and found["trial"]["model"] == "LlamaForCausalLM"
+    versions = {package["name"]: package["version"] for package in found["packages"]}
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert found["transformers_tested"] == list(releases.TESTED) and found["devices"][0]["cores"] > 0
+    code, out, _ = farspan_command("doctor", "--model", str(tiny_folder))
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert f"transformers │ {versions['transformers']}" in out and "the same" in out
+
+
+def test_doctor_ends_in_one_sentence_where_something_is_wrong(farspan_command, monkeypatch, tmp_path):
+    fault = trial.Trial(("a small copy of it computes other logits under farspan (off by 7%)",))
+    monkeypatch.setattr(trial, "_try_out", lambda info: fault)
+    code, out, err = farspan_command("doctor")
+    assert code == 1 and "failed" in out
+    [line] = err.splitlines()
+    assert line.startswith("farspan: ") and "LlamaForCausalLM" in line and "off by 7%" in line
+    monkeypatch.setattr(releases, "installed", lambda: "5.10.0")
+    assert "farspan needs transformers<6,>=5.21, and 5.10.0 is installed" in farspan_command("doctor")[2]
+    assert_sentence(farspan_command("doctor", "--model", str(tmp_path / "none")), "no folder")
 
 
 def test_lists_in_options():
