@@ -19,6 +19,8 @@ def not_in_a_block_mask(index: BlockIndex) -> list[str]:
         )
     if index.key_order is not None:
         reasons.append("it reorders the keys")
+    if index.lead:
+        reasons.append("its first query block began before the queries")
     return reasons
 
 
@@ -29,7 +31,7 @@ def to_block_mask(
 
     Blocks that end before their query block begins are ``full`` ones (no mask_mod call). transposed: with the
     query blocks of each key block, which FlexAttention's backward needs.
-    Raises Unsupported for an index with padding or a key order.
+    Raises Unsupported for an index with padding, a key order or a lead.
     """
     if reasons := not_in_a_block_mask(index):
         raise Unsupported("This BlockIndex has no BlockMask", reasons)

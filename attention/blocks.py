@@ -13,7 +13,7 @@ from .share import pick
 
 
 class Grid(NamedTuple):
-    """Where the query blocks of a call stand, counted from its first query, among the key blocks.
+    """Where the query blocks of a call stand among the key blocks.
 
     begin, end [Nq]: positions of each one's first query, and after its last. first, last [Nq]: the key blocks
     that it lies in itself (off the blocks' grid one more than on it). cols [Nk]: all key blocks.
@@ -29,12 +29,22 @@ class Grid(NamedTuple):
 
     @staticmethod
     def of(keys: Keys, block_q: int, block_k: int) -> Grid:
-        """The grid of one unpadded row."""
+        """The grid of one unpadded row whose query blocks are counted from the call's first query."""
         device = keys.k.device
         begin = torch.arange(keys.past, keys.length, block_q, device=device)
         end = (begin + block_q).clamp_(max=keys.length)
         cols = torch.arange(-(-keys.length // block_k), device=device)
         return Grid(begin, end, begin // block_k, (end - 1) // block_k, cols, block_q, block_k)
+
+    @staticmethod
+    def anchored(keys: Keys, block: int) -> Grid:
+        """The grid of one unpadded row whose query blocks, like its key blocks, are counted from the row's
+        first position, wherever calls begin: the first query block may begin before the call."""
+        device = keys.k.device
+        begin = torch.arange(keys.past // block * block, keys.length, block, device=device)
+        end = (begin + block).clamp_(max=keys.length)
+        cols = torch.arange(-(-keys.length // block), device=device)
+        return Grid(begin, end, begin // block, begin // block, cols, block, block)
 
     def local(self, window: int) -> Tensor:
         """[Nq]: the first of the blocks that hold the last ``window`` keys of every query of a block."""

@@ -104,10 +104,12 @@ class BlockIndex:
             (the query heads of a group share a row) or H. Entries past the count are ignored.
     counts: [B, Hs, Nq] int32.
     key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural order).
+    lead:   by how many queries the first query block is shorter, as it began before the call; 0 in a padded
+            batch.
 
-    Query block n holds queries n * block_q .. of this call, counted from the row's first valid position in
-    it; key block j of row b begins at start[b] + j * block_k. Causality within the blocks is always by
-    position.
+    Query block n holds queries n * block_q - lead .. of this call, counted from the row's first valid
+    position in it; key block j of row b begins at start[b] + j * block_k. Causality within the blocks is
+    always by position.
     """
 
     blocks: Tensor
@@ -116,6 +118,7 @@ class BlockIndex:
     block_k: int
     start: Tensor | None = None
     key_order: Tensor | None = None
+    lead: int = 0
 
     def check(self, tk: int) -> None:
         """Raise ValueError where the counted blocks of a query block are not distinct, ascending blocks of
@@ -123,6 +126,11 @@ class BlockIndex:
         if self.block_q < 1 or self.block_k < 1:
             raise ValueError(
                 f"A BlockIndex has blocks of at least 1 position; got {self.block_q} and {self.block_k}."
+            )
+        if not 0 <= self.lead < self.block_q or (self.lead and self.start is not None):
+            raise ValueError(
+                "A BlockIndex has a lead from 0 to block_q - 1, and 0 in a padded batch; got lead = "
+                f"{self.lead} for block_q = {self.block_q}."
             )
         whole = [x for x in (self.blocks, self.counts, self.start, self.key_order) if x is not None]
         if any(x.is_floating_point() or x.dtype == torch.bool for x in whole):
@@ -163,7 +171,7 @@ class BlockIndex:
             torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
         )
         row = places[:, 0] - start.clamp(min=tk - tq)[:, None]  # [B, R], within the call
-        block = (row // self.block_q).clamp(0, nq - 1)[:, None].expand(b, hs, -1)
+        block = ((row + self.lead) // self.block_q).clamp(0, nq - 1)[:, None].expand(b, hs, -1)
         blocks = self.blocks.gather(2, block[..., None].expand(-1, -1, -1, m)).long()  # [B, Hs, R, M]
         used = torch.arange(m, device=device) < self.counts.gather(2, block)[..., None]
         nk = -(-tk // self.block_k)
@@ -192,7 +200,9 @@ class BlockIndex:
             torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
         )
         begin = torch.clamp(start - past, min=0)[:, None]  # [B, 1], first valid query row of this call
-        row = begin + torch.arange(nq, device=device) * self.block_q  # [B, Nq], each block's first
+        row = (
+            begin + torch.arange(nq, device=device) * self.block_q - self.lead
+        )  # [B, Nq], each block's first
         first = row.clamp(min=counted.start)
         stop = torch.maximum(first, (row + self.block_q).clamp(max=counted.stop))
         total = torch.zeros((), dtype=torch.long, device=device)
@@ -215,7 +225,7 @@ class BlockIndex:
         used = torch.arange(m, device=device) < self.counts[..., None]
         total = torch.zeros((), dtype=torch.long, device=device)
         for i, first in enumerate(starts):
-            begin = max(past, first) + torch.arange(nq, device=device) * self.block_q
+            begin = max(past, first) + torch.arange(nq, device=device) * self.block_q - self.lead
             begin, end = (x.clamp(past + rows.start, past + rows.stop) for x in (begin, begin + self.block_q))
             for s in range(hs):  # one head at a time: [key blocks, query blocks] of each
                 order = self.key_order[i, s, first:].long()

@@ -19,6 +19,7 @@ from ..attention.whole import whole_number
 from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
+from .cuts import Chunking
 from .layer import DECODE_ROWS, Layer, Session
 from .measure import See, rows_to_measure
 from .recipe import Recipe
@@ -53,11 +54,15 @@ def patch(
     strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
     method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
     prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts. Not used, with a warning, on a model whose recurrent layers do not continue exactly.
+    long prompts. No cut falls inside a block of queries of any row: a left-padded batch is cut as far as
+    its rows begin at whole blocks of each other, and what follows runs in one call, with a warning. Not
+    used, with a warning, on a model whose recurrent layers do not continue exactly. A call that needs
+    gradients, keeps no cache, or has tensors besides those of its tokens stays whole; the report says so.
     recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
     crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
-    ``farspan tune`` measured on this device. Such calls are in the report with their reason. A decode method
-    that remembers the prompt (snapkv, h2o, recycled) begins anew where generation crosses it.
+    ``farspan tune`` measured on this device. In a padded batch each row goes by its own number of keys. Such
+    calls are in the report with their reason. A decode method that remembers the prompt (snapkv, h2o,
+    recycled) begins anew where generation crosses it.
     parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
     (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
     rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
@@ -111,9 +116,12 @@ def patch(
             stacklevel=2,
         )
         chunk = None
+    chunking = None
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
-        chunk = -(-max(chunk, DECODE_ROWS + 1) // granule) * granule
+        tokens = -(-max(chunk, DECODE_ROWS + 1) // granule) * granule
+        by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
+        chunking = Chunking(tokens=tokens, granule=granule, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
     if mesh is not None and measured:
@@ -137,11 +145,11 @@ def patch(
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
                 "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
-                "the options": str((strict, chunk, from_keys, mesh.config)),
+                "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, chunk, granule)
+    undo = hf.install(model, info, bound, session, chunking, granule)
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
@@ -204,8 +212,11 @@ class Patched:
         return sum((ranks.sent for ranks in groups), Counter())
 
     def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second
-        time."""
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time.
+
+        What was changed on ``model.config`` while patched stays changed, an attention implementation among
+        it. A model that shares the config sees the changes from now on.
+        """
         if self._undo is None:
             raise FarspanError("This patch has been removed already.")
         undo, self._undo = self._undo, None

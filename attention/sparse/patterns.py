@@ -165,8 +165,9 @@ class AShape(AttentionMethod):
     """The first blocks and the last: MInference's static A-shape head (2407.02490), in whole blocks.
 
     A block of ``block`` queries reads the key blocks that hold the first ``sinks`` keys, and those that hold
-    the last w keys of any of its queries. The defaults are what MInference sets its StreamingLLM baseline to;
-    the pattern token by token is ``window``. Decode is dense.
+    the last w keys of any of its queries. Query blocks are counted from the row's first position, wherever a
+    prompt is cut. The defaults are what MInference sets its StreamingLLM baseline to; the pattern token by
+    token is ``window``. Decode is dense.
     """
 
     name: ClassVar[str] = "a_shape"
@@ -182,14 +183,10 @@ class AShape(AttentionMethod):
     def __post_init__(self) -> None:
         require(self, w=(1, None), sinks=(0, None), block=(1, None))
 
-    @property
-    def granule(self) -> int:
-        return self.block
-
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.longest() <= self.w + self.sinks:
             return None
-        grid = Grid.of(keys, self.block, self.block)
+        grid = Grid.anchored(keys, self.block)
         return _static(grid, _a_shape(grid, self.w, self.sinks), keys)
 
 
@@ -208,8 +205,7 @@ class BlockStatic(AttentionMethod):
                        7   . . . x . x x x
 
     The query block's own key block is always read; besides, the blocks that hold the first ``sinks`` keys and
-    the last w of any of its queries. A query block off the grid lies in two rows and reads what either reads.
-    Decode is dense.
+    the last w of any of its queries. Query blocks are counted as in a_shape. Decode is dense.
     """
 
     name: ClassVar[str] = "block_static"
@@ -241,16 +237,11 @@ class BlockStatic(AttentionMethod):
                 f"{list(self.mask.shape)} of {self.mask.dtype}."
             )
 
-    @property
-    def granule(self) -> int:
-        return self.block
-
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.longest() <= self.w + self.sinks:
             return None
-        grid = Grid.of(keys, self.block, self.block)
-        read = self._rows(grid.first, grid) | self._rows(grid.last, grid)
-        return _static(grid, read | _a_shape(grid, self.w, self.sinks), keys)
+        grid = Grid.anchored(keys, self.block)
+        return _static(grid, self._rows(grid.first, grid) | _a_shape(grid, self.w, self.sinks), keys)
 
     def _rows(self, i: Tensor, grid: Grid) -> Tensor:
         """[Nq, Nk] bool: what the pattern's rows i [Nq] read."""
@@ -284,4 +275,5 @@ def _static(grid: Grid, read: Tensor, keys: Keys) -> BlockIndex:
         counts=counts.expand(*shape, -1).contiguous(),
         block_q=grid.block_q,
         block_k=grid.block_k,
+        lead=keys.past % grid.block_q,
     )

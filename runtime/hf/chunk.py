@@ -11,29 +11,33 @@ import torch
 from torch import Tensor
 
 from ...attention.errors import FarspanError
-from ..layer import DECODE_ROWS, Session
+from ..cuts import Chunking
+from ..layer import Session, read_padding
 from .hooks import replace_forward
+from .models import FULL
 from .releases import given_cache
 from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 
 
-def chunk_forward(decoder: Any, chunk: int, session: Session) -> Callable[[], None]:
-    """Let a long call run as several of ``chunk`` tokens; the last takes a short rest along, so that it is no
-    decode step. Returns the undo step."""
+def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callable[[], None]:
+    """Let a long call run as several, cut by ``chunking``. Returns the undo step."""
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (
             kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         )
         length = 0 if tokens is None else tokens.shape[1]
-        if tokens is None or length <= chunk + DECODE_ROWS or session.off:
+        if tokens is None or chunking.fits(length) or session.off:
             return original(*args, **kwargs)
         cache, reason = given_cache(kwargs), _left_whole(decoder, kwargs)
         if cache is None or reason is not None:
             session.notices[f"prefill_chunk left it whole: {reason or 'it keeps no KV cache'}"] += 1
             return original(*args, **kwargs)
         past = cache.get_seq_length()
-        parts = _parts(length, chunk)
+        cuts = chunking.cuts(_begins(kwargs.get("attention_mask"), past, length), length)
+        if not cuts:
+            return original(*args, **kwargs)
+        parts = list(zip([0, *cuts], [*cuts, length], strict=True))
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=tokens.device)[None]
@@ -57,12 +61,14 @@ def chunk_forward(decoder: Any, chunk: int, session: Session) -> Callable[[], No
     return replace_forward(decoder, forward)
 
 
-def _parts(length: int, chunk: int) -> list[tuple[int, int]]:
-    """Where each part of a call of ``length`` tokens begins and ends."""
-    cuts = list(range(chunk, length, chunk))
-    if length - cuts[-1] <= DECODE_ROWS:
-        cuts.pop()
-    return list(zip([0, *cuts], [*cuts, length], strict=True))
+def _begins(mask: Any, past: int, length: int) -> list[int]:
+    """At which of the call's ``length`` tokens rows begin, by a mask of these and the ``past`` ones."""
+    if isinstance(mask, dict):
+        mask = mask.get(FULL)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return [0]
+    starts = read_padding(mask[:, : past + length]).starts
+    return [0] if starts is None else [max(first - past, 0) for first in starts]
 
 
 def _left_whole(decoder: Any, kwargs: dict[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ...attention.errors import FarspanError
 from ..cache import KVStore
+from ..cuts import Chunking
 from ..layer import Layer, Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
@@ -31,12 +32,12 @@ def install(
     info: ModelInfo,
     layers: dict[int, Layer],
     session: Session,
-    chunk: int | None,
+    chunk: Chunking | None,
     granule: int = 1,
 ) -> list[Callable[[], None]]:
     """Point every attention module at its Layer. Returns the undo steps, to be run last first.
 
-    chunk: tokens of a prefill step, or None; granule: tokens in multiples of which a step is shared out over
+    chunk: how prefill calls are cut, or None; granule: tokens in multiples of which a step is shared out over
     the ranks of ``session.mesh``.
     """
     register()

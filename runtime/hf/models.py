@@ -126,7 +126,7 @@ def inspect_model(model: Any) -> ModelInfo:
         reasons.append("encoder-decoder models are not causal LMs")
     if asks("kv_lora_rank"):
         reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
-    if asks("num_kv_shared_layers") or any(map(_shares_keys, settings)):
+    if asks("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
         reasons.append("layers that share another layer's keys are not served")
     if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
         reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
@@ -173,15 +173,16 @@ def layer_configs(config: Any) -> list[Any]:
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
+def _reuses_keys(config: Any) -> bool:
+    """Whether a layer reads another's keys. The layer that gives them says "store", even where no layer reads
+    them (Gemma 4 in transformers 5.24)."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return any(str(mode).startswith("reuse") for mode in modes)
+
+
 def _is_set(value: Any) -> bool:
     """Whether a config asks for something here; a list does where one of its entries does."""
     return any(map(_is_set, value)) if isinstance(value, list | tuple) else bool(value)
-
-
-def _shares_keys(config: Any) -> bool:
-    """Whether some layer reads another's keys; a layer that only stores its own for others is like any."""
-    modes = getattr(config, "kv_sharing_modes", None) or ()
-    return any(str(mode).startswith("reuse") for mode in modes)
 
 
 def _is_causal_config(config: Any) -> bool:

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -76,12 +76,12 @@ def _minor(release: str) -> tuple[int, int]:
 
 def cache_name(module: Any) -> str:
     """The name by which the forward of a model or decoder takes its cache."""
-    return _cache_name(type(module))
+    return _cache_name(type(module).forward)
 
 
 @cache
-def _cache_name(kind: type[Any]) -> str:
-    names = inspect.signature(kind.forward).parameters
+def _cache_name(forward: Callable[..., Any]) -> str:
+    names = inspect.signature(forward).parameters
     usual = CACHE_NAMES[0] if _minor(installed()) >= (5, 24) else CACHE_NAMES[1]
     return next((name for name in CACHE_NAMES if name in names), usual)
 

@@ -22,12 +22,13 @@ _GPT2_SPLITS = (None, "default", "gpt-2", "gpt2")
 class Header:
     """What a GGUF says about itself.
 
-    pre_tokenizer names the way a text is split into words, such as "qwen2"; rope_scaled says that the rotary
-    positions are stretched.
+    pre_tokenizer names the way a text is split into words, such as "qwen2". add_bos says that a text begins
+    with the BOS token, rope_scaled that the rotary positions are stretched.
     """
 
     architecture: str
     pre_tokenizer: str | None
+    add_bos: bool
     rope_scaled: bool
     weights: int
 
@@ -56,13 +57,20 @@ def read_header(file: Path) -> Header:
 
     try:
         reader = GGUFReader(file)
-        architecture = str(reader.fields["general.architecture"].contents())
-        pre = reader.fields.get("tokenizer.ggml.pre")
-        scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
-        scaled = scaling is not None and scaling.contents() not in ("none", "")
+
+        def value(key: str) -> Any:
+            field = reader.fields.get(key)
+            return None if field is None else field.contents()
+
+        architecture = reader.fields["general.architecture"].contents()
+        add_bos = value("tokenizer.ggml.add_bos_token")
+        if add_bos is None:  # llama.cpp's rule for older files
+            add_bos = value("tokenizer.ggml.model") == "llama"
+        scaled = value(f"{architecture}.rope.scaling.type") not in (None, "", "none")
         return Header(
             architecture=architecture,
-            pre_tokenizer=None if pre is None else str(pre.contents()),
+            pre_tokenizer=value("tokenizer.ggml.pre"),
+            add_bos=add_bos,
             rope_scaled=scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors),
             weights=sum(int(tensor.n_elements) for tensor in reader.tensors),
         )
@@ -124,7 +132,7 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
             "published folder or hub id instead."
         )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    _complete(tokenizer.backend_tokenizer, header.pre_tokenizer, what)
+    _complete(tokenizer, header, what)
     if limit := getattr(config, "max_position_embeddings", None):
         tokenizer.model_max_length = int(limit)
     return model, tokenizer
@@ -136,21 +144,29 @@ def _plain_rope(parameters: dict[str, Any] | None) -> bool:
     return all(kind.get("rope_type", "default") == "default" for kind in kinds)
 
 
-def _complete(backend: Any, pre_tokenizer: str | None, what: str) -> None:
-    """Add what transformers' reader leaves out of the tokenizer where a GGUF names this way of splitting."""
-    from tokenizers import normalizers, pre_tokenizers
+def _complete(tokenizer: Any, header: Header, what: str) -> None:
+    """Add what transformers' readers leave out of a tokenizer."""
+    from tokenizers import normalizers, pre_tokenizers, processors
 
-    if pre_tokenizer == "smollm":  # each digit alone, then GPT-2's way; the reader knows the second half only
+    backend, name = tokenizer.backend_tokenizer, header.pre_tokenizer
+    if name == "smollm":  # each digit alone, then GPT-2's way; the reader knows the second half only
         digits = pre_tokenizers.Digits(individual_digits=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    elif pre_tokenizer == "qwen2":
+    elif name == "qwen2":
         backend.normalizer = normalizers.NFC()
-    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and pre_tokenizer not in _GPT2_SPLITS:
+    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and name not in _GPT2_SPLITS:
         warnings.warn(
-            f"{what} splits text in the way of {pre_tokenizer!r}, which transformers' reader does not know; "
-            "farspan splits it as GPT-2 does, so some tokens may differ from the published model's.",
+            f"{what} splits text in the way of {name!r}, which transformers' reader does not know; farspan "
+            "splits it as GPT-2 does, so some tokens may differ from the published model's.",
             stacklevel=2,
+        )
+    bos = tokenizer.bos_token
+    if header.add_bos and bos and tokenizer.bos_token_id not in tokenizer("a")["input_ids"]:  # 5.21's reader
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.bos_token_id)],
         )
 
 

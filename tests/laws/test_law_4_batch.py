@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from farspan.attention.method import AttentionMethod
 from farspan.attention.partial import Partial
 
-from .tools import Data, Stream, assert_same, decode_cuts, every_method
+from .tools import Data, Stream, assert_same, decode_cuts, every_method, lookahead
 
 
 @every_method()
@@ -103,9 +104,42 @@ def test_model_fed_in_pieces(
             assert error < 1e-5, f"the row of {length} tokens differs by {error:.1e}"
 
 
-def _padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), rows of these lengths padded on the left."""
-    width, generator = max(lengths), torch.Generator().manual_seed(0)
+@every_method()
+@pytest.mark.parametrize("chunk", [24, 40])
+def test_model_with_prefill_chunk(
+    model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int
+) -> None:
+    """f05: a row of a padded batch, in chunks, gives what it gives alone in the same ``prefill_chunk``.
+
+    A method that judges a chunk by the chunk's last queries needs the cuts of the row alone: where these do
+    not fit each other, each row gives what it gives alone and whole.
+    """
+    size = method.granule * -(-chunk // method.granule)
+    ragged = (150, 101, 38, 7)
+    in_blocks = (150, 150 - method.granule, 150 - 3 * method.granule, 20)
+    in_chunks = (150, 150 - size, 150 - 2 * size)
+    for lengths, width in ((ragged, 150), (in_blocks, 150), (in_chunks, 150), ((97, 60), 150)):
+        ids, mask = _padded([n + 3 for n in lengths], width + 3)
+        cuts = range(width, width + 4)
+        alone = [set(range(width - n + size, width - 16, size)) for n in lengths]  # cuts
+        fit = all(alone[b] == {x for x in alone[0] if x > width - n} for b, n in enumerate(lengths))
+        setting = chunk if fit or lookahead(method) is not None else None
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # that a batch is not cut
+            with patched(method, prefill_chunk=chunk):
+                got = _in_pieces(model, ids, mask, cuts)
+        with patched(method, prefill_chunk=setting), torch.no_grad():
+            for b, length in enumerate(lengths):
+                first = width - length
+                row = ids[b : b + 1, first:], mask[b : b + 1, first:]
+                want = _in_pieces(model, *row, range(length, length + 4))
+                error = (got[b : b + 1, first:] - want).abs().max()
+                assert error < 1e-5, f"the row of {length} of {lengths} tokens differs by {error:.1e}"
+
+
+def _padded(lengths: list[int], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), rows of these lengths padded on the left, to ``width`` or the longest."""
+    width, generator = width or max(lengths), torch.Generator().manual_seed(0)
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
     for row, n in zip(ids, lengths, strict=True):
         row[width - n :] = torch.randint(3, 128, (n,), generator=generator)

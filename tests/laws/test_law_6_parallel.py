@@ -74,6 +74,37 @@ def test_over_ranks_as_on_one_device(
                 _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "block_topk:k=24,block=8 + quest:k=16,page=4,dense_layers=0",
+        "antidiagonal:mass=0.5,stride=4,block=16 + recycled:k=24,stride=4",
+        "a_shape:w=12,sinks=3,block=8 + h2o:k=24",
+        "snapkv:k=24,window=8",
+        "window:w=12",
+    ],
+)
+def test_rows_of_a_padded_batch_in_phases_of_their_own(spec: str, world: World):
+    """Rows below the crossover beside rows above it; rows that begin, or have no token yet, in short calls
+    and in chunks."""
+    common: dict[str, Any] = {"spec": spec, "new": 6}
+    every = [
+        Case(lengths=(141, 60, 97), patch={"crossover": 100}, **common),
+        Case(lengths=(90, 3, 33), patch={"crossover": 36}, how={"prefill_chunk_size": 40}, **common),
+        Case(model="gemma3", lengths=(90, 3, 33), how={"prefill_chunk_size": 40}, **common),
+        Case(lengths=(141, 141 - 48, 29), patch={"prefill_chunk": 32}, **common),
+    ]
+    for size in (2, 3):
+        ranks = world.run(over_ranks, size, every)
+        for i, case in enumerate(every):
+            want = generated(case)
+            for got in (done[i] for done in ranks):
+                assert torch.equal(got["tokens"][0], want["tokens"][0]), case
+                assert (got["logits"][0] - want["logits"][0]).abs().max() < 1e-9, case
+            if "prefill_chunk_size" not in case.how:  # every rank reads a row that begins in a short call
+                _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
+
+
 def _assert_shared_out(parts: list[farspan.Report], whole: farspan.Report) -> None:
     """What the ranks have read adds up to what one device reads (law 8)."""
     for layer, want in enumerate(whole.layers):

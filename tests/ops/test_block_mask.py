@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,6 +86,9 @@ def test_what_a_block_mask_cannot_say_is_refused() -> None:
     ordered = random_blocks(1, 1, 64, 64, 16, 16, 2, order=True)
     with pytest.raises(Unsupported, match="reorders the keys"):
         to_block_mask(ordered, 64, 64, 1)
+    begun = replace(random_blocks(1, 1, 64, 80, 16, 16, 2), lead=3)
+    with pytest.raises(Unsupported, match="first query block began before the queries"):
+        to_block_mask(begun, 61, 80, 1)
     q, k, v = make_qkv(1, 1, 1, 64, 64, 16)
     with pytest.raises(Unsupported, match=r"flex implementation of block_sparse cannot run this.*reorders"):
         block_sparse(q, k, v, ordered, scale=0.25, impl="flex")

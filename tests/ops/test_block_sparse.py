@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,6 +224,20 @@ def test_transposed_lists_every_reader_once() -> None:
         ]
         want = [n for n, blocks in enumerate(lists) if j in blocks]
         assert readers[offsets[x] : offsets[x + 1]].tolist() == want
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+@pytest.mark.parametrize("order", [False, True])
+def test_block_sparse_of_an_index_with_a_lead(impl: str, order: bool) -> None:
+    """f05: as the last queries of the call with which its first query block began."""
+    q, k, v = make_qkv(1, 4, 2, 100, 130, 16)
+    whole = random_blocks(1, 2, 100, 130, 16, 8, 5, order=order)
+    for lead in (1, 13):
+        want = block_sparse(q, k, v, whole, scale=0.25, impl=impl)
+        got = block_sparse(q[:, :, lead:], k, v, replace(whole, lead=lead), scale=0.25, impl=impl)
+        assert torch.equal(got.lse, want.lse[:, :, lead:]) and torch.equal(got.out, want.out[:, :, lead:])
+    with pytest.raises(ValueError, match="needs the lead of its index among the 3 keys before the queries"):
+        block_sparse(q, k[:, :, :103], v[:, :, :103], replace(whole, lead=5), scale=0.25)
 
 
 def test_block_sparse_refuses_an_index_of_another_shape() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,29 @@ def test_block_index(
     assert int(index.pairs(tq, tk)) == int(want.sum())
     for a, z in ((0, tq), (0, tq // 2), (tq // 3, tq), (tq - 1, tq)):
         assert int(index.pairs(tq, tk, range(a, z))) == int(want[:, :, a:z].sum())
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("lead", [1, 5, 7])
+def test_a_block_index_with_a_lead_is_the_end_of_one_without(permuted: bool, lead: int) -> None:
+    """f05: the first query block began ``lead`` queries before the call."""
+    generator = torch.Generator().manual_seed(lead)
+    tq, tk = 21, 40
+    blocks, counts = _random_blocks(1, 2, -(-(tq + lead) // 8), 10, 3, generator)
+    order = torch.stack([torch.randperm(tk, generator=generator) for _ in range(2)])[None]
+    whole = BlockIndex(
+        blocks=blocks, counts=counts, block_q=8, block_k=4, key_order=order if permuted else None
+    )
+    index, want = replace(whole, lead=lead), whole.to_mask(tq + lead, tk)[:, :, lead:]
+    index.check(tk)
+    assert torch.equal(index.to_mask(tq, tk), want)
+    some = torch.tensor([0, 3, 20])
+    assert torch.equal(index.to_mask(tq, tk, some), want[:, :, some])
+    for a, z in ((0, tq), (0, 2), (1, 11), (tq - 1, tq)):
+        assert int(index.pairs(tq, tk, range(a, z))) == int(want[:, :, a:z].sum())
+    for other in (replace(index, lead=8), replace(index, lead=-1), replace(index, start=torch.tensor([0]))):
+        with pytest.raises(ValueError, match=r"lead from 0 to block_q - 1, and 0 in a padded batch"):
+            other.check(tk)
 
 
 def test_token_index() -> None:

@@ -76,6 +76,7 @@ def write_gguf(
     quantised: tuple[str, ...] = (),
     without: tuple[str, ...] = (),
     rope_scaling: str | None = None,
+    add_bos: bool = False,
 ) -> Path:
     """A GGUF of the model: float32, the tensors whose names hold one of `quantised` as Q8_0."""
     config = model.config
@@ -98,6 +99,8 @@ def write_gguf(
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(TOKENS.index(STOP))
     writer.add_pad_token_id(TOKENS.index(END))
+    writer.add_bos_token_id(TOKENS.index(END))
+    writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
     for name, tensor in tensors(model).items():
         if any(part in name for part in without):

@@ -80,6 +80,42 @@ def test_the_method_takes_over_at_the_crossover(model: Any) -> None:
         assert 0 < selected <= 4 * 16 * 8
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "quest:k=16,page=4,dense_layers=0",
+        "block_topk:k=24,block=8 + recycled:k=16,stride=3",
+        "window:w=12,sinks=2",
+        "h2o:k=16",
+        "snapkv:k=24,window=8",
+    ],
+)
+def test_rows_of_a_padded_batch_cross_each_for_itself(tiny_llama: Callable[..., Any], spec: str) -> None:
+    """By its own length, as alone: three rows of which one is above from the start, one comes to be, one
+    stays below."""
+    model = tiny_llama(initializer_range=0.15).double()
+    lengths, new, at = (60, 41, 30), 8, 44
+    ids = torch.randint(3, 128, (3, 60), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(60) >= 60 - torch.tensor(lengths)[:, None]).long()
+    how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def run(rows: slice, first: int) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any]]]:
+        with farspan.patch(model, spec, crossover=at) as patched:
+            made = model.generate(ids[rows, first:], attention_mask=mask[rows, first:], **how)
+            phases = patched.report().layers[1].phases
+        read = [{name: getattr(part, name) for name in ("pairs", "kv_bytes")} for part in phases.values()]
+        return made.sequences[:, -new:], torch.stack(made.logits, 1), read
+
+    tokens, logits, read = run(slice(0, 3), 0)
+    alone = [run(slice(row, row + 1), 60 - n) for row, n in enumerate(lengths)]
+    for row, (own_tokens, own_logits, _) in enumerate(alone):
+        assert torch.equal(own_tokens[0], tokens[row])
+        assert (own_logits[0] - logits[row]).abs().max() < 1e-5
+    for phase, together in enumerate(read):
+        assert together == {name: sum(x[2][phase][name] for x in alone) for name in together}
+
+
 def test_auto_takes_what_was_measured(model: Any, cache: Path) -> None:
     quest, block = (str(parse_method(s)) for s in ("quest:k=16,dense_layers=0", "block_topk:k=64"))
     keep(

@@ -75,6 +75,14 @@ def test_each_file_is_split_in_its_own_way(tmp_path, cache, pre, expected):
     assert tokenizer.tokenize("the 12") == expected
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_bos_is_added_where_the_file_says_so(tmp_path, cache, add_bos):
+    """transformers 5.21 leaves it out."""
+    _, tokenizer = load(write_gguf(tmp_path / "tiny.gguf", tiny_model(), add_bos=add_bos))
+    begin = [TOKENS.index(END)] if add_bos else []
+    assert tokenizer("the")["input_ids"] == [*begin, TOKENS.index("the")]
+
+
 def test_unknown_splitting_is_said(tmp_path, cache):
     with pytest.warns(UserWarning, match="splits text in the way of 'chatglm-bpe'"):
         load(write_gguf(tmp_path / "tiny.gguf", tiny_model(), pre="chatglm-bpe"))

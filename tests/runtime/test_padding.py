@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 import farspan
 from farspan.runtime.cache import KVStore
+from farspan.runtime.cuts import Chunking
 from farspan.runtime.rows import Run, served
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -218,3 +221,62 @@ def test_what_short_calls_read_is_counted(model: Any) -> None:
     assert layer["prefill"].causal_pairs == 8 * (20 * 21 + 5 * 6) // 2
     assert layer["decode"].causal_pairs == 8 * (30 * 31 - 20 * 21) // 2
     assert (layer["prefill"].queries, layer["decode"].queries) == (20 + 6, 4 + 6)
+
+
+# --- where a prompt is cut (f05) ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granule", [1, 8, 24])
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_no_cut_falls_inside_a_block_of_a_row(granule: int, by_prompt: bool) -> None:
+    """f05: by brute force, over random batches."""
+    draw = random.Random(granule)
+    for _ in range(500):
+        tokens, length = granule * draw.randint(-(-17 // granule), 30), draw.randint(40, 300)
+        chunking = Chunking(tokens=tokens, granule=granule, by_prompt=by_prompt)
+        unit = draw.choice([1, granule, tokens])
+        begins = [draw.randrange(length + 40) // unit * unit for _ in range(draw.randint(1, 4))]
+        if chunking.fits(length):
+            continue
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            cuts = chunking.cuts(begins, length)
+        begins = [begin for begin in begins if begin < length] or [0]
+        alone = {begin: list(range(begin + tokens, length - 16, tokens)) for begin in begins}
+        pieces = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+        assert all(piece > 16 for piece in pieces[1:]), "a piece would be a decode step"
+        assert max(pieces) <= tokens + 16 or len(told) == 1
+        for begin in begins:
+            assert all((cut - begin) % granule == 0 for cut in cuts if cut > begin)
+            if by_prompt and cuts:
+                assert [cut for cut in cuts if cut > begin] == alone[begin]
+        if all((begin - begins[0]) % (tokens if by_prompt else granule) == 0 for begin in begins):
+            assert not told, "rows fit each other"
+            assert set(alone[min(begins)]) <= set(cuts)
+
+
+def test_a_batch_that_cannot_be_cut_is_told_once(model: Any) -> None:
+    """f05: a batch is cut as far as its rows fit each other; the rest is one call, and a warning says so."""
+    calls: list[int] = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda _, args, out: calls.append(out.shape[1]))
+
+    def pieces(*lengths: int) -> list[int]:
+        calls.clear()
+        model(**padded(*lengths))
+        return list(calls)
+
+    sentence = (
+        "prefill_chunk=32 is not kept in this left-padded batch: 62 tokens run in one call, because cuts "
+        "must lie at multiples of 8 tokens in every row"
+    )
+    with farspan.patch(model, "block_topk:k=24,block=8", prefill_chunk=30), torch.no_grad():
+        with pytest.warns(UserWarning, match=sentence):
+            assert pieces(150, 61) == [32, 32, 24, 62]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert pieces(150, 61) == [32, 32, 24, 62], "told once"
+            assert pieces(150, 62) == [32, 32, 32, 32, 22], "the second row begins after 88 tokens"
+            assert pieces(150, 15) == [32, 32, 32, 32, 22], "it begins in the last chunk"
+    with farspan.patch(model, "a_shape:w=16,sinks=4,block=8", prefill_chunk=30), torch.no_grad():
+        assert pieces(150, 61) == [30, 30, 30, 30, 30], "fixed patterns are cut anywhere"
+    hook.remove()

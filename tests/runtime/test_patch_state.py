@@ -18,6 +18,8 @@ import farspan
 from farspan.attention.errors import FarspanError, SpecError
 from farspan.attention.whole import whole_number
 from farspan.runtime.hf import with_cache
+from farspan.runtime.hf.install import _switched_off
+from farspan.runtime.layer import Session
 
 SPARSE = "window:w=4,sinks=1"
 
@@ -168,6 +170,15 @@ def test_f14_strict_raises_at_the_next_call():
         assert "\n" not in str(error.value)
         model.set_attn_implementation("farspan")
         logits(model, ids)
+
+
+def test_f14_over_ranks_every_other_attention_is_refused():
+    """Its own attention would see one rank's share of the tokens."""
+    decoder = make("llama").model
+    with pytest.warns(UserWarning, match="set to the attention 'sdpa'"):
+        assert _switched_off(decoder, Session(strict=False))
+    with pytest.raises(FarspanError, match="set to the attention 'sdpa'"):
+        _switched_off(decoder, Session(strict=False, mesh=object()))
 
 
 def test_f14_the_text_of_a_multimodal_model():

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...index import BlockIndex
 from ...partial import Partial
@@ -41,7 +44,7 @@ def block_sparse(
             f"block_sparse needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {k.shape[2]}."
         )
     b, hs, nq, _ = index.blocks.shape
-    need = -(-q.shape[2] // index.block_q)
+    need = -(-(index.lead + q.shape[2]) // index.block_q)
     if (
         b != q.shape[0]
         or hs not in (q.shape[1], k.shape[1])
@@ -54,6 +57,16 @@ def block_sparse(
             f"k {list(k.shape)} and block_q = {index.block_q}; got {list(index.blocks.shape)} and "
             f"{list(index.counts.shape)}."
         )
+    if index.lead > k.shape[2] - q.shape[2]:
+        raise ValueError(
+            f"block_sparse needs the lead of its index among the {k.shape[2] - q.shape[2]} keys before the "
+            f"queries; got lead = {index.lead}."
+        )
     if check:
         index.check(k.shape[2])
-    return run("block_sparse", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)
+    if not index.lead:
+        return run("block_sparse", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)
+    # The first block is filled up with queries of zeros, whose results nobody reads.
+    filled, whole = pad(q, (0, 0, index.lead, 0)), replace(index, lead=0)
+    part = run("block_sparse", IMPLS, impl, filled, k, v, whole, scale=scale, softcap=softcap)
+    return Partial(part.out[:, :, index.lead :], part.lse[:, :, index.lead :])
