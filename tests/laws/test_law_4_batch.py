@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from farspan.attention.method import AttentionMethod
 from farspan.attention.partial import Partial
@@ -155,16 +156,9 @@ def _logits(model: Any, ids: torch.Tensor, following: torch.Tensor, mask: torch.
 
 def _in_pieces(model: Any, ids: torch.Tensor, mask: torch.Tensor, cuts: Iterable[int]) -> torch.Tensor:
     """The logits of calls that end at ``cuts``, side by side."""
-    logits, cache, begin = [], None, 0
+    logits, cache, begin = [], DynamicCache(config=model.config), 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for end in cuts:
-        output = model(
-            ids[:, begin:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, begin:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache, begin = output.past_key_values, end
-        logits.append(output.logits)
+        logits.append(model(ids[:, begin:end], mask[:, :end], positions[:, begin:end], cache).logits)
+        begin = end
     return torch.cat(logits, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import farspan
 from farspan.runtime.cache import KVStore
@@ -208,15 +209,11 @@ def test_which_rows_are_served_together() -> None:
 def test_what_short_calls_read_is_counted(model: Any) -> None:
     """A row that begins in a short call is in its prefill; a row without a token is nowhere."""
     prompts = padded(30, 5, width=30)
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    positions, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.config)
     with farspan.patch(model, "dense") as patched, torch.no_grad():
-        cache = None
         for a, b in ((0, 20), (20, 24), (24, 30)):
-            cache = model(
-                prompts["input_ids"][:, a:b],
-                attention_mask=prompts["attention_mask"][:, :b],
-                past_key_values=cache,
-                use_cache=True,
-            ).past_key_values
+            model(ids[:, a:b], mask[:, :b], positions[:, a:b], cache)
         layer = patched.report().layers[0].phases
     assert layer["prefill"].causal_pairs == 8 * (20 * 21 + 5 * 6) // 2
     assert layer["decode"].causal_pairs == 8 * (30 * 31 - 20 * 21) // 2
