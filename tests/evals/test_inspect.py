@@ -316,7 +316,7 @@ def test_blue_is_read_red_is_missed_and_deeper_is_more():
         (["--method", "quest"], ["quest leaves prefill dense"]),
         (["--prompt-file", "/no/such.txt"], ["/no/such.txt cannot be read"]),
         (["--prompt-file", "{folder}/long.txt"], ["positions", "--rope yarn:3"]),
-        (["--model", "./nowhere"], ["no folder './nowhere'"]),
+        (["--model", "./nowhere"], ["no folder or file './nowhere'"]),
         (["--out", "{folder}/prompt.txt"], ["prompt.txt cannot be written", "another --out"]),
         (["--out", "/proc/nothing"], ["/proc/nothing cannot be written", "another --out"]),
         (["-p", "x"], ["Both --prompt and --prompt-file were given"]),
