@@ -430,7 +430,7 @@ def test_command_prints_what_does_not_fit(folder: Path):
         (["--length", "4K", "--gpus", "3", "--tensor-parallel", "2"], "cannot be cut into groups"),
         (["--length", "4K", "--gpus", "2", "--ranks", "1,2"], "belong to --simulate"),
         (["--length", "4K", "--gpus", "2", "--simulate", "--ranks", "9000"], "up to 4096"),
-        (["--length", "4K", "--gpus", "2", "--model", "./nowhere"], "no folder './nowhere'"),
+        (["--length", "4K", "--gpus", "2", "--model", "./nowhere"], "no folder or file './nowhere'"),
     ],
     ids=lambda value: " ".join(value[4:]) if isinstance(value, list) else None,
 )
