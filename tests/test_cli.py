@@ -406,6 +406,10 @@ def test_eval_ppl_and_speed(farspan_command, tiny_folder, tmp_path):
     speed = ["eval", "speed", *base, "--lengths", "128", "--new-tokens", "4", "--repeats", "1"]
     code, table, err = farspan_command(*speed, "--out", str(tmp_path / "speed"))
     assert code == 0 and "unpatched" in table and max(map(len, table.splitlines())) <= 80, err
+    speed[speed.index("128")] = "256"
+    code, table, err = farspan_command(*speed, "--needle", "--out", str(tmp_path / "needle"))
+    assert code == 0 and "found" in table and max(map(len, table.splitlines())) <= 80, err
+    assert "found: right answers" in (tmp_path / "needle" / "speed.md").read_text()
 
 
 def hear_interrupts():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from farspan import FarspanError
 from farspan.evals import speed as speed_module
 from farspan.evals.perplexity import cut_windows, perplexity
 from farspan.evals.results import read
+from farspan.evals.sample import prompt_text
 from farspan.evals.speed import speed, summarise
 
 _spec = importlib.util.spec_from_file_location("farspan_tests_tiny", Path(__file__).with_name("tiny.py"))
@@ -106,6 +108,27 @@ def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
     for wrong in ({"lengths": []}, {"lengths": [1]}, {"repeats": 0}):
         with pytest.raises(FarspanError, match="at least"):
             speed(model, tiny.CharTokenizer(), TEXT, ["dense"], tmp_path / "x", **(given | wrong))
+
+
+def test_speed_of_samples_says_whose_answers_are_right(model: Any, tmp_path: Path) -> None:
+    """The oracle is what a plain generate of the unpatched model answers."""
+    tokenizer = tiny.CharTokenizer()
+    asked = [tiny.sample("vt", index, length=128) for index in range(2)]
+    texts = []
+    for sample in asked:
+        ids = torch.tensor([tokenizer(prompt_text(tokenizer, sample)).input_ids])
+        made = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :].tolist()))
+    asked = [
+        replace(asked[0], references=(texts[0][-4:],)),
+        replace(asked[1], references=("no such answer",)),
+    ]
+    given: dict[str, Any] = {"lengths": [128], "new_tokens": 8, "repeats": 1, "batch_size": 2}
+    given |= {"model_name": "tiny", "config": {}, "progress": False}
+    data = speed(model, tokenizer, {128: asked}, ["dense", WINDOW], tmp_path, **given).data
+    unpatched, dense, window = (row["score"] for row in data["overall"])
+    assert unpatched == dense == 0.5 and window in (0.0, 0.5)
+    assert "| found |" in (tmp_path / "speed.md").read_text()
 
 
 def test_speedups_are_ratios_of_medians() -> None:
