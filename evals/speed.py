@@ -21,9 +21,10 @@ from . import batch as forward
 from .memory import peak
 from .perplexity import cut_windows
 from .ranks import Job
-from .report import markdown
+from .report import markdown, share_read
 from .results import open_results, record
 from .run import Summary
+from .sample import Sample, encode, score
 from .shared import check_methods, evaluating, meter, patched_with, recipes, start
 
 UNPATCHED, DENSE = "unpatched", "dense"
@@ -33,7 +34,7 @@ _HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_to
 def speed(
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Mapping[int, Sequence[Sample]],
     methods: Sequence[str],
     out: str | Path,
     *,
@@ -50,10 +51,11 @@ def speed(
     """Time every method at every prompt length: all prompt tokens but one in prefill, `new_tokens` by
     `generate`.
 
-    Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a process's (a
-    rank's, the highest of them), weights included: on CUDA what torch has allocated, else the resident set.
-    Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes a folder like
-    the other evaluations', but is never resumed: times of two runs are not one measurement.
+    text: prose that the prompts are cut from, or for each length `batch_size` samples, whose answers are
+    scored as well. Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a
+    process's (a rank's, the highest of them), weights included: on CUDA what torch has allocated, else the
+    resident set. Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes
+    a folder like the other evaluations', but is never resumed: times of two runs are not one measurement.
     """
     if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
         raise FarspanError(
@@ -63,9 +65,12 @@ def speed(
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
         pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
-        prompts = {
-            length: list(cut_windows(tokenizer, text, length, batch_size)) for length in sorted(set(lengths))
-        }
+        sizes = sorted(set(lengths))
+        samples = {} if isinstance(text, str) else text
+        if isinstance(text, str):
+            prompts = {size: list(cut_windows(tokenizer, text, size, batch_size)) for size in sizes}
+        else:
+            prompts = {size: [encode(tokenizer, sample) for sample in text[size]] for size in sizes}
         baseline = UNPATCHED if job.mesh is None else DENSE
         settings = {
             **config,
@@ -75,14 +80,16 @@ def speed(
             "baseline": baseline,
             "methods": specs,
             "recipes": recipes(specs, recipe),
-            "lengths": sorted(set(lengths)),
+            "lengths": sizes,
             "new_tokens": new_tokens,
             "repeats": repeats,
             "batch_size": batch_size,
             "ranks": job.size,
         }
 
-        def once(spec: str, prompt: list[list[int]], count: int) -> dict[str, Any]:
+        def once(
+            spec: str, prompt: list[list[int]], count: int, asked: Sequence[Sample] = ()
+        ) -> dict[str, Any]:
             batch = forward.collate(prompt, pad, model.device)
             unpatched = spec == UNPATCHED
             with (
@@ -95,7 +102,7 @@ def speed(
                 if patched:
                     patched.reset_report()
                 with forward.timed(model.device) as clock:
-                    forward.greedy(
+                    answers = forward.greedy(
                         model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
                     )
                 sent.append(job.sent)
@@ -103,6 +110,7 @@ def speed(
             ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])
             memory, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
             return {
+                "score": _mean_score(tokenizer, asked, answers),
                 "prefill_seconds": started.seconds,
                 "decode_tokens_per_second": len(prompt) * count / clock.seconds,
                 "prefill_density": started.summary.get("prefill_density"),
@@ -130,8 +138,8 @@ def speed(
                                 "method": spec,
                                 "recipe": {"repeat": repeat},
                             }
-                            row = {**place, "length": length, **once(spec, prompt, new_tokens)}
-                            record(job, results, [row])
+                            found = once(spec, prompt, new_tokens, samples.get(length, ()))
+                            record(job, results, [{**place, "length": length, **found}])
                             advance(1, f"{length} · {spec}")
             data = summarise(results.config, results.rows)
             if job.first:
@@ -139,6 +147,12 @@ def speed(
                 title = f"# speed: {model_name} ({data['dtype']})"
                 results.write_text("speed.md", f"{title}\n\n{speed_table(data)}")
             return Summary(out=results.out, data=data, complete=True, files=["speed.md"])
+
+
+def _mean_score(tokenizer: Any, samples: Sequence[Sample], answers: Sequence[list[int]]) -> float | None:
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    scores = [score(sample, text) for sample, text in zip(samples, texts, strict=False)]
+    return sum(scores) / len(scores) if scores else None
 
 
 def _highest(values: Sequence[int | None]) -> int | None:
@@ -167,7 +181,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                     **found,
                     "prefill_speedup": base["prefill_seconds"] / found["prefill_seconds"],
                     "decode_speedup": found["decode_tokens_per_second"] / base["decode_tokens_per_second"],
-                    **{name: mine[0][name] for name in ("prefill_density", "decode_density")},
+                    **{name: mine[0].get(name) for name in ("prefill_density", "decode_density", "score")},
                     **{name: _highest([row.get(name) for row in mine]) for name in _HIGHEST},
                 }
             )
@@ -177,10 +191,9 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
 
 def speed_table(data: Mapping[str, Any]) -> str:
     """Markdown: a row per method and length."""
-    head = ["method", "length", "prefill s", "×", "decode tokens/s", "×", "keys read (decode)", "peak memory"]
-    head = [f"× {data['baseline']}" if name == "×" else name for name in head]
+    head = [f"× {data['baseline']}" if name == "×" else name for name in _head(data)]
     body = [[f"`{cells[0]}`", *cells[1:]] for cells in _cells(data)]
-    return f"{markdown([*head, 'sent'][: len(body[0])], body)}\n{_caption(data)}\n"
+    return f"{markdown(head, body)}\n{_caption(data)}\n"
 
 
 def terminal_table(data: Mapping[str, Any]) -> Any:
@@ -188,43 +201,57 @@ def terminal_table(data: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"speed · {data['model']}", caption=_caption(data))
-    head = ["method", "length", "prefill s", "×", "tokens/s", "×", "read", "memory", "sent"]
-    rows = _cells(data)
-    for name in head[: len(rows[0])]:
+    for name in _head(data):
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
-    for cells in rows:
+    for cells in _cells(data):
         table.add_row(*cells)
     return table
 
 
 def _caption(data: Mapping[str, Any]) -> str:
-    if data["ranks"] == 1:
-        return (
-            f"× = faster than the {data['baseline']} model by this factor; memory: the process at its peak, "
-            "weights included."
-        )
-    return (
-        f"{data['ranks']} ranks. × = faster than {data['baseline']} over the same ranks by this factor; "
-        "memory: a rank at its peak, weights included; sent: what a rank sends in prefill / per token."
-    )
+    alone, baseline = data["ranks"] == 1, data["baseline"]
+    beside = f"the {baseline} model" if alone else f"{baseline} over the same {data['ranks']} ranks"
+    parts = [
+        f"× = faster than {beside} by this factor",
+        "prefill: the time to the first token, but for one step",
+        "read: share of keys read in prefill / decode",
+        *(["found: right answers"] if _scored(data) else []),
+        f"memory: {'the process' if alone else 'a rank'} at its peak, weights included",
+        *([] if alone else ["sent: what a rank sends in prefill / per token"]),
+    ]
+    return f"{'; '.join(parts)}."
+
+
+def _scored(data: Mapping[str, Any]) -> bool:
+    return data["overall"][0].get("score") is not None
+
+
+def _head(data: Mapping[str, Any]) -> list[str]:
+    head = ["method", "length", "prefill s", "×", "tokens/s", "×", "read %"]
+    head += ["found"] if _scored(data) else []
+    return [*head, "memory", *(["sent"] if data["ranks"] > 1 else [])]
 
 
 def _cells(data: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of either table; over ranks they end with what was sent."""
-    return [
-        [
+    """Rows of either table, under `_head`."""
+    rows = []
+    for row in data["overall"]:
+        cells = [
             row["method"],
             str(row["length"]),
             f"{row['prefill_seconds']:.2f}",
             f"{row['prefill_speedup']:.2f}",
             f"{row['decode_tokens_per_second']:.1f}",
             f"{row['decode_speedup']:.2f}",
-            "–" if row["decode_density"] is None else f"{100 * row['decode_density']:.1f} %",
-            _size(row["peak_memory_bytes"]),
-            f"{_size(row['prefill_sent_bytes'])} / {_size(row['decode_sent_bytes_per_token'])}",
-        ][: 8 if data["ranks"] == 1 else None]
-        for row in data["overall"]
-    ]
+            "–" if row["decode_density"] is None else share_read(row).removesuffix(" %"),
+        ]
+        cells += [f"{100 * row['score']:.0f} %"] if _scored(data) else []
+        cells.append(_size(row["peak_memory_bytes"]))
+        if data["ranks"] > 1:
+            sent = (row["prefill_sent_bytes"], row["decode_sent_bytes_per_token"])
+            cells.append(" / ".join(map(_size, sent)))
+        rows.append(cells)
+    return rows
 
 
 def _size(count: float | None) -> str:
