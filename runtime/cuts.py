@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..attention.attend import DECODE_ROWS
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Chunking:
     """How ``prefill_chunk`` cuts calls. tokens: of a chunk, whole granules; granule: a cut within a row lies
     at a multiple of so many of its tokens. by_prompt: a method judges each chunk by the chunk's last queries,
@@ -18,7 +17,11 @@ class Chunking:
     tokens: int
     granule: int = 1
     by_prompt: bool = False
-    _warned: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def step(self) -> int:
+        """Two rows fit each other where their first tokens are a multiple of so many tokens apart."""
+        return self.tokens if self.by_prompt else self.granule
 
     def fits(self, length: int) -> bool:
         """Whether a call of ``length`` tokens stays whole: no cut leaves so short a rest that it would be a
@@ -30,33 +33,24 @@ class Chunking:
         ``begins`` (0: with the call or before it).
 
         Chunks are counted from the first row's first token. The cutting ends with a row that does not begin
-        at a whole granule of it: the rest is one call, with a warning, once.
+        at a whole granule of it: the rest is one call.
 
             tokens = 4, granule = 2      row   x x x x|x x x x|x x x x x x x x
                                                . . . . . . x x|x x x x x x x x
                                                . . . . . . . . . x x x x x x x     no cut fits this row
         """
         begins = sorted({begin for begin in begins if begin < length} or {0})
-        first, step = begins[0], self.tokens if self.by_prompt else self.granule
+        first = begins[0]
         cuts = [x for x in self._alone(first % self.tokens - self.tokens, length) if x > 0]
         if self.by_prompt:
             if any([x for x in cuts if x > begin] != self._alone(begin, length) for begin in begins):
                 cuts = []
         else:
-            limit = next((begin for begin in begins if (begin - first) % step), length)
+            limit = next((begin for begin in begins if (begin - first) % self.step), length)
             cuts = [x for x in cuts if x <= limit]
-            last = first + (limit - first) // step * step
+            last = first + (limit - first) // self.step * self.step
             if limit < length and min(last - max([0, *cuts]), length - last) > DECODE_ROWS:
                 cuts.append(last)
-        rest = length - max([0, *cuts])
-        if not self.fits(rest) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"prefill_chunk={self.tokens} is not kept in this left-padded batch: {rest} tokens run in "
-                f"one call, because cuts must lie at multiples of {step} tokens in every row. Rows of one "
-                "length, or one row at a time, are cut.",
-                stacklevel=2,
-            )
         return cuts
 
     def _alone(self, begin: int, length: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -35,6 +36,7 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
             return original(*args, **kwargs)
         past = cache.get_seq_length()
         cuts = chunking.cuts(_begins(kwargs.get("attention_mask"), past, length), length)
+        _tell_of_the_rest(length - max([0, *cuts]), chunking, session)
         if not cuts:
             return original(*args, **kwargs)
         parts = list(zip([0, *cuts], [*cuts, length], strict=True))
@@ -69,6 +71,21 @@ def _begins(mask: Any, past: int, length: int) -> list[int]:
         return [0]
     starts = read_padding(mask[:, : past + length]).starts
     return [0] if starts is None else [max(first - past, 0) for first in starts]
+
+
+def _tell_of_the_rest(rest: int, chunking: Chunking, session: Session) -> None:
+    """Say, once as a warning, that the last ``rest`` tokens of a padded batch are more than a chunk."""
+    if chunking.fits(rest):
+        return
+    reason = "prefill_chunk left its end whole: no cut fits every row of this left-padded batch"
+    if reason not in session.notices:
+        warnings.warn(
+            f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in "
+            f"one call, because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of "
+            "one length, or one row at a time, are cut.",
+            stacklevel=2,
+        )
+    session.notices[reason] += 1
 
 
 def _left_whole(decoder: Any, kwargs: dict[str, Any]) -> str | None:
