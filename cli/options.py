@@ -29,7 +29,12 @@ Rope = Annotated[
         help='Stretch the positions: "yarn:4", "dynamic:4" (factor), or "yarn:32768" (target length).'
     ),
 ]
-Dtype = Annotated[str, typer.Option(help='"auto" (as saved), "bfloat16", "float16" or "float32".')]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help='"auto" (as saved; float32 on a CPU that has no bfloat16), "bfloat16", "float16" or "float32".'
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

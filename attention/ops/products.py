@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..partial import Partial
+from .processor import has_amx, has_bf16_dots
 
 _ROWS, _KEYS = 256, 2048
 _FEWEST_ROWS, _FEWEST_KEYS = 128, 512  # below these, starting the operations costs more than is won
@@ -39,7 +40,7 @@ def serves(q: Tensor, k: Tensor, scale: float) -> bool:
 
 def _cpu_has_products() -> bool:
     # With AMX torch's own kernel multiplies in AMX tiles, too: there is nothing to win there.
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return has_bf16_dots() and not has_amx()
 
 
 def attend(

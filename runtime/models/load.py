@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ...attention.errors import FarspanError
+from ...attention.ops.processor import bf16_is_slow
 from ..rope import stretch
 from .aliases import ALIASES
 from .fetch import cached, convert_once, fetch, is_converted
 from .sentences import errors_as_sentences, quiet
+
+logger = logging.getLogger("farspan")
 
 
 def resolve(name_or_path: str | Path) -> Path | str:
@@ -51,7 +55,8 @@ def load(
 
     Args:
         name_or_path: an alias (`ALIASES`), a local folder, a local GGUF file, or a hub id.
-        dtype: "auto" (as saved), a torch dtype, or its name such as "float32".
+        dtype: a torch dtype, its name such as "float32", or "auto": as saved, but float32 for bfloat16 on a
+            CPU that has no instructions for bfloat16.
         device_map: as in transformers; None loads on the CPU.
         rope: stretch the positions, such as "yarn:4" or "dynamic:32768" (`runtime.rope.stretch`).
 
@@ -68,6 +73,9 @@ def load(
         config = AutoConfig.from_pretrained(target)
         if rope is not None:
             stretch(config, rope)
+        if dtype == "auto" and device_map is None and _saved_as_bf16(config) and bf16_is_slow():
+            dtype = "float32"
+            logger.info("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
         # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
         kind = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
         tokenizer = kind.from_pretrained(target)
@@ -80,6 +88,10 @@ def load(
     if (limit := positions(model)) is not None:
         tokenizer.model_max_length = limit
     return model.eval(), tokenizer
+
+
+def _saved_as_bf16(config: Any) -> bool:
+    return str(getattr(config, "dtype", None)).removeprefix("torch.") == "bfloat16"
 
 
 def positions(model: Any) -> int | None:

@@ -37,7 +37,7 @@ def test_weights_and_logits_are_the_files(tmp_path, cache):
     """The oracles: the float32 weights that were written, gguf's own dequantiser, and the model itself."""
     saved = tiny_model()
     path = write_gguf(tmp_path / "tiny.gguf", saved, quantised=("ffn_down", "attn_q.weight"))
-    model, tokenizer = farspan.load(path)
+    model, tokenizer = farspan.load(path, dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and tokenizer.model_max_length == 512
     kind = gguf.GGMLQuantizationType.Q8_0
     written, read = tensors(saved), tensors(model)

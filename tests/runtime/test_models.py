@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from farspan import FarspanError, Unsupported
+from farspan.attention.ops.processor import bf16_is_slow
 from farspan.runtime.models import check_length, encode_prompt, load, positions
 from farspan.runtime.rope import parse_rope, stretch
 
@@ -21,7 +22,8 @@ from farspan.runtime.rope import parse_rope, stretch
 
 def test_smollm2_answers(smollm2):
     model, tokenizer = smollm2
-    assert model.dtype == torch.bfloat16 and positions(model) == 8192 == tokenizer.model_max_length
+    assert model.dtype == (torch.float32 if bf16_is_slow() else torch.bfloat16)
+    assert positions(model) == 8192 == tokenizer.model_max_length
     ids = encode_prompt(tokenizer, "What is the capital of France?")
     answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
@@ -65,6 +67,17 @@ def test_local_folder_round_trip(tmp_path, tiny_llama, smollm2):
     assert not model.training and tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
     half, _ = load(str(tmp_path / "model"), dtype="bfloat16")
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bfloat16_on_a_cpu_without_instructions_for_it(tmp_path, tiny_llama, smollm2, monkeypatch, slow):
+    """As saved where the CPU multiplies it; else float32, unless a dtype or a device is asked for."""
+    monkeypatch.setattr(sys.modules[load.__module__], "bf16_is_slow", lambda: slow)
+    tiny_llama(vocab_size=49152).to(torch.bfloat16).save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    assert load(tmp_path)[0].dtype == (torch.float32 if slow else torch.bfloat16)
+    assert load(tmp_path, dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load(tmp_path, device_map="cpu")[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_every_weight_is_the_dequantised_one(alias, tmp_path):
 
     A GGUF holds a Gemma norm as 1 + w, and a Llama's q and k with the halves of each head interleaved.
     """
-    model = load(alias)[0]
+    model = load(alias, dtype="bfloat16")[0]
     state, config = model.state_dict(), model.config
     (tmp_path / "wheels").mkdir()
     (tmp_path / "scratch").mkdir()
