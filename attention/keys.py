@@ -15,8 +15,8 @@ State = dict[str, Tensor]
 
 
 class Peers(Protocol):
-    """Those who hold the other keys of a sequence that is spread over several holders, each of whom asks
-    alike."""
+    """The other ranks of a sequence whose keys are sharded; every rank calls these methods in the same
+    order."""
 
     def softmax(self, logits: Tensor) -> Tensor:
         """logits [..., N] float32 of the keys held here -> their softmax over everyone's keys."""

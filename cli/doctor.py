@@ -13,7 +13,9 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Try this model's class, by its config alone [default: a small Llama]."
+            "--model",
+            "-m",
+            help="Try this model's class, by its config; an alias is fetched first [default: small Llama].",
         ),
     ] = None,
     json: options.Json = False,

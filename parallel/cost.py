@@ -172,7 +172,7 @@ def decode_sent(job: Job) -> int:
 
 def decode_reads(job: Job) -> tuple[int, int]:
     """Bytes of K and V that a rank reads for one token, and bytes that it reads to decide."""
-    method = reading(job.decode, DECODE, job.length)
+    method = reading(job.decode, DECODE, job.length, job.model.layers[0].head_dim)
     rows = {layer: stored_rows(job.length, job.ranks, layer.window) for layer in _layers(job)}
     kv, selection = 0.0, 0.0
     for index, layer in enumerate(job.model.layers):

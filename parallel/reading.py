@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..attention.method import DECODE, AttentionMethod
+from ..attention.sparse.double_sparsity import LABELS
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Reading:
     candidates: float = 0.0
 
 
-def reading(method: AttentionMethod, phase: str, length: int) -> Reading:
+def reading(method: AttentionMethod, phase: str, length: int, head_dim: int = 128) -> Reading:
     """What ``method`` reads of ``length`` keys in a phase.
 
     From its budget: k / length or fraction, a window's w + sinks, and for a stride every stride-th step
-    whole. It decides by labels of D / group_factor channels (of D / 4 where none is given: 32 of 128), by two
+    whole. It decides by labels of D / group_factor channels of ``head_dim`` (32 where none is given), by two
     bounds a page, by a mean a block, or at a full step by every key. A method with another kind of budget
     counts as dense.
     """
@@ -34,7 +35,8 @@ def reading(method: AttentionMethod, phase: str, length: int) -> Reading:
         return Reading()
     part, selection, candidates = tokens / length, 0.0, 0.0
     if hasattr(method, "group_factor"):
-        selection, candidates = 1 / (2 * (method.group_factor or 4)), tokens
+        labels = 1 / method.group_factor if method.group_factor else min(1.0, LABELS / head_dim)
+        selection, candidates = labels / 2, tokens
     elif page := getattr(method, "page", None):
         selection = 1 / page
     elif (block := getattr(method, "block", None)) and phase == DECODE:

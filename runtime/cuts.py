@@ -11,7 +11,7 @@ from ..attention.attend import DECODE_ROWS
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
     """How ``prefill_chunk`` cuts calls. tokens: of a chunk, whole granules; granule: a cut within a row lies
-    at a multiple of so many of its tokens. by_prompt: a method judges each chunk by the chunk's last queries,
+    at a multiple of so many of its tokens. by_prompt: a method selects by the chunk's last queries,
     so that a row is cut exactly where it is cut alone, or not at all."""
 
     tokens: int

@@ -241,7 +241,8 @@ class Layer(Unique):
         done = []
         for run in batch.runs:
             method = self.method(run)
-            state = states.of(str(method), run.rows, total - tq, total) if run.phase == DECODE else {}
+            keeps = run.phase == DECODE and not run.below
+            state = states.of(str(method), run.rows, total - tq, total) if keeps else {}
             keys = whole.some_rows(run.rows, state)
             with implementations() as ran:
                 part, read = attend(method, run.phase, q[run.rows], keys, probe=self._meter(run.phase))

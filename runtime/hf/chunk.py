@@ -15,7 +15,6 @@ from ...attention.errors import FarspanError
 from ..cuts import Chunking
 from ..layer import Session, read_padding
 from .hooks import replace_forward
-from .models import FULL
 from .releases import given_cache
 from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 
@@ -63,11 +62,9 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
     return replace_forward(decoder, forward)
 
 
-def _begins(mask: Any, past: int, length: int) -> list[int]:
+def _begins(mask: Tensor | None, past: int, length: int) -> list[int]:
     """At which of the call's ``length`` tokens rows begin, by a mask of these and the ``past`` ones."""
-    if isinstance(mask, dict):
-        mask = mask.get(FULL)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if mask is None:
         return [0]
     starts = read_padding(mask[:, : past + length]).starts
     return [0] if starts is None else [max(first - past, 0) for first in starts]
@@ -82,7 +79,8 @@ def _tell_of_the_rest(rest: int, chunking: Chunking, session: Session) -> None:
         warnings.warn(
             f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in "
             f"one call, because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of "
-            "one length, or one row at a time, are cut.",
+            "one length, or one row at a time, are cut."
+            + (" Its rows give what they give without prefill_chunk." if chunking.by_prompt else ""),
             stacklevel=2,
         )
     session.notices[reason] += 1

@@ -71,7 +71,7 @@ def _switched_off(decoder: Any, session: Session) -> bool:
         return False
     sentence = (
         f"The patched model was set to the attention {name!r} (model.set_attn_implementation), so farspan "
-        f"does nothing in it: set {NAME!r} again, or call remove(), which keeps {name!r}."
+        f"does nothing in it: call remove(), which keeps {name!r}, and patch again to have farspan back."
     )
     if session.strict or session.mesh is not None:
         raise FarspanError(sentence)

@@ -38,15 +38,23 @@ def own_configs(
                     vars(new)[name] = copied(value)
         return copies[id(config)][1]
 
+    others = []
     for module in model.modules():
         config = vars(module).get("config")
-        if _leads_to(config, text) and not leave(module):
+        if not _leads_to(config, text):
+            others.append((config, getattr(config, _ATTENTION, None)))
+        elif not leave(module):
             module.config = copied(config)
     vars(copied(text))[_ATTENTION] = NAME
     before = {key: dict(vars(new)) for key, (_, new) in copies.items()}
 
     def undo() -> None:
         originals = {id(new): config for config, new in copies.values()}
+        for config, name in others:
+            if (
+                getattr(config, _ATTENTION, None) == NAME
+            ):  # set_attn_implementation reaches every part of a model
+                setattr(config, _ATTENTION, name)
         for key, (config, new) in copies.items():
             own, now, was = vars(config), vars(new), before[key]
             for name in [name for name in was if name not in now]:

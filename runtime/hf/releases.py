@@ -1,6 +1,6 @@
 """What differs between the releases of transformers that farspan supports, and which ones the tests ran on.
 
-| since | what changed | who asks |
+| since | what changed | used by |
 |---|---|---|
 | 5.22 | the cache has a `DummyLayer` for a layer that caches nothing | `cache.adopt_cache`, by its name |
 | 5.24 | `forward` takes `cache=`; `past_key_values=` still works there, with a FutureWarning | `cache_name` |

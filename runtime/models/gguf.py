@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +113,14 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+    with contextlib.ExitStack() as stack:
+        # transformers also reads a tokenizer or an adapter that lies beside the file: here it lies alone.
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # a progress bar without a switch
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            file.parent,
+            folder,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
@@ -131,7 +137,6 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
             f"{what} stretches its rotary positions, which transformers' reader leaves out. Give the model's "
             "published folder or hub id instead."
         )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _complete(tokenizer, header, what)
     if limit := getattr(config, "max_position_embeddings", None):
         tokenizer.model_max_length = int(limit)

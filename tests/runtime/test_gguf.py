@@ -88,6 +88,20 @@ def test_unknown_splitting_is_said(tmp_path, cache):
         load(write_gguf(tmp_path / "tiny.gguf", tiny_model(), pre="chatglm-bpe"))
 
 
+def test_what_lies_beside_the_file_is_not_read(tmp_path, cache):
+    """A tokenizer, an adapter, a config of another model in the same folder, whose name has a space."""
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    saved = tiny_model()
+    path = write_gguf(folder / "tiny model.gguf", saved)
+    for name in ("tokenizer.json", "adapter_config.json", "config.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    model, tokenizer = load(path, dtype="bfloat16")
+    read = tensors(model)
+    assert all(torch.equal(read[name], exact.to(torch.bfloat16)) for name, exact in tensors(saved).items())
+    assert tokenizer("hello")["input_ids"]
+
+
 def test_converted_once_by_content(tmp_path, cache, monkeypatch):
     first = write_gguf(tmp_path / "a.gguf", tiny_model())
     folder = resolve(first)

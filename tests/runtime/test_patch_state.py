@@ -165,7 +165,7 @@ def test_f14_strict_raises_at_the_next_call():
     with farspan.patch(model, SPARSE, strict=True):
         logits(model, ids)
         model.set_attn_implementation("sdpa")
-        with pytest.raises(FarspanError, match=r"set to the attention 'sdpa'.*set 'farspan' again") as error:
+        with pytest.raises(FarspanError, match=r"set to the attention 'sdpa'.*remove\(\)") as error:
             logits(model, ids)
         assert "\n" not in str(error.value)
         model.set_attn_implementation("farspan")
@@ -333,3 +333,15 @@ def test_numbers_of_methods_and_of_ranks():
     )
     with pytest.raises(SpecError, match="size=True"):
         farspan.ContextParallel(size=True)
+
+
+def test_f14_other_configs_of_a_multimodal_model_are_as_before():
+    """set_attn_implementation("farspan") reaches the vision part too, which farspan does not serve."""
+    model = llava()
+    before = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+    with farspan.patch(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation("farspan")
+    after = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+    assert after == before
