@@ -403,7 +403,7 @@ def test_eval_ppl_and_speed(farspan_command, tiny_folder, tmp_path):
     ]
     code, table, err = farspan_command(*ppl)
     assert code == 0 and "window:w=32" in table, err
-    speed = ["eval", "speed", *base, "--lengths", "128", "--new-tokens", "4", "--repeats", "1"]
+    speed = ["eval", "speed", *base, "--lengths", "128", "--new-tokens", "32", "--repeats", "1"]
     code, table, err = farspan_command(*speed, "--out", str(tmp_path / "speed"))
     assert code == 0 and "unpatched" in table and max(map(len, table.splitlines())) <= 80, err
     speed[speed.index("128")] = "256"

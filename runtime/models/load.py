@@ -75,7 +75,7 @@ def load(
             stretch(config, rope)
         if dtype == "auto" and device_map is None and _saved_as_bf16(config) and bf16_is_slow():
             dtype = "float32"
-            logger.info("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
+            logger.debug("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
         # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
         kind = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
         tokenizer = kind.from_pretrained(target)
