@@ -240,9 +240,8 @@ def speed(
         raise FarspanError(
             f"--new-tokens is {new_tokens}, and the needle's answer needs up to {MAX_NEW_TOKENS}: give more."
         )
-    longest = (
-        max(sizes) + new_tokens - (MAX_NEW_TOKENS if needle else 0)
-    )  # a needle's length counts its answer
+    # A needle's length counts its answer.
+    longest = max(sizes) + new_tokens - (MAX_NEW_TOKENS if needle else 0)
     causal_lm, tokenizer = _load(model, longest, rope=rope, dtype=dtype, device=device, parallel=ranks)
     from ..evals import speed as measure
 

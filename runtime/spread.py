@@ -80,7 +80,7 @@ def spread(
             if share is not None:
                 part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
             elif run.phase == DECODE:
-                state = store.states.of(str(method), rows, call.past, call.total)
+                state = {} if run.below else store.states.of(str(method), rows, call.past, call.total)
                 keys = sharded_keys(q, store, call, **how).some_rows(rows, state)
                 part, reads = decode(method, q[rows], keys, None)
                 size = (mesh.ranks.size - 1) * _partial_bytes(q[rows], v.shape[3])
