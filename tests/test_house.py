@@ -22,6 +22,7 @@ OUTSIDE = {
     "tests",
     "benchmarks",
     "docs",
+    "examples",
     "build",
     "dist",
     "demo-out",

@@ -1,0 +1,85 @@
+"""The scripts of examples/ run as they stand, and the method in one of them reads what it says it reads."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import farspan
+from farspan.attention import method as registry
+from farspan.attention.attend import attend
+from farspan.attention.keys import Keys
+from farspan.attention.method import DECODE
+
+from .parallel.launch import ranks
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """example(name): the names of a script, whose `farspan.load` gives the tests' model."""
+    monkeypatch.setattr(farspan, "load", lambda _: smollm2)
+    before = set(farspan.methods())
+    yield lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    for name in set(registry._REGISTRY) - before:
+        del registry._REGISTRY[name]
+
+
+def test_patch_a_model(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    example("patch_a_model")["main"]()
+    printed = capsys.readouterr().out
+    assert "sparse:  4711" in printed
+    assert "the model is as it was: True" in printed
+
+
+def test_own_method_is_reported(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    example("own_method")["main"]()
+    assert "by_norm:k=128" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("starts", [[0, 0, 0], [0, 7, 55]])
+def test_own_method_reads_the_keys_it_names(example: Any, starts: list[int]) -> None:
+    method = example("own_method")["ByNorm"](k=8, local=4)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 60, 16, generator=generator).double() for heads in (4, 2, 2))
+    keys = Keys(k=k, v=v, tq=2, scale=0.25, start=torch.tensor(starts) if any(starts) else None)
+    got, reads = attend(method, DECODE, q[:, :, -2:], keys)
+    pairs = 0
+    for b, first in enumerate(starts):
+        for t in (58, 59):
+            for head in range(4):
+                norms = k[b, head // 2].norm(dim=-1)
+                earlier = range(first, max(first, t + 1 - 4))
+                read = sorted(earlier, key=lambda i: float(norms[i]))[:8] + list(
+                    range(max(first, t - 3), t + 1)
+                )
+                pairs += len(read)
+                weights = torch.softmax(k[b, head // 2, read] @ q[b, head, t] * 0.25, 0)
+                want = weights @ v[b, head // 2, read]
+                torch.testing.assert_close(got.out[b, head, t - 58], want)
+    assert reads.pairs == pairs
+
+
+def test_calibrate_keeps_its_recipe(
+    example: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = example("calibrate")["main"]
+    script("smollm2-135m", str(tmp_path / "recipe"))
+    first = capsys.readouterr().out
+    monkeypatch.setattr(farspan, "calibrate", None)  # the second run has no need of it
+    script("smollm2-135m", str(tmp_path / "recipe"))
+    assert "double_sparsity:k=128" in first
+    assert capsys.readouterr().out == first
+
+
+def test_two_ranks() -> None:
+    first, second = ranks(2, str(EXAMPLES / "two_ranks.py"), within=120)
+    assert first.code == second.code == 0, first.err
+    assert "over ranks: this one sent" in first.out
+    assert second.out == ""
