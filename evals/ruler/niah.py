@@ -13,8 +13,8 @@ from .draws import DRAW, Builder, Cell, Draft, distinct, filled, listed
 def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
     """Builder of one sample. A unit is a line of noise, a unit of the text (from its start) or a needle.
 
-    `extra["true_depths"]` are the depths of the needles that hold the references, in the order of these: each the
-    share of the haystack's characters that stand before it.
+    `extra["true_depths"]` are the depths of the needles that hold the references, in the references' order:
+    each is the share of the haystack's characters that stand before the needle.
     """
     rng = cell.rng("needles")
     keys: list[str] = []
@@ -91,8 +91,7 @@ def distractors(task: NiahTask, cell: Cell, units: int, keys: list[str], values:
 
 
 def essay_places(pieces: int, needles: int, cell: Cell) -> list[int]:
-    """The pieces before which needles stand, ascending: at depths drawn from the 40 published ones, as a share
-    of the number of pieces."""
+    """The pieces before which needles stand, ascending: at published depths by number of pieces."""
     return [int(pieces * (depth / 100)) for depth in sorted(cell.rng("depths").sample(DEPTHS, needles))]
 
 

@@ -49,9 +49,12 @@ def test_the_folder_states_true_depths_and_the_largest_difference(
 ) -> None:
     labels = []
     real = Axes.set_yticks
-    monkeypatch.setattr(
-        Axes, "set_yticks", lambda self, at, names=None, **how: (labels.append(names), real(self, at, names, **how))
-    )
+
+    def set_yticks(self: Axes, at: Any, names: Any = None, **how: Any) -> Any:
+        labels.append(names)
+        return real(self, at, names, **how)
+
+    monkeypatch.setattr(Axes, "set_yticks", set_yticks)
     with Results(tmp_path, CONFIG) as results:
         results.append(rows({0: [0, 0], 0.25: [0.22, 0.26, UNKNOWN], 0.5: [0.501, 0.503], 1: [UNKNOWN]}))
         data = report.summarise(results.config, results.rows)
@@ -63,8 +66,8 @@ def test_the_folder_states_true_depths_and_the_largest_difference(
     assert found[0.25] == (pytest.approx(0.24), pytest.approx(0.03))
     assert found[0.5] == (pytest.approx(0.502), pytest.approx(0.003))
     text = (tmp_path / "needle.md").read_text()
-    assert "Depth asked → mean true depth (%): 0 → 0.0, 25 → 24.0, 50 → 50.2; the largest difference" in text
-    assert "the largest difference of a sample is 3.0 points." in text
+    assert "Depth asked → mean true depth (%): 0 → 0.0, 25 → 24.0, 50 → 50.2; " in text
+    assert "; the largest difference is 3.0 points." in text
     assert ["0 %", "25 %\n(at 24.0)", "50 %", "100 %"] in labels
 
 

@@ -39,47 +39,52 @@ class Counter:
 '''
 
 TEXTS = {
-    "english": "It was a bright day. The river ran down to the sea, as it had always done! Did Mr. J. Hall speak "
-    'of it? "Never," he said. Nobody else in the town of 3,000 people knew why.\n\n',
-    "russian": "Стоял ясный день. Река бежала к морю, как бежала всегда! Говорил ли об этом А. С. Иванов? «Никогда», "
-    "— сказал он. Больше никто в городе не знал почему.\n\n",
-    "french": "Écoute la mer. À midi, Étienne part pour l’île et ne revient qu’au soir. Être seul lui plaît ! "
-    "Où va-t-il ? « Nulle part », dit-il. Ô combien de marins sont partis ainsi…\n\n",
-    "german": "Über dem Tal lag Nebel. Ärger gab es keinen, und am 3. Mai kam Dr. Öhler zurück. „Ist das alles?“ "
-    "Übrigens sprach niemand davon. Ob er blieb, weiß man nicht.\n\n",
-    "spanish": "Era un día claro. ¿Quién habló de ello? ¡Nadie! Él volvió al río, como siempre. Últimamente no "
-    "llueve en el valle.\n\n",
-    "greek": "Ήταν μια φωτεινή μέρα. Ο ποταμός έτρεχε προς τη θάλασσα. Έφυγε κανείς; Άλλος δεν ήξερε γιατί.\n\n",
-    "chinese": "天气很好，河流向大海流去。没有人说起这件事！“为什么呢？”他问道。2023年以后，城里的三千人都离开了。"
-    "只有一位老人留在河边的小屋里，每天看着来往的船只。\n\n",
+    "english": "It was a bright day. The river ran down to the sea, as it had always done! Did Mr. J. Hall "
+    'speak of it? "Never," he said. Nobody else in the town of 3,000 people knew why.\n\n',
+    "russian": "Стоял ясный день. Река бежала к морю, как бежала всегда! Говорил ли об этом А. С. Иванов? "
+    "«Никогда», — сказал он. Больше никто в городе не знал почему.\n\n",
+    "french": "Écoute la mer. À midi, Étienne part pour l’île et ne revient qu’au soir. Être seul "
+    "lui plaît ! Où va-t-il ? « Nulle part », dit-il. Ô combien de marins sont partis ainsi…\n\n",
+    "german": "Über dem Tal lag Nebel. Ärger gab es keinen, und am 3. Mai kam Dr. Öhler zurück. „Ist das "
+    "alles?“ Übrigens sprach niemand davon. Ob er blieb, weiß man nicht.\n\n",
+    "spanish": "Era un día claro. ¿Quién habló de ello? ¡Nadie! Él volvió al río, como siempre. "
+    "Últimamente no llueve en el valle.\n\n",
+    "greek": "Ήταν μια φωτεινή μέρα. Ο ποταμός έτρεχε προς τη θάλασσα. "
+    "Έφυγε κανείς; Άλλος δεν ήξερε γιατί.\n\n",
+    "chinese": "天气很好，河流向大海流去。没有人说起这件事！“为什么呢？”他问道。"
+    "2023年以后，城里的三千人都离开了。只有一位老人留在河边的小屋里，每天看着来往的船只。\n\n",
     "japanese": "今日はとても良い天気です。川は海へ流れていきます。「なぜですか？」と彼は聞いた。"
     "町の人は誰も知らなかった！それでも、彼は毎日ここに来ます。\n\n",
-    "korean": "날씨가 아주 좋았다. 강은 바다로 흘러갔다. 왜 그랬을까? 아무도 말하지 않았다. 그는 매일 여기에 온다.\n\n",
-    "arabic": "كان الجو جميلا. كان النهر يجري إلى البحر. هل تكلم أحد عن ذلك؟ لم يتكلم أحد! بقي شيخ واحد في البيت.\n\n",
+    "korean": "날씨가 아주 좋았다. 강은 바다로 흘러갔다. 왜 그랬을까? "
+    "아무도 말하지 않았다. 그는 매일 여기에 온다.\n\n",
+    "arabic": "كان الجو جميلا. كان النهر يجري إلى البحر. هل تكلم أحد عن ذلك؟ "
+    "لم يتكلم أحد! بقي شيخ واحد في البيت.\n\n",
     "hindi": "आज मौसम बहुत अच्छा है। नदी समुद्र की ओर बहती है। क्या किसी ने इसके बारे में बात की? नहीं! "
     "शहर में और कोई नहीं जानता था।\n\n",
     "thai": "วันนี้อากาศดีมาก แม่น้ำไหลลงสู่ทะเลเหมือนที่เคยเป็นมา ไม่มีใครพูดถึงเรื่องนี้เลย "
     "มีเพียงชายชราคนหนึ่งที่ยังอยู่ในบ้านริมแม่น้ำและมองดูเรือที่ผ่านไปมาทุกวัน\n\n",
     "burmese": "ယနေ့ ရာသီဥတု ကောင်းသည်။ မြစ်သည် ပင်လယ်သို့ စီးဆင်းသည်။ မည်သူမျှ မပြောခဲ့ပါ။\n\n",
     "chat on one line": "ok see you then. what about tomorrow? fine. call me back when you are home. ",
-    "chat log": "[12:01] ann: ok see you then\n[12:02] bob: what about tomorrow\n[12:07] ann: fine, call me back when "
-    "you are home\n",
-    "lower case without marks": "so we went down to the river and nobody spoke of it and then the boat came back ",
+    "chat log": "[12:01] ann: ok see you then\n[12:02] bob: what about tomorrow\n[12:07] ann: fine, "
+    "call me back when you are home\n",
+    "lower case without marks": "so we went down to the river "
+    "and nobody spoke of it and then the boat came back ",
     "code": CODE,
     "csv": "17,alpha,0.25,2024-01-02\n18,beta,0.50,2024-01-03\n19,gamma,,2024-01-04\n",
     "json on one line": '{"id":17,"name":"alpha","tags":["a","b"],"value":0.25},',
     "base64": "SGF5c3RhY2tzIGFyZSBjdXQgaW50byBwaWVjZXM0",
-    "markdown": "## Notes\n\n- the river runs to the sea\n- nobody spoke of it\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n",
+    "markdown": "## Notes\n\n- the river runs to the sea\n- nobody spoke of it\n"
+    "\n| a | b |\n|---|---|\n| 1 | 2 |\n\n",
 }
 """Name -> a text that may be repeated."""
 
-PROSE = ["english", "russian", "french", "german", "spanish", "greek", "chinese", "japanese", "korean", "arabic"]
-PROSE += ["hindi", "burmese"]
+PROSE = ["english", "russian", "french", "german", "spanish", "greek", "chinese", "japanese", "korean"]
+PROSE += ["arabic", "hindi", "burmese"]
 """The texts whose pieces are sentences."""
 
 
 class Bytes:
-    """A tokenizer with a token for every three bytes of UTF-8: sizes are known in any script, without a model."""
+    """A tokenizer with a token for every three bytes of UTF-8: sizes are known in any script."""
 
     chat_template = None
     eos_token_id = None
@@ -120,7 +125,8 @@ def test_rulers_needles_stand_at_the_depths_drawn_in_any_script_and_format(name:
         depths = [end / ends[-1] for end in ends[:-1]]
         cell = Cell(task=task, length=2000, index=sample.index, seed=1)
         drawn = sorted(cell.rng("depths").sample(DEPTHS, len(depths)))
-        assert all(abs(true - asked / 100) <= 2 * TOLERANCE for true, asked in zip(depths, drawn, strict=True))
+        for true, asked in zip(depths, drawn, strict=True):
+            assert abs(true - asked / 100) <= 2 * TOLERANCE
         of = dict(zip(blocks[1::2], depths, strict=True))
         recorded = sample.extra["true_depths"]
         assert len(recorded) == len(sample.references)
@@ -146,7 +152,7 @@ def test_pieces_are_short_and_joined_they_are_the_text(name: str) -> None:
     if name in PROSE:
         assert "".join(cut) == " ".join(text.split()) + " "
     else:
-        assert "".join(cut) == text.strip("\n") + "\n"
+        assert "".join(cut) == re.sub(r"\n+", "\n", text.strip("\n")) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -158,13 +164,13 @@ def test_pieces_are_short_and_joined_they_are_the_text(name: str) -> None:
         ("french", ["Écoute la mer.", "À midi, Étienne part pour l’île et ne revient qu’au soir.",
                     "Être seul lui plaît !", "Où va-t-il ?", "« Nulle part », dit-il.",
                     "Ô combien de marins sont partis ainsi…"]),
-        ("spanish", ["Era un día claro.", "¿Quién habló de ello?", "¡Nadie!", "Él volvió al río, como siempre.",
-                     "Últimamente no llueve en el valle."]),
+        ("spanish", ["Era un día claro.", "¿Quién habló de ello?", "¡Nadie!",
+                     "Él volvió al río, como siempre.", "Últimamente no llueve en el valle."]),
         ("chinese", ["天气很好，河流向大海流去。", "没有人说起这件事！", "“为什么呢？”", "他问道。",
                      "2023年以后，城里的三千人都离开了。",
                      "只有一位老人留在河边的小屋里，每天看着来往的船只。"]),
-        ("japanese", ["今日はとても良い天気です。", "川は海へ流れていきます。", "「なぜですか？」", "と彼は聞いた。",
-                      "町の人は誰も知らなかった！", "それでも、彼は毎日ここに来ます。"]),
+        ("japanese", ["今日はとても良い天気です。", "川は海へ流れていきます。", "「なぜですか？」",
+                      "と彼は聞いた。", "町の人は誰も知らなかった！", "それでも、彼は毎日ここに来ます。"]),
         ("arabic", ["كان الجو جميلا.", "كان النهر يجري إلى البحر.", "هل تكلم أحد عن ذلك؟", "لم يتكلم أحد!",
                     "بقي شيخ واحد في البيت."]),
         ("hindi", ["आज मौसम बहुत अच्छा है।", "नदी समुद्र की ओर बहती है।", "क्या किसी ने इसके बारे में बात की?", "नहीं!",
@@ -177,16 +183,16 @@ def test_sentences_end_where_a_reader_of_the_language_ends_them(name: str, sente
 
 
 def test_code_keeps_its_lines_and_indentation() -> None:
-    prose = long_text("code")
+    prose, lines = long_text("code"), re.sub(r"\n+", "\n", CODE) * 120
     for sample in needle.make_samples(Bytes(), 1500, 0.5, 3, 1, prose):
         text = sample.context.removeprefix(needle.INTRODUCTION + "\n\n").removesuffix("\n\n")
         before, behind = NEEDLE.split(text)
-        assert before + "\n" + behind in CODE * 120
+        assert before + "\n" + behind in lines
         place = sample.context.index("The special magic")
         assert sample.context[place - 1] == "\n" == sample.context[sample.context.index(".", place) + 1]
     (sample,) = ruler.make_samples(Bytes(), "niah_single_2", 1500, 1, 1, haystack=prose)
     before, _, behind = FACT.split(sample.context.split("afterwards.\n")[1])
-    assert (before.removesuffix("\n") + behind).strip("\n") in CODE * 120
+    assert (before.removesuffix("\n") + behind).strip("\n") in lines
 
 
 def test_a_table_within_prose_and_prose_without_an_end_are_cut() -> None:
@@ -232,11 +238,11 @@ def test_the_speeches_are_cut_as_ever() -> None:
     for document in load_prose().documents:
         for piece in pieces.cut(document):
             digest.update(piece.removesuffix(" ").encode() + b"\n")
-    assert digest.hexdigest()[:16] == "PINNED_CUT"
+    assert digest.hexdigest()[:16] == "90c7f1536b2d1c1c"
 
 
 @pytest.mark.parametrize("length", [1024, 2048])
-def test_prompts_of_the_speeches_are_those_of_the_recorded_results(smollm2_tokenizer: Any, length: int) -> None:
+def test_prompts_of_the_speeches_are_those_of_recorded_results(smollm2_tokenizer: Any, length: int) -> None:
     recorded = {}
     for line in (RESULTS / "ruler" / "samples.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -253,7 +259,16 @@ def test_needles_in_the_speeches_are_those_of_the_first_version() -> None:
         for depth in (0, 0.3, 0.5, 1)
         for sample in needle.make_samples(Bytes(), 1000, depth, 2, 1)
     ]
-    assert found == "PINNED_NEEDLES"
+    assert found == [
+        "f68d5be032b99fb0",
+        "8e38c5016d31fd4e",
+        "e8adfa936f1a91fa",
+        "3d5537e3f5f0cfa3",
+        "490611d452cea728",
+        "ef113d444c59c311",
+        "461b614be8242e37",
+        "10b2880c5bb8a3df",
+    ]
 
 
 def hash_of(tokenizer: Any, sample: Sample) -> str:

@@ -444,7 +444,7 @@ def test_without_wonderwords_the_sentence_says_what_to_install(monkeypatch: pyte
 def test_task_names_are_all_or_those_named_once_and_never_none() -> None:
     assert ruler.task_names(["all"]) == ruler.task_names(["vt", "all"]) == ALL
     assert ruler.task_names(["vt", "cwe", "vt"]) == ["vt", "cwe"]
-    with pytest.raises(FarspanError, match=r"no ruler task was given; give 'all' or some of niah_single_1, .*fwe"):
+    with pytest.raises(FarspanError, match=r"no ruler task was given; give 'all' or some of .*vt, cwe, fwe"):
         ruler.task_names([])
     with pytest.raises(FarspanError, match=r"no ruler task 'vtt'; did you mean vt\?"):
         ruler.task_names(["cwe", "vtt"])
