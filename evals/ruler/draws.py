@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ...attention.errors import FarspanError
 from ..sample import rng_for
@@ -41,6 +42,7 @@ class Draft:
     answer_prefix: str
     references: tuple[str, ...]
     gold: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 Builder = Callable[[int], Draft]

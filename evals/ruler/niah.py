@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..pieces import hide
 from ..text import Prose
 from .constants import DEPTHS, NEEDLE, NOISE, SINGULAR, NiahTask, Template
 from .draws import DRAW, Builder, Cell, Draft, distinct, filled, listed
 
 
 def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
-    """Builder of one sample. A unit is a line of noise, a word of prose (from its start) or a needle."""
+    """Builder of one sample. A unit is a line of noise, a unit of the text (from its start) or a needle.
+
+    `extra["true_depths"]` are the depths of the needles that hold the references, in the references' order:
+    each is the share of the haystack's characters that stand before the needle.
+    """
     rng = cell.rng("needles")
     keys: list[str] = []
     values: dict[str, list[str]] = {}
@@ -22,7 +27,7 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
             value = distinct(lambda: DRAW[task.type_v](rng), drawn)
             drawn.add(value)
             values[keys[-1]].append(value)
-    needles = [needle(task, key, value) for key in keys for value in values[key]]
+    needles = [(value, needle(task, key, value)) for key in keys for value in values[key]]
     rng.shuffle(needles)
     queries = rng.sample(keys, task.queries)
     references = tuple(value for key in queries for value in values[key])
@@ -31,15 +36,20 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
     if len(references) == 1:
         template, type_v = singular(template), type_v[:-1]
 
+    essay = task.haystack == "essay"
+
     def build(units: int) -> Draft:
-        if task.haystack == "essay":
+        if essay:
             assert prose is not None
-            haystack = among_sentences(prose.sentences(units), needles, cell)
+            pieces = prose.pieces(units)
+            places = essay_places(len(pieces), len(needles), cell)
         else:
-            lines = (
-                [NOISE] * units if task.haystack == "noise" else distractors(task, cell, units, keys, drawn)
-            )
-            haystack = among_lines(lines, needles, cell)
+            noise = task.haystack == "noise"
+            lines = [NOISE] * units if noise else distractors(task, cell, units, keys, drawn)
+            pieces = [f"{line}\n" for line in lines]
+            places = line_places(len(pieces), len(needles), cell)
+        haystack, depths = hide(pieces, zip(places, (text for _, text in needles), strict=True), gaps=essay)
+        depth_of = dict(zip((value for value, _ in needles), depths, strict=True))
         context, question, answer_prefix = filled(
             template, haystack, type_needle_v=type_v, query=listed(queries)
         )
@@ -49,6 +59,7 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
             answer_prefix=answer_prefix,
             references=references,
             gold=f" {listed(references)}.",
+            extra={"true_depths": [depth_of[value] for value in references]},
         )
 
     return build
@@ -79,23 +90,11 @@ def distractors(task: NiahTask, cell: Cell, units: int, keys: list[str], values:
     ]
 
 
-def among_sentences(sentences: list[str], needles: list[str], cell: Cell) -> str:
-    """Needles cut in between sentences, at depths drawn from the 40 published ones.
-
-    The blocks are joined by a space even where one is empty (a needle at depth 0), as published.
-    """
-    depths = sorted(cell.rng("depths").sample(DEPTHS, len(needles)))
-    blocks, start = [], 0
-    for depth, text in zip(depths, needles, strict=True):
-        stop = int(len(sentences) * (depth / 100))
-        blocks += [" ".join(sentences[start:stop]), text]
-        start = stop
-    return " ".join([*blocks, " ".join(sentences[start:])])
+def essay_places(pieces: int, needles: int, cell: Cell) -> list[int]:
+    """The pieces before which needles stand, ascending: at published depths by number of pieces."""
+    return [int(pieces * (depth / 100)) for depth in sorted(cell.rng("depths").sample(DEPTHS, needles))]
 
 
-def among_lines(lines: list[str], needles: list[str], cell: Cell) -> str:
-    """Needles as lines of their own, each before another line of the haystack."""
-    places = sorted(cell.rng("places").sample(range(len(lines)), len(needles)), reverse=True)
-    for place, text in zip(places, needles, strict=True):
-        lines.insert(place, text)
-    return "\n".join(lines)
+def line_places(lines: int, needles: int, cell: Cell) -> list[int]:
+    """The lines before which needles stand, ascending: any, each before a line of its own."""
+    return sorted(cell.rng("places").sample(range(lines), needles))

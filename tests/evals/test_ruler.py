@@ -181,8 +181,8 @@ def test_needles_stand_between_sentences_at_published_depths_of_the_prose(task: 
     drawn = set()
     for sample in samples(task, length=2048, count=10):
         blocks = re.split(FACT.pattern.replace("(", "(?:"), haystack(sample))
-        prose = load_prose().sentences(sample.recipe["units"])
-        assert " ".join(" ".join(blocks).split()) == " ".join(prose)
+        prose = load_prose().pieces(sample.recipe["units"])
+        assert " ".join(" ".join(blocks).split()) == "".join(prose).rstrip()
         cuts = np.cumsum([len(split_sentences(block)) for block in blocks[:-1]])
         allowed = {int(len(prose) * (depth / 100)): depth for depth in constants.DEPTHS}
         assert set(map(int, cuts)) <= set(allowed)
@@ -439,3 +439,12 @@ def test_without_wonderwords_the_sentence_says_what_to_install(monkeypatch: pyte
         samples("niah_single_1", count=1)
     monkeypatch.undo()
     assert samples("niah_single_1", count=1)
+
+
+def test_task_names_are_all_or_those_named_once_and_never_none() -> None:
+    assert ruler.task_names(["all"]) == ruler.task_names(["vt", "all"]) == ALL
+    assert ruler.task_names(["vt", "cwe", "vt"]) == ["vt", "cwe"]
+    with pytest.raises(FarspanError, match=r"no ruler task was given; give 'all' or some of .*vt, cwe, fwe"):
+        ruler.task_names([])
+    with pytest.raises(FarspanError, match=r"no ruler task 'vtt'; did you mean vt\?"):
+        ruler.task_names(["cwe", "vtt"])
