@@ -4,13 +4,14 @@ the true attention (blocks of queries × blocks of keys)."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..attention.errors import FarspanError
 from ..runtime.inspect import LayerPicture
-from .report import _k, slug
 from .results import Results
+from .tables import short_length
 
 
 def needle_grid(data: Mapping[str, Any], method: str) -> tuple[list[list[float]], list[int], list[float]]:
@@ -46,7 +47,7 @@ def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     figure = _figure(2.6 + 0.75 * len(lengths), 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
-    axes.set_xticks(range(len(lengths)), [_k(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
@@ -78,7 +79,7 @@ def score_grid(data: Mapping[str, Any], path: Any) -> None:
         )
         axes.set_yticks(range(len(methods)), methods)
         axes.tick_params(labelsize=8)
-        axes.set_title(f"{data['model']}, {_k(length)} tokens", fontsize=9)
+        axes.set_title(f"{data['model']}, {short_length(length)} tokens", fontsize=9)
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
                 if value == value:
@@ -184,3 +185,8 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def slug(method: str, number: int) -> str:
+    """A file name for a method: its spec without what file names cannot hold, kept apart by its number."""
+    return f"{number:02d}_{re.sub(r'[^A-Za-z0-9]+', '-', method).strip('-')[:60]}"

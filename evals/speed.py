@@ -21,11 +21,11 @@ from . import batch as forward
 from .memory import peak
 from .perplexity import cut_windows
 from .ranks import Job
-from .report import markdown, share_read
 from .results import open_results, record
 from .run import Summary
 from .sample import Sample, encode, score
 from .shared import check_methods, evaluating, meter, patched_with, recipes, start
+from .tables import markdown, share_read
 
 UNPATCHED, DENSE = "unpatched", "dense"
 _HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")

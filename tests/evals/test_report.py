@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from farspan.evals import pictures, report
+from farspan.evals import pictures, report, summary, tables
 from farspan.evals.results import Results, read
 
 SPARSE = "recycled:k=8,stride=4"
@@ -51,7 +51,7 @@ def ruler() -> dict[str, Any]:
         for index in range(2):
             rows.append(row("dense", task, index, score=1.0, nll=0.5))
             rows.append(row(SPARSE, task, index, score=1.0 - drop, nll=0.5 + drop + index))
-    return report.summarise(config("ruler", "dense", SPARSE), rows)
+    return summary.summarise(config("ruler", "dense", SPARSE), rows)
 
 
 def test_cells_pair_each_sample_with_dense(ruler: dict[str, Any]) -> None:
@@ -77,19 +77,19 @@ def test_overall_is_the_mean_over_tasks_and_groups_keep_noise_apart(ruler: dict[
 def test_unequal_cells_weigh_the_same() -> None:
     rows = [row("dense", "vt", i, score=1.0, nll=1.0) for i in range(9)]
     rows.append(row("dense", "cwe", 0, score=0.0, nll=1.0))
-    assert report.summarise(config("ruler", "dense"), rows)["overall"][0]["score"] == 0.5
+    assert summary.summarise(config("ruler", "dense"), rows)["overall"][0]["score"] == 0.5
 
 
 def test_ruler_tables(ruler: dict[str, Any]) -> None:
-    lines = report.ruler_table(ruler).splitlines()
+    lines = tables.ruler_table(ruler).splitlines()
     assert lines[0] == "| method | 1K score | 1K ΔNLL (95 %) | 1K read |"
     assert lines[2] == "| `dense` | 100.0 | – | 100 / 100.0 % |"
     assert lines[3].startswith(f"| `{SPARSE}` | 50.0 | +1.000 [") and lines[3].endswith("| 100 / 25.0 % |")
-    by_task = report.task_table(ruler, 1024).splitlines()
+    by_task = tables.task_table(ruler, 1024).splitlines()
     assert by_task[0] == "| method | niah_single_1 | niah_single_2 | mean |"
     assert by_task[3] == f"| `{SPARSE}` | 100 (+0.50) | 0 (+1.50) | 50.0 |"
-    assert report.group_table(ruler).splitlines()[0] == "| method | essay and needles, 1K | noise, 1K |"
-    assert "30.0 %" in report.cost_table(ruler)
+    assert tables.group_table(ruler).splitlines()[0] == "| method | essay and needles, 1K | noise, 1K |"
+    assert "30.0 %" in tables.cost_table(ruler)
     assert "Samples a cell: 2." in report.notes(ruler)
 
 
@@ -100,12 +100,12 @@ def test_tasks_that_dense_always_or_never_solves_are_left_out_of_the_reach_table
             rows.append(row("dense", task, index, score=score, nll=0.5))
             if index < 2:  # fewer prompts: compared with dense on these alone
                 rows.append(row(SPARSE, task, index, score=0.0, nll=0.75))
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
     dense, sparse = data["in_reach"]
     assert {task for task, score in sparse["tasks"].items() if score is not None} == {"fwe"}
     assert (dense["score"], dense["n"], sparse["score"], sparse["n"]) == (pytest.approx(2 / 3), 3, 0.0, 2)
     assert sparse["baseline_score"] == 0.5 and sparse["score_diff"]["mean"] == -0.5
-    lines = report.reach_table(data).splitlines()
+    lines = tables.reach_table(data).splitlines()
     assert lines[2] == "| `dense` | 1K | 1 | 3 | 66.7 | 66.7 | – | – | 100 / 100.0 % |"
     # differences -1 and 0 of the score, 0.25 twice of the likelihood
     assert lines[3].startswith(
@@ -118,20 +118,20 @@ def test_a_difference_beyond_its_interval_is_starred() -> None:
     for index in range(5):
         rows.append(row("dense", "vt", index, score=1.0, nll=0.5))
         rows.append(row(SPARSE, "vt", index, score=1.0, nll=1.5 + 0.01 * index))
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
-    assert "100 (+1.02*)" in report.task_table(data, 1024)
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
+    assert "100 (+1.02*)" in tables.task_table(data, 1024)
 
 
 def test_without_dense_there_is_no_difference_and_the_reader_is_told() -> None:
-    data = report.summarise(config("ruler", SPARSE), [row(SPARSE, "vt", 0, score=1.0, nll=0.5)])
-    assert "| – |" in report.ruler_table(data).splitlines()[2]
+    data = summary.summarise(config("ruler", SPARSE), [row(SPARSE, "vt", 0, score=1.0, nll=0.5)])
+    assert "| – |" in tables.ruler_table(data).splitlines()[2]
     assert any("Add the method dense" in note for note in report.notes(data))
 
 
 def test_a_likelihood_that_is_not_finite_is_counted_not_averaged() -> None:
     rows = [row("dense", "vt", i, score=1.0, nll=0.5) for i in range(2)]
     rows += [row(SPARSE, "vt", 0, score=1.0, nll=None), row(SPARSE, "vt", 1, score=1.0, nll=0.75)]
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
     assert data["methods"][1]["nll_diff"] == {"mean": 0.25, "low": None, "high": None, "n": 1}
     assert any(note.startswith("1 likelihoods were not finite") for note in report.notes(data))
 
@@ -150,7 +150,7 @@ def needle() -> list[dict]:
 def test_heatmap_has_the_start_of_the_text_on_top(
     needle: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = report.summarise(config("needle", "dense"), needle)
+    data = summary.summarise(config("needle", "dense"), needle)
     shown: dict[str, Any] = {}
     real = Axes.imshow
 
@@ -174,7 +174,7 @@ def test_heatmap_has_the_start_of_the_text_on_top(
 def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Path) -> None:
     with Results(tmp_path / "n", config("needle", "dense") | {"suite": "needle"}) as results:
         results.append(needle)
-        names = report.write(results, report.summarise(results.config, results.rows))
+        names = report.write(results, summary.summarise(results.config, results.rows))
     assert names == ["needle.md", "heatmap_00_dense.png"]
     assert all((tmp_path / "n" / name).stat().st_size for name in names)
     assert "| `dense` | 12 | 41.7 |" in (tmp_path / "n" / "needle.md").read_text()
@@ -182,7 +182,7 @@ def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Pat
     rows = [row(m, "vt", 0, score=1.0, nll=0.5, length=n) for m in ("dense", SPARSE) for n in (512, 1000)]
     with Results(tmp_path / "r", config("ruler", "dense", SPARSE)) as results:
         results.append(rows)
-        names = report.write(results, report.summarise(results.config, results.rows))
+        names = report.write(results, summary.summarise(results.config, results.rows))
     assert names == ["ruler.md", "ruler.png"]
     text = (tmp_path / "r" / "ruler.md").read_text()
     assert "512 score" in text and "1000 score" in text and "1 of RULER's 11" in text
