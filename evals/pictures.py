@@ -10,6 +10,7 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from ..runtime.inspect import LayerPicture
+from ..runtime.table import wrap
 from .results import Results
 from .tables import short_length
 
@@ -44,7 +45,8 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
 def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     """Needle scores: length on x, depth on y with 0 % on top, red (lost) to green (found)."""
     grid, lengths, depths = needle_grid(data, method)
-    figure = _figure(2.6 + 0.75 * len(lengths), 1.8 + 0.42 * len(depths))
+    width = 2.6 + 0.75 * len(lengths)
+    figure = _figure(width, 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
@@ -52,7 +54,8 @@ def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
     total = next(row for row in data["methods"] if row["method"] == method)
-    axes.set_title(f"{method}\nmean {100 * (total['score'] or 0):.1f} %, n = {total['n']}", fontsize=9)
+    name = "\n".join(wrap(method, int(11 * width)))  # characters of this size in an inch
+    axes.set_title(f"{name}\nmean {100 * (total['score'] or 0):.1f} %, n = {total['n']}", fontsize=9)
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value == value:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..runtime.table import Table
 from . import pictures
 from .results import Results
+from .stats import FEWEST, NO_SPREAD, TOO_FEW
 from .summary import BASELINE, REACH, RULER_TASKS
 from .tables import (
     cost_table,
@@ -21,22 +23,17 @@ from .tables import (
     task_table,
 )
 
+_REASONS = {
+    TOO_FEW: f"an interval needs {FEWEST} prompts",
+    NO_SPREAD: "all differences are equal, so no interval can be given",
+}
 
-def terminal_table(data: Mapping[str, Any]) -> Any:
-    """A rich Table that fits a terminal: one row per method and length."""
-    from rich import box
-    from rich.table import Table
 
-    table = Table(
-        title=f"{data['suite']} · {data['model']}",
-        caption=" ".join(notes(data, short=True)),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("method", overflow="fold", min_width=12)
-    for name in ("length", "n", "score", "ΔNLL ± 95 %", "read %", "prefill s", "ms/step"):
-        table.add_column(name, justify="right", no_wrap=True)
+def terminal_table(data: Mapping[str, Any]) -> Table:
+    """One row per method and length, for the terminal."""
+    names = ("length", "n", "score", "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
+    title, caption = f"{data['suite']} · {data['model']}", " ".join(notes(data, short=True))
+    table = Table("method", *names, title=title, caption=caption, numbers_from=1)
     for row in data["overall"]:
         if row["n"]:
             n, score, _, read, *seconds = row_cells(row)
@@ -54,14 +51,16 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         out = [
             "Score: mean over tasks of the published metric, in percent (greedy answers). ΔNLL: negative "
             "log-likelihood of the gold answer per token (nats) under teacher forcing through the method's "
-            "own decode path, minus dense on the same prompts, with the 95 % t interval over samples (within "
-            "tasks). Read: share of the causal (query, key) pairs read in prefill / decode; KV bytes counts "
+            "own decode path, minus dense on the same prompts, with the 95 % t interval over prompts within "
+            "tasks. Read: share of the causal (query, key) pairs read in prefill / decode; KV bytes counts "
             "summaries too. Seconds are a sample's share of its batch."
         ]
         if data["suite"] == "ruler" and any(row["n"] for row in data["in_reach"]):
             out.append(
-                "In reach: tasks chosen by dense's own score. Score and dense are over the same prompts, "
-                "Δscore is paired like ΔNLL; an interval without width says that all differences were equal."
+                "In reach: tasks chosen by dense's own score on these same prompts. That favours tasks on "
+                "which dense was lucky or unlucky with these prompts, and no interval counts that. Score and "
+                "dense are over the same prompts; Δscore is paired like ΔNLL. The interval of Δscore counts "
+                "one prompt more at -100 and one at +100, divided among the tasks, and ends at ±100."
             )
         counts = sorted({cell["n"] for cell in data["cells"]})
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
@@ -75,6 +74,8 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         out.append("Stopped before the end: run the same command to resume.")
     if not data["one_machine"]:
         out.append("Sessions ran on different machines, threads or ranks: seconds are not comparable.")
+    reasons = {(row["nll_diff"] or {}).get("reason") for row in data["overall"] + data["in_reach"]}
+    out += [f"{reason}: {why}." for reason, why in _REASONS.items() if reason in reasons]
     invalid = sum(row["nll_invalid"] for row in data["methods"])
     if invalid:
         out.append(f"{invalid} likelihoods were not finite and are left out of ΔNLL.")
@@ -94,7 +95,9 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
         parts = [title, ruler_table(data)]
         if any(row["n"] for row in data["in_reach"]):
             low, high = (f"{100 * x:.0f}" for x in REACH)
-            parts.append(f"## Tasks in reach: dense scores {low} to {high}\n\n{reach_table(data)}")
+            parts.append(
+                f"## Tasks in reach: dense scores {low} to {high} on these prompts\n\n{reach_table(data)}"
+            )
         parts.append(f"## By haystack\n\n{group_table(data)}")
         parts += [f"## {short_length(length)}\n\n{task_table(data, length)}" for length in data["lengths"]]
     text = "\n".join([*parts, cost_table(data), *(note + "\n" for note in notes(data))])

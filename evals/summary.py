@@ -1,16 +1,17 @@
 """Rows to a summary: per cell (method, task, length and, for needle, a depth) and overall.
 
 Methods are compared with `dense` on the same samples: `nll_diff` and `score_diff` are paired differences with
-their 95 % t interval (see stats.py).
+their 95 % interval (see stats.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from .stats import paired, paired_interval, stratified_interval
+from .stats import paired, stratified_interval
 
 BASELINE = "dense"
 REACH = (0.2, 0.95)  # of dense's mean score on a task: below and above, all methods look alike
@@ -39,7 +40,7 @@ GROUPS = {
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What summary.json holds: `cells`, `overall` (per method and length), `in_reach` (the same over
-    the tasks where dense scores within REACH) and `methods` (all lengths)."""
+    the tasks where dense scores within REACH, on these same prompts) and `methods` (all lengths)."""
     methods = [m for m in config.get("methods", []) if any(row["method"] == m for row in rows)]
     lengths = sorted({row["length"] for row in rows})
     tasks = _ordered({row["task"] for row in rows})
@@ -61,7 +62,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                             "task": task,
                             "length": length,
                             "depth": depth,
-                            **_cell(here, base),
+                            **_cell(method, here, base),
                         }
                     )
             overall.append({"method": method, "length": length, **_overall(method, index, tasks, [length])})
@@ -82,6 +83,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
         "cells": cells,
         "overall": overall,
         "in_reach": reach,
+        "in_reach_chosen_by": "dense's mean score on the same prompts",
         "methods": totals,
     }
 
@@ -95,13 +97,15 @@ def _in_reach(
     return [task for task, score in scores.items() if score is not None and low <= score <= high]
 
 
-def _cell(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _cell(
+    method: str, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     nll, score = _differences(rows, base, "nll"), _differences(rows, base, "score")
     return {
         "n": len(rows),
         **_costs(rows),
-        "nll_diff": _dict(paired_interval(nll)),
-        "score_diff": _dict(paired_interval(score)),
+        "nll_diff": _interval(method, [nll]),
+        "score_diff": _interval(method, [score], bound=1),
         "nll_invalid": sum(row["nll"] is None and row["gold_tokens"] > 0 for row in rows),
         "fallbacks": sorted({reason for row in rows for reason in row.get("fallbacks") or ()}),
     }
@@ -131,8 +135,8 @@ def _overall(
         **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
-        "nll_diff": _dict(stratified_interval(nll)),
-        "score_diff": _dict(stratified_interval(score)),
+        "nll_diff": _interval(method, nll),
+        "score_diff": _interval(method, score, bound=1),
         "nll_invalid": sum(
             row["nll"] is None and row["gold_tokens"] > 0 for rows in groups.values() for row in rows
         ),
@@ -170,5 +174,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def _dict(interval: Any) -> dict[str, Any] | None:
-    return None if interval is None else interval.to_dict()
+def _interval(
+    method: str, groups: Iterable[Sequence[float]], bound: float | None = None
+) -> dict[str, Any] | None:
+    """The differences from dense of one or several cells; those of dense itself have no interval."""
+    found = stratified_interval(groups, bound=bound)
+    if found is not None and method == BASELINE:
+        found = replace(found, low=None, high=None, reason="compared with itself")
+    return None if found is None else found.to_dict()

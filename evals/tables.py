@@ -143,17 +143,19 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def difference(row: Mapping[str, Any], name: str = "nll_diff", scale: float = 1, digits: int = 3) -> str:
-    """`+0.12 [+0.05, +0.19]`, or a dash for dense itself and where there is nothing to compare with."""
+    """`+0.12 [+0.05, +0.19]`, or the reason in place of the interval; a dash for dense itself and where
+    there is nothing to compare with."""
     found = row.get(name)
     if found is None or row["method"] == BASELINE:
         return "–"
     mean, low, high = (
         None if found[x] is None else f"{scale * found[x]:+.{digits}f}" for x in ("mean", "low", "high")
     )
-    return str(mean) if low is None else f"{mean} [{low}, {high}]"
+    return f"{mean} ({found['reason']})" if low is None else f"{mean} [{low}, {high}]"
 
 
 def plus_minus(row: Mapping[str, Any]) -> str:
+    """`+0.12 ± 0.07`, else as `difference` has it."""
     found = row.get("nll_diff")
     if found is None or found["low"] is None or row["method"] == BASELINE:
         return difference(row)
