@@ -3,12 +3,14 @@
 Every method answers the same prompts, so a method is compared with dense sample by sample: the spread between
 prompts, which is most of the spread, cancels in the difference.
 
-All intervals here are Student t intervals. Differences of a score have bounds, and most of them are zero: a
-plain t interval of few prompts then passes the bounds, or has no width at all. So the interval of a bounded
-difference counts two pseudo-observations besides, one at each bound (Bonett and Price 2012, "Adjusted Wald
-confidence interval for a difference of binomial proportions based on paired data"), and ends at the bounds.
-Where all of n differences are zero it reaches about as far as the rule of three, 3 / n; a bootstrap has no
-width there.
+All intervals here are Student t intervals. For skewed differences (ΔNLL of one task on 6 to 10 prompts)
+they hold the truth nine times in ten rather than nineteen in twenty.
+
+Differences of a score have bounds, and most of them are zero: a plain t interval of few prompts then passes
+the bounds, or has no width at all. So the interval of a bounded difference counts two pseudo-observations
+besides, one at each bound (Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of
+binomial proportions based on paired data"), and ends at the bounds. Where all of n differences are zero it
+reaches about as far as the rule of three, 3 / n; a bootstrap has no width there.
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ def stratified_interval(
     tasks. None without pairs.
 
     The groups (RULER's tasks) are chosen, not drawn, so only the spread within each group counts: the
-    variance of the mean is `sum(s_g² / n_g) / G²`, with Welch-Satterthwaite degrees of freedom. Groups of one
-    sample have no spread of their own: theirs is taken to be that of all samples around their common mean.
+    variance of the mean is `sum(s_g² / n_g) / G²`, with Welch-Satterthwaite degrees of freedom. One or
+    two samples say little of their spread: it is taken to be at least that of all samples around their common
+    mean.
     bound: as for `paired_interval`; the two pseudo-observations are divided among the groups (as in
     Price and Bonett 2004, "An improved confidence interval for a linear function of binomial proportions").
     """
@@ -76,15 +79,18 @@ def stratified_interval(
     if n < FEWEST:
         return Interval(mean=mean, low=None, high=None, n=n, reason=TOO_FEW)
     share = 0.0 if bound is None else 1 / len(kept)
-    centres, parts = [], []  # parts: (variance of a group's mean, its degrees of freedom)
+    centres, parts = [], []  # parts: (variance of the mean of one or several groups, its degrees of freedom)
+    small = []  # (variance, size) of groups of one or two
     for values in kept:
         centre, variance, size = _moments(values, bound, share)
         centres.append(centre)
-        if len(values) > 1:
+        if len(values) > 2:
             parts.append((variance / size, size - 1))
-    if alone := sum(len(values) == 1 for values in kept):
-        _, variance, size = _moments([x for values in kept for x in values], bound, share * len(kept))
-        parts.append((alone * variance / (1 + 2 * share), size - 1))
+        else:
+            small.append((variance, size))
+    if small:
+        _, common, n_all = _moments([x for values in kept for x in values], bound, share * len(kept))
+        parts.append((sum(max(variance, common) / size for variance, size in small), n_all - 1))
     total = sum(part for part, _ in parts)
     if total == 0:
         return Interval(mean=mean, low=None, high=None, n=n, reason=NO_SPREAD)
@@ -109,14 +115,13 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 
 def _moments(values: Sequence[float], bound: float | None, share: float) -> tuple[float, float, float]:
-    """Mean, variance and number of the values with pseudo-observations of weight `share` at either bound; the
-    variance of a single value without them is 0."""
+    """Mean, variance and number of the values with pseudo-observations of weight `share` at either bound."""
     size = len(values) + 2 * share
     mean = sum(values) / size
     squares = sum((value - mean) ** 2 for value in values)
     if bound is not None:
         squares += share * ((bound - mean) ** 2 + (bound + mean) ** 2)
-    return mean, squares / (size - 1) if size > 1 else 0.0, size
+    return mean, squares / max(size - 1, 1), size
 
 
 def _t_quantile(confidence: float, df: float) -> float:

@@ -33,8 +33,8 @@ COMMANDS = {
     "plan": "plan --model FOLDER --length 512 --gpus 8",
     "simulate": "plan --model FOLDER --length 1M --gpus 8 --simulate",
     "doctor": "doctor",
-    "tune": "tune --model FOLDER --methods double_sparsity:k=16,group_factor=2 --lengths 64,128 --repeats 1",
-    "inspect": "inspect --model FOLDER --method pbs:mass=0.7,segment=64 --layers 0 --out FOLDER/out "
+    "tune": "tune --model FOLDER --methods recycled:k=16,stride=4,pool=3 --lengths 64,128 --repeats 1",
+    "inspect": "inspect --model FOLDER --method pbs:mass=0.7,segment=128 --layers 0 --out FOLDER/out "
     "--prompt-file FOLDER/prompt.txt",
 }
 

@@ -98,11 +98,11 @@ def test_text_cells_share_what_is_left_and_sections_are_ruled_off() -> None:
     table.add_row("文字", "wide", "")
     assert table.text(31).splitlines() == [
         "what   found   needed",
-        "──────────────────────────────",
+        "─────────────────────────────",
         "torch  2.13.0  2.11 or newer",
         "               and more words",
         "               than fit",
-        "──────────────────────────────",
+        "─────────────────────────────",
         "文字   wide",
     ]
 
