@@ -55,6 +55,10 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             "tasks. Read: share of the causal (query, key) pairs read in prefill / decode; KV bytes counts "
             "summaries too. Seconds are a sample's share of its batch."
         ]
+        if data["suite"] == "ruler":
+            out.append(
+                f"In the tables of tasks * marks a ΔNLL whose interval excludes 0; it takes {FEWEST} prompts."
+            )
         if data["suite"] == "ruler" and any(row["n"] for row in data["in_reach"]):
             out.append(
                 "In reach: tasks chosen by dense's own score on these same prompts. That favours tasks on "
