@@ -42,10 +42,6 @@ class Interval:
     def to_dict(self) -> dict[str, float | int | str | None]:
         return asdict(self)
 
-    def excludes_zero(self) -> bool:
-        """True where the interval lies wholly on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def paired_interval(
     differences: Sequence[float], *, bound: float | None = None, confidence: float = 0.95
