@@ -69,7 +69,7 @@ def models(json: options.Json = False) -> None:
     ]
     if json:
         return output.show_json(rows)
-    table = output.table("alias", "model", "positions", "kept in")
+    table = output.Table("alias", "model", "positions", "kept in")
     for row in rows:
         kept = row["cached"] or "fetched on first use"
         table.add_row(
@@ -86,7 +86,7 @@ def methods(json: options.Json = False) -> None:
     rows = [_describe(name, cls) for name, cls in registry().items()]
     if json:
         return output.show_json(rows)
-    table = output.table("name", "family", "phases", "paper", "parameters and defaults")
+    table = output.Table("name", "family", "phases", "paper", "parameters and defaults")
     for row in rows:
         parameters = ", ".join(_with_default(parameter) for parameter in row["parameters"])
         phases, paper = "\n".join(row["phases"]), row["paper"] or "–"
@@ -226,7 +226,7 @@ def generate(
         )
     over = f" over {job.size} ranks" if job.size > 1 else ""
     output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
-    output.note(str(report))
+    output.note(report.text(output.width()))
 
 
 def _prompt_text(prompt: str | None, file: Path | None, ranks: Any) -> str:
@@ -276,7 +276,7 @@ def tune(
         measured = run(causal_lm, specs, lengths=sizes, recipe=recipe, repeats=repeats, progress=advance)
     if json:
         return output.show_json([dataclasses.asdict(m) | {"crossover": m.crossover} for m in measured])
-    table = output.table("method", "phase", "times dense's speed at", "faster from")
+    table = output.Table("method", "phase", "times dense's speed at", "faster from")
     for m in measured:
         ratios = ", ".join(
             f"{length}: {dense / seconds:.2f}"

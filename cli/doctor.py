@@ -32,7 +32,7 @@ def doctor(
     if json:
         output.show_json(found)
     else:
-        table = output.table("what", "found", "needed or tested")
+        table = output.Table("what", "found", "needed or tested")
         table.add_row("farspan", found["farspan"], "")
         table.add_row("python", found["python"], "")
         for package in found["packages"]:

@@ -64,7 +64,9 @@ def inspect(
     written = files.write(found, data, out)
     if json:
         return output.show_json(data | {"files": [str(path) for path in written]})
-    shown = output.table(*files.COLUMNS, title=f"{found.method} on {model}, {found.length} tokens")
+    shown = output.Table(
+        *files.COLUMNS, title=f"{found.method} on {model}, {found.length} tokens", numbers_from=1
+    )
     *lines, total = files.table(data)
     for line in lines:
         shown.add_row(*line)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from ..runtime.table import Table
 from . import launch
 
 
@@ -58,17 +57,15 @@ def fail(sentence: str) -> None:
     print(f"farspan: {sentence}", file=sys.stderr, flush=True)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A table whose first column stays whole and whose others wrap, so that it fits any terminal."""
-    result = Table(title=title, title_justify="left", header_style="bold")
-    for number, column in enumerate(columns):
-        result.add_column(column, no_wrap=number == 0, overflow="fold")
-    return result
+def width() -> int:
+    """Columns of the terminal, or of the variable COLUMNS where that is set; 80 where there is neither."""
+    return shutil.get_terminal_size().columns
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr: yields `advance(done, total)`."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
@@ -77,9 +74,9 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def show(renderable: Any) -> None:
-    """Print a table, or anything else rich can render, on stdout."""
-    Console().print(renderable)
+def show(table: Table) -> None:
+    """Print a table on stdout, as wide as the terminal; 80 columns where it is piped."""
+    print(table.text(width()), end="\n\n")
 
 
 def show_json(value: Any) -> None:

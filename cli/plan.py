@@ -154,13 +154,15 @@ def _show(result: Any) -> None:
         f" ({job.ranks} ranks of {job.tensor})" if job.tensor > 1 else ""
     )
     fits = "fits" if result.fits else "does not fit"
-    memory = output.table("memory of each GPU", "", title=f"{job.model.name}, {job.length} tokens on {where}")
+    memory = output.Table(
+        "memory of each GPU", "", title=f"{job.model.name}, {job.length} tokens on {where}", numbers_from=1
+    )
     for name, size in result.memory.items():
         memory.add_row(_spelt(name, result), readable(size))
     memory.add_section()
     memory.add_row(f"needed ({fits})", f"{readable(result.needed)} of {readable(job.memory)}")
     output.show(memory)
-    moved = output.table("sent by each GPU", "")
+    moved = output.Table("sent by each GPU", "", numbers_from=1)
     for name, size in result.sent.items():
         mark = " (taken)" if result.mechanisms == [name] else ""
         moved.add_row(f"prefill by {name}{mark}", readable(size))
@@ -237,7 +239,9 @@ def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None
         "weak": f"Weak scaling: {per_rank} tokens a rank",
     }
     for kind, title in titles.items():
-        table = output.table("ranks", "best s a layer", *names, title=f"{title}; efficiency of a layer")
+        table = output.Table(
+            "ranks", "best s a layer", *names, title=f"{title}; efficiency of a layer", numbers_from=0
+        )
         for count in counts:
             found = {r["mechanism"]: r for r in rows if r["kind"] == kind and r["ranks"] == count}
             best = min(row["seconds"] for row in found.values())

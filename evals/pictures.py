@@ -4,14 +4,16 @@ the true attention (blocks of queries × blocks of keys)."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..attention.errors import FarspanError
 from ..runtime.inspect import LayerPicture
+from ..runtime.table import wrap
 from .depths import by_depth, label
-from .report import _k, slug
 from .results import Results
+from .tables import short_length
 
 
 def needle_grid(data: Mapping[str, Any], method: str) -> tuple[list[list[float]], list[int], list[float]]:
@@ -47,16 +49,18 @@ def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     Below a depth stands the mean true depth of its needles, where that differs by half a point or more.
     """
     grid, lengths, depths = needle_grid(data, method)
-    figure = _figure(2.6 + 0.75 * len(lengths), 1.8 + 0.42 * len(depths))
+    width = 2.6 + 0.75 * len(lengths)
+    figure = _figure(width, 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
-    axes.set_xticks(range(len(lengths)), [_k(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
     true = by_depth(cell for cell in data["cells"] if cell["method"] == method)
     axes.set_yticks(range(len(depths)), [label(depth, true.get(depth)) for depth in depths])
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
     total = next(row for row in data["methods"] if row["method"] == method)
-    axes.set_title(f"{method}\nmean {100 * (total['score'] or 0):.1f} %, n = {total['n']}", fontsize=9)
+    name = "\n".join(wrap(method, int(11 * width)))  # characters of this size in an inch
+    axes.set_title(f"{name}\nmean {100 * (total['score'] or 0):.1f} %, n = {total['n']}", fontsize=9)
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value == value:
@@ -83,7 +87,7 @@ def score_grid(data: Mapping[str, Any], path: Any) -> None:
         )
         axes.set_yticks(range(len(methods)), methods)
         axes.tick_params(labelsize=8)
-        axes.set_title(f"{data['model']}, {_k(length)} tokens", fontsize=9)
+        axes.set_title(f"{data['model']}, {short_length(length)} tokens", fontsize=9)
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
                 if value == value:
@@ -189,3 +193,8 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def slug(method: str, number: int) -> str:
+    """A file name for a method: its spec without what file names cannot hold, kept apart by its number."""
+    return f"{number:02d}_{re.sub(r'[^A-Za-z0-9]+', '-', method).strip('-')[:60]}"

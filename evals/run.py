@@ -36,6 +36,7 @@ from .ranks import Job, interrupted
 from .results import Replica, Results, open_results, record
 from .sample import Sample, encode, encode_gold, key, score
 from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
+from .summary import summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def _row(
 
 def finish(results: Results, *, complete: bool) -> Summary:
     """Write summary.json, the tables and the pictures from what the folder holds (the first rank does)."""
-    data = report.summarise(results.config, results.rows)
+    data = summarise(results.config, results.rows)
     data["complete"] = complete
     if isinstance(results, Replica):
         return Summary(out=results.out, data=data, complete=complete)

@@ -17,15 +17,16 @@ from statistics import median
 from typing import Any
 
 from ..attention.errors import FarspanError
+from ..runtime.table import Table
 from . import batch as forward
 from .memory import peak
 from .perplexity import cut_windows
 from .ranks import Job
-from .report import markdown, share_read
 from .results import open_results, record
 from .run import Summary
 from .sample import Sample, encode, score
 from .shared import check_methods, evaluating, meter, patched_with, recipes, start
+from .tables import markdown, share_read
 
 UNPATCHED, DENSE = "unpatched", "dense"
 _HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")
@@ -196,13 +197,10 @@ def speed_table(data: Mapping[str, Any]) -> str:
     return f"{markdown(head, body)}\n{_caption(data)}\n"
 
 
-def terminal_table(data: Mapping[str, Any]) -> Any:
-    """A rich Table of the same rows."""
-    from rich.table import Table
-
-    table = Table(title=f"speed · {data['model']}", caption=_caption(data))
-    for name in _head(data):
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+def terminal_table(data: Mapping[str, Any]) -> Table:
+    """The same rows for the terminal."""
+    title = f"speed · {data['model']}"
+    table = Table(*_head(data), title=title, caption=_caption(data), numbers_from=1)
     for cells in _cells(data):
         table.add_row(*cells)
     return table

@@ -11,6 +11,7 @@ from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
 from ..parallel.call import Travel
 from .measure import Measured
+from .table import Table
 
 
 @dataclass
@@ -152,18 +153,15 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: what attention read"]
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """A table of what each method read, and sentences on what else happened; the table is at most `width`
+        cells wide where that is given."""
         measured = any(p.measured is not None for layer in self.layers for p in layer.phases.values())
-        head = f"{'layers':<9}{'phase':<9}{'method':<34}{'density':>8}{'KV read':>10}{'of dense':>9}"
-        lines.append(head + f"{'mass':>8}" * measured)
-        for layers, phase, p, recall in self._grouped():
-            if p.calls:
-                method = p.method if len(p.method) <= 33 else p.method[:30] + "..."
-                of_dense = f"{100 * p.kv_bytes / p.dense_bytes:.1f} %" if p.dense_bytes else "-"
-                density = as_percent(p.density)
-                line = f"{layers:<9}{phase:<9}{method:<34}{density:>8}{as_bytes(p.kv_bytes):>10}{of_dense:>9}"
-                lines.append(line + f"{as_percent(recall):>8}" * measured)
         totals = self.summary
+        lines = [f"{self.model}: what attention read"]
+        lines += [line for row in self._table(measured).lines(width) for line in row]
         lines.append(
             f"total: {as_bytes(totals['kv_bytes_read'])} of K and V for {as_bytes(totals['kv_bytes_dense'])} "
             "dense, "
@@ -193,6 +191,16 @@ class Report:
             names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
             lines.append(f"not patched, layers {names}: {reason}")
         return "\n".join(lines)
+
+    def _table(self, measured: bool) -> Table:
+        mass = ("mass",) if measured else ()
+        table = Table("layers", "phase", "method", "density", "KV read", "of dense", *mass, numbers_from=3)
+        for layers, phase, p, recall in self._grouped():
+            if p.calls:
+                of_dense = as_percent(p.kv_bytes / p.dense_bytes if p.dense_bytes else None)
+                cells = (layers, phase, p.method, as_percent(p.density), as_bytes(p.kv_bytes), of_dense)
+                table.add_row(*cells, *([as_percent(recall)] if measured else []))
+        return table
 
     def _grouped(self) -> list[tuple[str, str, PhaseReport, float | None]]:
         """Layers that ran the same method in a phase, summed, and the mean recall of attention mass."""

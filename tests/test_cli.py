@@ -110,7 +110,7 @@ def test_tables_fit_80_columns(farspan_command, command):
     code, out, _ = farspan_command(command)
     assert code == 0 and max(map(len, out.splitlines())) <= 80
     names = farspan.methods() if command == "methods" else ALIASES
-    assert all(f" {name} " in out for name in names), "a name was cut"
+    assert set(names) <= set(out.split()), "a name was cut"
 
 
 def test_models_json(farspan_command, smollm2):
@@ -138,7 +138,7 @@ def test_doctor_says_what_there_is_and_tries_a_small_model(farspan_command, tiny
     assert found["transformers_tested"] == list(releases.TESTED) and found["devices"][0]["cores"] > 0
     code, out, _ = farspan_command("doctor", "--model", str(tiny_folder))
     assert code == 0 and max(map(len, out.splitlines())) <= 80
-    assert f"transformers │ {versions['transformers']}" in out and "the same" in out
+    assert f"transformers {versions['transformers']}" in " ".join(out.split()) and "the same" in out
 
 
 def test_doctor_ends_in_one_sentence_where_something_is_wrong(farspan_command, monkeypatch, tmp_path):

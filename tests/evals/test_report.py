@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
 
-from farspan.evals import pictures, report
+from farspan.evals import pictures, report, summary, tables
 from farspan.evals.results import Results, read
 
 SPARSE = "recycled:k=8,stride=4"
@@ -48,18 +47,16 @@ def config(suite: str, *methods: str) -> dict:
 def ruler() -> dict[str, Any]:
     rows = []
     for task, drop in (("niah_single_1", 0.0), ("niah_single_2", 1.0)):
-        for index in range(2):
+        for index in range(3):
             rows.append(row("dense", task, index, score=1.0, nll=0.5))
             rows.append(row(SPARSE, task, index, score=1.0 - drop, nll=0.5 + drop + index))
-    return report.summarise(config("ruler", "dense", SPARSE), rows)
+    return summary.summarise(config("ruler", "dense", SPARSE), rows)
 
 
 def test_cells_pair_each_sample_with_dense(ruler: dict[str, Any]) -> None:
     cell = next(c for c in ruler["cells"] if c["method"] == SPARSE and c["task"] == "niah_single_2")
-    assert cell["n"] == 2 and cell["score"] == 0.0
-    # differences 1 and 2: mean 1.5, s/sqrt(2) = 0.5, t(0.975, 1) = 12.7062
-    assert cell["nll_diff"]["mean"] == pytest.approx(1.5)
-    assert cell["nll_diff"]["high"] == pytest.approx(1.5 + 12.7062 * 0.5, abs=1e-3)
+    assert cell["n"] == 3 and cell["score"] == 0.0
+    assert cell["nll_diff"] == {"mean": 2.0, "low": None, "high": None, "n": 3, "reason": "too few"}
     assert cell["score_diff"]["mean"] == -1.0
     assert cell["step_ms"] == pytest.approx(0.5 * 4 / 10 * 1e3)  # a sample's share times the batch, per step
 
@@ -68,29 +65,35 @@ def test_overall_is_the_mean_over_tasks_and_groups_keep_noise_apart(ruler: dict[
     found = next(o for o in ruler["overall"] if o["method"] == SPARSE)
     assert found["score"] == 0.5
     assert found["groups"] == {"essay and needles": 0.0, "noise": 1.0, "word lists": None}
-    assert found["nll_diff"]["mean"] == pytest.approx(1.0)  # (0.5 + 1.5) / 2
+    # differences 0, 1, 2 and 1, 2, 3: s²/n = 1/3 twice, se = sqrt(2/3)/2, t(0.975, 4) = 2.776445
+    assert found["nll_diff"]["mean"] == pytest.approx(1.5)
+    assert found["nll_diff"]["high"] == pytest.approx(1.5 + 2.776445 * 0.408248, abs=1e-4)
+    score = found["score_diff"]
+    assert -1 <= score["low"] < score["mean"] == -0.5 < score["high"]
     assert found["decode_density"] == 0.25
     base = next(o for o in ruler["overall"] if o["method"] == "dense")
-    assert base["nll_diff"]["mean"] == 0.0
+    for name in ("nll_diff", "score_diff"):  # not a measurement: no interval
+        assert (base[name]["mean"], base[name]["low"]) == (0.0, None)
+        assert base[name]["reason"] == "compared with itself"
 
 
 def test_unequal_cells_weigh_the_same() -> None:
     rows = [row("dense", "vt", i, score=1.0, nll=1.0) for i in range(9)]
     rows.append(row("dense", "cwe", 0, score=0.0, nll=1.0))
-    assert report.summarise(config("ruler", "dense"), rows)["overall"][0]["score"] == 0.5
+    assert summary.summarise(config("ruler", "dense"), rows)["overall"][0]["score"] == 0.5
 
 
 def test_ruler_tables(ruler: dict[str, Any]) -> None:
-    lines = report.ruler_table(ruler).splitlines()
+    lines = tables.ruler_table(ruler).splitlines()
     assert lines[0] == "| method | 1K score | 1K ΔNLL (95 %) | 1K read |"
     assert lines[2] == "| `dense` | 100.0 | – | 100 / 100.0 % |"
-    assert lines[3].startswith(f"| `{SPARSE}` | 50.0 | +1.000 [") and lines[3].endswith("| 100 / 25.0 % |")
-    by_task = report.task_table(ruler, 1024).splitlines()
+    assert lines[3] == f"| `{SPARSE}` | 50.0 | +1.500 [+0.367, +2.633] | 100 / 25.0 % |"
+    by_task = tables.task_table(ruler, 1024).splitlines()
     assert by_task[0] == "| method | niah_single_1 | niah_single_2 | mean |"
-    assert by_task[3] == f"| `{SPARSE}` | 100 (+0.50) | 0 (+1.50) | 50.0 |"
-    assert report.group_table(ruler).splitlines()[0] == "| method | essay and needles, 1K | noise, 1K |"
-    assert "30.0 %" in report.cost_table(ruler)
-    assert "Samples a cell: 2." in report.notes(ruler)
+    assert by_task[3] == f"| `{SPARSE}` | 100 (+1.00) | 0 (+2.00) | 50.0 |"
+    assert tables.group_table(ruler).splitlines()[0] == "| method | essay and needles, 1K | noise, 1K |"
+    assert "30.0 %" in tables.cost_table(ruler)
+    assert "Samples a cell: 3." in report.notes(ruler)
 
 
 def test_tasks_that_dense_always_or_never_solves_are_left_out_of_the_reach_table() -> None:
@@ -100,39 +103,53 @@ def test_tasks_that_dense_always_or_never_solves_are_left_out_of_the_reach_table
             rows.append(row("dense", task, index, score=score, nll=0.5))
             if index < 2:  # fewer prompts: compared with dense on these alone
                 rows.append(row(SPARSE, task, index, score=0.0, nll=0.75))
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
     dense, sparse = data["in_reach"]
     assert {task for task, score in sparse["tasks"].items() if score is not None} == {"fwe"}
     assert (dense["score"], dense["n"], sparse["score"], sparse["n"]) == (pytest.approx(2 / 3), 3, 0.0, 2)
     assert sparse["baseline_score"] == 0.5 and sparse["score_diff"]["mean"] == -0.5
-    lines = report.reach_table(data).splitlines()
+    lines = tables.reach_table(data).splitlines()
     assert lines[2] == "| `dense` | 1K | 1 | 3 | 66.7 | 66.7 | – | – | 100 / 100.0 % |"
-    # differences -1 and 0 of the score, 0.25 twice of the likelihood
     assert lines[3].startswith(
-        f"| `{SPARSE}` | 1K | 1 | 2 | 0.0 | 50.0 | -50.0 [-685.3, +585.3] | +0.250 [+0.250"
+        f"| `{SPARSE}` | 1K | 1 | 2 | 0.0 | 50.0 | -50.0 (too few) | +0.250 (too few) |"
     )
+    assert data["in_reach_chosen_by"] == "dense's mean score on the same prompts"
+    notes = report.notes(data)
+    assert "In reach: tasks chosen by dense's own score on these same prompts." in " ".join(notes)
+    assert "too few: an interval needs 6 prompts." in notes
 
 
 def test_a_difference_beyond_its_interval_is_starred() -> None:
     rows = []
-    for index in range(5):
+    for index in range(7):
         rows.append(row("dense", "vt", index, score=1.0, nll=0.5))
         rows.append(row(SPARSE, "vt", index, score=1.0, nll=1.5 + 0.01 * index))
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
-    assert "100 (+1.02*)" in report.task_table(data, 1024)
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
+    assert "100 (+1.03*)" in tables.task_table(data, 1024)
+
+
+def test_equal_differences_have_no_interval_and_equal_scores_one_with_a_width() -> None:
+    rows = [row(m, "vt", i, score=0.5, nll=n) for i in range(6) for m, n in (("dense", 0.5), (SPARSE, 0.75))]
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
+    line = tables.reach_table(data).splitlines()[3]
+    # of six zeros with -1 and +1: s² = 2/7, s/sqrt(8) = 0.188982, t(0.975, 7) = 2.364624 (tables)
+    assert "| +0.0 [-44.7, +44.7] | +0.250 (no spread) |" in line
+    notes = report.notes(data, short=True)
+    assert "no spread: all differences are equal, so no interval can be given." in notes
 
 
 def test_without_dense_there_is_no_difference_and_the_reader_is_told() -> None:
-    data = report.summarise(config("ruler", SPARSE), [row(SPARSE, "vt", 0, score=1.0, nll=0.5)])
-    assert "| – |" in report.ruler_table(data).splitlines()[2]
+    data = summary.summarise(config("ruler", SPARSE), [row(SPARSE, "vt", 0, score=1.0, nll=0.5)])
+    assert "| – |" in tables.ruler_table(data).splitlines()[2]
     assert any("Add the method dense" in note for note in report.notes(data))
 
 
 def test_a_likelihood_that_is_not_finite_is_counted_not_averaged() -> None:
     rows = [row("dense", "vt", i, score=1.0, nll=0.5) for i in range(2)]
     rows += [row(SPARSE, "vt", 0, score=1.0, nll=None), row(SPARSE, "vt", 1, score=1.0, nll=0.75)]
-    data = report.summarise(config("ruler", "dense", SPARSE), rows)
-    assert data["methods"][1]["nll_diff"] == {"mean": 0.25, "low": None, "high": None, "n": 1}
+    data = summary.summarise(config("ruler", "dense", SPARSE), rows)
+    found = data["methods"][1]["nll_diff"]
+    assert found == {"mean": 0.25, "low": None, "high": None, "n": 1, "reason": "too few"}
     assert any(note.startswith("1 likelihoods were not finite") for note in report.notes(data))
 
 
@@ -150,7 +167,7 @@ def needle() -> list[dict]:
 def test_heatmap_has_the_start_of_the_text_on_top(
     needle: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = report.summarise(config("needle", "dense"), needle)
+    data = summary.summarise(config("needle", "dense"), needle)
     shown: dict[str, Any] = {}
     real = Axes.imshow
 
@@ -174,7 +191,7 @@ def test_heatmap_has_the_start_of_the_text_on_top(
 def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Path) -> None:
     with Results(tmp_path / "n", config("needle", "dense") | {"suite": "needle"}) as results:
         results.append(needle)
-        names = report.write(results, report.summarise(results.config, results.rows))
+        names = report.write(results, summary.summarise(results.config, results.rows))
     assert names == ["needle.md", "heatmap_00_dense.png"]
     assert all((tmp_path / "n" / name).stat().st_size for name in names)
     assert "| `dense` | 12 | 41.7 |" in (tmp_path / "n" / "needle.md").read_text()
@@ -182,19 +199,24 @@ def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Pat
     rows = [row(m, "vt", 0, score=1.0, nll=0.5, length=n) for m in ("dense", SPARSE) for n in (512, 1000)]
     with Results(tmp_path / "r", config("ruler", "dense", SPARSE)) as results:
         results.append(rows)
-        names = report.write(results, report.summarise(results.config, results.rows))
+        names = report.write(results, summary.summarise(results.config, results.rows))
     assert names == ["ruler.md", "ruler.png"]
     text = (tmp_path / "r" / "ruler.md").read_text()
     assert "512 score" in text and "1000 score" in text and "1 of RULER's 11" in text
     assert len(read(tmp_path / "r")[1]) == 4
 
 
-def test_the_terminal_table_fits(ruler: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(report.terminal_table(ruler))
-    text = console.export_text()
-    assert all(f" {column} " in f" {text} " for column in ("100/25.0", "50.0", "2.00", "200.0"))
-    assert SPARSE[:12] in text and "+1.000 ± " in text
-    assert max(len(line) for line in text.splitlines()) <= 80
+def test_the_terminal_table(ruler: dict[str, Any]) -> None:
+    assert report.terminal_table(ruler).text(80).splitlines() == [
+        "ruler · tiny",
+        "method",
+        "  length  n  score     ΔNLL ± 95 %     read %  prefill s  ms/step",
+        "─" * 65,
+        "dense",
+        "      1K  6  100.0               –  100/100.0       2.00    200.0",
+        SPARSE,
+        "      1K  6   50.0  +1.500 ± 1.133   100/25.0       2.00    200.0",
+        "read: share of keys read in prefill / decode. 2 of RULER's 11 dataset-free",
+        "tasks.",
+    ]
+    assert len(report.terminal_table(ruler).text(86).splitlines()) == 6  # one line a row

@@ -1,4 +1,4 @@
-"""The output folder: resume, torn lines, other configurations, disks that fail; the intervals it reports."""
+"""The output folder: resume, torn lines, other configurations, disks that fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from farspan import FarspanError
 from farspan.evals.results import Results, ResultsError, read
-from farspan.evals.stats import paired, paired_interval, stratified_interval
 
 CONFIG = {"suite": "ruler", "seed": 1, "methods": ["dense"], "lengths": [64], "samples": 2}
 
@@ -198,38 +197,3 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
     text = (tmp_path / "samples.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert read(tmp_path)[1][0]["nll"] is None
-
-
-def test_paired_interval_by_hand() -> None:
-    # s = sqrt(5/3) = 1.2910, s/sqrt(4) = 0.645497, t(0.975, 3) = 3.182446 (tables)
-    found = paired_interval([1, 2, 3, 4])
-    assert found is not None
-    assert (found.mean, found.n) == (2.5, 4)
-    assert found.high == pytest.approx(2.5 + 3.182446 * 0.645497, abs=1e-5)
-    assert found.low == pytest.approx(2.5 - 3.182446 * 0.645497, abs=1e-5)
-    assert found.excludes_zero()
-
-
-def test_stratified_interval_by_hand() -> None:
-    # each group: s²/n = 2/2 = 1; se = sqrt(1 + 1)/2; df = 2²/(1 + 1) = 2; t(0.975, 2) = 4.302653 (tables).
-    # The groups' own means, ten apart, do not widen it.
-    found = stratified_interval([[0, 2], [10, 12]])
-    assert found is not None
-    assert (found.mean, found.n) == (6, 4)
-    assert found.high == pytest.approx(6 + 4.302653 * 2**0.5 / 2, abs=1e-5)
-
-
-def test_intervals_where_there_is_little() -> None:
-    assert paired_interval([]) is None and stratified_interval([[], []]) is None
-    alone = paired_interval([3.0])
-    assert alone is not None and (alone.mean, alone.low, alone.n) == (3.0, None, 1)
-    same = stratified_interval([[1.0, 1.0], [2.0, 2.0]])
-    assert same is not None and (same.mean, same.low, same.high) == (1.5, 1.5, 1.5)
-    singles, pooled = stratified_interval([[1.0], [2.0], [3.0]]), paired_interval([1.0, 2.0, 3.0])
-    assert singles == pooled
-
-
-def test_pairs_are_by_key_and_finite() -> None:
-    mine = {"a": 1.0, "b": 2.0, "c": None, "d": float("nan"), "e": 5.0}
-    dense = {"a": 0.5, "b": None, "c": 1.0, "d": 1.0, "f": 1.0}
-    assert paired(mine, dense) == {"a": 0.5}

@@ -1,0 +1,186 @@
+"""Rows to a summary: per cell (method, task, length and, for needle, a depth) and overall.
+
+Methods are compared with `dense` on the same samples: `nll_diff` and `score_diff` are paired differences with
+their 95 % interval (see stats.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from . import depths
+from .stats import paired, stratified_interval
+
+BASELINE = "dense"
+REACH = (0.2, 0.95)  # of dense's mean score on a task: below and above, all methods look alike
+RULER_TASKS = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+)
+"""The 11 tasks that need no dataset, as published."""
+_NOISE, _WORDS = ("niah_single_1", "vt"), ("cwe", "fwe")
+GROUPS = {
+    "essay and needles": tuple(task for task in RULER_TASKS if task not in _NOISE + _WORDS),
+    "noise": _NOISE,
+    "word lists": _WORDS,
+}
+"""RULER's tasks by haystack. Noise is a sentence repeated, which flatters sparse methods: reported apart."""
+
+
+def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What summary.json holds: `cells`, `overall` (per method and length), `in_reach` (the same over
+    the tasks where dense scores within REACH, on these same prompts) and `methods` (all lengths)."""
+    methods = [m for m in config.get("methods", []) if any(row["method"] == m for row in rows)]
+    lengths = sorted({row["length"] for row in rows})
+    tasks = _ordered({row["task"] for row in rows})
+    index: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        index.setdefault((row["method"], row["task"], row["length"]), []).append(row)
+    cells, overall, totals, reach = [], [], [], []
+    for method in methods:
+        for length in lengths:
+            for task in tasks:
+                mine, base = index.get((method, task, length), []), index.get((BASELINE, task, length), [])
+                for depth in sorted(
+                    {row["extra"].get("depth") for row in mine}, key=lambda d: (d is not None, d)
+                ):
+                    here = [row for row in mine if row["extra"].get("depth") == depth]
+                    cells.append(
+                        {
+                            "method": method,
+                            "task": task,
+                            "length": length,
+                            "depth": depth,
+                            **_cell(method, here, base),
+                            **depths.of_rows(here),
+                        }
+                    )
+            overall.append({"method": method, "length": length, **_overall(method, index, tasks, [length])})
+            within = _in_reach(index, tasks, length)
+            reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
+        totals.append({"method": method, **_overall(method, index, tasks, lengths)})
+    sessions = config.get("sessions", [])
+    return {
+        "suite": config.get("suite") or (rows[0]["suite"] if rows else None),
+        "model": config.get("model"),
+        "dtype": config.get("dtype"),
+        "versions": config.get("versions"),
+        "haystack": config.get("haystack") or config.get("text"),
+        "lengths": lengths,
+        "tasks": tasks,
+        "rows": len(rows),
+        "one_machine": len({tuple(map(s.get, ("cpu", "gpu", "threads", "ranks"))) for s in sessions}) <= 1,
+        "cells": cells,
+        "overall": overall,
+        "in_reach": reach,
+        "in_reach_chosen_by": "dense's mean score on the same prompts",
+        "methods": totals,
+    }
+
+
+def _in_reach(
+    index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]], tasks: list[str], length: int
+) -> list[str]:
+    """The tasks that tell methods apart at this length: where dense scores within REACH."""
+    low, high = REACH
+    scores = {task: _mean(row["score"] for row in index.get((BASELINE, task, length), ())) for task in tasks}
+    return [task for task, score in scores.items() if score is not None and low <= score <= high]
+
+
+def _cell(
+    method: str, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    nll, score = _differences(rows, base, "nll"), _differences(rows, base, "score")
+    return {
+        "n": len(rows),
+        **_costs(rows),
+        "nll_diff": _interval(method, [nll]),
+        "score_diff": _interval(method, [score], bound=1),
+        "nll_invalid": sum(row["nll"] is None and row["gold_tokens"] > 0 for row in rows),
+        "fallbacks": sorted({reason for row in rows for reason in row.get("fallbacks") or ()}),
+    }
+
+
+def _overall(
+    method: str,
+    index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]],
+    tasks: list[str],
+    lengths: list[int],
+) -> dict[str, Any]:
+    """Means over the (task, length) cells, each cell counting the same however many samples it has."""
+    groups = {(t, n): index[method, t, n] for t in tasks for n in lengths if (method, t, n) in index}
+    costs = [_costs(rows) for rows in groups.values()]
+    by_task = {
+        task: _mean(_mean(r["score"] for r in rows) for (t, _), rows in groups.items() if t == task)
+        for task in tasks
+    }
+    nll = [_differences(rows, index.get((BASELINE, *cell), []), "nll") for cell, rows in groups.items()]
+    score = [_differences(rows, index.get((BASELINE, *cell), []), "score") for cell, rows in groups.items()]
+    return {
+        "n": sum(len(rows) for rows in groups.values()),
+        "baseline_score": _mean(
+            _mean(base["score"] for base in index.get((BASELINE, *cell), ()) if base["key"] in keys)
+            for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
+        ),
+        **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
+        "tasks": by_task,
+        "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
+        "nll_diff": _interval(method, nll),
+        "score_diff": _interval(method, score, bound=1),
+        "nll_invalid": sum(
+            row["nll"] is None and row["gold_tokens"] > 0 for rows in groups.values() for row in rows
+        ),
+    }
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    return {
+        "score": _mean(row["score"] for row in rows),
+        "nll": _mean(row["nll"] for row in rows),
+        "prefill_density": _mean(row["density"]["prefill"] for row in rows),
+        "decode_density": _mean(row["density"]["decode"] for row in rows),
+        "kv_read": _mean(row["kv_read"] for row in rows),
+        "prefill_seconds": _mean(row["seconds"]["prefill"] for row in rows),
+        "decode_seconds": _mean(row["seconds"]["decode"] for row in rows),
+        "step_ms": _mean(
+            1e3 * row["seconds"]["decode"] * row["batch"] / max(row["steps"], 1) for row in rows
+        ),
+    }
+
+
+def _differences(
+    rows: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], name: str
+) -> list[float]:
+    return list(paired({r["key"]: r[name] for r in rows}, {r["key"]: r[name] for r in base}).values())
+
+
+def _ordered(tasks: Iterable[str]) -> list[str]:
+    published = {task: i for i, task in enumerate(RULER_TASKS)}
+    return sorted(tasks, key=lambda task: (published.get(task, len(published)), task))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    kept = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(kept) / len(kept) if kept else None
+
+
+def _interval(
+    method: str, groups: Iterable[Sequence[float]], bound: float | None = None
+) -> dict[str, Any] | None:
+    """The differences from dense of one or several cells; those of dense itself have no interval."""
+    found = stratified_interval(groups, bound=bound)
+    if found is not None and method == BASELINE:
+        found = replace(found, low=None, high=None, reason="compared with itself")
+    return None if found is None else found.to_dict()

@@ -1,0 +1,205 @@
+"""A summary as Markdown tables, and how their cells are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .summary import BASELINE, GROUPS
+
+
+def ruler_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods; per length the score, the paired NLL difference, the share of keys read."""
+    head = ["method"]
+    for length in data["lengths"]:
+        head += [
+            f"{short_length(length)} score",
+            f"{short_length(length)} ΔNLL (95 %)",
+            f"{short_length(length)} read",
+        ]
+    body = []
+    for method in _methods(data):
+        cells = [f"`{method}`"]
+        for length in data["lengths"]:
+            row = _find(data["overall"], method=method, length=length)
+            cells += (
+                ["–"] * 3 if row is None else [percent(row["score"], 1), difference(row), share_read(row)]
+            )
+        body.append(cells)
+    return markdown(head, body)
+
+
+def reach_table(data: Mapping[str, Any]) -> str:
+    """Markdown, a row per method and length, over the tasks where dense scores within REACH: the score and
+    dense's on the prompts that both have, and the paired differences."""
+    head = ["method", "length", "tasks", "n", "score", "dense", "Δscore (95 %)", "ΔNLL (95 %)", "read"]
+    body = [
+        [
+            f"`{row['method']}`",
+            short_length(row["length"]),
+            str(sum(score is not None for score in row["tasks"].values())),
+            str(row["n"]),
+            percent(row["score_diff"] and row["baseline_score"] + row["score_diff"]["mean"], 1),
+            percent(row["baseline_score"], 1),
+            difference(row, "score_diff", 100, 1),
+            difference(row),
+            share_read(row),
+        ]
+        for row in data["in_reach"]
+        if row["n"]
+    ]
+    return markdown(head, body)
+
+
+def group_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods; mean score per group of tasks and length, the noise haystacks apart."""
+    names = [name for name, members in GROUPS.items() if any(task in data["tasks"] for task in members)]
+    head = ["method", *(f"{name}, {short_length(length)}" for name in names for length in data["lengths"])]
+    body = []
+    for method in _methods(data):
+        found = [_find(data["overall"], method=method, length=length) for length in data["lengths"]]
+        body.append(
+            [
+                f"`{method}`",
+                *(percent(row["groups"][name] if row else None, 1) for name in names for row in found),
+            ]
+        )
+    return markdown(head, body)
+
+
+def task_table(data: Mapping[str, Any], length: int) -> str:
+    """Markdown, rows = methods, columns = tasks at one length: `score (ΔNLL)`, `*` where 0 is excluded."""
+    head = ["method", *data["tasks"], "mean"]
+    body = []
+    for method in _methods(data):
+        cells = [f"`{method}`"]
+        for task in data["tasks"]:
+            cell = _find(data["cells"], method=method, task=task, length=length)
+            cells.append(
+                "–" if cell is None else f"{percent(cell['score'], 0)}{_bracketed(method, cell['nll_diff'])}"
+            )
+        row = _find(data["overall"], method=method, length=length)
+        body.append([*cells, percent(row["score"] if row else None, 1)])
+    return markdown(head, body)
+
+
+def cost_table(data: Mapping[str, Any]) -> str:
+    """Markdown, a row per method and length: shares read in prefill and decode, KV bytes, seconds."""
+    head = [
+        "method",
+        "length",
+        "n",
+        "prefill keys",
+        "decode keys",
+        "KV bytes",
+        "prefill s/sample",
+        "ms/decode step",
+    ]
+    body = [
+        [
+            f"`{row['method']}`",
+            short_length(row["length"]),
+            str(row["n"]),
+            *(percent(row[name], 1, " %") for name in ("prefill_density", "decode_density", "kv_read")),
+            number(row["prefill_seconds"], 2),
+            number(row["step_ms"], 1),
+        ]
+        for row in data["overall"]
+        if row["n"]
+    ]
+    return markdown(head, body)
+
+
+def needle_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods over all lengths and depths: score, ΔNLL, share read, seconds."""
+    head = ["method", "n", "score", "ΔNLL (95 %)", "read", "prefill s/sample", "ms/decode step"]
+    return markdown(head, [[f"`{row['method']}`", *row_cells(row)] for row in data["methods"]])
+
+
+def perplexity_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods: perplexity divided by dense's, the NLL difference behind it, keys read."""
+    head = [
+        "method",
+        "windows",
+        "perplexity / dense",
+        "ΔNLL (95 %)",
+        "read",
+        "prefill s/sample",
+        "ms/decode step",
+    ]
+    body = []
+    for row in data["methods"]:
+        n, _, *rest = row_cells(row)
+        found = row["nll_diff"]
+        body.append([f"`{row['method']}`", n, number(found and math.exp(found["mean"]), 4), *rest])
+    return markdown(head, body)
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the rest to the right."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def difference(row: Mapping[str, Any], name: str = "nll_diff", scale: float = 1, digits: int = 3) -> str:
+    """`+0.12 [+0.05, +0.19]`, or the reason in place of the interval; a dash for dense itself and where
+    there is nothing to compare with."""
+    found = row.get(name)
+    if found is None or row["method"] == BASELINE:
+        return "–"
+    mean, low, high = (
+        None if found[x] is None else f"{scale * found[x]:+.{digits}f}" for x in ("mean", "low", "high")
+    )
+    return f"{mean} ({found['reason']})" if low is None else f"{mean} [{low}, {high}]"
+
+
+def plus_minus(row: Mapping[str, Any]) -> str:
+    """`+0.12 ± 0.07`, else as `difference` has it."""
+    found = row.get("nll_diff")
+    if found is None or found["low"] is None or row["method"] == BASELINE:
+        return difference(row)
+    return f"{found['mean']:+.3f} ± {found['high'] - found['mean']:.3f}"
+
+
+def share_read(row: Mapping[str, Any]) -> str:
+    """Shares of keys read, `prefill / decode` in percent."""
+    return f"{percent(row['prefill_density'], 0)} / {percent(row['decode_density'], 1)} %"
+
+
+def row_cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        str(row["n"]),
+        percent(row["score"], 1),
+        difference(row),
+        share_read(row),
+        number(row["prefill_seconds"], 2),
+        number(row["step_ms"], 1),
+    ]
+
+
+def _bracketed(method: str, interval: Mapping[str, Any] | None) -> str:
+    if interval is None or method == BASELINE:
+        return ""
+    sure = interval["low"] is not None and (interval["low"] > 0 or interval["high"] < 0)
+    return f" ({interval['mean']:+.2f}{'*' if sure else ''})"
+
+
+def _methods(data: Mapping[str, Any]) -> list[str]:
+    return [row["method"] for row in data["methods"]]
+
+
+def _find(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any] | None:
+    return next((row for row in rows if row.get("n") and all(row[k] == v for k, v in wanted.items())), None)
+
+
+def percent(value: float | None, digits: int, unit: str = "") -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}{unit}"
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def short_length(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
