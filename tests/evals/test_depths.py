@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from farspan.evals import depths, pictures, report
+from farspan.evals import depths, pictures, report, summary
 from farspan.evals.results import Results
 
 
@@ -57,7 +57,7 @@ def test_the_folder_states_true_depths_and_the_largest_difference(
     monkeypatch.setattr(Axes, "set_yticks", set_yticks)
     with Results(tmp_path, CONFIG) as results:
         results.append(rows({0: [0, 0], 0.25: [0.22, 0.26, UNKNOWN], 0.5: [0.501, 0.503], 1: [UNKNOWN]}))
-        data = report.summarise(results.config, results.rows)
+        data = summary.summarise(results.config, results.rows)
         results.write_summary(data)
         report.write(results, data)
     cells = json.loads((tmp_path / "summary.json").read_text())["cells"]
@@ -72,7 +72,7 @@ def test_the_folder_states_true_depths_and_the_largest_difference(
 
 
 def test_a_folder_without_true_depths_says_nothing_of_them() -> None:
-    data = report.summarise(CONFIG, rows({0: [UNKNOWN], 0.5: [UNKNOWN]}))
+    data = summary.summarise(CONFIG, rows({0: [UNKNOWN], 0.5: [UNKNOWN]}))
     assert depths.note(data["cells"]) is None
     assert not any("true depth" in note for note in report.notes(data))
     assert all("true_depth" not in cell for cell in data["cells"])
