@@ -65,16 +65,8 @@ def test_every_command_takes_the_same_numbers_and_dtypes(farspan_command, tiny_f
     assert code == 0, err
     config = json.loads((tmp_path / "needle" / "config.json").read_text())
     assert config["lengths"] == [256] and config["rope"] == "yarn:4096"
-    generate = [
-        "generate",
-        *tiny,
-        "--no-chat",
-        "--json",
-        "-p",
-        "one two three " * 100,
-        "--method",
-        "quest:k=16",
-    ]
+    generate = ["generate", *tiny, "--no-chat", "--json", "-p", "one two three " * 100]
+    generate += ["--method", "quest:k=16,dense_layers=0"]
     how = ["--max-new-tokens", "0.0078125K", "--prefill-chunk", "0.0625K", "--crossover", "1M"]
     found = json.loads(farspan_command(*generate, *how)[1])
     assert found["new_tokens"] == 8
@@ -99,15 +91,16 @@ def test_a_prompt_is_the_same_from_a_file_and_from_stdin(farspan_command, tiny_f
 def test_a_terminal_that_is_not_utf8(farspan_command, small_needle, tmp_path, monkeypatch, encoding, dash):
     def shown(*arguments: str) -> bytes:
         raw = io.BytesIO()
+        terminal = io.TextIOWrapper(raw, encoding=encoding)
         with monkeypatch.context() as patched:
-            patched.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+            patched.setattr(sys, "stdout", terminal)
             code, _, err = farspan_command(*arguments)
-            sys.stdout.flush()
         assert code == 0, err
+        terminal.flush()
         return raw.getvalue()
 
     table = shown("methods")
-    assert b"dense" in table and b"?" not in table and dash in table.split(b"\n")[-2]
+    assert b"dense" in table and b"?" not in table and b"| " + dash + b" " in table
     out = ["--out", str(tmp_path / "run")]
     table = shown(*small_needle, *out)
     assert b"window:w=64" in table and b"?" not in table and b"NLL" in table

@@ -441,7 +441,7 @@ def test_command_says_that_the_prompt_is_beyond_the_positions(folder: Path, tmp_
     [
         ["--length", "1T", "--gpus", "8"],
         ["--length", "1M", "--gpus", "4096"],
-        ["--length", "64M", "--gpus", "1024", "--prefill-chunk", "4K"],
+        ["--length", "64M", "--gpus", "128", "--prefill-chunk", "4K"],
         ["--length", "4K", "--gpus", "8", "--gpu-memory", "1000000T", "--batch-size", "1T"],
     ],
     ids=" ".join,
