@@ -14,18 +14,23 @@ def main(arguments: list[str] | None = None) -> None:
     from typer.exceptions import TyperException
 
     from ..attention.errors import FarspanError
-    from . import launch, output
+    from . import launch, output, sentences
     from .app import app
 
     output.prepare()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        # Of several ranks, one shows help and wrong usage; the others end as it does.
-        sys.exit(app(arguments, prog_name="farspan", standalone_mode=launch.leads()))
+        sentences.check_arguments(given)
+        sys.exit(app(given, prog_name="farspan", standalone_mode=False))
     except FarspanError as error:
-        launch.say_once(str(error), output.fail)
+        launch.say_once(sentences.as_options(str(error), sentences.spellings(app)), output.fail)
         sys.exit(2)
     except TyperException as error:
-        launch.let_rank_0_speak()
+        # Of several ranks, one shows wrong usage; the others end as it does.
+        if not launch.leads():
+            launch.let_rank_0_speak()
+        elif said := sentences.of_usage(error):
+            output.fail(said)
         sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         sys.exit(130)

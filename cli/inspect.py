@@ -24,7 +24,7 @@ def inspect(
     heads: Annotated[
         list[str] | None, typer.Option(help="Query heads to draw [default: 6, evenly spread].")
     ] = None,
-    block: Annotated[int, typer.Option(min=1, help="Tokens of a square of the picture.")] = 64,
+    block: Annotated[int, options.tokens("Tokens of a square of the picture.")] = 64,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the pictures, the page and the numbers.")
     ] = Path("inspect-out"),
@@ -47,9 +47,7 @@ def inspect(
     launch.only_rank_0()
     text = options.read_prompt(prompt, prompt_file)
     drawn = {name: _numbers(given, f"--{name}") for name, given in (("layers", layers), ("heads", heads))}
-    from ..runtime.patch import resolve
-
-    resolve(method)  # a misspelt method ends here, before the model is loaded
+    options.one_method(method)  # a misspelt method ends here, before the model is loaded
     from ..evals import inspect as files
 
     files.check(out)

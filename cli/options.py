@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -10,9 +11,70 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
-from . import launch
+from . import amounts, launch
 
 DEFAULT_MODEL = "smollm2-135m"
+
+DTYPES = {
+    "auto": ("auto",),
+    "bfloat16": ("bfloat16", "bf16"),
+    "float16": ("float16", "fp16", "half"),
+    "float32": ("float32", "fp32", "float"),
+}
+
+
+def tokens(help: str) -> Any:
+    """An option that takes a number of tokens, such as 4096, 128K or 1M."""
+    return typer.Option(help=help, metavar="TOKENS", parser=str, callback=_whole)
+
+
+def count(help: str) -> Any:
+    """An option that takes a positive whole number."""
+    return typer.Option(help=help, metavar="NUMBER", parser=str, callback=_whole)
+
+
+def _whole(param: typer.CallbackParam, value: str | None) -> int | None:
+    return None if value is None else amounts.whole(value, param.opts[0])
+
+
+def memory(help: str) -> Any:
+    """An option that takes bytes, such as 80G."""
+    return typer.Option(help=help, metavar="BYTES", parser=str, callback=_memory)
+
+
+def _memory(param: typer.CallbackParam, value: str | None) -> int | None:
+    return None if value is None else amounts.size(value, param.opts[0])
+
+
+def crossover(help: str) -> Any:
+    """An option that takes "auto" or a number of tokens."""
+    return typer.Option(help=help, metavar="auto|TOKENS", parser=str, callback=_crossover)
+
+
+def _crossover(param: typer.CallbackParam, value: str | None) -> int | str | None:
+    return value if value in (None, "auto") else amounts.whole(value, f'{param.opts[0]}, if not "auto",')
+
+
+def _dtype(param: typer.CallbackParam, value: str) -> str:
+    for name, spellings in DTYPES.items():
+        if value.lower() in spellings:
+            return name
+    known = ", ".join(" or ".join(spellings[:2]) for spellings in DTYPES.values())
+    raise FarspanError(f"Unknown {param.opts[0]} {value!r}; it is one of {known}.")
+
+
+def _rope(value: str | None) -> str | None:
+    """The stretching with its number written out; what cannot be one ends here, before a model is read."""
+    if value is None:
+        return None
+    from ..runtime.rope import parse_rope
+
+    kind, colon, number = value.partition(":")
+    if re.fullmatch(r"\s*[0-9.]+[kmg]\s*", number, re.IGNORECASE):
+        number = str(amounts.whole(number, f"--rope {kind}:"))
+    parse_rope(kind + colon + number)
+    return kind + colon + number
+
 
 Model = Annotated[
     str,
@@ -26,13 +88,15 @@ Model = Annotated[
 Rope = Annotated[
     str | None,
     typer.Option(
-        help='Stretch the positions: "yarn:4", "dynamic:4" (factor), or "yarn:32768" (target length).'
+        help='Stretch the positions: "yarn:4", "dynamic:4" (factor), or "yarn:32K" (target length).',
+        callback=_rope,
     ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help='"auto" (as saved; float32 on a CPU that has no bfloat16), "bfloat16", "float16" or "float32".'
+        help='"auto" (as saved; float32 on a CPU that has no bfloat16), "bf16", "fp16" or "fp32".',
+        callback=_dtype,
     ),
 ]
 Device = Annotated[
@@ -81,8 +145,6 @@ def load_model(
 
     from ..runtime.models import load
 
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise FarspanError(f"Unknown --dtype {dtype!r}; it is auto, bfloat16, float16 or float32.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise FarspanError(
             f"--device {device} was asked for, but torch sees no CUDA device; use --device cpu."
@@ -107,25 +169,58 @@ def split_list(values: list[str]) -> list[str]:
 
 
 def split_methods(values: list[str]) -> list[str]:
-    """Method specs of a repeated option; one value may hold several, separated by ";" (a spec holds
-    commas)."""
+    """Method specs of a repeated option; one value may hold several, separated by ";" (a spec holds commas).
+
+    Raises FarspanError where there is none, one cannot be read, or two are separated by a comma.
+    """
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
         raise FarspanError(
             'No method was given; name at least one, such as --methods dense --methods "window:w=512".'
         )
+    for spec in specs:
+        if (parts := _several(spec, ",")) is not None:
+            raise FarspanError(
+                f'--methods separates methods by ";": write "{"; ".join(parts)}"; got {spec!r}.'
+            )
+        _resolve(spec)
     return specs
 
 
+def one_method(spec: str) -> str:
+    """The spec of an option that takes one method. Raises FarspanError where it cannot be read, or is
+    several."""
+    if _several(spec, ",") or _several(spec, ";"):
+        raise FarspanError(
+            f'--method takes one method, or "A + B" for A in prefill and B in decode; got {spec!r}.'
+        )
+    _resolve(spec)
+    return spec
+
+
+def _resolve(spec: str) -> None:
+    from ..runtime.patch import resolve
+
+    resolve(spec)
+
+
+def _several(spec: str, separator: str) -> list[str] | None:
+    """The methods of ``spec`` where they stand one after another with ``separator`` between; None of one."""
+    from ..attention.method import methods
+
+    parts: list[str] = []
+    for piece in re.split(rf"{separator}(?![^()]*\))", spec):
+        name = re.match(r"\s*(\w+)\s*(:|(?![\w=]))", piece)  # what has "=" behind it is a parameter
+        if not parts or (name and (name[2] or name[1] in methods())):
+            parts.append(piece.strip())
+        else:
+            parts[-1] += separator + piece
+    return parts if len(parts) > 1 else None
+
+
 def whole_numbers(values: list[str], option: str) -> list[int]:
-    """Positive whole numbers of a repeated option; "4K" is 4096."""
-    numbers = []
-    for item in split_list(values):
-        match = re.fullmatch(r"(\d+)(k?)", item, re.IGNORECASE)
-        number = int(match[1]) * (1024 if match[2] else 1) if match else 0
-        if number < 1:
-            raise FarspanError(f"{option} takes positive whole numbers such as 4096 or 4K; got {item!r}.")
-        numbers.append(number)
+    """Numbers of a repeated option, each once, such as tokens; "4K" is 4096."""
+    numbers = [amounts.whole(item, option) for item in split_list(values)]
     if not numbers:
         raise FarspanError(f"{option} was given no number; give at least one, such as {option} 4096.")
     return list(dict.fromkeys(numbers))
@@ -141,13 +236,15 @@ def batch_size(value: str) -> int | str:
 
 
 def read_text(path: Path | str) -> str:
-    """A UTF-8 text file; "-" is stdin."""
+    """A UTF-8 text file, "-" for stdin: without a byte order mark, and lines end in "\\n"."""
     try:
-        if str(path) == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).expanduser().read_bytes()
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
-        raise FarspanError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        name = "stdin" if str(path) == "-" else path
+        raise FarspanError(
+            f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from None
     except OSError as error:
         raise FarspanError(
             f"{path} cannot be read: {error.strerror}; give a text file, or - for stdin."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -15,9 +16,19 @@ from typing import Any
 from ..runtime.table import Table
 from . import launch
 
+_PLAIN = str.maketrans(
+    {"–": "-", "—": "-", "−": "-", "·": "-", "×": "x", "±": "+-", "Δ": "d", "µ": "u", "→": "->", "…": "..."}
+)
+_PLAINLY = "farspan.plainly"  # the name of the handler of what an encoding has not
+
 
 def prepare() -> None:
-    """Show farspan's log lines and warnings as plain lines on stderr, and no results but rank 0's."""
+    """Show farspan's log lines and warnings as plain lines on stderr, and no results but rank 0's. What the
+    terminal's encoding cannot carry is written plainly, as "x" for "×", or as "?"."""
+    codecs.register_error(_PLAINLY, _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_PLAINLY)
     if not launch.leads():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,6 +39,13 @@ def prepare() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     warnings.showwarning = _show_warning
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    plain = error.object[error.start : error.end].translate(_PLAIN)
+    return plain.encode("ascii", "replace").decode("ascii"), error.end
 
 
 def _show_warning(
@@ -80,5 +98,6 @@ def show(table: Table) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Print `value` as JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print `value` as JSON on stdout, with escapes where its encoding is not of Unicode."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,38 +12,32 @@ import typer
 from ..attention.errors import FarspanError
 from . import options, output
 
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
 
 def plan(
-    length: Annotated[str, typer.Option(help="Tokens of the prompt, such as 128K or 1M.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Devices.")],
+    length: Annotated[int, options.tokens("Tokens of the prompt, such as 128K or 1M.")],
+    gpus: Annotated[int, options.count("Devices.")],
     model: options.Model = options.DEFAULT_MODEL,
     method: Annotated[
         str, typer.Option(help='What attention reads; "A + B" is A in prefill and B in decode.')
     ] = "dense",
     gpu: Annotated[str, typer.Option(help="The device: A100, H100, H200 or B200.")] = "H100",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a device, such as 80G (GiB) [default: the device's].")
+        int | None, options.memory("Memory of a device, such as 80G (GiB) [default: the device's].")
     ] = None,
-    tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Devices that share each layer's weights and heads.")
-    ] = 1,
-    per_node: Annotated[int | None, typer.Option(min=1, help="Devices of one node [default: 8].")] = None,
+    tensor_parallel: Annotated[int, options.count("Devices that share each layer's weights and heads.")] = 1,
+    per_node: Annotated[int | None, options.count("Devices of one node [default: 8].")] = None,
     prefill_chunk: Annotated[
-        str | None, typer.Option(help="Read the prompt in chunks of this many tokens.")
+        int | None, options.tokens("Read the prompt in chunks of this many tokens.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    batch_size: Annotated[int, options.count("Prompts at once.")] = 1,
     mechanism: Annotated[str, typer.Option(help="auto, gather, ring, ulysses, usp or pass_q.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help='Of weights and cache: "auto" (as saved), bfloat16, float16 or float32.')
-    ] = "auto",
+    dtype: options.Dtype = "auto",
     weights: Annotated[
-        str | None, typer.Option(help="Memory of all weights, such as 35G [default: parameters x dtype].")
+        int | None, options.memory("Memory of all weights, such as 35G [default: parameters x dtype].")
     ] = None,
     flops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a device.")] = None,
     utilisation: Annotated[
-        float | None, typer.Option(help="Part of the peak that is reached [default: 0.6].")
+        float | None, typer.Option(help="Part of the peak that is reached, up to 1 [default: 0.6].")
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Of its memory, GB/s.")] = None,
     link_bandwidth: Annotated[
@@ -71,27 +64,29 @@ def plan(
     Nothing of the model but its config is read. The figures of --gpu are those of data sheets; give measured
     ones where you have them. docs/PLAN.md says what is assumed.
     """
-    tokens = quantity(length, "--length")
-    chunk = quantity(prefill_chunk, "--prefill-chunk") if prefill_chunk else None
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise FarspanError(f"Unknown --dtype {dtype!r}; it is auto, bfloat16, float16 or float32.")
     if not simulate and (ranks or out):
         raise FarspanError("--ranks and --out belong to --simulate; give that as well.")
     figures: dict[str, Any] = {
         "flops": _positive(flops, "--flops", 1e12),
-        "utilisation": _positive(utilisation, "--utilisation"),
+        "utilisation": _positive(utilisation, "--utilisation", most=1.0),
         "bandwidth": _positive(bandwidth, "--bandwidth", 1e9),
         "link_bandwidth": _positive(link_bandwidth, "--link-bandwidth", 1e9),
         "node_bandwidth": _positive(node_bandwidth, "--node-bandwidth", 1e9),
         "latency": _positive(latency, "--latency", 1e-6),
         "node_latency": _positive(latency, "--latency", 1e-6),
         "per_node": per_node,
-        "memory": quantity(gpu_memory, "--gpu-memory") if gpu_memory else None,
+        "memory": gpu_memory,
     }
     counts = sorted(options.whole_numbers(ranks, "--ranks")) if ranks else [1 << n for n in range(11)]
-    if counts[-1] > 4096:
-        raise FarspanError(f"--ranks takes numbers up to 4096; got {counts[-1]}.")
     from ..parallel.device import DEVICES
+    from ..parallel.job import MOST_RANKS
+
+    if counts[-1] > MOST_RANKS:
+        raise FarspanError(f"--ranks takes numbers up to {MOST_RANKS}; got {counts[-1]}.")
+    if out is not None:
+        from ..runtime.writable import check_writable
+
+        check_writable(out, "give another --out")
 
     if gpu.upper() not in DEVICES:
         raise FarspanError(
@@ -103,7 +98,7 @@ def plan(
     )
     from ..runtime.patch import resolve
 
-    prefill, decode = resolve(method)
+    prefill, decode = resolve(options.one_method(method))
     from ..parallel.job import Job
     from ..parallel.plan import plan as work_out
     from ..runtime.hf.config import read_shape
@@ -112,14 +107,14 @@ def plan(
     job = Job(
         model=shape,
         device=device,
-        length=tokens,
+        length=length,
         gpus=gpus,
         memory=device.memory,
-        weights=quantity(weights, "--weights") if weights else shape.parameters * shape.element_size,
+        weights=weights or shape.parameters * shape.element_size,
         prefill=prefill,
         decode=decode,
         tensor=tensor_parallel,
-        chunk=chunk,
+        chunk=prefill_chunk,
         batch=batch_size,
         mechanism=mechanism,
     )
@@ -131,18 +126,12 @@ def plan(
     _show(result)
 
 
-def quantity(text: str, option: str) -> int:
-    """Whole number of tokens or bytes: "128K" is 131,072, "80G" (or "80GiB") is 80 * 2**30."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
-    number = round(float(match[1]) * 1024 ** _POWERS[match[2].lower()]) if match else 0
-    if number < 1:
-        raise FarspanError(f"{option} takes a positive number such as 4096, 128K, 1M or 80G; got {text!r}.")
-    return number
-
-
-def _positive(value: float | None, option: str, unit: float = 1.0) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        raise FarspanError(f"{option} takes a positive number; got {value:g}.")
+def _positive(
+    value: float | None, option: str, unit: float = 1.0, *, most: float = float("inf")
+) -> float | None:
+    if value is not None and (not 0 < value <= most or value == float("inf")):
+        above = "" if most == float("inf") else f", at most {most:g}"
+        raise FarspanError(f"{option} takes a positive number{above}; got {value:g}.")
     return None if value is None else value * unit
 
 
@@ -185,7 +174,7 @@ def _show(result: Any) -> None:
     for note in result.notes:
         print(note)
     if result.fits:
-        print(f"It fits; so would {result.longest} tokens.")
+        print(f"It fits into the memory; so would {result.longest} tokens.")
 
 
 def _spelt(name: str, result: Any) -> str:

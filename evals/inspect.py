@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..attention.errors import FarspanError
 from ..attention.method import PREFILL
 from ..runtime.inspect import Inspection
 from ..runtime.report import as_bytes, as_percent, as_seconds
+from ..runtime.writable import check_writable
 from . import pictures
 
 COLUMNS = ("layer", "density", "mass recall", "lowest head", "read to select", "selection", "attention")
@@ -90,10 +90,7 @@ def check(out: Path) -> None:
     """See that pictures can be made, and written to the folder or to where it will be made. Raises
     FarspanError."""
     pictures.check_matplotlib()
-    with _disk(out):
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
+    check_writable(out, "give another --out")
 
 
 def write(inspection: Inspection, data: Mapping[str, Any], out: Path) -> list[Path]:

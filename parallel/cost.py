@@ -47,16 +47,16 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
         "reserved": int(RESERVED * job.memory),
     }
     geometry = model.geometry(_widest(job), job.tensor)
-    tokens = job.batch * padded(job.calls[0][0], job.ranks) // job.ranks
+    tokens = job.batch * padded(job.call(0)[0], job.ranks) // job.ranks
     wide = 4 * geometry.num_heads * (geometry.head_dim + 1)  # the partial that is merged into, in float32
     attention = tokens * (2 * model.hidden * e + 2 * geometry.query + geometry.kv + wide)
     mlp = tokens * (2 * model.hidden + 3 * -(-model.intermediate // job.tensor)) * e
     held = 0
     if job.ranks > 1:
         left = max(0, job.memory - sum(found.values()) - max(attention, mlp))
-        last = len(job.calls) - 1  # what is held grows with the past
+        last = job.num_calls - 1  # what is held grows with the past
         some = sorted({round(i * last / 2 / _SAMPLES) for i in range(2 * _SAMPLES + 1)})
-        taken = [_choose(job, geometry, *job.calls[i], left) for i in some]
+        taken = [_choose(job, geometry, *job.call(i), left) for i in some]
         held = max(choice.held[choice.mechanism] for choice in taken)
         if any(_reach(layer, job) for layer in model.layers):
             held = max(held, _fetched(job, geometry))
@@ -97,7 +97,7 @@ def _choose(job: Job, geometry: Geometry, new: int, past: int, left: int) -> Cho
         volume = _bits(job, geometry, new, past) + choice.volumes["gather"]
         more = {**choice.volumes, "fetch": volume}, {**choice.held, "fetch": _fetched(job, geometry)}
         return Choice("fetch", reason, *more, choice.refused)
-    first = job.mechanism == "pass_q" and past == 0 and len(job.calls) > 1  # there is nothing to pass by yet
+    first = job.mechanism == "pass_q" and past == 0 and job.num_calls > 1  # there is nothing to pass by yet
     if job.mechanism in ("auto", choice.mechanism) or job.ranks == 1 or first:
         return choice
     if job.mechanism in choice.refused:
@@ -206,13 +206,13 @@ def sequence_device(job: Job) -> Device:
 def prefill_seconds(job: Job, taken: list[Choice]) -> float:
     """All layers and calls, and the head for the last position; of many calls some are replayed, and those
     between lie on straight lines."""
-    last = len(job.calls) - 1
+    last = job.num_calls - 1
     every = sorted({round(i * last / _SAMPLES) for i in range(_SAMPLES + 1)})
     device = sequence_device(job)
     local = job.local_ranks if 1 < job.local_ranks < job.ranks else None
     times = []
     for i in every:
-        new, past = job.calls[i]
+        new, past = job.call(i)
         total = 0.0
         for layer, count in _layers(job).items():
             shape = work(job, layer)

@@ -10,6 +10,7 @@ from ..attention.method import AttentionMethod
 from .device import Device
 from .volume import MECHANISMS, Geometry
 
+MOST_RANKS = 4096  # the replay takes time and memory of ranks * ranks
 _DENSE = Dense()
 
 
@@ -30,7 +31,8 @@ class ModelShape:
     layers: the attention layers. parameters: of the whole model. layer_parameters: of all layers together,
     those that one token passes (of a mixture, its chosen experts). intermediate: width of the MLP (of a
     mixture, of all experts that a token passes). element_size: bytes of a number in weights, activations and
-    the cache.
+    the cache. positions: those it was made for, None for no limit; stretchable: whether --rope can give it
+    more.
     """
 
     name: str
@@ -41,6 +43,8 @@ class ModelShape:
     parameters: int
     layer_parameters: int
     element_size: int = 2
+    positions: int | None = None
+    stretchable: bool = False
 
     def geometry(self, layer: LayerShape, tensor: int = 1) -> Geometry:
         """One of ``tensor`` equal shares of a layer's heads."""
@@ -82,6 +86,11 @@ class Job:
             )
         if self.gpus % self.tensor:
             raise FarspanError(f"{self.gpus} GPUs cannot be cut into groups of {self.tensor}.")
+        if self.ranks > MOST_RANKS:
+            raise FarspanError(
+                f"A plan spreads a prompt over up to {MOST_RANKS} ranks, and {self.gpus} GPUs in groups of "
+                f"{self.tensor} are {self.ranks}: give fewer GPUs."
+            )
         for layer in set(self.model.layers):
             if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:
                 raise FarspanError(
@@ -100,7 +109,16 @@ class Job:
         return max(1, self.device.per_node // self.tensor)
 
     @property
+    def num_calls(self) -> int:
+        """Calls of the prefill."""
+        return -(-self.length // min(self.chunk or self.length, self.length))
+
+    def call(self, index: int) -> tuple[int, int]:
+        """(new, past) of one call of the prefill."""
+        step = min(self.chunk or self.length, self.length)
+        return min(step, self.length - index * step), index * step
+
+    @property
     def calls(self) -> list[tuple[int, int]]:
         """(new, past) of each call of the prefill."""
-        step = min(self.chunk or self.length, self.length)
-        return [(min(step, self.length - past), past) for past in range(0, self.length, step)]
+        return [self.call(i) for i in range(self.num_calls)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL
 from .cost import (
     choices,
@@ -21,6 +22,8 @@ from .cost import (
 from .job import Job
 from .reading import reading
 from .volume import MECHANISMS, Choice, readable
+
+_MOST_CALLS = 1 << 14  # of the prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Plan:
         return {
             "model": job.model.name,
             "length": job.length,
+            "positions": job.model.positions,
             "gpus": job.gpus,
             "ranks": job.ranks,
             "tensor_parallel": job.tensor,
@@ -94,13 +98,17 @@ class Plan:
 
 
 def plan(job: Job) -> Plan:
-    """Work it out. Raises FarspanError for a mechanism that was asked for and cannot serve the model."""
+    """Work it out. Raises FarspanError for a mechanism that was asked for and cannot serve the model, and for
+    chunks that are too many to be counted one by one."""
+    if job.num_calls > _MOST_CALLS:
+        raise FarspanError(
+            f"A plan takes up to {_MOST_CALLS} chunks, and {job.length} tokens in chunks of {job.chunk} are "
+            f"{job.num_calls}: give a --prefill-chunk of {-(-job.length // _MOST_CALLS)} or more."
+        )
     parts, transient = memory(job)
     taken = choices(job)
-    names = [name for name in MECHANISMS if name != "pass_q" or len(job.calls) > 1]
-    sent = {
-        name: total for name in names if (total := prefill_sent(job, [name] * len(job.calls))) is not None
-    }
+    names = [name for name in MECHANISMS if name != "pass_q" or job.num_calls > 1]
+    sent = {name: total for name in names if (total := prefill_sent(job, [name] * job.num_calls)) is not None}
     travelled = prefill_sent(job, [choice.mechanism for choice in taken])
     assert travelled is not None
     density = reading(job.prefill, PREFILL, job.length).kv
@@ -151,7 +159,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = []
+    notes = _beyond_positions(job)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
@@ -172,6 +180,23 @@ def _notes(result: Plan) -> list[str]:
                 "be told from its parameters."
             )
     return notes
+
+
+def _beyond_positions(job: Job) -> list[str]:
+    model = job.model
+    if model.positions is None or job.length <= model.positions:
+        return []
+    factor = -(-job.length // model.positions)
+    stretched = factor if factor < 256 else job.length  # from 256 on, --rope takes a target length
+    advice = (
+        f"stretch them with --rope yarn:{stretched} where you run it"
+        if model.stretchable
+        else "they cannot be stretched, so take a model that has more"
+    )
+    return [
+        f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it reads nonsense "
+        f"past them; {advice}."
+    ]
 
 
 def _more_tensor(job: Job, room: int) -> str:

@@ -185,13 +185,14 @@ def _seen(position: np.ndarray, window: int | None) -> np.ndarray:
     return _triangle(position) - (0 if window is None else _triangle(position - window))
 
 
-@lru_cache(16)
+@lru_cache(2)
 def _met(past: int, new: int, ulysses: int, ring: int, granule: int) -> np.ndarray:
     begin, end = (x.reshape(ring, -1) for x in _edges(_split(past, new, ulysses, ring, granule)))
-    a, b = begin[:, None, :, None], end[:, None, :, None]  # queries [R, 1, chunks, 1]
-    c, d = begin[None, :, None], end[None, :, None]  # keys [1, R, 1, chunks]
-    pairs = _triangle(b - c) - _triangle(a - c) - _triangle(b - d) + _triangle(a - d)
-    return pairs.sum((2, 3)) + (end - begin).sum(1)[:, None] * past / ring
+    pairs = np.zeros((ring, ring))  # chunk by chunk: all at once would be several times as large
+    for a, b in zip(begin.T[..., None], end.T[..., None], strict=True):  # queries [R, 1]
+        for c, d in zip(begin.T, end.T, strict=True):  # keys [R]
+            pairs += _triangle(b - c) - _triangle(a - c) - _triangle(b - d) + _triangle(a - d)
+    return pairs + (end - begin).sum(1)[:, None] * past / ring
 
 
 def _gather(clock: _Clock, call: _Call, ready: Times) -> Times:

@@ -84,9 +84,10 @@ def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
     takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     unknown = [name for name in options if name not in takes]
     if unknown:
+        lacks = " and no option ".join(f"{name}=" for name in unknown)
         raise FarspanError(
-            f"The calibration of {method.name} has no option {' and no option '.join(unknown)}; it takes "
-            f"{', '.join(takes) or 'none'}."
+            f"The calibration of {method.name} has no option {lacks}; it takes "
+            f"{', '.join(f'{name}=' for name in takes) or 'none'}."
         )
 
 

@@ -22,6 +22,7 @@ from ..attention.method import AttentionMethod, LayerInfo
 from ..attention.whole import whole_number
 from .machine import device_name
 from .models import cache_folder
+from .writable import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,12 @@ def _read() -> dict[str, Any]:
     if not isinstance(kept, dict):
         raise FarspanError(f"{path} holds no crossovers; delete it and run 'farspan tune' again.")
     return kept
+
+
+def check_kept() -> None:
+    """Raises FarspanError where the file in the user's cache folder cannot be read, or not be written."""
+    check_writable(_file().parent, "set FARSPAN_CACHE to a folder that can")
+    _read()
 
 
 def keep(measured: list[Measured], model: Any) -> Path:

@@ -18,7 +18,7 @@ from ..attention.keys import Keys, State
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from ..attention.summary import Summaries
 from . import hf
-from .crossover import Measured, geometry, keep
+from .crossover import Measured, check_kept, geometry, keep
 from .patch import resolve, serve
 from .recipe import Recipe
 
@@ -49,6 +49,7 @@ def tune(
         raise FarspanError(f"repeats is a number of timed calls, at least 1; got {repeats}.")
     if lengths is not None and (not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < 2):
         raise FarspanError(f"Lengths are ascending numbers of keys, at least 2; got {list(lengths)}.")
+    check_kept()
     info = hf.inspect_model(model)
     specs = [specs] if isinstance(specs, str | AttentionMethod) else specs
     jobs = list(_jobs(info, specs, recipe))

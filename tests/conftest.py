@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +82,42 @@ def tiny_llama() -> Callable[..., Any]:
         return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, smollm2: Any) -> Path:
+    """A random two-layer model with SmolLM2's tokenizer and 2,048 positions, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(vocab_size=49152, max_position_embeddings=2048).save_pretrained(folder)
+    smollm2[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def farspan_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+    from farspan.cli import main
+
+    def run(*arguments: str, stdin: str | bytes = "", columns: int = 80) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def small_needle(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """The words of a short needle evaluation of dense and one method, but for --out."""
+    text = tmp_path / "prose.txt"
+    text.write_text("It rained in the morning and the river rose. " * 400)
+    arguments = ["eval", "needle", "--model", str(tiny_folder), "--text", str(text), "--lengths", "256"]
+    return [*arguments, "--methods", "dense; window:w=64", "--depths", "0,1", "--samples", "2"]

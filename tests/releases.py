@@ -23,7 +23,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-SUITES = ["tests/laws", "tests/runtime", "tests/test_cli.py"]
+SUITES = [
+    "tests/laws",
+    "tests/runtime",
+    "tests/test_cli.py",
+    "tests/test_cli_input.py",
+    "tests/test_bad_commands.py",
+]
 
 
 def named(name: str) -> str:

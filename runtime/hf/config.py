@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from ...attention.errors import FarspanError
 from ...parallel.job import LayerShape, ModelShape
-from ..models import errors_as_sentences, quiet, resolve
+from ..models import errors_as_sentences, positions, quiet, resolve
+from ..rope import stretch
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -54,7 +57,18 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
         parameters=sum(p.numel() for p in model.parameters()),
         layer_parameters=_passed(info),
         element_size=size,
+        positions=positions(model),
+        stretchable=_stretchable(model.config),
     )
+
+
+def _stretchable(config: Any) -> bool:
+    """Whether ``stretch`` gives the config more positions."""
+    try:
+        stretch(copy.deepcopy(config), "yarn:2")
+    except FarspanError:
+        return False
+    return True
 
 
 def _layers(info: ModelInfo) -> tuple[LayerShape, ...]:

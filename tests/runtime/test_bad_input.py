@@ -325,9 +325,9 @@ def test_calibration_that_cannot_be_done():
 
     refused(FarspanError, calibrate(by="v"), "ranked by q, k, qk", "got 'v'")
     refused(FarspanError, calibrate(method="quest"), "quest is not calibrated")
-    says = ["calibration of sale has no option by", "it takes start, error"]
+    says = ["calibration of sale has no option by=", "it takes start=, error="]
     refused(FarspanError, calibrate(method="sale", by="qk"), *says)
-    refused(FarspanError, calibrate(start=1.0, sure=1.0), "no option start and no option sure", "takes by")
+    refused(FarspanError, calibrate(start=1.0, sure=1.0), "no option start= and no option sure=", "takes by=")
     for wrong in (float("nan"), float("inf"), -1.0, "1"):
         refused(FarspanError, calibrate(method="act", sure=wrong), "from 0 on", f"got sure={wrong!r}")
         refused(FarspanError, calibrate(method="sale", error=wrong), "finite numbers above 0", f"{wrong!r}")

@@ -142,7 +142,7 @@ def test_calibrating_leaves_the_model_as_it_was() -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused() -> None:
-    with pytest.raises(FarspanError, match="act has no option error; it takes sure"):
+    with pytest.raises(FarspanError, match="act has no option error=; it takes sure="):
         farspan.calibrate(shared("llama"), tokens, "any", method="act", error=1.0)
 
 
