@@ -17,7 +17,19 @@ from ..runtime.table import Table
 from . import launch
 
 _PLAIN = str.maketrans(
-    {"–": "-", "—": "-", "−": "-", "·": "-", "×": "x", "±": "+-", "Δ": "d", "µ": "u", "→": "->", "…": "..."}
+    {
+        "–": "-",
+        "—": "-",
+        "─": "-",
+        "−": "-",
+        "·": "-",
+        "×": "x",
+        "±": "+-",
+        "Δ": "d",
+        "µ": "u",
+        "→": "->",
+        "…": "...",
+    }
 )
 _PLAINLY = "farspan.plainly"  # the name of the handler of what an encoding has not
 

@@ -100,7 +100,7 @@ def test_a_terminal_that_is_not_utf8(farspan_command, small_needle, tmp_path, mo
         return raw.getvalue()
 
     table = shown("methods")
-    assert b"dense" in table and b"?" not in table and b"| " + dash + b" " in table
+    assert b"dense" in table and b"?" not in table and b" " + dash + b" " in table
     out = ["--out", str(tmp_path / "run")]
     table = shown(*small_needle, *out)
     assert b"window:w=64" in table and b"?" not in table and b"NLL" in table
