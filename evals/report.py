@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .results import Results
+from .results import Results, unfinished_note
 from .stats import paired, paired_interval, stratified_interval
 
 BASELINE = "dense"
@@ -71,8 +71,12 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
             reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
         totals.append({"method": method, **_overall(method, index, tasks, lengths)})
     sessions = config.get("sessions", [])
+    suite = config.get("suite") or (rows[0]["suite"] if rows else None)
+    if suite == "ppl":
+        for line in (*overall, *totals):
+            line["perplexity"] = _exp(line.get("nll"))
     return {
-        "suite": config.get("suite") or (rows[0]["suite"] if rows else None),
+        "suite": suite,
         "model": config.get("model"),
         "dtype": config.get("dtype"),
         "versions": config.get("versions"),
@@ -264,11 +268,13 @@ def needle_table(data: Mapping[str, Any]) -> str:
 
 
 def perplexity_table(data: Mapping[str, Any]) -> str:
-    """Markdown, rows = methods: perplexity divided by dense's, the NLL difference behind it, keys read."""
+    """Markdown, rows = methods: perplexity, alone and divided by dense's on the same windows, the NLL
+    difference behind that, keys read."""
     head = [
         "method",
         "windows",
-        "perplexity / dense",
+        "perplexity",
+        "÷ dense's",
         "ΔNLL (95 %)",
         "read",
         "prefill s/sample",
@@ -278,7 +284,8 @@ def perplexity_table(data: Mapping[str, Any]) -> str:
     for row in data["methods"]:
         n, _, *rest = _line(row)
         found = row["nll_diff"]
-        body.append([f"`{row['method']}`", n, _number(found and math.exp(found["mean"]), 4), *rest])
+        ratio = _number(_exp(found and found["mean"]), 4)
+        body.append([f"`{row['method']}`", n, _number(row["perplexity"], 2), ratio, *rest])
     return markdown(head, body)
 
 
@@ -295,12 +302,14 @@ def terminal_table(data: Mapping[str, Any]) -> Any:
         padding=(0, 1, 0, 0),
     )
     table.add_column("method", overflow="fold", min_width=12)
-    for name in ("length", "n", "score", "ΔNLL ± 95 %", "read %", "prefill s", "ms/step"):
+    quality = "perplexity" if data["suite"] == "ppl" else "score"
+    for name in ("length", "n", quality, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["overall"]:
         if row["n"]:
             n, score, _, read, *seconds = _line(row)
             read = read.removesuffix(" %").replace(" ", "")
+            score = _number(row["perplexity"], 2) if quality == "perplexity" else score
             table.add_row(row["method"], _k(row["length"]), n, score, _plus_minus(row), read, *seconds)
     return table
 
@@ -323,14 +332,18 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             )
         counts = sorted({cell["n"] for cell in data["cells"]})
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
+        if data["suite"] == "ppl":
+            out.append(
+                "Perplexity: exp of the mean negative log-likelihood over the windows. A decode step here is "
+                "a token of a call of up to 16; a token that is generated takes a call of its own."
+            )
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
         out.append(f"{len(data['tasks'])} of RULER's 11 dataset-free tasks.")
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
-    if not data.get("complete", True):
-        out.append("Stopped before the end: run the same command to resume.")
+    out += unfinished_note(data)
     if not data["one_machine"]:
         out.append("Sessions ran on different machines, threads or ranks: seconds are not comparable.")
     invalid = sum(row["nll_invalid"] for row in data["methods"])
@@ -437,6 +450,14 @@ def _find(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]
 def _mean(values: Iterable[float | None]) -> float | None:
     kept = [value for value in values if value is not None and math.isfinite(value)]
     return sum(kept) / len(kept) if kept else None
+
+
+def _exp(nll: float | None) -> float | None:
+    """The perplexity of a mean NLL; infinite beyond what a float holds."""
+    try:
+        return None if nll is None else math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def _dict(interval: Any) -> dict[str, Any] | None:
