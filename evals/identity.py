@@ -3,7 +3,7 @@
 The identity is taken from the loaded model, so that a hub id, an alias, a GGUF file and a folder with the
 same content are one model, however they are spelled, and the next checkpoint at the same path is another
 one. Weights are hashed whole, not sampled, since two checkpoints of one training may differ in few of their
-bfloat16 numbers. That reads every weight once, on the device that holds it: about what a few tokens cost.
+bfloat16 numbers. That takes each weight once through its device: about 2 s for 1 GB on one core of a CPU.
 
 What it does not see is code: a model class that computes something else with the same configuration and
 weights, such as another version of a remote `modeling_*.py`, counts as the same model.
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..parallel.digest import bit_hash
 from . import batch as forward
 
-_NAMES = ("transformers_version", "dtype", "torch_dtype")  # settings of their own in a folder's config.json
+_NAMES = ("transformers_version", "dtype", "torch_dtype", "architectures")
+"""Fields of a configuration that are settings of their own, or that saving a model fills in."""
 _PROBE = "Zwei 2026, naïve: 你好!\n\tdef f(x):\n\t\treturn x ** 2  # привет"
 
 

@@ -147,34 +147,31 @@ def _measure(
     """Measure what is missing, the baseline first wherever anything is."""
     session = len(results.config["sessions"])
     everyone = list(dict.fromkeys([timer.baseline, *specs]))
+
+    def missing(repeat: int, length: int) -> list[str]:
+        recipe = prompts[length].recipe(repeat)
+        return [spec for spec in everyone if not results.done(_key(length, repeat), spec, recipe)]
+
     rounds = [
-        (repeat, length, missing)
+        (repeat, length, waiting)
         for repeat in range(repeats)
-        for length, prompt in prompts.items()
-        if (
-            missing := [
-                spec
-                for spec in everyone
-                if not results.done(_key(length, repeat), spec, prompt.recipe(repeat))
-            ]
-        )
+        for length in prompts
+        if (waiting := missing(repeat, length))
     ]
-    with meter(progress, repeats * len(prompts) * len(everyone)) as advance:
-        advance(repeats * len(prompts) * len(everyone) - sum(len(missing) for *_, missing in rounds), "")
+    used = {timer.baseline, *(spec for *_, waiting in rounds for spec in waiting)} if rounds else set()
+    short = Prompts(ids=[row[:64] for row in prompts[min(prompts)].ids])
+    with meter(progress, sum(len({timer.baseline, *waiting}) for *_, waiting in rounds)) as advance:
         for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
-            if any(spec in (timer.baseline, *missing) for *_, missing in rounds):
-                shortest = prompts[min(prompts)]
-                timer.once(spec, Prompts(ids=[row[:64] for row in shortest.ids]), 2)
-        for repeat, length, missing in rounds:
-            again = timer.baseline not in missing
-            for spec in [timer.baseline] * again + missing:
-                key = _key(length, repeat)
-                if again and spec == timer.baseline:
-                    key = f"{key}/again/{session}"
-                place = {"key": key, "method": spec, "recipe": prompts[length].recipe(repeat)}
+            if spec in used:
+                timer.once(spec, short, 2)
+        for repeat, length, waiting in rounds:
+            for spec in dict.fromkeys([timer.baseline, *waiting]):
+                again = "" if spec in waiting else f"/again/{session}"
+                place = {"key": _key(length, repeat) + again, "recipe": prompts[length].recipe(repeat)}
                 found = timer.once(spec, prompts[length], new_tokens)
-                record(timer.job, results, [{**place, "length": length, "session": session, **found}])
-                advance(key == _key(length, repeat), f"{length} · {spec}")
+                row = {**place, "method": spec, "length": length, "session": session, **found}
+                record(timer.job, results, [row])
+                advance(1, f"{length} · {spec}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`farspan eval ppl` and `speed` at the command line: their options, and that they go on where they stopped."""
+"""`farspan eval ppl` and `speed` at the command line: their options, and how they go on after a stop."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, smollm2_to
 def command(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run `farspan eval SUITE` on the folder's text, in the folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")
 
     def run(suite: str, *arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -104,14 +104,14 @@ def test_a_perplexity_beyond_all_floats_is_no_traceback(model: Any, tmp_path: Pa
     "spec",
     [
         "dense",
-        "block_topk:k=16,block_q=16,block_k=16",
+        "block_topk:k=16,block=16",
         WINDOW,
         "recycled:k=12,stride=4",
         "quest:k=16,dense_layers=0",
         "snapkv:k=24,window=8",
         "h2o:k=24",
         "strided:stride=8",
-        "block_topk:k=16,block_q=16,block_k=16 + quest:k=16,dense_layers=0",
+        "block_topk:k=16,block=16 + quest:k=16,dense_layers=0",
     ],
 )
 def test_tokens_fed_16_at_a_time_score_as_one_by_one(
