@@ -95,7 +95,7 @@ def _present(module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
     from accelerate.utils import align_module_device
 
-    return align_module_device(module)  # type: ignore[no-any-return]
+    return align_module_device(module)
 
 
 def _whole(tensor: Tensor) -> Iterator[Tensor]:

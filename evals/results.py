@@ -32,7 +32,7 @@ from .settings import CONFIG, EMPTY, GROWING, differences, environment, grown, v
 from .shape import Shape, misfit
 
 FORMAT = 1
-ROW: Shape = {"key": str, "method": str, "recipe": dict}
+ROW: dict[str, Any] = {"key": str, "method": str, "recipe": dict}
 """What is relied on here. A key ends in the number of the sample in its cell: `CELL/NUMBER`."""
 
 

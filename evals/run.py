@@ -39,10 +39,10 @@ from .ranks import Job, interrupted
 from .results import ROW, Replica, Results, open_results, record
 from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
-from .shape import MAYBE_NUMBER, NUMBER, Shape
+from .shape import MAYBE_NUMBER, NUMBER
 from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 
-ANSWER: Shape = {
+ANSWER: dict[str, Any] = {
     **ROW,
     "suite": str,
     "task": str,

@@ -33,13 +33,13 @@ from .report import markdown, share_read
 from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
 from .run import Summary
 from .sample import Sample, encode, score
-from .shape import MAYBE_NUMBER, NUMBER, Shape
+from .shape import MAYBE_NUMBER, NUMBER
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
 
 UNPATCHED, DENSE = "unpatched", "dense"
 _PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
 _HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")
-TIMING: Shape = {
+TIMING: dict[str, Any] = {
     **ROW,
     "length": int,
     "prefill_seconds": NUMBER,

@@ -70,7 +70,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         for i, pair in enumerate(zip(one, other, strict=True)):
             assert_same(*pair, f"{where}/{i}")
     elif isinstance(one, float):
-        assert other == pytest.approx(one, abs=CLOSE), where
+        assert other == pytest.approx(one, abs=CLOSE, rel=1e-5), where
     else:
         assert one == other, where
 
