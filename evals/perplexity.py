@@ -1,24 +1,43 @@
-"""Perplexity under a method, as a difference from dense: prefill a context, score what follows through
-decode.
+"""Perplexity under a method, beside dense: prefill a part of a text, score what follows through decode.
 
-Text may be in a model's training data, so absolute perplexities claim nothing; the paired difference per
-window, with its 95 % interval, is what is reported.
+Text may be in a model's training data, so a perplexity alone claims little. What tells methods apart is the
+paired difference per window of text, with its 95 % interval.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
 from .memory import batch_rows
 from .ranks import Job, interrupted
-from .results import Results, open_results, record
-from .run import Summary, finish
-from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
+from .results import Results, open_results, plan, record
+from .run import ANSWER, Summary, check_batch_size, finish
+from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The tokens `ids` of a part of a text, the last `scored` of which are scored; number `index` of its
+    length."""
+
+    index: int
+    ids: list[int]
+    scored: int
+
+    @property
+    def key(self) -> str:
+        return f"ppl/text/{len(self.ids)}/{self.index}"
+
+    @property
+    def recipe(self) -> dict[str, int]:
+        return {"window": self.index}
 
 
 def perplexity(
@@ -30,138 +49,151 @@ def perplexity(
     *,
     model_name: str,
     config: Mapping[str, Any],
-    context: int = 2048,
-    tokens: int = 128,
-    windows: int = 8,
-    per_call: int = 1,
+    lengths: Sequence[int] = (2048,),
+    new_tokens: int = 128,
+    samples: int = 8,
     batch_size: int | str = "auto",
     recipe: str | Path | None = None,
     parallel: Any = None,
     progress: bool = True,
 ) -> Summary:
-    """Mean NLL (nats per token) of `tokens` tokens after `context` tokens, in `windows` disjoint parts of the
-    text.
+    """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens, `samples` of
+    each length from disjoint parts of the text; what comes before is the prefill.
 
-    per_call: tokens per forward call while scoring, 1 to 16 (longer calls are prefill). Writes and resumes a
-    folder as `run` does, over ranks too (`parallel`). Raises FarspanError where the text is too short for the
+    The tokens are fed 16 at a time, the most that is decode: every query selects for itself, as it does when
+    one token is generated after the other. Writes and resumes a folder as `run` does, over ranks too
+    (`parallel`). Raises FarspanError for sizes that leave no prompt, and where the text is too short for the
     windows.
     """
-    if not 1 <= per_call <= 16:
-        raise FarspanError(f"per_call is {per_call}; a decode call takes 1 to 16 tokens.")
-    if min(context, tokens, windows) < 1:
-        raise FarspanError(
-            f"context {context}, tokens {tokens} and windows {windows} must all be at least 1."
-        )
+    check_sizes(lengths, new_tokens, samples)
+    check_batch_size(batch_size)
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
-        cut = list(cut_windows(tokenizer, text, context + tokens, windows))
+        cut = {
+            length: [
+                Window(index=index, ids=ids, scored=new_tokens)
+                for index, ids in enumerate(cut_windows(tokenizer, text, length, samples))
+            ]
+            for length in dict.fromkeys(lengths)
+        }
         settings = {
             **config,
+            **common_settings(model, tokenizer, model_name, specs, recipe),
             "suite": "ppl",
-            "model": model_name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "methods": specs,
-            "recipes": recipes(specs, recipe),
             "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "context": context,
-            "tokens": tokens,
-            "windows": windows,
-            "per_call": per_call,
+            "lengths": list(cut),
+            "new_tokens": new_tokens,
+            "samples": samples,
         }
-        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
-        automatic = isinstance(batch_size, str)
-        size = batch_rows(model, context + tokens, windows, job) if automatic else int(batch_size)
-        with (
-            open_results(job, out, settings, session={"batch_size": size}) as results,
-            evaluating(model),
-        ):
+        session = {"batch_size": batch_size, "device": str(model.device)}
+        with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
+            every = [window for windows in cut.values() for window in windows]
+            plan(job, results, {spec: [window.key for window in every] for spec in specs})
             try:
-                with meter(progress, windows * len(specs)) as advance:
-                    for first in range(0, windows, size):
-                        numbers = range(first, min(first + size, windows))
-                        rows = _score(
-                            model, cut, numbers, context, specs, recipe, pad, per_call, results, advance, job
-                        )
-                        for spec, lines in rows:
-                            record(job, results, lines)
-                            advance(len(lines), spec)
+                with meter(progress, len(every) * len(specs)) as advance:
+                    for length, windows in cut.items():
+                        automatic = isinstance(batch_size, str)
+                        size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
+                        for first in range(0, samples, size):
+                            batch = windows[first : first + size]
+                            _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
             except (KeyboardInterrupt, FarspanError) as error:
                 if interrupted(error):
-                    finish(results, complete=False)
+                    finish(results)
                 raise
-            return finish(results, complete=True)
+            return finish(results)
 
 
-def cut_windows(tokenizer: Any, text: str, span: int, windows: int) -> Iterator[list[int]]:
-    """The first `span` tokens (BOS included where the tokenizer adds one) of equal parts of the text."""
-    for number in range(windows):
-        part = text[number * len(text) // windows : (number + 1) * len(text) // windows]
+def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
+    """Raises FarspanError where a length leaves fewer than 2 tokens before the scored ones, or nothing is
+    scored."""
+    if min(new_tokens, samples) < 1 or not lengths:
+        raise FarspanError(
+            f"lengths {list(lengths)}, new_tokens {new_tokens}, samples {samples}: give a length, and at "
+            "least 1 of the others."
+        )
+    if min(lengths) < new_tokens + 2:
+        raise FarspanError(
+            f"The length {min(lengths)} is too short to score its last {new_tokens} tokens: a window takes "
+            f"at least {new_tokens + 2}, 2 of them before those. Give a longer length, or fewer new tokens."
+        )
+
+
+def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[list[int]]:
+    """The first `length` tokens (BOS included where the tokenizer adds one) of `count` disjoint parts of the
+    text.
+
+    A part is 1/P of the text, P the lowest power of two that is not below `count`. Window i starts where the
+    binary digits of i, mirrored behind the point, say (0, 1/2, 1/4, 3/4, 1/8, ...): with a greater count the
+    windows there were stay where they are, and others come in between.
+    Raises FarspanError where a part has too few tokens.
+    """
+    digits = (count - 1).bit_length()
+    for number in range(count):
+        part = int(f"{number:0{digits}b}"[::-1], 2) if digits else 0
+        words = text[part * len(text) >> digits : (part + 1) * len(text) >> digits]
         # Eight characters a token are most often enough, and the part may be megabytes.
-        ids = list(tokenizer(part[: 8 * span], verbose=False).input_ids)
-        if len(ids) <= span:
-            ids = list(tokenizer(part, verbose=False).input_ids)
-        if len(ids) < span:
+        ids = list(tokenizer(words[: 8 * length], verbose=False).input_ids)
+        if len(ids) <= length:
+            ids = list(tokenizer(words, verbose=False).input_ids)
+        if len(ids) < length:
             raise FarspanError(
-                f"the text is too short: {windows} windows of {span} tokens were asked for and part "
-                f"{number + 1} has only {len(ids)}; give a longer text, fewer windows or a shorter context."
+                f"The text is too short: {count} windows of {length} tokens were asked for, and part "
+                f"{part + 1} of {1 << digits} has only {len(ids)}. Give a longer text, fewer samples or a "
+                "shorter length."
             )
-        yield ids[:span]
+        yield ids[:length]
 
 
-def _score(
+def _work_through(
     model: Any,
-    cut: list[list[int]],
-    numbers: Sequence[int],
-    context: int,
-    specs: list[str],
+    tokenizer: Any,
+    windows: Sequence[Window],
+    specs: Sequence[str],
     recipe: str | Path | None,
-    pad: int,
-    per_call: int,
     results: Results,
     advance: Any,
     job: Job,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Score the windows `numbers` under each method that has not finished all of them."""
-    span = len(cut[0])
-    keys = [f"ppl/text/{span}/{number}" for number in numbers]
-    waiting = []
-    for spec in specs:
-        if all(
-            results.done(key, spec, {"window": number}) for key, number in zip(keys, numbers, strict=True)
-        ):
-            advance(len(keys), "")
-        else:
-            waiting.append(spec)
+) -> None:
+    """Score a batch of windows of one length under each method that has not finished all of them."""
+
+    def missing(spec: str) -> list[Window]:
+        return [window for window in windows if not results.done(window.key, spec, window.recipe)]
+
+    waiting = [spec for spec in specs if missing(spec)]
+    advance(len(windows) * (len(specs) - len(waiting)), "")
     if not waiting:
         return
-    batch = forward.collate([cut[number][:context] for number in numbers], pad, model.device)
-    golds = [cut[number][context:] for number in numbers]
+    pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+    batch = forward.collate([w.ids[: -w.scored] for w in windows], pad, model.device)
+    golds = [window.ids[-window.scored :] for window in windows]
 
     def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
         cache = started.take()
         patched.reset_report()
         with forward.timed(model.device) as clock:
-            nlls = forward.teacher_forced(model, batch, cache, golds, pad=pad, per_call=per_call)
-        common = costs(started, job.report(patched).summary, clock.seconds, len(numbers))
-        return [
-            {
-                "key": key,
-                "suite": "ppl",
-                "task": "text",
-                "length": span,
-                "index": number,
-                "extra": {},
-                "recipe": {"window": number},
-                "score": None,
-                "nll": sum(nll) / len(nll),
-                "nll_sum": sum(nll),
-                "gold_tokens": len(nll),
-                "steps": -(-len(nll) // per_call),
-                **common,
-            }
-            for key, number, nll in zip(keys, numbers, nlls, strict=True)
-        ]
+            nlls = forward.teacher_forced(model, batch, cache, golds, pad=pad, per_call=DECODE_ROWS)
+        common = costs(started, job.report(patched).summary, clock.seconds, len(windows))
+        return [_row(window, nll) | common for window, nll in zip(windows, nlls, strict=True)]
 
     for spec, rows in under_each(model, batch, waiting, recipe, measure, job):
-        fresh = [row for row in rows if not results.done(row["key"], spec, row["recipe"])]
-        yield spec, [{"method": spec, **row} for row in fresh]
+        fresh = {window.key for window in missing(spec)}
+        record(job, results, [{"method": spec, **row} for row in rows if row["key"] in fresh])
+        advance(len(windows), spec)
+
+
+def _row(window: Window, nll: Sequence[float]) -> dict[str, Any]:
+    return {
+        "key": window.key,
+        "suite": "ppl",
+        "task": "text",
+        "length": len(window.ids),
+        "index": window.index,
+        "extra": {},
+        "recipe": window.recipe,
+        "score": None,
+        "nll": sum(nll) / len(nll),
+        "nll_sum": sum(nll),
+        "gold_tokens": len(nll),
+        "steps": len(nll),
+    }

@@ -7,13 +7,14 @@ from typing import Any
 
 from ..runtime.table import Table
 from . import depths, pictures
-from .results import Results
+from .results import Results, unfinished_note
 from .stats import FEWEST, NO_SPREAD, TOO_FEW
 from .summary import BASELINE, REACH, RULER_TASKS
 from .tables import (
     cost_table,
     group_table,
     needle_table,
+    number,
     perplexity_table,
     plus_minus,
     reach_table,
@@ -31,13 +32,15 @@ _REASONS = {
 
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """One row per method and length, for the terminal."""
-    names = ("length", "n", "score", "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
+    quality = "perplexity" if data["suite"] == "ppl" else "score"
+    names = ("length", "n", quality, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
     title, caption = f"{data['suite']} · {data['model']}", " ".join(notes(data, short=True))
     table = Table("method", *names, title=title, caption=caption, numbers_from=1)
     for row in data["overall"]:
         if row["n"]:
             n, score, _, read, *seconds = row_cells(row)
             read = read.removesuffix(" %").replace(" ", "")
+            score = number(row["perplexity"], 2) if quality == "perplexity" else score
             table.add_row(
                 row["method"], short_length(row["length"]), n, score, plus_minus(row), read, *seconds
             )
@@ -70,14 +73,18 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
         where = depths.note(data["cells"])
         out += [where] if where else []
+        if data["suite"] == "ppl":
+            out.append(
+                "Perplexity: exp of the mean negative log-likelihood over the windows. A decode step here is "
+                "a token of a call of up to 16; a token that is generated takes a call of its own."
+            )
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
         out.append(f"{len(data['tasks'])} of RULER's 11 dataset-free tasks.")
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
-    if not data.get("complete", True):
-        out.append("Stopped before the end: run the same command to resume.")
+    out += unfinished_note(data)
     if not data["one_machine"]:
         out.append("Sessions ran on different machines, threads or ranks: seconds are not comparable.")
     reasons = {(row["nll_diff"] or {}).get("reason") for row in data["overall"] + data["in_reach"]}

@@ -1,13 +1,15 @@
 """The output folder of an evaluation: written as it goes, resumed after a stop, refused when it is another
 run's.
 
-    DIR/config.json     what was run (model, dtype, seed, sizes, methods, versions) and each session's machine
+    DIR/config.json     what was run (model, dtype, seed, sizes, methods, versions), which rows were asked
+                        for, and each session's machine
     DIR/samples.jsonl   one line per finished (sample, method): the only thing that cannot be recomputed
-    cheaply DIR/summary.json    written at the end of a session from the two files above, with tables and
-    pictures beside it
+                        cheaply
+    DIR/summary.json    written at the end of a session from the two files above, with tables and pictures
+                        beside it
 
 Lines are appended in whole blocks and synced, so what is on the disk is valid after Ctrl-C, `kill -9` or a
-power cut, but for a torn last line, which the next session drops and computes again.
+power cut, but for a torn last line, which the next session drops, with a warning, and computes again.
 """
 
 from __future__ import annotations
@@ -16,39 +18,45 @@ import errno
 import json
 import math
 import os
-import platform
 import stat
-import time
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
 from .ranks import Job
+from .settings import CONFIG, EMPTY, GROWING, differences, environment, grown, versions
+from .shape import Shape, misfit
 
 FORMAT = 1
-GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples")
-"""Settings that may grow from session to session: they add rows and change the meaning of none already
-written."""
-VERSIONED = ("farspan", "torch", "transformers")
+ROW: dict[str, Any] = {"key": str, "method": str, "recipe": dict}
+"""What is relied on here. A key ends in the number of the sample in its cell: `CELL/NUMBER`."""
 
 
 class ResultsError(FarspanError):
-    """The output folder cannot be used: another configuration's, unreadable, read-only, full, or in use."""
+    """The output folder cannot be used: another configuration's, damaged, read-only, full, or in use."""
 
 
 class Results:
     """An open output folder.
 
     config: JSON-able settings that give the numbers their meaning. Every setting but `GROWING` must equal the
-    folder's; lists in `GROWING` are united and `samples` is the larger of the two.
+    folder's; those are united with the folder's, which its config.json says from `plan` on. The model is
+    compared by `identity` (see identity.py), or by its name where the folder or the settings have none. row:
+    the shape that rows must have.
     Raises ResultsError, with one sentence, for anything wrong with the folder.
     """
 
     def __init__(
-        self, out: str | Path, config: Mapping[str, Any], *, session: Mapping[str, Any] | None = None
+        self,
+        out: str | Path,
+        config: Mapping[str, Any],
+        *,
+        session: Mapping[str, Any] | None = None,
+        row: Shape = ROW,
     ):
         self.out = Path(out)
         self.rows: list[dict[str, Any]] = []
@@ -63,15 +71,21 @@ class Results:
                 raise ResultsError(f"{self.out / 'samples.jsonl'} is not a regular file; give another --out.")
             self._lock()
             found = self._read_config()
-            self.config = wanted if found is None else self._united(found, wanted)
-            self.config.setdefault("sessions", []).append({**environment(), **(session or {})})
+            if found is not None:
+                self._check_same(found, wanted)
             with self._disk("read"):
-                self._read_rows(orphan=found is None)
-            self._write_json("config.json", self.config)
+                self._read_rows(row, orphan=found is None)
+            self._done = {(row["key"], row["method"]): row["recipe"] for row in self.rows}
+            written = {name: value for name, value in wanted.items() if name not in GROWING} | (found or {})
+            written["identity"] = written.get("identity") or wanted.get("identity")
+            written["sessions"] = [*written.get("sessions", []), environment() | dict(session or {})]
+            if "planned" not in written:
+                written["planned"] = self._planned_before()
+            self._write_json("config.json", written)
+            self.config = grown(written, wanted)
         except BaseException:
             self.close()
             raise
-        self._done = {(row["key"], row["method"]): row["recipe"] for row in self.rows}
 
     def __enter__(self) -> Results:
         return self
@@ -83,6 +97,28 @@ class Results:
         if self._lines >= 0:
             os.close(self._lines)
             self._lines = -1
+
+    def plan(self, keys: Mapping[str, Iterable[str]]) -> None:
+        """Write down what this session is for: the settings that have grown, and the sample keys asked for
+        by method. A session that ends before this leaves no trace but its own entry."""
+        planned = {method: dict(cells) for method, cells in self.config["planned"].items()}
+        for method, asked in keys.items():
+            cells = planned.setdefault(method, {})
+            for cell, count in Counter(map(_cell, asked)).items():
+                cells[cell] = max(count, cells.get(cell, 0))
+        self.config["planned"] = planned
+        self._write_json("config.json", self.config)
+
+    def unfinished(self) -> list[str]:
+        """The methods of which rows are missing that this or an earlier session was asked for."""
+        finished = self._counts()
+        planned = self.config["planned"]
+        return [
+            method
+            for method in dict.fromkeys([*self.config.get("methods", []), *planned])
+            if method not in planned
+            or any(finished[method, cell] < count for cell, count in planned[method].items())
+        ]
 
     def done(self, key: str, method: str, recipe: Mapping[str, Any]) -> bool:
         """Whether the pair is on the disk already; refuses a folder whose sample of that key was another
@@ -150,47 +186,23 @@ class Results:
         with self._disk("read"):
             if not path.exists():
                 return None
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                found = None
+            found = _parse(path.read_bytes())
         if not isinstance(found, dict) or "format" not in found:
             raise ResultsError(
                 f"{path} is not the config of a farspan evaluation; give an empty or new --out folder."
             )
+        if wrong := misfit(EMPTY | found, CONFIG, "it"):
+            raise ResultsError(f"{path} is damaged ({wrong}); mend it, or give another --out.")
         return found
 
-    def _united(self, found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-        differing = [
-            f"{name} {_short(found.get(name))} there, {_short(wanted.get(name))} here"
-            for name in sorted(set(found) | set(wanted))
-            if name not in GROWING and name != "sessions" and found.get(name) != wanted.get(name)
-        ]
-        old, new = found.get("recipes", {}), wanted.get("recipes", {})
-        differing += [
-            f"recipe of {spec} {old[spec]} there, {new[spec]} here"
-            for spec in new
-            if old.get(spec, new[spec]) != new[spec]
-        ]
-        if differing:
+    def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if differing := differences(found, wanted):
             raise ResultsError(
                 f"{self.out} holds an evaluation of another configuration ({'; '.join(differing)}); only "
                 f"{', '.join(GROWING)} may be added to a folder: give another --out."
             )
-        united = dict(found)
-        for name in GROWING:
-            old, new = found.get(name), wanted.get(name)
-            if isinstance(old, list) and isinstance(new, list):
-                united[name] = old + [item for item in new if item not in old]
-            elif isinstance(old, dict) and isinstance(new, dict):
-                united[name] = old | new
-            elif isinstance(old, int) and isinstance(new, int):
-                united[name] = max(old, new)
-            elif new is not None:
-                united[name] = new
-        return united
 
-    def _read_rows(self, *, orphan: bool) -> None:
+    def _read_rows(self, shape: Shape, *, orphan: bool) -> None:
         """Read samples.jsonl; a torn last line (a session killed while writing) is cut off the file."""
         path = self.out / "samples.jsonl"
         data = path.read_bytes()
@@ -201,20 +213,44 @@ class Results:
         start = 0
         while start < len(data):
             end = data.find(b"\n", start)
-            row = _row(data[start : end if end >= 0 else len(data)])
+            row = _parse(data[start : end if end >= 0 else len(data)])
             if end < 0 or (row is None and end == len(data) - 1):
                 break
-            if row is None:
+            wrong = "it is not JSON" if row is None else misfit(row, shape, "it")
+            if wrong:
                 number = data.count(b"\n", 0, start) + 1
                 raise ResultsError(
-                    f"line {number} of {path} is damaged; delete that line to have it computed again."
+                    f"line {number} of {path} is damaged ({wrong}); delete that line to have it computed "
+                    "again."
                 )
             self.rows.append(row)
             start = end + 1
         self._size = start
         if start < len(data):
+            warnings.warn(
+                f"The last line of {path} is not whole, as a stop while writing leaves it: it is dropped and "
+                "computed again.",
+                stacklevel=2,
+            )
             os.ftruncate(self._lines, start)
             os.fsync(self._lines)
+
+    def _planned_before(self) -> dict[str, dict[str, int]]:
+        """What the sessions of an earlier version, which did not write it down, can have been asked for: the
+        rows there are, where their summary says that all were finished; unknown otherwise."""
+        planned: dict[str, dict[str, int]] = {}
+        try:
+            summary = _parse((self.out / "summary.json").read_bytes())
+        except OSError:
+            return planned
+        if isinstance(summary, dict) and summary.get("complete") and summary.get("rows") == len(self.rows):
+            for (method, cell), count in self._counts().items():
+                planned.setdefault(method, {})[cell] = count
+        return planned
+
+    def _counts(self) -> Counter[tuple[str, str]]:
+        """The number of samples on the disk by (method, cell)."""
+        return Counter((method, _cell(key)) for key, method in self._done)
 
     def _lock(self) -> None:
         try:
@@ -262,9 +298,17 @@ class Replica(Results):
         """Take note of rows that the first rank has written."""
         self._note([json.loads(json.dumps(_finite(row))) for row in rows], 0)
 
+    def write_text(self, name: str, text: str) -> None:
+        """The first rank writes."""
+
 
 def open_results(
-    job: Job, out: str | Path, config: Mapping[str, Any], *, session: Mapping[str, Any] | None = None
+    job: Job,
+    out: str | Path,
+    config: Mapping[str, Any],
+    *,
+    session: Mapping[str, Any] | None = None,
+    row: Shape = ROW,
 ) -> Results:
     """The folder `out`, opened by the first rank of the job for all of them: what is done is the same on
     every rank. Raises, on all ranks, what `Results` raises, and FarspanError where their settings differ."""
@@ -273,11 +317,18 @@ def open_results(
 
     def begin() -> Any:
         ranks = {"ranks": job.size} if job.size > 1 else {}
-        opened.append(Results(out, config, session={**(session or {}), **ranks}))
+        opened.append(Results(out, config, session={**(session or {}), **ranks}, row=row))
         return [opened[0].config, opened[0].rows] if job.size > 1 else None
 
     found = job.decide(begin)
     return opened[0] if opened else Replica(out, *found)
+
+
+def plan(job: Job, results: Results, keys: Mapping[str, list[str]]) -> None:
+    """`results.plan` on every rank: the first writes, the others stop where it fails."""
+    job.decide(lambda: results.plan(keys))
+    if isinstance(results, Replica):
+        results.plan(keys)
 
 
 def record(job: Job, results: Results, rows: list[dict[str, Any]]) -> None:
@@ -296,44 +347,27 @@ def read(out: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         lines = (path / "samples.jsonl").read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} is not a farspan evaluation folder ({error}).") from error
-    return config, [row for row in map(_row, lines) if row is not None]
+    return config, [row for row in map(_parse, lines) if misfit(row, ROW, "it") is None]
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide the numbers; a folder is not continued under others."""
-    out = {}
-    for name in VERSIONED:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+def unfinished_note(data: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of a summary that lacks rows; nothing of one that is complete."""
+    if data.get("complete", True):
+        return []
+    missing = "; ".join(data.get("unfinished", ()))
+    return [f"Stopped before the end: run the same command to resume (unfinished: {missing})."]
 
 
-def environment() -> dict[str, Any]:
-    """The machine of this session: what seconds depend on."""
-    import torch
-
-    from ..runtime.machine import cpu_name
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
+def _cell(key: str) -> str:
+    return key.rpartition("/")[0]
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse(data: bytes) -> Any:
+    """The JSON value; None where the bytes are not JSON."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"key", "method", "recipe"} <= set(row) else None
 
 
 def _finite(value: Any) -> Any:
@@ -345,8 +379,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -9,7 +9,9 @@ the same decode path.
 What a stop loses: rows are written and synced when a method finishes a batch, so Ctrl-C, `kill -9` or a power
 cut loses the answers of the batch in flight under the method in flight, and the shared prefill of that batch,
 which is computed again. With `batch_size=1` that is the sample in flight; larger batches trade that for
-speed.
+speed. A session that is stopped while it draws its prompts has asked for nothing yet. From then on the folder
+knows which rows were asked for, and its summary is complete when all of them are there, whichever methods the
+last session was about.
 
 Over ranks (`parallel`) every rank makes the same model calls, each prompt spread over all of them. The first
 rank alone opens the folder and writes: the others take what is done already from it, and go on to the next
@@ -21,8 +23,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,10 +36,30 @@ from . import batch as forward
 from . import report
 from .memory import batch_rows
 from .ranks import Job, interrupted
-from .results import Replica, Results, open_results, record
+from .results import ROW, Replica, Results, open_results, record
+from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
-from .shared import Started, check_methods, costs, evaluating, meter, recipes, under_each
+from .shape import MAYBE_NUMBER, NUMBER
+from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 from .summary import summarise
+
+ANSWER: dict[str, Any] = {
+    **ROW,
+    "suite": str,
+    "task": str,
+    "length": int,
+    "extra": {"depth": MAYBE_NUMBER},
+    "score": MAYBE_NUMBER,
+    "nll": MAYBE_NUMBER,
+    "gold_tokens": int,
+    "density": {"prefill": MAYBE_NUMBER, "decode": MAYBE_NUMBER},
+    "kv_read": MAYBE_NUMBER,
+    "seconds": {"prefill": NUMBER, "decode": NUMBER},
+    "batch": int,
+    "steps": int,
+    "fallbacks": (dict, list, NoneType),
+}
+"""What the summary relies on in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,35 +96,35 @@ def run(
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
-    if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
-        raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
+    check_batch_size(batch_size)
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
-        settings = {
-            **config,
-            "model": model_name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "methods": specs,
-            "recipes": recipes(specs, recipe),
-        }
+        settings = {**config, **common_settings(model, tokenizer, model_name, specs, recipe)}
         session = {"batch_size": batch_size, "device": str(model.device)}
-        with open_results(job, out, settings, session=session) as results, evaluating(model):
+        with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
+            work = []
+            with meter(progress, None) as advance:
+                for sample in samples:
+                    job.agree(f"the sample {key(sample)}", sample)
+                    work.append(sample)
+                    advance(1, f"drawing prompts · {sample.task} {sample.length}")
+            plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
             try:
-                work = []
-                with meter(progress, None) as advance:
-                    for sample in samples:
-                        job.agree(f"the sample {key(sample)}", sample)
-                        work.append(sample)
-                        advance(1, f"drawing prompts · {sample.task} {sample.length}")
                 batches = plan(model, work, batch_size, job)
                 with meter(progress, len(work) * len(specs)) as advance:
                     for batch in batches:
                         _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
             except (KeyboardInterrupt, FarspanError) as error:
                 if interrupted(error):
-                    finish(results, complete=False)
+                    finish(results)
                 raise
-            return finish(results, complete=True)
+            return finish(results)
+
+
+def check_batch_size(batch_size: object) -> None:
+    """Raises FarspanError for what is neither "auto" nor a positive whole number."""
+    if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
+        raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
 
 
 def plan(
@@ -212,11 +235,14 @@ def _row(
     }
 
 
-def finish(results: Results, *, complete: bool) -> Summary:
-    """Write summary.json, the tables and the pictures from what the folder holds (the first rank does)."""
+def finish(results: Results) -> Summary:
+    """Write summary.json, the tables and the pictures from what the folder holds (the first rank does). It is
+    complete where every row is there that any session has asked for."""
     data = summarise(results.config, results.rows)
-    data["complete"] = complete
+    data["unfinished"] = results.unfinished()
+    data["complete"] = not data["unfinished"]
+    summary = Summary(out=results.out, data=data, complete=data["complete"])
     if isinstance(results, Replica):
-        return Summary(out=results.out, data=data, complete=complete)
+        return summary
     results.write_summary(data)
-    return Summary(out=results.out, data=data, complete=complete, files=report.write(results, data))
+    return replace(summary, files=report.write(results, data))

@@ -14,6 +14,7 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..runtime.patch import patch, resolve
 from . import batch as forward
+from .identity import identify
 from .ranks import Job
 
 T = TypeVar("T")
@@ -117,6 +118,20 @@ def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> 
     """`patch` over the ranks of a job, with the recipe handed only to the methods that take one."""
     takes_one = any(method.needs_recipe for method in resolve(spec))
     return patch(model, spec, recipe=recipe if takes_one else None, parallel=job.mesh)
+
+
+def common_settings(
+    model: Any, tokenizer: Any, name: str, specs: Sequence[str], recipe: str | Path | None
+) -> dict[str, Any]:
+    """The settings that every evaluation writes: which model (its name and its identity), in which dtype, and
+    which methods with which calibrations. Over ranks every rank calls this."""
+    return {
+        "model": name,
+        "identity": identify(model, tokenizer),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "methods": list(specs),
+        "recipes": recipes(specs, recipe),
+    }
 
 
 def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:

@@ -5,15 +5,21 @@ unpatched model would run whole on each of them, and a prompt that is worth spre
 spreading itself gains is the ratio of two runs' numbers, one with a launcher and one without.
 
 Repeats are interleaved (baseline, each method, then again), so a machine that slows down slows all alike;
-medians are reported, and ratios to the baseline are what can be compared between machines.
+medians are reported, and ratios to the baseline are what can be compared between machines. A run that was
+stopped goes on like the other evaluations, and methods may be added. Times of two sessions are not one
+measurement, so a session measures the baseline anew beside what it measures, and a method is divided by the
+baseline of its own sessions.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import NoneType
 from typing import Any
 
 from ..attention.errors import FarspanError
@@ -21,15 +27,39 @@ from ..runtime.table import Table
 from . import batch as forward
 from .memory import peak
 from .perplexity import cut_windows
-from .ranks import Job
-from .results import open_results, record
+from .ranks import Job, interrupted
+from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
 from .run import Summary
 from .sample import Sample, encode, score
-from .shared import check_methods, evaluating, meter, patched_with, recipes, start
-from .tables import markdown, share_read
+from .shape import MAYBE_NUMBER, NUMBER
+from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
+from .tables import markdown, number, percent, share_read
 
 UNPATCHED, DENSE = "unpatched", "dense"
+_PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
 _HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")
+TIMING: dict[str, Any] = {
+    **ROW,
+    "length": int,
+    "prefill_seconds": NUMBER,
+    "decode_tokens_per_second": NUMBER,
+    "session": (int, NoneType),
+    **dict.fromkeys(("prefill_density", "decode_density", "score", *_HIGHEST), MAYBE_NUMBER),
+}
+"""What the summary relies on in a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts of one length as token ids, and the samples that they ask, if they ask any."""
+
+    ids: list[list[int]]
+    asked: Sequence[Sample] = ()
+
+    def recipe(self, repeat: int) -> dict[str, Any]:
+        """What a row of the folder was measured on: another text, another recipe."""
+        digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
+        return {"repeat": repeat, "prompts_sha256": digest}
 
 
 def speed(
@@ -56,7 +86,8 @@ def speed(
     scored as well. Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a
     process's (a rank's, the highest of them), weights included: on CUDA what torch has allocated, else the
     resident set. Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes
-    a folder like the other evaluations', but is never resumed: times of two runs are not one measurement.
+    and resumes a folder as `run` does: what was measured stays, what is missing is measured, with the
+    baseline anew beside it.
     """
     if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
         raise FarspanError(
@@ -65,89 +96,131 @@ def speed(
         )
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
-        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
         sizes = sorted(set(lengths))
-        samples = {} if isinstance(text, str) else text
-        if isinstance(text, str):
-            prompts = {size: list(cut_windows(tokenizer, text, size, batch_size)) for size in sizes}
-        else:
-            prompts = {size: [encode(tokenizer, sample) for sample in text[size]] for size in sizes}
-        baseline = UNPATCHED if job.mesh is None else DENSE
+        prompts = {n: _prompts(tokenizer, text, n, batch_size) for n in sizes}
+        timer = Timer(model=model, tokenizer=tokenizer, recipe=recipe, job=job)
         settings = {
             **config,
+            **common_settings(model, tokenizer, model_name, specs, recipe),
             "suite": "speed",
-            "model": model_name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "baseline": baseline,
-            "methods": specs,
-            "recipes": recipes(specs, recipe),
+            "baseline": timer.baseline,
             "lengths": sizes,
             "new_tokens": new_tokens,
             "repeats": repeats,
             "batch_size": batch_size,
             "ranks": job.size,
         }
+        with open_results(job, out, settings, row=TIMING) as results, evaluating(model):
+            keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
+            plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
+            try:
+                _measure(timer, prompts, specs, results, new_tokens, repeats, progress)
+            except (KeyboardInterrupt, FarspanError) as error:
+                if interrupted(error):
+                    _finish(results)
+                raise
+            return _finish(results)
 
-        def once(
-            spec: str, prompt: list[list[int]], count: int, asked: Sequence[Sample] = ()
-        ) -> dict[str, Any]:
-            batch = forward.collate(prompt, pad, model.device)
-            unpatched = spec == UNPATCHED
-            with (
-                peak(model.device) as most,
-                nullcontext() if unpatched else patched_with(model, spec, recipe, job) as patched,
-            ):
-                sent = [job.sent]
-                started = start(model, batch, patched, job)
-                sent.append(job.sent)
-                if patched:
-                    patched.reset_report()
-                with forward.timed(model.device) as clock:
-                    answers = forward.greedy(
-                        model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
-                    )
-                sent.append(job.sent)
-                read = job.report(patched).summary if patched else {}
-            ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])
-            memory, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
-            return {
-                "score": _mean_score(tokenizer, asked, answers),
-                "prefill_seconds": started.seconds,
-                "decode_tokens_per_second": len(prompt) * count / clock.seconds,
-                "prefill_density": started.summary.get("prefill_density"),
-                "decode_density": read.get("decode_density"),
-                "implementation": read.get("implementation"),
-                "peak_memory_bytes": memory,
-                "prefill_sent_bytes": prefill_sent,
-                "decode_sent_bytes_per_token": decode_sent / count,
-            }
 
-        everyone = list(dict.fromkeys([baseline, *specs]))
-        with open_results(job, out, settings) as results, evaluating(model):
-            if results.rows:
-                raise FarspanError(
-                    f"{out} holds a speed run already; times are measured in one run: give another --out."
+def _prompts(
+    tokenizer: Any, text: str | Mapping[int, Sequence[Sample]], length: int, batch_size: int
+) -> Prompts:
+    if isinstance(text, str):
+        return Prompts(ids=list(cut_windows(tokenizer, text, length, batch_size)))
+    return Prompts(ids=[encode(tokenizer, sample) for sample in text[length]], asked=text[length])
+
+
+def _key(length: int, repeat: int) -> str:
+    return f"speed/{length}/{repeat}"
+
+
+def _measure(
+    timer: Timer,
+    prompts: Mapping[int, Prompts],
+    specs: Sequence[str],
+    results: Results,
+    new_tokens: int,
+    repeats: int,
+    progress: bool,
+) -> None:
+    """Measure what is missing, the baseline first wherever anything is."""
+    session = len(results.config["sessions"])
+    everyone = list(dict.fromkeys([timer.baseline, *specs]))
+
+    def missing(repeat: int, length: int) -> list[str]:
+        recipe = prompts[length].recipe(repeat)
+        return [spec for spec in everyone if not results.done(_key(length, repeat), spec, recipe)]
+
+    rounds = [
+        (repeat, length, waiting)
+        for repeat in range(repeats)
+        for length in prompts
+        if (waiting := missing(repeat, length))
+    ]
+    used = {timer.baseline, *(spec for *_, waiting in rounds for spec in waiting)} if rounds else set()
+    short = Prompts(ids=[row[:64] for row in prompts[min(prompts)].ids])
+    with meter(progress, sum(len({timer.baseline, *waiting}) for *_, waiting in rounds)) as advance:
+        for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
+            if spec in used:
+                timer.once(spec, short, 2)
+        for repeat, length, waiting in rounds:
+            for spec in dict.fromkeys([timer.baseline, *waiting]):
+                again = "" if spec in waiting else f"/again/{session}"
+                place = {"key": _key(length, repeat) + again, "recipe": prompts[length].recipe(repeat)}
+                found = timer.once(spec, prompts[length], new_tokens)
+                row = {**place, "method": spec, "length": length, "session": session, **found}
+                record(timer.job, results, [row])
+                advance(1, f"{length} · {spec}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timer:
+    """Times the model under one method after the other; `baseline` is what they are compared with."""
+
+    model: Any
+    tokenizer: Any
+    recipe: str | Path | None
+    job: Job
+
+    @property
+    def baseline(self) -> str:
+        return UNPATCHED if self.job.mesh is None else DENSE
+
+    def once(self, spec: str, prompts: Prompts, count: int) -> dict[str, Any]:
+        """One prefill of the prompts and `count` tokens after them, under the method of `spec`."""
+        model, job = self.model, self.job
+        pad = forward.pad_token(self.tokenizer, forward.end_tokens(model, self.tokenizer))
+        batch = forward.collate(prompts.ids, pad, model.device)
+        unpatched = spec == UNPATCHED
+        with (
+            peak(model.device) as most,
+            nullcontext() if unpatched else patched_with(model, spec, self.recipe, job) as patched,
+        ):
+            sent = [job.sent]
+            started = start(model, batch, patched, job)
+            sent.append(job.sent)
+            if patched:
+                patched.reset_report()
+            with forward.timed(model.device) as clock:
+                answers = forward.greedy(
+                    model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
                 )
-            with meter(progress, repeats * len(prompts) * len(everyone)) as advance:
-                for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
-                    once(spec, [row[:64] for row in prompts[min(prompts)]], 2)
-                for repeat in range(repeats):
-                    for length, prompt in prompts.items():
-                        for spec in everyone:
-                            place = {
-                                "key": f"speed/{length}/{repeat}",
-                                "method": spec,
-                                "recipe": {"repeat": repeat},
-                            }
-                            found = once(spec, prompt, new_tokens, samples.get(length, ()))
-                            record(job, results, [{**place, "length": length, **found}])
-                            advance(1, f"{length} · {spec}")
-            data = summarise(results.config, results.rows)
-            if job.first:
-                results.write_summary(data)
-                title = f"# speed: {model_name} ({data['dtype']})"
-                results.write_text("speed.md", f"{title}\n\n{speed_table(data)}")
-            return Summary(out=results.out, data=data, complete=True, files=["speed.md"])
+            sent.append(job.sent)
+            read = job.report(patched).summary if patched else {}
+        ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])
+        memory, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
+        assert decode_sent is not None
+        return {
+            "score": _mean_score(self.tokenizer, prompts.asked, answers),
+            "prefill_seconds": started.seconds,
+            "decode_tokens_per_second": len(prompts.ids) * count / clock.seconds,
+            "prefill_density": started.summary.get("prefill_density"),
+            "decode_density": read.get("decode_density"),
+            "implementation": read.get("implementation"),
+            "peak_memory_bytes": memory,
+            "prefill_sent_bytes": prefill_sent,
+            "decode_sent_bytes_per_token": decode_sent / count,
+        }
 
 
 def _mean_score(tokenizer: Any, samples: Sequence[Sample], answers: Sequence[list[int]]) -> float | None:
@@ -161,33 +234,59 @@ def _highest(values: Sequence[int | None]) -> int | None:
     return max(known) if known else None
 
 
+def _finish(results: Results) -> Summary:
+    """Write summary.json and the table from what the folder holds (the first rank does)."""
+    data = summarise(results.config, results.rows)
+    data["unfinished"] = results.unfinished()
+    data["complete"] = not data["unfinished"]
+    if not isinstance(results, Replica):
+        results.write_summary(data)
+        title = f"# speed: {data['model']} ({data['dtype']})"
+        results.write_text("speed.md", f"{title}\n\n{speed_table(data)}")
+    return Summary(out=results.out, data=data, complete=data["complete"], files=["speed.md"])
+
+
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats per (method, length), and ratios to the baseline (above 1 is faster)."""
-    overall = []
+    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions (above 1 is
+    faster; None where those have no baseline). Cells without a row are left out."""
     baseline = config.get("baseline", UNPATCHED)
-    for length in config["lengths"]:
-        base: dict[str, float] = {}
-        for method in dict.fromkeys([baseline, *config["methods"]]):
-            mine = [row for row in rows if row["length"] == length and row["method"] == method]
-            found = {
-                name: median(row[name] for row in mine)
-                for name in ("prefill_seconds", "decode_tokens_per_second")
-            }
-            base = base or found
-            overall.append(
-                {
-                    "method": method,
-                    "length": length,
-                    "repeats": len(mine),
-                    **found,
-                    "prefill_speedup": base["prefill_seconds"] / found["prefill_seconds"],
-                    "decode_speedup": found["decode_tokens_per_second"] / base["decode_tokens_per_second"],
-                    **{name: mine[0].get(name) for name in ("prefill_density", "decode_density", "score")},
-                    **{name: _highest([row.get(name) for row in mine]) for name in _HIGHEST},
-                }
-            )
+    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["length"], row["method"]), []).append(row)
+    overall = [
+        {
+            "method": method,
+            "length": length,
+            **_cell(cells[length, method], cells.get((length, baseline), [])),
+        }
+        for length in sorted(config["lengths"])
+        for method in dict.fromkeys([baseline, *config["methods"]])
+        if (length, method) in cells
+    ]
     named = ("suite", "model", "dtype", "versions", "baseline", "new_tokens", "batch_size", "ranks")
-    return {**{name: config.get(name) for name in named}, "complete": True, "overall": overall}
+    sessions = len({row.get("session") for row in rows})
+    return {**{name: config.get(name) for name in named}, "sessions": sessions, "overall": overall}
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "repeats": len(rows),
+        **{name: median(row[name] for row in rows) for name in (_PREFILL, _DECODE)},
+        "prefill_speedup": _ratio(baseline, rows, _PREFILL),
+        "decode_speedup": _ratio(rows, baseline, _DECODE),
+        **{name: rows[0].get(name) for name in ("prefill_density", "decode_density", "score")},
+        **{name: _highest([row.get(name) for row in rows]) for name in _HIGHEST},
+    }
+
+
+def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The ratio of medians, within each session; over the sessions the median, each weighed by its rows."""
+    ratios = []
+    for session in {row.get("session") for row in (*above, *below)}:
+        values = [[row[name] for row in rows if row.get("session") == session] for rows in (above, below)]
+        if all(values):
+            ratios += [median(values[0]) / median(values[1])] * min(map(len, values))
+    return median(ratios) if ratios else None
 
 
 def speed_table(data: Mapping[str, Any]) -> str:
@@ -216,12 +315,13 @@ def _caption(data: Mapping[str, Any]) -> str:
         *(["found: right answers"] if _scored(data) else []),
         f"memory: {'the process' if alone else 'a rank'} at its peak, weights included",
         *([] if alone else ["sent: what a rank sends in prefill / per token"]),
+        *([] if data["sessions"] == 1 else [f"measured in {data['sessions']} sessions, × within each"]),
     ]
-    return f"{'; '.join(parts)}."
+    return " ".join([f"{'; '.join(parts)}.", *unfinished_note(data)])
 
 
 def _scored(data: Mapping[str, Any]) -> bool:
-    return data["overall"][0].get("score") is not None
+    return any(row.get("score") is not None for row in data["overall"])
 
 
 def _head(data: Mapping[str, Any]) -> list[str]:
@@ -237,13 +337,13 @@ def _cells(data: Mapping[str, Any]) -> list[list[str]]:
         cells = [
             row["method"],
             str(row["length"]),
-            f"{row['prefill_seconds']:.2f}",
-            f"{row['prefill_speedup']:.2f}",
-            f"{row['decode_tokens_per_second']:.1f}",
-            f"{row['decode_speedup']:.2f}",
+            number(row["prefill_seconds"], 2),
+            number(row["prefill_speedup"], 2),
+            number(row["decode_tokens_per_second"], 1),
+            number(row["decode_speedup"], 2),
             "–" if row["decode_density"] is None else share_read(row).removesuffix(" %"),
         ]
-        cells += [f"{100 * row['score']:.0f} %"] if _scored(data) else []
+        cells += [percent(row["score"], 0, " %")] if _scored(data) else []
         cells.append(_size(row["peak_memory_bytes"]))
         if data["ranks"] > 1:
             sent = (row["prefill_sent_bytes"], row["decode_sent_bytes_per_token"])

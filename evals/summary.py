@@ -72,8 +72,12 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
             reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
         totals.append({"method": method, **_overall(method, index, tasks, lengths)})
     sessions = config.get("sessions", [])
+    suite = config.get("suite") or (rows[0]["suite"] if rows else None)
+    if suite == "ppl":
+        for line in (*overall, *totals):
+            line["perplexity"] = exp(line.get("nll"))
     return {
-        "suite": config.get("suite") or (rows[0]["suite"] if rows else None),
+        "suite": suite,
         "model": config.get("model"),
         "dtype": config.get("dtype"),
         "versions": config.get("versions"),
@@ -174,6 +178,14 @@ def _ordered(tasks: Iterable[str]) -> list[str]:
 def _mean(values: Iterable[float | None]) -> float | None:
     kept = [value for value in values if value is not None and math.isfinite(value)]
     return sum(kept) / len(kept) if kept else None
+
+
+def exp(nll: float | None) -> float | None:
+    """The perplexity of a mean NLL; infinite beyond what a float holds."""
+    try:
+        return None if nll is None else math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def _interval(

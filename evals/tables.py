@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .summary import BASELINE, GROUPS
+from .summary import BASELINE, GROUPS, exp
 
 
 def ruler_table(data: Mapping[str, Any]) -> str:
@@ -118,11 +117,13 @@ def needle_table(data: Mapping[str, Any]) -> str:
 
 
 def perplexity_table(data: Mapping[str, Any]) -> str:
-    """Markdown, rows = methods: perplexity divided by dense's, the NLL difference behind it, keys read."""
+    """Markdown, rows = methods: perplexity, alone and divided by dense's on the same windows, the NLL
+    difference behind that, keys read."""
     head = [
         "method",
         "windows",
-        "perplexity / dense",
+        "perplexity",
+        "÷ dense's",
         "ΔNLL (95 %)",
         "read",
         "prefill s/sample",
@@ -132,7 +133,8 @@ def perplexity_table(data: Mapping[str, Any]) -> str:
     for row in data["methods"]:
         n, _, *rest = row_cells(row)
         found = row["nll_diff"]
-        body.append([f"`{row['method']}`", n, number(found and math.exp(found["mean"]), 4), *rest])
+        ratio = number(exp(found and found["mean"]), 4)
+        body.append([f"`{row['method']}`", n, number(row["perplexity"], 2), ratio, *rest])
     return markdown(head, body)
 
 

@@ -104,7 +104,8 @@ TABLE = [
     (f"{RULER} --lengths 9000", 2, "9000 tokens, but tiny has 2048 positions ... --rope yarn:5"),
     (f"{RULER} --lengths 1M", 2, "1048576 tokens, but tiny has 2048 positions"),
     (f"{RULER} --lengths 64 --tasks niah_single_1", 2, "64 ... length"),
-    (f"{PPL} --context 9000", 2, "tiny has 2048 positions"),
+    (f"{PPL} --lengths 9000", 2, "tiny has 2048 positions"),
+    (f"{PPL} --context 9000", 2, "--context is not an option of this command; give --lengths"),
     (f"{SPEED} --lengths 9K", 2, "tiny has 2048 positions"),
     (f"{SPEED} --new-tokens none", 2, f"--new-tokens {NUMBER} 'none'"),
     # --- other options

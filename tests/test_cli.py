@@ -290,21 +290,9 @@ def test_eval_ppl_and_speed(farspan_command, tiny_folder, tmp_path):
     text = tmp_path / "prose.txt"
     text.write_text("It rained in the morning and the river rose. " * 400)
     base = ["--model", str(tiny_folder), "--text", str(text), "--methods", "dense; window:w=32"]
-    ppl = [
-        "eval",
-        "ppl",
-        *base,
-        "--context",
-        "128",
-        "--tokens",
-        "16",
-        "--windows",
-        "2",
-        "--out",
-        str(tmp_path / "ppl"),
-    ]
-    code, table, err = farspan_command(*ppl)
-    assert code == 0 and "window:w=32" in table, err
+    ppl = ["eval", "ppl", *base, "--lengths", "144", "--new-tokens", "16", "--samples", "2"]
+    code, table, err = farspan_command(*ppl, "--out", str(tmp_path / "ppl"))
+    assert code == 0 and "window:w=32" in table and "perplexity" in table, err
     speed = ["eval", "speed", *base, "--lengths", "128", "--new-tokens", "32", "--repeats", "1"]
     code, table, err = farspan_command(*speed, "--out", str(tmp_path / "speed"))
     assert code == 0 and "unpatched" in table and max(map(len, table.splitlines())) <= 80, err

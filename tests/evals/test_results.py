@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from farspan import FarspanError
-from farspan.evals.results import Results, ResultsError, read
+from farspan.evals.results import ROW, Results, ResultsError, read
+from farspan.evals.run import ANSWER
+from farspan.evals.settings import versions
+from farspan.evals.shape import MAYBE_NUMBER, NUMBER
 
 CONFIG = {"suite": "ruler", "seed": 1, "methods": ["dense"], "lengths": [64], "samples": 2}
+FOLDERS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def row(index: int, method: str = "dense") -> dict:
@@ -43,30 +49,174 @@ def test_a_torn_last_line_is_dropped_and_written_over(tmp_path: Path, cut: int) 
         results.append([row(0), row(1)])
     path = tmp_path / "samples.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    with Results(tmp_path, CONFIG) as results:
+    with pytest.warns(UserWarning, match=r"The last line of .*samples\.jsonl is not whole"):
+        results = Results(tmp_path, CONFIG)
+    with results:
         assert results.rows == [row(0)]
         results.append([row(1)])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [row(0), row(1)]
 
 
-def test_zeros_at_the_end_are_a_torn_line_too(tmp_path: Path) -> None:
-    # what some file systems leave after a power cut: the length grew, the bytes did not arrive
+@pytest.mark.parametrize("tail", [b"\0" * 40, b'{"key": "ruler/vt/64/1", "met\xff\n', b"[" * 100_000])
+def test_what_a_power_cut_leaves_at_the_end_is_a_torn_line_too(tmp_path: Path, tail: bytes) -> None:
+    # Zeros are what some file systems leave: the length grew, the bytes did not arrive.
     with Results(tmp_path, CONFIG) as results:
         results.append([row(0)])
     with (tmp_path / "samples.jsonl").open("ab") as file:
-        file.write(b"\0" * 40)
-    with Results(tmp_path, CONFIG) as results:
+        file.write(tail)
+    with (
+        pytest.warns(UserWarning, match="is dropped and computed again"),
+        Results(tmp_path, CONFIG) as results,
+    ):
         assert results.rows == [row(0)]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    with Results(tmp_path, CONFIG) as results:
-        results.append([row(0), row(1)])
-    path = tmp_path / "samples.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[0] + '{"key": "ru\n' + lines[1])
-    with pytest.raises(ResultsError, match="line 2 of"):
+def damaged(**changes: Any) -> str:
+    line = {**row(0), "length": 64, "nll": 0.5, "density": {"prefill": 1.0}} | changes
+    return json.dumps({name: value for name, value in line.items() if value is not ...})
+
+
+SHAPE = {**ROW, "length": int, "nll": MAYBE_NUMBER, "density": {"prefill": NUMBER}}
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"key": "ru', "it is not JSON"),
+        ("\0\0\0\0", "it is not JSON"),
+        ("null", "it is not JSON"),
+        ("[1, 2]", "it is [1, 2]"),
+        (damaged(key=7), "key is 7"),
+        (damaged(method=...), "method is null"),
+        (damaged(recipe=[1]), "recipe is [1]"),
+        (damaged(length="64"), 'length is "64"'),
+        (damaged(length=True), "length is true"),
+        (damaged(nll="low"), 'nll is "low"'),
+        (damaged(density=1.0), "density is 1.0"),
+        (damaged(density={}), "prefill is null"),
+    ],
+)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str, says: str) -> None:
+    with Results(tmp_path, CONFIG, row=SHAPE):
+        (tmp_path / "samples.jsonl").write_text(f"{damaged()}\n{line}\n{damaged()}\n")
+    with pytest.raises(ResultsError) as caught:
+        Results(tmp_path, CONFIG, row=SHAPE)
+    assert f"line 2 of {tmp_path / 'samples.jsonl'} is damaged ({says})" in one_sentence(caught.value)
+    (tmp_path / "samples.jsonl").write_text(f"{damaged()}\n{damaged(nll=None)}\n")
+    Results(tmp_path, CONFIG, row=SHAPE).close()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"methods": "dense"}, 'methods is "dense"'),
+        ({"methods": [["dense"]]}, 'methods is ["dense"]'),
+        ({"sessions": {}}, "sessions is {}"),
+        ({"sessions": [1]}, "sessions is 1"),
+        ({"recipes": ["a"]}, 'recipes is ["a"]'),
+        ({"planned": {"dense": 3}}, "dense is 3"),
+        ({"lengths": [None]}, "lengths is null"),
+        ({"identity": "ab"}, 'identity is "ab"'),
+        ({"format": "one"}, 'format is "one"'),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path: Path, change: dict, says: str) -> None:
+    Results(tmp_path, CONFIG).close()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ResultsError) as caught:
         Results(tmp_path, CONFIG)
+    assert f"{path} is damaged ({says})" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe{}", b"[]", b'"x"', b"\0" * 9, b"[" * 100_000])
+def test_a_config_that_is_no_config_is_named(tmp_path: Path, text: bytes) -> None:
+    Results(tmp_path, CONFIG).close()
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ResultsError) as caught:
+        Results(tmp_path, CONFIG)
+    assert "config.json is not the config of a farspan evaluation" in one_sentence(caught.value)
+
+
+def planned(out: Path, keys: dict[str, list[str]], rows: list[dict] = [], **changes: Any) -> list[str]:  # noqa: B006
+    """A session that is asked for `keys` and finishes `rows`: the methods that it leaves unfinished."""
+    with Results(out, CONFIG | {"methods": list(keys)} | changes) as results:
+        results.plan(keys)
+        results.append(rows)
+        return results.unfinished()
+
+
+def keys(count: int) -> list[str]:
+    return [row(i)["key"] for i in range(count)]
+
+
+def test_a_folder_is_unfinished_until_every_session_is(tmp_path: Path) -> None:
+    both = {"dense": keys(2), "quest": keys(2)}
+    assert planned(tmp_path, both, [row(0), row(1), row(0, "quest")]) == ["quest"]  # stopped
+    assert planned(tmp_path, {"window": keys(3)}, [row(i, "window") for i in range(3)]) == ["quest"]
+    assert planned(tmp_path, {"dense": keys(3)}, samples=3) == ["dense", "quest"]  # stopped
+    assert planned(tmp_path, both) == ["dense", "quest"], "fewer samples do not take back what was asked for"
+    assert planned(tmp_path, both, [row(1, "quest")]) == ["dense"]
+    assert planned(tmp_path, {"dense": keys(3)}, [row(2)]) == []
+    assert read(tmp_path)[0]["samples"] == 3
+
+
+def test_a_session_that_was_stopped_before_its_plan_has_asked_for_nothing(tmp_path: Path) -> None:
+    assert planned(tmp_path, {"dense": keys(1)}, [row(0)]) == []
+    more = {"methods": ["dense", "quest"], "samples": 9, "lengths": [64, 128]}
+    Results(tmp_path, CONFIG | more).close()
+    assert planned(tmp_path, {"dense": keys(1)}) == []
+    config = read(tmp_path)[0]
+    assert (config["methods"], config["samples"], config["lengths"]) == (["dense"], 2, [64])
+    assert len(config["sessions"]) == 3
+
+
+IDENTITY = {"config": "c0", "weights": "w0", "tokenizer": "t0", "chat_template": None}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"weights": "w1"}, """the model's weights "w0" there, "w1" here"""),
+        ({"config": "c1"}, """the model's config "c0" there, "c1" here"""),
+        ({"chat_template": "x"}, """the model's chat_template null there, "x" here"""),
+    ],
+)
+def test_another_model_of_the_same_name_is_refused(tmp_path: Path, change: dict, says: str) -> None:
+    named = CONFIG | {"model": "chat", "rope": None}
+    Results(tmp_path, named | {"identity": IDENTITY}).close()
+    with pytest.raises(ResultsError) as caught:
+        Results(tmp_path, named | {"identity": IDENTITY | change})
+    assert f"({says})" in one_sentence(caught.value)
+    Results(tmp_path, named | {"identity": IDENTITY, "model": "/other", "rope": "yarn:2"}).close()
+
+
+def test_a_folder_without_an_identity_is_known_by_name_and_gets_one(tmp_path: Path) -> None:
+    Results(tmp_path, CONFIG | {"model": "models/chat"}).close()
+    with pytest.raises(ResultsError, match='model "models/chat" there, "chat" here'):
+        Results(tmp_path, CONFIG | {"model": "chat", "identity": IDENTITY})
+    Results(tmp_path, CONFIG | {"model": "./models//chat/", "identity": IDENTITY}).close()
+    with pytest.raises(ResultsError, match="the model's weights"):
+        Results(tmp_path, CONFIG | {"model": "models/chat", "identity": IDENTITY | {"weights": "w1"}})
+    assert read(tmp_path)[0]["identity"] == IDENTITY
+
+
+@pytest.mark.parametrize("name, complete", [("ruler_prefill", True), ("ruler", False)])
+def test_folders_of_earlier_versions_resume(tmp_path: Path, name: str, complete: bool) -> None:
+    """The committed folders: no identity, nothing planned."""
+    for file in ("config.json", "samples.jsonl", "summary.json"):
+        shutil.copy(FOLDERS / name / file, tmp_path)
+    config, rows = read(tmp_path)
+    config["versions"] = versions()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = {name: value for name, value in config.items() if name not in ("sessions", "format", "versions")}
+    with Results(tmp_path, wanted | {"identity": IDENTITY, "methods": ["dense"]}, row=ANSWER) as results:
+        assert results.rows == rows
+        results.plan({"dense": [row["key"] for row in rows if row["method"] == "dense"]})
+        assert results.done(rows[0]["key"], rows[0]["method"], rows[0]["recipe"])
+        assert results.unfinished() == ([] if complete else config["methods"][1:])
+    found = read(tmp_path)[0]
+    assert found["identity"] == IDENTITY and found["methods"] == config["methods"]
 
 
 @pytest.mark.parametrize("name, value", [("seed", 2), ("suite", "needle"), ("model", "other")])
@@ -91,12 +241,14 @@ def test_other_versions_are_refused(tmp_path: Path) -> None:
 
 
 def test_methods_and_sizes_may_be_added(tmp_path: Path) -> None:
-    Results(tmp_path, CONFIG | {"recipes": {}}).close()
+    with Results(tmp_path, CONFIG | {"recipes": {}}) as results:
+        results.plan({"dense": []})
     more = {"methods": ["quest:k=4"], "lengths": [128, 64], "samples": 1, "recipes": {"quest:k=4": "ab"}}
     with Results(tmp_path, CONFIG | more) as results:
         assert results.config["methods"] == ["dense", "quest:k=4"]
         assert results.config["lengths"] == [64, 128]
         assert results.config["samples"] == 2
+        results.plan({"quest:k=4": []})
     with pytest.raises(ResultsError, match="recipe of quest"):
         Results(tmp_path, CONFIG | {"recipes": {"quest:k=4": "cd"}})
 

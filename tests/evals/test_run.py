@@ -230,6 +230,72 @@ def test_ctrl_c_leaves_a_summary_of_what_is_done(
     assert evaluate(model, tmp_path, methods=["dense", RECYCLED]).data["complete"]
 
 
+def test_a_session_for_other_methods_does_not_complete_a_folder(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = forward.greedy, [0]
+
+    def greedy(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(forward, "greedy", greedy)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tmp_path, methods=["dense", RECYCLED], batch_size=4)
+    monkeypatch.undo()
+    quest = tiny.METHODS[2]
+    for methods in (["dense"], [quest]):
+        found = evaluate(model, tmp_path, methods=methods)
+        assert not found.complete and found.data["unfinished"] == [RECYCLED]
+        assert json.loads((tmp_path / "summary.json").read_text())["complete"] is False
+        assert f"to resume (unfinished: {RECYCLED})." in (tmp_path / "ruler.md").read_text()
+    assert evaluate(model, tmp_path, methods=[RECYCLED]).complete
+    assert json.loads((tmp_path / "summary.json").read_text())["complete"] is True
+    assert "to resume" not in (tmp_path / "ruler.md").read_text()
+
+
+def test_ctrl_c_while_prompts_are_drawn_asks_for_nothing(model: Any, tmp_path: Path) -> None:
+    evaluate(model, tmp_path, methods=["dense"])
+    before = {name: (tmp_path / name).read_bytes() for name in ("samples.jsonl", "summary.json", "ruler.md")}
+
+    def drawn() -> Any:
+        yield tiny.sample("vt", 0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tmp_path, methods=tiny.METHODS, samples=drawn(), config=CONFIG | {"samples": 9})
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    config = read(tmp_path)[0]
+    assert (config["methods"], config["samples"], len(config["sessions"])) == (["dense"], 4, 2)
+    assert evaluate(model, tmp_path, methods=["dense"]).complete
+
+
+def test_damaged_rows_and_configs_are_one_sentence(model: Any, tmp_path: Path) -> None:
+    evaluate(model, tmp_path, methods=["dense"], samples=tiny.samples(1))
+    path, config = tmp_path / "samples.jsonl", tmp_path / "config.json"
+    [first, last], settings = path.read_text().splitlines(), config.read_text()
+    for name, value, says in (
+        ("score", "high", 'score is "high"'),
+        ("density", None, "density is null"),
+        ("seconds", {"prefill": 1.0}, "decode is null"),
+        ("extra", {"depth": "deep"}, 'depth is "deep"'),
+        ("steps", 1.5, "steps is 1.5"),
+        ("fallbacks", 3, "fallbacks is 3"),
+    ):
+        path.write_text(f"{json.dumps(json.loads(first) | {name: value})}\n{last}\n")
+        with pytest.raises(ResultsError) as caught:
+            evaluate(model, tmp_path, methods=["dense"], samples=tiny.samples(1))
+        assert f"line 1 of {path} is damaged ({says}); delete that line" in str(caught.value)
+    path.write_text(f"{last}\n")  # the line deleted, as told
+    assert evaluate(model, tmp_path, methods=["dense"], samples=tiny.samples(1)).complete
+    assert comparable(read(tmp_path)[1]) == comparable([json.loads(first), json.loads(last)])
+    config.write_text(settings[: len(settings) // 2])
+    with pytest.raises(ResultsError, match="is not the config of a farspan evaluation"):
+        evaluate(model, tmp_path, methods=["dense"], samples=tiny.samples(1))
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_resumes_to_the_same_rows(model: Any, tmp_path: Path, how: signal.Signals) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

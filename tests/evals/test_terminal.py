@@ -84,7 +84,8 @@ def test_speeds(ranks: int) -> None:
         }
         for i, name in enumerate(NAMES)
     ]
-    data = {"model": "some-model", "baseline": "dense", "ranks": ranks, "overall": overall}
+    data = {"model": "some-model", "baseline": "dense", "ranks": ranks, "sessions": 1}
+    data |= {"overall": overall}
     numbers = ["1048576", "100 / 12.3", "100 %", *(["456 MB / 78.9 kB"] if ranks > 1 else [])]
     for i in range(4):
         numbers += [

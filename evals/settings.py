@@ -1,0 +1,111 @@
+"""The settings of an evaluation: which of them two sessions in one folder must share, and which may grow."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from types import NoneType
+from typing import Any
+
+from .shape import Shape
+
+GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repeats")
+"""Settings that may grow from session to session: they add rows and change the meaning of none already
+written."""
+LABELS = ("model", "rope")
+"""Settings that only name what `identity` knows by content: compared where a folder has no identity yet."""
+APART = (*GROWING, *LABELS, "identity", "sessions", "planned")
+VERSIONED = ("farspan", "torch", "transformers")
+
+CONFIG: Shape = {
+    "format": int,
+    "suite": (str, NoneType),
+    "model": (str, NoneType),
+    "dtype": (str, NoneType),
+    "identity": (dict, NoneType),
+    "sessions": [dict],
+    "methods": [str],
+    "recipes": {str: str},
+    "lengths": [int],
+    "planned": {str: {str: int}},
+}
+"""What readers of a folder's config.json rely on."""
+EMPTY: dict[str, Any] = {"sessions": [], "methods": [], "recipes": {}, "lengths": [], "planned": {}}
+"""The fields of `CONFIG` that a config.json may lack, with what stands for them."""
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What keeps two sessions apart, each as `name THERE there, HERE here`."""
+    known = found.get("identity"), wanted.get("identity")
+    pairs = {
+        name: (found.get(name), wanted.get(name))
+        for name in sorted({*found, *wanted} - {*APART})
+        if found.get(name) != wanted.get(name)
+    }
+    if known[0] and known[1]:
+        both = sorted({*known[0], *known[1]})
+        pairs |= {f"the model's {name}": (known[0].get(name), known[1].get(name)) for name in both}
+    else:
+        pairs |= {name: (_named(found.get(name)), _named(wanted.get(name))) for name in LABELS}
+    old, new = found.get("recipes", {}), wanted.get("recipes", {})
+    pairs |= {f"recipe of {spec}": (old.get(spec, new[spec]), new[spec]) for spec in new}
+    return [f"{name} {_short(a)} there, {_short(b)} here" for name, (a, b) in pairs.items() if a != b]
+
+
+def grown(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with the growing settings of both: lists and objects united, the larger of two numbers."""
+    united = dict(found)
+    for name in GROWING:
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, list) and isinstance(new, list):
+            united[name] = old + [item for item in new if item not in old]
+        elif isinstance(old, dict) and isinstance(new, dict):
+            united[name] = old | new
+        elif isinstance(old, int) and isinstance(new, int):
+            united[name] = max(old, new)
+        elif new is not None:
+            united[name] = new
+    return united
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the numbers; a folder is not continued under others."""
+    out = {}
+    for name in VERSIONED:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """The machine of this session: what seconds depend on."""
+    import torch
+
+    from ..runtime.machine import cpu_name
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _named(value: Any) -> Any:
+    """A label without the spellings of a path: `chat/` and `./chat` are `chat`."""
+    return os.path.normpath(value) if isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

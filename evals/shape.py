@@ -1,0 +1,39 @@
+"""Whether JSON that was read from a file has the shape that its readers rely on."""
+
+from __future__ import annotations
+
+import json
+from types import NoneType
+from typing import Any
+
+Shape = type | tuple[type, ...] | list[Any] | dict[Any, Any]
+"""A type, or several; `[shape]`: a list of such items; `{name: shape}`: an object with these fields, others
+ignored, where a missing field counts as null; `{str: shape}`: an object whose values are all such."""
+
+NUMBER = (int, float)
+MAYBE_NUMBER = (int, float, NoneType)
+
+
+def misfit(value: Any, shape: Shape, name: str) -> str | None:
+    """What is wrong first, such as `score is "high"`; None where the value has the shape. A boolean is no
+    number."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is {_short(value)}"
+        if str in shape:
+            parts = [(str(field), item, shape[str]) for field, item in value.items()]
+        else:
+            parts = [(field, value.get(field), expected) for field, expected in shape.items()]
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is {_short(value)}"
+        parts = [(name, item, shape[0]) for item in value]
+    else:
+        fits = isinstance(value, shape) and not isinstance(value, bool)
+        return None if fits else f"{name} is {_short(value)}"
+    return next((found for part in parts if (found := misfit(part[1], part[2], part[0]))), None)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
