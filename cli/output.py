@@ -82,6 +82,11 @@ def show(renderable: Any) -> None:
     Console().print(renderable)
 
 
+def show_text(text: str) -> None:
+    """Print `text` on stdout as it is."""
+    print(text, flush=True)
+
+
 def show_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -68,7 +68,7 @@ def perplexity(
             "windows": windows,
             "per_call": per_call,
         }
-        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+        pad = forward.pad_token(model, tokenizer)
         automatic = isinstance(batch_size, str)
         size = batch_rows(model, context + tokens, windows, job) if automatic else int(batch_size)
         with (

@@ -83,7 +83,7 @@ def run(
             "methods": specs,
             "recipes": recipes(specs, recipe),
         }
-        session = {"batch_size": batch_size, "device": str(model.device)}
+        session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
         with open_results(job, out, settings, session=session) as results, evaluating(model):
             try:
                 work = []
@@ -162,7 +162,7 @@ def evaluate(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
     eos = forward.end_tokens(model, tokenizer)
-    pad = forward.pad_token(tokenizer, eos)
+    pad = forward.pad_token(model, tokenizer)
     prompts = [encode(tokenizer, sample) for sample in samples]
     golds = [encode_gold(tokenizer, sample) for sample in samples]
     batch = forward.collate(prompts, pad, model.device)

@@ -64,7 +64,7 @@ def speed(
         )
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
-        pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+        pad = forward.pad_token(model, tokenizer)
         sizes = sorted(set(lengths))
         samples = {} if isinstance(text, str) else text
         if isinstance(text, str):
@@ -103,7 +103,7 @@ def speed(
                     patched.reset_report()
                 with forward.timed(model.device) as clock:
                     answers = forward.greedy(
-                        model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
+                        model, batch, started.take(), max_new_tokens=count, pad=pad, eos=()
                     )
                 sent.append(job.sent)
                 read = job.report(patched).summary if patched else {}
@@ -122,7 +122,8 @@ def speed(
             }
 
         everyone = list(dict.fromkeys([baseline, *specs]))
-        with open_results(job, out, settings) as results, evaluating(model):
+        session = forward.set_aside(model)
+        with open_results(job, out, settings, session=session) as results, evaluating(model):
             if results.rows:
                 raise FarspanError(
                     f"{out} holds a speed run already; times are measured in one run: give another --out."
