@@ -34,7 +34,7 @@ _KEPT = _TOKENS | {
     "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
-    "watermarking_config", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens", "max_matching_ngram_size",
 }  # fmt: skip
 
 _OWN_STORE = "farspan stores keys and values itself"
@@ -151,7 +151,8 @@ def answer_by(model: Any, config: GenerationConfig, ids: Any, tokenizer: Any, st
         kept = sorted(set(generation_settings(model)) & _KEPT)
         if not kept:
             raise
+        reason = " ".join(str(error).split()).rstrip(".")
         raise FarspanError(
             f"transformers cannot generate by the model's generation config, which sets {', '.join(kept)} "
-            f"({error}); correct its generation_config.json, or remove what is wrong there."
+            f"({reason}); correct its generation_config.json."
         ) from error

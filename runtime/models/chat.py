@@ -127,6 +127,6 @@ def _set_aside(*_: Any, **__: Any) -> NoReturn:
 def _unusable(error: Exception) -> FarspanError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return FarspanError(
-        f"The chat template of this model's tokenizer cannot be applied ({reason.rstrip('.')}); use --no-chat "
-        "to run the prompt without it, or correct the template."
+        f"The chat template of this model's tokenizer cannot be applied ({reason.rstrip('.')}); use "
+        "--no-chat to run the prompt without it, or correct the template."
     )

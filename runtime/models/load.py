@@ -108,8 +108,8 @@ def _load_tokenizer(target: Path | str) -> Any:
             raise
         raise FarspanError(
             f"Could not load a causal language model from {target}: its tokenizer cannot be read "
-            f"({sentence_of(error)}). Save the model's tokenizer there (tokenizer.save_pretrained), or copy its "
-            "files, such as tokenizer.json."
+            f"({sentence_of(error)}). Save the model's tokenizer there (tokenizer.save_pretrained), or copy "
+            "its files, such as tokenizer.json."
         ) from error
 
 

@@ -86,8 +86,8 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
     if unfit:
         more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
         raise FarspanError(
-            f"The config of {name} does not fit its weights: {unfit[0]}{more}. Take config.json and weights from "
-            "the same model."
+            f"The config of {name} does not fit its weights: {unfit[0]}{more}. Take config.json and weights "
+            "from the same model."
         )
 
 

@@ -22,8 +22,8 @@ BROKEN = {
 
 
 class Tekken:
-    """A tokenizer as Mistral's own are: no `chat_template`, a chat format all the same, and special tokens that
-    no text becomes."""
+    """A tokenizer as Mistral's own are: a chat format without a `chat_template`, and special tokens that no
+    text becomes."""
 
     chat_template = None
     eos_token_id = 2

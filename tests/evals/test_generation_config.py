@@ -113,17 +113,6 @@ def test_f19_the_prompt_is_read_once(model: Any) -> None:
         model.config.use_cache = True
 
 
-@pytest.mark.parametrize("name", ["return_dict", "output_hidden_states"])
-def test_settings_of_the_models_config_change_no_answer(expected: list[list[int]], name: str) -> None:
-    model = tiny.tiny_model()
-    setattr(model.config, name, name != "return_dict")
-    batch = forward.collate(PROMPTS, 0, model.device)
-    golds = [answer[:4] for answer in expected]
-    likely = forward.teacher_forced(model, batch, forward.prefill(model, batch), golds, pad=0)
-    assert [len(row) for row in likely] == [4, 4]
-    assert greedy(model, {}) == expected
-
-
 def test_f19_a_wrapped_model_generates_by_the_same_config(expected: list[list[int]]) -> None:
     """PEFT hands the wrapper's generation config on to the model inside, and leaves it there."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)  # adds nothing: B is 0
