@@ -173,37 +173,37 @@ def generate(
     ranks = options.spread_over(parallel)
     text = _prompt_text(prompt, prompt_file, ranks)
     options.one_method(method)  # a misspelt method ends here, before the model is loaded
-    from ..runtime.models import check_length, encode_prompt, text_streamer
+    from ..runtime.models import check_length, encode_prompt, positions, text_streamer
 
     causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device, parallel=ranks)
     ids = encode_prompt(tokenizer, text, chat=chat).to(causal_lm.device)
     length = ids.shape[1]
     check_length(causal_lm, length, strict=not beyond_positions)
-    if not beyond_positions:
-        check_length(causal_lm, length + max_new_tokens, what="The prompt with its answer", strict=False)
+    if length <= (positions(causal_lm) or length):
+        both = f"The prompt with its answer (--max-new-tokens {max_new_tokens})"
+        check_length(causal_lm, length + max_new_tokens, what=both, strict=False)
 
     import torch
 
     from ..evals.ranks import Job
+    from ..runtime.hf import answer_by, kept_config, streams
     from ..runtime.patch import patch
 
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    decided: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature:
-        sampling |= {"temperature": temperature, "top_p": top_p}
+        decided |= {"temperature": temperature, "top_p": top_p}
+    config, set_aside = kept_config(causal_lm, **decided)
+    if set_aside:
+        output.note(f"Set aside of the model's generation config: {', '.join(set_aside)}.")
     how: dict[str, Any] = {"recipe": recipe, "prefill_chunk": prefill_chunk, "crossover": crossover}
     with Job(causal_lm, ranks) as job, patch(causal_lm, method, parallel=job.mesh, **how) as patched:
-        streamer = None if json else text_streamer(tokenizer)
+        streamer = text_streamer(tokenizer) if streams(config) and not json else None
         started = time.perf_counter()
-        answer = causal_lm.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            **sampling,
-        )[0, length:]
+        answer = answer_by(causal_lm, config, ids, tokenizer, streamer)
         seconds = time.perf_counter() - started
         report = job.report(patched)
+    written = tokenizer.decode(answer, skip_special_tokens=True)
     if json:
         return output.show_json(
             {
@@ -213,10 +213,13 @@ def generate(
                 "prompt_tokens": length,
                 "new_tokens": len(answer),
                 "seconds": seconds,
-                "text": tokenizer.decode(answer, skip_special_tokens=True),
+                "text": written,
+                "set_aside": set_aside,
                 "report": report.to_dict(),
             }
         )
+    if streamer is None:
+        output.show_text(written)
     over = f" over {job.size} ranks" if job.size > 1 else ""
     output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
     output.note(report.text(output.width()))

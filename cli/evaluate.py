@@ -55,6 +55,10 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
+]
 BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
 
 
@@ -80,6 +84,7 @@ def ruler(
     text: Text = None,
     recipe: options.Recipe = None,
     batch_size: BatchSize = "auto",
+    chat: Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -98,6 +103,7 @@ def ruler(
     for name in names:  # bad input ends here; the samples themselves are drawn later
         make_samples(None, name, max(sizes), samples, seed, haystack=prose)
     causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
+    tokenizer, chosen = _choose_chat(tokenizer, chat)
     for name in names:  # a length too short for a task ends here, before the output folder is begun
         next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
 
@@ -107,7 +113,7 @@ def ruler(
                 yield from make_samples(tokenizer, name, size, samples, seed, haystack=prose)
 
     config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": samples, "seed": seed}
-    config |= {"haystack": _text_name(text), "rope": rope}
+    config |= {"haystack": _text_name(text), "rope": rope, **chosen}
     _run(
         causal_lm,
         tokenizer,
@@ -135,6 +141,7 @@ def needle(
     text: Text = None,
     recipe: options.Recipe = None,
     batch_size: BatchSize = "auto",
+    chat: Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -152,6 +159,7 @@ def needle(
     for place in places:  # bad input ends here; the samples themselves are drawn later
         make_samples(None, max(sizes), place, samples, seed, prose)
     causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
+    tokenizer, chosen = _choose_chat(tokenizer, chat)
     next(make_samples(tokenizer, min(sizes), places[0], 1, seed, prose))  # a length too short ends here
 
     def draw() -> Iterator[Any]:
@@ -160,7 +168,7 @@ def needle(
                 yield from make_samples(tokenizer, size, place, samples, seed, prose)
 
     config = {"suite": "needle", "lengths": sizes, "depths": places, "samples": samples, "seed": seed}
-    config |= {"haystack": _text_name(text), "rope": rope}
+    config |= {"haystack": _text_name(text), "rope": rope, **chosen}
     _run(
         causal_lm,
         tokenizer,
@@ -242,6 +250,7 @@ def speed(
     out: Out = None,
     text: Text = None,
     recipe: options.Recipe = None,
+    chat: Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -267,7 +276,9 @@ def speed(
     causal_lm, tokenizer = _load(model, longest, rope=rope, dtype=dtype, device=device, parallel=ranks)
     from ..evals import speed as measure
 
+    chosen = {}
     if needle:
+        tokenizer, chosen = _choose_chat(tokenizer, chat)
         prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}
 
     with _resumable(json):
@@ -278,7 +289,7 @@ def speed(
             specs,
             _folder(out, "speed", model),
             model_name=model,
-            config={"text": _text_name(text), "rope": rope},
+            config={"text": _text_name(text), "rope": rope, **chosen},
             lengths=sizes,
             new_tokens=new_tokens,
             repeats=repeats,
@@ -370,6 +381,15 @@ def _load(name: str, longest: int, **how: Any) -> tuple[Any, Any]:
     model, tokenizer = options.load_model(name, **how)
     check_length(model, longest, what="The longest sample")
     return model, tokenizer
+
+
+def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer with or without its chat format, and what config.json says of that: only that a format
+    was set aside, so that a folder is the same whether the default was spelt out or not."""
+    from ..runtime.models import choose_chat
+
+    chosen = choose_chat(tokenizer, chat)
+    return chosen, {} if chosen is tokenizer else {"chat": False}
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:

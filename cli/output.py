@@ -109,6 +109,11 @@ def show(table: Table) -> None:
     print(table.text(width()), end="\n\n")
 
 
+def show_text(text: str) -> None:
+    """Print `text` on stdout as it is."""
+    print(text, flush=True)
+
+
 def show_json(value: Any) -> None:
     """Print `value` as JSON on stdout, with escapes where its encoding is not of Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")

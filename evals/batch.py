@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.hf import returned_cache, with_cache
+from ..runtime.hf import generate_by, generation_settings, greedy_config, returned_cache, with_cache
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>")
 """Tokens by which chat templates close an assistant's turn; some models do not name theirs as EOS."""
@@ -120,32 +120,23 @@ def greedy(
     max_new_tokens: int,
     pad: int,
     eos: Sequence[int],
-    exactly: bool = False,
 ) -> list[list[int]]:
     """Greedy continuations by a plain `model.generate`, each row up to and without its first end token.
 
-    cache: from `prefill`; it is used up. Sampling and penalties that a checkpoint's generation config may
-    carry are switched off. exactly: never stop early (for timing).
+    cache: from `prefill`; it is used up. eos: the end tokens; without any, every row has `max_new_tokens`
+    tokens. No setting of the model's generation config counts.
     """
-    output = model.generate(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        **with_cache(model, cache),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens if exactly else None,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        eos_token_id=list(eos) or None,
-    )
-    rows = output[:, batch.ids.shape[1] :].tolist()
-    return [
-        row if exactly else row[: next((i for i, t in enumerate(row) if t in eos), len(row))] for row in rows
-    ]
+    config = greedy_config(max_new_tokens=max_new_tokens, pad=pad, eos=eos)
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, **with_cache(model, cache)}
+    rows = generate_by(model, config, **inputs)[:, batch.ids.shape[1] :].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row))] for row in rows]
+
+
+def set_aside(model: Any) -> dict[str, Any]:
+    """What a folder's config.json says of a session: the settings of the model's generation config that
+    `greedy` does not follow; nothing where there are none."""
+    settings = generation_settings(model)
+    return {"generation_config_set_aside": settings} if settings else {}
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -163,10 +154,14 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in ids if token is not None})
 
 
-def pad_token(tokenizer: Any, eos: Sequence[int]) -> int:
-    """The id to pad with: the tokenizer's own, else an end token, else 0 (it is masked whatever it is)."""
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return int(pad) if pad is not None else (eos[0] if eos else 0)
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's own, else an end token, else 0 (it is masked whatever it is).
+
+    Ids that the model has no embedding for are passed over: padding is embedded like any token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    wanted = [getattr(tokenizer, "pad_token_id", None), *end_tokens(model, tokenizer)]
+    return next((int(token) for token in wanted if token is not None and 0 <= token < rows), 0)
 
 
 def _drain(device: torch.device) -> None:

@@ -164,7 +164,7 @@ def _work_through(
     advance(len(windows) * (len(specs) - len(waiting)), "")
     if not waiting:
         return
-    pad = forward.pad_token(tokenizer, forward.end_tokens(model, tokenizer))
+    pad = forward.pad_token(model, tokenizer)
     batch = forward.collate([w.ids[: -w.scored] for w in windows], pad, model.device)
     golds = [window.ids[-window.scored :] for window in windows]
 

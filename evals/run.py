@@ -100,7 +100,7 @@ def run(
     with Job(model, parallel) as job:
         specs = check_methods(model, methods, recipe, job)
         settings = {**config, **common_settings(model, tokenizer, model_name, specs, recipe)}
-        session = {"batch_size": batch_size, "device": str(model.device)}
+        session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
         with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
             work = []
             with meter(progress, None) as advance:
@@ -186,7 +186,7 @@ def evaluate(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
     eos = forward.end_tokens(model, tokenizer)
-    pad = forward.pad_token(tokenizer, eos)
+    pad = forward.pad_token(model, tokenizer)
     prompts = [encode(tokenizer, sample) for sample in samples]
     golds = [encode_gold(tokenizer, sample) for sample in samples]
     batch = forward.collate(prompts, pad, model.device)

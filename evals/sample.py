@@ -15,20 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..attention.errors import FarspanError
+from ..runtime.models import plain_ids, prompt_ids
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _MAX_STEPS = 200
-
-# Some chat templates (Llama 3.2, SmolLM3) write today's date into the prompt. Prompts must not change
-# overnight: put before such a template, this macro hides the clock and gives the day Llama's own template
-# falls back to. What follows `endmacro` keeps a newline that begins the template from being trimmed.
-_CLOCK = "strftime_now"
-_DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
-_STOPPED_CLOCK = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _DAY.items())
-    + " }}{%- endmacro %}{{ '' }}"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +74,13 @@ def string_match_all(answer: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in said for reference in references) / len(references)
 
 
-def prompt_text(tokenizer: Any, sample: Sample) -> str:
-    """The prompt: the user message, in the tokenizer's chat template if it has one, and the answer prefix."""
-    if not getattr(tokenizer, "chat_template", None):
-        return sample.user + sample.answer_prefix
-    template = tokenizer.chat_template
-    clocked = isinstance(template, str) and _CLOCK in template
-    header: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": sample.user}],
-        tokenize=False,
-        add_generation_prompt=True,
-        **({"chat_template": _STOPPED_CLOCK + template} if clocked else {}),
-    )
-    return header + sample.answer_prefix
-
-
 def encode(tokenizer: Any, sample: Sample) -> list[int]:
-    """Token ids of the prompt, [T], special tokens as the chat template or the tokenizer puts them."""
-    return _ids(tokenizer, prompt_text(tokenizer, sample))
+    """Token ids of the prompt, [T]: the user message, in the tokenizer's chat format if it has one, and the
+    answer prefix.
+
+    A template that writes today's date gets a fixed one: prompts must not change overnight.
+    """
+    return prompt_ids(tokenizer, sample.user, sample.answer_prefix, clock=False)
 
 
 def encode_gold(tokenizer: Any, sample: Sample) -> list[int]:
@@ -111,27 +90,11 @@ def encode_gold(tokenizer: Any, sample: Sample) -> list[int]:
     of a text than in the middle of one; where the last token of the prompt would merge with the answer, the
     answer is encoded alone.
     """
-    text = prompt_text(tokenizer, sample)
-    prompt, whole = _ids(tokenizer, text), _ids(tokenizer, text + sample.gold)
+    prompt = encode(tokenizer, sample)
+    whole = prompt_ids(tokenizer, sample.user, sample.answer_prefix + sample.gold, clock=False)
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
     return plain_ids(tokenizer, sample.gold)
-
-
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text alone, no special tokens added."""
-    # Not verbose: a size tried on the way may exceed the tokenizer's model_max_length, which is no cause for
-    # a warning.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        return plain_ids(tokenizer, text)  # the template has written its special tokens itself
-    ids = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
-    if len(ids) > 1 and ids[-1] == getattr(tokenizer, "eos_token_id", None):
-        ids.pop()  # a prompt is open at its end
-    return ids
 
 
 def rng_for(*parts: str | int | float) -> random.Random:

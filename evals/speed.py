@@ -110,7 +110,8 @@ def speed(
             "batch_size": batch_size,
             "ranks": job.size,
         }
-        with open_results(job, out, settings, row=TIMING) as results, evaluating(model):
+        session = forward.set_aside(model)
+        with open_results(job, out, settings, session=session, row=TIMING) as results, evaluating(model):
             keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
             plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
             try:
@@ -189,7 +190,7 @@ class Timer:
     def once(self, spec: str, prompts: Prompts, count: int) -> dict[str, Any]:
         """One prefill of the prompts and `count` tokens after them, under the method of `spec`."""
         model, job = self.model, self.job
-        pad = forward.pad_token(self.tokenizer, forward.end_tokens(model, self.tokenizer))
+        pad = forward.pad_token(model, self.tokenizer)
         batch = forward.collate(prompts.ids, pad, model.device)
         unpatched = spec == UNPATCHED
         with (
@@ -202,9 +203,7 @@ class Timer:
             if patched:
                 patched.reset_report()
             with forward.timed(model.device) as clock:
-                answers = forward.greedy(
-                    model, batch, started.take(), max_new_tokens=count, pad=pad, eos=(), exactly=True
-                )
+                answers = forward.greedy(model, batch, started.take(), max_new_tokens=count, pad=pad, eos=())
             sent.append(job.sent)
             read = job.report(patched).summary if patched else {}
         ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])

@@ -7,6 +7,12 @@ transformers stands in ``releases``.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
+from .generation import answer_by as answer_by
+from .generation import generate_by as generate_by
+from .generation import generation_settings as generation_settings
+from .generation import greedy_config as greedy_config
+from .generation import kept_config as kept_config
+from .generation import streams as streams
 from .install import install as install
 from .models import SLIDING as SLIDING
 from .models import ModelInfo as ModelInfo

@@ -7,10 +7,13 @@ is dequantised to bfloat16 safetensors in the user's cache folder; every later l
 
 from .aliases import ALIASES as ALIASES
 from .aliases import Alias as Alias
+from .chat import choose_chat as choose_chat
+from .chat import encode_prompt as encode_prompt
+from .chat import plain_ids as plain_ids
+from .chat import prompt_ids as prompt_ids
 from .fetch import cache_folder as cache_folder
 from .fetch import cached as cached
 from .load import check_length as check_length
-from .load import encode_prompt as encode_prompt
 from .load import load as load
 from .load import positions as positions
 from .load import resolve as resolve

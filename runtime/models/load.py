@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
@@ -14,7 +15,7 @@ from ...attention.ops.processor import bf16_is_slow
 from ..rope import stretch
 from .aliases import ALIASES
 from .fetch import cached, convert_once, fetch, is_converted
-from .sentences import errors_as_sentences, quiet
+from .sentences import check_weights, errors_as_sentences, quiet, sentence_of, unfit_weights_unreported
 
 logger = logging.getLogger("farspan")
 
@@ -68,7 +69,7 @@ def load(
     """
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(target)
         if rope is not None:
@@ -76,18 +77,40 @@ def load(
         if dtype == "auto" and device_map is None and _saved_as_bf16(config) and bf16_is_slow():
             dtype = "float32"
             logger.debug("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
-        # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
-        kind = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
-        tokenizer = kind.from_pretrained(target)
-        model = AutoModelForCausalLM.from_pretrained(
-            target, config=config, dtype=dtype, device_map=device_map
-        )
+        tokenizer = _load_tokenizer(target)
+        with unfit_weights_unreported():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                target,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused here, with their names
+            )
+        check_weights(str(name_or_path), found)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if (limit := positions(model)) is not None:
         tokenizer.model_max_length = limit
     return model.eval(), tokenizer
+
+
+def _load_tokenizer(target: Path | str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
+    kind: Any = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
+    try:
+        return kind.from_pretrained(target)
+    except Exception as error:
+        if not isinstance(target, Path):
+            raise
+        raise FarspanError(
+            f"Could not load a causal language model from {target}: its tokenizer cannot be read "
+            f"({sentence_of(error)}). Save the model's tokenizer there (tokenizer.save_pretrained), or copy "
+            "its files, such as tokenizer.json."
+        ) from error
 
 
 def _saved_as_bf16(config: Any) -> bool:
@@ -105,43 +128,41 @@ def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: b
     """Refuse (or, with strict=False, warn about) a text of `tokens` tokens that passes the model's positions.
 
     Raises:
-        FarspanError: strict, and `tokens` is more than `positions(model)`.
+        FarspanError: `tokens` is more than `positions(model)`, and strict or a model with a learned table of
+            positions, which has no row for more.
     """
     limit = positions(model)
     if limit is None or tokens <= limit:
         return
-    factor = -(-tokens // limit)  # the smallest whole stretch that holds the text
     name = getattr(model.config, "_name_or_path", "") or "the model"
     name = Path(name).name if os.path.isabs(name) else name
+    final = _has_position_table(model, limit)
     sentence = (
-        f"{what} has {tokens} tokens, but {name} has {limit} positions and reads nonsense past them; "
-        f"stretch them with rope='yarn:{factor}' (--rope yarn:{factor}), or shorten the text."
+        f"{what} has {tokens} tokens, but {name} has {limit} positions and reads "
+        f"{'nothing' if final else 'nonsense'} past them; "
+        f"{_stretching(model.config, -(-tokens // limit))}shorten the text."
     )
-    if strict:
+    if strict or final:
         raise FarspanError(sentence)
     warnings.warn(sentence, stacklevel=2)
 
 
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool | None = None) -> Any:
-    """Token ids [1, T] of a prompt; chat=None uses the chat template if the tokenizer has one.
+def _has_position_table(model: Any, limit: int) -> bool:
+    """Whether positions are rows of a learned table (GPT-2, OPT), which may have a few rows beside them."""
+    import torch
 
-    Raises:
-        FarspanError: chat=True without a template, or a prompt of no tokens.
-    """
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
-    if chat and not tokenizer.chat_template:
-        raise FarspanError("This model's tokenizer has no chat template; leave --chat out, or use --no-chat.")
-    if chat:
-        message = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    if ids.shape[-1] == 0:
-        raise FarspanError("The prompt is empty; give at least one word.")
-    return ids
+    words = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+    return any(0 <= table.num_embeddings - limit < 8 for table in tables)
+
+
+def _stretching(config: Any, factor: int) -> str:
+    """The advice to stretch positions by `factor`, where `stretch` can do it."""
+    try:
+        stretch(copy.deepcopy(config), f"yarn:{factor}")
+    except FarspanError:
+        return ""
+    return f"stretch them with rope='yarn:{factor}' (--rope yarn:{factor}), or "
 
 
 def text_streamer(tokenizer: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...attention.errors import FarspanError
 from .aliases import ALIASES
@@ -36,16 +38,14 @@ def disk_errors_as_sentences(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
     """Turn what transformers raises on a missing, unreachable or unreadable model into one FarspanError."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except FarspanError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:
+        first = sentence_of(error)
         if isinstance(target, Path):
-            raise FarspanError(f"Could not load a causal language model from {target}: {first}") from error
+            raise FarspanError(f"Could not load a causal language model from {target}: {first}.") from error
         chain = {type(link).__name__ for link in _causes(error)}
         if "GatedRepoError" in chain:
             why = "the hub asks you to accept its licence there and to log in first ('hf auth login')"
@@ -54,11 +54,57 @@ def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
         elif "LocalEntryNotFoundError" in chain or "couldn't connect" in first:
             why = "the Hugging Face hub cannot be reached, and the model is not in its local cache"
         else:
-            why = first.rstrip(".")
+            why = first
         raise FarspanError(
             f"Could not load {name!r}: {why}; give a hub id, a local folder, or an alias "
             f"({', '.join(ALIASES)})."
         ) from error
+
+
+def sentence_of(error: BaseException) -> str:
+    """What an error says, on one line and without its full stop: all lines up to the first that ends a
+    sentence."""
+    said: list[str] = []
+    for line in str(error).split("\n"):
+        said += line.split()
+        if said and said[-1].endswith((".", "!", "?")):
+            break
+    return " ".join(said).rstrip(".") or type(error).__name__
+
+
+def check_weights(name: str, found: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit their config; found: the loading info of transformers.
+
+    Raises:
+        FarspanError: a tensor that the config asks for is not there, or has another shape.
+    """
+    unfit = [
+        f"{key} is {list(there)} in the weights and {list(asked)} by the config"
+        for key, there, asked in sorted(found["mismatched_keys"])
+    ]
+    unfit += [f"there is no {key} in the weights" for key in sorted(found["missing_keys"])]
+    if unfit:
+        more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
+        raise FarspanError(
+            f"The config of {name} does not fit its weights: {unfit[0]}{more}. Take config.json and weights "
+            "from the same model."
+        )
+
+
+@contextlib.contextmanager
+def unfit_weights_unreported() -> Iterator[None]:
+    """Hold back transformers' table of the weights that `check_weights` names; one of unused weights is
+    shown."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not re.search("LOAD REPORT.*(MISSING|MISMATCH)", record.getMessage(), re.DOTALL)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

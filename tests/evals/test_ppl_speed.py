@@ -19,7 +19,7 @@ from farspan.evals import report, summary
 from farspan.evals import speed as speed_module
 from farspan.evals.perplexity import cut_windows, perplexity
 from farspan.evals.results import ResultsError, read
-from farspan.evals.sample import prompt_text
+from farspan.evals.sample import encode
 from farspan.evals.speed import speed, summarise
 from farspan.runtime.table import Table
 
@@ -368,7 +368,7 @@ def test_speed_of_samples_says_whose_answers_are_right(model: Any, tmp_path: Pat
     asked = [tiny.sample("vt", index, length=128) for index in range(2)]
     texts = []
     for sample in asked:
-        ids = torch.tensor([tokenizer(prompt_text(tokenizer, sample)).input_ids])
+        ids = torch.tensor([encode(tokenizer, sample)])
         made = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
         texts.append(tokenizer.decode(made[0, ids.shape[1] :].tolist()))
     asked = [

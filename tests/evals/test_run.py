@@ -159,9 +159,7 @@ def test_answers_stop_at_end_tokens_only() -> None:
 def test_an_answer_ends_before_its_end_token(model: Any) -> None:
     batch = forward.collate([[5, 6, 7], [8, 9, 10, 11]], 0, model.device)
     with torch.no_grad():
-        free = forward.greedy(
-            model, batch, forward.prefill(model, batch), max_new_tokens=8, pad=0, eos=(), exactly=True
-        )
+        free = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=8, pad=0, eos=())
         assert [len(row) for row in free] == [8, 8]
         stop = free[0][3]
         cut = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=8, pad=0, eos=[stop])

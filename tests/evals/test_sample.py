@@ -18,7 +18,6 @@ from farspan.evals.sample import (
     encode_gold,
     fill,
     key,
-    prompt_text,
     rng_for,
     score,
     string_match_all,
@@ -96,16 +95,16 @@ def test_a_template_with_todays_date_gives_the_same_prompt_every_day(
 ) -> None:
     tokenizer = copy.copy(smollm2_tokenizer)
     tokenizer.chat_template = template
-    assert prompt_text(tokenizer, sample()).startswith(expected)
-    assert str(date.today().year) not in prompt_text(tokenizer, sample()).replace("2024", "")
+    text = tokenizer.decode(encode(tokenizer, sample()))
+    assert text.startswith(expected)
+    assert str(date.today().year) not in text.replace("2024", "")
     assert tokenizer.chat_template == template
 
 
 def test_gold_tokens_continue_the_prompt(smollm2_tokenizer: Any) -> None:
     one = sample()
-    together = smollm2_tokenizer(
-        prompt_text(smollm2_tokenizer, one) + one.gold, add_special_tokens=False
-    ).input_ids
+    text = smollm2_tokenizer.decode(encode(smollm2_tokenizer, one))
+    together = smollm2_tokenizer(text + one.gold, add_special_tokens=False).input_ids
     assert encode(smollm2_tokenizer, one) + encode_gold(smollm2_tokenizer, one) == together
     assert encode_gold(Letters(), one) == [ord(letter) for letter in " 42."]
 
@@ -115,6 +114,20 @@ def test_gold_is_encoded_alone_where_it_would_merge_with_the_prompt() -> None:
     even = sample(answer_prefix=" is" + "x" * (len(sample().user) % 2 == 1))
     assert len(odd.user + odd.answer_prefix) % 2 != len(even.user + even.answer_prefix) % 2
     assert encode_gold(Pairs(), odd) == encode_gold(Pairs(), even) == [" 4", "2."]
+
+
+class Chats(Letters):
+    """A chat format that writes its special tokens as ids, without a template, as Mistral's tokenizers do."""
+
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool) -> Any:
+        assert add_generation_prompt and tokenize
+        return {"input_ids": [1, 3, *map(ord, conversation[0]["content"]), 4]}
+
+
+def test_a_chat_format_without_a_template_is_used() -> None:
+    one = sample()
+    assert encode(Chats(), one) == [1, 3, *map(ord, one.user), 4, *map(ord, one.answer_prefix)]
+    assert encode_gold(Chats(), one) == [*map(ord, one.gold)]
 
 
 def test_key_names_the_cell_and_the_sample() -> None:

@@ -82,9 +82,7 @@ def test_no_warning_of_an_old_name(tiny_llama, caplog, spec):
             batch = forward.collate(ids.tolist(), 0, model.device)
             cache = forward.prefill(model, batch)
             forward.teacher_forced(model, batch, cache, [[5, 6, 7], [8, 9]], pad=0)
-            forward.greedy(
-                model, batch, forward.prefill(model, batch), max_new_tokens=3, pad=0, eos=[2], exactly=True
-            )
+            forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=3, pad=0, eos=[2])
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
     assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
