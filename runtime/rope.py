@@ -14,7 +14,7 @@ from ..attention.errors import FarspanError, Unsupported
 
 KINDS = ("yarn", "dynamic")
 # A stretch below this is a factor, from it on a target length in tokens: nobody stretches 256-fold.
-_SMALLEST_TARGET = 256
+SMALLEST_TARGET = 256
 
 
 def parse_rope(rope: str) -> tuple[str, float]:
@@ -72,7 +72,7 @@ def stretch(config: Any, rope: str) -> None:
     if present != "default":
         reason = f"they are already stretched to {original} by {present!r} scaling, so leave rope out"
         raise Unsupported(refusal, [reason])
-    target = round(value) if value >= _SMALLEST_TARGET else round(value * original)
+    target = round(value) if value >= SMALLEST_TARGET else round(value * original)
     if target <= original:
         raise FarspanError(
             f"rope={rope!r} asks for {target} positions, but {name} already has {original}; "

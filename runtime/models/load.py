@@ -12,7 +12,7 @@ from typing import Any
 
 from ...attention.errors import FarspanError
 from ...attention.ops.processor import bf16_is_slow
-from ..rope import stretch
+from ..rope import SMALLEST_TARGET, stretch
 from .aliases import ALIASES
 from .fetch import cached, convert_once, fetch, is_converted
 from .sentences import check_weights, errors_as_sentences, quiet, sentence_of, unfit_weights_unreported
@@ -140,7 +140,7 @@ def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: b
     sentence = (
         f"{what} has {tokens} tokens, but {name} has {limit} positions and reads "
         f"{'nothing' if final else 'nonsense'} past them; "
-        f"{_stretching(model.config, -(-tokens // limit))}shorten the text."
+        f"{_stretching(model.config, tokens, limit)}shorten the text."
     )
     if strict or final:
         raise FarspanError(sentence)
@@ -156,13 +156,15 @@ def _has_position_table(model: Any, limit: int) -> bool:
     return any(0 <= table.num_embeddings - limit < 8 for table in tables)
 
 
-def _stretching(config: Any, factor: int) -> str:
-    """The advice to stretch positions by `factor`, where `stretch` can do it."""
+def _stretching(config: Any, tokens: int, limit: int) -> str:
+    """The advice to stretch `limit` positions to `tokens` by a whole factor, where `stretch` can do it."""
+    factor = -(-tokens // limit)
+    rope = f"yarn:{factor if factor < SMALLEST_TARGET else factor * limit}"
     try:
-        stretch(copy.deepcopy(config), f"yarn:{factor}")
+        stretch(copy.deepcopy(config), rope)
     except FarspanError:
         return ""
-    return f"stretch them with rope='yarn:{factor}' (--rope yarn:{factor}), or "
+    return f"stretch them with rope='{rope}', or "
 
 
 def text_streamer(tokenizer: Any) -> Any:

@@ -142,8 +142,8 @@ def test_f19_config_json_says_what_was_set_aside(model: Any, tmp_path: Path) -> 
     assert "generation_config_set_aside" not in config["sessions"][0]
     told = config["sessions"][1]["generation_config_set_aside"]
     assert told == {"no_repeat_ngram_size": 1, "suppress_tokens": [3, 4], "use_cache": False}
-    assert {name: plain[name] for name in plain if name not in ("sessions", "methods")} == {
-        name: config[name] for name in config if name not in ("sessions", "methods")
+    assert {name: plain[name] for name in plain if name not in ("sessions", "methods", "planned")} == {
+        name: config[name] for name in config if name not in ("sessions", "methods", "planned")
     }
     _, again = evaluate(["dense", "window:w=16,sinks=2"], "b")
     apart, together = (

@@ -119,7 +119,7 @@ def test_hub_that_cannot_be_reached(tmp_path):
 def test_a_prompt_past_the_positions(tiny_llama):
     model = tiny_llama(max_position_embeddings=64)
     check_length(model, 64)
-    with pytest.raises(FarspanError, match=r"has 129 tokens.*64 positions.*--rope yarn:3"):
+    with pytest.raises(FarspanError, match=r"has 129 tokens.*64 positions.*rope='yarn:3'"):
         check_length(model, 129)
     with pytest.warns(UserWarning, match="64 positions"):
         check_length(model, 65, strict=False)
