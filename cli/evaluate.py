@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
-from . import options, output
+from . import launch, options, output
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -51,7 +51,7 @@ Out = Annotated[
 BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def ruler(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006  (typer reads the default and never changes it)
@@ -107,7 +107,7 @@ def ruler(
     )
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def needle(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
@@ -160,7 +160,7 @@ def needle(
     )
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def ppl(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
@@ -206,7 +206,7 @@ def ppl(
     _show(summary, report.terminal_table, json)
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def speed(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
