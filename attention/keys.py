@@ -135,15 +135,16 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        # The store's summaries speak of the padding behind a row as well.
-        kept = SomeRows(self.summaries, self.k, self.start, rows, first) if end == self.length else Summaries()
+        summaries = SomeRows(self.summaries, self.k, self.start, rows, first)
+        if end < self.length:  # the store's speak of the padding behind the row as well
+            summaries = Summaries()
         return Keys(
             k=self.k[rows, :, first:end],
             v=self.v[rows, :, first:end],
             tq=max(0, end - max(first, self.past)),
             scale=self.scale,
             softcap=self.softcap,
-            summaries=kept,
+            summaries=summaries,
         )
 
     def some_rows(self, rows: slice, state: State) -> Keys:

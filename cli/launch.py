@@ -107,8 +107,8 @@ def same_options(context: typer.Context) -> None:
     if faults:
         of = f" of {context.command_path}" if len(said[0]) > 1 else ""
         raise FarspanError(
-            f"The ranks were given different options{of}: {'; '.join(faults)}. Start every rank with the same "
-            "command."
+            f"The ranks were given different options{of}: {'; '.join(faults)}. Start every rank with the "
+            "same command."
         )
 
 
@@ -116,7 +116,9 @@ def _as_text(name: str, value: Any) -> str:
     """An option's value, fit for a sentence; a long one by its beginning and a hash of the whole."""
     from ..parallel.digest import text_hash
 
-    text = repr(value.partition(":")[0] if name == "device" else str(value) if isinstance(value, Path) else value)
+    if name == "device":
+        value = value.partition(":")[0]
+    text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({text_hash(text):x})"
 
 

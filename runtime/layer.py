@@ -57,8 +57,8 @@ class Unique:
 
 
 class Notices(Counter[str]):
-    """What was not done in calls of a patched model, and why, by number of calls. warned: the reasons of which
-    a warning has been given."""
+    """What was not done in calls of a patched model, and why, by number of calls. warned: the reasons that a
+    warning was given of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,9 +115,7 @@ class Session(threading.local):
         if mask is None:
             return Padding()
         if mask.dim() != 2:
-            raise FarspanError(
-                f"farspan takes a 2-D attention mask for padding; got a {mask.dim()}-D one."
-            )
+            raise FarspanError(f"farspan takes a 2-D attention mask for padding; got a {mask.dim()}-D one.")
         if self._padding is not None and mask.shape == (batch, self._padding[0]) and length == mask.shape[1]:
             return self._padding[1]
         if id(mask) not in self._paddings:
@@ -209,8 +207,8 @@ class Layer(Unique):
             )
         if call is not None and mask is not None and mask.dim() > 2 and mask.numel() > 1:
             raise FarspanError(
-                f"Layer {self.index} was given a {mask.dim()}-D attention mask of the model's own making, which "
-                "cannot be spread over ranks: leave parallel out, in one process."
+                f"Layer {self.index} was given a {mask.dim()}-D attention mask of the model's own "
+                "making, which cannot be spread over ranks: leave parallel out, in one process."
             )
         if call is not None:
             part = self._over_ranks(q, k, v, call, **how)
@@ -366,9 +364,9 @@ class Layer(Unique):
         self.session.notice(
             f"more logits than the last were asked for, as in scoring, and {self.prefill} selects by {later}",
             f"Logits of more than the last position were asked for, and {self.prefill} selects the keys of a "
-            f"position by {later}, padding without a mask included: likelihoods change with what follows. Score "
-            "under dense or another method whose lookahead is 0 (`farspan methods --json`), or one token at a "
-            "time on the cache.",
+            f"position by {later}, padding without a mask included: likelihoods change with what follows. "
+            "Score under dense or another method whose lookahead is 0 (`farspan methods --json`), or one "
+            "token at a time on the cache.",
         )
 
     def _meter(self, phase: str) -> Meter | None:

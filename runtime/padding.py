@@ -1,8 +1,8 @@
 """Where the rows of a batch begin and end, by the attention mask or the positions of a call.
 
-    mask   0 0 1 1 1 1    padding on the left      (0)   begins at 2
-           1 1 1 1 0 0    padding on the right     (0)   ends at 4
-           1 1 0 1 1 1    a hole: refused
+mask 0 0 1 1 1 1: padding on the left, begins at 2
+mask 1 1 1 1 0 0: padding on the right, ends at 4
+mask 1 1 0 1 1 1: a hole, refused
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def read_padding(mask: Tensor) -> Padding:
     if bool(holes.any()):
         raise FarspanError(
             f"The attention mask has zeros between ones in row {int(holes.nonzero()[0])}: farspan serves "
-            f"padding on the left of a row, and on the right where every logit is asked for, not holes. {_HINT}"
+            "padding on the left of a row, and on the right where every logit is asked for, not holes. "
+            f"{_HINT}"
         )
     starts, ends = start.tolist(), end.tolist()
     left, right = any(starts), min(ends) < length

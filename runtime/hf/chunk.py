@@ -78,9 +78,9 @@ def _tell_of_the_rest(rest: int, chunking: Chunking, session: Session) -> None:
         return
     session.notice(
         "prefill_chunk left its end whole: no cut fits every row of this left-padded batch",
-        f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in one call, "
-        f"because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of one length, or one "
-        "row at a time, are cut."
+        f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in one "
+        f"call, because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of one "
+        "length, or one row at a time, are cut."
         + (" Its rows give what they give without prefill_chunk." if chunking.by_prompt else ""),
     )
 

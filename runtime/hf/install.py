@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ...attention.errors import FarspanError
 from ...attention.attend import DECODE_ROWS
+from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..cuts import Chunking
 from ..layer import Layer, Session

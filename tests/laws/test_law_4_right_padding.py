@@ -73,7 +73,10 @@ def test_positions_say_so(
 
 def test_methods_by_the_last_queries_are_left_whole(model: Any) -> None:
     ids, mask, _ = batch()
-    with farspan.patch(model, "pbs:mass=0.5,block=8,segment=16", prefill_chunk=32) as patched, torch.no_grad():
+    with (
+        farspan.patch(model, "pbs:mass=0.5,block=8,segment=16", prefill_chunk=32) as patched,
+        torch.no_grad(),
+    ):
         got = model(ids, attention_mask=mask).logits
         [(reason, count)] = [item for item in patched.report().notices.items() if "whole" in item[0]]
     assert "padded on the right" in reason and count == 1

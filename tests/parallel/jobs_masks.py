@@ -17,8 +17,8 @@ LENGTH = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """how: arguments of the model besides the tokens of two rows; overrides: of its config. refused: a part of
-    the sentence that the call ends in on one device; None: it runs."""
+    """how: arguments of the model besides the tokens of two rows; overrides: of its config. refused: a part
+    of the sentence that the call ends in on one device; None: it runs."""
 
     how: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)

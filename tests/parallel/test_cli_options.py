@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,8 +81,8 @@ def test_the_commands_that_are_spread():
 @pytest.mark.parametrize("name", CASES)
 def test_another_option_on_a_rank_is_one_sentence(ended: Any, name: str):
     command, _, option = name.rpartition(" ")
-    line = said(ended[name])
-    assert line.startswith(f"farspan: The ranks were given different options of farspan {command}: {option} is ")
+    line, ranks = said(ended[name]), "The ranks were given different options of farspan"
+    assert line.startswith(f"farspan: {ranks} {command}: {option} is ")
     assert " on rank 1 and " in line and line.endswith("Start every rank with the same command.")
     assert line.count(" on rank 1 ") == 1, "no other option differs"
 
@@ -103,5 +102,6 @@ def test_the_same_options_pass(ended: Any):
 
 
 def test_ranks_may_name_devices_of_their_own():
-    assert job._as_text("device", "cuda:0") == job._as_text("device", "cuda:1") != job._as_text("device", "cpu")
+    kinds = [job._as_text("device", name) for name in ("cuda:0", "cuda:1", "cpu")]
+    assert kinds[0] == kinds[1] != kinds[2]
     assert job._as_text("model", "a:0") != job._as_text("model", "a:1")

@@ -141,7 +141,8 @@ def test_training_is_flagged(tiny_llama: Any) -> None:
 
 def test_the_readme_names_them() -> None:
     text = (Path(farspan.__file__).parent / "README.md").read_text()
-    found = re.search(r"\n((?:`\w+`[,\s and]*)+) select for a block of queries together, ((?:`\w+`[,\s and]*)+)", text)
+    names = r"((?:`\w+`[,\s and]*)+)"
+    found = re.search(rf"\n{names} select for a block of queries together, {names}", text)
     assert found
     named = [set(re.findall(r"`(\w+)`", part)) for part in found.groups()]
     ahead = {name: cls.lookahead for name, cls in methods().items() if cls.lookahead != "0"}
