@@ -17,11 +17,11 @@ LENGTH = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """how: arguments of the model besides the tokens of two rows; overrides: of its config. refused: a part
-    of the sentence that the call ends in on one device; None: it runs."""
+    """how: arguments of the model besides the tokens of two rows; late: what its config is set to
+    once it is patched. refused: a part of the sentence that the call ends in on one device; None: it runs."""
 
     how: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, Any] = field(default_factory=dict)
+    late: dict[str, Any] = field(default_factory=dict)
     spec: str = "dense"
     model: str = "llama"
     refused: str | None = None
@@ -31,8 +31,10 @@ def answered(calls: list[Call], parallel: Any = None) -> list[Tensor | str]:
     """By call the logits of its tokens, or the sentence that it ended in."""
     ids, done = small_models.prompt(2, LENGTH), []
     for call in calls:
-        model = small_models.make(call.model, **call.overrides).double()
+        model = small_models.make(call.model).double()
         with farspan.patch(model, call.spec, parallel=parallel), torch.no_grad():
+            for name, value in call.late.items():
+                setattr(model.config, name, value)
             try:
                 logits = model(ids, **call.how).logits
                 mask = call.how.get("attention_mask")

@@ -35,10 +35,10 @@ CALLS = {
     "with a gap": Call(how=positions(torch.cat([UP[:30], UP[30:] + 7])) | ALONE, refused=PACKED),
     "restarting, sparse": Call(how=positions(RESTARTING) | ALONE, spec=BLOCKS, refused=PACKED),
     "restarting, sliding layers": Call(how=positions(RESTARTING) | ALONE, model="gemma2", refused=PACKED),
-    "not causal by config": Call(overrides={"is_causal": False}, refused="is_causal=False"),
+    "not causal by config": Call(late={"is_causal": False}, refused="is_causal=False"),
     "not causal by argument": Call(how={"is_causal": False}, refused="is_causal=False"),
     "bidirectional by config": Call(
-        model="gemma3", overrides={"use_bidirectional_attention": True}, refused="is_causal=False"
+        model="gemma3", late={"use_bidirectional_attention": True}, refused="is_causal=False"
     ),
     "4-D": Call(how={"attention_mask": torch.zeros(2, 1, LENGTH, LENGTH)}, refused="got a 4-D one"),
     "3-D": Call(how={"attention_mask": torch.ones(2, LENGTH, LENGTH)}, refused="got a 3-D one"),

@@ -333,14 +333,16 @@ def test_packed_sequences_are_refused(case):
         refused(FarspanError, lambda m: logits(m, ids, **how), "packed sequences", "does not serve")
 
 
-@pytest.mark.parametrize("how", [{"is_causal": False}, {}], ids=["of the call", "of the config"])
-def test_attention_that_is_not_causal_is_refused(how):
-    model = shared("llama") if how else make("llama", is_causal=False)
-    ids = prompt(1, 40)
-    plain = logits(model, ids, use_cache=False, **how)
-    assert not close(plain, logits(shared("llama"), ids)), "transformers attends to later tokens"
+@pytest.mark.parametrize("by", ["call", "config"])
+def test_attention_that_is_not_causal_is_refused(by):
+    model, ids = make("llama"), prompt(1, 40)
+    how = {"use_cache": False} | ({"is_causal": False} if by == "call" else {})
+    causal = logits(model, ids)
     with farspan.patch(model):
-        refused(FarspanError, lambda m: logits(m, ids, use_cache=False, **how), "is_causal=False")
+        if by == "config":  # before the patch, it is refused there
+            model.config.is_causal = False
+        refused(FarspanError, lambda m: logits(m, ids, **how), "is_causal=False", model=model)
+    assert not close(logits(model, ids, **how), causal), "transformers attends to later tokens"
 
 
 def test_a_mask_that_is_all_padding_or_none_is_served():

@@ -127,8 +127,9 @@ def test_what_is_said_is_true(tiny_llama: Any) -> None:
 def test_training_is_flagged(tiny_llama: Any) -> None:
     model = tiny_llama()
     with farspan.patch(model, PROMPT) as patched:
-        with pytest.warns(UserWarning, match="pbs.*last queries.*another prefill"):
-            assert not told(lambda: loss(model).backward()), "training has its own warning"
+        with pytest.warns(UserWarning, match="pbs.*last queries.*another prefill") as caught:
+            loss(model).backward()
+        assert not [one for one in caught if SENTENCE in str(one.message)], "training has a warning of its own"
         assert not patched.report().notices
     with farspan.patch(model, PROMPT, strict=True), pytest.raises(FarspanError, match="last queries"):
         loss(model)
