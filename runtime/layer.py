@@ -94,12 +94,13 @@ class Session(threading.local):
 
     def notice(self, reason: str, warning: str | None = None) -> None:
         """Take into the report, once for each call, what was not done in it; ``warning`` is given once for
-        each patch."""
+        each patch, by the first of several ranks."""
         if reason in self._noticed:
             return
         self._noticed.add(reason)
         self.notices[reason] += 1
-        if warning is not None and reason not in self.notices.warned:
+        first = self.mesh is None or self.mesh.rank == 0
+        if warning is not None and first and reason not in self.notices.warned:
             self.notices.warned.add(reason)
             warnings.warn(warning, stacklevel=3)
 

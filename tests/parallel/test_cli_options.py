@@ -13,8 +13,6 @@ from farspan.cli.app import app
 
 from . import launch
 
-OTHER = {"boolean": [], "integer": ["7"], "integer range": ["7"], "float": ["0.5"], "float range": ["0.5"]}
-
 
 def spread_commands(group: Any = None, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """The commands that a launcher's ranks run together: those that have --parallel."""
@@ -27,34 +25,42 @@ def spread_commands(group: Any = None, path: tuple[str, ...] = ()) -> dict[tuple
     return found
 
 
-def cases() -> dict[str, tuple[list[str], list[str]]]:
-    """By command and option, what rank 0 and rank 1 are given."""
+def others(command: Any) -> dict[str, list[str]]:
+    """By option of a command, another value than its default, as it is written."""
     found = {}
-    for path, command in spread_commands().items():
-        for param in command.params:
-            option = max(param.opts, key=len)
-            if option != "--help":
-                given = [*path, *(["--model", "nowhere"] if option != "--model" else [])]
-                found[f"{' '.join(path)} {option}"] = (
-                    given,
-                    [*given, option, *OTHER.get(param.type.name, ["other"])],
-                )
+    for param in command.params:
+        option = max(param.opts, key=len)
+        if option != "--help":
+            value = "0.5" if isinstance(param.default, float) else "7"
+            found[option] = [option] if param.is_flag else [option, value]
     return found
 
 
-CASES = cases()
+SPREAD = {" ".join(path): others(command) for path, command in spread_commands().items()}
+GENERATE = ["generate", "--model", "nowhere", "--prompt", "x", "--device", "cpu"]
+ONE = {  # what rank 1 is given besides
+    "--dtype": "--dtype is 'float32' on rank 1 and 'auto' on the others",
+    "--max-new-tokens": "--max-new-tokens is 9 on rank 1 and 256 on the others",
+}
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: Any) -> dict[str, list[tuple[int, str, str]]]:
     file = tmp_path_factory.mktemp("options") / "commands.json"
-    commands = [[name, *given] for name, given in CASES.items()]
+    commands = [
+        [name, name.split(), [*name.split(), *(word for words in options.values() for word in words)]]
+        for name, options in SPREAD.items()
+    ]
+    commands += [
+        [option, GENERATE, [*GENERATE, *text.split(" on ")[0].replace("'", "").split(" is ")]]
+        for option, text in ONE.items()
+    ]
     commands += [["another command", ["generate"], ["eval", "needle", "--seed", "3"]]]
     commands += [["long", ["generate", "-p", "a" * 500], ["generate", "-p", "a" * 499 + "b"]]]
-    same = ["generate", "--model", "nowhere", "--prompt", "x", "--device", "cpu"]
+    same = [*GENERATE, "--method", "recicled"]  # ends before a model is looked for
     commands += [["the same", same, same]]
     file.write_text(json.dumps(commands))
-    assert [rank.code for rank in launch.ranks(2, "script_options.py", str(file), within=300)] == [0, 0]
+    assert [rank.code for rank in launch.ranks(2, "script_options.py", str(file), within=120)] == [0, 0]
     ranks = [json.loads(file.with_name(f"{rank}.json").read_text()) for rank in range(2)]
     return {name: [tuple(rank[name]) for rank in ranks] for name, *_ in commands}
 
@@ -67,24 +73,22 @@ def said(results: list[tuple[int, str, str]]) -> str:
 
 
 def test_the_commands_that_are_spread():
-    found = spread_commands()
-    assert {" ".join(path) for path in found} == {
-        "generate",
-        "eval ruler",
-        "eval needle",
-        "eval ppl",
-        "eval speed",
-    }
-    assert all(isinstance(command, job.SpreadCommand) for command in found.values())
+    assert set(SPREAD) == {"generate", *(f"eval {suite}" for suite in ("ruler", "needle", "ppl", "speed"))}
+    assert all(isinstance(command, job.SpreadCommand) for command in spread_commands().values())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_another_option_on_a_rank_is_one_sentence(ended: Any, name: str):
-    command, _, option = name.rpartition(" ")
-    line, ranks = said(ended[name]), "The ranks were given different options of farspan"
-    assert line.startswith(f"farspan: {ranks} {command}: {option} is ")
-    assert " on rank 1 and " in line and line.endswith("Start every rank with the same command.")
-    assert line.count(" on rank 1 ") == 1, "no other option differs"
+@pytest.mark.parametrize("name", SPREAD)
+def test_every_option_is_compared(ended: Any, name: str):
+    line, ranks = said(ended[name]), f"The ranks were given different options of farspan {name}: "
+    assert line.startswith(f"farspan: {ranks}")
+    assert line.endswith(" on the others. Start every rank with the same command.")
+    named = [part.partition(" is ")[0] for part in line.partition(ranks)[2].split("; ")]
+    assert sorted(named) == sorted(SPREAD[name])
+
+
+@pytest.mark.parametrize("option", ONE)
+def test_what_differs_is_said(ended: Any, option: str):
+    assert f"of farspan generate: {ONE[option]}. Start" in said(ended[option])
 
 
 def test_another_command_on_a_rank(ended: Any):
@@ -98,7 +102,7 @@ def test_a_long_value_is_compared_whole(ended: Any):
 
 
 def test_the_same_options_pass(ended: Any):
-    assert "nowhere" in said(ended["the same"])
+    assert "did you mean 'recycled'" in said(ended["the same"])
 
 
 def test_ranks_may_name_devices_of_their_own():

@@ -129,7 +129,9 @@ def test_training_is_flagged(tiny_llama: Any) -> None:
     with farspan.patch(model, PROMPT) as patched:
         with pytest.warns(UserWarning, match="pbs.*last queries.*another prefill") as caught:
             loss(model).backward()
-        assert not [one for one in caught if SENTENCE in str(one.message)], "training has a warning of its own"
+        assert not [one for one in caught if SENTENCE in str(one.message)], (
+            "training has a warning of its own"
+        )
         assert not patched.report().notices
     with farspan.patch(model, PROMPT, strict=True), pytest.raises(FarspanError, match="last queries"):
         loss(model)
