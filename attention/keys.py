@@ -135,7 +135,7 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        summaries = SomeRows(self.summaries, self.k, self.start, rows, first)
+        summaries: Summaries = SomeRows(self.summaries, self.k, self.start, rows, first)
         if end < self.length:  # the store's speak of the padding behind the row as well
             summaries = Summaries()
         return Keys(
