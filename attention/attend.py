@@ -76,7 +76,7 @@ def attend(
             part, pairs = _run_decode(q, keys, index, impl)
         shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
         reads = _count(q, keys, pairs, loads_shared_by=q.shape[1] // shared)
-    elif keys.starts is not None and any(keys.starts) and phase in method.phases:
+    elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
     else:
         with _timed(probe, SELECTION, q):
@@ -88,6 +88,12 @@ def attend(
         with _timed(probe, ATTENTION, q):
             return run_prefill(method, q, keys, index, impl=impl)
     return part, explained(reads, method, phase, keys, index)
+
+
+def _by_row(method: AttentionMethod, keys: Keys) -> bool:
+    """Whether padding would take part in what ``method`` selects in prefill: on the left as keys, on the
+    right as queries."""
+    return any(keys.starts or ()) or (keys.ends is not None and method.tokens_ahead > 0)
 
 
 def _timed(probe: Probe | None, stage: str, q: Tensor) -> AbstractContextManager[None]:
@@ -141,8 +147,10 @@ def _prefill_rows(
     for b in range(q.shape[0]):
         row = keys.row(b)
         if row.tq > 0:
-            part, reads = attend(method, phase, q[b : b + 1, :, -row.tq :], row, impl=impl, probe=probe)
-            out[b : b + 1, :, -row.tq :], lse[b : b + 1, :, -row.tq :] = part.out.to(out.dtype), part.lse
+            stop = (keys.length if keys.ends is None else keys.ends[b]) - keys.past
+            its = (slice(b, b + 1), slice(None), slice(stop - row.tq, stop))
+            part, reads = attend(method, phase, q[its], row, impl=impl, probe=probe)
+            out[its], lse[its] = part.out.to(out.dtype), part.lse
             total += reads
             reasons.append(reads.reason)
     if reasons and all(reasons):

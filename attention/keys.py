@@ -45,6 +45,8 @@ class Keys:
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``after_prefill`` may meet such a row, ``select_*`` never does.
+    ends:  where each row ends under right padding, on the host, or None where no row is padded there;
+           ``select_*`` never meets such a row.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     """
@@ -59,6 +61,7 @@ class Keys:
     summaries: Summaries = field(default_factory=Summaries)
     summary_bytes: int = 0  # bytes of summaries and keys that selection has read in this call
     starts: list[int] | None = None  # ``start`` on the host
+    ends: list[int] | None = None
     peers: Peers | None = None
     surveyed: State = field(default_factory=dict)  # what the method's survey of the call has found
 
@@ -129,15 +132,19 @@ class Keys:
 
     def row(self, b: int) -> Keys:
         """Row b alone, its padding cut off: what the method would see if the row were not in a batch."""
-        assert self.starts is not None
-        first, rows = self.starts[b], slice(b, b + 1)
+        rows = slice(b, b + 1)
+        first = 0 if self.starts is None else self.starts[b]
+        end = self.length if self.ends is None else self.ends[b]
+        summaries: Summaries = SomeRows(self.summaries, self.k, self.start, rows, first)
+        if end < self.length:  # the store's speak of the padding behind the row as well
+            summaries = Summaries()
         return Keys(
-            k=self.k[rows, :, first:],
-            v=self.v[rows, :, first:],
-            tq=min(self.tq, self.length - first),
+            k=self.k[rows, :, first:end],
+            v=self.v[rows, :, first:end],
+            tq=max(0, end - max(first, self.past)),
             scale=self.scale,
             softcap=self.softcap,
-            summaries=SomeRows(self.summaries, self.k, self.start, rows, first),
+            summaries=summaries,
         )
 
     def some_rows(self, rows: slice, state: State) -> Keys:
@@ -152,6 +159,7 @@ class Keys:
             v=self.v[rows],
             start=self.start[rows] if padded and self.start is not None else None,
             starts=starts if padded else None,
+            ends=None if self.ends is None else self.ends[rows],
             state=state,
             summaries=SomeRows(self.summaries, self.k, self.start, rows),
             summary_bytes=0,

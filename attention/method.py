@@ -97,6 +97,14 @@ class AttentionMethod:
     needs_recipe: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False  # whether survey or select_prefill asks for raw keys
 
+    @property
+    def tokens_ahead(self) -> float:
+        """``lookahead`` as a number of tokens; inf for the whole prompt."""
+        if self.lookahead == "prompt":
+            return math.inf
+        field, _, less = self.lookahead.partition(" - ")
+        return getattr(self, field) - int(less) if less else int(field)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:

@@ -126,7 +126,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def generate(
     model: options.Model = options.DEFAULT_MODEL,
     method: Annotated[

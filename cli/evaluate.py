@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..attention.errors import FarspanError
-from . import options, output
+from . import launch, options, output
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -72,7 +72,7 @@ def _renamed(old: str, new: str) -> Any:
     return typer.Option(old, hidden=True, callback=refuse)
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def ruler(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006  (typer reads the default and never changes it)
@@ -129,7 +129,7 @@ def ruler(
     )
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def needle(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
@@ -184,7 +184,7 @@ def needle(
     )
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def ppl(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006
@@ -236,7 +236,7 @@ def ppl(
     _show(summary, report.terminal_table, json)
 
 
-@app.command()
+@app.command(cls=launch.SpreadCommand)
 def speed(
     model: options.Model = options.DEFAULT_MODEL,
     methods: Methods = ["dense"],  # noqa: B006

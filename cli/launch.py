@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from ..attention.errors import FarspanError
 
@@ -22,6 +24,7 @@ T = TypeVar("T")
 
 _MEETING = 300.0  # seconds that ranks wait for one that started late, or for a person who types
 _ASKING = 10.0  # seconds in which the job's store answers, if it can
+_LONGEST = 80  # characters of an option's value that are quoted
 _LETTING = 1.0  # seconds that a rank which ends leaves the others to speak: its end may be theirs
 
 
@@ -55,8 +58,6 @@ def on_rank_0(make: Callable[[], T]) -> T:
     """
     if size() == 1:
         return make()
-    from ..parallel.meeting import meet
-
     value: Any = None
     error: FarspanError | None = None
     if leads():
@@ -64,18 +65,61 @@ def on_rank_0(make: Callable[[], T]) -> T:
             value = make()
         except FarspanError as raised:
             error = raised
-    said = [value, error and str(error)]
-    try:
-        store, rank, count = _rendezvous(_MEETING)
-    except (RuntimeError, ValueError) as lost:
-        raise FarspanError(f"This rank did not meet the others of the job: {lost}") from lost
-    _, everyone = meet(store, "farspan/command", list(range(count)), rank, said, _MEETING)
+    everyone = _meet("farspan/command", [value, error and str(error)])
     if error is not None:
         raise error
     value, sentence = everyone[0]
     if sentence is not None:
         raise FarspanError(sentence)
     return value  # type: ignore[no-any-return]
+
+
+class SpreadCommand(TyperCommand):
+    """A command that a launcher's ranks run together: every one of its options is the same on all ranks."""
+
+    def invoke(self, context: Any) -> Any:
+        """Raises FarspanError, before anything is loaded, where the ranks were given different options."""
+        same_options(context)
+        return super().invoke(context)
+
+
+def same_options(context: typer.Context) -> None:
+    """That all ranks run the same command with the same options, defaults included; of ``--device`` the kind,
+    as a rank may name the device of its own. Raises FarspanError that says which option differs, and on which
+    ranks from the majority (from rank 0's, if there is none)."""
+    if size() == 1:
+        return
+    from ..parallel.digest import minority
+    from ..parallel.meeting import named
+
+    spelt = {param.name: max(param.opts, key=len) for param in context.command.params}
+    given = {"the command": context.command_path}
+    given |= {spelt.get(name, name): _as_text(name, value) for name, value in context.params.items()}
+    said = _meet("farspan/options", given)
+    if minority([rank["the command"] for rank in said]):
+        said = [{"the command": rank["the command"]} for rank in said]
+    faults = []
+    for name in said[0]:
+        values = [rank[name] for rank in said]
+        if odd := minority(values):
+            others = next(value for i, value in enumerate(values) if i not in odd)
+            faults += [f"{name} is {values[odd[0]]} on {named(odd)} and {others} on the others"]
+    if faults:
+        of = f" of {context.command_path}" if len(said[0]) > 1 else ""
+        raise FarspanError(
+            f"The ranks were given different options{of}: {'; '.join(faults)}. Start every rank with the "
+            "same command."
+        )
+
+
+def _as_text(name: str, value: Any) -> str:
+    """An option's value, fit for a sentence; a long one by its beginning and a hash of the whole."""
+    from ..parallel.digest import text_hash
+
+    if name == "device":
+        value = value.partition(":")[0]
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({text_hash(text):x})"
 
 
 def say_once(sentence: str, say: Callable[[str], None]) -> None:
@@ -109,6 +153,18 @@ def leave() -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(key: str, says: Any) -> list[Any]:
+    """What each rank says (JSON), by rank. Raises FarspanError where the ranks do not meet."""
+    from ..parallel.meeting import meet
+
+    try:
+        store, rank, count = _rendezvous(_MEETING)
+    except (RuntimeError, ValueError) as lost:
+        raise FarspanError(f"This rank did not meet the others of the job: {lost}") from lost
+    _, everyone = meet(store, key, list(range(count)), rank, says, _MEETING)
+    return [everyone[other] for other in range(count)]
 
 
 @cache

@@ -26,6 +26,7 @@ from ..parallel.call import Call
 from ..parallel.mesh import Mesh
 from .cache import KVStore, lasting
 from .measure import Measured, Meter, See
+from .padding import Padding, read_padding
 from .report import PhaseReport
 from .rows import Done, Run, Served, joined, served
 from .shard import ShardStore
@@ -36,15 +37,6 @@ NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not the cache's own"
 UNEXPECTED = frozenset({NO_CACHE, FOREIGN})
 _DENSE = Dense()
-
-
-@dataclass
-class Padding:
-    """Where rows begin: ``start`` [B] on the device and ``starts`` on the host, both None where no row is
-    padded."""
-
-    start: Tensor | None = None
-    starts: list[int] | None = None
 
 
 class Stores(Protocol):
@@ -64,22 +56,59 @@ class Unique:
         )
 
 
+class Notices(Counter[str]):
+    """What was not done in calls of a patched model, and why, by number of calls. warned: the reasons that a
+    warning was given of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warned: set[str] = set()
+
+
 class Session(threading.local):
     """What the layers of one patched model share during a forward call; threads may call it at the same
     time."""
 
-    def __init__(self, strict: bool, mesh: Mesh | None = None, notices: Counter[str] | None = None) -> None:
+    def __init__(self, strict: bool, mesh: Mesh | None = None, notices: Notices | None = None) -> None:
         self.strict = strict
         self.mesh = mesh
-        self.notices = Counter() if notices is None else notices  # of all threads, for the report
+        self.notices = Notices() if notices is None else notices  # of all threads, for the report
         self.call: Call | None = None  # of a mesh, while the decoder runs
         self.output: Tensor | None = None  # of a mesh, what the last call has given
-        self.rows: int | None = None  # of a mesh, how many last positions the caller wants; None: all
+        self.rows: int | None = None  # how many last positions the caller wants; None: all
+        self.scoring = False  # whether logits of more than the last position are wanted
         self.off = False  # whether the running call is the model's own, since it was set to another attention
         self.positions: Tensor | None = None  # of the whole call, while a part of it runs
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
+        self.ends: list[int] | None = None  # where rows of the running call end, if some have padding behind
+        self._padding: tuple[int, Padding] | None = None  # of the running call, and up to which position
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
+        self._noticed: set[str] = set()  # in the running call
+
+    def begin(self, stores: Stores | None, padding: Padding, total: int) -> None:
+        """A call begins that takes the sequence to ``total`` positions, and keeps its keys in ``stores``."""
+        self.end()
+        self.cached, self.stores, self.ends = stores is not None, stores, padding.ends
+        self._padding = total, padding
+
+    def notice(self, reason: str, warning: str | None = None) -> None:
+        """Take into the report, once for each call, what was not done in it; ``warning`` is given once for
+        each patch, by the first of several ranks."""
+        if reason in self._noticed:
+            return
+        self._noticed.add(reason)
+        self.notices[reason] += 1
+        first = self.mesh is None or self.mesh.rank == 0
+        if warning is not None and first and reason not in self.notices.warned:
+            self.notices.warned.add(reason)
+            warnings.warn(warning, stacklevel=3)
+
+    def ends_below(self, total: int) -> list[int] | None:
+        """Where rows end among the first ``total`` positions; None where no padding follows them."""
+        if self.ends is None or min(self.ends) >= total:
+            return None
+        return [min(end, total) for end in self.ends]
 
     def padding(self, mask: Tensor | None, batch: int, length: int) -> Padding:
         """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given
@@ -87,9 +116,9 @@ class Session(threading.local):
         if mask is None:
             return Padding()
         if mask.dim() != 2:
-            raise FarspanError(
-                f"farspan takes a 2-D attention mask for left padding; got a {mask.dim()}-D one."
-            )
+            raise FarspanError(f"farspan takes a 2-D attention mask for padding; got a {mask.dim()}-D one.")
+        if self._padding is not None and mask.shape == (batch, self._padding[0]) and length == mask.shape[1]:
+            return self._padding[1]
         if id(mask) not in self._paddings:
             self._paddings[id(mask)] = mask, read_padding(mask)
         if mask.shape != (batch, length):
@@ -112,24 +141,8 @@ class Session(threading.local):
 
     def end(self) -> None:
         """Forget the call."""
-        self.cached, self.stores, self._paddings = False, None, {}
-
-
-def read_padding(mask: Tensor) -> Padding:
-    """Where the rows of a left-padded 2-D mask begin. Raises FarspanError for zeros after a one."""
-    mask = mask.bool()
-    if bool(mask.all()):
-        return Padding()
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        row = int((mask[:, 1:] < mask[:, :-1]).any(1).nonzero()[0])
-        raise FarspanError(
-            f"The attention mask has zeros after ones in row {row}: farspan serves left padding "
-            "(tokenizer.padding_side = 'left'), not right padding or holes. Where generate() is given no "
-            "mask, it makes one with a zero at every pad token of the prompt: pass "
-            "attention_mask=torch.ones_like(input_ids) then."
-        )
-    start = (~mask).sum(1)
-    return Padding(start, start.tolist())
+        self.cached, self.stores, self.ends = False, None, None
+        self._padding, self._paddings, self._noticed = None, {}, set()
 
 
 def _below(keys: float) -> str:
@@ -184,7 +197,7 @@ class Layer(Unique):
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        if self.prefill.lookahead == "prompt" and q.requires_grad and is_grad_enabled():
+        if self._trains(q):
             self._flag_training()
         call = self.session.call or carried(mask)
         if call is not None and mask is None:
@@ -192,6 +205,11 @@ class Layer(Unique):
                 f"The attention mask was dropped on its way to layer {self.index}, as accelerate's own "
                 "context parallelism drops it: leave cp_size out of the Accelerator's ParallelismConfig, and "
                 "let patch(parallel=...) alone spread the sequence."
+            )
+        if call is not None and mask is not None and mask.dim() > 2 and mask.numel() > 1:
+            raise FarspanError(
+                f"Layer {self.index} was given a {mask.dim()}-D attention mask of the model's own "
+                "making, which cannot be spread over ranks: leave parallel out, in one process."
             )
         if call is not None:
             part = self._over_ranks(q, k, v, call, **how)
@@ -231,13 +249,15 @@ class Layer(Unique):
             scale=scale,
             start=padding.start,
             starts=padding.starts,
+            ends=self.session.ends_below(total),
             softcap=softcap,
         )
         states = States()
         if own and store is not None:
             store.align(padding.starts, total)
             whole.summaries, states = store.summaries, store.states
-        batch = self.served(padding.starts, b, total - tq, total, own and tq <= DECODE_ROWS, states)
+        short = own and tq <= DECODE_ROWS
+        batch = self.served(padding.starts, b, total - tq, total, short, states, whole.ends)
         done = []
         for run in batch.runs:
             method = self.method(run)
@@ -251,7 +271,7 @@ class Layer(Unique):
             done.append(Done(run, part, read, ran))
         if own:
             self._tell(q, whole, batch.told, states)
-        self._report(done, tq)
+        self._report(done, q)
         return joined(done, q, v.shape[3])
 
     def _tell(self, q: Tensor, whole: Keys, rows: list[slice], states: States) -> None:
@@ -292,11 +312,18 @@ class Layer(Unique):
                 reads.reason = NO_CACHE
             assert travel is not None
             self.phases[run.phase].moved(travel)
-        self._report(done, q.shape[2])
+        self._report(done, q)
         return joined(done, q, v.shape[3])
 
     def served(
-        self, starts: list[int] | None, batch: int, past: int, total: int, short: bool, states: States
+        self,
+        starts: list[int] | None,
+        batch: int,
+        past: int,
+        total: int,
+        short: bool,
+        states: States,
+        ends: list[int] | None = None,
     ) -> Served:
         """Which rows of a call are served together; arguments as in ``rows.served``."""
         return served(
@@ -304,6 +331,7 @@ class Layer(Unique):
             batch,
             past,
             total,
+            ends=ends,
             short=short,
             crossover=self.from_keys,
             groups=states.groups(batch),
@@ -312,6 +340,10 @@ class Layer(Unique):
     def method(self, run: Run) -> AttentionMethod:
         """What serves the rows of ``run``."""
         return _DENSE if run.below else self.methods[run.phase]
+
+    def _trains(self, q: Tensor) -> bool:
+        """Whether a loss flows back through what the method has selected by a prompt's last queries."""
+        return self.prefill.lookahead == "prompt" and q.requires_grad and is_grad_enabled()
 
     def _flag_training(self) -> None:
         sentence = (
@@ -322,12 +354,29 @@ class Layer(Unique):
             raise FarspanError(f"{sentence} (strict=True)")
         warnings.warn(sentence, stacklevel=3)
 
+    def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
+        """Say so where logits are asked for that later tokens, padding among them, have had a part in."""
+        ahead = self.prefill.tokens_ahead
+        if not (self.session.scoring and ahead) or self._trains(q):
+            return
+        if not any(x.run.phase == PREFILL and not x.run.below and x.reads.reason is None for x in done):
+            return  # every key was read, or nothing but decode steps ran
+        later = "all later tokens" if ahead == math.inf else f"up to {ahead:.0f} later tokens"
+        self.session.notice(
+            f"more logits than the last were asked for, as in scoring, and {self.prefill} selects by {later}",
+            f"Logits of more than the last position were asked for, and {self.prefill} selects the keys of a "
+            f"position by {later}, padding without a mask included: likelihoods change with what follows. "
+            "Score under dense or another method whose lookahead is 0 (`farspan methods --json`), or one "
+            "token at a time on the cache.",
+        )
+
     def _meter(self, phase: str) -> Meter | None:
         measured = self.phases[phase].measured
         return None if measured is None else Meter(measured, phase, self.measure, self.see)
 
-    def _report(self, done: list[Done], tq: int) -> None:
+    def _report(self, done: list[Done], q: Tensor) -> None:
         """Take a call into the report, with why every key was read where the method would have chosen."""
+        self._flag_scoring(done, q)
         for phase, report in self.phases.items():
             mine = [x for x in done if x.run.phase == phase]
             total = Reads()
@@ -337,7 +386,8 @@ class Layer(Unique):
                 total += reads
                 total.reason = total.reason or reads.reason or self.left_dense.get(phase)
             if mine:
-                report.add(total, sum(x.run.size for x in mine) * tq, [op for x in mine for op in x.ran])
+                queries = sum(x.run.size for x in mine) * q.shape[2]
+                report.add(total, queries, [op for x in mine for op in x.ran])
             if self.session.strict and total.reason in UNEXPECTED:
                 raise FarspanError(
                     f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "

@@ -20,7 +20,7 @@ from ..parallel.mesh import Mesh
 from . import hf
 from .crossover import crossovers
 from .cuts import Chunking
-from .layer import DECODE_ROWS, Layer, Session
+from .layer import DECODE_ROWS, Layer, Notices, Session
 from .measure import See, rows_to_measure
 from .recipe import Recipe
 from .report import LayerReport, Report
@@ -130,7 +130,7 @@ def patch(
             f"Attention mass is measured on one device, and this model is spread over {mesh.size} ranks: "
             "leave out measure_mass, or patch without parallel in one process."
         )
-    notices: Counter[str] = Counter()
+    notices = Notices()
     session = Session(strict, mesh, notices)
     bound = {
         i: Layer(i, pre, dec, session, left_dense=reasons, from_keys=from_keys[i], measure=measured)
@@ -143,6 +143,7 @@ def patch(
         mesh.agree(
             {
                 "the model": f"{type(model).__name__} {info.geometry}",
+                "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
                 "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
                 "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),

@@ -58,21 +58,23 @@ def served(
     past: int,
     total: int,
     *,
+    ends: list[int] | None = None,
     short: bool,
     crossover: dict[str, float],
     groups: list[range],
 ) -> Served:
     """The rows of a call that takes the sequence from ``past`` to ``total`` positions.
 
-    short: the call is a decode step for rows that have keys. crossover: by phase, how many keys a row needs
-    for the method. groups: rows whose state is kept together, which are decoded, and told, together at most.
+    ends: where rows end that are padded on the right. short: the call is a decode step for rows that have
+    keys. crossover: by phase, how many keys a row needs for the method. groups: rows whose state is kept
+    together, which are decoded, and told, together at most.
     """
     holder = [place for place, group in enumerate(groups) for _ in group]
     kinds: list[tuple[str, bool, int] | None] = []
     told: list[int | None] = []
     for row, first in enumerate(starts or [0] * batch):
         phase = DECODE if short and first < past else PREFILL
-        below = total - first < crossover.get(phase, 0)
+        below = (ends[row] if ends else total) - first < crossover.get(phase, 0)
         begun = first < total
         kinds.append((phase, below, holder[row] if phase == DECODE else 0) if begun else None)
         # In a long call rows without a token are told with the others, so that the batch stays one group.

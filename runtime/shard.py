@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..attention.errors import FarspanError
 from ..attention.summary import Summaries
-from ..parallel.call import Rows
+from ..parallel.call import Call, Rows
 from ..parallel.comm import Ranks
 from ..parallel.layout import Layout, Split
 from .cache import KVStore
 
-in_call: ContextVar[bool] = ContextVar("in_call", default=False)  # whether a call over ranks is running
+running: ContextVar[Call | None] = ContextVar("running", default=None)  # the call over ranks that runs now
 
 
 class ShardStore(KVStore):

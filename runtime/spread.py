@@ -37,9 +37,8 @@ _DENSE = Dense()
 
 
 def carrier(call: Call, device: torch.device) -> Tensor:
-    """A mask that takes ``call`` along to every layer, also when gradient checkpointing runs a layer again in
-    backward. Of four dimensions: transformers hands such a mask on as it is and looks for no packed
-    sequences."""
+    """A mask of one number that takes ``call`` along to every layer, also when gradient checkpointing runs a
+    layer again in backward."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     setattr(mask, _CALL, call)
     return mask
@@ -71,7 +70,8 @@ def spread(
     past = _take(k, v, store, call)
     _extend(layer, k, store, past, call, mesh)
     short = call.split is None and call.past > 0
-    batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states)
+    ends = layer.session.ends_below(call.total)
+    batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states, ends)
     share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, scale, softcap)
     done = []
     for run in batch.runs:

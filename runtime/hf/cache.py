@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from ...attention.errors import FarspanError
 from ..cache import KVStore
-from ..shard import ShardStore, in_call
+from ..shard import ShardStore, running
 from .interface import autocast
 
 
@@ -111,7 +111,7 @@ class ShardStoreLayer(KVStoreLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not in_call.get():
+        if running.get() is None:
             raise FarspanError(
                 "This cache is spread over ranks, and the model is not patched with them now: use it with "
                 "the same patch, or start a new one."

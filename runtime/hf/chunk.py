@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from ...attention.errors import FarspanError
 from ..cuts import Chunking
-from ..layer import Session, read_padding
+from ..layer import Session
+from ..padding import read_padding
 from .hooks import replace_forward
 from .releases import given_cache
 from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
@@ -30,8 +30,10 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
         if tokens is None or chunking.fits(length) or session.off:
             return original(*args, **kwargs)
         cache, reason = given_cache(kwargs), _left_whole(decoder, kwargs)
+        if chunking.by_prompt and session.ends is not None:
+            reason = reason or "rows padded on the right end in different chunks"
         if cache is None or reason is not None:
-            session.notices[f"prefill_chunk left it whole: {reason or 'it keeps no KV cache'}"] += 1
+            session.notice(f"prefill_chunk left it whole: {reason or 'it keeps no KV cache'}")
             return original(*args, **kwargs)
         past = cache.get_seq_length()
         cuts = chunking.cuts(_begins(kwargs.get("attention_mask"), past, length), length)
@@ -74,16 +76,13 @@ def _tell_of_the_rest(rest: int, chunking: Chunking, session: Session) -> None:
     """Say, once as a warning, that the last ``rest`` tokens of a padded batch are more than a chunk."""
     if chunking.fits(rest):
         return
-    reason = "prefill_chunk left its end whole: no cut fits every row of this left-padded batch"
-    if reason not in session.notices:
-        warnings.warn(
-            f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in "
-            f"one call, because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of "
-            "one length, or one row at a time, are cut."
-            + (" Its rows give what they give without prefill_chunk." if chunking.by_prompt else ""),
-            stacklevel=2,
-        )
-    session.notices[reason] += 1
+    session.notice(
+        "prefill_chunk left its end whole: no cut fits every row of this left-padded batch",
+        f"prefill_chunk={chunking.tokens} is not kept in this left-padded batch: {rest} tokens run in one "
+        f"call, because cuts must lie at multiples of {chunking.step} tokens in every row. Rows of one "
+        "length, or one row at a time, are cut."
+        + (" Its rows give what they give without prefill_chunk." if chunking.by_prompt else ""),
+    )
 
 
 def _left_whole(decoder: Any, kwargs: dict[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,20 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..cuts import Chunking
 from ..layer import Layer, Session
+from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
 from .hooks import Hook
-from .interface import ATTRIBUTE, NAME, register
+from .interface import ATTRIBUTE, NAME, check_positions, register
 from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
 from .spread import spread_forward, told_to_all
+from .wanted import watch_logits
 
 
 def install(
@@ -48,14 +50,17 @@ def install(
         undo.append(partial(delattr, module, ATTRIBUTE))
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
+    undo += watch_logits(model, info.decoder, session)
     if session.mesh is not None:
-        undo += spread_forward(model, info, session, granule)
+        undo.append(spread_forward(info, session, granule))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 
+    ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.tokens_ahead})
+
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with told_to_all(session.mesh):
-            return None if _switched_off(module, session) else _begin(module, args, kwargs, session)
+            return None if _switched_off(module, session) else _begin(module, args, kwargs, session, ahead)
 
     before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
     after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
@@ -75,17 +80,15 @@ def _switched_off(decoder: Any, session: Session) -> bool:
     )
     if session.strict or session.mesh is not None:
         raise FarspanError(sentence)
-    reason = f"the model was set to the attention {name!r}, so farspan did nothing"
-    if reason not in session.notices:
-        warnings.warn(sentence, stacklevel=2)
-    session.notices[reason] += 1
+    session.notice(f"the model was set to the attention {name!r}, so farspan did nothing", sentence)
     return True
 
 
 def _begin(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session, ahead: list[str]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """Before the decoder runs: refuse what cannot be served, and put our storage under the call."""
+    """Before the decoder runs: refuse what cannot be served, and put our storage under the call. ahead: the
+    methods whose selection looks ahead."""
     call = (
         dict(inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments)
         if args
@@ -114,12 +117,19 @@ def _begin(
     mesh = session.mesh
     if cache is not None:
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
-    _check_mask(call, cache)
-    session.end()
-    session.cached = cache is not None
-    if cache is not None:
-        session.stores = _Stores(cache)
+    past = 0 if cache is None else cache.get_seq_length()
+    tokens = _tokens(call)
+    mask = _checked_mask(call, tokens, past)
+    if mask is None and cache is None:
+        check_positions(call.get("position_ids"))
+    padding = _padding(mask, call, past, session, ahead)
+    total = past + (0 if tokens is None else tokens.shape[1])
+    session.begin(None if cache is None else _Stores(cache), padding, total)
     return (), call
+
+
+def _tokens(call: dict[str, Any]) -> Tensor | None:
+    return call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
 
 
 class _Stores:
@@ -134,23 +144,22 @@ class _Stores:
         return layer.store if isinstance(layer, KVStoreLayer) else None
 
 
-def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
+def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Tensor | None:
+    """The mask of a call, a 2-D one that covers its tokens and the ``past`` ones; None without one."""
     mask = call.get("attention_mask")
     if isinstance(mask, dict) and FULL in mask:
         # The outer part of a multimodal model has asked our mask function already; its full mask is the
         # tokens' own.
         mask = call["attention_mask"] = mask[FULL]
     if mask is None:
-        return
+        return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise FarspanError(
-            f"farspan takes a 2-D attention mask (rows, positions) for left padding; got a {shape} one."
+            f"farspan takes a 2-D attention mask (rows, positions) for padding; got a {shape} one."
         )
-    tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     if tokens is None:
-        return
-    past = 0 if cache is None else cache.get_seq_length()
+        return mask
     want = (tokens.shape[0], past + tokens.shape[1])
     if tuple(mask.shape) != want:
         raise FarspanError(
@@ -158,3 +167,34 @@ def _check_mask(call: dict[str, Any], cache: Cache | None) -> None:
             f"{past} cached and "
             f"{tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
         )
+    return mask
+
+
+def _padding(
+    mask: Tensor | None, call: dict[str, Any], past: int, session: Session, ahead: list[str]
+) -> Padding:
+    """Where the rows of a call begin and end. Padding on the right is refused where the caller goes on from
+    the last position of every row."""
+    tokens = _tokens(call)
+    rows, length = (0, 0) if tokens is None else tokens.shape[:2]
+    positions = call.get("position_ids")
+    if mask is not None:
+        padding, told = read_padding(mask), "The attention mask has zeros after ones"
+    elif ahead and length > DECODE_ROWS and positions is not None and positions.dim() == 2:
+        ends = ends_by_positions(positions.expand(rows, -1), past)
+        if ends is not None and session.rows is not None and min(ends) <= past + length - session.rows:
+            ends = None
+        padding, told = Padding(ends=ends), "The positions stand still"
+    else:
+        return Padding()
+    if padding.ends is None:
+        return padding
+    if past and length <= DECODE_ROWS:
+        why = f"a call of at most {DECODE_ROWS} tokens on a filled cache goes on from the last of each row"
+    elif session.rows is not None and min(padding.ends) <= past + length - session.rows:
+        why = "the logits asked for are those of the padding"
+    elif session.mesh is not None and ahead:
+        why = f"over ranks the padding would have a part in what {' and '.join(ahead)} selects"
+    else:
+        return padding
+    raise refuse_right_padding(padding.ends, told, why)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, find_packed_sequence_indices
 
 from ...attention.errors import FarspanError
 from ..layer import Layer
+from ..shard import running
+from ..spread import carrier
 
 NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
 ATTRIBUTE = "_farspan"  # on an attention module: its Layer
@@ -41,6 +43,9 @@ def _attention_forward(
         raise FarspanError(
             f"farspan has no attention dropout; set the model's attention_dropout to 0 (it is {dropout})."
         )
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise beyond_causal()
     if kwargs.get("position_bias") is not None:
         raise FarspanError(f"farspan cannot add the position bias that {type(module).__name__} asks for.")
     how: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
@@ -73,17 +78,36 @@ def _padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: the 2-D padding mask of the keys at hand, never an N x N tensor.
+    """transformers' mask function: the 2-D padding mask of the keys at hand, never an N x N tensor; over
+    ranks, the carrier of the running call.
 
     Causality and windows are the operations' own, so only those two mask functions can be served.
     """
     if mask_function is not causal_mask_function and not _is_sliding(mask_function):
-        raise FarspanError(
-            "This call wants a mask beyond causal attention, a sliding window and left padding (packed "
-            "sequences, a "
-            "bidirectional prefix or image tokens), which farspan does not serve."
-        )
-    return None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+        raise beyond_causal()
+    if attention_mask is None:
+        return None
+    call = running.get()
+    if call is not None:
+        return carrier(call, attention_mask.device)
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def check_positions(positions: Tensor | None) -> None:
+    """Refuse the positions of a call without a mask and without a cache in which transformers finds packed
+    sequences: those [B, T] that do not count up by one. It would look among one rank's alone."""
+    if positions is not None and positions.dim() == 3:  # of Qwen2-VL and its kin: those of text come first
+        positions = positions[0] if positions.shape[0] == 4 else None
+    if positions is not None and find_packed_sequence_indices(positions) is not None:
+        raise beyond_causal()
+
+
+def beyond_causal() -> FarspanError:
+    """The error of a call that wants another mask than farspan serves, on one device and over ranks."""
+    return FarspanError(
+        "This call wants a mask beyond causal attention, a sliding window and padding (packed sequences, "
+        "is_causal=False, a bidirectional prefix or image tokens), which farspan does not serve."
+    )
 
 
 def _is_sliding(mask_function: Callable[..., Any]) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
@@ -20,55 +19,19 @@ from ...parallel.gather import gather_rows
 from ...parallel.layout import Layout, Split
 from ...parallel.mesh import Mesh
 from ...parallel.prefill import make_split
-from ..layer import Padding, Session, read_padding
-from ..shard import in_call
-from ..spread import carrier
+from ..layer import Session
+from ..padding import Padding, read_padding
+from ..shard import running
 from .cache import ShardStoreLayer
-from .hooks import Hook, replace_forward
+from .hooks import replace_forward
 from .models import ModelInfo
 from .releases import given_cache
 
 
-def spread_forward(
-    model: nn.Module, info: ModelInfo, session: Session, granule: int
-) -> list[Callable[[], None]]:
+def spread_forward(info: ModelInfo, session: Session, granule: int) -> Callable[[], None]:
     """Let long calls be shared out over ``session.mesh``, in whole granules; short ones run on every rank.
-    Returns the undo steps."""
-    undo = [_watch_rows(owner, session) for owner in _owners(model, info.decoder)]
-    undo.append(replace_forward(info.decoder, partial(_forward, info, session, granule)))
-    return undo
-
-
-def _owners(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """The modules around the decoder that are told how many positions' logits are wanted."""
-    return [
-        module
-        for module in model.modules()
-        if "logits_to_keep" in inspect.signature(module.forward).parameters
-        and any(part is decoder for part in module.modules())
-    ]
-
-
-def _watch_rows(owner: nn.Module, session: Session) -> Callable[[], None]:
-    signature = inspect.signature(owner.forward)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
-        session.rows = wanted if isinstance(wanted, int) and wanted > 0 else None
-
-    def after(*_: Any) -> None:
-        session.rows = None
-
-    hooks = [
-        owner.register_forward_pre_hook(Hook(before), with_kwargs=True),
-        owner.register_forward_hook(Hook(after), always_call=True),
-    ]
-
-    def undo() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return undo
+    Returns the undo step."""
+    return replace_forward(info.decoder, partial(_forward, info, session, granule))
 
 
 ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
@@ -129,13 +92,13 @@ def _forward(
         return original(**kwargs)
     with told_to_all(session.mesh):
         call, positions = _share_out(info, session, session.mesh, granule, kwargs)
-        session.call, running = call, in_call.set(True)
+        session.call, before = call, running.set(call)
         try:
             with session.part_of(positions):
                 output = original(**kwargs)
         finally:
             session.call = None
-            in_call.reset(running)
+            running.reset(before)
         if call.split is not None:
             split, mesh = call.split, session.mesh
             output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
@@ -165,7 +128,7 @@ def _share_out(
                 "the shape of the input": str((tuple(tokens.shape), past)),
                 "the input": tokens.detach(),
                 "the positions": positions,
-                "the padding": str(padding.starts),
+                "the padding": str((padding.starts, padding.ends)),
                 "the last output": session.output,
             }
         )
@@ -182,7 +145,8 @@ def _share_out(
             if kwargs.get(name) is not None:
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
     call = Call(split, past, total, padding.start, padding.starts, memory)
-    kwargs["attention_mask"] = carrier(call, tokens.device)
+    if mask is None:  # with one, transformers looks for no packed sequences among this rank's positions
+        kwargs["attention_mask"] = torch.ones(tokens.shape[0], total, dtype=torch.bool, device=tokens.device)
     return call, positions
 
 

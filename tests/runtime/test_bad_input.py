@@ -265,9 +265,8 @@ MASKS = {
     ),
     "too long": (torch.ones(2, 41), [r"is \[2, 41\] where \[2, 40\]"]),
     "one row": (ONES[:1], [r"is \[1, 40\] where \[2, 40\]"]),
-    "right padding": (zeros_at((1, 35, 40)), ["zeros after ones in row 1", "padding_side = 'left'"]),
-    "a hole": (zeros_at((0, 3, 5)), ["zeros after ones in row 0", "not right padding or holes"]),
-    "padding on both sides": (zeros_at((1, 0, 4), (1, 30, 40)), ["zeros after ones in row 1"]),
+    "a hole": (zeros_at((0, 3, 5)), ["zeros between ones in row 0", "not holes"]),
+    "holes and padding": (zeros_at((1, 0, 4), (1, 20, 22), (1, 30, 40)), ["zeros between ones in row 1"]),
 }
 
 
@@ -294,12 +293,56 @@ def test_a_mask_of_the_wrong_size_for_the_cache():
         assert model(step, past_key_values=cache).logits.shape == (2, 1, 128)
 
 
-def test_packed_sequences_are_refused():
+RIGHT = zeros_at((1, 35, 40))
+PADDED_RIGHT = ["zeros after ones in row 1", "padding on the right", "padding_side = 'left'", "ones_like"]
+
+
+def test_right_padding_that_the_answer_would_go_on_from():
+    model, ids = shared("llama"), prompt(2, 40)
+    with farspan.patch(model, "window:w=12"), torch.no_grad():
+        says = [*PADDED_RIGHT, "the logits asked for are those of the padding"]
+        for rows in (1, 5):
+            refused(
+                FarspanError,
+                lambda m, rows=rows: m(ids, attention_mask=RIGHT, logits_to_keep=rows),
+                *says,
+                model=model,
+            )
+        refused(FarspanError, lambda m: decode(m, {"input_ids": ids, "attention_mask": RIGHT}), *says)
+        assert model(ids, attention_mask=RIGHT, logits_to_keep=6).logits.shape == (2, 6, 128)
+        cache = model(ids).past_key_values
+        step, mask = ids[:, :4], torch.cat([ONES, zeros_at((1, 2, 4))[:, :4]], 1)
+        says = [*PADDED_RIGHT, "at most 16 tokens on a filled cache"]
+        refused(FarspanError, lambda m: m(step, attention_mask=mask, past_key_values=cache), *says)
+        assert cache.get_seq_length() == 40
+
+
+POSITIONS = {
+    "restarting": torch.arange(20).repeat(2),
+    "repeated": torch.arange(20).repeat_interleave(2),
+    "reversed": torch.arange(40).flip(0),
+    "with a gap": torch.cat([torch.arange(20), torch.arange(90, 110)]),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_packed_sequences_are_refused(case):
     model, ids = shared("llama"), prompt(1, 40)
-    positions = torch.arange(20).repeat(2)[None]
+    how = {"position_ids": POSITIONS[case][None], "use_cache": False}
     with farspan.patch(model):
-        says = ["packed sequences", "does not serve"]
-        refused(FarspanError, lambda m: logits(m, ids, position_ids=positions, use_cache=False), *says)
+        refused(FarspanError, lambda m: logits(m, ids, **how), "packed sequences", "does not serve")
+
+
+@pytest.mark.parametrize("by", ["call", "config"])
+def test_attention_that_is_not_causal_is_refused(by):
+    model, ids = make("llama"), prompt(1, 40)
+    how = {"use_cache": False} | ({"is_causal": False} if by == "call" else {})
+    causal = logits(model, ids)
+    with farspan.patch(model):
+        if by == "config":  # before the patch, it is refused there
+            model.config.is_causal = False
+        refused(FarspanError, lambda m: logits(m, ids, **how), "is_causal=False", model=model)
+    assert not close(logits(model, ids, **how), causal), "transformers attends to later tokens"
 
 
 def test_a_mask_that_is_all_padding_or_none_is_served():

@@ -1,0 +1,41 @@
+"""Which positions' logits a call of the model is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..layer import Session
+from .hooks import Hook
+
+
+def watch_logits(model: nn.Module, decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
+    """Keep ``session.rows`` and ``session.scoring`` by the ``logits_to_keep`` of the modules around the
+    decoder. A decoder that is called by itself gives hidden states, and scores nothing. Returns the undo
+    steps."""
+    undo: list[Callable[[], None]] = []
+    path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
+    for depth in range(len(path)):
+        module = model.get_submodule(".".join(path[:depth]))
+        signature = inspect.signature(module.forward)
+        if "logits_to_keep" in signature.parameters:
+            undo += _watch(module, signature, session)
+    return undo
+
+
+def _watch(owner: nn.Module, signature: inspect.Signature, session: Session) -> list[Callable[[], None]]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
+        session.rows = wanted if isinstance(wanted, int) and wanted > 0 else None
+        session.scoring = session.rows != 1
+
+    def after(*_: Any) -> None:
+        session.rows, session.scoring = None, False
+
+    return [
+        owner.register_forward_pre_hook(Hook(before), with_kwargs=True).remove,
+        owner.register_forward_hook(Hook(after), always_call=True).remove,
+    ]
