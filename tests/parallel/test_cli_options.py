@@ -25,13 +25,16 @@ def spread_commands(group: Any = None, path: tuple[str, ...] = ()) -> dict[tuple
     return found
 
 
+OTHER = {"--dtype": "float32", "--rope": "yarn:4"}  # options that refuse other values as they are read
+
+
 def others(command: Any) -> dict[str, list[str]]:
     """By option of a command, another value than its default, as it is written."""
     found = {}
     for param in command.params:
         option = max(param.opts, key=len)
-        if option != "--help":
-            value = "0.5" if isinstance(param.default, float) else "7"
+        if option != "--help" and not param.hidden:  # hidden ones only say what they are called now
+            value = OTHER.get(option, "0.5" if isinstance(param.default, float) else "7")
             found[option] = [option] if param.is_flag else [option, value]
     return found
 
