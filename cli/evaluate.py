@@ -279,6 +279,7 @@ def speed(
     chosen = {}
     if needle:
         tokenizer, chosen = _choose_chat(tokenizer, chat)
+        chosen |= {"needle": True}
         prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}
 
     with _resumable(json):

@@ -15,7 +15,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
     Empty where no row of the cell has a true depth.
     """
-    known = [row["extra"] for row in rows if "true_depth" in row["extra"]]
+    known = [row["extra"] for row in rows if row["extra"].get("true_depth") is not None]
     if not known:
         return {}
     return {

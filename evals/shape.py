@@ -34,6 +34,13 @@ def misfit(value: Any, shape: Shape, name: str) -> str | None:
     return next((found for part in parts if (found := misfit(part[1], part[2], part[0]))), None)
 
 
+def fill(value: Any, shape: Shape) -> None:
+    """Write null into the fields of ``shape`` that ``value``, which has the shape, lacks."""
+    if isinstance(shape, dict) and str not in shape:
+        for field, expected in shape.items():
+            fill(value.setdefault(field, None), expected)
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

