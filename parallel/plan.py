@@ -17,10 +17,8 @@ from .cost import (
     memory,
     prefill_seconds,
     prefill_sent,
-    selective,
 )
 from .job import Job
-from .reading import reading
 from .volume import MECHANISMS, Choice, readable
 
 _MOST_CALLS = 1 << 14  # of the prefill
@@ -111,7 +109,6 @@ def plan(job: Job) -> Plan:
     sent = {name: total for name in names if (total := prefill_sent(job, [name] * job.num_calls)) is not None}
     travelled = prefill_sent(job, [choice.mechanism for choice in taken])
     assert travelled is not None
-    density = reading(job.prefill, PREFILL, job.length).kv
     kv, selection = decode_reads(job)
     result = Plan(
         job=job,
@@ -121,7 +118,9 @@ def plan(job: Job) -> Plan:
         transient=transient,
         sent=sent,
         sent_prefill=travelled,
-        sent_least=round(travelled * density) if selective(job) else travelled,
+        sent_least=travelled
+        if job.prefill_cost.reach
+        else round(travelled * job.prefill_cost.last / job.length),
         sent_decode=decode_sent(job),
         read=kv,
         selection_read=selection,
@@ -174,11 +173,15 @@ def _notes(result: Plan) -> list[str]:
             notes.extend(_remedies(result))
     phases = ((job.prefill, PREFILL), (job.decode, DECODE))
     for method, phase in phases:
-        if method.name != "dense" and reading(method, phase, job.length).kv >= 1:
-            notes.append(
-                f"{method} counts as dense in {phase}: its budget covers {job.length} tokens, or cannot "
-                "be told from its parameters."
+        cost = job.prefill_cost if phase == PREFILL else job.decode_cost
+        whole = cost.density == 1
+        if not cost.exact:
+            how = (
+                "as dense" if whole else f"with the most it can read, {100 * cost.density:.1f} % of the keys,"
             )
+            notes.append(f"{method} counts {how} in {phase}: what it reads depends on the data.")
+        elif method.selective and whole:
+            notes.append(f"{method} counts as dense in {phase}: it reads every one of {job.length} tokens.")
     return notes
 
 
