@@ -155,6 +155,15 @@ def prefill_sent(job: Job, mechanisms: list[str]) -> int | None:
     return total
 
 
+def least_sent(job: Job, travelled: int) -> int:
+    """Of ``travelled`` bytes of the prefill those that are sent where every query selects the same keys. Of
+    the keys in a window all travel."""
+    reach = job.prefill_cost.reach
+    if reach is not None and reach < job.length:
+        return travelled
+    return round(travelled * job.prefill_cost.last / job.length)
+
+
 def decode_sent(job: Job) -> int:
     """Partials of every layer, and for a method that ranks single keys each rank's candidates for the cut, 8
     bytes each."""

@@ -14,6 +14,7 @@ from .cost import (
     decode_reads,
     decode_seconds,
     decode_sent,
+    least_sent,
     memory,
     prefill_seconds,
     prefill_sent,
@@ -118,9 +119,7 @@ def plan(job: Job) -> Plan:
         transient=transient,
         sent=sent,
         sent_prefill=travelled,
-        sent_least=travelled
-        if job.prefill_cost.reach
-        else round(travelled * job.prefill_cost.last / job.length),
+        sent_least=least_sent(job, travelled),
         sent_decode=decode_sent(job),
         read=kv,
         selection_read=selection,
@@ -174,14 +173,16 @@ def _notes(result: Plan) -> list[str]:
     phases = ((job.prefill, PREFILL), (job.decode, DECODE))
     for method, phase in phases:
         cost = job.prefill_cost if phase == PREFILL else job.decode_cost
-        whole = cost.density == 1
-        if not cost.exact:
-            how = (
-                "as dense" if whole else f"with the most it can read, {100 * cost.density:.1f} % of the keys,"
+        dense = f"{method} counts as dense in {phase}"
+        if not cost.exact and cost.density < 1:
+            notes.append(
+                f"{method} counts as reading {100 * cost.density:.1f} % of the keys in {phase}, which is its "
+                "most: what it reads depends on the data."
             )
-            notes.append(f"{method} counts {how} in {phase}: what it reads depends on the data.")
-        elif method.selective and whole:
-            notes.append(f"{method} counts as dense in {phase}: it reads every one of {job.length} tokens.")
+        elif not cost.exact:
+            notes.append(f"{dense}: what it reads depends on the data.")
+        elif method.selective and cost.density == 1:
+            notes.append(f"{dense}: it reads every one of {job.length} tokens.")
     return notes
 
 

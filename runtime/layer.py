@@ -288,12 +288,8 @@ class Layer(Unique):
             return spread_window(q, k, v, store, call, mesh, window, **how)
         done = spread(self, q, k, v, store, call, mesh, **how)
         for run, _, reads, _, travel in done:
-            if (
-                not cached
-                and self.decode.selective
-                and not self.method(run).selective
-                and reads.reason is None
-            ):
+            dense = not self.method(run).selective
+            if not cached and dense and self.decode.selective and reads.reason is None:
                 reads.reason = NO_CACHE
             assert travel is not None
             self.phases[run.phase].moved(travel)

@@ -94,9 +94,8 @@ class DHSA(AttentionMethod):
         keys = queries.of_blocks(size, first, last, self.block_k)
         if self.select == "mean":
             return queries.cost(keys, selection=queries.entries(*self.summaries))
-        return queries.cost(
-            torch.where(end == length, queries.seen, keys), selection=queries.raw_keys(length)
-        )
+        keys = torch.where(end == length, queries.seen, keys)
+        return queries.cost(keys, selection=queries.raw_keys(length))
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if self._covers(keys.length) or (self.last_queries and not keys.surveyed):
