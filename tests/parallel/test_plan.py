@@ -329,8 +329,8 @@ def test_labels_of_narrow_heads():
     assert ask.decode_cost.selection == pytest.approx(1 / 4)
 
 
-# A plan for 128K once took block_static for a window of one key, strided for a window of 128, and vertical_slash
-# for its sinks alone. These count each query's keys by the definitions.
+# A plan for 128K once took block_static for a window of one key, strided for a window of 128, and
+# vertical_slash for its sinks alone. These count each query's keys by the definitions.
 def butterfly(t: int) -> int:
     """The own block as far as it is seen, and a whole block of 128 for each bit of its number."""
     return t % 128 + 1 + 128 * (t // 128).bit_count()
