@@ -131,7 +131,7 @@ def run_prefill(
 def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, index: Index) -> Reads:
     """``reads`` with what selection cost and, where a selective method has read everything, why."""
     reads.selection_bytes = keys.summary_bytes
-    if index is None and phase in method.phases and method.name != "dense":
+    if index is None and phase in method.phases and method.selective:
         reads.reason = TOO_SHORT
     return reads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .method import DECODE, PREFILL, AttentionMethod
+from .method import AttentionMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,5 +15,3 @@ class Dense(AttentionMethod):
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense attention"
-    family: ClassVar[str] = "baseline"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})

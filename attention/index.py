@@ -85,7 +85,10 @@ class Bands:
 
     def pairs(self, begin: int, end: int) -> int:
         """Number of (query, key) pairs that the queries begin .. end - 1 of an unpadded row read."""
-        seen = torch.arange(begin, end) + 1  # distances 0 .. seen - 1 are there
+        return int(self.count(torch.arange(begin, end) + 1).sum())
+
+    def count(self, seen: Tensor) -> Tensor:
+        """How many keys each query reads that sees ``seen`` keys, those at distances 0 .. seen - 1."""
         total = seen.clamp(max=self.sinks)
         for stride, near, far in self.bands:
             reach = seen if far is None else seen.clamp(max=far)
@@ -93,7 +96,7 @@ class Bands:
             lowest = (seen - self.sinks).clamp(min=near)  # of the distances of sinks, which count once
             shared = (-((-(-lowest // stride) * stride - reach) // stride)).clamp(min=0)
             total = total + within - shared
-        return int(total.sum())
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError, SpecError
 from .index import Index
 from .keys import Keys, State
@@ -25,7 +26,7 @@ from .summary import Summary
 from .whole import whole_number
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
-PREFILL, DECODE = "prefill", "decode"
+_HERE = __name__.rpartition(".")[0] + "."  # the package whose folders are the families
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class AttentionMethod:
 
     name: ClassVar[str]
     title: ClassVar[str]  # as the paper calls it
-    family: ClassVar[str]  # baseline, sparse, recycled, chunked or hybrid
+    family: ClassVar[str]  # the folder of its file, "baseline" for dense; "custom" outside farspan
     paper: ClassVar[str] = ""  # arXiv id
-    phases: ClassVar[frozenset[str]]  # the phases it changes; the others are dense
+    phases: ClassVar[frozenset[str]]  # those whose select_* it has, the others are dense; both if it has none
+    selective: ClassVar[bool]  # whether it has one
     lookahead: ClassVar[str] = (
         "0"  # how far past a row its selection may have looked: "0", "block_q - 1" or "prompt"
     )
@@ -107,6 +109,17 @@ class AttentionMethod:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "phases" in cls.__dict__:
+            raise ValueError(
+                f"{cls.__qualname__} sets phases, which follow from the methods select_prefill and "
+                "select_decode that it defines: leave phases out."
+            )
+        selected = _selected_phases(cls)
+        cls.phases, cls.selective = selected or frozenset({PREFILL, DECODE}), bool(selected)
+        if "family" not in cls.__dict__:
+            inside = cls.__module__.startswith(_HERE)
+            folder, below, _ = cls.__module__.removeprefix(_HERE).partition(".")
+            cls.family = (folder if below else "baseline") if inside else "custom"
         if "name" in cls.__dict__:
             taken = _REGISTRY.get(cls.name)
             if taken is not None and taken.__qualname__ != cls.__qualname__:
@@ -117,8 +130,23 @@ class AttentionMethod:
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         """This method as layer ``layer`` runs it, or None where the method itself leaves the layer dense."""
-        first = getattr(self, "dense_layers", 0)
-        return None if layer.index < first else self
+        return None if layer.index < self.dense_layers else self
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers below this one are left dense; usually a parameter of the method."""
+        return 0
+
+    def cost(self, phase: str, length: int, *, head_dim: int = 128, element_size: int = 2) -> Cost:
+        """What a layer that it serves reads in a phase at a length, by its own declaration. head_dim: numbers
+        of a key; element_size: bytes of a number."""
+        queries = Queries(phase=phase, length=length, head_dim=head_dim, element_size=element_size)
+        return self.reads(queries) if self.selective and phase in self.phases else queries.cost()
+
+    def reads(self, queries: Queries) -> Cost:
+        """Declares what ``queries`` of a phase that it selects in read. A method that declares nothing may
+        read every key, and counts as dense."""
+        return queries.cost(exact=False)
 
     def calibration(self, layer: LayerInfo, *args: Any, **options: Any) -> Calibration:
         """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that
@@ -184,6 +212,15 @@ class AttentionMethod:
             if f.repr and (value := getattr(self, f.name)) != f.default
         ]
         return self.name + (":" + ",".join(changed) if changed else "")
+
+
+def _selected_phases(cls: type[AttentionMethod]) -> frozenset[str]:
+    """The phases whose ``select_*`` the class does not have from the base."""
+    own = {
+        PREFILL: cls.select_prefill is not AttentionMethod.select_prefill,
+        DECODE: cls.select_decode is not AttentionMethod.select_decode,
+    }
+    return frozenset(phase for phase, overridden in own.items() if overridden)
 
 
 def methods() -> dict[str, type[AttentionMethod]]:

@@ -47,14 +47,17 @@ def check_budget(method: AttentionMethod, k: int | None, fraction: float | None)
     require(method, k=(1, None), fraction=(1e-6, 1.0))
 
 
+def budget_at(k: int | None, fraction: float | None, length: int) -> int:
+    """Tokens that a decode query may read which sees ``length`` keys."""
+    return k if k is not None else max(1, round((fraction or 0.0) * length))
+
+
 def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
     """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what
     is visible."""
-    if k is not None:
-        return k
+    if k is not None or (keys.start is None and keys.tq == 1):
+        return budget_at(k, fraction, keys.length)
     assert fraction is not None
-    if keys.start is None and keys.tq == 1:
-        return max(1, round(fraction * keys.length))
     return (keys.seen().double() * fraction).round().long().clamp(min=1)
 
 

@@ -43,6 +43,12 @@ def count_entries(summary: Summary, length: int) -> int:
     return -(-length // (summary.block or 1))
 
 
+def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
+    """Bytes of one entry, for keys of ``head_dim`` numbers of ``element_size`` bytes."""
+    own: torch.dtype | None = getattr(summary, "dtype", None)
+    return summary.width(head_dim) * (element_size if own is None else own.itemsize)
+
+
 @dataclass(frozen=True)
 class BlockPool:
     """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side."""

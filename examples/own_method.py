@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 
 import farspan
+from farspan.attention.cost import Cost, Queries
 from farspan.attention.index import Index, TokenIndex
 from farspan.attention.keys import Keys
-from farspan.attention.method import DECODE, AttentionMethod, require
+from farspan.attention.method import AttentionMethod, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +23,20 @@ class ByNorm(AttentionMethod):
 
     name: ClassVar[str] = "by_norm"
     title: ClassVar[str] = "Keys of the smallest norm"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2406.11430"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
 
     k: int = 256
     local: int = 32
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), local=(1, None))
+
+    def reads(self, queries: Queries) -> Cost:
+        """What `farspan plan` counts with: k + local keys, and every raw key for its norm."""
+        if self.k + self.local >= queries.length:
+            return queries.cost()
+        keys = queries.seen.clamp(max=self.k + self.local)
+        return queries.cost(keys, selection=queries.raw_keys(queries.length))
 
     def select_decode(self, q: torch.Tensor, keys: Keys) -> Index:
         """q [B, H, Tq, D] -> the positions each KV head reads, [B, Hkv, Tq, M] ascending, of which the first

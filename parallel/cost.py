@@ -9,11 +9,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..attention.errors import FarspanError
-from ..attention.method import DECODE, PREFILL
 from .device import Device
 from .job import Job, LayerShape
 from .layout import zigzag
-from .reading import reading
 from .simulate import Work, simulate
 from .volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
 
@@ -114,14 +112,15 @@ def _layers(job: Job) -> Mapping[LayerShape, int]:
 
 
 def _reach(layer: LayerShape, job: Job) -> int | None:
-    """Keys that a query of the prefill sees at most, by the model's window or the method's; None: all."""
-    window = getattr(job.prefill, "w", None) if layer.window is None else layer.window
+    """Keys that a query of the prefill reads at most from its own back, by the model's window or the
+    method's declaration, sinks counted in; None: any."""
+    window = job.prefill_cost.reach if layer.window is None else layer.window
     return window if window is not None and window < job.length else None
 
 
 def selective(job: Job) -> bool:
     """Whether the prefill's method leaves keys out."""
-    return reading(job.prefill, PREFILL, job.length).kv < 1
+    return job.prefill_cost.density < 1
 
 
 def _bits(job: Job, geometry: Geometry, new: int, past: int) -> int:
@@ -156,31 +155,40 @@ def prefill_sent(job: Job, mechanisms: list[str]) -> int | None:
     return total
 
 
+def least_sent(job: Job, travelled: int) -> int:
+    """Of ``travelled`` bytes of the prefill those that are sent where every query selects the same keys. Of
+    the keys in a window all travel."""
+    reach = job.prefill_cost.reach
+    if reach is not None and reach < job.length:
+        return travelled
+    return round(travelled * job.prefill_cost.last / job.length)
+
+
 def decode_sent(job: Job) -> int:
     """Partials of every layer, and for a method that ranks single keys each rank's candidates for the cut, 8
     bytes each."""
     stored = stored_rows(job.length, job.ranks)
-    candidates = 8 * min(stored, reading(job.decode, DECODE, job.length).candidates)
+    candidates = 8 * min(stored, job.decode_cost.candidates)
     total = 0.0
     for index, layer in enumerate(job.model.layers):
         geometry = job.model.geometry(layer, job.tensor)
         total += decode_volume(geometry, job.ranks, batch=job.batch)
-        if index >= getattr(job.decode, "dense_layers", 0) and layer.window is None:
+        if index >= job.decode.dense_layers and layer.window is None:
             total += (job.ranks - 1) * job.batch * geometry.num_kv_heads * candidates
     return round(total)
 
 
 def decode_reads(job: Job) -> tuple[int, int]:
     """Bytes of K and V that a rank reads for one token, and bytes that it reads to decide."""
-    method = reading(job.decode, DECODE, job.length, job.model.layers[0].head_dim)
+    method = job.decode_cost
     rows = {layer: stored_rows(job.length, job.ranks, layer.window) for layer in _layers(job)}
     kv, selection = 0.0, 0.0
     for index, layer in enumerate(job.model.layers):
         size = job.batch * rows[layer] * job.model.geometry(layer, job.tensor).kv
-        if layer.window is not None or index < getattr(job.decode, "dense_layers", 0):
+        if layer.window is not None or index < job.decode.dense_layers:
             kv += size
         else:
-            kv, selection = kv + size * method.kv, selection + size * method.selection
+            kv, selection = kv + size * method.density, selection + size * method.selection
     return round(kv), round(selection)
 
 
@@ -189,12 +197,16 @@ def decode_reads(job: Job) -> tuple[int, int]:
 
 def work(job: Job, layer: LayerShape) -> Work:
     """One layer of a rank's share of the heads, for the replay."""
-    window = _reach(layer, job)
+    window, density = _reach(layer, job), job.prefill_cost.density
+    if layer.window is not None:
+        density = 1.0
+    elif window is not None:  # of the keys within reach, not of all
+        density = job.prefill_cost.keys / (window - window * (window - 1) / (2 * job.length))
     return Work(
         geometry=job.model.geometry(layer, job.tensor),
         parameters=job.model.layer_parameters // len(job.model.layers) // job.tensor,
         window=window,
-        density=1.0 if window else reading(job.prefill, PREFILL, job.length).kv,
+        density=density,
     )
 
 

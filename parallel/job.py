@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from ..attention.cost import DECODE, PREFILL, Cost
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
@@ -107,6 +109,20 @@ class Job:
     def local_ranks(self) -> int:
         """Of them, those of one node."""
         return max(1, self.device.per_node // self.tensor)
+
+    @cached_property
+    def prefill_cost(self) -> Cost:
+        """What the prefill's method reads in one layer."""
+        return self._cost(self.prefill, PREFILL)
+
+    @cached_property
+    def decode_cost(self) -> Cost:
+        """What the decode's method reads in one layer."""
+        return self._cost(self.decode, DECODE)
+
+    def _cost(self, method: AttentionMethod, phase: str) -> Cost:
+        size, head_dim = self.model.element_size, self.model.layers[0].head_dim
+        return method.cost(phase, self.length, head_dim=head_dim, element_size=size)
 
     @property
     def num_calls(self) -> int:

@@ -14,13 +14,12 @@ from .cost import (
     decode_reads,
     decode_seconds,
     decode_sent,
+    least_sent,
     memory,
     prefill_seconds,
     prefill_sent,
-    selective,
 )
 from .job import Job
-from .reading import reading
 from .volume import MECHANISMS, Choice, readable
 
 _MOST_CALLS = 1 << 14  # of the prefill
@@ -111,7 +110,6 @@ def plan(job: Job) -> Plan:
     sent = {name: total for name in names if (total := prefill_sent(job, [name] * job.num_calls)) is not None}
     travelled = prefill_sent(job, [choice.mechanism for choice in taken])
     assert travelled is not None
-    density = reading(job.prefill, PREFILL, job.length).kv
     kv, selection = decode_reads(job)
     result = Plan(
         job=job,
@@ -121,7 +119,7 @@ def plan(job: Job) -> Plan:
         transient=transient,
         sent=sent,
         sent_prefill=travelled,
-        sent_least=round(travelled * density) if selective(job) else travelled,
+        sent_least=least_sent(job, travelled),
         sent_decode=decode_sent(job),
         read=kv,
         selection_read=selection,
@@ -174,11 +172,17 @@ def _notes(result: Plan) -> list[str]:
             notes.extend(_remedies(result))
     phases = ((job.prefill, PREFILL), (job.decode, DECODE))
     for method, phase in phases:
-        if method.name != "dense" and reading(method, phase, job.length).kv >= 1:
+        cost = job.prefill_cost if phase == PREFILL else job.decode_cost
+        dense = f"{method} counts as dense in {phase}"
+        if not cost.exact and cost.density < 1:
             notes.append(
-                f"{method} counts as dense in {phase}: its budget covers {job.length} tokens, or cannot "
-                "be told from its parameters."
+                f"{method} counts as reading {100 * cost.density:.1f} % of the keys in {phase}, which is its "
+                "most: what it reads depends on the data."
             )
+        elif not cost.exact:
+            notes.append(f"{dense}: what it reads depends on the data.")
+        elif method.selective and cost.density == 1:
+            notes.append(f"{dense}: it reads every one of {job.length} tokens.")
     return notes
 
 

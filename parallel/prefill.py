@@ -45,7 +45,7 @@ def prefill(
     instead of the method. Reads counts what this rank's queries read.
     """
     best = _best(share)
-    if window is None and (PREFILL not in method.phases or method.name == _DENSE.name):
+    if window is None and (PREFILL not in method.phases or not method.selective):
         part, reads, travel = _dense(share, best)
     elif window is None and share.mesh.config.mechanism == "ulysses" and not _splits_groups(method, share):
         part, reads = _over_heads(method, share)

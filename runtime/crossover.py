@@ -58,7 +58,7 @@ def crossovers(
     """
     if setting is None:
         return {}
-    selective = {phase: method for phase, method in methods.items() if method.name != "dense"}
+    selective = {phase: method for phase, method in methods.items() if method.selective}
     number = whole_number(setting)
     if number is not None and number >= 1:
         return dict.fromkeys(selective, float(number))

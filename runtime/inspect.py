@@ -95,7 +95,7 @@ def inspect(
         )
     block = size
     method, decode = resolve(spec)
-    if method.name == "dense" != decode.name:
+    if decode.selective and not method.selective:
         raise SpecError(
             f"inspect looks at a prefill, and {decode.name} leaves prefill dense: give a method that has one "
             "(farspan methods lists them)."

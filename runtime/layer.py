@@ -266,7 +266,7 @@ class Layer(Unique):
             keys = whole.some_rows(run.rows, state)
             with implementations() as ran:
                 part, read = attend(method, run.phase, q[run.rows], keys, probe=self._meter(run.phase))
-            if not own and method.name == "dense" != self.decode.name and read.reason is None:
+            if not own and self.decode.selective and not method.selective and read.reason is None:
                 read.reason = FOREIGN if self.session.cached else NO_CACHE
             done.append(Done(run, part, read, ran))
         if own:
@@ -308,7 +308,8 @@ class Layer(Unique):
             return spread_window(q, k, v, store, call, mesh, window, **how)
         done = spread(self, q, k, v, store, call, mesh, **how)
         for run, _, reads, _, travel in done:
-            if not cached and self.method(run).name == "dense" != self.decode.name and reads.reason is None:
+            dense = not self.method(run).selective
+            if not cached and dense and self.decode.selective and reads.reason is None:
                 reads.reason = NO_CACHE
             assert travel is not None
             self.phases[run.phase].moved(travel)

@@ -90,7 +90,7 @@ def patch(
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
         raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
-    selective = sorted({str(m) for pair in chosen for m in pair if m.name != "dense"})
+    selective = sorted({str(m) for pair in chosen for m in pair if m.selective})
     if set(info.attention) <= set(untouched) and selective:
         raise Unsupported(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
@@ -280,7 +280,7 @@ def _per_layer(
             )
         given[index], chosen[index] = name, resolve(spec)
         reason = untouched.get(index)
-        if reason and any(m.name != "dense" for m in chosen[index]):
+        if reason and any(m.selective for m in chosen[index]):
             raise SpecError(f"layers= cannot give layer {name} a method: {reason}.")
     return chosen
 
@@ -315,7 +315,7 @@ def _check_recipe(
             f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
         )
     if not need:
-        names = sorted({method.name for method in methods} - {"dense"}) or ["dense"]
+        names = sorted({method.name for method in methods if method.selective}) or ["dense"]
         raise FarspanError(
             f"A recipe was given that no method takes: {' and '.join(names)} needs none; leave it out."
         )

@@ -85,7 +85,7 @@ def _jobs(
             for index in info.attention:
                 layer = info.layer_info(index)
                 job = (str(method), phase, *geometry(layer).values())
-                if method.name == "dense" or info.kinds[index] == hf.SLIDING or job in seen:
+                if not method.selective or info.kinds[index] == hf.SLIDING or job in seen:
                     continue
                 served = serve(method, layer, recipe, info.geometry)
                 if served is not None:
@@ -117,8 +117,8 @@ class _Run:
 
     def __init__(self, method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any):
         self.method, self.phase, self.length = method, phase, length
-        # A method with a stride has cheap and dear steps: a whole stride is timed.
-        self.steps = 1 if phase == PREFILL else int(getattr(method, "stride", 4))
+        period = method.cost(phase, length).period  # of cheap and dear steps: a whole one is timed
+        self.steps = 1 if phase == PREFILL else period if period > 1 else 4
         how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         kv = (1, layer.num_kv_heads, length + self.steps, layer.head_dim)
         rows = length if phase == PREFILL else self.steps

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import DECODE, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..share import best, share_scores
@@ -43,9 +44,7 @@ class Recycled(AttentionMethod):
 
     name: ClassVar[str] = "recycled"
     title: ClassVar[str] = "Recycled Attention (RefreshKV)"
-    family: ClassVar[str] = "recycled"
     paper: ClassVar[str] = "2411.05787"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
 
     k: int = 4096
     stride: int = 50
@@ -67,6 +66,20 @@ class Recycled(AttentionMethod):
     @property
     def couples_heads(self) -> bool:
         return self.dynamic and self.scope == "layer"
+
+    def reads(self, queries: Queries) -> Cost:
+        """The mean over the steps up to a full one, that one included. By dynamic=true a full step may come
+        every ``qc`` steps, and is counted as if it always did."""
+        length, steps = queries.length, self.qc if self.dynamic else self.stride
+        if length <= self.k:
+            return queries.cost()
+        return queries.cost(
+            (queries.seen.double() + (steps - 1) * self.k) / steps,
+            selection=queries.raw_keys(length) / steps,
+            candidates=self.k / steps,
+            period=steps,
+            exact=not self.dynamic,
+        )
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index, Rescaled
 from ..keys import Keys, State
-from ..method import PREFILL, AttentionMethod, LayerInfo, methods, require
+from ..method import AttentionMethod, LayerInfo, methods, require
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..ops.scores import scores
@@ -57,9 +58,7 @@ class ACT(AttentionMethod):
 
     name: ClassVar[str] = "act"
     title: ClassVar[str] = "ACT (attention calibration)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2406.15765"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "prompt"
     needs_recipe: ClassVar[bool] = True  # but not for all heads
     reads_keys: ClassVar[bool] = True
@@ -110,6 +109,14 @@ class ACT(AttentionMethod):
         """A head is chosen where calibrating it alone lowers the mean negative log-likelihood of the text's
         windows by more than ``sure`` standard errors of that mean; judged over dense attention."""
         return HeadSearch(self, layer, sure)
+
+    def reads(self, queries: Queries) -> Cost:
+        """Its own pairs are those of the method underneath, which selects once and shows its maxima once."""
+        every = queries.raw_keys(queries.length)
+        if self.over is None:
+            return queries.cost(selection=every)
+        under = self.over.reads(queries)
+        return replace(under, selection=every + 2 * under.selection)
 
     @property
     def granule(self) -> int:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import Grid, covering
+from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import Index
 from ..keys import Keys
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.scores import scores
 from ..share import together
 
@@ -45,9 +46,7 @@ class Antidiagonal(AttentionMethod):
 
     name: ClassVar[str] = "antidiagonal"
     title: ClassVar[str] = "XAttention (antidiagonal scoring)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2503.16428"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block - 1"
     reads_keys: ClassVar[bool] = True
 
@@ -67,8 +66,16 @@ class Antidiagonal(AttentionMethod):
     def granule(self) -> int:
         return self.block
 
+    def reads(self, queries: Queries) -> Cost:
+        if self._covers(queries.length):
+            return queries.cost()
+        return queries.cost(selection=queries.raw_keys(queries.length), exact=False)
+
+    def _covers(self, length: int) -> bool:
+        return self.mass == 1 or length <= self.block
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        if self.mass == 1 or keys.length <= self.block:
+        if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
         shares = together(self._shares(q, keys), self.share)

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..blocks import Grid
+from ..cost import Cost, Queries
 from ..index import Index
 from ..keys import Keys
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..share import check_budget, share_scores
@@ -29,9 +30,7 @@ class BlockTopK(AttentionMethod):
 
     name: ClassVar[str] = "block_topk"
     title: ClassVar[str] = "Mean-pooled block top-k"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = ""
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block - 1"
 
     k: int | None = 1024
@@ -51,8 +50,24 @@ class BlockTopK(AttentionMethod):
     def summaries(self) -> tuple[Summary, ...]:
         return (BlockPool(self.block),)
 
+    def reads(self, queries: Queries) -> Cost:
+        if self._covers(queries.length):
+            return queries.cost()
+        own = (queries.seen - 1) // self.block
+        keys = queries.of_blocks(self._size(own), own, own, self.block)
+        return queries.cost(keys, selection=queries.entries(*self.summaries))
+
+    def _covers(self, length: int) -> bool:
+        return self.k is not None and max(2, self.k // self.block) * self.block >= length
+
+    def _size(self, last: Tensor) -> int | Tensor:
+        """Blocks that a query block reads whose last key block is ``last``, as far as there are so many."""
+        if self.fraction is None:
+            return max(2, (self.k or 0) // self.block)
+        return ((last + 1) * self.fraction).round().long().clamp(min=2)
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        if self.k is not None and max(2, self.k // self.block) * self.block >= keys.length:
+        if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
         means = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
@@ -61,9 +76,6 @@ class BlockTopK(AttentionMethod):
         # Only blocks before the own ones are ranked: those are read anyway, and may reach past it.
         ranked = share_scores(logits, (grid.cols < grid.first[:, None])[None], self.share)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
-        size: int | Tensor = max(2, (self.k or 0) // self.block)
-        if self.fraction is not None:
-            size = ((grid.last + 1) * self.fraction).round().long().clamp(min=2)
         # A query block off the grid has two own blocks.
         most = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * len(grid.cols)))
-        return grid.choose(ranked, forced, size, most)
+        return grid.choose(ranked, forced, self._size(grid.last), most)

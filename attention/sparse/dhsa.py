@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import Grid
+from ..cost import Cost, Queries
 from ..index import Index
 from ..keys import Keys, State
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..ops.select import top_k
@@ -50,9 +51,7 @@ class DHSA(AttentionMethod):
 
     name: ClassVar[str] = "dhsa"
     title: ClassVar[str] = "Dynamic Hierarchical Sparse Attention, fixed chunks"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2510.24606"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block_q - 1"  # "prompt" by columns and diagonals
 
     k: int | None = None
@@ -83,6 +82,21 @@ class DHSA(AttentionMethod):
     def last_queries(self) -> int:
         return 0 if self.select == "mean" else self.block_q
 
+    def reads(self, queries: Queries) -> Cost:
+        length = queries.length
+        if self._covers(length):
+            return queries.cost()
+        begin = (queries.seen - 1) // self.block_q * self.block_q
+        end = (begin + self.block_q).clamp(max=length)
+        first = (begin - (self.local - 1)).clamp(min=0) // self.block_k
+        last = (end - 1) // self.block_k
+        size = torch.maximum(torch.as_tensor(self._size(last)), last - first + 1 + (first > 0))
+        keys = queries.of_blocks(size, first, last, self.block_k)
+        if self.select == "mean":
+            return queries.cost(keys, selection=queries.entries(*self.summaries))
+        keys = torch.where(end == length, queries.seen, keys)
+        return queries.cost(keys, selection=queries.raw_keys(length))
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if self._covers(keys.length) or (self.last_queries and not keys.surveyed):
             return None
@@ -97,19 +111,21 @@ class DHSA(AttentionMethod):
             ranked = self._masses(keys, grid).masked_fill(~before, -torch.inf)
             ends = grid.end == keys.surveyed["columns"].shape[2]  # the call
             forced |= ends[:, None] & (grid.cols <= grid.last[:, None])
-        size: int | Tensor = self._least
-        if self.fraction is not None:
-            size = ((grid.last + 1) * self.fraction).round().long()
         most = None
         if self.select == "mean":
             always = (self.block_q + self.local - 2) // self.block_k + 3
             most = max(always, self._least, round(len(grid.cols) * (self.fraction or 0.0)))
-        return grid.choose(ranked, forced, size, most)
+        return grid.choose(ranked, forced, self._size(grid.last), most)
 
     @property
     def _least(self) -> int:
         """Chunks of keys that every chunk of queries reads, where there are so many."""
         return max(2, (self.k or 0) // self.block_k)
+
+    def _size(self, last: Tensor) -> int | Tensor:
+        """Chunks of keys that a chunk of queries reads whose last one is ``last``, if no more are always
+        read."""
+        return self._least if self.fraction is None else ((last + 1) * self.fraction).round().long()
 
     def _covers(self, length: int) -> bool:
         return self.fraction == 1 or self._least * self.block_k >= length

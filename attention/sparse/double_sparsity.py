@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..cost import Cost, Queries
 from ..errors import FarspanError
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import DECODE, AttentionMethod, LayerInfo, require
+from ..method import AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
-from ..share import budget, check_budget, most, pick, share_scores
+from ..share import budget, budget_at, check_budget, most, pick, share_scores
 from ..summary import Channels, Summary
 
 RANKINGS = ("q", "k", "qk")
@@ -34,9 +35,7 @@ class DoubleSparsity(AttentionMethod):
 
     name: ClassVar[str] = "double_sparsity"
     title: ClassVar[str] = "Double Sparsity"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2408.07092"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
     needs_recipe: ClassVar[bool] = True
 
     k: int | None = 512
@@ -66,8 +65,12 @@ class DoubleSparsity(AttentionMethod):
                 f"This recipe ranks {list(ranking.shape)} channels in layer {layer.index}, the model has "
                 f"[{layer.num_kv_heads}, {layer.head_dim}]: it was made for another model."
             )
-        width = max(1, layer.head_dim // self.group_factor) if self.group_factor else LABELS
+        width = self._width(layer.head_dim)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
+
+    def _width(self, head_dim: int) -> int:
+        """Channels of a label."""
+        return max(1, head_dim // self.group_factor) if self.group_factor else min(LABELS, head_dim)
 
     def calibration(self, layer: LayerInfo, *, by: str = "qk") -> ChannelRanking:
         """by: "q" or "k" ranks a channel by its mean magnitude before RoPE; "qk" by the mean of |q_c k_c|
@@ -78,6 +81,13 @@ class DoubleSparsity(AttentionMethod):
     @property
     def summaries(self) -> tuple[Summary, ...]:
         return () if self.labels is None else (self.labels,)
+
+    def reads(self, queries: Queries) -> Cost:
+        size = budget_at(self.k, self.fraction, queries.length)
+        if size >= queries.length:
+            return queries.cost()
+        labels = queries.raw_keys(queries.length * self._width(queries.head_dim) / queries.head_dim)
+        return queries.cost(queries.seen.clamp(max=size), selection=labels, candidates=size)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         size = budget(self.k, self.fraction, keys)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..cost import Cost, Queries
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import DECODE, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import top_k
@@ -38,9 +39,7 @@ class H2O(AttentionMethod):
 
     name: ClassVar[str] = "h2o"
     title: ClassVar[str] = "H2O (heavy-hitter oracle)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2306.14048"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
 
     k: int = 1024
 
@@ -60,6 +59,9 @@ class H2O(AttentionMethod):
     @property
     def told_queries(self) -> None:
         return None
+
+    def reads(self, queries: Queries) -> Cost:
+        return queries.cost(queries.seen.clamp(max=self.k), selection=queries.raw_keys(self.k))
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         self._begin(q, keys, keys.length)

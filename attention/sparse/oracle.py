@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import Grid, covering
+from ..cost import Cost, Queries
 from ..index import Index
 from ..keys import Keys
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.scores import scores
 from ..share import together
 
@@ -34,9 +35,7 @@ class Oracle(AttentionMethod):
 
     name: ClassVar[str] = "oracle"
     title: ClassVar[str] = "Oracle (true block masses)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = ""
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block - 1"
     reads_keys: ClassVar[bool] = True
 
@@ -54,17 +53,32 @@ class Oracle(AttentionMethod):
     def granule(self) -> int:
         return self.block
 
+    def reads(self, queries: Queries) -> Cost:
+        if self._covers(queries.length):
+            return queries.cost()
+        own = (queries.seen - 1) // self.block
+        keys = queries.of_blocks(self._size(own, queries.length), own, own, self.block)
+        exact = self.mass in (None, 1)
+        return queries.cost(keys, selection=queries.raw_keys(queries.length), exact=exact)
+
+    def _covers(self, length: int) -> bool:
+        whole = (self.mass or 1.0) == (self.fraction or 1.0) == 1
+        return length <= self.block or (whole and (self.k is None or self.k >= length))
+
+    def _size(self, last: Tensor, length: int) -> Tensor:
+        """Blocks that a query block reads at most whose last key block is ``last``."""
+        k = length if self.k is None else self.k
+        return ((last + 1) * (self.fraction or 1.0)).round().long().clamp(max=-(-k // self.block))
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        mass, fraction = self.mass or 1.0, self.fraction or 1.0
-        k = keys.length if self.k is None else self.k
-        if keys.length <= self.block or (mass == fraction == 1 and k >= keys.length):
+        if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
         shares = together(self._shares(q, keys, grid), self.share)  # [1, Hs, Nq, Nk]
         forced = grid.between(grid.first, grid.last)
-        size = ((grid.last + 1) * fraction).round().long().clamp(max=-(-k // self.block))
-        if mass < 1:
-            size = torch.minimum(size, covering(shares, forced, mass))
+        size = self._size(grid.last, keys.length)
+        if self.mass is not None and self.mass < 1:
+            size = torch.minimum(size, covering(shares, forced, self.mass))
         return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)
 
     def _shares(self, q: Tensor, keys: Keys, grid: Grid) -> Tensor:

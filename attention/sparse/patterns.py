@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..blocks import Grid
+from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import Band, Bands, BlockIndex, Index, TokenIndex, Window
 from ..keys import Keys
-from ..method import DECODE, PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.select import by_threshold
 
 
@@ -26,15 +28,16 @@ class SlidingWindow(AttentionMethod):
 
     name: ClassVar[str] = "window"
     title: ClassVar[str] = "Sliding window with attention sinks (StreamingLLM)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2309.17453"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})
 
     w: int = 1024
     sinks: int = 4
 
     def __post_init__(self) -> None:
         require(self, w=(1, None), sinks=(0, None))
+
+    def reads(self, queries: Queries) -> Cost:
+        return queries.cost(queries.seen.clamp(max=self.w + self.sinks), reach=self.w + self.sinks)
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         return self._select(keys)
@@ -64,9 +67,7 @@ class Dilated(AttentionMethod):
 
     name: ClassVar[str] = "dilated"
     title: ClassVar[str] = "Dilated neighbourhood attention, causal"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2209.15001"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})
 
     w: int = 4096
     dilation: int = 2
@@ -79,6 +80,9 @@ class Dilated(AttentionMethod):
     def bands(self) -> Bands:
         """The distances."""
         return Bands(bands=(Band(self.dilation, 0, self.w * self.dilation),), sinks=self.sinks)
+
+    def reads(self, queries: Queries) -> Cost:
+        return queries.cost(self.bands.count(queries.seen), reach=self.w * self.dilation + self.sinks)
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         return None if self._covers(keys) else self.bands
@@ -106,9 +110,7 @@ class Strided(AttentionMethod):
 
     name: ClassVar[str] = "strided"
     title: ClassVar[str] = "Strided sparse attention (Sparse Transformers)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "1904.10509"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL, DECODE})
 
     w: int = 128
     stride: int = 128
@@ -125,6 +127,10 @@ class Strided(AttentionMethod):
         """The distances: the window, and the multiples of the stride beyond it."""
         beyond = -(-self.w // self.stride) * self.stride
         return Bands(bands=(Band(1, 0, self.w), Band(self.stride, beyond, self.reach)), sinks=self.sinks)
+
+    def reads(self, queries: Queries) -> Cost:
+        reach = None if self.reach is None else self.reach + self.sinks
+        return queries.cost(self.bands.count(queries.seen), reach=reach)
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         return None if keys.longest() <= self.w + self.sinks else self.bands
@@ -172,9 +178,7 @@ class AShape(AttentionMethod):
 
     name: ClassVar[str] = "a_shape"
     title: ClassVar[str] = "A-shape (MInference's static pattern)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2407.02490"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
 
     w: int = 4096
     sinks: int = 1024
@@ -182,6 +186,12 @@ class AShape(AttentionMethod):
 
     def __post_init__(self) -> None:
         require(self, w=(1, None), sinks=(0, None), block=(1, None))
+
+    def reads(self, queries: Queries) -> Cost:
+        first, sinks = _a_shape_blocks(queries, self.w, self.sinks, self.block)
+        keys = queries.seen + (sinks - first).clamp(max=0) * self.block
+        reach = self.w + 2 * (self.block - 1) + sinks * self.block
+        return queries.cost(keys, reach=reach)
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.longest() <= self.w + self.sinks:
@@ -210,9 +220,7 @@ class BlockStatic(AttentionMethod):
 
     name: ClassVar[str] = "block_static"
     title: ClassVar[str] = "Static block masks (block-sparse FlashAttention)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2205.14135"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
 
     pattern: str = "butterfly"
     block: int = 128
@@ -237,6 +245,28 @@ class BlockStatic(AttentionMethod):
                 f"{list(self.mask.shape)} of {self.mask.dtype}."
             )
 
+    def reads(self, queries: Queries) -> Cost:
+        first, sinks = _a_shape_blocks(queries, self.w, self.sinks, self.block)
+        between = self._between(queries, first, sinks)
+        return queries.cost(queries.seen + ((sinks - first).clamp(max=0) + between) * self.block)
+
+    def _between(self, queries: Queries, first: Tensor, sinks: int) -> Tensor:
+        """[N]: blocks of the pattern from ``sinks`` on and below ``first`` [N], for each query."""
+        row = (queries.seen - 1) // self.block
+        if self.mask is not None:
+            if queries.length > self.w + self.sinks:
+                self._check_mask(-(-queries.length // self.block))
+            below = pad(self.mask.cpu().long().cumsum(1), (1, 0))  # [blocks, blocks + 1]
+            row, first = (x.clamp(max=len(self.mask)) for x in (row, first))
+            row = row.clamp(max=len(self.mask) - 1)
+            return (below[row, first] - below[row, min(sinks, len(self.mask))]).clamp(min=0)
+        found, bit = torch.zeros_like(row), 1
+        while bit < min(self.stride or 1 << 62, int(row.max()) + 1):
+            other = row - bit
+            found += ((row & bit) > 0) & (other >= sinks) & (other < first)
+            bit *= 2
+        return found
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.longest() <= self.w + self.sinks:
             return None
@@ -247,16 +277,26 @@ class BlockStatic(AttentionMethod):
         """[Nq, Nk] bool: what the pattern's rows i [Nq] read."""
         j = grid.cols
         if self.mask is not None:
-            if len(j) > len(self.mask):
-                raise FarspanError(
-                    f"block_static was given a mask of {len(self.mask)} blocks of {self.block} tokens, which "
-                    f"is {len(self.mask) * self.block} tokens, for a sequence of more: pass a larger one."
-                )
+            self._check_mask(len(j))
             return self.mask.to(i.device)[i][:, : len(j)] & (j <= i[:, None])
         differ = i[:, None] ^ j
         one_bit = (differ & (differ - 1)) == 0
         near = differ < (self.stride or 1 << 62)
         return one_bit & near & (j <= i[:, None])
+
+    def _check_mask(self, blocks: int) -> None:
+        if self.mask is not None and blocks > len(self.mask):
+            raise FarspanError(
+                f"block_static was given a mask of {len(self.mask)} blocks of {self.block} tokens, which is "
+                f"{len(self.mask) * self.block} tokens, for a sequence of more: pass a larger one."
+            )
+
+
+def _a_shape_blocks(queries: Queries, w: int, sinks: int, block: int) -> tuple[Tensor, int]:
+    """For each query [N] the first of the blocks that hold its query block's last w keys, and how many
+    blocks the sinks take."""
+    begin = (queries.seen - 1) // block * block
+    return (begin - (w - 1)).clamp(min=0) // block, -(-sinks // block)
 
 
 def _a_shape(grid: Grid, w: int, sinks: int) -> Tensor:

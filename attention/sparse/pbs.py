@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
@@ -48,9 +49,7 @@ class PBS(AttentionMethod):
 
     name: ClassVar[str] = "pbs"
     title: ClassVar[str] = "PBS-Attn"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2510.21270"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "prompt"
     reads_keys: ClassVar[bool] = True
 
@@ -81,11 +80,19 @@ class PBS(AttentionMethod):
     def last_queries(self) -> int:
         return self.block
 
+    def reads(self, queries: Queries) -> Cost:
+        if self._covers(queries.length):
+            return queries.cost()
+        return queries.cost(selection=queries.raw_keys(2 * queries.length), exact=False)
+
+    def _covers(self, length: int) -> bool:
+        return self.mass == 1 or length <= self.segment
+
     def survey(self, q: Tensor, keys: Keys) -> State:
         """order [1, Hs, W] int32, of the W keys in complete segments; means [1, Hs, W / b, D] of its
         blocks."""
         whole = keys.length // self.segment * self.segment
-        if self.mass == 1 or keys.length <= self.segment:
+        if self._covers(keys.length):
             return {}
         weight = attention_received(q, keys, keys.length)  # [1, Hkv, G, Tk]
         ranked = together(weight, self.share)[..., :whole].unflatten(2, (-1, self.segment))

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..cost import Cost, Queries
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import DECODE, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.scores import scores
-from ..share import budget, check_budget, most, pick, share_scores
+from ..share import budget, budget_at, check_budget, most, pick, share_scores
 from ..summary import BlockPool, Summary
 
 
@@ -29,9 +30,7 @@ class Quest(AttentionMethod):
 
     name: ClassVar[str] = "quest"
     title: ClassVar[str] = "Quest"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2406.10774"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
 
     k: int | None = 512
     fraction: float | None = None
@@ -46,6 +45,15 @@ class Quest(AttentionMethod):
     @property
     def summaries(self) -> tuple[Summary, ...]:
         return (BlockPool(self.page, ("max", "min")),)
+
+    def reads(self, queries: Queries) -> Cost:
+        length = queries.length
+        size = budget_at(self.k, self.fraction, length)
+        if size >= length:
+            return queries.cost()
+        own = (queries.seen - 1) // self.page
+        keys = queries.of_blocks(size // self.page, own, own, self.page)
+        return queries.cost(keys, selection=queries.entries(*self.summaries))
 
     def _pages(self, size: int | Tensor, keys: Keys) -> int | Tensor:
         """Pages per query: whole ones within the budget, all where the budget covers the keys."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
+from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys
-from ..method import PREFILL, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..share import pick, share_scores
@@ -42,9 +43,7 @@ class Routing(AttentionMethod):
 
     name: ClassVar[str] = "routing"
     title: ClassVar[str] = "Routing Transformer, training-free"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2003.05997"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block - 1"
     reads_keys: ClassVar[bool] = True
 
@@ -74,6 +73,14 @@ class Routing(AttentionMethod):
     @property
     def granule(self) -> int:
         return self.block
+
+    def reads(self, queries: Queries) -> Cost:
+        if queries.length <= self.k:
+            return queries.cost()
+        begin = (queries.seen - 1) // self.block * self.block
+        end = (begin + self.block).clamp(max=queries.length)
+        later = end - queries.seen  # of the query block's own keys, which it reads whole
+        return queries.cost(end.clamp(max=self.k) - later, selection=queries.raw_keys(queries.length))
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.length <= self.k:

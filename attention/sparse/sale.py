@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import Grid
+from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys
-from ..method import PREFILL, AttentionMethod, LayerInfo, require
+from ..method import AttentionMethod, LayerInfo, require
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..ops.int4_scores import int4_block_max
@@ -48,9 +49,7 @@ class SALE(AttentionMethod):
 
     name: ClassVar[str] = "sale"
     title: ClassVar[str] = "SALE"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2505.24179"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "block_q - 1"
     needs_recipe: ClassVar[bool] = True  # but not with a threshold
     reads_keys: ClassVar[bool] = True
@@ -108,9 +107,19 @@ class SALE(AttentionMethod):
     def summaries(self) -> tuple[Summary, ...]:
         return (Int4Keys(self.block_k),)
 
+    def reads(self, queries: Queries) -> Cost:
+        dense = self.threshold is not None and self.threshold <= DENSE
+        if dense or self._covers(queries.length):
+            return queries.cost()
+        first_pass = queries.raw_keys(self.block_k + queries.length)
+        return queries.cost(selection=first_pass + queries.entries(*self.summaries), exact=False)
+
+    def _covers(self, length: int) -> bool:
+        return length <= max(self.dense_below, self.block_k)
+
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         assert self.log_tau is not None, "for_layer was not called"
-        if keys.length <= max(self.dense_below, self.block_k) or not bool(self.log_tau.isfinite().any()):
+        if self._covers(keys.length) or not bool(self.log_tau.isfinite().any()):
             return None
         return self.keep(self.estimate(q, keys), keys)
 

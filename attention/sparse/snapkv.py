@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import DECODE, AttentionMethod, require
+from ..method import AttentionMethod, require
 from ..ops.select import top_k
 from ..received import attention_received
 
@@ -37,9 +38,7 @@ class SnapKV(AttentionMethod):
 
     name: ClassVar[str] = "snapkv"
     title: ClassVar[str] = "SnapKV"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2404.14469"
-    phases: ClassVar[frozenset[str]] = frozenset({DECODE})
 
     k: int = 2048
     window: int = 32
@@ -59,6 +58,10 @@ class SnapKV(AttentionMethod):
     @property
     def told_queries(self) -> int:
         return self.window
+
+    def reads(self, queries: Queries) -> Cost:
+        """Of the first token after the prompt; each further one reads one key more."""
+        return queries.cost(queries.seen.clamp(max=self.k + 1))
 
     def after_prefill(self, q: Tensor, keys: Keys) -> None:
         earlier = keys.state.get("queries")  # of the chunks before this one

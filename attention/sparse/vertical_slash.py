@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
-from ..method import PREFILL, AttentionMethod, LayerInfo, require
+from ..method import AttentionMethod, LayerInfo, require
 from ..ops.select import by_mass, by_threshold
 from ..received import columns_and_diagonals
 from ..share import pick, together
@@ -52,9 +53,7 @@ class VerticalSlash(AttentionMethod):
 
     name: ClassVar[str] = "vertical_slash"
     title: ClassVar[str] = "Vertical-slash (MInference)"
-    family: ClassVar[str] = "sparse"
     paper: ClassVar[str] = "2407.02490"
-    phases: ClassVar[frozenset[str]] = frozenset({PREFILL})
     lookahead: ClassVar[str] = "prompt"
     reads_keys: ClassVar[bool] = True
 
@@ -108,14 +107,33 @@ class VerticalSlash(AttentionMethod):
     def last_queries(self) -> int:
         return self.last
 
+    def reads(self, queries: Queries) -> Cost:
+        """At most: the columns, those beside them in their first block, the latest block, and two blocks for
+        every diagonal. How many blocks the diagonals share depends on the data."""
+        length, sizes = queries.length, self._sizes()
+        if self._covers(length, sizes):
+            return queries.cost()
+        selection = queries.raw_keys(length)
+        if self.mass is not None or (self.config and self.budgets is None):
+            return queries.cost(selection=selection, exact=False)
+        most = sizes[:, 0] + (2 * sizes[:, 1] + 2) * self.block  # of each head
+        keys = torch.minimum(queries.seen[:, None], most).double().mean(1)
+        return queries.cost(keys, selection=selection, exact=False)
+
+    def _sizes(self) -> Tensor:
+        """[1 or H, 2]: columns and diagonals."""
+        return torch.tensor([[self.vertical, self.slash]]) if self.budgets is None else self.budgets
+
+    def _covers(self, length: int, sizes: Tensor) -> bool:
+        return self.mass == 1 or (self.mass is None and int(sizes.amax(1).min()) >= length)
+
     def survey(self, q: Tensor, keys: Keys) -> State:
         """columns [1, Hs, T] bool: which keys they are; nearer [1, Hs, T + 1]: how many diagonals are nearer
         than each distance. Nothing where every key is read."""
-        length = keys.length
-        sizes = torch.tensor([[self.vertical, self.slash]]) if self.budgets is None else self.budgets
-        fewest, most = sizes.amax(1).min(), sizes.amax(0).tolist()
-        if self.mass == 1 or (self.mass is None and int(fewest) >= length):
+        sizes = self._sizes()
+        if self._covers(keys.length, sizes):
             return {}
+        most = sizes.amax(0).tolist()
         columns, diagonals = columns_and_diagonals(q, keys)
         sizes = sizes.to(q.device)
         columns = self._best(columns, sizes[:, 0], most[0], self.sinks)

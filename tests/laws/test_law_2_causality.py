@@ -22,7 +22,6 @@ from .tools import (
     lookahead,
     recorded,
     replayed,
-    selective,
 )
 
 N = 150
@@ -59,7 +58,7 @@ def test_with_the_index_fixed_later_keys_change_nothing(bound: AttentionMethod) 
     for cuts, begin in (([N], 0), ([130, 143], 130)):  # a whole prefill; 13 candidates decoded at once
         with recorded(bound) as seen:
             want = Stream(bound, data).run(cuts)
-        if not selective(bound):
+        if not bound.selective:
             seen = []
         for change in (begin + 1, begin + 7, cuts[-1] - 1):
             changed = Data(data.q, data.k.clone(), data.v.clone())
@@ -138,7 +137,7 @@ def test_model(model: Any, patched: Callable[..., Any], method: AttentionMethod)
             got = model(changed).logits
             assert (got[:, :keep] - want[:, :keep]).abs().max() < 1e-5
             assert (got[:, change:] - want[:, change:]).abs().max() > 1e-2
-        if PREFILL in method.phases and selective(method):
+        if PREFILL in method.phases and method.selective:
             assert patch.report().summary["prefill_density"] < 0.9
 
 

@@ -7,7 +7,7 @@ import torch
 
 from farspan.attention.method import AttentionMethod
 
-from .tools import Data, Stream, decode_cuts, every_method, recorded, replayed, selective
+from .tools import Data, Stream, decode_cuts, every_method, recorded, replayed
 
 CUTS = [100, *decode_cuts(140, 6), 150]
 
@@ -25,7 +25,7 @@ def test_attend(bound: AttentionMethod, impl: str, dtype: torch.dtype, starts: l
     data = Data.random(150, starts, dtype=dtype)
     with recorded(bound) as seen:
         got = Stream(bound, data, impl=impl).run(CUTS)
-    if not selective(bound):
+    if not bound.selective:
         seen = []
     results = []
     for inputs in (data, data.to(torch.float64)):

@@ -61,7 +61,7 @@ def test_a_budget_that_covers_everything_is_named_as_the_reason(
         with recorded(bound) as seen:
             stream.call(cut)
         reads = stream.reads[-1]
-        everything = bool(seen) and all(s.index is None for s in seen) and bound.name != "dense"
+        everything = bool(seen) and all(s.index is None for s in seen) and bound.selective
         assert (reads.reason is not None) == (everything and PREFILL in bound.phases)
 
 

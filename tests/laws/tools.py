@@ -181,13 +181,10 @@ def every_method_with_full_budget() -> Any:
     return pytest.mark.parametrize("method", _cases(full_settings, None))
 
 
-def selective(method: AttentionMethod) -> bool:
-    return method.name != "dense"
-
-
 def leaves_out(method: AttentionMethod) -> bool:
     """Whether some keys are not read; ACT by itself gives them other weights."""
-    return selective(method) and (method.name != "act" or getattr(method, "over", None) is not None)
+    costs = [method.cost(phase, 120) for phase in method.phases]
+    return any(cost.density < 1 or not cost.exact for cost in costs)
 
 
 def lookahead(method: AttentionMethod) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from farspan.parallel.job import Job, LayerShape, ModelShape
 from farspan.parallel.layout import Layout, usp_split, zigzag
 from farspan.parallel.pass_q import pass_q
 from farspan.parallel.plan import plan
-from farspan.parallel.reading import reading
 from farspan.parallel.ring import ring
 from farspan.parallel.ulysses import ulysses, unsupported
 from farspan.parallel.usp import usp
@@ -299,35 +299,103 @@ def test_what_does_not_fit_and_what_helps():
 
 
 @pytest.mark.parametrize(
-    ("spec", "phase", "kv", "selection"),
+    ("spec", "phase", "density", "selection"),
     [
         ("dense", "decode", 1.0, 0.0),
-        ("quest:k=1000,page=16", "decode", 0.01, 1 / 16),
+        ("quest:k=1008,page=16", "decode", 0.01008, 1 / 16),
         ("quest:k=none,fraction=0.1,page=16", "decode", 0.1, 1 / 16),
         ("quest:k=1000", "prefill", 1.0, 0.0),
         ("double_sparsity:k=1000,group_factor=2", "decode", 0.01, 1 / 4),
         ("double_sparsity:k=1000", "decode", 0.01, 1 / 8),
-        ("recycled:k=1000,stride=10", "decode", 0.01 + 0.99 / 10, 1 / 20),
-        ("window:w=996,sinks=4", "prefill", 0.01, 0.0),
-        ("block_topk:k=1000", "prefill", 0.01, 0.0),
+        ("recycled:k=1000,stride=10", "decode", 0.01 * 9 / 10 + 1 / 10, 1 / 20),
+        ("window:w=996,sinks=4", "decode", 0.01, 0.0),
+        ("window:w=996,sinks=4", "prefill", (1000 * 100_000 - 1000 * 999 / 2) / 5_000_050_000, 0.0),
         ("recycled:k=200000", "decode", 1.0, 0.0),
     ],
 )
-def test_reading(spec: str, phase: str, kv: float, selection: float):
-    found = reading(farspan.parse_method(spec), phase, 100_000)
-    assert (found.kv, found.selection) == (pytest.approx(kv), pytest.approx(selection))
+def test_what_is_planned_of_a_method(spec: str, phase: str, density: float, selection: float):
+    """In prefill the pairs over the causal ones: a window of 1 % of the keys are 2 % of the pairs."""
+    method = {phase: farspan.parse_method(spec)}
+    ask = job(length=100_000, gpus=1, **method)
+    found = ask.prefill_cost if phase == "prefill" else ask.decode_cost
+    assert found.density == pytest.approx(density, rel=1e-4)
+    assert found.selection == pytest.approx(selection, rel=1e-4)
 
 
-def test_reading_of_narrow_heads():
+def test_labels_of_narrow_heads():
     """Double Sparsity keeps 32 channels of a key whatever its size: half of 64 are a quarter of K and V."""
-    found = reading(farspan.parse_method("double_sparsity:k=1000"), "decode", 100_000, head_dim=64)
-    assert found.selection == pytest.approx(1 / 4)
+    model = replace(LLAMA_8B, layers=(LayerShape(32, 8, 64),) * 32)
+    ask = job(model, length=100_000, decode=farspan.parse_method("double_sparsity:k=1000"))
+    assert ask.decode_cost.selection == pytest.approx(1 / 4)
+
+
+# A plan for 128K once took block_static for a window of one key, strided for a window of 128, and
+# vertical_slash for its sinks alone. These count each query's keys by the definitions.
+def butterfly(t: int) -> int:
+    """The own block as far as it is seen, and a whole block of 128 for each bit of its number."""
+    return t % 128 + 1 + 128 * (t // 128).bit_count()
+
+
+def strided(t: int) -> int:
+    """The last 128 keys, and every 128th key before them."""
+    return min(t + 1, 128) + t // 128
+
+
+@pytest.mark.parametrize(("spec", "count"), [("block_static", butterfly), ("strided", strided)])
+def test_patterns_are_planned_for_all_they_read(spec: str, count: Callable[[int], int]):
+    length = 1 << 17
+    ask = job(prefill=farspan.parse_method(spec))
+    want = sum(map(count, range(length))) / (length * (length + 1) / 2)
+    assert ask.prefill_cost.density == pytest.approx(want, rel=1e-3)
+    found, dense = plan(ask), plan(job())
+    assert found.notes == [] and found.mechanisms == ["fetch"]
+    assert found.sent_prefill > found.sent["gather"], "their keys lie anywhere, not in a window"
+    assert found.sent_least == pytest.approx(found.sent_prefill * count(length - 1) / length, rel=1e-6)
+    windowed = plan(job(prefill=farspan.parse_method("window:w=128,sinks=0")))
+    assert windowed.prefill_seconds < found.prefill_seconds < dense.prefill_seconds
+    assert windowed.sent_least == windowed.sent_prefill < found.sent_least
+
+
+def test_vertical_slash_is_planned_as_dense():
+    """How many blocks its diagonals pass depends on where they lie."""
+    found, dense = plan(job(prefill=farspan.parse_method("vertical_slash"))), plan(job())
+    assert (found.prefill_seconds, found.sent_prefill) == (dense.prefill_seconds, dense.sent_prefill)
+    assert found.sent_least == found.sent_prefill
+    assert found.notes == ["vertical_slash counts as dense in prefill: what it reads depends on the data."]
+
+
+@pytest.mark.parametrize(
+    ("phase", "spec", "note"),
+    [
+        ("prefill", "antidiagonal", "counts as dense in prefill: what it reads depends on the data."),
+        ("prefill", "sale:threshold=1", "counts as dense in prefill: what it reads depends on the data."),
+        (
+            "prefill",
+            "oracle:mass=0.9,fraction=0.1",
+            "counts as reading 10.0 % of the keys in prefill, which is",
+        ),
+        (
+            "decode",
+            "recycled:dynamic=true",
+            "counts as reading 22.5 % of the keys in decode, which is its most",
+        ),
+        ("prefill", "act:heads=all", "counts as dense in prefill: it reads every one of 131072 tokens."),
+        ("decode", "h2o:k=200000", "counts as dense in decode: it reads every one of 131072 tokens."),
+        ("prefill", "block_topk", None),
+        ("decode", "quest", None),
+    ],
+)
+def test_notes_on_what_is_planned_of_a_method(phase: str, spec: str, note: str | None):
+    method = farspan.parse_method(spec)
+    found = plan(job(**{phase: method})).notes
+    assert len(found) == (note is not None)
+    assert note is None or f"{method} {note}" in found[0]
 
 
 def test_a_method_scales_what_is_read_and_moved():
     dense = plan(job())
-    sparse = plan(job(decode=farspan.parse_method("quest:k=1311,page=16,dense_layers=2")))
-    part = 2 / 32 + 30 / 32 * 1311 / (1 << 17)
+    sparse = plan(job(decode=farspan.parse_method("quest:k=1312,page=16,dense_layers=2")))
+    part = 2 / 32 + 30 / 32 * 1312 / (1 << 17)
     assert sparse.read == pytest.approx(dense.read * part, rel=1e-6)
     assert sparse.selection_read == pytest.approx(dense.read * 30 / 32 / 16, rel=1e-6)
     assert sparse.decode_seconds < dense.decode_seconds and sparse.sent_decode == dense.sent_decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 import farspan
-from farspan.attention.method import parse_method
+from farspan.attention.method import AttentionMethod, parse_method
 from farspan.runtime import crossover
 from farspan.runtime.crossover import Measured, crossovers, keep
 from farspan.runtime.hf import inspect_model
 
+tune = importlib.import_module("farspan.runtime.tune")  # the package has a function of that name
 GEOMETRY = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
 
 
@@ -178,6 +180,25 @@ def test_tune_measures_each_phase_and_keeps_it(model: Any, cache: Path) -> None:
     assert len(kept) == 3 and all(Measured(**entry) in found for entry in kept.values())
     farspan.patch(model, "block_topk:k=64 + quest:k=16,dense_layers=0", crossover="auto").remove()
     assert not [p for p in cache.iterdir() if p.name.startswith("tmp")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps"),
+    [("recycled:k=16,stride=7", 7), ("recycled:k=16,dynamic=true,qc=6", 6), ("strided:w=8,stride=9", 4)],
+)
+def test_tune_times_whole_periods_of_decode(
+    model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, spec: str, steps: int
+) -> None:
+    """A full step of recycled is among those timed; every step of a pattern is alike, whatever its stride."""
+    method, calls, attend = parse_method(spec), [0], tune.attend
+
+    def counted(served: AttentionMethod, phase: str, *rest: Any, **how: Any) -> Any:
+        calls[0] += served == method and phase == "decode"
+        return attend(served, phase, *rest, **how)
+
+    monkeypatch.setattr(tune, "attend", counted)
+    farspan.tune(model, f"dense + {spec}", lengths=[64], repeats=2)
+    assert calls[0] == 1 + (1 + 2) * steps, "one to begin with, a warm-up, and two that are timed"
 
 
 def test_what_cannot_be_tuned_is_refused(model: Any, cache: Path) -> None:
