@@ -62,7 +62,7 @@ def ranks(size: int, script: str, *arguments: str, within: float = 40) -> list[E
     return _wait(processes, began, within)
 
 
-def commands(*lines: list[str], within: float = 60, **more: str) -> list[Ended]:
+def commands(*lines: list[str], within: float = 120, **more: str) -> list[Ended]:
     """Commands started together; all must end ``within`` seconds, else TimeoutError."""
     began = time.monotonic()
     return _wait([_start(line, environment(**more)) for line in lines], began, within)
