@@ -120,7 +120,7 @@ def test_prefix_tuning():
     ).eval()
     check(model, {"input_ids": prompt(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)})
     renamed = cache_name(model.get_base_model()) == "cache"
-    says = "one entry for each of 0 cached" if renamed else "zeros after ones in row 1"
+    says = "one entry for each of 0 cached" if renamed else "zeros between ones in row 1"
     with farspan.patch(model), pytest.raises(farspan.FarspanError, match=says):
         decode(model, padded())
 
