@@ -137,10 +137,7 @@ def generate(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None,
     max_new_tokens: Annotated[int, options.tokens("Stop after this many tokens.")] = 256,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
-    ] = None,
+    chat: options.Chat = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")

@@ -55,10 +55,6 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
 ]
-Chat = Annotated[
-    bool | None,
-    typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
-]
 BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
 
 
@@ -84,7 +80,7 @@ def ruler(
     text: Text = None,
     recipe: options.Recipe = None,
     batch_size: BatchSize = "auto",
-    chat: Chat = None,
+    chat: options.Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -141,7 +137,7 @@ def needle(
     text: Text = None,
     recipe: options.Recipe = None,
     batch_size: BatchSize = "auto",
-    chat: Chat = None,
+    chat: options.Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -250,7 +246,7 @@ def speed(
     out: Out = None,
     text: Text = None,
     recipe: options.Recipe = None,
-    chat: Chat = None,
+    chat: options.Chat = None,
     rope: options.Rope = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

@@ -113,6 +113,10 @@ Parallel = Annotated[
         'ranks: "auto", "gather", "ring", "ulysses", "usp" or "pass_q"; "none" runs on rank 0 alone.'
     ),
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
+]
 Recipe = Annotated[
     Path | None, typer.Option(help="A saved calibration (see `farspan calibrate`) for methods that need one.")
 ]

@@ -16,9 +16,9 @@ from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
 from .memory import batch_rows
-from .ranks import Job, interrupted
+from .ranks import Job
 from .results import Results, open_results, plan, record
-from .run import ANSWER, Summary, check_batch_size, finish
+from .run import ANSWER, Summary, check_batch_size, finish, finished_if_stopped
 from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 
 
@@ -89,18 +89,16 @@ def perplexity(
         with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
             every = [window for windows in cut.values() for window in windows]
             plan(job, results, {spec: [window.key for window in every] for spec in specs})
-            try:
-                with meter(progress, len(every) * len(specs)) as advance:
-                    for length, windows in cut.items():
-                        automatic = isinstance(batch_size, str)
-                        size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
-                        for first in range(0, samples, size):
-                            batch = windows[first : first + size]
-                            _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
-            except (KeyboardInterrupt, FarspanError) as error:
-                if interrupted(error):
-                    finish(results)
-                raise
+            with (
+                finished_if_stopped(results, finish),
+                meter(progress, len(every) * len(specs)) as advance,
+            ):
+                for length, windows in cut.items():
+                    automatic = isinstance(batch_size, str)
+                    size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
+                    for first in range(0, samples, size):
+                        batch = windows[first : first + size]
+                        _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
             return finish(results)
 
 

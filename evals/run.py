@@ -22,7 +22,8 @@ one of them has failed, and holds the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -112,16 +113,24 @@ def run(
                     work.append(sample)
                     advance(1, f"drawing prompts · {sample.task} {sample.length}")
             plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
-            try:
+            with finished_if_stopped(results, finish):
                 batches = plan(model, work, batch_size, job)
                 with meter(progress, len(work) * len(specs)) as advance:
                     for batch in batches:
                         _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
-            except (KeyboardInterrupt, FarspanError) as error:
-                if interrupted(error):
-                    finish(results)
-                raise
             return finish(results)
+
+
+@contextmanager
+def finished_if_stopped(results: Results, finish: Callable[[Results], Summary]) -> Iterator[None]:
+    """On Ctrl-C, on this rank or another, `finish` writes the summary of what is there, and the stop goes
+    on."""
+    try:
+        yield
+    except (KeyboardInterrupt, FarspanError) as error:
+        if interrupted(error):
+            finish(results)
+        raise
 
 
 def check_batch_size(batch_size: object) -> None:

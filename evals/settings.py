@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -11,7 +10,7 @@ from importlib import metadata
 from types import NoneType
 from typing import Any
 
-from .shape import Shape
+from .shape import Shape, short
 
 GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repeats")
 """Settings that may grow from session to session: they add rows and change the meaning of none already
@@ -53,7 +52,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         pairs |= {name: (_named(found.get(name)), _named(wanted.get(name))) for name in LABELS}
     old, new = found.get("recipes", {}), wanted.get("recipes", {})
     pairs |= {f"recipe of {spec}": (old.get(spec, new[spec]), new[spec]) for spec in new}
-    return [f"{name} {_short(a)} there, {_short(b)} here" for name, (a, b) in pairs.items() if a != b]
+    return [f"{name} {short(a, 60)} there, {short(b, 60)} here" for name, (a, b) in pairs.items() if a != b]
 
 
 def grown(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +103,3 @@ def environment() -> dict[str, Any]:
 def _named(value: Any) -> Any:
     """A label without the spellings of a path: `chat/` and `./chat` are `chat`."""
     return os.path.normpath(value) if isinstance(value, str) else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -19,18 +19,18 @@ def misfit(value: Any, shape: Shape, name: str) -> str | None:
     number."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            return f"{name} is {_short(value)}"
+            return f"{name} is {short(value, 40)}"
         if str in shape:
             parts = [(str(field), item, shape[str]) for field, item in value.items()]
         else:
             parts = [(field, value.get(field), expected) for field, expected in shape.items()]
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            return f"{name} is {_short(value)}"
+            return f"{name} is {short(value, 40)}"
         parts = [(name, item, shape[0]) for item in value]
     else:
         fits = isinstance(value, shape) and not isinstance(value, bool)
-        return None if fits else f"{name} is {_short(value)}"
+        return None if fits else f"{name} is {short(value, 40)}"
     return next((found for part in parts if (found := misfit(part[1], part[2], part[0]))), None)
 
 
@@ -41,6 +41,7 @@ def fill(value: Any, shape: Shape) -> None:
             fill(value.setdefault(field, None), expected)
 
 
-def _short(value: Any) -> str:
+def short(value: Any, most: int) -> str:
+    """The value as JSON, cut to `most` characters."""
     text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -27,9 +27,9 @@ from ..runtime.table import Table
 from . import batch as forward
 from .memory import peak
 from .perplexity import cut_windows
-from .ranks import Job, interrupted
+from .ranks import Job
 from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
-from .run import Summary
+from .run import Summary, finished_if_stopped
 from .sample import Sample, encode, score
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
@@ -114,12 +114,8 @@ def speed(
         with open_results(job, out, settings, session=session, row=TIMING) as results, evaluating(model):
             keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
             plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
-            try:
+            with finished_if_stopped(results, _finish):
                 _measure(timer, prompts, specs, results, new_tokens, repeats, progress)
-            except (KeyboardInterrupt, FarspanError) as error:
-                if interrupted(error):
-                    _finish(results)
-                raise
             return _finish(results)
 
 

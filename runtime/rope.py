@@ -8,6 +8,7 @@ the chunks of one prompt, disagree.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ..attention.errors import FarspanError, Unsupported
@@ -88,3 +89,12 @@ def stretch(config: Any, rope: str) -> None:
         stretched["rope_theta"] = stretched["rope_theta"] * factor ** (d / (d - 2))
     text.rope_parameters = {**parameters, "full_attention": stretched} if nested else stretched
     text.max_position_embeddings = target
+
+
+def can_stretch(config: Any) -> bool:
+    """Whether ``stretch`` gives the config more positions; the config stays as it is."""
+    try:
+        stretch(copy.deepcopy(config), "yarn:2")
+    except FarspanError:
+        return False
+    return True

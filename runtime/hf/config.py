@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ...attention.errors import FarspanError
 from ...parallel.job import LayerShape, ModelShape
 from ..models import errors_as_sentences, positions, quiet, resolve
-from ..rope import stretch
+from ..rope import can_stretch
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -58,17 +56,8 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
         layer_parameters=_passed(info),
         element_size=size,
         positions=positions(model),
-        stretchable=_stretchable(model.config),
+        stretchable=can_stretch(model.config),
     )
-
-
-def _stretchable(config: Any) -> bool:
-    """Whether ``stretch`` gives the config more positions."""
-    try:
-        stretch(copy.deepcopy(config), "yarn:2")
-    except FarspanError:
-        return False
-    return True
 
 
 def _layers(info: ModelInfo) -> tuple[LayerShape, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 from ...attention.errors import FarspanError
 from ...attention.ops.processor import bf16_is_slow
-from ..rope import SMALLEST_TARGET, stretch
+from ..rope import SMALLEST_TARGET, can_stretch, stretch
 from .aliases import ALIASES
 from .fetch import cached, convert_once, fetch, is_converted
 from .sentences import check_weights, errors_as_sentences, quiet, sentence_of, unfit_weights_unreported
@@ -158,13 +157,10 @@ def _has_position_table(model: Any, limit: int) -> bool:
 
 def _stretching(config: Any, tokens: int, limit: int) -> str:
     """The advice to stretch `limit` positions to `tokens` by a whole factor, where `stretch` can do it."""
-    factor = -(-tokens // limit)
-    rope = f"yarn:{factor if factor < SMALLEST_TARGET else factor * limit}"
-    try:
-        stretch(copy.deepcopy(config), rope)
-    except FarspanError:
+    if not can_stretch(config):
         return ""
-    return f"stretch them with rope='{rope}', or "
+    factor = -(-tokens // limit)
+    return f"stretch them with rope='yarn:{factor if factor < SMALLEST_TARGET else factor * limit}', or "
 
 
 def text_streamer(tokenizer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -189,10 +190,7 @@ def leaves_out(method: AttentionMethod) -> bool:
 
 def lookahead(method: AttentionMethod) -> int | None:
     """How many rows past a row its selection may see; None for the whole prompt. Decode never looks ahead."""
-    if method.lookahead == "prompt":
-        return None
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return int(eval(method.lookahead, {"__builtins__": {}}, values))
+    return None if math.isinf(method.tokens_ahead) else int(method.tokens_ahead)
 
 
 # --- attention level --------------------------------------------------------------------------------
