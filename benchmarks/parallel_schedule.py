@@ -28,14 +28,14 @@ import torch.multiprocessing as mp
 
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import Partial
-from farspan.parallel.comm import Ranks
-from farspan.parallel.device import Device
-from farspan.parallel.gather import gather_all
-from farspan.parallel.layout import Layout, Split, zigzag
-from farspan.parallel.ring import ring
-from farspan.parallel.simulate import Work, simulate
-from farspan.parallel.ulysses import ulysses
-from farspan.parallel.volume import Geometry, refusals
+from farspan.parallel.group.comm import Ranks
+from farspan.parallel.mechanisms.gather import gather_all
+from farspan.parallel.mechanisms.layout import Layout, Split, zigzag
+from farspan.parallel.mechanisms.ring import ring
+from farspan.parallel.mechanisms.ulysses import ulysses
+from farspan.parallel.mechanisms.volume import Geometry, refusals
+from farspan.parallel.planner.device import Device
+from farspan.parallel.planner.simulate import Work, simulate
 
 from .record import save, table
 

@@ -89,8 +89,8 @@ def same_options(context: typer.Context) -> None:
     ranks from the majority (from rank 0's, if there is none)."""
     if size() == 1:
         return
-    from ..parallel.digest import minority
-    from ..parallel.meeting import named
+    from ..parallel.group.digest import minority
+    from ..parallel.group.meeting import named
 
     spelt = {param.name: max(param.opts, key=len) for param in context.command.params}
     given = {"the command": context.command_path}
@@ -114,7 +114,7 @@ def same_options(context: typer.Context) -> None:
 
 def _as_text(name: str, value: Any) -> str:
     """An option's value, fit for a sentence; a long one by its beginning and a hash of the whole."""
-    from ..parallel.digest import text_hash
+    from ..parallel.group.digest import text_hash
 
     if name == "device":
         value = value.partition(":")[0]
@@ -126,7 +126,7 @@ def say_once(sentence: str, say: Callable[[str], None]) -> None:
     """Say what this rank ends with, unless another one has said the same."""
     if size() == 1:
         return say(sentence)
-    from ..parallel.digest import text_hash
+    from ..parallel.group.digest import text_hash
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, whose store stays
     key = f"farspan/said/{attempt}/{text_hash(sentence):x}"
@@ -157,7 +157,7 @@ def leave() -> None:
 
 def _meet(key: str, says: Any) -> list[Any]:
     """What each rank says (JSON), by rank. Raises FarspanError where the ranks do not meet."""
-    from ..parallel.meeting import meet
+    from ..parallel.group.meeting import meet
 
     try:
         store, rank, count = _rendezvous(_MEETING)

@@ -78,8 +78,8 @@ def plan(
         "memory": gpu_memory,
     }
     counts = sorted(options.whole_numbers(ranks, "--ranks")) if ranks else [1 << n for n in range(11)]
-    from ..parallel.device import DEVICES
-    from ..parallel.job import MOST_RANKS
+    from ..parallel.planner.device import DEVICES
+    from ..parallel.planner.job import MOST_RANKS
 
     if counts[-1] > MOST_RANKS:
         raise FarspanError(f"--ranks takes numbers up to {MOST_RANKS}; got {counts[-1]}.")
@@ -99,8 +99,8 @@ def plan(
     from ..runtime.patch import resolve
 
     prefill, decode = resolve(options.one_method(method))
-    from ..parallel.job import Job
-    from ..parallel.plan import plan as work_out
+    from ..parallel.planner.job import Job
+    from ..parallel.planner.plan import plan as work_out
     from ..runtime.hf.config import read_shape
 
     shape = read_shape(model, dtype)
@@ -136,7 +136,7 @@ def _positive(
 
 
 def _show(result: Any) -> None:
-    from ..parallel.volume import readable
+    from ..parallel.mechanisms.volume import readable
 
     job = result.job
     where = f"{job.gpus} × {job.device.name}" + (
@@ -198,8 +198,8 @@ def _seconds(seconds: float) -> str:
 
 def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None:
     """One full-attention layer, strong scaling at the length, weak scaling at length / GPUs for each rank."""
-    from ..parallel.cost import sequence_device, work
-    from ..parallel.simulate import scaling
+    from ..parallel.planner.cost import sequence_device, work
+    from ..parallel.planner.simulate import scaling
 
     layer = next((x for x in job.model.layers if x.window is None), job.model.layers[0])
     per_rank = max(1, job.length // job.ranks)
@@ -212,7 +212,7 @@ def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None
         "rows": rows,
     }
     if out is not None:
-        from ..parallel.picture import scaling_picture
+        from ..parallel.planner.picture import scaling_picture
 
         try:
             out.mkdir(parents=True, exist_ok=True)

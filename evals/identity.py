@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..parallel.digest import bit_hash
+from ..parallel.group.digest import bit_hash
 from . import batch as forward
 
 _NAMES = ("transformers_version", "dtype", "torch_dtype", "architectures")

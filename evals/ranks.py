@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..attention.errors import FarspanError
-from ..parallel.mesh import Mesh, join
+from ..parallel.group.mesh import Mesh, join
 from ..runtime.patch import Patched, Report
 from ..runtime.report import PhaseReport
 

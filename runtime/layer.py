@@ -22,15 +22,15 @@ from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
-from ..parallel.call import Call
-from ..parallel.mesh import Mesh
+from ..parallel.group.mesh import Mesh
+from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
+from .layer_over_ranks import carried, spread, spread_window
 from .measure import Measured, Meter, See
 from .padding import Padding, read_padding
 from .report import PhaseReport
 from .rows import Done, Run, Served, joined, served
 from .shard import ShardStore
-from .spread import carried, spread, spread_window
 from .state import States
 
 NO_CACHE = "no KV cache, so every call is a prefill"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
 from ..attention.whole import whole_number
-from ..parallel.mesh import Mesh
+from ..parallel.group.mesh import Mesh
 from . import hf
 from .crossover import crossovers
 from .cuts import Chunking

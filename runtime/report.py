@@ -9,7 +9,7 @@ from typing import Any
 
 from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
-from ..parallel.call import Travel
+from ..parallel.mechanisms.call import Travel
 from .measure import Measured
 from .table import Table
 

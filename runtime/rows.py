@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.attend import Reads
 from ..attention.method import DECODE, PREFILL
 from ..attention.partial import Partial, empty_partial
-from ..parallel.call import Travel
+from ..parallel.mechanisms.call import Travel
 
 Kind = TypeVar("Kind")
 

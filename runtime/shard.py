@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..attention.errors import FarspanError
 from ..attention.summary import Summaries
-from ..parallel.call import Call, Rows
-from ..parallel.comm import Ranks
-from ..parallel.layout import Layout, Split
+from ..parallel.group.comm import Ranks
+from ..parallel.mechanisms.call import Call, Rows
+from ..parallel.mechanisms.layout import Layout, Split
 from .cache import KVStore
 
 running: ContextVar[Call | None] = ContextVar("running", default=None)  # the call over ranks that runs now

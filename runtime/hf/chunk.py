@@ -14,9 +14,9 @@ from ...attention.errors import FarspanError
 from ..cuts import Chunking
 from ..layer import Session
 from ..padding import read_padding
+from .decoder_over_ranks import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 from .hooks import replace_forward
 from .releases import given_cache
-from .spread import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 
 
 def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callable[[], None]:

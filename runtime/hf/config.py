@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ...parallel.job import LayerShape, ModelShape
+from ...parallel.planner.job import LayerShape, ModelShape
 from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs

@@ -19,13 +19,13 @@ from ..padding import Padding, ends_by_positions, read_padding, refuse_right_pad
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
+from .decoder_over_ranks import spread_forward, told_to_all
 from .hooks import Hook
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
-from .spread import spread_forward, told_to_all
 from .wanted import watch_logits
 
 

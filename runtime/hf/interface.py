@@ -12,8 +12,8 @@ from transformers.masking_utils import causal_mask_function, find_packed_sequenc
 
 from ...attention.errors import FarspanError
 from ..layer import Layer
+from ..layer_over_ranks import carrier
 from ..shard import running
-from ..spread import carrier
 
 NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
 ATTRIBUTE = "_farspan"  # on an attention module: its Layer

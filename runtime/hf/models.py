@@ -18,7 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...attention.errors import FarspanError, Unsupported
 from ...attention.method import LayerInfo
-from ...parallel.mesh import ContextParallel, Mesh, join
+from ...parallel.group.mesh import ContextParallel, Mesh, join
 from .interface import ATTRIBUTE
 from .tensor import TENSOR, count_heads, same_share, weights_mesh
 

@@ -100,7 +100,7 @@ def test_bands_count_their_pairs_without_a_mask() -> None:
 
 def test_keys_that_ranks_must_fetch_for_bands() -> None:
     """Against the union of what the chunk's queries read."""
-    from farspan.parallel.gather import needed
+    from farspan.parallel.mechanisms.gather import needed
 
     for bands, sinks in (
         ((Band(5, 0, 35),), 0),

@@ -15,14 +15,14 @@ from torch import Tensor
 from farspan.attention.errors import FarspanError, Unsupported
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import Partial
-from farspan.parallel import ring as ring_module
-from farspan.parallel.autograd import gather
-from farspan.parallel.comm import Ranks
-from farspan.parallel.layout import Layout, Split, contiguous, usp_split, zigzag
-from farspan.parallel.pass_q import pass_q
-from farspan.parallel.ring import ring
-from farspan.parallel.ulysses import ulysses
-from farspan.parallel.usp import usp
+from farspan.parallel.group.autograd import gather
+from farspan.parallel.group.comm import Ranks
+from farspan.parallel.mechanisms import ring as ring_module
+from farspan.parallel.mechanisms.layout import Layout, Split, contiguous, usp_split, zigzag
+from farspan.parallel.mechanisms.pass_q import pass_q
+from farspan.parallel.mechanisms.ring import ring
+from farspan.parallel.mechanisms.ulysses import ulysses
+from farspan.parallel.mechanisms.usp import usp
 
 from ..ops.tools import assert_grads_equal, brute_mask, oracle
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 import farspan
-from farspan.parallel.comm import Ranks
+from farspan.parallel.group.comm import Ranks
 
 SPARSE = "block_topk:k=32,block=16"
 STEPS, RATE = 2, 0.1

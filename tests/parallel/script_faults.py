@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from farspan.attention.errors import FarspanError
-from farspan.parallel.mesh import ContextParallel, Mesh, join
+from farspan.parallel.group.mesh import ContextParallel, Mesh, join
 
 TIMEOUT = 3.0
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from farspan.parallel.comm import Ranks, pack, unpack
+from farspan.parallel.group.comm import Ranks, pack, unpack
 
 from .world import World
 

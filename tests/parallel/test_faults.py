@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from farspan.parallel.watch import ANSWER, GRACE, LINGER
+from farspan.parallel.group.watch import ANSWER, GRACE, LINGER
 
 from . import launch
 from .script_faults import TIMEOUT

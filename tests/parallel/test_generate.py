@@ -11,8 +11,8 @@ import torch
 
 import farspan
 from farspan.attention.errors import Unsupported
-from farspan.parallel.comm import Ranks
-from farspan.parallel.layout import zigzag
+from farspan.parallel.group.comm import Ranks
+from farspan.parallel.mechanisms.layout import zigzag
 
 from ..runtime import small_models
 from .jobs import BLOCK, Case, generated, model_of, over_ranks, prompts

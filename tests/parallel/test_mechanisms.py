@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farspan.parallel import blockwise as blockwise_module
-from farspan.parallel.blockwise import blockwise
-from farspan.parallel.layout import Span
-from farspan.parallel.ulysses import unsupported
+from farspan.parallel.mechanisms import blockwise as blockwise_module
+from farspan.parallel.mechanisms.blockwise import blockwise
+from farspan.parallel.mechanisms.layout import Span
+from farspan.parallel.mechanisms.ulysses import unsupported
 
 from ..ops.tools import assert_grads_equal, oracle
 from . import jobs_mechanisms as jobs

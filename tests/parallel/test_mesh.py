@@ -11,9 +11,9 @@ import torch
 from torch.distributed import distributed_c10d
 
 from farspan.attention.errors import FarspanError, SpecError
-from farspan.parallel.digest import bit_hash, minority, text_hash
-from farspan.parallel.meeting import meet
-from farspan.parallel.mesh import ContextParallel, join
+from farspan.parallel.group.digest import bit_hash, minority, text_hash
+from farspan.parallel.group.meeting import meet
+from farspan.parallel.group.mesh import ContextParallel, join
 
 from .world import World
 
@@ -331,7 +331,7 @@ def test_sign_flips_in_two_places_do_not_cancel():
 def test_long_tensors_are_hashed_in_pieces_as_one(monkeypatch: pytest.MonkeyPatch):
     x = torch.randn(10_001)
     whole = bit_hash(x).item()
-    monkeypatch.setattr("farspan.parallel.digest._PIECE", 64)
+    monkeypatch.setattr("farspan.parallel.group.digest._PIECE", 64)
     assert bit_hash(x).item() == whole
 
 

@@ -21,19 +21,15 @@ from farspan.attention.index import Window
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import empty_partial
 from farspan.cli.app import app
-from farspan.parallel.comm import Ranks
-from farspan.parallel.cost import choices, decode_reads, decode_sent, memory, prefill_sent, stored_rows
-from farspan.parallel.decode import merge_ranks
-from farspan.parallel.device import DEVICES
-from farspan.parallel.gather import fetch, gather_all, needed
-from farspan.parallel.job import Job, LayerShape, ModelShape
-from farspan.parallel.layout import Layout, usp_split, zigzag
-from farspan.parallel.pass_q import pass_q
-from farspan.parallel.plan import plan
-from farspan.parallel.ring import ring
-from farspan.parallel.ulysses import ulysses, unsupported
-from farspan.parallel.usp import usp
-from farspan.parallel.volume import (
+from farspan.parallel.group.comm import Ranks
+from farspan.parallel.mechanisms.decode import merge_ranks
+from farspan.parallel.mechanisms.gather import fetch, gather_all, needed
+from farspan.parallel.mechanisms.layout import Layout, usp_split, zigzag
+from farspan.parallel.mechanisms.pass_q import pass_q
+from farspan.parallel.mechanisms.ring import ring
+from farspan.parallel.mechanisms.ulysses import ulysses, unsupported
+from farspan.parallel.mechanisms.usp import usp
+from farspan.parallel.mechanisms.volume import (
     Geometry,
     choose,
     decode_volume,
@@ -43,6 +39,17 @@ from farspan.parallel.volume import (
     volumes,
     window_volume,
 )
+from farspan.parallel.planner.cost import (
+    choices,
+    decode_reads,
+    decode_sent,
+    memory,
+    prefill_sent,
+    stored_rows,
+)
+from farspan.parallel.planner.device import DEVICES
+from farspan.parallel.planner.job import Job, LayerShape, ModelShape
+from farspan.parallel.planner.plan import plan
 
 from .world import World
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from farspan.parallel.device import DEVICES, Device
-from farspan.parallel.layout import zigzag
-from farspan.parallel.simulate import Work, scaling, simulate
-from farspan.parallel.volume import Geometry, volumes, window_volume
+from farspan.parallel.mechanisms.layout import zigzag
+from farspan.parallel.mechanisms.volume import Geometry, volumes, window_volume
+from farspan.parallel.planner.device import DEVICES, Device
+from farspan.parallel.planner.simulate import Work, scaling, simulate
 
 HUGE = 1e300
 GEOMETRY = Geometry(num_heads=32, num_kv_heads=8, head_dim=128, element_size=2)

@@ -9,8 +9,8 @@ import torch
 
 import farspan
 from farspan.attention.index import BlockIndex, TokenIndex
-from farspan.parallel.decode import localise
-from farspan.parallel.gather import needed
+from farspan.parallel.mechanisms.decode import localise
+from farspan.parallel.mechanisms.gather import needed
 
 from .jobs import BLOCK, Case, model_of, prompts, random_ids, stepped, stepped_over_ranks
 from .world import World

@@ -19,7 +19,7 @@ import farspan
 from farspan.attention.errors import FarspanError
 from farspan.runtime.hf import returned_cache, with_cache
 from farspan.runtime.hf.chunk import _joined
-from farspan.runtime.hf.spread import foreign_tensors
+from farspan.runtime.hf.decoder_over_ranks import foreign_tensors
 
 CHUNK = 24
 

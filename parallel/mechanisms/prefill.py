@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_prefill
-from ..attention.dense import Dense
-from ..attention.index import causal_pairs
-from ..attention.keys import Keys
-from ..attention.method import PREFILL, AttentionMethod
-from ..attention.partial import Partial
-from ..attention.summary import Summaries
+from ...attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_prefill
+from ...attention.dense import Dense
+from ...attention.index import causal_pairs
+from ...attention.keys import Keys
+from ...attention.method import PREFILL, AttentionMethod
+from ...attention.partial import Partial
+from ...attention.summary import Summaries
+from ..group.mesh import Mesh
 from .call import Share, Travel
 from .gather import gather_all
 from .layout import Layout, Split, usp_split, zigzag
-from .mesh import Mesh
 from .pass_q import pass_q
 from .ring import ring
 from .selected import Result, selected

@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..attention.keys import Keys, Peers, State
-from ..attention.ops.select import top_k
-from ..attention.summary import SomeRows, Summaries, Summary, count_entries
-from .comm import Ranks, pack, unpack
+from ...attention.keys import Keys, Peers, State
+from ...attention.ops.select import top_k
+from ...attention.summary import SomeRows, Summaries, Summary, count_entries
+from ..group.comm import Ranks, pack, unpack
 from .layout import Layout
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..group.mesh import Mesh
 from .layout import Layout, Split
-from .mesh import Mesh
 from .volume import Geometry
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from ..attention.errors import FarspanError
+from ...attention.errors import FarspanError
 
 
 def rendezvous(seconds: float) -> tuple[dist.Store, int, int]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..attention.errors import FarspanError
+from ...attention.errors import FarspanError
 
 
 def scaling_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Rows of :func:`~farspan.parallel.simulate.scaling` as a PNG: strong scaling left, weak right. Raises
-    FarspanError where matplotlib is not installed."""
+    """Rows of :func:`~farspan.parallel.planner.simulate.scaling` as a PNG: strong scaling left, weak right.
+    Raises FarspanError where matplotlib is not installed."""
     try:  # without pyplot: no display, no global state
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..attention.cost import DECODE, PREFILL, Cost
-from ..attention.dense import Dense
-from ..attention.errors import FarspanError
-from ..attention.method import AttentionMethod
+from ...attention.cost import DECODE, PREFILL, Cost
+from ...attention.dense import Dense
+from ...attention.errors import FarspanError
+from ...attention.method import AttentionMethod
+from ..mechanisms.volume import MECHANISMS, Geometry
 from .device import Device
-from .volume import MECHANISMS, Geometry
 
 MOST_RANKS = 4096  # the replay takes time and memory of ranks * ranks
 _DENSE = Dense()

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import exchange
-from .comm import Ranks
+from ..group.autograd import exchange
+from ..group.comm import Ranks
 from .layout import Span, Split
 
 

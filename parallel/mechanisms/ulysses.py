@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.errors import FarspanError, Unsupported
-from ..attention.partial import Partial
-from .autograd import exchange
-from .comm import Ranks
+from ...attention.errors import FarspanError, Unsupported
+from ...attention.partial import Partial
+from ..group.autograd import exchange
+from ..group.comm import Ranks
 from .layout import Layout, Split
 from .rows import order
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from ..mechanisms.layout import Split, usp_split
+from ..mechanisms.volume import Geometry, padded, refusals, window_volume
 from .device import Device
-from .layout import Split, usp_split
-from .volume import Geometry, padded, refusals, window_volume
 
 Times = np.ndarray  # [P] float64, seconds since the layer began
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.partial import Partial
+from ...attention.partial import Partial
+from ..group.comm import Ranks
 from .blockwise import Gradient, add, add_gradients, nothing
-from .comm import Ranks
 from .layout import Layout, Span, Split
 from .rows import held, order
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..attention.errors import FarspanError
+from ...attention.errors import FarspanError
 from .comm import Ranks
 from .meeting import named, one_line, own
 

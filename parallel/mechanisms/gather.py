@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.index import Bands, BlockIndex, Index, Window
-from ..attention.summary import by_start
-from .autograd import gather as gather_with_gradient
-from .comm import Ranks
+from ...attention.index import Bands, BlockIndex, Index, Window
+from ...attention.summary import by_start
+from ..group.autograd import gather as gather_with_gradient
+from ..group.comm import Ranks
 from .layout import Layout, Split
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.attend import Reads, count_reads, explained
-from ..attention.index import Index, TokenIndex, Window
-from ..attention.method import DECODE, AttentionMethod
-from ..attention.ops import kernel
-from ..attention.ops.decode import decode as attend_all
-from ..attention.ops.gather_decode import gather_decode
-from ..attention.partial import Partial, empty_partial, merge
-from .comm import Ranks, pack, unpack
+from ...attention.attend import Reads, count_reads, explained
+from ...attention.index import Index, TokenIndex, Window
+from ...attention.method import DECODE, AttentionMethod
+from ...attention.ops import kernel
+from ...attention.ops.decode import decode as attend_all
+from ...attention.ops.gather_decode import gather_decode
+from ...attention.partial import Partial, empty_partial, merge
+from ..group.comm import Ranks, pack, unpack
 from .keys import ShardedKeys
 from .layout import Layout
 

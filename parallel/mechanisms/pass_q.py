@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.partial import Partial, merge
-from .autograd import exchange, gather
+from ...attention.partial import Partial, merge
+from ..group.autograd import exchange, gather
+from ..group.comm import Ranks
 from .blockwise import blockwise
-from .comm import Ranks
 from .layout import Layout, Split
 from .rows import held, order
 

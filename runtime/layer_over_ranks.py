@@ -16,15 +16,15 @@ from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import SomeRows, Summaries, Summary
-from ..parallel.call import Call, Rows, Share, Travel
-from ..parallel.decode import decode
-from ..parallel.entries import extend, extend_split
-from ..parallel.gather import rearranged
-from ..parallel.keys import ShardedKeys
-from ..parallel.layout import Layout
-from ..parallel.mesh import Mesh
-from ..parallel.prefill import prefill
-from ..parallel.selected import last_queries
+from ..parallel.group.mesh import Mesh
+from ..parallel.mechanisms.call import Call, Rows, Share, Travel
+from ..parallel.mechanisms.decode import decode
+from ..parallel.mechanisms.entries import extend, extend_split
+from ..parallel.mechanisms.gather import rearranged
+from ..parallel.mechanisms.keys import ShardedKeys
+from ..parallel.mechanisms.layout import Layout
+from ..parallel.mechanisms.prefill import prefill
+from ..parallel.mechanisms.selected import last_queries
 from .rows import Done
 from .shard import ShardStore
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.ops import kernel
-from ..attention.ops.flash import flash
-from ..attention.partial import Partial, merge
+from ...attention.ops import kernel
+from ...attention.ops.flash import flash
+from ...attention.partial import Partial, merge
 from .layout import Span
 
 _ROWS, _COLS = 512, 4096  # tile of the backward: at most 8 MiB of float32 logits per head

@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..attention.errors import FarspanError
-from ..attention.method import DECODE, PREFILL
+from ...attention.errors import FarspanError
+from ...attention.method import DECODE, PREFILL
+from ..mechanisms.volume import MECHANISMS, Choice, readable
 from .cost import (
     choices,
     decode_reads,
@@ -20,7 +21,6 @@ from .cost import (
     prefill_sent,
 )
 from .job import Job
-from .volume import MECHANISMS, Choice, readable
 
 _MOST_CALLS = 1 << 14  # of the prefill
 

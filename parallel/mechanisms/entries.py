@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.summary import Summaries, Summary, by_start
-from .comm import Ranks
+from ...attention.summary import Summaries, Summary, by_start
+from ..group.comm import Ranks
 from .edges import Beyond, beyond
 from .gather import gather_rows
 from .layout import Layout, Span, Split

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.attend import Reads, run_prefill
-from ..attention.index import Index, Window
-from ..attention.keys import Keys, State
-from ..attention.method import AttentionMethod
-from ..attention.partial import Partial, empty_partial
-from ..attention.summary import Summaries, Summary, count_entries
+from ...attention.attend import Reads, run_prefill
+from ...attention.index import Index, Window
+from ...attention.keys import Keys, State
+from ...attention.method import AttentionMethod
+from ...attention.partial import Partial, empty_partial
+from ...attention.summary import Summaries, Summary, count_entries
 from .call import Call, Share
 from .edges import Beyond, beyond
 from .gather import fetch, gather_all, gather_rows, needed

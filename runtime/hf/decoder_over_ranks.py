@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
-from ...parallel.autograd import gather
-from ...parallel.call import Call
-from ...parallel.gather import gather_rows
-from ...parallel.layout import Layout, Split
-from ...parallel.mesh import Mesh
-from ...parallel.prefill import make_split
+from ...parallel.group.autograd import gather
+from ...parallel.group.mesh import Mesh
+from ...parallel.mechanisms.call import Call
+from ...parallel.mechanisms.gather import gather_rows
+from ...parallel.mechanisms.layout import Layout, Split
+from ...parallel.mechanisms.prefill import make_split
 from ..layer import Session
 from ..padding import Padding, read_padding
 from ..shard import running

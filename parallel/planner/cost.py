@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
-from ..attention.errors import FarspanError
+from ...attention.errors import FarspanError
+from ..mechanisms.layout import zigzag
+from ..mechanisms.volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
 from .device import Device
 from .job import Job, LayerShape
-from .layout import zigzag
 from .simulate import Work, simulate
-from .volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
 
 RESERVED = 0.05  # of a device's memory, for the runtime's own context, workspaces and fragmentation
 _SAMPLES = 16  # chunks of a chunked prefill that are replayed; the others lie between two of them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .comm import Ranks
+from ..group.comm import Ranks
 from .layout import Layout, Split
 from .ring import Block, circulate
 from .rows import held, order
@@ -36,8 +36,8 @@ def usp(
     """Causal attention of this rank's new tokens over what all ranks hold; ``split`` is a ``usp_split``.
 
     ulysses, ring: this rank's two groups, of U and R ranks; in split and past it is number r * U + u. Other
-    arguments, and the result, as for :func:`~farspan.parallel.ulysses.ulysses`. Differentiable in all five
-    tensors. Raises Unsupported where U and the heads do not divide.
+    arguments, and the result, as for :func:`~farspan.parallel.mechanisms.ulysses.ulysses`. Differentiable in
+    all five tensors. Raises Unsupported where U and the heads do not divide.
 
     Bytes sent: (U - 1) / U² * S / R * (2 H + 2 max(Hkv, U)) * D e by ``ulysses`` and
     (R - 1) / R * S * 2 ceil(Hkv / U) * D e by ``ring``. arXiv 2405.07719.
