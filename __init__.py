@@ -34,7 +34,7 @@ _HOMES = {
     "Unsupported": ".attention.errors",
     "methods": ".attention.method",
     "parse_method": ".attention.method",
-    "ContextParallel": ".parallel.mesh",
+    "ContextParallel": ".parallel.group.mesh",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",
     "patch": ".runtime.patch",

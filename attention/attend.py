@@ -71,7 +71,7 @@ def attend(
         with _timed(probe, SELECTION, q):
             index = method.select_decode(q, keys)
         if probe is not None:
-            probe.chose(q, keys, index)
+            probe.on_select(q, keys, index)
         with _timed(probe, ATTENTION, q):
             part, pairs = _run_decode(q, keys, index, impl)
         shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
@@ -81,10 +81,10 @@ def attend(
     else:
         with _timed(probe, SELECTION, q):
             if method.last_queries:
-                keys.surveyed = method.survey(q[:, :, -method.last_queries :], keys)
+                keys.prepared = method.prepare_prefill(q[:, :, -method.last_queries :], keys)
             index = method.select_prefill(q, keys)
         if probe is not None:
-            probe.chose(q, keys, index)
+            probe.on_select(q, keys, index)
         with _timed(probe, ATTENTION, q):
             return run_prefill(method, q, keys, index, impl=impl)
     return part, explained(reads, method, phase, keys, index)
@@ -103,10 +103,10 @@ def _timed(probe: Probe | None, stage: str, q: Tensor) -> AbstractContextManager
 def tell(method: AttentionMethod, q: Tensor, keys: Keys) -> int:
     """Tell a decode method that a prefill call of queries q [B, H, Tq, D] has run: of them it is given the
     last ones, as many as it asks for. -> bytes that it has read."""
-    wanted = method.told_queries
+    wanted = method.observation_window
     if wanted is not None and wanted < keys.tq:
         q, keys = q[:, :, -wanted:], dataclasses.replace(keys, tq=wanted)
-    method.after_prefill(q, keys)
+    method.on_prefill_end(q, keys)
     return keys.summary_bytes
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .budget import select_topk
 from .index import BlockIndex
 from .keys import Keys
-from .share import pick
 
 
 class Grid(NamedTuple):
@@ -62,7 +62,7 @@ class Grid(NamedTuple):
         device, how many blocks a row reads at most."""
         size = torch.maximum(torch.as_tensor(size, device=ranked.device), forced.sum(-1))
         size = size.expand(ranked.shape[:3])
-        blocks, counts = pick(
+        blocks, counts = select_topk(
             ranked.masked_fill(forced, torch.inf), size, min(most or ranked.shape[3], ranked.shape[3])
         )
         assert counts is not None

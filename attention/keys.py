@@ -44,7 +44,7 @@ class Keys:
     k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
-           in a row that has no token yet; ``after_prefill`` may meet such a row, ``select_*`` never does.
+           in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
            ``select_*`` never meets such a row.
     scale, softcap: how the model turns q k^T into logits.
@@ -63,7 +63,7 @@ class Keys:
     starts: list[int] | None = None  # ``start`` on the host
     ends: list[int] | None = None
     peers: Peers | None = None
-    surveyed: State = field(default_factory=dict)  # what the method's survey of the call has found
+    prepared: State = field(default_factory=dict)  # what prepare_prefill has found in the call
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:

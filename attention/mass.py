@@ -25,11 +25,11 @@ class Probe(Protocol):
     """What looks on while ``attend`` serves a call."""
 
     def timed(self, stage: str, device: torch.device) -> AbstractContextManager[None]:
-        """Around each ``stage`` of the call: ``SELECTION`` (survey and select), ``ATTENTION``."""
+        """Around each ``stage`` of the call: ``SELECTION`` (prepare_prefill and select_*), ``ATTENTION``."""
         ...
 
-    def chose(self, q: Tensor, keys: Keys, index: Index) -> None:
-        """Told what was selected for q [B, H, Tq, D]; of a padded prefill row by row, each without its
+    def on_select(self, q: Tensor, keys: Keys, index: Index) -> None:
+        """Called after the selection for q [B, H, Tq, D]; for a padded prefill row by row, each without its
         padding. The index is the method's own: look at it now, as later steps may change it."""
         ...
 

@@ -34,20 +34,20 @@ class LayerInfo:
     """What a method may know of the layer it will serve. ``weights``: the recipe's tensors for this layer, by
     name.
 
-    Under tensor parallelism the heads counted are those of one of ``shares`` equal shares, the ``share``-th;
-    ``weights`` are the whole layer's."""
+    Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; ``weights`` are
+    the whole layer's."""
 
     index: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     weights: Mapping[str, Tensor] | None = None
-    shares: int = 1
-    share: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
 
     def own(self, per_head: Tensor) -> Tensor:
-        """This share's part of a tensor whose first dimension is all the layer's query or KV heads."""
-        return per_head.chunk(self.shares)[self.share]
+        """This rank's part of a tensor whose first dimension is all the layer's query or KV heads."""
+        return per_head.chunk(self.tp_size)[self.tp_rank]
 
 
 class Calibration(Protocol):
@@ -63,8 +63,8 @@ class Calibration(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
-    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        """A window of its own: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -76,9 +76,9 @@ class Calibration(Protocol):
 class GradientCalibration(Calibration, Protocol):
     """One that also asks what a change of the layer's attention does to the likelihood of the text."""
 
-    def feel(self, gradient: Tensor) -> None:
-        """The gradient, in the output [1, H, T, D] of the attention of the window seen last, of that window's
-        mean negative log-likelihood."""
+    def observe_grad(self, gradient: Tensor) -> None:
+        """The gradient, in the output [1, H, T, D] of the attention of the window observed last, of that
+        window's mean negative log-likelihood."""
         ...
 
 
@@ -97,7 +97,7 @@ class AttentionMethod:
         "0"  # how far past a row its selection may have looked: "0", "block_q - 1" or "prompt"
     )
     needs_recipe: ClassVar[bool] = False
-    reads_keys: ClassVar[bool] = False  # whether survey or select_prefill asks for raw keys
+    reads_keys: ClassVar[bool] = False  # whether prepare_prefill or select_prefill asks for raw keys
 
     @property
     def tokens_ahead(self) -> float:
@@ -169,13 +169,13 @@ class AttentionMethod:
         all."""
         return None
 
-    def after_prefill(self, q: Tensor, keys: Keys) -> None:
-        """Told once a prefill call has run, so that state may be set up from its last ``told_queries``
-        queries q [B, H, n, D], fewer if the call has fewer."""
+    def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
+        """Called after a prefill call, to set up state from its last ``observation_window`` queries
+        q [B, H, n, D], fewer if the call has fewer."""
 
     @property
-    def told_queries(self) -> int | None:
-        """How many of a prefill call's last queries ``after_prefill`` is given; None: all of them."""
+    def observation_window(self) -> int | None:
+        """How many of a prefill call's last queries ``on_prefill_end`` is given; None: all of them."""
         return 1
 
     @property
@@ -185,17 +185,18 @@ class AttentionMethod:
         return False
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         """Prefill chunks are rounded to a multiple of this many tokens."""
         return 1
 
     @property
     def last_queries(self) -> int:
-        """How many of a prefill call's last queries ``survey`` is asked about; 0: it is not asked."""
+        """How many of a prefill call's last queries ``prepare_prefill`` is asked about; 0: it is not
+        asked."""
         return 0
 
-    def survey(self, q: Tensor, keys: Keys) -> State:
-        """What the last queries q [B, H, n, D] of a call find among all its keys, for ``keys.surveyed`` when
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
+        """What the last queries q [B, H, n, D] of a call find among all its keys, for ``keys.prepared`` when
         ``select_prefill`` is asked about any of its queries."""
         return {}
 
@@ -256,6 +257,8 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in _OUTSIDE.split(rest))):
         key, equals, text = (piece.strip() for piece in item.partition("="))
+        if key in _RENAMED and _RENAMED[key] in fields:
+            raise SpecError(f"{name} has no parameter {key!r}: it is called {_RENAMED[key]!r} now.")
         if key not in fields:
             takes = f"it takes {', '.join(fields)}" if fields else "it takes none"
             raise SpecError(f"{name} has no parameter {key!r}{_nearest(key, fields)}; {takes}.")
@@ -273,6 +276,7 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
     return cls(**values)
 
 
+_RENAMED = {"share": "gqa_reduce"}  # parameters of earlier versions, by their names now
 _SIZES = {"k", "fraction"}  # budgets that say how much is read
 _OUTSIDE = re.compile(r",(?![^()]*\))")  # commas that stand outside of parentheses
 

@@ -23,7 +23,7 @@ from farspan.evals.sample import encode
 from .record import save, table
 
 METHODS = (
-    "antidiagonal; pbs; pbs:mass=0.7; dhsa; dhsa:k=512,block_q=64; block_topk:k=768,share=none; "
+    "antidiagonal; pbs; pbs:mass=0.7; dhsa; dhsa:k=512,block_q=64; block_topk:k=768,gqa_reduce=none; "
     "vertical_slash; vertical_slash:vertical=256,slash=256; routing; sale:threshold=0.008; "
     "a_shape:w=1024,sinks=64; strided:w=512,stride=8; dilated:w=512,sinks=4; window; oracle:mass=1,k=512; "
     "oracle:mass=1,k=768"

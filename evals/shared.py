@@ -92,7 +92,7 @@ def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
 
 def asks_for_queries(spec: str) -> bool:
     """Whether the decode method of a spec is set up by more queries of a prompt than the last."""
-    return resolve(spec)[1].told_queries != 1
+    return resolve(spec)[1].observation_window != 1
 
 
 def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:

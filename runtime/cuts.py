@@ -10,18 +10,18 @@ from ..attention.attend import DECODE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """How ``prefill_chunk`` cuts calls. tokens: of a chunk, whole granules; granule: a cut within a row lies
-    at a multiple of so many of its tokens. by_prompt: a method selects by the chunk's last queries,
-    so that a row is cut exactly where it is cut alone, or not at all."""
+    """How ``prefill_chunk`` cuts calls. tokens: of a chunk, whole multiples of ``block_multiple``;
+    block_multiple: a cut within a row lies at a multiple of so many of its tokens. by_prompt: a method
+    selects by the chunk's last queries, so that a row is cut exactly where it is cut alone, or not at all."""
 
     tokens: int
-    granule: int = 1
+    block_multiple: int = 1
     by_prompt: bool = False
 
     @property
     def step(self) -> int:
         """Two rows fit each other where their first tokens are a multiple of so many tokens apart."""
-        return self.tokens if self.by_prompt else self.granule
+        return self.tokens if self.by_prompt else self.block_multiple
 
     def fits(self, length: int) -> bool:
         """Whether a call of ``length`` tokens stays whole: no cut leaves so short a rest that it would be a
@@ -33,9 +33,9 @@ class Chunking:
         ``begins`` (0: with the call or before it).
 
         Chunks are counted from the first row's first token. The cutting ends with a row that does not begin
-        at a whole granule of it: the rest is one call.
+        at a multiple of ``block_multiple``: the rest is one call.
 
-            tokens = 4, granule = 2      row   x x x x|x x x x|x x x x x x x x
+            tokens = 4, block_multiple = 2      row   x x x x|x x x x|x x x x x x x x
                                                . . . . . . x x|x x x x x x x x
                                                . . . . . . . . . x x x x x x x     no cut fits this row
         """

@@ -24,11 +24,11 @@ def read_with_gradients(
     windows: Sequence[Tensor],
     done: Callable[[int], None],
 ) -> None:
-    """Let each layer's calibration see its dense attention over each of ``windows`` [1, T] of tokens, and
-    then feel the gradient of the window's mean negative log-likelihood in that attention's output.
+    """Give each layer's calibration its dense attention over each of ``windows`` [1, T] of tokens, and then
+    the gradient of the window's mean negative log-likelihood in that attention's output.
 
     ``model`` is patched. One forward and one backward call a window; attention is computed again in the
-    backward call rather than kept. ``done`` is told how many windows are through. No parameter gets a
+    backward call rather than kept. ``done`` is called with the number of windows read. No parameter gets a
     gradient.
     """
     undo = [hf.replace_attention(info.attention[i], partial(_attend, layer)) for i, layer in layers.items()]
@@ -55,9 +55,9 @@ def _attend(
 ) -> Tensor:
     """Dense attention of one unpadded window, watched by ``layer``; [1, T, H, D]."""
     with torch.no_grad():
-        layer.see(q.detach(), k.detach(), v.detach(), **how)
+        layer.observe(q.detach(), k.detach(), v.detach(), **how)
     out: Tensor = checkpoint(_dense, q, k, v, use_reentrant=False, **how)
-    out.register_hook(layer.feel)
+    out.register_hook(layer.observe_grad)
     return out.transpose(1, 2).contiguous()
 
 

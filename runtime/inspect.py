@@ -106,12 +106,12 @@ def inspect(
     drawn = _within(heads, "head", range(count), HEADS)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def see(layer: int, q: Tensor, keys: Keys, index: Index) -> None:
+    def observe(layer: int, q: Tensor, keys: Keys, index: Index) -> None:
         seen[layer] = _look(q, keys, index, drawn, block)
 
     takes = None if decode.needs_recipe and not method.needs_recipe else recipe  # a decode's own is left out
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
-        patched.watch({layer: partial(see, layer) for layer in chosen})
+        patched.watch({layer: partial(observe, layer) for layer in chosen})
         with torch.no_grad():
             model(ids.to(model.device), use_cache=False, logits_to_keep=1)
         report = patched.report(measure_mass=True)

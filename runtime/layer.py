@@ -26,7 +26,7 @@ from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
 from .layer_over_ranks import carried, spread, spread_window
-from .measure import Measured, Meter, See
+from .measure import Measured, Meter, Observer
 from .padding import Padding, read_padding
 from .report import PhaseReport
 from .rows import Done, Run, Served, joined, served
@@ -162,7 +162,7 @@ class Layer(Unique):
     left_dense: Mapping[str, str] = field(default_factory=dict)  # by phase, why its method leaves it dense
     from_keys: dict[str, float] = field(default_factory=dict)  # by phase, fewer keys are read densely
     measure: int = 0  # query rows of a prefill call on which the attention that is read is measured
-    see: See | None = None  # with ``measure``, told of every selection
+    observer: Observer | None = None  # with ``measure``, called after every selection
     phases: dict[str, PhaseReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -373,7 +373,7 @@ class Layer(Unique):
 
     def _meter(self, phase: str) -> Meter | None:
         measured = self.phases[phase].measured
-        return None if measured is None else Meter(measured, phase, self.measure, self.see)
+        return None if measured is None else Meter(measured, phase, self.measure, self.observer)
 
     def _report(self, done: list[Done], q: Tensor) -> None:
         """Take a call into the report, with why every key was read where the method would have chosen."""

@@ -92,13 +92,13 @@ def spread(
         sent, travel.sent = mesh.sent(), mesh.sent() - sent
         done.append(Done(run, part, reads, ran, travel))
     if batch.told and _told(layer.decode):
-        wanted = layer.decode.told_queries
+        wanted = layer.decode.observation_window
         n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
         last = q[:, :, -n:] if share is None else last_queries(share, n)
         keys = sharded_keys(last, store, call, **how)
         for rows in batch.told:
             state = store.states.of(str(layer.decode), rows, call.past, call.total)
-            layer.decode.after_prefill(last[rows], keys.some_rows(rows, state))
+            layer.decode.on_prefill_end(last[rows], keys.some_rows(rows, state))
         travel.sent += mesh.sent() - sent
     return done
 
@@ -191,7 +191,7 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
     low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
-        kept = Layout.empty(mesh.ranks.size).dealt(low, call.total, store.block)
+        kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
         k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
         store.replace(Rows(k, v, kept))
     elif low > store.layout.begin:
@@ -221,7 +221,7 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
 
 
 def _told(method: AttentionMethod) -> bool:
-    return type(method).after_prefill is not AttentionMethod.after_prefill
+    return type(method).on_prefill_end is not AttentionMethod.on_prefill_end
 
 
 def _partial_bytes(q: Tensor, value_dim: int) -> int:

@@ -22,7 +22,7 @@ from ..attention.whole import whole_number
 
 ROWS = 16  # of a layer and call that measure_mass=True samples
 
-See = Callable[[Tensor, Keys, Index], None]
+Observer = Callable[[Tensor, Keys, Index], None]
 
 
 @dataclass
@@ -75,14 +75,14 @@ class Measured:
 class Meter:
     """Looks on at the calls of one layer in one phase (a ``Probe``), into ``measured``.
 
-    rows: how many queries of a prefill call are sampled (``sample_rows``); at decode all are. see: told
-    besides of every selection, of a padded batch row by row.
+    rows: how many queries of a prefill call are sampled (``sample_rows``); at decode all are. observer:
+    called after every selection, for a padded batch row by row.
     """
 
     measured: Measured
     phase: str
     rows: int
-    see: See | None = None
+    observer: Observer | None = None
 
     @contextmanager
     def timed(self, stage: str, device: torch.device) -> Iterator[None]:
@@ -93,12 +93,12 @@ class Meter:
         name = f"{stage}_seconds"
         setattr(self.measured, name, getattr(self.measured, name) + time.perf_counter() - start)
 
-    def chose(self, q: Tensor, keys: Keys, index: Index) -> None:
+    def on_select(self, q: Tensor, keys: Keys, index: Index) -> None:
         count = keys.tq if self.phase == DECODE else self.rows
         with implementations():  # what measures is no part of what the call ran
             self.measured.add(mass_recall(q, keys, index, sample_rows(keys.tq, count)))
-            if self.see is not None:
-                self.see(q, keys, index)
+            if self.observer is not None:
+                self.observer(q, keys, index)
 
 
 def rows_to_measure(measure_mass: bool | int) -> int:

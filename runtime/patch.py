@@ -21,7 +21,7 @@ from . import hf
 from .crossover import crossovers
 from .cuts import Chunking
 from .layer import DECODE_ROWS, Layer, Notices, Session
-from .measure import See, rows_to_measure
+from .measure import Observer, rows_to_measure
 from .recipe import Recipe
 from .report import LayerReport, Report
 
@@ -108,7 +108,7 @@ def patch(
         else crossovers({PREFILL: pair[0], DECODE: pair[1]}, info.layer_info(i), model, crossover)
         for i, (*pair, _) in served.items()
     }
-    granule = math.lcm(*(m.granule for pair in chosen for m in pair))
+    block_multiple = math.lcm(*(m.block_multiple for pair in chosen for m in pair))
     if chunk is not None and not hf.continues_exactly(info):
         warnings.warn(
             f"prefill_chunk is not used: the layers of {type(model).__name__} that are not attention do not "
@@ -119,9 +119,9 @@ def patch(
     chunking = None
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
-        tokens = -(-max(chunk, DECODE_ROWS + 1) // granule) * granule
+        tokens = -(-max(chunk, DECODE_ROWS + 1) // block_multiple) * block_multiple
         by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
-        chunking = Chunking(tokens=tokens, granule=granule, by_prompt=by_prompt)
+        chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
     if mesh is not None and measured:
@@ -137,20 +137,20 @@ def patch(
         for i, (pre, dec, reasons) in served.items()
     }
     if mesh is not None:
-        granule = math.lcm(
-            granule, *(s.block or 1 for pair in served.values() for m in pair[:2] for s in m.summaries)
+        block_multiple = math.lcm(
+            block_multiple, *(s.block or 1 for pair in served.values() for m in pair[:2] for s in m.summaries)
         )
         mesh.agree(
             {
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
-                "the share of the heads": str({(x.share, x.shares) for x in map(info.layer_info, served)}),
+                "the share of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
                 "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, chunking, granule)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple)
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
@@ -195,10 +195,10 @@ class Patched:
         traffic = dict(self._sent() - self._sent_before)
         return Report(self._name, layers, dict(self._untouched), traffic, dict(self._notices))
 
-    def watch(self, see: Mapping[int, See]) -> None:
-        """Let ``see(q, keys, index)`` look at every selection of a layer; for patches that measure."""
-        for index, one in see.items():
-            self._layers[index].see = one
+    def watch(self, observers: Mapping[int, Observer]) -> None:
+        """Call ``observer(q, keys, index)`` after every selection of its layer; for patches that measure."""
+        for index, observer in observers.items():
+            self._layers[index].observer = observer
 
     def reset_report(self) -> None:
         """Start counting anew."""
@@ -365,7 +365,7 @@ def serve(
 ) -> AttentionMethod | None:
     """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
     dense."""
-    if method.couples_heads and layer.shares > 1:
+    if method.couples_heads and layer.tp_size > 1:
         raise Unsupported(
             f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
             ["it decides for all heads of a layer together, and each rank has but some of them"],

@@ -48,7 +48,7 @@ class ShardStore(KVStore):
         """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned in blocks, each by the
         rank that has least."""
         begin, end = self.total, self.total + k.shape[2]
-        layout = self.layout.dealt(begin, end, self.block)
+        layout = self.layout.block_cyclic(begin, end, self.block)
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
 

@@ -127,7 +127,7 @@ class _Run:
         self.scale = layer.head_dim**-0.5
         self.summaries, self.state = Summaries(), State()
         if phase == DECODE:
-            method.after_prefill(self.q[:, :, :1], self._keys(length, 1))
+            method.on_prefill_end(self.q[:, :, :1], self._keys(length, 1))
             self._step(0)  # takes the prompt into the summaries
 
     def _keys(self, length: int, tq: int) -> Keys:

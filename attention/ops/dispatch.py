@@ -19,7 +19,7 @@ Impls = Mapping[str, Run]
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
 
 
-class Optional:
+class LazyImpl:
     """An implementation in the module ``module`` of an op's package, imported when it is first asked for.
 
     The module holds the function ``name`` and ``unsupported``, which takes the same arguments and lists why
@@ -58,7 +58,7 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """
     if impl == "auto":
         triton = impls.get("triton") if args[0].device.type == "cuda" else None
-        served = isinstance(triton, Optional) and not (
+        served = isinstance(triton, LazyImpl) and not (
             triton.unsupported(*args, **how) or triton.better_eager(*args, **how)
         )
         impl = "triton" if served else "eager"
@@ -68,7 +68,7 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
         )
     else:
         chosen = impls[impl]
-        if isinstance(chosen, Optional) and (reasons := chosen.unsupported(*args, **how)):
+        if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
     seen = _ran.get()
     if seen is not None:

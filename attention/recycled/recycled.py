@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..budget import topk_positions
 from ..cost import Cost, Queries
 from ..errors import SpecError
+from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
-from ..share import best, share_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Recycled(AttentionMethod):
     (2411.05787).
 
     Prefill is dense and its last query picks the first set: the top k keys per layer and KV head by that
-    query's attention, combined over the group's heads by ``share``. A recycled step reads the set alone; the
-    new token enters it in place of the lowest-ranked key left, and once all k have been replaced, of the
+    query's attention, combined over the group's heads by ``gqa_reduce``. A recycled step reads the set alone;
+    the new token enters it in place of the lowest-ranked key left, and once all k have been replaced, of the
     oldest newcomer. A full step reads everything (the full cache holds the generated tokens too) and picks
     the set anew.
 
@@ -51,13 +52,13 @@ class Recycled(AttentionMethod):
     dynamic: bool = False
     qc: int = 5
     s: float = 0.8
-    share: str = "sum"
+    gqa_reduce: str = "sum"
     scope: str = "layer"
     pool: int = 1
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
-        require(self, share=("sum", "max"), scope=("layer", "kv_head"))
+        require(self, gqa_reduce=("sum", "max"), scope=("layer", "kv_head"))
         if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise SpecError(
                 f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}."
@@ -81,7 +82,7 @@ class Recycled(AttentionMethod):
             exact=not self.dynamic,
         )
 
-    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+    def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
         if keys.longest() > self.k:
             self._refresh(
@@ -164,7 +165,7 @@ class Recycled(AttentionMethod):
         here = keys.held(length)
         k, v, places, peers = keys.read_all_keys()[:, :, :here], keys.v, keys.places()[:here], keys.peers
         logits = scores(q, k, scale=keys.scale, softcap=keys.softcap)
-        ranked = share_scores(logits, _from(keys.start, places), self.share, peers)[:, :, 0]
+        ranked = group_scores(logits, _from(keys.start, places), self.gqa_reduce, peers)[:, :, 0]
         if self.pool > 1:
             if peers is not None:  # a key's neighbours may be elsewhere
                 ranked, peers = peers.gather(ranked, length), None
@@ -172,7 +173,7 @@ class Recycled(AttentionMethod):
             ranked = torch.nn.functional.max_pool1d(ranked, self.pool, stride=1, padding=self.pool // 2)
             if keys.start is not None:
                 ranked = ranked.masked_fill(places < keys.start[:, None, None], -torch.inf)
-        tokens = best(ranked, self.k, peers)  # [B, Hkv, k]
+        tokens = topk_positions(ranked, self.k, peers)  # [B, Hkv, k]
         fresh = {
             "tokens": tokens,
             "clock": torch.zeros_like(full, dtype=torch.long),

@@ -119,8 +119,8 @@ class ACT(AttentionMethod):
         return replace(under, selection=every + 2 * under.selection)
 
     @property
-    def granule(self) -> int:
-        return 1 if self.over is None else self.over.granule
+    def block_multiple(self) -> int:
+        return 1 if self.over is None else self.over.block_multiple
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
@@ -131,15 +131,15 @@ class ACT(AttentionMethod):
         return _ALL
 
     @torch.no_grad()
-    def survey(self, q: Tensor, keys: Keys) -> State:
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
         """``act_sinks`` [B, H, Tk] bool, of each query head; what the method underneath finds, and what it
         selects for the whole call."""
         found, heads = {}, torch.arange(q.shape[1], device=q.device)
         if self.over is not None and self.over.last_queries:
-            found = self.over.survey(q[:, :, -self.over.last_queries :], keys)
+            found = self.over.prepare_prefill(q[:, :, -self.over.last_queries :], keys)
         if self.chosen is not None:
             heads = heads[self.chosen.to(q.device)]
-        keys.surveyed = found
+        keys.prepared = found
         index = None if self.over is None else self.over.select_prefill(q, keys)
         if isinstance(index, BlockIndex):
             means = self._means_of_candidates(q, keys, heads, index)
@@ -153,16 +153,16 @@ class ACT(AttentionMethod):
         return {**found, SINKS: sinks}
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        sinks = keys.surveyed[SINKS]
+        sinks = keys.prepared[SINKS]
         read = None if self.over is None else self._read(self.over, q, keys, sinks.shape[2])
         return Rescaled(read=read, keys=sinks[..., : keys.length], factor=self.beta)
 
     def _read(self, over: AttentionMethod, q: Tensor, keys: Keys, total: int) -> BlockIndex | None:
-        """What ``over`` selects: as the survey found it, where these are all the queries of its call, of
+        """What ``over`` selects: as prepare_prefill found it, where these are all the queries of its call, of
         ``total`` keys."""
-        past, *shape = keys.surveyed[_SHAPE].tolist() if _SHAPE in keys.surveyed else [-1]
+        past, *shape = keys.prepared[_SHAPE].tolist() if _SHAPE in keys.prepared else [-1]
         if (past, total) == (keys.past, keys.length):
-            blocks, counts = keys.surveyed[_BLOCKS], keys.surveyed[_COUNTS]
+            blocks, counts = keys.prepared[_BLOCKS], keys.prepared[_COUNTS]
             return BlockIndex(blocks=blocks, counts=counts, block_q=shape[0], block_k=shape[1])
         index = over.select_prefill(q, keys)
         assert index is None or isinstance(index, BlockIndex)
@@ -217,20 +217,22 @@ class HeadSearch:
         self._change: Tensor | None = None  # of the window's output, [1, H, T, D]
         self._effects: list[Tensor] = []  # [H] of each window
 
-    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
         self._change = None
         if how["window"] is not None or not self._served:
             return
         q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
         keys = Keys(k=k, v=v, tq=q.shape[2], scale=how["scale"], softcap=how["softcap"])
-        index = Rescaled(read=None, keys=self._method.survey(q, keys)[SINKS], factor=self._method.beta)
+        index = Rescaled(
+            read=None, keys=self._method.prepare_prefill(q, keys)[SINKS], factor=self._method.beta
+        )
         plain = flash(q, k, v, scale=keys.scale, softcap=keys.softcap)
         changed = attend_rescaled(q, keys, index, "auto")
         if how["sinks"] is not None:
             plain, changed = (add_sinks(part, how["sinks"]) for part in (plain, changed))
         self._change = changed.out - plain.out
 
-    def feel(self, gradient: Tensor) -> None:
+    def observe_grad(self, gradient: Tensor) -> None:
         if self._change is not None:
             self._effects.append((gradient.to(self._change) * self._change).sum((0, 2, 3)).double().cpu())
 

@@ -12,11 +12,11 @@ from torch.nn.functional import pad
 from ..blocks import Grid, covering
 from ..cost import Cost, Queries
 from ..errors import SpecError
+from ..gqa import reduce_group
 from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.scores import scores
-from ..share import together
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 27}  # probabilities held at a time
 
@@ -37,8 +37,8 @@ class Antidiagonal(AttentionMethod):
     Per head, softmax over the tiles that begin no later than the queries' own gives each tile its share. A
     key block of B = ``block`` has the share of its tiles, added up over the B queries of a query block. Read
     are the first key block, the query block's own, and then those with the largest shares until ``mass`` (the
-    paper's tau) of the total is reached. ``share``: "none", each head for itself as in the paper, or one set
-    for a group by the "sum" or the "max" of its heads' shares.
+    paper's tau) of the total is reached. ``gqa_reduce``: "none", each head for itself as in the paper, or one
+    set for a group by the "sum" or the "max" of its heads' shares.
 
     The sums need every number of every key, and no summary smaller than the keys gives them: raw keys are
     read, S times less often than by attention itself. Decode is dense.
@@ -53,17 +53,17 @@ class Antidiagonal(AttentionMethod):
     mass: float = 0.9
     stride: int = 16
     block: int = 128
-    share: str = "none"
+    gqa_reduce: str = "none"
 
     def __post_init__(self) -> None:
-        require(self, mass=(1e-6, 1.0), stride=(1, None), block=(1, None), share=("sum", "max", "none"))
+        require(self, mass=(1e-6, 1.0), stride=(1, None), block=(1, None), gqa_reduce=("sum", "max", "none"))
         if self.block % self.stride:
             raise SpecError(
                 f"antidiagonal takes a block of whole strides; got block={self.block}, stride={self.stride}."
             )
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.block
 
     def reads(self, queries: Queries) -> Cost:
@@ -78,7 +78,7 @@ class Antidiagonal(AttentionMethod):
         if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
-        shares = together(self._shares(q, keys), self.share)
+        shares = reduce_group(self._shares(q, keys), self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         size = covering(shares, forced, self.mass)
         return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)

@@ -8,13 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..blocks import Grid
+from ..budget import check_budget
 from ..cost import Cost, Queries
+from ..gqa import group_scores
 from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
-from ..share import check_budget, share_scores
 from ..summary import BlockPool, Summary
 
 
@@ -25,7 +26,7 @@ class BlockTopK(AttentionMethod):
 
     The selection step that block-sparse prefill methods share in its simplest form (as in 2410.13276, without
     the learned gate). The budget counts tokens per query block, the first and the own block included: at
-    least these two are read. ``share`` as in double_sparsity. Decode is dense.
+    least these two are read. ``gqa_reduce`` as in double_sparsity. Decode is dense.
     """
 
     name: ClassVar[str] = "block_topk"
@@ -36,14 +37,14 @@ class BlockTopK(AttentionMethod):
     k: int | None = 1024
     fraction: float | None = None
     block: int = 64
-    share: str = "sum"
+    gqa_reduce: str = "sum"
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
-        require(self, block=(1, None), share=("sum", "max", "none"))
+        require(self, block=(1, None), gqa_reduce=("sum", "max", "none"))
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.block
 
     @property
@@ -74,7 +75,7 @@ class BlockTopK(AttentionMethod):
         pooled = pool(q, self.block, mode="mean")  # [1, H, Nq, D]
         logits = scores(pooled, means, scale=keys.scale, softcap=keys.softcap)  # [1, Hkv, G, Nq, Nk]
         # Only blocks before the own ones are ranked: those are read anyway, and may reach past it.
-        ranked = share_scores(logits, (grid.cols < grid.first[:, None])[None], self.share)
+        ranked = group_scores(logits, (grid.cols < grid.first[:, None])[None], self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         # A query block off the grid has two own blocks.
         most = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * len(grid.cols)))

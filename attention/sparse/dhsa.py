@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import Grid
+from ..budget import check_budget
 from ..cost import Cost, Queries
+from ..gqa import group_scores, reduce_group
 from ..index import Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
@@ -19,7 +21,6 @@ from ..ops.pool import pool
 from ..ops.scores import scores
 from ..ops.select import top_k
 from ..received import columns_and_diagonals
-from ..share import check_budget, share_scores, together
 from ..summary import BlockPool, Summary
 
 
@@ -45,8 +46,8 @@ class DHSA(AttentionMethod):
     and ``local`` keys are always read, there the last chunk alone. A chunk of a prompt is judged by its own
     last queries, so that law 3 does not hold, and raw keys are read.
 
-    share: "none", each head for itself as the authors have it, or one set for a group by the "sum" or the
-    "max" of its heads' softmax over chunks, or of their columns and diagonals. Decode is dense.
+    gqa_reduce: "none", each head for itself as the authors have it, or one set for a group by the "sum" or
+    the "max" of its heads' softmax over chunks, or of their columns and diagonals. Decode is dense.
     """
 
     name: ClassVar[str] = "dhsa"
@@ -60,18 +61,18 @@ class DHSA(AttentionMethod):
     block_q: int = 128
     block_k: int = 32
     local: int = 64
-    share: str = "none"
+    gqa_reduce: str = "none"
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
-        require(self, select=("mean", "vertical_slash"), share=("sum", "max", "none"))
+        require(self, select=("mean", "vertical_slash"), gqa_reduce=("sum", "max", "none"))
         require(self, block_q=(1, None), block_k=(1, None), local=(1, None))
         if self.select == "vertical_slash":
             object.__setattr__(self, "lookahead", "prompt")
             object.__setattr__(self, "reads_keys", True)
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return math.lcm(self.block_q, self.block_k)
 
     @property
@@ -98,7 +99,7 @@ class DHSA(AttentionMethod):
         return queries.cost(keys, selection=queries.raw_keys(length))
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        if self._covers(keys.length) or (self.last_queries and not keys.surveyed):
+        if self._covers(keys.length) or (self.last_queries and not keys.prepared):
             return None
         grid = Grid.of(keys, self.block_q, self.block_k)
         local = grid.local(self.local)
@@ -109,7 +110,7 @@ class DHSA(AttentionMethod):
             ranked = self._products(q, keys, before)
         else:
             ranked = self._masses(keys, grid).masked_fill(~before, -torch.inf)
-            ends = grid.end == keys.surveyed["columns"].shape[2]  # the call
+            ends = grid.end == keys.prepared["columns"].shape[2]  # the call
             forced |= ends[:, None] & (grid.cols <= grid.last[:, None])
         most = None
         if self.select == "mean":
@@ -138,9 +139,9 @@ class DHSA(AttentionMethod):
         logits = scores(
             queries, chunks, scale=keys.scale / math.sqrt(self.block_q * self.block_k), softcap=keys.softcap
         )
-        return share_scores(logits, visible[None], self.share)
+        return group_scores(logits, visible[None], self.gqa_reduce)
 
-    def survey(self, q: Tensor, keys: Keys) -> State:
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
         """columns [1, Hs, T], diagonals [1, Hs, T] by distance: the attention that those kept have received
         of queries q [1, H, n, D], 0 at the others. Nothing where every key is read."""
         length = keys.length
@@ -153,14 +154,14 @@ class DHSA(AttentionMethod):
 
     def _kept(self, x: Tensor, size: int) -> Tensor:
         """The ``size`` highest of x [1, Hkv, G, T], at least one: [1, Hs, T], 0 at the others."""
-        x = together(x, self.share)
+        x = reduce_group(x, self.gqa_reduce)
         chosen = top_k(x, max(1, size))
         return torch.zeros_like(x).scatter(2, chosen, x.gather(2, chosen))
 
     def _masses(self, keys: Keys, grid: Grid) -> Tensor:
         """[1, Hs, Nq, Nk]: what the kept columns in a chunk of keys hold, and the kept diagonals that pass
         from some query of a chunk through it."""
-        columns, diagonals = keys.surveyed["columns"][..., : keys.length], keys.surveyed["diagonals"]
+        columns, diagonals = keys.prepared["columns"][..., : keys.length], keys.prepared["diagonals"]
         columns = pad(columns, (0, -keys.length % self.block_k)).unflatten(2, (-1, self.block_k)).sum(3)
         nearer = pad(diagonals.double().cumsum(2), (1, 0))  # small shares are differences of large sums
         first = grid.cols * self.block_k

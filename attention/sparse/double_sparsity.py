@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..cost import Cost, Queries
 from ..errors import FarspanError
+from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
-from ..share import budget, budget_at, check_budget, most, pick, share_scores
 from ..summary import Channels, Summary
 
 RANKINGS = ("q", "k", "qk")
@@ -28,9 +29,9 @@ class DoubleSparsity(AttentionMethod):
     Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user
     names. At decode a label cache holds the first D / group_factor ranked channels of every key, per KV head,
     kept incrementally; without a group_factor the first 32, as in the paper's 32 of 128. Labels score all
-    keys, and the best k are read exactly. Query heads of a group share one selection by the ``share`` ("sum"
-    or "max") of their estimated attention, or choose each for itself ("none"). Layers below ``dense_layers``
-    stay dense; prefill is dense.
+    keys, and the best k are read exactly. Query heads of a group share one selection by the ``gqa_reduce``
+    ("sum" or "max") of their estimated attention, or choose each for itself ("none"). Layers below
+    ``dense_layers`` stay dense; prefill is dense.
     """
 
     name: ClassVar[str] = "double_sparsity"
@@ -41,14 +42,14 @@ class DoubleSparsity(AttentionMethod):
     k: int | None = 512
     fraction: float | None = None
     group_factor: int | None = None
-    share: str = "sum"
+    gqa_reduce: str = "sum"
     dense_layers: int = 2
     recipe: str = ""
     labels: Channels | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
-        require(self, group_factor=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
+        require(self, group_factor=(1, None), gqa_reduce=("sum", "max", "none"), dense_layers=(0, None))
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
@@ -99,8 +100,8 @@ class DoubleSparsity(AttentionMethod):
         channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
         logits = scores(q_labels, labels, scale=keys.scale, softcap=keys.softcap)
-        ranked = share_scores(logits, keys.visible(), self.share, keys.peers)
-        tokens, counts = pick(ranked, size, most(self.k, self.fraction, keys), keys.peers)
+        ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
+        tokens, counts = select_topk(ranked, size, max_budget(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)
 
 
@@ -115,7 +116,7 @@ class ChannelRanking:
         self._q: Tensor | float = 0.0  # [H, D]
         self._k: Tensor | float = 0.0  # [Hkv, D]
 
-    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
         self._q = self._q + q.double().abs().sum((0, 2)).cpu()
         self._k = self._k + k.double().abs().sum((0, 2)).cpu()
 

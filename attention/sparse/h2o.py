@@ -57,13 +57,13 @@ class H2O(AttentionMethod):
         return self.k - self.heavy
 
     @property
-    def told_queries(self) -> None:
+    def observation_window(self) -> None:
         return None
 
     def reads(self, queries: Queries) -> Cost:
         return queries.cost(queries.seen.clamp(max=self.k), selection=queries.raw_keys(self.k))
 
-    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+    def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         self._begin(q, keys, keys.length)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:

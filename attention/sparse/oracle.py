@@ -11,11 +11,11 @@ from torch.nn.functional import pad
 
 from ..blocks import Grid, covering
 from ..cost import Cost, Queries
+from ..gqa import reduce_group
 from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.scores import scores
-from ..share import together
 
 _TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
 
@@ -28,9 +28,9 @@ class Oracle(AttentionMethod):
     of the query block. Read are those the queries lie in, and then the largest, until they hold ``mass`` of
     the total or are k tokens or a ``fraction`` of the visible ones, whatever of these is given and comes
     first. No selection of as many blocks of this size, these among them, holds more attention. To know it
-    costs what dense attention costs: this is a measure for other methods, not one of them. ``share``: "none",
-    each head for itself, or one set for a group by the "sum" or the "max" of its heads' shares. Decode is
-    dense.
+    costs what dense attention costs: this is a measure for other methods, not one of them. ``gqa_reduce``:
+    "none", each head for itself, or one set for a group by the "sum" or the "max" of its heads' shares.
+    Decode is dense.
     """
 
     name: ClassVar[str] = "oracle"
@@ -43,14 +43,14 @@ class Oracle(AttentionMethod):
     k: int | None = None
     fraction: float | None = None
     block: int = 64
-    share: str = "none"
+    gqa_reduce: str = "none"
 
     def __post_init__(self) -> None:
         require(self, mass=(1e-6, 1.0), k=(1, None), fraction=(1e-6, 1.0), block=(1, None))
-        require(self, share=("sum", "max", "none"))
+        require(self, gqa_reduce=("sum", "max", "none"))
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.block
 
     def reads(self, queries: Queries) -> Cost:
@@ -74,7 +74,7 @@ class Oracle(AttentionMethod):
         if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
-        shares = together(self._shares(q, keys, grid), self.share)  # [1, Hs, Nq, Nk]
+        shares = reduce_group(self._shares(q, keys, grid), self.gqa_reduce)  # [1, Hs, Nq, Nk]
         forced = grid.between(grid.first, grid.last)
         size = self._size(grid.last, keys.length)
         if self.mass is not None and self.mass < 1:

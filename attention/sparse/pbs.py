@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..cost import Cost, Queries
 from ..errors import SpecError
+from ..gqa import reduce_group
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
@@ -19,7 +20,6 @@ from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
-from ..share import together
 
 _TILE = 1 << 21  # antidiagonal probabilities held at a time
 
@@ -37,14 +37,15 @@ class PBS(AttentionMethod):
 
     select: "mean", or "antidiagonal" for XAttention's scores (2503.16428) in the new order: the softmax over
     sums of q . k along every ``stride``-th antidiagonal, added up per block.
-    share: whether the heads of a group have one order and one selection, by the "sum" or the "max" of their
-    importances and scores, or each its own ("none", the paper's, which repeats keys to query heads).
+    gqa_reduce: whether the heads of a group have one order and one selection, by the "sum" or the "max" of
+    their importances and scores, or each its own ("none", the paper's, which repeats keys to query heads).
 
-    The importances need every raw key: they are read once for them, in ``survey``, and once for the means of
-    the sorted blocks. A chunk of a prompt is judged by its own last queries, so that chunks read other keys
-    than the prompt whole would (law 3 does not hold): each chunk the definition's. The official code has no
-    causal mask in the importances and leaves the keys after the last complete segment out of their softmax,
-    and pools a last query block that is not full as if zeros filled it; here all of that is exact.
+    The importances need every raw key: they are read once for them, in ``prepare_prefill``, and once for the
+    means of the sorted blocks. A chunk of a prompt is judged by its own last queries, so that chunks read
+    other keys than the prompt whole would (law 3 does not hold): each chunk the definition's. The official
+    code has no causal mask in the importances and leaves the keys after the last complete segment out of
+    their softmax, and pools a last query block that is not full as if zeros filled it; here all of that is
+    exact.
     """
 
     name: ClassVar[str] = "pbs"
@@ -58,11 +59,11 @@ class PBS(AttentionMethod):
     segment: int = 256
     select: str = "mean"
     stride: int = 16
-    share: str = "none"
+    gqa_reduce: str = "none"
 
     def __post_init__(self) -> None:
         require(self, mass=(1e-6, 1.0), block=(1, None), segment=(1, None), stride=(1, None))
-        require(self, select=("mean", "antidiagonal"), share=("sum", "max", "none"))
+        require(self, select=("mean", "antidiagonal"), gqa_reduce=("sum", "max", "none"))
         if self.segment % self.block:
             raise SpecError(
                 f"pbs takes a segment of whole blocks; got segment={self.segment}, block={self.block}."
@@ -73,7 +74,7 @@ class PBS(AttentionMethod):
             )
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.segment
 
     @property
@@ -88,14 +89,14 @@ class PBS(AttentionMethod):
     def _covers(self, length: int) -> bool:
         return self.mass == 1 or length <= self.segment
 
-    def survey(self, q: Tensor, keys: Keys) -> State:
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
         """order [1, Hs, W] int32, of the W keys in complete segments; means [1, Hs, W / b, D] of its
         blocks."""
         whole = keys.length // self.segment * self.segment
         if self._covers(keys.length):
             return {}
         weight = attention_received(q, keys, keys.length)  # [1, Hkv, G, Tk]
-        ranked = together(weight, self.share)[..., :whole].unflatten(2, (-1, self.segment))
+        ranked = reduce_group(weight, self.gqa_reduce)[..., :whole].unflatten(2, (-1, self.segment))
         order = ranked.sort(dim=-1, descending=True, stable=True).indices
         order += torch.arange(0, whole, self.segment, device=q.device)[:, None]
         found = {"order": order.flatten(2).int()}
@@ -116,7 +117,7 @@ class PBS(AttentionMethod):
         cols = torch.arange(nk, device=device)
         earlier = cols[:most] < first_own[:, None]  # [Nq, most]
         whole = length // self.segment * self.segment
-        order = keys.surveyed["order"][..., :whole]
+        order = keys.prepared["order"][..., :whole]
         estimate = self._mean_scores if self.select == "mean" else self._antidiagonal_scores
         chosen, counts = by_mass(estimate(q, keys, order[..., : most * block], earlier), self.mass)
         chosen = chosen.masked_fill(torch.arange(chosen.shape[3], device=device) >= counts[..., None], nk)
@@ -143,10 +144,10 @@ class PBS(AttentionMethod):
 
     def _mean_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
         """[1, Hs, Nq, most]: each head's share of its attention over the blocks of earlier segments."""
-        means = keys.surveyed["means"][:, :, : earlier.shape[1]]
+        means = keys.prepared["means"][:, :, : earlier.shape[1]]
         logits = scores(pool(q, self.block, mode="mean"), means, scale=keys.scale, softcap=keys.softcap)
         shares = torch.softmax(logits.masked_fill_(~earlier, -torch.inf), -1).masked_fill_(~earlier, 0)
-        return together(shares, self.share)
+        return reduce_group(shares, self.gqa_reduce)
 
     def _antidiagonal_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
         """The same by antidiagonals: of s = ``stride`` queries and s keys, the last query with the first
@@ -168,5 +169,5 @@ class PBS(AttentionMethod):
             share = torch.softmax(logits.masked_fill_(hide, -torch.inf), -1).unflatten(4, (seen, per)).sum(5)
             share = pad(share, (0, most - seen, 0, -rows.shape[2] % per)).unflatten(3, (-1, per)).sum(4)
             share = share.masked_fill_(~earlier[a : last + 1], 0)
-            tiles.append(together(share, self.share))
+            tiles.append(reduce_group(share, self.gqa_reduce))
         return torch.cat(tiles, 2)

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..cost import Cost, Queries
+from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.scores import scores
-from ..share import budget, budget_at, check_budget, most, pick, share_scores
 from ..summary import BlockPool, Summary
 
 
@@ -24,7 +25,7 @@ class Quest(AttentionMethod):
 
     A page of ``page`` keys keeps min and max per channel; sum over channels of max(q min, q max) bounds every
     logit in it. The best pages within the budget are read whole, the query's own page, still being filled,
-    always among them. Layers below ``dense_layers`` stay dense, prefill is dense. ``share``: as in
+    always among them. Layers below ``dense_layers`` stay dense, prefill is dense. ``gqa_reduce``: as in
     double_sparsity.
     """
 
@@ -35,12 +36,12 @@ class Quest(AttentionMethod):
     k: int | None = 512
     fraction: float | None = None
     page: int = 16
-    share: str = "max"
+    gqa_reduce: str = "max"
     dense_layers: int = 2
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
-        require(self, page=(1, None), share=("sum", "max", "none"), dense_layers=(0, None))
+        require(self, page=(1, None), gqa_reduce=("sum", "max", "none"), dense_layers=(0, None))
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
@@ -77,10 +78,10 @@ class Quest(AttentionMethod):
         own = (rows[None, None] - first) // self.page  # [B or 1, 1, Tq, 1]
         # Only pages before its own are ranked: that one is read anyway and may hold later candidates.
         earlier = torch.arange(logits.shape[-1], device=q.device) < own
-        ranked = share_scores(logits, earlier[:, 0], self.share)
+        ranked = group_scores(logits, earlier[:, 0], self.gqa_reduce)
         own = own.expand(*ranked.shape[:3], 1)
-        most_pages = -(-most(self.k, self.fraction, keys) // self.page)
-        chosen, counts = pick(ranked.scatter(3, own, torch.inf), pages, most_pages)  # [B, Hs, Tq, M]
+        most_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
+        chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, most_pages)  # [B, Hs, Tq, M]
         tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
         tokens = tokens + first
         # Pages are in order, so only the last of a row can reach past its query: the tokens to read come

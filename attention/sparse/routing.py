@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
+from ..budget import select_topk
 from ..cost import Cost, Queries
 from ..errors import SpecError
+from ..gqa import group_scores
 from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
-from ..share import pick, share_scores
 
 _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 
@@ -31,9 +32,9 @@ class Routing(AttentionMethod):
     first ``segment``, evenly spaced, and are moved once for every complete segment. Centroids are thus a
     function of the keys before a query, never of chunks or ranks. A block of ``block`` queries is routed
     together, by its mean; with block=1 each query is. It reads k keys in all: the first ``sinks``, the last
-    ``window`` of each query, its own block, and for the rest the keys nearest to the centroid. share: whether
-    the query heads of a group are routed together, by the "sum" or the "max" of their softmax over the
-    clusters, or each for itself ("none").
+    ``window`` of each query, its own block, and for the rest the keys nearest to the centroid. gqa_reduce:
+    whether the query heads of a group are routed together, by the "sum" or the "max" of their softmax over
+    the clusters, or each for itself ("none").
 
     Departures: no training, hence no shared queries and keys, keys alone in the means, and a plain mean in
     the place of one that forgets over training steps (0.999); a running top w among the keys before a query,
@@ -53,11 +54,11 @@ class Routing(AttentionMethod):
     block: int = 64
     window: int = 256
     sinks: int = 4
-    share: str = "sum"
+    gqa_reduce: str = "sum"
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), clusters=(1, None), segment=(1, None), block=(1, None))
-        require(self, window=(1, None), sinks=(0, None), share=("sum", "max", "none"))
+        require(self, window=(1, None), sinks=(0, None), gqa_reduce=("sum", "max", "none"))
         if self.clusters > self.segment:
             raise SpecError(
                 "routing begins its centroids as keys of the first segment: clusters can be at most segment; "
@@ -71,7 +72,7 @@ class Routing(AttentionMethod):
             )
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.block
 
     def reads(self, queries: Queries) -> Cost:
@@ -102,7 +103,7 @@ class Routing(AttentionMethod):
             place = torch.arange(end, device=device)
             forced = (place < self.sinks) | (place > begin - self.window)
             near = near.masked_fill(forced, torch.inf).masked_fill(place >= begin + self.block, -torch.inf)
-            chosen, count = pick(near, self.k, self.k)
+            chosen, count = select_topk(near, self.k, self.k)
             if count is None:
                 count = torch.full(chosen.shape[:3], chosen.shape[3], dtype=torch.int, device=device)
             blocks.append(pad(chosen, (0, self.k - chosen.shape[3])).int())
@@ -135,7 +136,7 @@ class Routing(AttentionMethod):
         grouped = pooled.unflatten(1, (known.shape[1], -1)).transpose(2, 3)  # [B, Hkv, n, G, D]
         # As logits of layer-normalised vectors of length sqrt(D): sqrt(D) cos(q, mu).
         logits = (grouped @ known.transpose(3, 4)).transpose(2, 3) * pooled.shape[3] ** 0.5
-        cluster = share_scores(logits, None, self.share).argmax(3)  # [B, Hs, n]
+        cluster = group_scores(logits, None, self.gqa_reduce).argmax(3)  # [B, Hs, n]
         heads = cluster.shape[1] // known.shape[1]
         index = cluster.unflatten(1, (-1, heads))[..., None, None].expand(-1, -1, -1, -1, 1, pooled.shape[3])
         return known[:, :, None].expand(-1, -1, heads, -1, -1, -1).gather(4, index)[..., 0, :].flatten(1, 2)

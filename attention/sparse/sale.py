@@ -100,7 +100,7 @@ class SALE(AttentionMethod):
         return ThresholdSearch(self, layer, start, error)
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return math.lcm(self.block_q, self.block_k)
 
     @property
@@ -208,7 +208,7 @@ class ThresholdSearch:
         self._tau = torch.full((layer.num_heads,), start, dtype=torch.float64)
         self._seen: bool | None = None
 
-    def see(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
         if how["window"] is not None:
             return  # such a layer is left as it is
         # Queries that read everything whatever the thresholds are say nothing of these.

@@ -56,14 +56,14 @@ class SnapKV(AttentionMethod):
             raise SpecError(f"snapkv takes an odd number of positions for kernel; got {self.kernel}.")
 
     @property
-    def told_queries(self) -> int:
+    def observation_window(self) -> int:
         return self.window
 
     def reads(self, queries: Queries) -> Cost:
         """Of the first token after the prompt; each further one reads one key more."""
         return queries.cost(queries.seen.clamp(max=self.k + 1))
 
-    def after_prefill(self, q: Tensor, keys: Keys) -> None:
+    def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         earlier = keys.state.get("queries")  # of the chunks before this one
         if earlier is not None and q.shape[2] < self.window:
             q = torch.cat([earlier, q], 2)[:, :, -self.window :]

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..budget import select_topk
 from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
+from ..gqa import reduce_group
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.select import by_mass, by_threshold
 from ..received import columns_and_diagonals
-from ..share import pick, together
 
 _MOST = 2**31 - 1  # of a budget
 
@@ -39,9 +40,9 @@ class VerticalSlash(AttentionMethod):
     Budgets per head: ``config``, a file in MInference's format (per layer and query head a pattern,
     ``vertical`` and ``slash``), as its users have them from its search, a head that is not in it having the
     general budgets; or ``mass``, the fewest columns and the fewest diagonals that each hold that share of the
-    head's attention (the rule of FlexPrefill, 2502.20766), instead of the numbers. share: whether the heads
-    of a group have one pattern, by the "sum" or the "max" of their attention, or each its own ("none", the
-    paper's).
+    head's attention (the rule of FlexPrefill, 2502.20766), instead of the numbers. gqa_reduce: whether the
+    heads of a group have one pattern, by the "sum" or the "max" of their attention, or each its own ("none",
+    the paper's).
 
     As blocks: the keys of no column stand first, in order, then the columns (``key_order``), so that columns
     cost no more than they hold. Of the former a block is read where a diagonal passes between its first and
@@ -65,16 +66,16 @@ class VerticalSlash(AttentionMethod):
     last: int = 64
     sinks: int = 30
     local: int = 100
-    share: str = "none"
+    gqa_reduce: str = "none"
     budgets: Tensor | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, vertical=(1, None), slash=(1, None), mass=(1e-6, 1.0), block=(1, None), last=(1, None))
-        require(self, sinks=(0, None), local=(1, None), share=("sum", "max", "none"))
-        if self.config and (self.mass is not None or self.share != "none"):
+        require(self, sinks=(0, None), local=(1, None), gqa_reduce=("sum", "max", "none"))
+        if self.config and (self.mass is not None or self.gqa_reduce != "none"):
             raise SpecError(
-                "vertical_slash takes config=PATH, budgets of single heads, with neither mass nor share; "
-                f"got mass={self.mass}, share={self.share}."
+                "vertical_slash takes config=PATH, budgets of single heads, with neither mass nor "
+                f"gqa_reduce; got mass={self.mass}, gqa_reduce={self.gqa_reduce}."
             )
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
@@ -86,7 +87,7 @@ class VerticalSlash(AttentionMethod):
                 f"{self.config} has budgets for {len(layers)} layers and none for layer {layer.index}: it "
                 "was made for another model."
             )
-        heads, count = layers[layer.index], layer.num_heads * layer.shares
+        heads, count = layers[layer.index], layer.num_heads * layer.tp_size
         if any(head >= count for head in heads):
             raise FarspanError(
                 f"{self.config} has budgets for more than the {count} query heads of layer {layer.index}: it "
@@ -100,7 +101,7 @@ class VerticalSlash(AttentionMethod):
         return self.budgets is not None  # they are of the heads it was bound to, and of no others
 
     @property
-    def granule(self) -> int:
+    def block_multiple(self) -> int:
         return self.block
 
     @property
@@ -127,7 +128,7 @@ class VerticalSlash(AttentionMethod):
     def _covers(self, length: int, sizes: Tensor) -> bool:
         return self.mass == 1 or (self.mass is None and int(sizes.amax(1).min()) >= length)
 
-    def survey(self, q: Tensor, keys: Keys) -> State:
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
         """columns [1, Hs, T] bool: which keys they are; nearer [1, Hs, T + 1]: how many diagonals are nearer
         than each distance. Nothing where every key is read."""
         sizes = self._sizes()
@@ -143,11 +144,11 @@ class VerticalSlash(AttentionMethod):
     def _best(self, x: Tensor, size: Tensor, most: int, always: int) -> Tensor:
         """[1, Hs, T] bool: the highest of x [1, Hkv, G, T], as many as the budget says, the first ``always``
         whatever they hold."""
-        x = together(x, self.share)
+        x = reduce_group(x, self.gqa_reduce)
         n = x.shape[-1]
         if self.mass is None:
             ranked = x.masked_fill(torch.arange(n, device=x.device) < always, torch.inf)
-            chosen, counts = pick(ranked, size.clamp(max=n).expand(x.shape[:2]), min(most, n))
+            chosen, counts = select_topk(ranked, size.clamp(max=n).expand(x.shape[:2]), min(most, n))
         else:
             chosen, counts = by_mass(x, self.mass)
         assert counts is not None
@@ -159,9 +160,9 @@ class VerticalSlash(AttentionMethod):
         return best
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        if not keys.surveyed:
+        if not keys.prepared:
             return None
-        columns, nearer = keys.surveyed["columns"][..., : keys.length], keys.surveyed["nearer"]
+        columns, nearer = keys.prepared["columns"][..., : keys.length], keys.prepared["nearer"]
         order = columns.to(torch.int8).argsort(dim=-1, stable=True)  # [1, Hs, length], the columns last
         begin = torch.arange(keys.past, keys.length, self.block, device=q.device)[:, None]  # [Nq, 1]
         end = (begin + self.block).clamp(max=keys.length)

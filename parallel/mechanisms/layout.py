@@ -69,7 +69,7 @@ class Layout:
         counts = [self.count(rank) for rank in range(self.size)]
         return sorted(range(self.size), key=counts.__getitem__)
 
-    def dealt(self, begin: int, end: int, block: int) -> Layout:
+    def block_cyclic(self, begin: int, end: int, block: int) -> Layout:
         """With the positions begin .. end - 1 behind, in blocks of ``block`` counted from position 0: a block
         that has begun is filled up by its rank, a new one goes to the rank that holds least."""
         layout = self
@@ -172,34 +172,35 @@ class Split:
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim)
 
 
-def _cuts(begin: int, end: int, pieces: int, granule: int) -> list[Span]:
-    """``pieces`` spans of as equal numbers of whole granules as can be, the longer ones first; the last
-    granule may be short."""
-    granules = -(-(end - begin) // granule)
-    sizes = [granules // pieces + (i < granules % pieces) for i in range(pieces)]
-    edges = [min(begin + granule * n, end) for n in accumulate(sizes, initial=0)]
+def _cuts(begin: int, end: int, pieces: int, block_multiple: int) -> list[Span]:
+    """``pieces`` spans of as equal numbers of whole multiples of ``block_multiple`` as can be, the longer
+    ones first; the last one may be shorter."""
+    units = -(-(end - begin) // block_multiple)
+    sizes = [units // pieces + (i < units % pieces) for i in range(pieces)]
+    edges = [min(begin + block_multiple * n, end) for n in accumulate(sizes, initial=0)]
     return list(pairwise(edges))
 
 
-def zigzag(begin: int, end: int, size: int, granule: int = 1, held: Layout | None = None) -> Split:
-    """2 P chunks of whole granules, the r-th from the front and the r-th from the back on one rank: on rank
-    r, or on the one that holds r-th least in ``held``, since the first chunks are the longer ones."""
-    plain = usp_split(begin, end, 1, size, granule)
+def zigzag(begin: int, end: int, size: int, block_multiple: int = 1, held: Layout | None = None) -> Split:
+    """2 P chunks of whole multiples of ``block_multiple``, the r-th from the front and the r-th from the back
+    on one rank: on rank r, or on the one that holds r-th least in ``held``, since the first chunks are the
+    longer ones."""
+    plain = usp_split(begin, end, 1, size, block_multiple)
     if held is None:
         return plain
     place = {rank: i for i, rank in enumerate(held.lightest())}
     return Split(begin, end, tuple(plain.chunks[place[rank]] for rank in range(size)))
 
 
-def contiguous(begin: int, end: int, size: int, granule: int = 1) -> Split:
-    """P chunks of whole granules in the order of the ranks."""
-    return Split(begin, end, tuple((span,) for span in _cuts(begin, end, size, granule)))
+def contiguous(begin: int, end: int, size: int, block_multiple: int = 1) -> Split:
+    """P chunks of whole multiples of ``block_multiple`` in the order of the ranks."""
+    return Split(begin, end, tuple((span,) for span in _cuts(begin, end, size, block_multiple)))
 
 
-def usp_split(begin: int, end: int, ulysses: int, ring: int, granule: int = 1) -> Split:
+def usp_split(begin: int, end: int, ulysses: int, ring: int, block_multiple: int = 1) -> Split:
     """A zigzag over ``ring`` groups, each chunk cut into ``ulysses`` neighbouring pieces; rank r * ulysses +
     u."""
-    spans = _cuts(begin, end, 2 * ring * ulysses, granule)
+    spans = _cuts(begin, end, 2 * ring * ulysses, block_multiple)
     return Split(
         begin,
         end,

@@ -29,11 +29,11 @@ from .volume import Choice, Geometry, choose, refusals
 _DENSE = Dense()
 
 
-def make_split(mesh: Mesh, past: int, total: int, granule: int, held: Layout | None = None) -> Split:
+def make_split(mesh: Mesh, past: int, total: int, block_multiple: int, held: Layout | None = None) -> Split:
     """How the tokens past .. total - 1 are shared out over the ranks of ``mesh``, which hold ``held``."""
     if mesh.ulysses is not None and mesh.ring is not None:
-        return usp_split(past, total, mesh.ulysses.size, mesh.ring.size, granule)
-    return zigzag(past, total, mesh.ranks.size, granule, held)
+        return usp_split(past, total, mesh.ulysses.size, mesh.ring.size, block_multiple)
+    return zigzag(past, total, mesh.ranks.size, block_multiple, held)
 
 
 def prefill(

@@ -98,7 +98,7 @@ def selected(
     else:
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
-    edges = _Edges(share, 1 if window is not None else method.granule)
+    edges = _Edges(share, 1 if window is not None else method.block_multiple)
     pieces = _pieces(method, share, keys, values, shared, window, edges)
     if not whole:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
@@ -149,17 +149,17 @@ def _pieces(
             shared=shared,
             rows=batch,
             complete=complete,
-            surveyed=found,
+            prepared=found,
             **share.how,
         )
 
-    surveyed: dict[int, State] = {}
+    prepared: dict[int, State] = {}
     if window is None and (n := min(method.last_queries, call.total - call.past)):
         last = last_queries(share, n)
         for batch in batches:
             queries = last[batch, :, -(call.total - max(_first(call, batch), call.past)) :]
-            found = method.survey(queries, view(batch, call.total, queries.shape[2], {}))
-            surveyed[batch.start] = found
+            found = method.prepare_prefill(queries, view(batch, call.total, queries.shape[2], {}))
+            prepared[batch.start] = found
     pieces = []
     for slot, (a, b) in share.split.slots(share.rank):
         for batch in batches:
@@ -170,7 +170,7 @@ def _pieces(
             here = slice(slot.stop - (b - begin), slot.stop)
             low, high = edges.reach((begin, b), first)
             queries = edges.widened(q[batch, :, here], (a, b), low, high, batch)
-            seen = view(batch, b + high, queries.shape[2], surveyed.get(batch.start, {}))
+            seen = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}))
             if window is not None:
                 chosen: Index = Window(size=window)
             else:
@@ -190,14 +190,14 @@ class _Edges:
     """Queries beyond a chunk's ends, for query blocks that a chunk cuts: blocks count from a row's own start.
     Nothing travels where no block is cut."""
 
-    def __init__(self, share: Share, granule: int) -> None:
-        self.granule, self.past, self.end = granule, share.call.past, share.split.end
+    def __init__(self, share: Share, block_multiple: int) -> None:
+        self.block_multiple, self.past, self.end = block_multiple, share.call.past, share.split.end
         self.arrived: list[Tensor] = []
         self._beyond: dict[Span, Beyond] = {}
         chunks = [chunk for rank in range(share.split.size) for _, chunk in share.split.slots(rank)]
         starts = share.call.starts or ()
         if any(self.reach((max(a, s), b), s) != (0, 0) for s in starts for a, b in chunks if b > s):
-            n = granule - 1
+            n = block_multiple - 1
             self._beyond, arrived = beyond(share.q, n, n, share.split, share.mesh.ranks, "edges")
             self.arrived.append(arrived)
 
@@ -207,7 +207,9 @@ class _Edges:
         if first <= self.past:  # blocks count from the call's first query, as chunks do
             return 0, 0
         begin, end = chunk
-        return (begin - first) % self.granule, min(-(end - first) % self.granule, self.end - end)
+        return (begin - first) % self.block_multiple, min(
+            -(end - first) % self.block_multiple, self.end - end
+        )
 
     def widened(self, q: Tensor, chunk: Span, low: int, high: int, batch: slice) -> Tensor:
         """q [B, H, n, D] of the chunk with ``low`` queries before and ``high`` after it."""

@@ -73,9 +73,9 @@ class Choice:
 
 
 @lru_cache(4096)
-def padded(tokens: int, ranks: int, granule: int = 1) -> int:
+def padded(tokens: int, ranks: int, block_multiple: int = 1) -> int:
     """Tokens computed by all ranks together, filling included: ``Split.rows`` times the ranks."""
-    return zigzag(0, tokens, ranks, granule).rows * ranks
+    return zigzag(0, tokens, ranks, block_multiple).rows * ranks
 
 
 def refusals(geometry: Geometry, ranks: int, past: int = 0, ulysses: int | None = None) -> dict[str, str]:
@@ -98,12 +98,12 @@ def refusals(geometry: Geometry, ranks: int, past: int = 0, ulysses: int | None 
 
 
 def _heads(geometry: Geometry, ranks: int) -> str | None:
-    """Why the heads cannot be dealt out to ``ranks`` ranks."""
+    """Why the heads cannot be spread over ``ranks`` ranks."""
     heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
     if heads % ranks:
         return f"{ranks} ranks do not divide {heads} query heads"
     if kv_heads % ranks and ranks % kv_heads:
-        return f"{kv_heads} KV heads can neither be dealt out to {ranks} ranks nor repeated evenly"
+        return f"{kv_heads} KV heads can neither be spread over {ranks} ranks nor repeated evenly"
     return None
 
 
@@ -115,17 +115,17 @@ def volumes(
     *,
     past_rows: int | None = None,
     ulysses: int | None = None,
-    granule: int = 1,
+    block_multiple: int = 1,
     batch: int = 1,
 ) -> dict[str, int]:
     """Bytes that each rank sends per layer to attend ``new`` tokens after ``past`` stored ones, by mechanism.
 
     past_rows: stored rows that each rank contributes, filling included (the most that any rank holds)
-    [default: past / ranks, rounded up]. granule: of the split. What is impossible is absent: see
+    [default: past / ranks, rounded up]. block_multiple: of the split. What is impossible is absent: see
     :func:`refusals`. All mechanisms but pass_q move the stored rows as well; only gather fills them up, so
     that where the ranks hold unlike numbers of them the others send less than told here.
     """
-    rows, stored = _rows(ranks, new, past, past_rows, granule)
+    rows, stored = _rows(ranks, new, past, past_rows, block_multiple)
     absent = refusals(geometry, ranks, past, ulysses)
     found = {"gather": (ranks - 1) * (rows + stored) * geometry.kv}
     found["ring"] = found["gather"]
@@ -142,8 +142,8 @@ def volumes(
     return {name: batch * found[name] for name in MECHANISMS if name in found}
 
 
-def _rows(ranks: int, new: int, past: int, past_rows: int | None, granule: int) -> tuple[int, int]:
-    return padded(new, ranks, granule) // ranks, -(-past // ranks) if past_rows is None else past_rows
+def _rows(ranks: int, new: int, past: int, past_rows: int | None, block_multiple: int) -> tuple[int, int]:
+    return padded(new, ranks, block_multiple) // ranks, -(-past // ranks) if past_rows is None else past_rows
 
 
 def _all_to_all(geometry: Geometry, ranks: int, rows: int, stored: int) -> int:
@@ -160,7 +160,7 @@ def held(
     *,
     past_rows: int | None = None,
     ulysses: int | None = None,
-    granule: int = 1,
+    block_multiple: int = 1,
     batch: int = 1,
 ) -> dict[str, int]:
     """Bytes that each rank holds for the time of one layer's attention beside its own q, k, v and output.
@@ -170,7 +170,7 @@ def held(
     all new tokens' q and their partials. All but the ring's twice: as they travel, and in the order of
     positions. Arguments as in :func:`volumes`.
     """
-    rows, stored = _rows(ranks, new, past, past_rows, granule)
+    rows, stored = _rows(ranks, new, past, past_rows, block_multiple)
     absent = refusals(geometry, ranks, past, ulysses)
     found = {
         "gather": 2 * ranks * (rows + stored) * geometry.kv,
@@ -190,12 +190,19 @@ def decode_volume(geometry: Geometry, ranks: int, tokens: int = 1, batch: int = 
 
 
 def window_volume(
-    geometry: Geometry, ranks: int, new: int, window: int, past: int = 0, *, granule: int = 1, batch: int = 1
+    geometry: Geometry,
+    ranks: int,
+    new: int,
+    window: int,
+    past: int = 0,
+    *,
+    block_multiple: int = 1,
+    batch: int = 1,
 ) -> int:
     """Bytes that a rank sends at most, the ranks' mean, for a sliding-window layer: a bit for every key and
     KV head to say what it reads, and the keys before each of its two chunks that the chunk's queries
     reach."""
-    width = zigzag(0, new, ranks, granule).width
+    width = zigzag(0, new, ranks, block_multiple).width
     reach = min(2 * (window - 1), past + new - 2 * width) if ranks > 1 else 0
     bits = (ranks - 1) * geometry.num_kv_heads * -(-(past + new) // 8)
     return batch * (bits + max(0, reach) * geometry.kv)
@@ -210,7 +217,7 @@ def choose(
     past_rows: int | None = None,
     local_ranks: int | None = None,
     memory: int | None = None,
-    granule: int = 1,
+    block_multiple: int = 1,
     batch: int = 1,
 ) -> Choice:
     """What ``mechanism="auto"`` takes for ``new`` tokens after ``past``: the least volume of what is possible
@@ -221,7 +228,7 @@ def choose(
     holds least is taken. Other arguments as in :func:`volumes`.
     """
     nodes = local_ranks if local_ranks is not None and 1 < local_ranks < ranks else None
-    how = {"past_rows": past_rows, "ulysses": nodes, "granule": granule, "batch": batch}
+    how = {"past_rows": past_rows, "ulysses": nodes, "block_multiple": block_multiple, "batch": batch}
     sent = volumes(geometry, ranks, new, past, **how)  # type: ignore[arg-type]
     holds = held(geometry, ranks, new, past, **how)  # type: ignore[arg-type]
     refused = refusals(geometry, ranks, past, nodes)

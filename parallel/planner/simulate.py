@@ -124,12 +124,12 @@ class _Call:
     new: int
     past: int
     ulysses: int
-    granule: int
+    block_multiple: int
     batch: int
 
     @property
     def rows(self) -> int:
-        return padded(self.new, self.ranks, self.granule) // self.ranks
+        return padded(self.new, self.ranks, self.block_multiple) // self.ranks
 
     @property
     def stored(self) -> int:
@@ -137,7 +137,7 @@ class _Call:
         return -(-self.past // self.ranks)
 
     def split(self) -> Split:
-        return _split(self.past, self.new, self.ulysses, self.ranks // self.ulysses, self.granule)
+        return _split(self.past, self.new, self.ulysses, self.ranks // self.ulysses, self.block_multiple)
 
     def attention(self, pairs: Times | float, queries: int, keys: int, part: int = 1) -> Times:
         """Seconds for so many (query, key) pairs of 1 / part of the heads."""
@@ -161,12 +161,12 @@ class _Call:
 
     def met(self) -> np.ndarray:
         """[R, R] pairs of each ring group's queries with the keys that each group holds, new and old."""
-        return _met(self.past, self.new, self.ulysses, self.ranks // self.ulysses, self.granule)
+        return _met(self.past, self.new, self.ulysses, self.ranks // self.ulysses, self.block_multiple)
 
 
 @lru_cache(64)
-def _split(past: int, new: int, ulysses: int, ring: int, granule: int) -> Split:
-    return usp_split(past, past + new, ulysses, ring, granule)
+def _split(past: int, new: int, ulysses: int, ring: int, block_multiple: int) -> Split:
+    return usp_split(past, past + new, ulysses, ring, block_multiple)
 
 
 def _edges(split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +186,8 @@ def _seen(position: np.ndarray, window: int | None) -> np.ndarray:
 
 
 @lru_cache(2)
-def _met(past: int, new: int, ulysses: int, ring: int, granule: int) -> np.ndarray:
-    begin, end = (x.reshape(ring, -1) for x in _edges(_split(past, new, ulysses, ring, granule)))
+def _met(past: int, new: int, ulysses: int, ring: int, block_multiple: int) -> np.ndarray:
+    begin, end = (x.reshape(ring, -1) for x in _edges(_split(past, new, ulysses, ring, block_multiple)))
     pairs = np.zeros((ring, ring))  # chunk by chunk: all at once would be several times as large
     for a, b in zip(begin.T[..., None], end.T[..., None], strict=True):  # queries [R, 1]
         for c, d in zip(begin.T, end.T, strict=True):  # keys [R]
@@ -245,7 +245,7 @@ def _fetch(clock: _Clock, call: _Call, ready: Times) -> Times:
     g, end = call.work.geometry, call.past + call.new
     window = call.work.window or end
     volume = window_volume(
-        g, clock.ranks, call.new, window, call.past, granule=call.granule, batch=call.batch
+        g, clock.ranks, call.new, window, call.past, block_multiple=call.block_multiple, batch=call.batch
     )
     bits = call.batch * g.num_kv_heads * -(-end // 8)
     asked = clock.all_gather(bits, ready)
@@ -273,7 +273,7 @@ def simulate(
     past: int = 0,
     *,
     ulysses: int | None = None,
-    granule: int = 1,
+    block_multiple: int = 1,
     batch: int = 1,
 ) -> Trace:
     """Replay one layer of a prefill of ``new`` tokens after ``past`` stored ones, which lie evenly on the
@@ -285,7 +285,7 @@ def simulate(
     if reason := refusals(work.geometry, ranks, past, ulysses).get(mechanism):
         raise ValueError(f"{mechanism} cannot be replayed: {reason}.")
     u = {"ulysses": ranks, "usp": ulysses or 1}.get(mechanism, 1)
-    call = _Call(work, device, ranks, new, past, u, granule, batch)
+    call = _Call(work, device, ranks, new, past, u, block_multiple, batch)
     clock = _Clock(device, ranks)
     dense = 2 * batch * call.rows * work.parameters / (device.flops * device.utilisation)
     ready = clock.compute(np.maximum(dense, work.parameters * work.geometry.element_size / device.bandwidth))

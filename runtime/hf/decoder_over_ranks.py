@@ -28,10 +28,10 @@ from .models import ModelInfo
 from .releases import given_cache
 
 
-def spread_forward(info: ModelInfo, session: Session, granule: int) -> Callable[[], None]:
-    """Let long calls be shared out over ``session.mesh``, in whole granules; short ones run on every rank.
-    Returns the undo step."""
-    return replace_forward(info.decoder, partial(_forward, info, session, granule))
+def spread_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
+    """Let long calls be shared out over ``session.mesh``, in whole multiples of ``block_multiple``; short
+    ones run on every rank. Returns the undo step."""
+    return replace_forward(info.decoder, partial(_forward, info, session, block_multiple))
 
 
 ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
@@ -84,14 +84,19 @@ def told_to_all(mesh: Mesh | None) -> Iterator[None]:
 
 
 def _forward(
-    info: ModelInfo, session: Session, granule: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+    info: ModelInfo,
+    session: Session,
+    block_multiple: int,
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The decoder's forward; the pre-hook has given every argument its name."""
     assert session.mesh is not None and not args
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
     with told_to_all(session.mesh):
-        call, positions = _share_out(info, session, session.mesh, granule, kwargs)
+        call, positions = _share_out(info, session, session.mesh, block_multiple, kwargs)
         session.call, before = call, running.set(call)
         try:
             with session.part_of(positions):
@@ -109,7 +114,7 @@ def _forward(
 
 
 def _share_out(
-    info: ModelInfo, session: Session, mesh: Mesh, granule: int, kwargs: dict[str, Any]
+    info: ModelInfo, session: Session, mesh: Mesh, block_multiple: int, kwargs: dict[str, Any]
 ) -> tuple[Call, Tensor]:
     """Make the arguments of the decoder's forward those of this rank, once all ranks have the same; -> the
     call, and the positions of all its tokens."""
@@ -139,7 +144,7 @@ def _share_out(
                 f"This call of {type(info.decoder).__name__} cannot be shared out over ranks: "
                 f"{', '.join(foreign)} may not lie along the tokens."
             )
-        split, memory = make_split(mesh, past, total, granule, _held(cache)), _spare_memory(mesh)
+        split, memory = make_split(mesh, past, total, block_multiple, _held(cache)), _spare_memory(mesh)
         at = split.take(mesh.ranks.rank, tokens.device)
         for name in ALONG_TOKENS:
             if kwargs.get(name) is not None:

@@ -35,12 +35,12 @@ def install(
     layers: dict[int, Layer],
     session: Session,
     chunk: Chunking | None,
-    granule: int = 1,
+    block_multiple: int = 1,
 ) -> list[Callable[[], None]]:
     """Point every attention module at its Layer. Returns the undo steps, to be run last first.
 
-    chunk: how prefill calls are cut, or None; granule: tokens in multiples of which a step is shared out over
-    the ranks of ``session.mesh``.
+    chunk: how prefill calls are cut, or None; block_multiple: tokens in multiples of which a step is shared
+    out over the ranks of ``session.mesh``.
     """
     register()
     served = set(info.attention.values())
@@ -52,7 +52,7 @@ def install(
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
     if session.mesh is not None:
-        undo.append(spread_forward(info, session, granule))
+        undo.append(spread_forward(info, session, block_multiple))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 

@@ -60,7 +60,9 @@ class ModelInfo:
         if (heads * shares, kv_heads * shares) != (whole.num_heads, whole.num_kv_heads):
             raise self._uneven(shares)
         place = self.weights_mesh[TENSOR].get_local_rank()
-        return dataclasses.replace(whole, num_heads=heads, num_kv_heads=kv_heads, shares=shares, share=place)
+        return dataclasses.replace(
+            whole, num_heads=heads, num_kv_heads=kv_heads, tp_size=shares, tp_rank=place
+        )
 
     def _whole(self, index: int) -> LayerInfo:
         settings = layer_configs(self.config)

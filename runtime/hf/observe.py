@@ -21,9 +21,9 @@ def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Calla
     return lambda: setattr(module, ATTRIBUTE, layer)
 
 
-def observe(module: nn.Module, before_rope: bool, see: Callable[..., None]) -> Callable[[], None]:
-    """Call ``see(q, k, v, scale=, softcap=, window=, sinks=)`` with what a patched attention module is given,
-    uncached; with RoPE undone where asked.
+def observe(module: nn.Module, before_rope: bool, observer: Callable[..., None]) -> Callable[[], None]:
+    """Call ``observer(q, k, v, scale=, softcap=, window=, sinks=)`` with what a patched attention module is
+    given, uncached; with RoPE undone where asked.
 
     Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
     projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
@@ -46,9 +46,9 @@ def observe(module: nn.Module, before_rope: bool, see: Callable[..., None]) -> C
         if before_rope and rotate is not None and angles[0] is not None:
             cos, sin = (x.float() for x in angles[0])
             size = cos**2 + sin**2
-            see(*rotate(q.float(), k.float(), cos / size, -sin / size), v, **how)
+            observer(*rotate(q.float(), k.float(), cos / size, -sin / size), v, **how)
         else:
-            see(q, k, v, **how)
+            observer(q, k, v, **how)
         return layer(q, k, v, mask, **how)
 
     hook = module.register_forward_pre_hook(remember, with_kwargs=True)

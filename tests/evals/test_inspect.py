@@ -109,7 +109,7 @@ def test_what_a_picture_shows_as_read(model, ids):
 
 
 @pytest.mark.parametrize(
-    "spec", [PBS, "pbs:mass=0.5,block=16,segment=32,share=sum", "block_topk:k=32,block=16"]
+    "spec", [PBS, "pbs:mass=0.5,block=16,segment=32,gqa_reduce=sum", "block_topk:k=32,block=16"]
 )
 def test_reordered_keys_are_drawn_where_they_stand(model, ids, spec):
     """By whole pairs, heads and layers the pictures add up to what the report has counted."""

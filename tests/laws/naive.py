@@ -22,10 +22,10 @@ def best(scores: Tensor, count: int) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
 
 
-def combined(logits: Tensor, share: str) -> Tensor:
+def combined(logits: Tensor, gqa_reduce: str) -> Tensor:
     """[G, N] logits of a group's heads -> [N]: the sum or the max over heads of each head's softmax."""
     shares = torch.stack([softmax(row) for row in logits])
-    return shares.sum(0) if share == "sum" else shares.amax(0)
+    return shares.sum(0) if gqa_reduce == "sum" else shares.amax(0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, read: set[int], scale: float) -> Tensor:
@@ -46,7 +46,7 @@ class RecycledRow:
     dynamic: bool
     qc: int
     s: float
-    share: str
+    gqa_reduce: str
     scope: str
     pool: int
     scale: float
@@ -112,14 +112,14 @@ class RecycledRow:
         ]
 
     def _rebuild(self, head: int, q: Tensor, keys: Tensor) -> None:
-        scores = combined(q[head].double() @ keys[head].double().T * self.scale, self.share)
+        scores = combined(q[head].double() @ keys[head].double().T * self.scale, self.gqa_reduce)
         half = self.pool // 2
         near = torch.stack([scores[max(0, i - half) : i + half + 1].max() for i in range(len(scores))])
         self.ranked[head], self.newcomers[head] = best(near, self.k), []
         self.since[head], self.last_q[head] = 0, q[head].double().clone()
 
 
-def quest(q: Tensor, k: Tensor, *, size: int, page: int, share: str, scale: float) -> list[set[int]]:
+def quest(q: Tensor, k: Tensor, *, size: int, page: int, gqa_reduce: str, scale: float) -> list[set[int]]:
     """Quest (2406.10774): q [G, D] over one head's keys k [n, D] -> what each query head reads.
 
     The page being filled is always read; the others are ranked by their bounds, shared as softmax over them.
@@ -135,24 +135,24 @@ def quest(q: Tensor, k: Tensor, *, size: int, page: int, share: str, scale: floa
     low = torch.stack([k[p].double().amin(0) for p in others])
     high = torch.stack([k[p].double().amax(0) for p in others])
     bounds = torch.stack([torch.maximum(x * low, x * high).sum(-1) for x in q.double()]) * scale
-    per_head = list(bounds) if share == "none" else [combined(bounds, share)] * len(q)
+    per_head = list(bounds) if gqa_reduce == "none" else [combined(bounds, gqa_reduce)] * len(q)
     return [{*own, *(i for p in best(scores, count) for i in others[p])} for scores in per_head]
 
 
 def double_sparsity(
-    q: Tensor, k: Tensor, channels: list[int], *, size: int, share: str, scale: float
+    q: Tensor, k: Tensor, channels: list[int], *, size: int, gqa_reduce: str, scale: float
 ) -> list[set[int]]:
     """Double Sparsity (2408.07092): labels are the calibrated channels of q and k, on raw logits."""
     if size >= k.shape[0]:
         return [set(range(k.shape[0]))] * len(q)
     logits = q[:, channels].double() @ k[:, channels].double().T * scale
-    per_head = list(logits) if share == "none" else [combined(logits, share)] * len(q)
+    per_head = list(logits) if gqa_reduce == "none" else [combined(logits, gqa_reduce)] * len(q)
     return [set(best(scores, size)) for scores in per_head]
 
 
 def block_topk(
     q: Tensor, k: Tensor, *, past: int, block: int, k_tokens: int | None, fraction: float | None,
-    share: str, scale: float,
+    gqa_reduce: str, scale: float,
 ) -> list[list[set[int]]]:  # fmt: skip
     """Mean-pooled blocks: q [G, Tq, D], k [n, D] -> the key blocks each query head reads, per query block.
 
@@ -172,7 +172,7 @@ def block_topk(
         logits = pooled @ means[:before].T * scale
         chosen = []
         for head in range(len(q)):
-            scores = logits[head] if share == "none" or before == 0 else combined(logits, share)
+            scores = logits[head] if gqa_reduce == "none" or before == 0 else combined(logits, gqa_reduce)
             ranked = [j for j in best(scores, before) if j not in forced]
             chosen.append(forced | set(ranked[: max(0, size - len(forced))]))
         result.append(chosen)

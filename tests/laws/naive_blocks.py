@@ -20,12 +20,12 @@ def own_blocks(begin: int, rows: int, block_k: int) -> set[int]:
     return {position // block_k for position in range(begin, begin + rows)}
 
 
-def together(shares: list[Tensor], share: str) -> list[Tensor]:
+def together(shares: list[Tensor], gqa_reduce: str) -> list[Tensor]:
     """What each head of a group goes by: its own, or the sum or the max over heads."""
-    if share == "none":
+    if gqa_reduce == "none":
         return shares
     stacked = torch.stack(shares)
-    return [stacked.sum(0) if share == "sum" else stacked.amax(0)] * len(shares)
+    return [stacked.sum(0) if gqa_reduce == "sum" else stacked.amax(0)] * len(shares)
 
 
 def filled(shares: Tensor, forced: set[int], mass: float) -> set[int]:
@@ -40,7 +40,7 @@ def filled(shares: Tensor, forced: set[int], mass: float) -> set[int]:
 
 
 def antidiagonal(
-    q: Tensor, k: Tensor, *, past: int, stride: int, block: int, mass: float, share: str, scale: float
+    q: Tensor, k: Tensor, *, past: int, stride: int, block: int, mass: float, gqa_reduce: str, scale: float
 ) -> Blocks:
     """XAttention (2503.16428): S queries from a against S keys from c are judged by the sum over i of
     q[a + S - 1 - i] . k[c + i], divided by S sqrt(D); what is beyond the ends adds nothing."""
@@ -60,13 +60,13 @@ def antidiagonal(
                 for c, part in zip(starts, softmax(torch.tensor(sums) * scale / stride), strict=True):
                     total[c // block] += part
             shares.append(total)
-        result.append([filled(total, own | {0}, mass) for total in together(shares, share)])
+        result.append([filled(total, own | {0}, mass) for total in together(shares, gqa_reduce)])
     return result
 
 
 def dhsa(
     q: Tensor, k: Tensor, *, past: int, block_q: int, block_k: int, local: int, k_tokens: int | None,
-    fraction: float | None, share: str, scale: float,
+    fraction: float | None, gqa_reduce: str, scale: float,
 ) -> Blocks:  # fmt: skip
     """DHSA (2510.24606) with chunks of fixed lengths: a chunk's mean times the root of its length, products,
     and the best tokens up to the budget, which come by whole chunks. Shares over the heads of a group are
@@ -83,9 +83,9 @@ def dhsa(
         visible, before = max(forced) + 1, near[0] // block_k
         size = k_tokens // block_k if k_tokens is not None else round((fraction or 0) * visible)
         heads = [vectors[:before] @ (x.mean(0) * len(x) ** 0.5) for x in q[:, a:z].double()]
-        if share != "none" and before:
+        if gqa_reduce != "none" and before:
             weights = [softmax(products * scale / (block_q * block_k) ** 0.5) for products in heads]
-            heads = together(weights, share)
+            heads = together(weights, gqa_reduce)
         chosen = []
         for products in heads:
             ranked = [j for j in best(products, before) if j not in forced]
@@ -96,7 +96,7 @@ def dhsa(
 
 def dhsa_vertical_slash(
     q: Tensor, k: Tensor, *, past: int, block_q: int, block_k: int, local: int, k_tokens: int | None,
-    fraction: float | None, share: str, scale: float,
+    fraction: float | None, gqa_reduce: str, scale: float,
 ) -> Blocks:  # fmt: skip
     """DHSA's vertical-slash mask (2510.24606): the attention of the last ``block_q`` queries is summed by key
     and by distance; half the last query's tokens are columns, the rest diagonals. A key chunk scores what its
@@ -113,7 +113,7 @@ def dhsa_vertical_slash(
                 diagonal[position - j] += weights[j]
         columns.append(column)
         diagonals.append(diagonal)
-    columns, diagonals = together(columns, share), together(diagonals, share)
+    columns, diagonals = together(columns, gqa_reduce), together(diagonals, gqa_reduce)
     tokens = k_tokens if k_tokens is not None else round((fraction or 0) * n)
     chosen_columns = [best(x, max(1, tokens // 2)) for x in columns]
     chosen_diagonals = [sorted(best(x, max(1, tokens - tokens // 2))) for x in diagonals]

@@ -48,7 +48,7 @@ def butterfly(i: int, stride: int | None) -> set[int]:
 
 def routing(
     q: Tensor, k: Tensor, *, past: int, k_tokens: int, clusters: int, segment: int, block: int, window: int,
-    sinks: int, share: str,
+    sinks: int, gqa_reduce: str,
 ) -> list[list[tuple[set[int], list[float]]]]:  # fmt: skip
     """Routing Transformer (2003.05997) without training: q [G, Tq, D], k [n, D] -> what each query head
     reads, per query block, and how near each key is to the centroid.
@@ -79,7 +79,7 @@ def routing(
         pooled = [q[g, a:z].double().mean(0) for g in range(len(q))]
         cosines = torch.stack([torch.stack([x / x.norm() @ mu for mu in centroids]) for x in pooled])
         logits = cosines * q.shape[2] ** 0.5  # of layer-normalised vectors
-        per_head = list(logits) if share == "none" else [combined(logits, share)] * len(q)
+        per_head = list(logits) if gqa_reduce == "none" else [combined(logits, gqa_reduce)] * len(q)
         read = []
         for scores in per_head:
             mu = centroids[best(scores, 1)[0]]

@@ -40,9 +40,9 @@ RECYCLED = [
     {"k": 16, "stride": 7},
     {"k": 16, "stride": 1},
     {"k": 9, "stride": 6, "pool": 5},
-    {"k": 5, "stride": 12, "share": "max"},  # every key is replaced, then the oldest newcomer
+    {"k": 5, "stride": 12, "gqa_reduce": "max"},  # every key is replaced, then the oldest newcomer
     {"k": 16, "dynamic": True, "qc": 3, "s": 0.3},
-    {"k": 16, "dynamic": True, "qc": 2, "s": 0.4, "scope": "kv_head", "share": "max"},
+    {"k": 16, "dynamic": True, "qc": 2, "s": 0.4, "scope": "kv_head", "gqa_reduce": "max"},
     {"k": 6, "dynamic": True, "qc": 5, "s": -1.0},  # never below: never full again
 ]
 
@@ -67,7 +67,9 @@ def assert_recycled(settings: dict[str, Any], data: Data, prompt: int) -> None:
     method: Any = farspan.methods()["recycled"](**settings)
     crop_at = 25
     firsts, heads, kv_heads = data.starts or [0], data.q.shape[1], data.k.shape[1]
-    known = {f: getattr(method, f) for f in ("k", "stride", "dynamic", "qc", "s", "share", "scope", "pool")}
+    known = {
+        f: getattr(method, f) for f in ("k", "stride", "dynamic", "qc", "s", "gqa_reduce", "scope", "pool")
+    }
     rows = [naive.RecycledRow(**known, scale=data.scale, heads=kv_heads) for _ in firsts]
     stream = Stream(method, data)
     stream.call(prompt)
@@ -103,15 +105,17 @@ def _size(method: AttentionMethod, n: int) -> int:
     return method.k if method.k is not None else max(1, round(method.fraction * n))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("share", ["sum", "max", "none"])
+@pytest.mark.parametrize("gqa_reduce", ["sum", "max", "none"])
 @pytest.mark.parametrize("budget", [{"k": 24}, {"k": 3}, {"k": 35}, {"k": None, "fraction": 0.35}], ids=str)
 @pytest.mark.parametrize("name", ["quest", "double_sparsity"])
 @pytest.mark.parametrize("starts", [None, [0, 30, 57]])
-def test_decode_selection(name: str, share: str, budget: dict[str, Any], starts: list[int] | None) -> None:
-    assert_decode_selection({"share": share, **budget}, name, Data.random(69, starts))
+def test_decode_selection(
+    name: str, gqa_reduce: str, budget: dict[str, Any], starts: list[int] | None
+) -> None:
+    assert_decode_selection({"gqa_reduce": gqa_reduce, **budget}, name, Data.random(69, starts))
 
 
-@pytest.mark.parametrize("settings", [{"k": 40, "share": "max"}, {"k": None, "fraction": 0.2}], ids=str)
+@pytest.mark.parametrize("settings", [{"k": 40, "gqa_reduce": "max"}, {"k": None, "fraction": 0.2}], ids=str)
 @pytest.mark.parametrize("name", ["quest", "double_sparsity"])
 def test_decode_selection_on_smollm2(name: str, settings: dict[str, Any], smollm2_layers: list[Data]) -> None:
     for data in smollm2_layers:
@@ -137,7 +141,7 @@ def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> 
             got = reads(seen[0], b, first, heads)[0]
             for head in range(kv_heads):
                 q, k = grouped(data.q[b, :, n - 1], kv_heads)[head], data.k[b, head, first:n]
-                how = {"size": _size(method, n - first), "share": method.share, "scale": data.scale}
+                how = {"size": _size(method, n - first), "gqa_reduce": method.gqa_reduce, "scale": data.scale}
                 if name == "quest":
                     want = naive.quest(q, k, page=8, **how)
                 else:
@@ -166,11 +170,11 @@ def test_double_sparsity_reads_the_first_ranked_channels() -> None:
 
 BLOCKS = [
     {"k": 48, "block": 16},
-    {"k": 32, "block": 16, "share": "max"},
+    {"k": 32, "block": 16, "gqa_reduce": "max"},
     {"k": 1, "block": 16},
-    {"k": 40, "block": 8, "share": "none"},
+    {"k": 40, "block": 8, "gqa_reduce": "none"},
     {"k": None, "fraction": 0.5, "block": 8},
-    {"k": None, "fraction": 0.01, "block": 16, "share": "none"},
+    {"k": None, "fraction": 0.01, "block": 16, "gqa_reduce": "none"},
 ]
 
 
@@ -210,7 +214,7 @@ def assert_block_topk(settings: dict[str, Any], data: Data, cuts: list[int]) -> 
                     block=method.block,
                     k_tokens=method.k,
                     fraction=method.fraction,
-                    share=method.share,
+                    gqa_reduce=method.gqa_reduce,
                     scale=data.scale,
                 )
                 index, shared = selection.index, heads // selection.index.blocks.shape[1]

@@ -59,10 +59,10 @@ def call(method: ACT, data: Data, past: int, softcap: float | None = None, impl:
     """(partial, sinks [H, N], index) of one call of the queries from ``past`` on."""
     keys = Keys(k=data.k, v=data.v, tq=N - past, scale=SCALE, softcap=softcap)
     q = data.q[:, :, past:]
-    keys.surveyed = method.survey(q, keys)
+    keys.prepared = method.prepare_prefill(q, keys)
     index = method.select_prefill(q, keys)
     assert isinstance(index, Rescaled)
-    part, _ = attend(method, PREFILL, q, dataclasses.replace(keys, surveyed={}), impl=impl)
+    part, _ = attend(method, PREFILL, q, dataclasses.replace(keys, prepared={}), impl=impl)
     return part, index.keys[0], index
 
 
@@ -242,7 +242,7 @@ def test_rows_of_a_batch_have_sinks_of_their_own() -> None:
     method = ACT(heads="all")
     keys = Keys(k=both.k, v=both.v, tq=N, scale=SCALE)
     part, _ = attend(method, PREFILL, both.q, keys)
-    sinks = keys.surveyed["act_sinks"]
+    sinks = keys.prepared["act_sinks"]
     assert bool((sinks[0] != sinks[1]).any())
     for b in range(2):
         row = Data(both.q[b : b + 1], both.k[b : b + 1], both.v[b : b + 1])
@@ -294,7 +294,7 @@ def test_specs() -> None:
 
 def test_layers_and_heads_that_are_not_chosen_are_those_of_the_method_underneath() -> None:
     weights = {"heads": torch.tensor([False, True, False, True])}
-    layer = LayerInfo(3, num_heads=2, num_kv_heads=1, head_dim=16, weights=weights, shares=2, share=1)
+    layer = LayerInfo(3, num_heads=2, num_kv_heads=1, head_dim=16, weights=weights, tp_size=2, tp_rank=1)
     served = ACT().for_layer(layer)
     assert isinstance(served, ACT) and served.chosen is not None and served.chosen.tolist() == [False, True]
     none = dataclasses.replace(layer, weights={"heads": torch.zeros(4, dtype=torch.bool)})

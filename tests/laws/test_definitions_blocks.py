@@ -95,7 +95,7 @@ random_and_peaked = pytest.mark.parametrize(
 
 
 def antidiagonal(method: Any, scale: float) -> Definition:
-    names = ("stride", "block", "mass", "share")
+    names = ("stride", "block", "mass", "gqa_reduce")
     settings = {name: getattr(method, name) for name in names}
     return lambda q, k, past, _: naive.antidiagonal(q, k, past=past, scale=scale, **settings)
 
@@ -103,8 +103,8 @@ def antidiagonal(method: Any, scale: float) -> Definition:
 ANTIDIAGONAL = [
     {"mass": 0.9, "stride": 4, "block": 8},
     {"mass": 0.5, "stride": 8, "block": 8},
-    {"mass": 0.6, "stride": 4, "block": 16, "share": "sum"},
-    {"mass": 0.4, "stride": 1, "block": 8, "share": "max"},
+    {"mass": 0.6, "stride": 4, "block": 16, "gqa_reduce": "sum"},
+    {"mass": 0.4, "stride": 1, "block": 8, "gqa_reduce": "max"},
     {"mass": 0.01, "stride": 4, "block": 16},
 ]
 
@@ -131,7 +131,7 @@ def test_antidiagonal_on_smollm2(smollm2_layers: list[Data]) -> None:
 
 
 def dhsa(method: Any, scale: float) -> Definition:
-    names = ("block_q", "block_k", "local", "fraction", "share")
+    names = ("block_q", "block_k", "local", "fraction", "gqa_reduce")
     settings = {name: getattr(method, name) for name in names} | {"k_tokens": method.k}
     rule = naive.dhsa if method.select == "mean" else naive.dhsa_vertical_slash
     return lambda q, k, past, _: rule(q, k, past=past, scale=scale, **settings)
@@ -139,13 +139,20 @@ def dhsa(method: Any, scale: float) -> Definition:
 
 CHUNKS: list[dict[str, Any]] = [
     {"fraction": 0.4, "block_q": 16, "block_k": 8, "local": 5},
-    {"fraction": 0.5, "block_q": 16, "block_k": 4, "local": 20, "share": "sum"},
-    {"k": 48, "fraction": None, "block_q": 8, "block_k": 8, "local": 1, "share": "max"},
+    {"fraction": 0.5, "block_q": 16, "block_k": 4, "local": 20, "gqa_reduce": "sum"},
+    {"k": 48, "fraction": None, "block_q": 8, "block_k": 8, "local": 1, "gqa_reduce": "max"},
     {"k": 40, "fraction": None, "block_q": 12, "block_k": 8, "local": 9},
     {"fraction": 0.01, "block_q": 8, "block_k": 16, "local": 17},
     {"select": "vertical_slash", "fraction": 0.4, "block_q": 16, "block_k": 8, "local": 5},
-    {"select": "vertical_slash", "fraction": 0.3, "block_q": 8, "block_k": 4, "local": 20, "share": "sum"},
-    {"select": "vertical_slash", "k": 48, "fraction": None, "block_q": 8, "block_k": 8, "share": "max"},
+    {
+        "select": "vertical_slash",
+        "fraction": 0.3,
+        "block_q": 8,
+        "block_k": 4,
+        "local": 20,
+        "gqa_reduce": "sum",
+    },
+    {"select": "vertical_slash", "k": 48, "fraction": None, "block_q": 8, "block_k": 8, "gqa_reduce": "max"},
     {"select": "vertical_slash", "k": 27, "fraction": None, "block_q": 12, "block_k": 8, "local": 9},
 ]
 

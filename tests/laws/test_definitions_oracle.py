@@ -17,8 +17,8 @@ from .tools import Data
 
 SETTINGS: list[dict[str, Any]] = [
     {"mass": 0.6, "block": 8},
-    {"mass": 0.9, "k": 24, "block": 8, "share": "sum"},
-    {"mass": 1.0, "fraction": 0.3, "block": 16, "share": "max"},
+    {"mass": 0.9, "k": 24, "block": 8, "gqa_reduce": "sum"},
+    {"mass": 1.0, "fraction": 0.3, "block": 16, "gqa_reduce": "max"},
 ]
 
 
@@ -47,7 +47,7 @@ def oracle(method: Oracle) -> Definition:
             visible = max(own) + 1
             most = min(round((method.fraction or 1) * visible), -(-(method.k or len(k)) // block))
             chosen = []
-            for total in naive.together(list(shares), method.share):
+            for total in naive.together(list(shares), method.gqa_reduce):
                 enough = naive.filled(total[:visible], own, method.mass)
                 rest = [j for j in naive.best(total, visible) if j in enough - own]
                 chosen.append(own | set(rest[: max(0, most - len(own))]))
@@ -71,5 +71,5 @@ def test_oracle(
 def test_oracle_on_smollm2(smollm2_layers: list[Data]) -> None:
     method = Oracle(block=32)
     for data in smollm2_layers:
-        [share] = assert_as_defined(method, data, [512], oracle(method))
-        assert share < 0.9
+        [gqa_reduce] = assert_as_defined(method, data, [512], oracle(method))
+        assert gqa_reduce < 0.9

@@ -226,9 +226,9 @@ def test_the_butterfly_of_flash_attention_in_full() -> None:
 
 ROUTING = [
     {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
-    {"k": 33, "clusters": 6, "segment": 25, "block": 8, "window": 1, "sinks": 0, "share": "none"},
-    {"k": 30, "clusters": 10, "segment": 10, "block": 16, "window": 13, "sinks": 1, "share": "max"},
-    {"k": 20, "clusters": 3, "segment": 10, "block": 1, "window": 4, "sinks": 0, "share": "none"},
+    {"k": 33, "clusters": 6, "segment": 25, "block": 8, "window": 1, "sinks": 0, "gqa_reduce": "none"},
+    {"k": 30, "clusters": 10, "segment": 10, "block": 16, "window": 13, "sinks": 1, "gqa_reduce": "max"},
+    {"k": 20, "clusters": 3, "segment": 10, "block": 1, "window": 4, "sinks": 0, "gqa_reduce": "none"},
     {"k": 64, "clusters": 1, "segment": 16, "block": 16, "window": 16, "sinks": 0},
 ]
 
@@ -257,7 +257,7 @@ def test_routing(settings: dict[str, Any], cuts: list[int], starts: list[int] | 
 def test_routing_on_smollm2(smollm2_layers: list[Data]) -> None:
     for settings in (
         {"k": 120, "clusters": 8, "segment": 64, "block": 32, "window": 32},
-        {"k": 90, "clusters": 5, "segment": 50, "block": 16, "window": 16, "share": "none"},
+        {"k": 90, "clusters": 5, "segment": 50, "block": 16, "window": 16, "gqa_reduce": "none"},
     ):
         for data in smollm2_layers:
             assert_routed(farspan.methods()["routing"](**settings), data, [200, 512])
@@ -267,7 +267,7 @@ def assert_routed(method: Any, data: Data, cuts: list[int]) -> None:
     stream = Stream(method, data)
     heads, kv_heads = data.q.shape[1], data.k.shape[1]
     group = heads // kv_heads
-    known = {f: getattr(method, f) for f in ("clusters", "segment", "block", "window", "sinks", "share")}
+    known = {f: getattr(method, f) for f in ("clusters", "segment", "block", "window", "sinks", "gqa_reduce")}
     chosen = swapped = 0
     for a, z in zip([0, *cuts], cuts, strict=False):
         with recorded(method) as seen:

@@ -28,7 +28,7 @@ CUTS = [[150], [64, 150], [37, 90, 150], [8, 150]]
 def asked(method: AttentionMethod, q: Tensor, k: Tensor, scale: float) -> BlockIndex | None:
     """What the method answers a call of queries q [H, Tq, D], the last of keys k [Hkv, n, D]."""
     keys = Keys(k=k[None], v=k[None], tq=q.shape[1], scale=scale)
-    keys.surveyed = method.survey(q[None, :, -method.last_queries :], keys)
+    keys.prepared = method.prepare_prefill(q[None, :, -method.last_queries :], keys)
     index = method.select_prefill(q[None], keys)
     if index is None:
         return None
@@ -70,17 +70,17 @@ PBS: list[dict[str, Any]] = [
     {"mass": 0.5, "block": 8, "segment": 16},
     {"mass": 0.9, "block": 16, "segment": 32},
     {"mass": 0.02, "block": 8, "segment": 24},
-    {"mass": 0.4, "block": 8, "segment": 16, "share": "sum"},
-    {"mass": 0.4, "block": 16, "segment": 16, "share": "max"},
+    {"mass": 0.4, "block": 8, "segment": 16, "gqa_reduce": "sum"},
+    {"mass": 0.4, "block": 16, "segment": 16, "gqa_reduce": "max"},
     {"mass": 0.5, "block": 8, "segment": 16, "select": "antidiagonal", "stride": 4},
-    {"mass": 0.9, "block": 16, "segment": 32, "select": "antidiagonal", "stride": 16, "share": "sum"},
-    {"mass": 0.3, "block": 12, "segment": 24, "select": "antidiagonal", "stride": 3, "share": "max"},
+    {"mass": 0.9, "block": 16, "segment": 32, "select": "antidiagonal", "stride": 16, "gqa_reduce": "sum"},
+    {"mass": 0.3, "block": 12, "segment": 24, "select": "antidiagonal", "stride": 3, "gqa_reduce": "max"},
 ]
 
 
 def agrees_with_pbs(method: AttentionMethod, q: Tensor, k: Tensor, scale: float) -> int:
     """Compare every query's keys; -> how many pairs are left out."""
-    names = ("mass", "block", "segment", "select", "stride", "share")
+    names = ("mass", "block", "segment", "select", "stride", "gqa_reduce")
     settings = {name: getattr(method, name) for name in names}
     heads, tq, n = q.shape[0], q.shape[1], k.shape[1]
     index, past, left_out = asked(method, q, k, scale), n - tq, 0
@@ -116,7 +116,7 @@ def test_pbs_on_smollm2(smollm2_layers: list[Data]) -> None:
     for layer, data in enumerate(smollm2_layers):
         for settings in (
             {"block": 32, "segment": 64},
-            {"block": 32, "segment": 128, "mass": 0.6, "share": "sum"},
+            {"block": 32, "segment": 128, "mass": 0.6, "gqa_reduce": "sum"},
             {"block": 64, "segment": 64, "mass": 0.7, "select": "antidiagonal", "stride": 16},
         ):
             method = farspan.methods()["pbs"](**settings)
@@ -160,10 +160,10 @@ VERTICAL_SLASH: list[dict[str, Any]] = [
     {"vertical": 40, "slash": 3, "block": 8, "last": 64, "sinks": 5, "local": 1},
     {"vertical": 1, "slash": 30, "block": 16, "last": 7, "sinks": 0, "local": 6},
     {"vertical": 3, "slash": 5, "block": 16, "last": 16, "sinks": 6, "local": 9},  # fewer than the forced
-    {"vertical": 12, "slash": 10, "block": 8, "last": 16, "sinks": 2, "local": 4, "share": "sum"},
-    {"vertical": 9, "slash": 4, "block": 16, "last": 16, "sinks": 2, "local": 1, "share": "max"},
+    {"vertical": 12, "slash": 10, "block": 8, "last": 16, "sinks": 2, "local": 4, "gqa_reduce": "sum"},
+    {"vertical": 9, "slash": 4, "block": 16, "last": 16, "sinks": 2, "local": 1, "gqa_reduce": "max"},
     {"mass": 0.4, "block": 8, "last": 16, "sinks": 2, "local": 4},
-    {"mass": 0.05, "block": 8, "last": 16, "sinks": 0, "local": 1, "share": "sum"},
+    {"mass": 0.05, "block": 8, "last": 16, "sinks": 0, "local": 1, "gqa_reduce": "sum"},
 ]
 
 
@@ -171,7 +171,7 @@ def agrees_with_vertical_slash(
     method: Any, q: Tensor, k: Tensor, scale: float, budgets: list[tuple[int, int]] | None = None
 ) -> int:
     """Compare every query's keys; -> how many pairs are left out."""
-    names = ("mass", "block", "last", "sinks", "local", "share")
+    names = ("mass", "block", "last", "sinks", "local", "gqa_reduce")
     settings = {name: getattr(method, name) for name in names}
     heads, tq, n = q.shape[0], q.shape[1], k.shape[1]
     index, past, left_out = asked(method, q, k, scale), n - tq, 0
@@ -254,7 +254,7 @@ def test_vertical_slash_with_the_budgets_of_a_file(tmp_path: Path) -> None:
     ):
         method = general.for_layer(LayerInfo(index=index, num_heads=H, num_kv_heads=HKV, head_dim=D))
         assert agrees_with_vertical_slash(method, data.q[0], data.k[0], SCALE, budgets) > 0
-    half = LayerInfo(index=1, num_heads=H // 2, num_kv_heads=1, head_dim=D, shares=2, share=1)
+    half = LayerInfo(index=1, num_heads=H // 2, num_kv_heads=1, head_dim=D, tp_size=2, tp_rank=1)
     shared = general.for_layer(half)
     own = [(3 + 5 * h, 40 - 5 * h) for h in range(H // 2, H - 1)] + [(10, 20)]
     assert agrees_with_vertical_slash(shared, data.q[0, H // 2 :], data.k[0, 1:], SCALE, own) > 0
@@ -313,8 +313,8 @@ def test_a_file_of_budgets_is_read_anew_once_it_changes(tmp_path: Path) -> None:
     ("spec", "says"),
     [
         ("vertical_slash:local=0", "local a whole number, at least 1"),
-        ("vertical_slash:config=x.json,mass=0.9", "with neither mass nor share"),
-        ("vertical_slash:config=x.json,share=sum", "with neither mass nor share"),
+        ("vertical_slash:config=x.json,mass=0.9", "with neither mass nor gqa_reduce"),
+        ("vertical_slash:config=x.json,gqa_reduce=sum", "with neither mass nor gqa_reduce"),
         ("pbs:block=100", "a segment of whole blocks"),
         ("pbs:select=antidiagonal,stride=100", "a stride that divides the block"),
         ("pbs:mass=0", "from 1e-06 to 1"),

@@ -19,9 +19,9 @@ from .tools import Data, Stream, assert_same, every_method
 N = 203
 
 
-def _aligned(granule: int, prompt: int) -> list[int]:
-    """Cuts at multiples of the granule, no chunk so short that it would be a decode step."""
-    step = granule * -(-17 // granule)
+def _aligned(block_multiple: int, prompt: int) -> list[int]:
+    """Cuts at multiples of the block_multiple, no chunk so short that it would be a decode step."""
+    step = block_multiple * -(-17 // block_multiple)
     cuts = list(range(step, prompt - 17, 2 * step))
     return [*cuts, prompt]
 
@@ -30,7 +30,7 @@ def _aligned(granule: int, prompt: int) -> list[int]:
 def test_aligned_chunks_equal_the_whole(bound: AttentionMethod) -> None:
     data = Data.random(N)
     steps = list(range(N - 9, N + 1))
-    cuts = _aligned(bound.granule, N - 10)
+    cuts = _aligned(bound.block_multiple, N - 10)
     assert len(cuts) > 2
     assert_same(Stream(bound, data).run([*cuts, *steps]), Stream(bound, data).run([N - 10, *steps]))
 
@@ -51,7 +51,7 @@ def test_any_cuts_equal_the_definition(
 def test_model_with_prefill_chunk(
     model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int
 ) -> None:
-    """prefill_chunk= is rounded up to the granule: generate gives and counts what it does whole."""
+    """prefill_chunk= is rounded up to the block_multiple: generate gives and counts what it does whole."""
     ids = torch.randint(3, 128, (1, 190), generator=torch.Generator().manual_seed(0))
     how = {
         "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
@@ -93,7 +93,7 @@ def test_model_with_prefill_chunk_is_fed_these_chunks(
     model: Any, patched: Callable[..., Any], method: AttentionMethod
 ) -> None:
     ids = torch.randint(3, 128, (1, 230), generator=torch.Generator().manual_seed(0))
-    size = method.granule * -(-40 // method.granule)
+    size = method.block_multiple * -(-40 // method.block_multiple)
     with torch.no_grad():
         with patched(method, prefill_chunk=40):
             logits = model(ids, use_cache=True, logits_to_keep=1).logits

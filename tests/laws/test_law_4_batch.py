@@ -115,9 +115,9 @@ def test_model_with_prefill_chunk(
     A method that judges a chunk by the chunk's last queries needs the cuts of the row alone: where these do
     not fit each other, each row gives what it gives alone and whole.
     """
-    size = method.granule * -(-chunk // method.granule)
+    size = method.block_multiple * -(-chunk // method.block_multiple)
     ragged = (150, 101, 38, 7)
-    in_blocks = (150, 150 - method.granule, 150 - 3 * method.granule, 20)
+    in_blocks = (150, 150 - method.block_multiple, 150 - 3 * method.block_multiple, 20)
     in_chunks = (150, 150 - size, 150 - 2 * size)
     for lengths, width in ((ragged, 150), (in_blocks, 150), (in_chunks, 150), ((97, 60), 150)):
         ids, mask = _padded([n + 3 for n in lengths], width + 3)

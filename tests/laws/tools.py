@@ -38,17 +38,24 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     ],
     "antidiagonal": [
         {"mass": 0.5, "stride": 4, "block": 16},
-        {"mass": 0.4, "stride": 8, "block": 8, "share": "sum"},
-        {"mass": 0.3, "stride": 4, "block": 8, "share": "max"},
+        {"mass": 0.4, "stride": 8, "block": 8, "gqa_reduce": "sum"},
+        {"mass": 0.3, "stride": 4, "block": 8, "gqa_reduce": "max"},
     ],
     "dense": [{}],
     "dhsa": [
         {"fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
-        {"fraction": 0.25, "block_q": 8, "block_k": 4, "local": 12, "share": "sum"},
-        {"k": 40, "fraction": None, "block_q": 16, "block_k": 8, "local": 1, "share": "max"},
+        {"fraction": 0.25, "block_q": 8, "block_k": 4, "local": 12, "gqa_reduce": "sum"},
+        {"k": 40, "fraction": None, "block_q": 16, "block_k": 8, "local": 1, "gqa_reduce": "max"},
         {"k": 48, "fraction": None, "block_q": 8, "block_k": 16, "local": 9},
         {"select": "vertical_slash", "fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
-        {"select": "vertical_slash", "k": 40, "fraction": None, "block_q": 8, "block_k": 4, "share": "sum"},
+        {
+            "select": "vertical_slash",
+            "k": 40,
+            "fraction": None,
+            "block_q": 8,
+            "block_k": 4,
+            "gqa_reduce": "sum",
+        },
     ],
     "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
     "dilated": [{"w": 9, "dilation": 3, "sinks": 2}, {"w": 30, "dilation": 2, "sinks": 0}],
@@ -65,36 +72,36 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     ],
     "block_topk": [
         {"k": 48, "block": 16},
-        {"k": None, "fraction": 0.4, "block": 8, "share": "none"},
-        {"k": 24, "block": 8, "share": "max"},
+        {"k": None, "fraction": 0.4, "block": 8, "gqa_reduce": "none"},
+        {"k": 24, "block": 8, "gqa_reduce": "max"},
         {"k": 64, "block": 16},
     ],
     "quest": [
         {"k": 24, "page": 4, "dense_layers": 0},
-        {"k": 27, "page": 8, "share": "sum", "dense_layers": 0},
-        {"k": None, "fraction": 0.3, "page": 8, "share": "none", "dense_layers": 0},
+        {"k": 27, "page": 8, "gqa_reduce": "sum", "dense_layers": 0},
+        {"k": None, "fraction": 0.3, "page": 8, "gqa_reduce": "none", "dense_layers": 0},
         {"k": 12, "page": 1, "dense_layers": 0},
     ],
     "double_sparsity": [
         {"k": 20, "dense_layers": 0, "group_factor": 4},
-        {"k": None, "fraction": 0.2, "share": "none", "dense_layers": 0, "group_factor": 2},
+        {"k": None, "fraction": 0.2, "gqa_reduce": "none", "dense_layers": 0, "group_factor": 2},
     ],
     "h2o": [{"k": 24}, {"k": 7}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
-        {"mass": 0.3, "block": 8, "segment": 24, "share": "sum"},
-        {"mass": 0.2, "block": 8, "segment": 8, "share": "max"},
+        {"mass": 0.3, "block": 8, "segment": 24, "gqa_reduce": "sum"},
+        {"mass": 0.2, "block": 8, "segment": 8, "gqa_reduce": "max"},
         {"mass": 0.5, "block": 8, "segment": 16, "select": "antidiagonal", "stride": 4},
-        {"mass": 0.4, "block": 16, "segment": 16, "select": "antidiagonal", "stride": 8, "share": "sum"},
+        {"mass": 0.4, "block": 16, "segment": 16, "select": "antidiagonal", "stride": 8, "gqa_reduce": "sum"},
     ],
     "oracle": [
         {"mass": 0.6, "block": 8},
-        {"mass": 0.9, "k": 24, "block": 8, "share": "sum"},
-        {"mass": 1.0, "fraction": 0.3, "block": 16, "share": "max"},
+        {"mass": 0.9, "k": 24, "block": 8, "gqa_reduce": "sum"},
+        {"mass": 1.0, "fraction": 0.3, "block": 16, "gqa_reduce": "max"},
     ],
     "vertical_slash": [
         {"vertical": 6, "slash": 5, "block": 8, "last": 16, "sinks": 2, "local": 4},
-        {"vertical": 20, "slash": 5, "block": 16, "last": 8, "sinks": 4, "local": 3, "share": "sum"},
+        {"vertical": 20, "slash": 5, "block": 16, "last": 8, "sinks": 4, "local": 3, "gqa_reduce": "sum"},
         {"mass": 0.03, "block": 8, "last": 16, "sinks": 2, "local": 4},
     ],
     "sale": [
@@ -104,14 +111,14 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     ],
     "recycled": [
         {"k": 24, "stride": 4},
-        {"k": 6, "stride": 100, "share": "max", "pool": 3},
+        {"k": 6, "stride": 100, "gqa_reduce": "max", "pool": 3},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2},
         {"k": 24, "dynamic": True, "qc": 2, "s": 0.2, "scope": "kv_head"},
     ],
     "routing": [
         {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
-        {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "share": "none"},
-        {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "share": "max"},
+        {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "gqa_reduce": "none"},
+        {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "gqa_reduce": "max"},
     ],
     "snapkv": [
         {"k": 24, "window": 8},
@@ -349,7 +356,7 @@ def replayed(method: AttentionMethod, selections: list[Selection]) -> Iterator[N
     with pytest.MonkeyPatch.context() as patching:
         for phase in (PREFILL, DECODE):
             patching.setattr(type(method), f"select_{phase}", select)
-        patching.setattr(type(method), "after_prefill", lambda self, q, keys: None)
+        patching.setattr(type(method), "on_prefill_end", lambda self, q, keys: None)
         yield
     assert next(left, None) is None, "fewer selections were asked for than were recorded"
 

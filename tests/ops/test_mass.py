@@ -115,7 +115,7 @@ def oracle(q: Tensor, k: Tensor, mask: Tensor, starts: list[int], scale: float, 
 @pytest.mark.parametrize(("tq", "tk", "starts"), CALLS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "share", ["sum", "none"]
+    "gqa_reduce", ["sum", "none"]
 )  # the heads of a group share an index head, or have their own
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_recall_is_the_share_of_the_true_softmax(

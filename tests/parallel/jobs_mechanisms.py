@@ -79,7 +79,7 @@ def stored(case: Case, size: int) -> Layout:
     if case.past == 0:
         return Layout.empty(size)
     prefill = case.past * 2 // 3
-    return zigzag(0, prefill, size).layout().dealt(prefill, case.past, BLOCK)
+    return zigzag(0, prefill, size).layout().block_cyclic(prefill, case.past, BLOCK)
 
 
 @dataclass

@@ -130,7 +130,7 @@ def test_selective_methods_whatever_is_asked_for(mechanism: str, world: World):
     cases = [
         Case(
             overrides={"num_key_value_heads": kv},
-            spec=f"block_topk:k=48,block=16,share={share}",
+            spec=f"block_topk:k=48,block=16,gqa_reduce={share}",
             lengths=(241, 90),
             new=3,
             parallel={"mechanism": mechanism} | ({"ulysses": 2} if mechanism == "usp" else {}),

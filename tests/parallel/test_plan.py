@@ -218,7 +218,7 @@ def test_published_formulas():
         (32, 8, 4, {}, "gather", "ulysses 480 MiB"),
         (32, 8, 8, {}, "ulysses", "gather 448 MiB"),
         (32, 8, 3, {}, "gather", "3 ranks do not divide 32 query heads"),
-        (12, 3, 2, {}, "gather", "3 KV heads can neither be dealt out to 2 ranks"),
+        (12, 3, 2, {}, "gather", "3 KV heads can neither be spread over 2 ranks"),
         (32, 8, 16, {"local_ranks": 8}, "usp", "ulysses 180 MiB"),
         (32, 8, 16, {"local_ranks": 16}, "ulysses", "gather 480 MiB"),
         (32, 8, 3, {"memory": 512 << 20}, "ring", "gather (1.0 GiB) would hold more than the 512 MiB"),

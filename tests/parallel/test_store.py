@@ -84,9 +84,9 @@ def test_ranks_hold_equal_shares(world: World):
     for size in (2, 3, 4):
         for done in world.run(stepped_over_ranks, size, cases):
             for case, got in zip(cases, done, strict=True):
-                granule = 16 if "block_topk" in case.spec else BLOCK
+                block_multiple = 16 if "block_topk" in case.spec else BLOCK
                 total = got["seen"]
-                assert all(rows <= total / size + granule for rows in got["rows"]), (got["rows"], case)
+                assert all(rows <= total / size + block_multiple for rows in got["rows"]), (got["rows"], case)
 
 
 def test_every_byte_is_in_the_report(world: World):

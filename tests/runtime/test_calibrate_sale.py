@@ -123,7 +123,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
 
 def test_heads_shared_out_take_their_own_thresholds() -> None:
     weights = {"thresholds": torch.tensor([1.0, 2.0, 0.0, 4.0])}
-    own = LayerInfo(0, num_heads=2, num_kv_heads=1, head_dim=16, weights=weights, shares=2, share=1)
+    own = LayerInfo(0, num_heads=2, num_kv_heads=1, head_dim=16, weights=weights, tp_size=2, tp_rank=1)
     served = farspan.parse_method(SALE).for_layer(own)
     assert served.log_tau.exp().tolist() == pytest.approx([0.0, 4.0])
     with pytest.raises(FarspanError, match="made for another model"):

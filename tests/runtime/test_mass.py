@@ -20,7 +20,7 @@ from farspan.runtime import patch as patch_module
 ROWS = 5
 PREFILLS = [
     "pbs:mass=0.5,block=8,segment=16",
-    "pbs:mass=0.4,block=8,segment=16,share=sum",
+    "pbs:mass=0.4,block=8,segment=16,gqa_reduce=sum",
     "vertical_slash:vertical=8,slash=12,block=8,last=8,sinks=2,local=4",
     "window:w=9,sinks=2",
     "strided:w=4,stride=6",
@@ -236,7 +236,7 @@ def test_seconds_of_selection_and_of_attention(monkeypatch):
     """Time that a method sleeps while it selects, or is told of a prompt, is its selection's."""
     quest = type(parse_method("quest"))
     model, nap = shared("llama"), 0.03
-    for name in ("select_decode", "after_prefill"):
+    for name in ("select_decode", "on_prefill_end"):
         original = getattr(quest, name)
 
         def slow(self, q, keys, original=original):

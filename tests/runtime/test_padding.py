@@ -127,7 +127,7 @@ def test_state_follows_the_rows_in_groups() -> None:
     "spec",
     [
         "quest:k=12,page=1,dense_layers=0",
-        "quest:k=12,page=1,dense_layers=0,share=none",
+        "quest:k=12,page=1,dense_layers=0,gqa_reduce=none",
         "block_topk:k=8,block=1",
         "dhsa:fraction=0.25,block_q=8,block_k=1,local=3",
         "sale:threshold=2,block_q=8,block_k=1,local=8,dense_below=0",
@@ -223,15 +223,15 @@ def test_what_short_calls_read_is_counted(model: Any) -> None:
 # --- where a prompt is cut (f05) ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granule", [1, 8, 24])
+@pytest.mark.parametrize("block_multiple", [1, 8, 24])
 @pytest.mark.parametrize("by_prompt", [False, True])
-def test_no_cut_falls_inside_a_block_of_a_row(granule: int, by_prompt: bool) -> None:
+def test_no_cut_falls_inside_a_block_of_a_row(block_multiple: int, by_prompt: bool) -> None:
     """f05: by brute force, over random batches."""
-    draw = random.Random(granule)
+    draw = random.Random(block_multiple)
     for _ in range(500):
-        tokens, length = granule * draw.randint(-(-17 // granule), 30), draw.randint(40, 300)
-        chunking = Chunking(tokens=tokens, granule=granule, by_prompt=by_prompt)
-        unit = draw.choice([1, granule, tokens])
+        tokens, length = block_multiple * draw.randint(-(-17 // block_multiple), 30), draw.randint(40, 300)
+        chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
+        unit = draw.choice([1, block_multiple, tokens])
         begins = [draw.randrange(length + 40) // unit * unit for _ in range(draw.randint(1, 4))]
         if chunking.fits(length):
             continue
@@ -242,10 +242,10 @@ def test_no_cut_falls_inside_a_block_of_a_row(granule: int, by_prompt: bool) -> 
         assert all(piece > 16 for piece in pieces[1:]), "a piece would be a decode step"
         assert max(pieces[:-1], default=0) <= tokens
         for begin in begins:
-            assert all((cut - begin) % granule == 0 for cut in cuts if cut > begin)
+            assert all((cut - begin) % block_multiple == 0 for cut in cuts if cut > begin)
             if by_prompt and cuts:
                 assert [cut for cut in cuts if cut > begin] == alone[begin]
-        if all((begin - begins[0]) % (tokens if by_prompt else granule) == 0 for begin in begins):
+        if all((begin - begins[0]) % (tokens if by_prompt else block_multiple) == 0 for begin in begins):
             assert chunking.fits(pieces[-1]), "rows fit each other"
             assert set(alone[min(begins)]) <= set(cuts)
 

@@ -173,7 +173,9 @@ def test_the_calibrated_channels_choose_the_keys(monkeypatch):
         return index
 
     monkeypatch.setattr(DoubleSparsity, "select_decode", spy)
-    with farspan.patch(model, "double_sparsity:k=8,group_factor=4,dense_layers=1,share=none", recipe=made):
+    with farspan.patch(
+        model, "double_sparsity:k=8,group_factor=4,dense_layers=1,gqa_reduce=none", recipe=made
+    ):
         decode(model, prompt(1, 40), 2)
     assert len(chosen) == 2  # layers 1 and 2; layer 0 stays dense
     for layer, (q, k, index) in zip((1, 2), chosen, strict=True):

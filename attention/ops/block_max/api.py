@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Impls, Optional, check_qkv, run
+from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.block_max,
     "eager": eager.block_max,
-    "triton": Optional(__package__, "block_max"),
+    "triton": LazyImpl(__package__, "block_max"),
 }
 
 

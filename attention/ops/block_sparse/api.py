@@ -7,14 +7,14 @@ from torch.nn.functional import pad
 
 from ...index import BlockIndex
 from ...partial import Partial
-from ..dispatch import Impls, Optional, check_qkv, run
+from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.block_sparse,
     "eager": eager.block_sparse,
-    "triton": Optional(__package__, "block_sparse"),
-    "flex": Optional(__package__, "block_sparse", "flex"),
+    "triton": LazyImpl(__package__, "block_sparse"),
+    "flex": LazyImpl(__package__, "block_sparse", "flex"),
 }
 
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...partial import Partial
-from ..dispatch import Impls, Optional, check_qkv, run
+from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.decode,
     "eager": eager.decode,
-    "triton": Optional(__package__, "decode"),
+    "triton": LazyImpl(__package__, "decode"),
 }
 
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...partial import Partial
-from ..dispatch import Impls, Optional, check_qkv, run
+from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.flash,
     "eager": eager.flash,
-    "triton": Optional(__package__, "flash"),
+    "triton": LazyImpl(__package__, "flash"),
 }
 
 

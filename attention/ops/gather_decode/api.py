@@ -4,13 +4,13 @@ from torch import Tensor
 
 from ...index import TokenIndex
 from ...partial import Partial
-from ..dispatch import Impls, Optional, check_qkv, run
+from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.gather_decode,
     "eager": eager.gather_decode,
-    "triton": Optional(__package__, "gather_decode"),
+    "triton": LazyImpl(__package__, "gather_decode"),
 }
 
 

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Impls, Optional, run
+from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 from .storage import Int4
 
 QUANTISE_IMPLS: Impls = {
     "reference": reference.quantise_int4,
     "eager": eager.quantise_int4,
-    "triton": Optional(__package__, "quantise_int4"),
+    "triton": LazyImpl(__package__, "quantise_int4"),
 }
 SCORES_IMPLS: Impls = {
     "reference": reference.int4_scores,
     "eager": eager.int4_scores,
-    "triton": Optional(__package__, "int4_scores"),
+    "triton": LazyImpl(__package__, "int4_scores"),
 }
 BLOCK_IMPLS: Impls = {
     "reference": reference.int4_block_max,
     "eager": eager.int4_block_max,
-    "triton": Optional(__package__, "int4_block_max"),
+    "triton": LazyImpl(__package__, "int4_block_max"),
 }
 
 

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import Impls, Optional, run
+from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.pool,
     "eager": eager.pool,
-    "triton": Optional(__package__, "pool"),
+    "triton": LazyImpl(__package__, "pool"),
 }
 SEGMENTS: Impls = {
     "reference": reference.pool_segments,
     "eager": eager.pool_segments,
-    "triton": Optional(__package__, "pool_segments"),
+    "triton": LazyImpl(__package__, "pool_segments"),
 }
 MODES = ("mean", "min", "max", "length_normalised")
 

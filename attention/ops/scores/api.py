@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Impls, Optional, run
+from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.scores,
     "eager": eager.scores,
-    "triton": Optional(__package__, "scores"),
+    "triton": LazyImpl(__package__, "scores"),
 }
 
 

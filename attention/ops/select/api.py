@@ -3,23 +3,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Impls, Optional, run
+from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 
 IMPLS: Impls = {
     "reference": reference.top_k,
     "eager": eager.top_k,
-    "triton": Optional(__package__, "top_k"),
+    "triton": LazyImpl(__package__, "top_k"),
 }
 MASS_IMPLS: Impls = {
     "reference": reference.by_mass,
     "eager": eager.by_mass,
-    "triton": Optional(__package__, "by_mass"),
+    "triton": LazyImpl(__package__, "by_mass"),
 }
 THRESHOLD_IMPLS: Impls = {
     "reference": reference.by_threshold,
     "eager": eager.by_threshold,
-    "triton": Optional(__package__, "by_threshold"),
+    "triton": LazyImpl(__package__, "by_threshold"),
 }
 
 

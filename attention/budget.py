@@ -1,4 +1,4 @@
-"""One selection for the query heads that share a KV head, and the budget vocabulary."""
+"""Budgets, ``k`` tokens or a ``fraction`` of the visible keys, and taking the best entries within one."""
 
 from __future__ import annotations
 
@@ -9,32 +9,6 @@ from .errors import SpecError
 from .keys import Keys, Peers
 from .method import AttentionMethod, require
 from .ops.select import top_k
-
-
-def share_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers | None = None) -> Tensor:
-    """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T,
-    N]) is False.
-
-    how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different
-    heads are not comparable, shares of attention are), or "none": each query head for itself, on logits.
-    peers: who holds the other keys, where the N entries are single keys and not all of them.
-    """
-    b, hkv, group, t, n = logits.shape
-    if visible is not None:
-        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
-    if how == "none" or group == 1:
-        return logits.reshape(b, hkv * group, t, n)
-    share = torch.softmax(logits, -1) if peers is None else peers.softmax(logits)
-    share = share.sum(2) if how == "sum" else share.amax(2)
-    return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
-
-
-def together(shares: Tensor, how: str) -> Tensor:
-    """What the heads of a group go by: shares [B, Hkv, G, ...] -> [B, Hs, ...], each its own ("none"), or one
-    by the "sum" or the "max"."""
-    if how == "none":
-        return shares.flatten(1, 2)
-    return shares.sum(2) if how == "sum" else shares.amax(2)
 
 
 def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
@@ -61,12 +35,12 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
     return (keys.seen().double() * fraction).round().long().clamp(min=1)
 
 
-def most(k: int | None, fraction: float | None, keys: Keys) -> int:
+def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
     """The largest ``budget`` of the call, known without asking the device."""
     return k if k is not None else int((fraction or 0.0) * keys.longest()) + 1
 
 
-def pick(
+def select_topk(
     ranked: Tensor, size: int | Tensor, bound: int, peers: Peers | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them
@@ -74,12 +48,12 @@ def pick(
 
     size: one number, or one per row, [...], none above ``bound``, so that a device need not be asked for
     them. -> indices [..., M] int64, counts [...] int32 or None where all M count. Entries past the count
-    repeat the first one. peers: as in share_scores; the cut is then made over everyone's entries, and the
+    repeat the first one. peers: as in group_scores; the cut is then made over everyone's entries, and the
     indices are positions.
     """
     if peers is not None:
         ranked, positions = peers.candidates(ranked, size if isinstance(size, int) else bound)
-        chosen, counts = pick(ranked, size, bound)
+        chosen, counts = select_topk(ranked, size, bound)
         return positions.gather(-1, chosen), counts
     n = ranked.shape[-1]
     if isinstance(size, int):
@@ -96,8 +70,8 @@ def pick(
     return torch.where(place < n, place, place[..., :1]).clamp_(max=n - 1), valid.sum(-1).int()
 
 
-def best(ranked: Tensor, k: int, peers: Peers | None = None) -> Tensor:
-    """Positions [..., min(k, N)] of the k highest scores [..., N], best first; peers as in share_scores."""
+def topk_positions(ranked: Tensor, k: int, peers: Peers | None = None) -> Tensor:
+    """Positions [..., min(k, N)] of the k highest scores [..., N], best first; peers as in group_scores."""
     if peers is None:
         return top_k(ranked, k, order="score")
     ranked, positions = peers.candidates(ranked, k)

@@ -1,0 +1,34 @@
+"""One selection for the query heads that share a KV head (grouped-query attention)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .keys import Peers
+
+
+def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers | None = None) -> Tensor:
+    """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T,
+    N]) is False.
+
+    how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different
+    heads are not comparable, shares of attention are), or "none": each query head for itself, on logits.
+    peers: who holds the other keys, where the N entries are single keys and not all of them.
+    """
+    b, hkv, group, t, n = logits.shape
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    if how == "none" or group == 1:
+        return logits.reshape(b, hkv * group, t, n)
+    share = torch.softmax(logits, -1) if peers is None else peers.softmax(logits)
+    share = share.sum(2) if how == "sum" else share.amax(2)
+    return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
+
+
+def reduce_group(shares: Tensor, how: str) -> Tensor:
+    """What the heads of a group go by: shares [B, Hkv, G, ...] -> [B, Hs, ...], each its own ("none"), or one
+    by the "sum" or the "max"."""
+    if how == "none":
+        return shares.flatten(1, 2)
+    return shares.sum(2) if how == "sum" else shares.amax(2)
