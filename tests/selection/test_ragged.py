@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farspan.attention.index import TokenIndex
+from farspan.attention.selection import TokenIndex
 from farspan.attention.selection.ragged import counted_first
 
 
