@@ -4,27 +4,17 @@ read."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from .bands import attend_bands
-from .index import Bands, BlockIndex, Index, Rescaled, TokenIndex, Window, causal_pairs
 from .keys import Keys
 from .mass import ATTENTION, SELECTION, Probe
 from .method import DECODE, PREFILL, AttentionMethod
-from .ops import kernel
-from .ops.block_sparse import block_sparse
-from .ops.decode import decode
-from .ops.flash import flash
-from .ops.gather_decode import gather_decode
-from .ops.rows import gather_rows
-from .partial import Partial, empty_partial, merge
-from .rescaled import attend_rescaled
+from .partial import Partial, empty_partial
+from .selection import Selection, as_selection
+from .selection.every import every_pair
 
 DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
 TOO_SHORT = "the budget covers the length"
@@ -69,25 +59,25 @@ def attend(
     float32. ``probe`` looks on."""
     if phase == DECODE:
         with _timed(probe, SELECTION, q):
-            index = method.select_decode(q, keys)
+            selection = as_selection(method.select_decode(q, keys), DECODE)
         if probe is not None:
-            probe.on_select(q, keys, index)
+            probe.on_select(q, keys, selection)
         with _timed(probe, ATTENTION, q):
-            part, pairs = _run_decode(q, keys, index, impl)
-        shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
-        reads = _count(q, keys, pairs, loads_shared_by=q.shape[1] // shared)
+            part, pairs = selection.run_decode(q, keys, impl)
+        shared_by = selection.loads_shared_by(q.shape[1], keys.k.shape[1])
+        reads = _count(q, keys, pairs, loads_shared_by=shared_by)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
     else:
         with _timed(probe, SELECTION, q):
             if method.last_queries:
                 keys.prepared = method.prepare_prefill(q[:, :, -method.last_queries :], keys)
-            index = method.select_prefill(q, keys)
+            selection = as_selection(method.select_prefill(q, keys), PREFILL)
         if probe is not None:
-            probe.on_select(q, keys, index)
+            probe.on_select(q, keys, selection)
         with _timed(probe, ATTENTION, q):
-            return run_prefill(method, q, keys, index, impl=impl)
-    return part, explained(reads, method, phase, keys, index)
+            return run_prefill(method, q, keys, selection, impl=impl)
+    return part, explained(reads, method, phase, keys, selection)
 
 
 def _by_row(method: AttentionMethod, keys: Keys) -> bool:
@@ -114,7 +104,7 @@ def run_prefill(
     method: AttentionMethod,
     q: Tensor,
     keys: Keys,
-    index: Index,
+    selection: Selection,
     *,
     rows: range | None = None,
     impl: str = "auto",
@@ -122,16 +112,16 @@ def run_prefill(
     """Attention of prefill queries q [B, H, Tq, D] over what ``method`` has selected; ``rows``: the queries
     that count, where others only complete a block."""
     rows = range(keys.tq) if rows is None else rows
-    part, pairs = _run_prefill(q, keys, index, rows, impl)
+    part, pairs = selection.run_prefill(q, keys, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
     reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
-    return part, explained(reads, method, PREFILL, keys, index)
+    return part, explained(reads, method, PREFILL, keys, selection)
 
 
-def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, index: Index) -> Reads:
+def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, selection: Selection) -> Reads:
     """``reads`` with what selection cost and, where a selective method has read everything, why."""
     reads.selection_bytes = keys.summary_bytes
-    if index is None and phase in method.phases and method.selective:
+    if selection.dense and phase in method.phases and method.selective:
         reads.reason = TOO_SHORT
     return reads
 
@@ -158,122 +148,11 @@ def _prefill_rows(
     return Partial(out, lse), total
 
 
-def _run_prefill(
-    q: Tensor, keys: Keys, index: object, rows: range, impl: str
-) -> tuple[Partial, int | Tensor | None]:
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-    if index is None:
-        return flash(q, keys.k, keys.v, start=keys.start, **how), None
-    if isinstance(index, Window):
-        return _window(q, keys, index, impl, flash)
-    if isinstance(index, Bands):
-        pairs = index.pairs(keys.past + rows.start, keys.past + rows.stop) * q.shape[0] * q.shape[1]
-        return attend_bands(q, keys, index, impl), pairs
-    if isinstance(index, BlockIndex):
-        return block_sparse(q, keys.k, keys.v, index, check=False, **how), _block_pairs(q, keys, index, rows)
-    if isinstance(index, Rescaled):
-        part = attend_rescaled(q, keys, index, impl)
-        return part, None if index.read is None else _block_pairs(q, keys, index.read, rows)
-    raise TypeError(
-        "select_prefill answers with None, a Window, Bands, a BlockIndex or Rescaled; got "
-        f"{type(index).__name__}."
-    )
-
-
-def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | Tensor | None]:
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-    if index is None:
-        return decode(q, keys.k, keys.v, start=keys.start, **how), None
-    if isinstance(index, Window):
-        return _window(q, keys, index, impl, decode)
-    if not isinstance(index, TokenIndex):
-        raise TypeError(
-            f"select_decode answers with None, a Window or a TokenIndex; got {type(index).__name__}."
-        )
-    group = q.shape[1] // index.tokens.shape[1]
-    if index.full is None or not bool(index.full.any()):
-        used = index.tokens.numel() if index.counts is None else _total(index.counts)
-        return gather_decode(q, keys.k, keys.v, index, check=False, **how), used * group
-    if bool(index.full.all()):
-        return decode(q, keys.k, keys.v, start=keys.start, **how), None
-    return _mixed(q, keys, index, impl)
-
-
-def _block_pairs(q: Tensor, keys: Keys, index: BlockIndex, rows: range) -> int | Tensor:
-    return _total(index.pairs(q.shape[2], keys.length, rows)) * (q.shape[1] // index.blocks.shape[1])
-
-
-def _total(counts: Tensor) -> int | Tensor:
-    """Their sum; off the CPU it stays a tensor, since to read it would wait for the device."""
-    return int(counts.sum()) if counts.device.type == "cpu" else counts.sum(dtype=torch.long)
-
-
-def _window(
-    q: Tensor, keys: Keys, index: Window, impl: str, op: Callable[..., Partial]
-) -> tuple[Partial, int]:
-    """Recent keys by the windowed kernel; sinks, where they lie outside the window, as a second small set."""
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
-    b, h, tq, _ = q.shape
-    local = op(q, keys.k, keys.v, window=index.size, start=keys.start, impl=impl, **how)
-    starts = keys.starts or [0] * b
-    pairs = sum(_window_pairs(keys.past, keys.length, first, index) for first in starts) * h
-    sinks = min(index.sinks, keys.length)
-    if sinks == 0 or keys.longest() <= index.size:
-        return local, pairs
-    device = q.device
-    first = torch.tensor(starts, device=device)[:, None]
-    places = first + torch.arange(sinks, device=device)  # [B, sinks]
-    rows = torch.arange(keys.past, keys.length, device=device)
-    mask = places[:, None, :] <= rows[:, None] - index.size  # [B, Tq, sinks]: left of the window
-    hkv = keys.k.shape[1]
-    spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
-    part = kernel.attend(
-        kernel.fold_groups(q, hkv),
-        gather_rows(keys.k, spread),
-        gather_rows(keys.v, spread),
-        mask=mask.repeat(1, h // hkv, 1)[:, None],
-        **how,
-    )
-    return merge(local, kernel.unfold_groups(part, h, tq)), pairs
-
-
-def _window_pairs(past: int, length: int, first: int, index: Window) -> int:
-    seen = torch.arange(max(past, first), length) - first + 1  # visible keys of each query of the row
-    return int((seen.clamp(max=index.size) + (seen - index.size).clamp(0, index.sinks)).sum())
-
-
-def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial, int]:
-    """Rows of one call in different phases of a method: those that read everything are taken one at a time,
-    in place."""
-    assert index.full is not None
-    h, hs = q.shape[1], index.tokens.shape[1]
-    group, hkv = h // hs, keys.k.shape[1]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-    part = gather_decode(q, keys.k, keys.v, index, check=False, **how)
-    out, lse = part.out.clone(), part.lse.clone()
-    counts = (
-        index.counts
-        if index.counts is not None
-        else torch.full_like(index.full, index.tokens.shape[3], dtype=torch.int)
-    )
-    pairs = int(torch.where(index.full, 0, counts).sum()) * group
-    for b, s, t in index.full.nonzero().tolist():
-        heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
-        first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
-        cut = (slice(b, b + 1), slice(kv, kv + 1), slice(first, end))
-        one = decode(q[b : b + 1, heads, t : t + 1], keys.k[cut], keys.v[cut], **how)
-        out[b : b + 1, heads, t : t + 1], lse[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype), one.lse
-        pairs += (end - first) * group
-    return Partial(out, lse), pairs
-
-
 def _count(
-    q: Tensor, keys: Keys, pairs: int | Tensor | None, *, loads_shared_by: int, rows: range | None = None
+    q: Tensor, keys: Keys, pairs: int | Tensor, *, loads_shared_by: int, rows: range | None = None
 ) -> Reads:
-    b, h, tq, _ = q.shape
-    rows = range(tq) if rows is None else rows
-    causal = causal_pairs(len(rows), keys.past + rows.stop, keys.starts, b) * h
-    return count_reads(q, keys.k, keys.v, causal if pairs is None else pairs, causal, loads_shared_by)
+    rows = range(keys.tq) if rows is None else rows
+    return count_reads(q, keys.k, keys.v, pairs, every_pair(q, keys, rows), loads_shared_by)
 
 
 def count_reads(

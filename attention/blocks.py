@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .budget import select_topk
-from .index import BlockIndex
 from .keys import Keys
+from .selection import BlockIndex
 
 
 class Grid(NamedTuple):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError, SpecError
-from .index import Index
 from .keys import Keys, State
+from .selection import Index
 from .summary import Summary
 from .whole import whole_number
 

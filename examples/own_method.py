@@ -11,9 +11,9 @@ import torch
 
 import farspan
 from farspan.attention.cost import Cost, Queries
-from farspan.attention.index import Index, TokenIndex
 from farspan.attention.keys import Keys
 from farspan.attention.method import AttentionMethod, require
+from farspan.attention.selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

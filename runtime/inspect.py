@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..attention.errors import FarspanError, SpecError
-from ..attention.index import Index
 from ..attention.keys import Keys
 from ..attention.mass import block_reads, visible_pairs
 from ..attention.method import AttentionMethod
 from ..attention.ops.block_max import block_max
 from ..attention.ops.flash import flash
+from ..attention.selection import Selection
 from ..attention.whole import whole_number
 from . import hf
 from .measure import ROWS
@@ -106,8 +106,8 @@ def inspect(
     drawn = _within(heads, "head", range(count), HEADS)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def observe(layer: int, q: Tensor, keys: Keys, index: Index) -> None:
-        seen[layer] = _look(q, keys, index, drawn, block)
+    def observe(layer: int, q: Tensor, keys: Keys, selection: Selection) -> None:
+        seen[layer] = _look(q, keys, selection, drawn, block)
 
     takes = None if decode.needs_recipe and not method.needs_recipe else recipe  # a decode's own is left out
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
@@ -136,7 +136,7 @@ def inspect(
     return Inspection(method=str(method), length=length, report=report, pictures=pictures)
 
 
-def _look(q: Tensor, keys: Keys, index: Index, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
+def _look(q: Tensor, keys: Keys, selection: Selection, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
     """The true attention and what was read, [heads, N, N] each."""
     number = torch.tensor(heads, device=q.device)
     hkv, length = keys.k.shape[1], keys.length
@@ -144,7 +144,7 @@ def _look(q: Tensor, keys: Keys, index: Index, heads: list[int], block: int) -> 
     how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
     lse = flash(some, k, k, **how).lse
     attention = block_max(some, k, lse, block_q=block, block_k=block, **how)[0]
-    read = block_reads(index, keys.tq, length, block, block, q.device)
+    read = block_reads(selection, keys.tq, length, block, block, q.device)
     return attention.float().cpu(), read[number * read.shape[0] // q.shape[1]].cpu()
 
 

@@ -12,11 +12,11 @@ from ..budget import topk_positions
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import group_scores
-from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
+from ..selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

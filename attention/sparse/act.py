@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
-from ..index import BlockIndex, Index, Rescaled
 from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo, methods, require
 from ..ops.block_sparse import block_sparse
@@ -20,7 +19,8 @@ from ..ops.flash import flash
 from ..ops.scores import scores
 from ..partial import add_sinks
 from ..received import attention_received
-from ..rescaled import HeadReads, attend_rescaled, of_heads
+from ..selection import BlockIndex, Index, Rescaled
+from ..selection.rescaled import HeadReads, attend_rescaled, of_heads
 from ..summary import Summary
 
 SINKS = "act_sinks"
@@ -140,8 +140,8 @@ class ACT(AttentionMethod):
         if self.chosen is not None:
             heads = heads[self.chosen.to(q.device)]
         keys.prepared = found
-        index = None if self.over is None else self.over.select_prefill(q, keys)
-        if isinstance(index, BlockIndex):
+        index = None if self.over is None else _select_blocks(self.over, q, keys)
+        if index is not None:
             means = self._means_of_candidates(q, keys, heads, index)
             shape = torch.tensor([keys.past, index.block_q, index.block_k])
             found = {**found, _BLOCKS: index.blocks, _COUNTS: index.counts, _SHAPE: shape}
@@ -164,9 +164,7 @@ class ACT(AttentionMethod):
         if (past, total) == (keys.past, keys.length):
             blocks, counts = keys.prepared[_BLOCKS], keys.prepared[_COUNTS]
             return BlockIndex(blocks=blocks, counts=counts, block_q=shape[0], block_k=shape[1])
-        index = over.select_prefill(q, keys)
-        assert index is None or isinstance(index, BlockIndex)
-        return index
+        return _select_blocks(over, q, keys)
 
     def _means_of_candidates(self, q: Tensor, keys: Keys, heads: Tensor, index: BlockIndex) -> Tensor:
         """``_means`` over what ``index`` names, 0 where the bound says that a key is no sink."""
@@ -282,6 +280,11 @@ def column_bound(maxima: Tensor, keys: Keys, block_q: int, block_k: int) -> Tens
     col = place // block_k
     total = after[:, :, own + 1, col] + part * maxima[:, :, own, col]
     return total / _watched(keys)
+
+
+def _select_blocks(over: AttentionMethod, q: Tensor, keys: Keys) -> BlockIndex | None:
+    """The selection of the method underneath: a method that estimates block maxima selects blocks."""
+    return cast("BlockIndex | None", over.select_prefill(q, keys))
 
 
 def _tiles(keys: Keys, columns: int) -> Iterator[Tensor]:

@@ -13,10 +13,10 @@ from ..blocks import Grid, covering
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import reduce_group
-from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.scores import scores
+from ..selection import Index
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 27}  # probabilities held at a time
 

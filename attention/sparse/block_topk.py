@@ -11,11 +11,11 @@ from ..blocks import Grid
 from ..budget import check_budget
 from ..cost import Cost, Queries
 from ..gqa import group_scores
-from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
+from ..selection import Index
 from ..summary import BlockPool, Summary
 
 

@@ -14,13 +14,13 @@ from ..blocks import Grid
 from ..budget import check_budget
 from ..cost import Cost, Queries
 from ..gqa import group_scores, reduce_group
-from ..index import Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..ops.select import top_k
 from ..received import columns_and_diagonals
+from ..selection import Index
 from ..summary import BlockPool, Summary
 
 

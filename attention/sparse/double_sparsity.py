@@ -11,10 +11,10 @@ from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..cost import Cost, Queries
 from ..errors import FarspanError
 from ..gqa import group_scores
-from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
+from ..selection import Index, TokenIndex
 from ..summary import Channels, Summary
 
 RANKINGS = ("q", "k", "qk")

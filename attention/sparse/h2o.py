@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..cost import Cost, Queries
-from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import top_k
 from ..received import attention_received
+from ..selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

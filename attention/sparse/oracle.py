@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 from ..blocks import Grid, covering
 from ..cost import Cost, Queries
 from ..gqa import reduce_group
-from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.scores import scores
+from ..selection import Index
 
 _TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
 

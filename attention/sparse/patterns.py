@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 from ..blocks import Grid
 from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
-from ..index import Band, Bands, BlockIndex, Index, TokenIndex, Window
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.select import by_threshold
+from ..selection import Band, Bands, BlockIndex, Index, TokenIndex, Window
 
 
 @dataclass(frozen=True, kw_only=True)

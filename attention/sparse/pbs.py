@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import reduce_group
-from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
@@ -20,6 +19,7 @@ from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
+from ..selection import BlockIndex, Index
 
 _TILE = 1 << 21  # antidiagonal probabilities held at a time
 

@@ -13,11 +13,11 @@ from ..budget import select_topk
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import group_scores
-from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.pool import pool
 from ..ops.scores import scores
+from ..selection import BlockIndex, Index
 
 _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 from ..blocks import Grid
 from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
-from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.block_sparse import block_sparse
@@ -21,6 +20,7 @@ from ..ops.flash import flash
 from ..ops.int4_scores import int4_block_max
 from ..ops.select import by_threshold
 from ..partial import add_sinks
+from ..selection import BlockIndex, Index
 from ..summary import Int4Keys, Summary
 
 DENSE = 1e-4  # a head with a threshold no higher is dense

@@ -11,11 +11,11 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, require
 from ..ops.select import top_k
 from ..received import attention_received
+from ..selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

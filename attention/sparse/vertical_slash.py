@@ -17,11 +17,11 @@ from ..budget import select_topk
 from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..gqa import reduce_group
-from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.select import by_mass, by_threshold
 from ..received import columns_and_diagonals
+from ..selection import BlockIndex, Index
 
 _MOST = 2**31 - 1  # of a budget
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attention.index import Bands, BlockIndex, Index, Window
-from ...attention.summary import by_start
 from ..group.autograd import gather as gather_with_gradient
 from ..group.comm import Ranks
 from .layout import Layout, Split
@@ -41,47 +39,6 @@ def gather_all(
     if past.length:
         new = torch.cat([gather_rows(torch.cat([past_k, past_v], -1), past, ranks, "gather"), new], -2)
     return new[..., :width], new[..., width:]
-
-
-def needed(
-    index: Index, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
-) -> Tensor:
-    """[B, Hkv, end] bool: the keys that queries ``chunk`` = [begin, end) read, told by their index.
-    ``starts`` are the first valid positions of the B rows; an index of a padded row counts from its own."""
-    begin, end = chunk
-    places = torch.arange(end, device=device)
-    first = torch.tensor(starts, device=device)[:, None]
-    valid = places >= first  # [B, end]
-    if index is None:
-        return valid[:, None].expand(-1, kv_heads, -1)
-    if isinstance(index, Window):
-        seen = valid & ((places > begin - index.size) | (places < first + index.sinks))
-        return seen[:, None].expand(-1, kv_heads, -1)
-    if isinstance(index, Bands):
-        seen = places < first + index.sinks
-        for stride, near, far in index.bands:
-            nearest = (places + near).clamp(min=begin)  # the first query that a band could be of
-            nearest = nearest + (places - nearest) % stride
-            read = nearest < end
-            seen = seen | (read if far is None else read & (nearest - places < far))
-        return (seen & valid)[:, None].expand(-1, kv_heads, -1)
-    if not isinstance(index, BlockIndex):
-        raise TypeError(
-            f"select_prefill answers with None, a Window, Bands or a BlockIndex; got {type(index).__name__}."
-        )
-    b, hs, nq, m = index.blocks.shape
-    used = torch.arange(m, device=device) < index.counts[..., None]
-    blocks = -(-end // index.block_k) + 1
-    chosen = torch.zeros(b, hs, blocks, dtype=torch.bool, device=device)
-    chosen.scatter_(2, torch.where(used, index.blocks.long(), blocks - 1).view(b, hs, nq * m), True)
-    chosen[..., -1] = False  # where the unused entries went
-    seen = torch.zeros(b, hs, end, dtype=torch.bool, device=device)
-    for start, rows in by_start(starts):
-        own = chosen[rows].repeat_interleave(index.block_k, -1)[..., : end - start]
-        if index.key_order is not None:
-            own = torch.zeros_like(own).scatter_(2, index.key_order[rows].long(), own)
-        seen[rows, :, start:] = own
-    return seen.unflatten(1, (kv_heads, -1)).any(2)
 
 
 def fetch(

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ...attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_prefill
+from ...attention.causal import causal_pairs
 from ...attention.dense import Dense
-from ...attention.index import causal_pairs
 from ...attention.keys import Keys
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial
+from ...attention.selection import EveryKey
 from ...attention.summary import Summaries
 from ..group.mesh import Mesh
 from .call import Share, Travel
@@ -111,7 +112,7 @@ def _dense(share: Share, best: Choice) -> tuple[Partial, Reads, Travel]:
                 starts=call.starts,
                 **share.how,
             )
-            result.put(slice(None), slot, run_prefill(_DENSE, q[:, :, slot], seen, None))
+            result.put(slice(None), slot, run_prefill(_DENSE, q[:, :, slot], seen, EveryKey()))
         return result.part, result.reads, travel
     how: dict[str, Any] = {"starts": call.starts, "past": past.layout, "past_k": past.k, "past_v": past.v}
     how |= share.how

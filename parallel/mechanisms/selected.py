@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ...attention.attend import Reads, run_prefill
-from ...attention.index import Index, Window
 from ...attention.keys import Keys, State
-from ...attention.method import AttentionMethod
+from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial, empty_partial
+from ...attention.selection import Selection, Window, as_selection
 from ...attention.summary import Summaries, Summary, count_entries
 from .call import Call, Share
 from .edges import Beyond, beyond
-from .gather import fetch, gather_all, gather_rows, needed
+from .gather import fetch, gather_all, gather_rows
 from .layout import Span
 
 
@@ -81,7 +81,7 @@ class _Piece(NamedTuple):
     cut: range
     q: Tensor
     keys: _ChunkKeys
-    chosen: Index
+    chosen: Selection
 
 
 def selected(
@@ -106,7 +106,7 @@ def selected(
             first = _first(call, piece.batch)
             chunk = (first + piece.keys.past, first + piece.keys.length)
             rows = [first] * piece.keys.k.shape[0]
-            wanted[piece.batch, :, : chunk[1]] |= needed(piece.chosen, chunk, rows, k.shape[1], k.device)
+            wanted[piece.batch, :, : chunk[1]] |= piece.chosen.needed(chunk, rows, k.shape[1], k.device)
         fetch(wanted, share.rows.k, share.rows.v, share.rows.layout, keys, values, ranks)
     result = Result(q, v.shape[3])
     if learns:
@@ -172,9 +172,9 @@ def _pieces(
             queries = edges.widened(q[batch, :, here], (a, b), low, high, batch)
             seen = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}))
             if window is not None:
-                chosen: Index = Window(size=window)
+                chosen: Selection = Window(size=window)
             else:
-                chosen = method.select_prefill(queries, seen)
+                chosen = as_selection(method.select_prefill(queries, seen), PREFILL)
             pieces.append(_Piece(batch, here, range(low, low + b - begin), queries, seen, chosen))
     return pieces
 

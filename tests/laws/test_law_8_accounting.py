@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import farspan
-from farspan.attention.index import causal_mask
+from farspan.attention.causal import causal_mask
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 
 from .tools import HKV, D, Data, H, Selection, Stream, every_method, leaves_out, recorded, replayed

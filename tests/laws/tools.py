@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from torch import Tensor
 
 import farspan
 from farspan.attention.attend import DECODE_ROWS, Reads, attend, tell
-from farspan.attention.index import Bands, BlockIndex, Rescaled, TokenIndex, Window, causal_mask
 from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
+from farspan.attention.selection import as_selection
 from farspan.attention.summary import Summaries
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
@@ -301,14 +302,8 @@ class Selection:
 
     def mask(self) -> Tensor:
         """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
-        if self.index is None:
-            return causal_mask(self.tq, self.tk, self.start, self.batch)
-        if isinstance(self.index, Window | Bands | Rescaled):
-            return self.index.to_mask(self.tq, self.tk, self.start, self.batch)
-        if isinstance(self.index, TokenIndex):
-            return self.index.to_mask(self.tq, self.tk, self.start)
-        assert isinstance(self.index, BlockIndex)
-        return self.index.to_mask(self.tq, self.tk)
+        selection = as_selection(self.index, self.phase)
+        return selection.to_mask(self.tq, self.tk, self.start, self.batch)
 
 
 @contextmanager
@@ -324,20 +319,13 @@ def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list
                     self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
                 ) -> Any:
                     index = original(self, q, keys)
-                    kept = _kept(index)
+                    kept = copy.deepcopy(index)  # later steps update a method's state in place
                     start = None if keys.start is None else keys.start.clone()
                     seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
                     return index
 
                 patching.setattr(cls, f"select_{phase}", select)
         yield seen
-
-
-def _kept(index: Any) -> Any:
-    """A copy that later steps, which update a method's state in place, cannot change."""
-    if not isinstance(index, TokenIndex):
-        return index
-    return dataclasses.replace(index, tokens=index.tokens.clone())
 
 
 @contextmanager
@@ -349,7 +337,7 @@ def replayed(method: AttentionMethod, selections: list[Selection]) -> Iterator[N
         selection = next(left)
         assert (selection.tq, selection.tk) == (q.shape[2], keys.length)
         index = selection.index
-        if isinstance(index, TokenIndex):
+        if getattr(index, "gathered", None) is not None:
             index = dataclasses.replace(index, gathered=None)
         return index
 

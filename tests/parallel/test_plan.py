@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import farspan
 from farspan.attention.errors import FarspanError
-from farspan.attention.index import Window
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import empty_partial
+from farspan.attention.selection import Window
 from farspan.cli.app import app
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms.decode import merge_ranks
-from farspan.parallel.mechanisms.gather import fetch, gather_all, needed
+from farspan.parallel.mechanisms.gather import fetch, gather_all
 from farspan.parallel.mechanisms.layout import Layout, usp_split, zigzag
 from farspan.parallel.mechanisms.pass_q import pass_q
 from farspan.parallel.mechanisms.ring import ring
@@ -171,7 +171,7 @@ def sent_by_fetch(group: Any, new: int, window: int) -> int:
     k, v = (torch.randn(1, 2, split.layout().count(ranks.rank), 8).bfloat16() for _ in range(2))
     wanted = torch.zeros(1, 2, new, dtype=torch.bool)
     for _, chunk in split.slots(ranks.rank):
-        wanted[:, :, : chunk[1]] |= needed(Window(size=window), chunk, [0], 2, k.device)
+        wanted[:, :, : chunk[1]] |= Window(size=window).needed(chunk, [0], 2, k.device)
     into = torch.empty(1, 2, new, 8).bfloat16(), torch.empty(1, 2, new, 8).bfloat16()
     fetch(wanted, k, v, split.layout(), *into, ranks)
     return sum(ranks.sent.values())

@@ -10,22 +10,22 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...partial import Partial
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def unsupported(
     q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
 ) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
-    from ...block_mask import not_in_a_block_mask
-
-    reasons = not_in_a_block_mask(index)
+    reasons = index.not_in_a_block_mask()
     if q.dtype == torch.float64:
         reasons.append("FlexAttention has no float64")
     if q.device.type == "cpu":
@@ -45,10 +45,8 @@ def unsupported(
 def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
 ) -> Partial:
-    from ...block_mask import to_block_mask
-
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    mask = to_block_mask(index, q.shape[2], k.shape[2], q.shape[1], transposed=needs_grad)
+    mask = index.to_block_mask(q.shape[2], k.shape[2], q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {
         "score_mod": _bend(softcap),
         "block_mask": mask,

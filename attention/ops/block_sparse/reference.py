@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...partial import Partial
 from ..reference import masked_attention
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def block_sparse(

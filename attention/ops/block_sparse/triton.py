@@ -12,12 +12,13 @@ The backward is in backward.py.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...partial import Partial, empty_partial
 from ..launch import finish
 from ..tile import (
@@ -35,6 +36,9 @@ from ..tile import (
     store_rows,
 )
 from .backward import backward
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def unsupported(

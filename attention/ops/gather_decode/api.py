@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...partial import Partial
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 IMPLS: Impls = {
     "reference": reference.gather_decode,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...partial import Partial, empty_partial
 from .. import kernel
 from ..rows import gather_rows
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def gather_decode(

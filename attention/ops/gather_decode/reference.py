@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...partial import Partial
 from ..reference import masked_attention
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def gather_decode(

@@ -13,11 +13,12 @@ the row's own count, which is read on the device.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...partial import Partial
 from .. import launch
 from ..combine import (
@@ -31,6 +32,9 @@ from ..combine import (
     tile_keys,
     tile_rows,
 )
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def unsupported(
