@@ -37,8 +37,8 @@ class Reads:
 
     pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
     kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query
-    loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method has read
-    to select. pairs and kv_bytes are 0-dimensional tensors where only the device knows them yet.
+    loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method has
+    read to select. pairs and kv_bytes are 0-dimensional tensors where only the device knows them yet.
     """
 
     pairs: int | Tensor = 0
@@ -111,8 +111,8 @@ def run_prefill(
     rows: range | None = None,
     impl: str = "auto",
 ) -> tuple[Partial, Reads]:
-    """Attention of prefill queries q [B, H, Tq, D] over ``index``, which ``method`` has selected, and what that
-    read. rows: the queries that are counted, where others only complete a block; None: all."""
+    """Attention of prefill queries q [B, H, Tq, D] over ``index``, which ``method`` has selected, and what
+    that read. rows: the queries that are counted, where others only complete a block; None: all."""
     rows = range(keys.tq) if rows is None else rows
     part, pairs = _run_prefill(q, keys, index, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
@@ -132,8 +132,8 @@ def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, ind
 def _prefill_rows(
     method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str, probe: Probe | None
 ) -> tuple[Partial, Reads]:
-    """Prefill of a padded batch, row by row: each row gives exactly what it gives alone, and no operation runs
-    on its padding."""
+    """Prefill of a padded batch, row by row: each row gives exactly what it gives alone, and no operation
+    runs on its padding."""
     result, total = empty_partial(q, keys.v.shape[-1]), Reads()
     out, lse = result.out, result.lse
     reasons = []
@@ -272,8 +272,8 @@ def _count(
 def count_reads(
     q: Tensor, k: Tensor, v: Tensor, pairs: int | Tensor, causal: int, loads_shared_by: int
 ) -> Reads:
-    """The ``Reads`` of ``pairs`` out of ``causal`` (query head, key) pairs, where ``loads_shared_by`` pairs share
-    one load of their key. Only the sizes of q, k and v are used."""
+    """The ``Reads`` of ``pairs`` out of ``causal`` (query head, key) pairs, where ``loads_shared_by`` pairs
+    share one load of their key. Only the sizes of q, k and v are used."""
     per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
     dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // k.shape[1]
     return Reads(

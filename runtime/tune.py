@@ -40,8 +40,8 @@ def tune(
     """Measure the crossover of each spec on the model's device and keep it in the user's cache folder.
 
     One layer's attention, selection included and at decode the append of the new token, on random tensors of
-    the model's geometry, beside farspan's dense attention. ``patch(..., crossover="auto")`` then runs a method
-    densely on fewer keys.
+    the model's geometry, beside farspan's dense attention. ``patch(..., crossover="auto")`` then runs a
+    method densely on fewer keys.
 
     lengths: numbers of keys, ascending (by default 512 to 16K in prefill, 1K to 128K at decode); those at
     which one dense call would pass 20 s are left out. repeats:
