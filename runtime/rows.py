@@ -7,7 +7,7 @@ A row that has no token yet is not served; its queries are padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
@@ -62,7 +62,7 @@ def served(
     *,
     ends: list[int] | None = None,
     short: bool,
-    crossover: dict[str, float],
+    crossover: Mapping[str, float],
     groups: list[range],
 ) -> Served:
     """The rows of a call that takes the sequence from ``past`` to ``total`` positions.
