@@ -1,9 +1,8 @@
-"""One call of one layer's attention: ask the method, run one operation per key set, merge, count what was
-read."""
+"""Attention of the queries of one call by one method: select, run one operation per key set, merge, count
+what was read."""
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -28,8 +27,8 @@ class Reads:
 
     pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
     kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query
-    loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method read to
-    decide. What was read is a 0-dimensional tensor where only the device knows it yet.
+    loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method has
+    read to select. pairs and kv_bytes are 0-dimensional tensors where only the device knows them yet.
     """
 
     pairs: int | Tensor = 0
@@ -40,7 +39,7 @@ class Reads:
     reason: str | None = None  # why every visible key was read although the method is selective
 
     def __iadd__(self, other: Reads) -> Reads:
-        """The counts of both; the reason stays."""
+        """Add the counts of ``other``; the reason stays."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
@@ -55,8 +54,11 @@ def attend(
     impl: str = "auto",
     probe: Probe | None = None,
 ) -> tuple[Partial, Reads]:
-    """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys``; out is in the dtype of q or
-    float32. ``probe`` looks on."""
+    """Attention of q [B, H, Tq, D] over what ``method`` selects of ``keys`` in ``phase``.
+
+    -> (out in the dtype of q or in float32, with its lse; what was read). impl: which implementation of
+    operations runs. probe: called around the stages of the call, where it is measured.
+    """
     if phase == DECODE:
         with _timed(probe, SELECTION, q):
             selection = as_selection(method.select_decode(q, keys), DECODE)
@@ -81,23 +83,13 @@ def attend(
 
 
 def _by_row(method: AttentionMethod, keys: Keys) -> bool:
-    """Whether padding would take part in what ``method`` selects in prefill: on the left as keys, on the
-    right as queries."""
+    """Whether each row must be served without its padding, which would have a part in what ``method`` selects
+    in prefill: on the left as keys, on the right as queries."""
     return any(keys.starts or ()) or (keys.ends is not None and method.tokens_ahead > 0)
 
 
 def _timed(probe: Probe | None, stage: str, q: Tensor) -> AbstractContextManager[None]:
     return nullcontext() if probe is None else probe.timed(stage, q.device)
-
-
-def tell(method: AttentionMethod, q: Tensor, keys: Keys) -> int:
-    """Tell a decode method that a prefill call of queries q [B, H, Tq, D] has run: of them it is given the
-    last ones, as many as it asks for. -> bytes that it has read."""
-    wanted = method.observation_window
-    if wanted is not None and wanted < keys.tq:
-        q, keys = q[:, :, -wanted:], dataclasses.replace(keys, tq=wanted)
-    method.on_prefill_end(q, keys)
-    return keys.summary_bytes
 
 
 def run_prefill(
@@ -109,8 +101,8 @@ def run_prefill(
     rows: range | None = None,
     impl: str = "auto",
 ) -> tuple[Partial, Reads]:
-    """Attention of prefill queries q [B, H, Tq, D] over what ``method`` has selected; ``rows``: the queries
-    that count, where others only complete a block."""
+    """Attention of prefill queries q [B, H, Tq, D] over ``selection``, which ``method`` has made, and what
+    that read. rows: the queries that are counted, where others only complete a block; None: all."""
     rows = range(keys.tq) if rows is None else rows
     part, pairs = selection.run_prefill(q, keys, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
@@ -119,7 +111,8 @@ def run_prefill(
 
 
 def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, selection: Selection) -> Reads:
-    """``reads`` with what selection cost and, where a selective method has read everything, why."""
+    """``reads`` with the bytes that selection has read and, where a selective method has read everything, the
+    reason."""
     reads.selection_bytes = keys.summary_bytes
     if selection.dense and phase in method.phases and method.selective:
         reads.reason = TOO_SHORT
@@ -129,8 +122,8 @@ def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, sel
 def _prefill_rows(
     method: AttentionMethod, phase: str, q: Tensor, keys: Keys, impl: str, probe: Probe | None
 ) -> tuple[Partial, Reads]:
-    """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs
-    nothing."""
+    """Prefill of a padded batch, row by row: each row gives exactly what it gives alone, and no operation
+    runs on its padding."""
     result, total = empty_partial(q, keys.v.shape[-1]), Reads()
     out, lse = result.out, result.lse
     reasons = []
@@ -158,8 +151,8 @@ def _count(
 def count_reads(
     q: Tensor, k: Tensor, v: Tensor, pairs: int | Tensor, causal: int, loads_shared_by: int
 ) -> Reads:
-    """Reads of ``pairs`` out of ``causal`` (query head, key) pairs; ``loads_shared_by`` pairs share a load of
-    their key. Of q, k and v only the sizes are looked at."""
+    """The ``Reads`` of ``pairs`` out of ``causal`` (query head, key) pairs, where ``loads_shared_by`` pairs
+    share one load of their key. Only the sizes of q, k and v are used."""
     per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
     dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // k.shape[1]
     return Reads(

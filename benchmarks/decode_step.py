@@ -19,7 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from farspan.attention.method import LayerInfo, parse_method
 from farspan.runtime.hf import KVStoreLayer
-from farspan.runtime.layer import Layer, Session
+from farspan.runtime.layer import Layer
+from farspan.runtime.session import Session
 
 from .record import interleaved, save, table
 

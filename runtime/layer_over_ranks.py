@@ -1,18 +1,17 @@
-"""One call of a patched layer whose keys are spread over ranks."""
+"""Where the keys of a layer's call are when its sequence is sharded over ranks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS, attend
+from ..attention.attend import DECODE_ROWS, Reads
 from ..attention.dense import Dense
-from ..attention.keys import Keys
-from ..attention.method import DECODE, PREFILL, AttentionMethod
-from ..attention.ops.dispatch import implementations
+from ..attention.keys import State
+from ..attention.mass import Probe
+from ..attention.method import DECODE, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import SomeRows, Summaries, Summary
@@ -25,11 +24,10 @@ from ..parallel.mechanisms.keys import ShardedKeys
 from ..parallel.mechanisms.layout import Layout
 from ..parallel.mechanisms.prefill import prefill
 from ..parallel.mechanisms.selected import last_queries
-from .rows import Done
+from .layer_call import LocalKeys
+from .padding import Padding
+from .rows import Run
 from .shard import ShardStore
-
-if TYPE_CHECKING:
-    from .layer import Layer
 
 _CALL = "_farspan_call"
 _SHORT = "the prompt is so short that every rank computes it"
@@ -49,61 +47,100 @@ def carried(mask: Tensor | None) -> Call | None:
     return getattr(mask, _CALL, None)
 
 
-def spread(
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    store: ShardStore,
-    call: Call,
-    mesh: Mesh,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> list[Done]:
-    """Attention of q [B, H, n, D] over all ranks' keys, the new ones k, v [B, Hkv, n, D] included.
+class KeysOverRanks:
+    """The keys of a call of a layer whose sequence is sharded over ranks (a ``KeySource``).
 
-    The n tokens are this rank's share (``call.split``), or the same on every rank.
+    q [B, H, n, D], k, v [B, Hkv, n, D]: this rank's part of the call's tokens (``call.split``), or, without a
+    split, all of them, the same on every rank. ends: where rows end. kept: whether ``store`` outlives the
+    call.
     """
-    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    sent = mesh.sent()
-    past = _take(k, v, store, call)
-    _extend(layer, k, store, past, call, mesh)
-    short = call.split is None and call.past > 0
-    ends = layer.session.ends_below(call.total)
-    batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states, ends)
-    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, scale, softcap)
-    done = []
-    for run in batch.runs:
-        method, rows = layer.method(run), run.rows
-        with implementations() as ran:
-            if share is not None:
-                part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
-            elif run.phase == DECODE:
-                state = {} if run.below else store.states.of(str(method), rows, call.past, call.total)
-                keys = sharded_keys(q, store, call, **how).some_rows(rows, state)
-                part, reads = decode(method, q[rows], keys, None)
-                size = (mesh.ranks.size - 1) * _partial_bytes(q[rows], v.shape[3])
-                travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
-            else:  # every key of these rows has just been computed here
-                here = Keys(k=k, v=v, tq=q.shape[2], **_padding_within(call), **how)
-                part, reads = attend(method, PREFILL, q[rows], here.some_rows(rows, {}))
-                travel = Travel("none", _SHORT)
-        sent, travel.sent = mesh.sent(), mesh.sent() - sent
-        done.append(Done(run, part, reads, ran, travel))
-    if batch.told and _told(layer.decode):
-        wanted = layer.decode.observation_window
-        n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
-        last = q[:, :, -n:] if share is None else last_queries(share, n)
-        keys = sharded_keys(last, store, call, **how)
-        for rows in batch.told:
-            state = store.states.of(str(layer.decode), rows, call.past, call.total)
-            layer.decode.on_prefill_end(last[rows], keys.some_rows(rows, state))
-        travel.sent += mesh.sent() - sent
-    return done
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: ShardStore,
+        call: Call,
+        mesh: Mesh,
+        *,
+        scale: float,
+        softcap: float | None,
+        ends: list[int] | None,
+        kept: bool,
+    ) -> None:
+        self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
+        self.scale, self.softcap, self.ends, self.kept = scale, softcap, ends, kept
+        self.past, self.total, self.starts = call.past, call.total, call.starts
+        self.short = call.split is None and call.past > 0
+        self.states = store.states
+        self._share: Share | None = None  # of a call that is split
+        self._sent = mesh.sent()
+
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
+        """Store the new keys and values; bring the block summaries up to date that a method selects by."""
+        store, call, mesh = self.store, self.call, self.mesh
+        past = _take(self.k, self.v, store, call)
+        asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
+        _extend(asked, self.k, store, past, call, mesh)
+        if call.split is not None:
+            self._share = Share(self.q, self.k, self.v, store.rows, call, mesh, self.scale, self.softcap)
+
+    def newly_sent(self) -> int:
+        """Bytes that this rank has sent since the last time this was called."""
+        before, self._sent = self._sent, self.mesh.sent()
+        return self._sent - before
+
+    def keys(self, rows: slice, state: State, tq: int) -> ShardedKeys:
+        every = _are_all(rows, self.q)
+        keys = ShardedKeys(
+            k=self.store.rows.k,
+            v=self.store.rows.v,
+            tq=tq,
+            scale=self.scale,
+            softcap=self.softcap,
+            start=self.call.start,
+            starts=self.starts,
+            ends=self.ends,
+            state=state,
+            summaries=self.store.summaries,
+            total=self.total,
+            layout=self.store.layout,
+            ranks=self.store.ranks,
+            shared=self.store.shared,
+        )
+        return keys if every else keys.some_rows(rows, state)
+
+    def last_queries(self, count: int) -> Tensor:
+        return self.q[:, :, -count:] if self._share is None else last_queries(self._share, count)
+
+    def attend(
+        self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
+    ) -> tuple[Partial, Reads, Travel | None]:
+        """As ``KeySource.attend``. A call over ranks is not measured, so there is no ``probe``."""
+        if self._share is not None:
+            part, reads, travel = prefill(method, *_some_rows(self._share, self.store.shared, run.rows), None)
+        elif run.phase == DECODE:
+            q = self.q[run.rows]
+            part, reads = decode(method, q, self.keys(run.rows, state, q.shape[2]), None)
+            size = (self.mesh.ranks.size - 1) * _partial_bytes(q, self.v.shape[3])
+            travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
+        else:  # every key of these rows has just been computed here
+            here = LocalKeys(
+                self.q,
+                self.k,
+                self.v,
+                scale=self.scale,
+                softcap=self.softcap,
+                padding=_padding_within(self.call),
+            )
+            part, reads, _ = here.attend(method, run, state, None)
+            travel = Travel("none", _SHORT)
+        travel.sent = self.newly_sent()
+        return part, reads, travel
 
 
-def spread_window(
+def window_over_ranks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,17 +152,19 @@ def spread_window(
     scale: float,
     softcap: float | None,
 ) -> Partial:
-    """The same of a layer with the model's own sliding ``window``."""
-    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    """Attention of a layer with the model's own sliding ``window``; arguments as in ``KeysOverRanks``."""
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
         share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
         part = prefill(_DENSE, share, store.shared, window)[0]
     elif call.past:
-        part = decode(_DENSE, q, sharded_keys(q, store, call, **how), window)[0]
+        keys = KeysOverRanks(
+            q, k, v, store, call, mesh, scale=scale, softcap=softcap, ends=None, kept=True
+        ).keys(slice(0, q.shape[0]), {}, q.shape[2])
+        part = decode(_DENSE, q, keys, window)[0]
     else:
-        part = flash(q, k, v, window=window, start=call.start, **how)
+        part = flash(q, k, v, window=window, start=call.start, scale=scale, softcap=softcap)
     _forget(store, window, call, mesh)
     return part
 
@@ -141,17 +180,17 @@ def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
     return past
 
 
-def _padding_within(call: Call) -> dict[str, Any]:
+def _padding_within(call: Call) -> Padding:
     """Where rows begin, counted from the call's first token."""
     if call.start is None or call.starts is None:
-        return {}
+        return Padding()
     starts = [max(first - call.past, 0) for first in call.starts]
-    return {"start": (call.start - call.past).clamp(min=0), "starts": starts}
+    return Padding((call.start - call.past).clamp(min=0), starts)
 
 
 def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Summaries]:
     """A share, and the entries of all keys, of some rows of the batch."""
-    if rows == slice(0, share.q.shape[0]):
+    if _are_all(rows, share.q):
         return share, shared
     call, start = share.call, None
     starts = None if call.starts is None else call.starts[rows]
@@ -161,27 +200,6 @@ def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Sum
     held = Rows(share.rows.k[rows], share.rows.v[rows], share.rows.layout)
     call = call._replace(start=start, starts=None if start is None else starts)
     return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(shared, share.k, None, rows)
-
-
-def sharded_keys(
-    q: Tensor, store: ShardStore, call: Call, *, scale: float, softcap: float | None
-) -> ShardedKeys:
-    """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
-    rows = store.rows
-    return ShardedKeys(
-        k=rows.k,
-        v=rows.v,
-        tq=q.shape[2],
-        scale=scale,
-        softcap=softcap,
-        start=call.start,
-        starts=call.starts,
-        summaries=store.summaries,
-        total=store.total,
-        layout=rows.layout,
-        ranks=store.ranks,
-        shared=store.shared,
-    )
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
@@ -201,9 +219,10 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
-    """Bring the block summaries up to date that some method of the layer is going to select by."""
-    asked = (*layer.decode.summaries, *(() if call.split is None else layer.prefill.summaries))
+def _extend(
+    asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh
+) -> None:
+    """Bring those of the summaries ``asked`` up to date that are of blocks."""
     wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
@@ -220,8 +239,9 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
         store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]
 
 
-def _told(method: AttentionMethod) -> bool:
-    return type(method).on_prefill_end is not AttentionMethod.on_prefill_end
+def _are_all(rows: slice, x: Tensor) -> bool:
+    """Whether these are all rows of a batch like x [B, ...]."""
+    return rows.stop - rows.start == x.shape[0]
 
 
 def _partial_bytes(q: Tensor, value_dim: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
 from ..attention.whole import whole_number
@@ -20,10 +21,11 @@ from ..parallel.group.mesh import Mesh
 from . import hf
 from .crossover import crossovers
 from .cuts import Chunking
-from .layer import DECODE_ROWS, Layer, Notices, Session
+from .layer import Layer
 from .measure import Observer, rows_to_measure
 from .recipe import Recipe
 from .report import LayerReport, Report
+from .session import Notices, Session
 
 __all__ = ["Patched", "Report", "patch", "resolve"]
 

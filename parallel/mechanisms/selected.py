@@ -99,7 +99,7 @@ def selected(
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
     edges = _Edges(share, 1 if window is not None else method.block_multiple)
-    pieces = _pieces(method, share, keys, values, shared, window, edges)
+    pieces, prepare_bytes = _pieces(method, share, keys, values, shared, window, edges)
     if not whole:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
         for piece in pieces:
@@ -109,6 +109,7 @@ def selected(
             wanted[piece.batch, :, : chunk[1]] |= piece.chosen.needed(chunk, rows, k.shape[1], k.device)
         fetch(wanted, share.rows.k, share.rows.v, share.rows.layout, keys, values, ranks)
     result = Result(q, v.shape[3])
+    result.reads.selection_bytes = prepare_bytes
     if learns:
         result.hang_on(keys, values, *edges.arrived)
     for piece in pieces:
@@ -132,8 +133,9 @@ def _pieces(
     shared: Summaries,
     window: int | None,
     edges: _Edges,
-) -> list[_Piece]:
-    """This rank's chunks, a padded batch row by row, each with what the method selects for it."""
+) -> tuple[list[_Piece], int]:
+    """This rank's chunks, a padded batch row by row, each with what the method selects for it; and the bytes
+    that ``prepare_prefill`` has read."""
     q, call = share.q, share.call
     complete = method.reads_keys and window is None
     batches = [slice(0, q.shape[0])]
@@ -154,12 +156,14 @@ def _pieces(
         )
 
     prepared: dict[int, State] = {}
+    prepare_bytes = 0
     if window is None and (n := min(method.last_queries, call.total - call.past)):
         last = last_queries(share, n)
         for batch in batches:
             queries = last[batch, :, -(call.total - max(_first(call, batch), call.past)) :]
-            found = method.prepare_prefill(queries, view(batch, call.total, queries.shape[2], {}))
-            prepared[batch.start] = found
+            whole = view(batch, call.total, queries.shape[2], {})
+            prepared[batch.start] = method.prepare_prefill(queries, whole)
+            prepare_bytes += whole.summary_bytes
     pieces = []
     for slot, (a, b) in share.split.slots(share.rank):
         for batch in batches:
@@ -176,7 +180,7 @@ def _pieces(
             else:
                 chosen = as_selection(method.select_prefill(queries, seen), PREFILL)
             pieces.append(_Piece(batch, here, range(low, low + b - begin), queries, seen, chosen))
-    return pieces
+    return pieces, prepare_bytes
 
 
 def last_queries(share: Share, n: int) -> Tensor:

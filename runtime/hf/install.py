@@ -14,12 +14,13 @@ from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..cuts import Chunking
-from ..layer import Layer, Session
+from ..layer import Layer
 from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
+from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
-from .decoder_over_ranks import spread_forward, told_to_all
+from .decoder_over_ranks import spread_forward, stopping_all_ranks
 from .hooks import Hook
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .models import FULL, ModelInfo, calls_attention
@@ -59,7 +60,7 @@ def install(
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.tokens_ahead})
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with told_to_all(session.mesh):
+        with stopping_all_ranks(session.mesh):
             return None if _switched_off(module, session) else _begin(module, args, kwargs, session, ahead)
 
     before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)

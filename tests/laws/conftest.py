@@ -11,6 +11,7 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
+from ..parallel.jobs import Case, model_of
 from .tools import CALIBRATION, Data, layer_info
 
 
@@ -53,9 +54,8 @@ def _tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
 
 
-@pytest.fixture(scope="session")
-def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
-    """The recipe that a method needs, calibrated on the tiny model; None for methods that need none."""
+def _calibrated(model: Any) -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs, calibrated on ``model`` once; None for methods that need none."""
     made: dict[str, Any] = {}
 
     def get(method: AttentionMethod) -> Any:
@@ -68,6 +68,18 @@ def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
         return made[str(method)]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs on the tiny model."""
+    return _calibrated(model)
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs on the model of the cases that run over ranks."""
+    return _calibrated(model_of(Case()))
 
 
 @pytest.fixture

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 import farspan
-from farspan.attention.attend import DECODE_ROWS, Reads, attend, tell
+from farspan.attention.attend import Reads
 from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
-from farspan.attention.summary import Summaries
+from farspan.runtime.cache import KVStore
+from farspan.runtime.layer_call import LayerCall, LocalKeys
+from farspan.runtime.padding import Padding
+from farspan.runtime.rows import total_reads
+from farspan.runtime.state import States
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
 
@@ -243,46 +247,56 @@ class Data:
 
 
 class Stream:
-    """One layer's attention called again and again on growing keys, as a patched layer does it."""
+    """One layer called again and again on a growing store, by the object that a patched layer calls.
+
+    impl: which implementation of operations. fresh: make summaries anew at every call.
+    """
 
     def __init__(
         self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False
     ) -> None:
-        self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
-        self.state: dict[str, Tensor] = {}
-        self.summaries = Summaries()
-        self.length = 0
+        dense = farspan.parse_method("dense")
+        phases = ((method if phase in method.phases else dense) for phase in (PREFILL, DECODE))
+        self.layer_call, self.store = LayerCall(*phases), KVStore()
+        self.data, self.impl, self.fresh = data, impl, fresh
         self.reads: list[Reads] = []
+
+    @property
+    def length(self) -> int:
+        """Positions so far; set, they are the data's, on a new store without summaries and state."""
+        return self.store.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.store.reset()
+        if length:
+            self.store.append(self.data.k[:, :, :length], self.data.v[:, :, :length])
+
+    @property
+    def state(self) -> States:
+        """What the method keeps over time."""
+        return self.store.states
 
     def call(self, upto: int) -> Partial:
         """Attention of the queries at self.length .. upto - 1."""
-        past, tq = self.length, upto - self.length
-        phase = DECODE if past and tq <= DECODE_ROWS else PREFILL
-        method = self.method if phase in self.method.phases else farspan.parse_method("dense")
-        q = self.data.q[:, :, past:upto]
-        part, reads = attend(method, phase, q, self._keys(upto, tq), impl=self.impl)
-        if phase == PREFILL and DECODE in self.method.phases:
-            tell(self.method, q, self._keys(upto, tq))
-        self.length = upto
-        self.reads.append(reads)
-        return part
+        new = slice(self.length, upto)
+        q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
+        keys, values = self.store.append(k, v)
+        if self.fresh:
+            self.store.summaries.clear()
+        padding = None
+        if self.data.starts is not None:
+            starts = [min(first, upto) for first in self.data.starts]  # as a mask of these positions says
+            padding = Padding(torch.tensor(starts), starts)
+        how: dict[str, Any] = {"scale": self.data.scale, "padding": padding, "impl": self.impl}
+        called = self.layer_call(LocalKeys(q, keys, values, store=self.store, **how))
+        self.reads.append(total_reads(called.done))
+        return called.part(q, v.shape[3])
 
     def run(self, cuts: list[int]) -> Partial:
         """All calls ending at ``cuts``, side by side."""
         parts = [self.call(cut) for cut in cuts]
         return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
-
-    def _keys(self, upto: int, tq: int) -> Keys:
-        starts = self.data.starts
-        return Keys(
-            k=self.data.k[:, :, :upto],
-            v=self.data.v[:, :, :upto],
-            tq=tq,
-            scale=self.data.scale,
-            start=None if starts is None else torch.tensor(starts),
-            state=self.state,
-            summaries=Summaries() if self.fresh else self.summaries,
-        )
 
 
 def decode_cuts(prompt: int, steps: int) -> list[int]:
