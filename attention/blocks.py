@@ -55,15 +55,17 @@ class Grid(NamedTuple):
         return (self.cols >= first[:, None]) & (self.cols <= last[:, None])
 
     def choose(
-        self, ranked: Tensor, forced: Tensor, size: int | Tensor, most: int | None = None
+        self, ranked: Tensor, forced: Tensor, size: int | Tensor, max_blocks: int | None = None
     ) -> BlockIndex:
         """Those in ``forced`` [Nq, Nk] and, ranked [B, Hs, Nq, Nk] highest first (-inf: not to be had), as
-        many more as make ``size``, one number or one per row. most: where it is known without asking the
-        device, how many blocks a row reads at most."""
+        many more as make ``size``, one number or one per row. max_blocks: how many blocks a row reads at
+        most, where that is known without waiting for the device."""
         size = torch.maximum(torch.as_tensor(size, device=ranked.device), forced.sum(-1))
         size = size.expand(ranked.shape[:3])
         blocks, counts = select_topk(
-            ranked.masked_fill(forced, torch.inf), size, min(most or ranked.shape[3], ranked.shape[3])
+            ranked.masked_fill(forced, torch.inf),
+            size,
+            min(max_blocks or ranked.shape[3], ranked.shape[3]),
         )
         assert counts is not None
         return BlockIndex(blocks=blocks.int(), counts=counts, block_q=self.block_q, block_k=self.block_k)

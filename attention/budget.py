@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import require
 from .errors import SpecError
 from .keys import Keys, Peers
-from .method import AttentionMethod, require
+from .method import AttentionMethod
 from .ops.select import top_k
 
 

@@ -17,7 +17,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from farspan.attention.method import LayerInfo, parse_method
+from farspan.attention.method import LayerInfo
+from farspan.attention.spec import parse_method
 from farspan.runtime.hf import KVStoreLayer
 from farspan.runtime.layer import Layer, Session
 

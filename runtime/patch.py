@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError, SpecError, Unsupported
-from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
-from ..attention.whole import whole_number
+from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
 from .crossover import crossovers
@@ -120,7 +121,7 @@ def patch(
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         tokens = -(-max(chunk, DECODE_ROWS + 1) // block_multiple) * block_multiple
-        by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
+        by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
@@ -307,7 +308,7 @@ def _check_recipe(
         return
     methods = [method for pair in chosen for method in pair]
     need = [method for method in methods if method.needs_recipe]
-    lack = list(dict.fromkeys(method.name for method in need if not getattr(method, "recipe", "")))
+    lack = list(dict.fromkeys(method.name for method in need if not method.recipe))
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
         raise FarspanError(
@@ -370,14 +371,10 @@ def serve(
             f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
             ["it decides for all heads of a layer together, and each rank has but some of them"],
         )
-    over = getattr(method, "over", None)  # a method that this one goes over, with a recipe of its own
-    inner = {} if over is None else learned(over, layer, None, geometry, within=method.name).weights or {}
-    layer = learned(method, layer, recipe, geometry)
-    if inner:
-        layer = replace(
-            layer, weights={**(layer.weights or {}), **{f"over.{n}": x for n, x in inner.items()}}
-        )
-    return method.for_layer(layer)
+    inner = None
+    if method.over is not None:
+        inner = learned(method.over, layer, None, geometry, within=method.name).weights
+    return method.for_layer(replace(learned(method, layer, recipe, geometry), over_weights=inner))
 
 
 def learned(
@@ -392,7 +389,7 @@ def learned(
     within: the method that goes over it, if one does."""
     if not method.needs_recipe:
         return layer
-    source = getattr(method, "recipe", "") or recipe  # its own comes first: two methods may need one each
+    source = method.recipe or recipe  # its own comes first: two methods may need one each
     if source is None:
         own = f"{method.name}:recipe=PATH"
         how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..budget import topk_positions
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
 

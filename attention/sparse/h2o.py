@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import require
 from ..cost import Cost, Queries
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import top_k

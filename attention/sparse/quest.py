@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..budget import budget, budget_at, check_budget, max_budget, select_topk
+from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.scores import scores
 from ..summary import BlockPool, Summary
 

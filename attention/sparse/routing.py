@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
 from ..budget import select_topk
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import group_scores
 from ..index import BlockIndex, Index
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
 from ..ops.pool import pool
 from ..ops.scores import scores
 
@@ -45,8 +47,6 @@ class Routing(AttentionMethod):
     name: ClassVar[str] = "routing"
     title: ClassVar[str] = "Routing Transformer, training-free"
     paper: ClassVar[str] = "2003.05997"
-    lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
 
     k: int = 1024
     clusters: int = 16
@@ -70,6 +70,14 @@ class Routing(AttentionMethod):
                 f"routing takes k of at least block + segment and block + window + sinks, here {least}, "
                 f"since queries before the end of the first segment read everything; got k={self.k}."
             )
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
+
+    @property
+    def reads_keys(self) -> bool:
+        return True
 
     @property
     def block_multiple(self) -> int:

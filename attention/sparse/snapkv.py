@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.select import top_k
 from ..received import attention_received
 

@@ -1,0 +1,32 @@
+"""The single keys that decode queries read of a pattern of regular distances."""
+
+from __future__ import annotations
+
+import torch
+
+from ..index import Bands, TokenIndex
+from ..keys import Keys
+
+
+def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
+    """The keys that each decode query reads, one by one, the query's own first."""
+    device, length = keys.k.device, keys.longest()
+    ends = [length if band.far is None else min(band.far, length) for band in index.bands]
+    near = torch.cat(
+        [torch.arange(n, max(n, end), s) for (s, n, _), end in zip(index.bands, ends, strict=True)]
+    ).to(device)
+    first = torch.zeros(1, dtype=torch.long, device=device) if keys.start is None else keys.start
+    rows = torch.arange(keys.past, keys.length, device=device)[:, None]
+    sinks = (first[:, None] + torch.arange(index.sinks, device=device))[:, None]  # [B or 1, 1, sinks]
+    distance = rows - sinks
+    fresh = (distance >= 0) & ~index.hold(distance.clamp(min=0))  # [B or 1, Tq, sinks]
+    chosen = torch.cat([(rows - near).expand(*fresh.shape[:2], -1), sinks.expand(*fresh.shape)], 2)
+    read = torch.cat([rows - near >= first[:, None, None], fresh], 2)
+    order = (~read).int().sort(dim=2, stable=True).indices  # what is read comes first
+    counts = read.sum(2)
+    room = chosen.shape[2] if device.type != "cpu" else int(counts.max())
+    chosen = chosen.gather(2, order[..., :room])
+    within = torch.arange(room, device=device) < counts[..., None]
+    chosen = torch.where(within, chosen, chosen[..., :1])
+    shape = (keys.k.shape[0], keys.k.shape[1], keys.tq)
+    return TokenIndex(tokens=chosen[:, None].expand(*shape, room), counts=counts[:, None].expand(shape).int())
