@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .selection.ragged import counted_first
+
 _ENTRIES = 1 << 22  # of an index, looked at at a time to count what it names
 
 
@@ -285,6 +287,14 @@ class TokenIndex:
     counts: Tensor | None = None
     full: Tensor | None = None
     gathered: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def ragged(
+        candidates: Tensor, counted: Tensor, *, ascending: bool = False, full: Tensor | None = None
+    ) -> TokenIndex:
+        """An index of the candidates [B, Hs, Tq, K] that count, as ``counted_first`` arranges them."""
+        tokens, counts = counted_first(candidates, counted, ascending=ascending)
+        return TokenIndex(tokens=tokens, counts=counts, full=full)
 
     def check(self, tk: int) -> None:
         """Raise ValueError where a query's counted tokens are not distinct positions among Tk keys."""
