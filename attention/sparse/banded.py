@@ -6,6 +6,7 @@ import torch
 
 from ..index import Bands, TokenIndex
 from ..keys import Keys
+from ..selection.ragged import counted_first
 
 
 def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
@@ -22,11 +23,9 @@ def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
     fresh = (distance >= 0) & ~index.hold(distance.clamp(min=0))  # [B or 1, Tq, sinks]
     chosen = torch.cat([(rows - near).expand(*fresh.shape[:2], -1), sinks.expand(*fresh.shape)], 2)
     read = torch.cat([rows - near >= first[:, None, None], fresh], 2)
-    order = (~read).int().sort(dim=2, stable=True).indices  # what is read comes first
-    counts = read.sum(2)
-    room = chosen.shape[2] if device.type != "cpu" else int(counts.max())
-    chosen = chosen.gather(2, order[..., :room])
-    within = torch.arange(room, device=device) < counts[..., None]
-    chosen = torch.where(within, chosen, chosen[..., :1])
     shape = (keys.k.shape[0], keys.k.shape[1], keys.tq)
-    return TokenIndex(tokens=chosen[:, None].expand(*shape, room), counts=counts[:, None].expand(shape).int())
+    tokens, counts = counted_first(chosen, read)
+    return TokenIndex(
+        tokens=tokens[:, None].expand(*shape, -1),
+        counts=None if counts is None else counts[:, None].expand(shape),
+    )

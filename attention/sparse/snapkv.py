@@ -89,13 +89,11 @@ class SnapKV(AttentionMethod):
         for b, first in enumerate(keys.starts or ()):
             if end - first <= self.k:  # a prompt that stays whole
                 tokens = tokens.clone()
-                tokens[b] = first + torch.arange(tokens.shape[3], device=device)
+                tokens[b] = (first + torch.arange(tokens.shape[3], device=device)).clamp(max=keys.length - 1)
         kept = torch.tensor([min(self.k, end - first) for first in keys.starts or [0]])
         counts = kept[:, None] + torch.arange(keys.past + 1 - end, keys.length + 1 - end)  # [B, Tq]
         counts = counts.clamp(min=0).to(device)[:, None].expand(tokens.shape[:3])
-        within = torch.arange(tokens.shape[3], device=device) < counts[..., None]
-        tokens = torch.where(within, tokens, tokens[..., :1].clamp(max=keys.length - 1))
-        return TokenIndex(tokens=tokens, counts=counts.int(), full=full)
+        return TokenIndex.ragged(tokens, counts, full=full)
 
     def _choose(self, q: Tensor, keys: Keys, length: int) -> None:
         """Let queries q [B, H, n, D], the last of ``length`` positions, say which k of them stay."""
@@ -111,6 +109,6 @@ class SnapKV(AttentionMethod):
         if keys.start is not None:
             padding = torch.arange(before, device=q.device) < keys.start[:, None, None]
             received = received.masked_fill(padding, -torch.inf)
-        best = top_k(received, self.k - self.window)
+        kept = top_k(received, self.k - self.window)
         window = torch.arange(before, length, device=q.device).expand(b, hkv, -1)
-        keys.state["tokens"] = torch.cat([best, window], 2)
+        keys.state["tokens"] = torch.cat([kept, window], 2)
