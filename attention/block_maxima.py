@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .keys import Keys
-from .method import AttentionMethod
+from .method import AttentionMethod, LayerInfo
 
 
 class BlockMaxima(NamedTuple):
@@ -23,6 +23,9 @@ class BlockMaxima(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class EstimatesBlockMaxima(AttentionMethod):
     """Base of such methods. ``act`` goes over one of them: the maxima tell it which keys cannot be sinks."""
+
+    def for_layer(self, layer: LayerInfo) -> EstimatesBlockMaxima | None:
+        return None if layer.index < self.dense_layers else self
 
     def block_maxima(self, q: Tensor, keys: Keys) -> BlockMaxima:
         """The estimates for the prefill queries q [1, H, Tq, D]."""

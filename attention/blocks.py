@@ -79,3 +79,10 @@ def covering(shares: Tensor, forced: Tensor, mass: float) -> Tensor:
     before = taken + rest.cumsum(-1) - rest
     goal = mass * shares.sum(-1, keepdim=True)
     return forced.sum(-1) + ((before < goal) & (rest > 0)).sum(-1)
+
+
+def marked(chosen: Tensor, counts: Tensor, n: int) -> Tensor:
+    """[..., n] bool: the first ``counts`` [...] of the places ``chosen`` [..., M]."""
+    used = torch.arange(chosen.shape[-1], device=chosen.device) < counts[..., None]
+    marked = torch.zeros(*chosen.shape[:-1], n + 1, dtype=torch.bool, device=chosen.device)
+    return marked.scatter_(-1, torch.where(used, chosen, n), True)[..., :n]

@@ -34,13 +34,12 @@ class ACT(AttentionMethod):
     A key is a sink of a head where the mean of its column of the attention matrix, over the queries of the
     call that see it, is above ``threshold``; token 0 is never one. In each row the probabilities of sinks are
     multiplied by beta, and the others grow in proportion until the row sums to 1 again. This is a weight on
-    two partial results, sinks and others, when they are merged: no attention matrix is made.
+    two partial results, sinks and others, in their merge: no attention matrix is made.
 
     over: another prefill method whose attention is calibrated, as in ``act:over=(sale:threshold=1)``. It
     estimates block maxima, and only columns that can be sinks by ``column_bound`` are summed: no sink is
     missed where the maxima are true or too high. Rows are normalised over the keys that they read. Its recipe
-    is its own ``recipe=``. Without ``over`` attention is dense, and every column of a calibrated head is
-    summed.
+    is its own ``recipe=``. Without ``over`` attention is dense and every column is summed.
 
     heads: "chosen", those of the recipe, which are found by their effect on a text's likelihood (``farspan
     calibrate --method act``); or "all". Layers ``first`` to ``last`` are calibrated, by default those of the
@@ -87,11 +86,8 @@ class ACT(AttentionMethod):
         return self.heads == "chosen"
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
-        over = self.over
-        if over is not None:
-            inner = over.for_layer(replace(layer, weights=layer.over_weights, over_weights=None))
-            assert inner is None or isinstance(inner, EstimatesBlockMaxima)
-            over = inner
+        inner = replace(layer, weights=layer.over_weights, over_weights=None)
+        over = None if self.over is None else self.over.for_layer(inner)
         if not self.first <= layer.index <= self.last:
             return over
         if self.heads == "all":
@@ -105,13 +101,9 @@ class ACT(AttentionMethod):
         return HeadSearch(self, layer, sure)
 
     def reads(self, queries: Queries) -> Cost:
-        """The pairs of the method underneath, which reads its summaries twice: to select, and for the
-        maxima."""
-        every = queries.raw_keys(queries.length)
-        if self.over is None:
-            return queries.cost(selection=every)
-        under = self.over.reads(queries)
-        return replace(under, selection=every + 2 * under.selection)
+        """The pairs of the method underneath, which selects once and estimates its maxima once."""
+        under = queries.cost() if self.over is None else self.over.reads(queries)
+        return replace(under, selection=queries.raw_keys(queries.length) + 2 * under.selection)
 
     @property
     def block_multiple(self) -> int:
@@ -136,8 +128,7 @@ class ACT(AttentionMethod):
             heads = heads[self.chosen.to(q.device)]
         keys.prepared = found
         index = None if self.over is None else self.over.select_prefill(q, keys)
-        if isinstance(index, BlockIndex):
-            assert self.over is not None
+        if self.over is not None and isinstance(index, BlockIndex):
             bound = column_bound(self.over.block_maxima(q, keys), heads, keys)
             likely = bound > self.threshold * (1 - _ROUNDING)
             likely[..., 0] = False
@@ -152,9 +143,8 @@ class ACT(AttentionMethod):
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         sinks = keys.prepared[_SINKS]
-        read = None if self.over is None else kept_index(keys, sinks.shape[2])
+        read: Index = None if self.over is None else kept_index(keys, sinks.shape[2])
         if read is None and self.over is not None:
-            selected = self.over.select_prefill(q, keys)
-            assert selected is None or isinstance(selected, BlockIndex)
-            read = selected
+            read = self.over.select_prefill(q, keys)
+        assert read is None or isinstance(read, BlockIndex)
         return Rescaled(read=read, keys=sinks[..., : keys.length], factor=self.beta)

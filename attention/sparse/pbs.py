@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..block_shares import antidiagonal_shares
+from ..blocks import marked
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..gqa import reduce_group
+from ..gqa import gather_head_rows, reduce_group
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
 from ..ops.pool import pool
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
@@ -94,7 +94,7 @@ class PBS(AttentionMethod):
         return self.mass == 1 or length <= self.segment
 
     def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
-        """order [1, Hs, W] int32, of the W keys in complete segments; means [1, Hs, W / b, D] of its
+        """order [1, Hs, W] int32 of the W keys in complete segments, means [1, Hs, W / b, D] of its
         blocks."""
         whole = keys.length // self.segment * self.segment
         if self._covers(keys.length):
@@ -105,7 +105,8 @@ class PBS(AttentionMethod):
         order += torch.arange(0, whole, self.segment, device=q.device)[:, None]
         found = {"order": order.flatten(2).int()}
         if self.select == "mean":
-            found["means"] = pool(self._sorted(keys, found["order"]), self.block, mode="mean")
+            k = gather_head_rows(keys.read_all_keys(), found["order"])
+            found["means"] = pool(k, self.block, mode="mean")
         return found
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
@@ -118,13 +119,11 @@ class PBS(AttentionMethod):
         whole, nk = length // self.segment * self.segment, -(-length // block)
         order = keys.prepared["order"][..., :whole]
         shares = self._shares(q, keys, order[..., : int(first_own[-1]) * block], first_own)
-        chosen, counts = by_mass(shares, self.mass)
-        chosen = chosen.masked_fill(torch.arange(chosen.shape[3], device=device) >= counts[..., None], nk)
-        read = torch.zeros(*counts.shape, nk + 1, dtype=torch.bool, device=device).scatter_(3, chosen, True)
+        chosen = marked(*by_mass(shares, self.mass), nk)
         cols = torch.arange(nk, device=device)
         holds_first = cols == (order[..., : self.segment] == 0).int().argmax(-1, keepdim=True) // block
         first_own, last_own = (x.to(device)[:, None] for x in (first_own, last_own))
-        read = read[..., :nk] | ((cols >= first_own) & (cols <= last_own)) | holds_first[:, :, None]
+        read = chosen | ((cols >= first_own) & (cols <= last_own)) | holds_first[:, :, None]
         blocks, counts = by_threshold(read.float(), 0.5)
         rest = torch.arange(whole, length, device=device, dtype=order.dtype).expand(*order.shape[:2], -1)
         return BlockIndex(
@@ -135,21 +134,15 @@ class PBS(AttentionMethod):
             key_order=torch.cat([order, rest], 2),
         )
 
-    def _sorted(self, keys: Keys, order: Tensor) -> Tensor:
-        """The keys in another order, [1, Hs, W, D]."""
-        k = keys.read_all_keys()
-        hkv = k.shape[1]
-        parts = [gather_rows(k, part) for part in order.unflatten(1, (hkv, -1)).unbind(2)]
-        return torch.stack(parts, 2).flatten(1, 2)
-
     def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor) -> Tensor:
         """[1, Hs, Nq, blocks in ``order``]: each head's share of its attention over the key blocks before
         ``first_own`` [Nq]."""
         how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
         if self.select == "antidiagonal":
             per = self.block // self.stride
+            k = gather_head_rows(keys.read_all_keys(), order)
             seen = (first_own * per).repeat_interleave(per)[: -(-q.shape[2] // self.stride)]
-            shares = antidiagonal_shares(q, self._sorted(keys, order), seen, self.stride, self.block, **how)
+            shares = antidiagonal_shares(q, k, seen, self.stride, self.block, **how)
         else:
             means = keys.prepared["means"][:, :, : order.shape[2] // self.block]
             later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device)[:, None]

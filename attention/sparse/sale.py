@@ -18,31 +18,32 @@ from ..errors import SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..lookahead import Lookahead
-from ..method import AttentionMethod, LayerInfo
-from ..ops.int4_scores import int4_block_max
+from ..method import LayerInfo
 from ..ops.select import by_threshold
 from ..summary import Int4Keys, Summary
-from .local_pass import local_lse
+from .sale_estimate import estimate_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class SALE(EstimatesBlockMaxima):
-    """Blocks of ``block_q`` queries and ``block_k`` keys in which the estimated attention of some pair is not
-    small against that of the sink and the local keys (SALE, 2505.24179).
+    """Reads the blocks of ``block_q`` queries and ``block_k`` keys in which the estimated attention of some
+    pair is not small beside that of the sink and the local keys (SALE, 2505.24179).
 
-    First pass, exact: of the first block of keys and of those with the last ``local`` keys of a query block,
-    each query's row max m and row sum l. Second: of all others the logits s with keys in four bits; a pair's
-    relative attention score is exp(s - m) / l, and a block is read, besides those of the first pass, if for
-    some pair it reaches the head's threshold tau. Compared are logarithms, s - (m + log l) and log tau.
+    The first pass is exact: each query's row max m and row sum l over the first block of keys and the blocks
+    with the last ``local`` keys of a query block, which are always read. The second pass estimates the logits
+    s of all other pairs with keys in four bits. The relative attention score of a pair is exp(s - m) / l, and
+    a block is read if some pair in it reaches the head's threshold tau. Logarithms are compared: s - (m + log
+    l) and log tau.
 
-    tau is calibrated per head (``farspan calibrate --method sale``) and comes in the recipe, or is
-    ``threshold`` for all; a head with tau <= 1e-4 reads everything. So do queries that see no more than
-    ``dense_below`` keys, wherever a prompt is cut (the authors': calls of no more than 1,024 queries).
+    tau is calibrated per head (``farspan calibrate --method sale``) and kept in the recipe, or is
+    ``threshold`` for all heads. A head with tau <= 1e-4 reads everything. Queries that see at most
+    ``dense_below`` keys read everything too, wherever a prompt is cut (the authors: calls of at most 1,024
+    queries).
 
-    Keys are rounded around the mean of their block, which is added back exactly: the paper's mean of all keys
-    changes with every new key. Queries keep their mean and are rounded to ``q_bits``, 8 where the paper has 4
-    and subtracts the mean (None: not at all). Every pair is estimated, so there must be four-bit arithmetic
-    for this to be fast; on the CPU there is none. Decode is dense.
+    Keys are rounded around the mean of their block, which is added back exactly, since the paper's mean of
+    all keys changes with every new key. Queries keep their mean and are rounded to ``q_bits`` = 8 bits (None:
+    not at all); the paper subtracts the mean and uses 4. Every pair is estimated, which is fast only where
+    there is four-bit arithmetic; on the CPU there is none. Decode is dense.
     """
 
     name: ClassVar[str] = "sale"
@@ -69,7 +70,7 @@ class SALE(EstimatesBlockMaxima):
     def needs_recipe(self) -> bool:
         return self.threshold is None
 
-    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+    def for_layer(self, layer: LayerInfo) -> SALE:
         heads = (layer.num_heads,)
         if self.threshold is not None:
             return self.with_thresholds(torch.full(heads, self.threshold))
@@ -81,11 +82,12 @@ class SALE(EstimatesBlockMaxima):
         return replace(self, log_tau=torch.where(tau <= self.dense_threshold, 0, tau.double()).log())
 
     def calibration(self, layer: LayerInfo, *, start: float = 0.008, error: float = 0.4) -> ThresholdSearch:
-        """Thresholds begin at ``start`` and are halved until a query's output is off dense attention's by
-        less than ``error`` on average, the sum over its numbers.
+        """Thresholds begin at ``start`` and are halved until the outputs of a head differ from dense
+        attention's by less than ``error`` (absolute differences, summed over its numbers, mean over the
+        queries).
 
-        The defaults are the authors', for heads of 128 and prompts far longer than 4K. None ever exceeds
-        ``start``: SmolLM2 reads 0.53 of 4K tokens so, and 0.29 from start=0.25, error=1.2."""
+        The defaults are the authors', for heads of 128 and prompts far longer than 4K. No threshold exceeds
+        ``start``: SmolLM2 reads 0.53 of the pairs at 4K with them, and 0.29 with start=0.25, error=1.2."""
         return ThresholdSearch(self, layer, start, error)
 
     @property
@@ -132,22 +134,8 @@ class SALE(EstimatesBlockMaxima):
         return BlockMaxima(self._estimate(q, keys)[0].clamp_(max=0), self.block_q, self.block_k)
 
     def _estimate(self, q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The largest log of a relative attention score in each block [1, H, Nq, Nk], and which blocks the
-        first pass has read [Nq, Nk]."""
         grid = Grid.of(keys, self.block_q, self.block_k)
-        near = (grid.end - self.local).clamp_(min=0) // self.block_k
-        kept = Int4Keys(self.block_k)
-        k4 = kept.keys(keys.summary(kept), keys.k)
-        largest = int4_block_max(
-            q,
-            k4,
-            local_lse(q, keys, grid, near, self.local),
-            scale=keys.scale,
-            block_q=self.block_q,
-            softcap=keys.softcap,
-            q_bits=self.q_bits,
-        )
-        return largest, grid.between(near, grid.last) | (grid.cols == 0)
+        return estimate_blocks(q, keys, grid, self.local, self.q_bits)
 
     def keep(self, largest: Tensor, keys: Keys) -> BlockIndex:
         """The blocks whose estimate [1, H, Nq, Nk] (of ``estimate``) reaches the threshold of their head."""

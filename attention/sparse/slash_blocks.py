@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..blocks import marked
 from ..budget import select_topk
 from ..index import BlockIndex
 from ..ops.select import by_mass, by_threshold
@@ -18,21 +19,14 @@ def highest(x: Tensor, size: Tensor, max_size: int, always: int) -> Tensor:
     ranked = x.masked_fill(torch.arange(n, device=x.device) < always, torch.inf)
     chosen, counts = select_topk(ranked, size.clamp(max=n).expand(x.shape[:2]), min(max_size, n))
     assert counts is not None
-    return _marked(chosen, counts, n)
+    return marked(chosen, counts, n)
 
 
 def holding_mass(x: Tensor, mass: float, always: int) -> Tensor:
     """[1, Hs, T] bool: the fewest of x [1, Hs, T] that hold ``mass`` of its sum, and the first ``always``."""
-    marked = _marked(*by_mass(x, mass), x.shape[-1])
-    marked[..., :always] = True
-    return marked
-
-
-def _marked(chosen: Tensor, counts: Tensor, n: int) -> Tensor:
-    """[..., n] bool: the first ``counts`` [...] of the places ``chosen`` [..., M]."""
-    used = torch.arange(chosen.shape[-1], device=chosen.device) < counts[..., None]
-    marked = torch.zeros(*chosen.shape[:-1], n + 1, dtype=torch.bool, device=chosen.device)
-    return marked.scatter_(-1, torch.where(used, chosen, n), True)[..., :n]
+    chosen = marked(*by_mass(x, mass), x.shape[-1])
+    chosen[..., :always] = True
+    return chosen
 
 
 def slash_blocks(columns: Tensor, nearer: Tensor, past: int, block: int) -> BlockIndex | None:

@@ -1,6 +1,8 @@
-"""SALE's first pass: exact attention over the first block of keys and the local ones."""
+"""SALE's two passes: exact row sums over the first and the local blocks, four-bit logits of all blocks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,11 +10,27 @@ from torch.nn.functional import pad
 
 from ..blocks import Grid
 from ..keys import Keys
+from ..ops.int4_scores import int4_block_max
+from ..summary import Int4Keys
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits held at a time
 
 
-def local_lse(q: Tensor, keys: Keys, grid: Grid, near: Tensor, local: int) -> Tensor:
+def estimate_blocks(
+    q: Tensor, keys: Keys, grid: Grid, local: int, q_bits: int | None
+) -> tuple[Tensor, Tensor]:
+    """The largest log of a relative attention score in each block [1, H, Nq, Nk], and which blocks the first
+    pass has read, [Nq, Nk] bool: the first one and those with the last ``local`` keys of a query block."""
+    near = (grid.end - local).clamp(min=0) // grid.block_k
+    summary = Int4Keys(grid.block_k)
+    k4 = summary.keys(keys.summary(summary), keys.k)
+    lse = _first_pass(q, keys, grid, near, local)
+    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+    largest = int4_block_max(q, k4, lse, block_q=grid.block_q, q_bits=q_bits, **how)
+    return largest, grid.between(near, grid.last) | (grid.cols == 0)
+
+
+def _first_pass(q: Tensor, keys: Keys, grid: Grid, near: Tensor, local: int) -> Tensor:
     """The log-sum-exp m + log l [B, H, Tq] of the logits of queries q [B, H, Tq, D] over the first block of
     keys and the blocks from ``near`` [Nq] on, which hold the last ``local`` keys of each query block."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
