@@ -53,7 +53,7 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
             raise SpecError(f"{method.name} takes {key} {what}{bound}; got {value!r}.")
 
 
-def learned(
+def recipe_tensor(
     method: AttentionMethod, layer: LayerInfo, name: str, shape: tuple[int, ...], otherwise: str = ""
 ) -> Tensor:
     """This rank's part of the recipe's tensor ``name`` for ``layer``, of this ``shape``. otherwise: what a

@@ -44,7 +44,7 @@ class Ours:
         )
         method = parse_method(spec).for_layer(info)
         session = Session(strict=True)
-        self.cache, self.steps = KVStoreLayer(), method.stride if method.name == "recycled" else 1
+        self.cache, self.steps = KVStoreLayer(), method.cost("decode", k.shape[2]).period
         session.cached, session.stores = True, {2: self.cache.store}
         prefill = method if "prefill" in method.phases else parse_method("dense")
         self.layer = Layer(2, prefill, method, session)

@@ -18,8 +18,9 @@ from ..attention.keys import Keys, State
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from ..attention.summary import Summaries
 from . import hf
+from .bind import serve
 from .crossover import Measured, check_kept, geometry, keep
-from .patch import resolve, serve
+from .patch import resolve
 from .recipe import Recipe
 
 LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..block_maxima import EstimatesBlockMaxima
 from ..calibration.act import HeadSearch
-from ..checks import learned, require
+from ..checks import recipe_tensor, require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import BlockIndex, Index, Rescaled
@@ -92,7 +92,7 @@ class ACT(AttentionMethod):
             return over
         if self.heads == "all":
             return replace(self, over=over)
-        chosen = learned(self, layer, "heads", (layer.num_heads,), "take heads=all")
+        chosen = recipe_tensor(self, layer, "heads", (layer.num_heads,), "take heads=all")
         return replace(self, over=over, chosen=chosen.bool()) if bool(chosen.any()) else over
 
     def calibration(self, layer: LayerInfo, *, sure: float = 1.0) -> HeadSearch:

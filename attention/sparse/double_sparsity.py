@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..calibration.double_sparsity import ChannelRanking
-from ..checks import learned, require
+from ..checks import recipe_tensor, require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..index import Index, TokenIndex
@@ -57,7 +57,7 @@ class DoubleSparsity(AttentionMethod):
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
             return None
-        ranking = learned(self, layer, "channels", (layer.num_kv_heads, layer.head_dim))  # best first
+        ranking = recipe_tensor(self, layer, "channels", (layer.num_kv_heads, layer.head_dim))  # best first
         width = self._width(layer.head_dim)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 

@@ -94,8 +94,7 @@ class PBS(AttentionMethod):
         return self.mass == 1 or length <= self.segment
 
     def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
-        """order [1, Hs, W] int32 of the W keys in complete segments, means [1, Hs, W / b, D] of its
-        blocks."""
+        """order [1, Hs, W] int32 of the W keys in complete segments, means [1, Hs, W / b, D] of blocks."""
         whole = keys.length // self.segment * self.segment
         if self._covers(keys.length):
             return {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..block_maxima import BlockMaxima, EstimatesBlockMaxima
 from ..blocks import Grid
 from ..calibration.sale import ThresholdSearch
-from ..checks import learned, require
+from ..checks import recipe_tensor, require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..index import BlockIndex, Index
@@ -75,7 +75,7 @@ class SALE(EstimatesBlockMaxima):
         if self.threshold is not None:
             return self.with_thresholds(torch.full(heads, self.threshold))
         otherwise = "give threshold= for all heads"
-        return self.with_thresholds(learned(self, layer, "thresholds", heads, otherwise))
+        return self.with_thresholds(recipe_tensor(self, layer, "thresholds", heads, otherwise))
 
     def with_thresholds(self, tau: Tensor) -> SALE:
         """This method with these thresholds [H], one per query head."""
