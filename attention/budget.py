@@ -1,4 +1,4 @@
-"""Budgets, ``k`` tokens or a ``fraction`` of the visible keys, and taking the best entries within one."""
+"""Budgets of ``k`` tokens or a ``fraction`` of the visible keys, and the highest scores within a budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .selection.ragged import counted_first
 
 
 def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
-    """A budget is either ``k`` tokens or a ``fraction`` of the visible keys, and positive."""
+    """Raise SpecError unless exactly one of ``k`` tokens and a ``fraction`` of the visible keys is given, and
+    is positive."""
     if (k is None) == (fraction is None):
         given = "neither" if k is None else "both"
         raise SpecError(
@@ -24,13 +25,13 @@ def check_budget(method: AttentionMethod, k: int | None, fraction: float | None)
 
 
 def budget_at(k: int | None, fraction: float | None, length: int) -> int:
-    """Tokens that a decode query may read which sees ``length`` keys."""
+    """The number of tokens that a decode query may read if it sees ``length`` keys."""
     return k if k is not None else max(1, round((fraction or 0.0) * length))
 
 
 def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
-    """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what
-    is visible."""
+    """The number of tokens that each decode query may read, at least one: an int where it is the same for
+    all, else [B, 1, Tq]."""
     if k is not None or (keys.start is None and keys.tq == 1):
         return budget_at(k, fraction, keys.length)
     assert fraction is not None
@@ -38,7 +39,7 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
 
 
 def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
-    """The largest ``budget`` of the call, known without asking the device."""
+    """An upper bound of ``budget`` for all queries of the call, known without waiting for the device."""
     return k if k is not None else int((fraction or 0.0) * keys.longest()) + 1
 
 

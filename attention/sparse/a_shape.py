@@ -22,8 +22,8 @@ class AShape(AttentionMethod):
 
     A block of ``block`` queries reads the key blocks that hold the first ``sinks`` keys, and those that hold
     the last w keys of any of its queries. Query blocks are counted from the row's first position, wherever a
-    prompt is cut. The defaults are what MInference sets its StreamingLLM baseline to; the pattern token by
-    token is ``window``. Decode is dense.
+    prompt is cut. The defaults are those of MInference's StreamingLLM baseline. ``window`` is the same
+    pattern token by token. Decode is dense.
     """
 
     name: ClassVar[str] = "a_shape"

@@ -29,8 +29,8 @@ class DoubleSparsity(AttentionMethod):
     Offline, ``farspan calibrate`` ranks each KV head's channels by mean |q|, |k| or |q k| on text the user
     names. At decode a label cache holds the first D / group_factor ranked channels of every key, per KV head,
     kept incrementally; without a group_factor the first 32, as in the paper's 32 of 128. Labels score all
-    keys, and the best k are read exactly. Query heads of a group share one selection by the ``gqa_reduce``
-    ("sum" or "max") of their estimated attention, or choose each for itself ("none"). Layers below
+    keys, and the best k are read exactly. Query heads of a group have one selection, by the ``gqa_reduce``
+    ("sum" or "max") of their estimated attention, or one each ("none"). Layers below
     ``dense_layers`` stay dense; prefill is dense.
     """
 

@@ -1,4 +1,4 @@
-"""Blocks that are read whatever the keys are: what a_shape and block_static have in common."""
+"""Blocks chosen by their positions alone: what a_shape and block_static share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def a_shape(grid: Grid, w: int, sinks: int) -> Tensor:
 
 
 def same_for_all_heads(grid: Grid, read: Tensor, keys: Keys) -> BlockIndex:
-    """The blocks in ``read`` [Nq, Nk], for every head alike."""
+    """An index of the blocks in ``read`` [Nq, Nk] (bool) for every head."""
     blocks, counts = by_threshold(read.float(), 0.5)
     shape = keys.k.shape[:2]
     return BlockIndex(
