@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention.errors import FarspanError, SpecError, Unsupported
-    from .attention.method import methods, parse_method
+    from .attention.spec import methods, parse_method
     from .parallel.group.mesh import ContextParallel
     from .runtime.calibrate import calibrate
     from .runtime.models import load
@@ -32,8 +32,8 @@ _HOMES = {
     "FarspanError": ".attention.errors",
     "SpecError": ".attention.errors",
     "Unsupported": ".attention.errors",
-    "methods": ".attention.method",
-    "parse_method": ".attention.method",
+    "methods": ".attention.spec",
+    "parse_method": ".attention.spec",
     "ContextParallel": ".parallel.group.mesh",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",

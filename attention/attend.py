@@ -85,7 +85,7 @@ def attend(
 def _by_row(method: AttentionMethod, keys: Keys) -> bool:
     """Whether each row must be served without its padding, which would have a part in what ``method`` selects
     in prefill: on the left as keys, on the right as queries."""
-    return any(keys.starts or ()) or (keys.ends is not None and method.tokens_ahead > 0)
+    return any(keys.starts or ()) or (keys.ends is not None and method.lookahead.tokens > 0)
 
 
 def _timed(probe: Probe | None, stage: str, q: Tensor) -> AbstractContextManager[None]:

@@ -19,21 +19,22 @@ class Peers(Protocol):
     order."""
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """logits [..., N] float32 of the keys held here -> their softmax over everyone's keys."""
+        """logits [..., N] float32 of the keys of this rank -> their softmax over the keys of all ranks."""
         ...
 
     def candidates(self, ranked: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Scores [..., N] of the keys held here (-inf: not to be had) -> scores and positions [..., M] of
-        keys, ascending by position, that include the ``size`` best of everyone's; the same for everyone."""
+        """Scores [..., N] of the keys of this rank (-inf: not a candidate) -> scores and positions [..., M]
+        of keys, ascending by position, among them the ``size`` highest of all ranks; the same on every
+        rank."""
         ...
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """Numbers [..., N] of those of the first ``length`` keys that are here -> [..., length],
-        everyone's."""
+        """Numbers [..., N] of those of the first ``length`` keys that this rank holds -> [..., length], of
+        all of them."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
-        """Everyone's x [...], added up; the same for everyone."""
+        """The sum of x [...] over all ranks; the same on every rank."""
         ...
 
 

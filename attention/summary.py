@@ -1,7 +1,7 @@
-"""What a store keeps beside its keys so that a method can select without reading them.
+"""What a store keeps beside its keys, so that a method can select without reading them.
 
-A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its rows in
-a buffer and asks, after an append, only for the entries that the new keys touch.
+A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its entries
+in a buffer. After an append it computes only the entries that the new keys change.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from .ops.pool import pool
 
 
 class Summary(Protocol):
-    """block: keys per entry, whatever their number: entry j of row b speaks of the keys from position
-    start[b] + j * block on. None: a label of each key, which stands where its key stands (entry j of the j-th
-    key that is here, at position j where all are). Entries are in the keys' dtype, or in the summary's own
-    ``dtype`` where it has one."""
+    """A function of the keys of a row, one entry per block of keys or per key.
+
+    block: keys per entry; entry j of row b summarises the keys from position start[b] + j * block on. None: a
+    label of each key, where entry j belongs to the j-th key that is here, which is at position j where all
+    are. dtype: of the entries; None: the keys' own.
+    """
 
     @property
     def key(self) -> tuple: ...  # equal keys mean equal contents
 
     @property
     def block(self) -> int | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
 
     def width(self, head_dim: int) -> int: ...
 
@@ -39,14 +44,13 @@ class Summary(Protocol):
 
 
 def count_entries(summary: Summary, length: int) -> int:
-    """How many entries speak of ``length`` keys of a row."""
+    """The number of entries that summarise ``length`` keys of a row."""
     return -(-length // (summary.block or 1))
 
 
 def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
     """Bytes of one entry, for keys of ``head_dim`` numbers of ``element_size`` bytes."""
-    own: torch.dtype | None = getattr(summary, "dtype", None)
-    return summary.width(head_dim) * (element_size if own is None else own.itemsize)
+    return summary.width(head_dim) * (element_size if summary.dtype is None else summary.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class BlockPool:
 
     block: int
     modes: tuple[str, ...] = ("mean",)
+    dtype: ClassVar[None] = None
 
     @property
     def key(self) -> tuple:
@@ -73,6 +78,7 @@ class Channels:
 
     channels: Tensor = field(compare=False)
     block: ClassVar[None] = None
+    dtype: ClassVar[None] = None
 
     @cached_property
     def key(self) -> tuple:
@@ -159,7 +165,7 @@ class Summaries:
         return self._kept[summary.key][1] if summary.key in self._kept else 0
 
     def open(self, summary: Summary, starts: list[int] | None) -> int:
-        """The first key of the earliest block that the next new key may change."""
+        """Position of the first key of the earliest block that the next new key may change."""
         done, block = self.done(summary), summary.block or 1
         if starts is None or summary.block is None:
             return done // block * block
@@ -168,14 +174,14 @@ class Summaries:
     def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
         """The buffer [B, Hkv, room, width] with place for ``length`` keys like k [B, Hkv, any, D].
 
-        done: says that whoever asks fills it himself, up to that many keys.
+        done: the caller fills the entries itself, up to that many keys.
         """
         need = count_entries(summary, length)
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
             b, h, _, d = k.shape
             room = need + max(64, need // 8)
-            grown = k.new_empty(b, h, room, summary.width(d), dtype=getattr(summary, "dtype", k.dtype))
+            grown = k.new_empty(b, h, room, summary.width(d), dtype=summary.dtype or k.dtype)
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown

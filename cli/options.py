@@ -210,7 +210,7 @@ def _resolve(spec: str) -> None:
 
 def _several(spec: str, separator: str) -> list[str] | None:
     """The methods of ``spec`` where they stand one after another with ``separator`` between; None of one."""
-    from ..attention.method import methods
+    from ..attention.spec import methods
 
     parts: list[str] = []
     for piece in re.split(rf"{separator}(?![^()]*\))", spec):

@@ -146,14 +146,11 @@ def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
 
 
 def _learned_from(method: AttentionMethod, recipe: str | Path | None) -> Iterator[str | Path]:
-    own, config = (getattr(method, name, "") for name in ("recipe", "config"))
-    if method.needs_recipe and (own or recipe):
-        yield own or recipe
-    if config:
-        yield config
-    over = getattr(method, "over", None)
-    if over is not None:
-        yield from _learned_from(over, None)
+    if method.needs_recipe and (method.recipe or recipe):
+        yield method.recipe or recipe or ""
+    yield from method.files
+    if method.over is not None:
+        yield from _learned_from(method.over, None)
 
 
 def _digest(path: Path) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..attention.calibration.protocol import Calibration, GradientCalibration
 from ..attention.errors import FarspanError
-from ..attention.method import AttentionMethod, Calibration, GradientCalibration, parse_method
+from ..attention.method import AttentionMethod
+from ..attention.spec import parse_method
 from . import hf
 from .heads import read_with_gradients
 from .patch import patch

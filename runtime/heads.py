@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ..attention.method import GradientCalibration
+from ..attention.calibration.protocol import GradientCalibration
 from ..attention.ops.flash import flash
 from ..attention.partial import add_sinks
 from . import hf

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError, SpecError
 from ..attention.keys import Keys
 from ..attention.mass import block_reads, visible_pairs
@@ -19,7 +20,6 @@ from ..attention.method import AttentionMethod
 from ..attention.ops.block_max import block_max
 from ..attention.ops.flash import flash
 from ..attention.selection import Selection
-from ..attention.whole import whole_number
 from . import hf
 from .measure import ROWS
 from .patch import patch, resolve

@@ -171,7 +171,7 @@ class Layer(Unique):
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a loss flows back through what the method has selected by a prompt's last queries."""
-        return self.prefill.lookahead == "prompt" and q.requires_grad and is_grad_enabled()
+        return self.prefill.lookahead.is_prompt and q.requires_grad and is_grad_enabled()
 
     def _flag_training(self) -> None:
         sentence = (
@@ -184,7 +184,7 @@ class Layer(Unique):
 
     def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
         """Say so where logits are asked for that later tokens, padding among them, have had a part in."""
-        ahead = self.prefill.tokens_ahead
+        ahead = self.prefill.lookahead.tokens
         if not (self.session.scoring and ahead) or self._trains(q):
             return
         if not any(x.run.phase == PREFILL and not x.run.below and x.reads.reason is None for x in done):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys
 from ..attention.mass import mass_recall, sample_rows
 from ..attention.method import DECODE
 from ..attention.ops.dispatch import implementations
 from ..attention.selection import Selection
-from ..attention.whole import whole_number
 
 ROWS = 16  # of a layer and call that measure_mass=True samples
 

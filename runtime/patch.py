@@ -6,19 +6,19 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..attention.attend import DECODE_ROWS
+from ..attention.checks import whole_number
+from ..attention.dense import Dense
 from ..attention.errors import FarspanError, SpecError, Unsupported
-from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
-from ..attention.whole import whole_number
+from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
+from .bind import bind, check_recipe, weighed
 from .crossover import crossovers
 from .cuts import Chunking
 from .layer import Layer
@@ -100,8 +100,8 @@ def patch(
         )
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
-    _check_recipe(recipe, chosen)
-    served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    check_recipe(recipe, chosen)
+    served = {i: bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
     if strict:
         _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
@@ -122,7 +122,7 @@ def patch(
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         tokens = -(-max(chunk, DECODE_ROWS + 1) // block_multiple) * block_multiple
-        by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
+        by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
@@ -147,7 +147,7 @@ def patch(
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
                 "the share of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
-                "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
+                "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
@@ -247,7 +247,7 @@ def resolve(
                 f"A spec joins one prefill and one decode method, as in 'block_topk + quest'; got {spec!r}."
             )
         prefill, decode, spec = parts[0], parts[1], None
-    dense = parse_method("dense")
+    dense = Dense()
     if spec is not None:
         method = parse_method(spec)
         return (
@@ -289,7 +289,7 @@ def _per_layer(
 
 def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
     """Refuse a decode method where every call is a prefill; a method of both phases runs as that."""
-    dense = parse_method("dense")
+    dense = Dense()
     never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
     if never:
         raise Unsupported(
@@ -298,28 +298,6 @@ def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, Attenti
                 "its attention is given keys that are not the cache's own, so every call is a prefill: "
                 "choose a prefill method or dense"
             ],
-        )
-
-
-def _check_recipe(
-    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
-) -> None:
-    """Refuse one recipe for several methods, and one that no method takes."""
-    if recipe is None:
-        return
-    methods = [method for pair in chosen for method in pair]
-    need = [method for method in methods if method.needs_recipe]
-    lack = list(dict.fromkeys(method.name for method in need if not getattr(method, "recipe", "")))
-    if len(lack) > 1:
-        joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
-        raise FarspanError(
-            f"{' and '.join(lack)} need a recipe each, and recipe= is one: name each in its spec, as "
-            f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
-        )
-    if not need:
-        names = sorted({method.name for method in methods if method.selective}) or ["dense"]
-        raise FarspanError(
-            f"A recipe was given that no method takes: {' and '.join(names)} needs none; leave it out."
         )
 
 
@@ -334,73 +312,3 @@ def _check_all_run(
                     f"No layer of this model runs {method}, as its own parameters or its recipe have it, and "
                     "strict=True forbids that: change them, or leave strict out."
                 )
-
-
-def _bind(
-    methods: tuple[AttentionMethod, AttentionMethod],
-    layer: LayerInfo,
-    recipe: Recipe | str | Path | None,
-    geometry: dict[str, Any],
-) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
-    """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
-    bound, reasons = [], {}
-    for phase, method in zip((PREFILL, DECODE), methods, strict=True):
-        served = serve(method, layer, recipe, geometry)
-        if served is None:
-            reasons[phase] = f"{method.name} leaves this layer dense"
-        bound.append(served or parse_method("dense"))
-    return bound[0], bound[1], reasons
-
-
-def _weighed(method: AttentionMethod) -> tuple[object, ...]:
-    """The method with what a recipe has given it, as text can tell it from another."""
-    weights = [
-        x.tolist() if isinstance(x, Tensor) else _weighed(x)
-        for x in vars(method).values()
-        if isinstance(x, Tensor | AttentionMethod)
-    ]
-    return (str(method), [summary.key for summary in method.summaries], weights)
-
-
-def serve(
-    method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
-) -> AttentionMethod | None:
-    """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
-    dense."""
-    if method.couples_heads and layer.tp_size > 1:
-        raise Unsupported(
-            f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
-            ["it decides for all heads of a layer together, and each rank has but some of them"],
-        )
-    over = getattr(method, "over", None)  # a method that this one goes over, with a recipe of its own
-    inner = {} if over is None else learned(over, layer, None, geometry, within=method.name).weights or {}
-    layer = learned(method, layer, recipe, geometry)
-    if inner:
-        layer = replace(
-            layer, weights={**(layer.weights or {}), **{f"over.{n}": x for n, x in inner.items()}}
-        )
-    return method.for_layer(layer)
-
-
-def learned(
-    method: AttentionMethod,
-    layer: LayerInfo,
-    recipe: Recipe | str | Path | None,
-    geometry: dict[str, Any],
-    *,
-    within: str = "",
-) -> LayerInfo:
-    """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none.
-    within: the method that goes over it, if one does."""
-    if not method.needs_recipe:
-        return layer
-    source = getattr(method, "recipe", "") or recipe  # its own comes first: two methods may need one each
-    if source is None:
-        own = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"
-        raise FarspanError(
-            f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-            f"{method.name}' (or farspan.calibrate) and pass {how}."
-        )
-    loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-    return loaded.for_layer(method.name, layer, geometry)

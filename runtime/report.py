@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attention.attend import Reads
+from ..attention.lookahead import Lookahead
 from ..attention.method import DECODE, PREFILL
 from ..parallel.mechanisms.call import Travel
 from .measure import Measured
@@ -27,7 +28,7 @@ class PhaseReport:
     """
 
     method: str
-    lookahead: str = "0"  # as the method declares it
+    lookahead: Lookahead = field(default_factory=Lookahead)  # as the method declares it
     calls: int = 0
     queries: int = 0
     pairs: Any = 0  # while counting, a tensor on a device that nobody need wait for
@@ -80,7 +81,10 @@ class PhaseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what was measured among the rest."""
-        known = asdict(replace(self, measured=None)) | {"fallbacks": dict(self.fallbacks)}
+        known = asdict(replace(self, measured=None)) | {
+            "lookahead": str(self.lookahead),
+            "fallbacks": dict(self.fallbacks),
+        }
         del known["measured"]
         measured = {} if self.measured is None else self.measured.to_dict()
         return {**known, "density": self.density, **measured}
@@ -181,7 +185,7 @@ class Report:
             )
             lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
         prefills = [layer.phases[PREFILL] for layer in self.layers]
-        for method in sorted({p.method for p in prefills if p.calls and p.lookahead == "prompt"}):
+        for method in sorted({p.method for p in prefills if p.calls and p.lookahead.is_prompt}):
             lines.append(f"{method} selects by a prompt's last queries: no likelihoods of its earlier tokens")
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")

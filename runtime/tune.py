@@ -17,10 +17,11 @@ from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from . import hf
+from .bind import serve
 from .cache import KVStore
 from .crossover import Measured, check_kept, geometry, keep
 from .layer_call import LayerCall, LocalKeys
-from .patch import resolve, serve
+from .patch import resolve
 from .recipe import Recipe
 
 LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}

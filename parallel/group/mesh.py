@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...attention.checks import whole_number
 from ...attention.errors import FarspanError, SpecError
-from ...attention.whole import whole_number
 from .comm import Ranks
 from .digest import bit_hash, minority, text_hash
 from .meeting import meet, named, new_group, one_line, rendezvous

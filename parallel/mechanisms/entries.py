@@ -77,7 +77,7 @@ def extend_split(
     }
     room = max(count for parts in plan.values() for _, count, _, _ in parts)
     width = summary.width(k.shape[3])
-    dtype = getattr(summary, "dtype", k.dtype)
+    dtype = summary.dtype or k.dtype
     mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width, dtype=dtype)
     for i, (slot, chunk) in enumerate(_every_slot(split, ranks.rank)):
         keys, at = k[:, :, slot], chunk[0]

@@ -57,7 +57,7 @@ def install(
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 
-    ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.tokens_ahead})
+    ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with stopping_all_ranks(session.mesh):

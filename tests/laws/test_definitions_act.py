@@ -12,13 +12,15 @@ from torch import Tensor
 import farspan
 from farspan import SpecError
 from farspan.attention.attend import attend
+from farspan.attention.block_maxima import BlockMaxima
+from farspan.attention.calibrated.act import ACT
+from farspan.attention.calibrated.columns import column_bound
 from farspan.attention.keys import Keys
 from farspan.attention.method import PREFILL, LayerInfo
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.flash import flash
 from farspan.attention.selection import BlockIndex, Rescaled
 from farspan.attention.selection.rescaled import attend_rescaled
-from farspan.attention.sparse.act import ACT, column_bound
 from farspan.attention.sparse.sale import SALE
 
 from . import naive_act
@@ -129,7 +131,7 @@ def test_planted_sinks_are_found_and_token_0_is_none() -> None:
 class Exact(SALE):
     """SALE with the true maxima, of the attention that it reads."""
 
-    def block_maxima(self, q: Tensor, keys: Keys) -> tuple[Tensor, int, int]:
+    def block_maxima(self, q: Tensor, keys: Keys) -> BlockMaxima:
         index = self.select_prefill(q, keys)
         read = torch.ones(1, 1, keys.tq, keys.length, dtype=torch.bool)
         if index is not None:
@@ -144,7 +146,7 @@ class Exact(SALE):
                 for j in range(nk):
                     block = matrix[n * block_q : (n + 1) * block_q, j * block_k : (j + 1) * block_k]
                     largest[0, h, n, j] = block.max()
-        return largest.log(), block_q, block_k
+        return BlockMaxima(largest.log(), block_q, block_k)
 
 
 def over(cls: type[SALE], **fields: Any) -> SALE:
@@ -186,7 +188,8 @@ def test_the_bound_is_the_mean_of_the_maxima_over_queries(past: int, block_q: in
         keys = Keys(k=data.k, v=data.v, tq=N - past, scale=SCALE)
         lse = flash(q, data.k, data.v, scale=SCALE).lse
         largest = block_max(q, data.k, lse, scale=SCALE, block_q=block_q, block_k=block_k)
-        bound = column_bound(largest, keys, block_q, block_k)[0]
+        maxima = BlockMaxima(largest.log(), block_q, block_k)
+        bound = column_bound(maxima, torch.arange(H), keys)[0]
         for h in range(H):
             matrix = naive_act.probabilities(q[0, h], data.k[0, h // G], SCALE, None, causal(past)[0])
             means = torch.tensor(naive_act.column_means(matrix), dtype=torch.float64)
@@ -285,7 +288,7 @@ def test_specs() -> None:
     assert farspan.parse_method(str(method)) == method
     assert farspan.parse_method("act:over=sale:threshold=2").over == SALE(threshold=2.0)
     assert farspan.parse_method("act:over=none").over is None
-    with pytest.raises(SpecError, match=r"estimates block maxima, which is sale.*; got over=quest"):
+    with pytest.raises(SpecError, match=r"estimates block maxima, such as sale; got over=quest"):
         farspan.parse_method("act:over=(quest:page=8)")
     with pytest.raises(SpecError, match="sale has no parameter 'thresh'"):
         farspan.parse_method("act:over=(sale:thresh=1)")

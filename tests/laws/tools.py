@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -202,7 +201,7 @@ def leaves_out(method: AttentionMethod) -> bool:
 
 def lookahead(method: AttentionMethod) -> int | None:
     """How many rows past a row its selection may see; None for the whole prompt. Decode never looks ahead."""
-    return None if math.isinf(method.tokens_ahead) else int(method.tokens_ahead)
+    return None if method.lookahead.is_prompt else int(method.lookahead.tokens)
 
 
 # --- attention level --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import farspan
-from farspan.attention.method import AttentionMethod, parse_method
+from farspan.attention.method import AttentionMethod
+from farspan.attention.spec import parse_method
 from farspan.runtime import crossover, layer_call
 from farspan.runtime.crossover import Measured, crossovers, keep
 from farspan.runtime.hf import inspect_model

@@ -12,8 +12,9 @@ from small_models import decode, logits, make, padded, prompt, served, shared, s
 
 import farspan
 from farspan import FarspanError
-from farspan.attention.method import DECODE, PREFILL, parse_method
+from farspan.attention.method import DECODE, PREFILL
 from farspan.attention.selection import as_selection
+from farspan.attention.spec import parse_method
 from farspan.runtime import layer as layer_module
 from farspan.runtime import patch as patch_module
 

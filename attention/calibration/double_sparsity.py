@@ -1,0 +1,34 @@
+"""Double Sparsity's calibration: each KV head's channels, ranked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import FarspanError
+from ..method import LayerInfo
+
+RANKINGS = ("q", "k", "qk")
+
+
+class ChannelRanking:
+    """``channels`` [Hkv, D] int32, each KV head's channels, best first, by running sums of |q| and |k|."""
+
+    def __init__(self, layer: LayerInfo, by: str) -> None:
+        if by not in RANKINGS:
+            raise FarspanError(f"Channels are ranked by {', '.join(RANKINGS)}; got {by!r}.")
+        self.before_rope, self.settings = by != "qk", {"by": by}
+        self._by, self._kv_heads = by, layer.num_kv_heads
+        self._q: Tensor | float = 0.0  # [H, D]
+        self._k: Tensor | float = 0.0  # [Hkv, D]
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+        self._q = self._q + q.double().abs().sum((0, 2)).cpu()
+        self._k = self._k + k.double().abs().sum((0, 2)).cpu()
+
+    def weights(self) -> dict[str, Tensor]:
+        assert isinstance(self._q, Tensor) and isinstance(self._k, Tensor)
+        q = self._q.unflatten(0, (self._kv_heads, -1)).mean(1)  # [Hkv, D]
+        score = {"q": q, "k": self._k, "qk": q * self._k}[self._by]
+        return {"channels": score.argsort(dim=-1, descending=True, stable=True).int()}

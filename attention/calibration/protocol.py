@@ -1,0 +1,41 @@
+"""What ``farspan.calibrate`` asks of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class Calibration(Protocol):
+    """Learns one layer's weights by observing its dense attention over windows of a text.
+
+    before_rope: whether it observes queries and keys as they are before RoPE. settings: the options it learns
+    with, which the recipe records.
+    """
+
+    @property
+    def before_rope(self) -> bool: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """What ``for_layer`` finds in ``LayerInfo.weights``."""
+        ...
+
+
+@runtime_checkable
+class GradientCalibration(Calibration, Protocol):
+    """A calibration that also needs the effect of a change of the layer's attention on the text's
+    likelihood."""
+
+    def observe_grad(self, gradient: Tensor) -> None:
+        """gradient [1, H, T, D]: of the mean negative log-likelihood of the window that was observed last, in
+        the output of its attention."""
+        ...
