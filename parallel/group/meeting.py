@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from ...attention.errors import FarspanError
 
@@ -92,27 +91,6 @@ def own(store: dist.Store, seconds: float) -> dist.Store:
     mine: dist.Store = store.clone()  # type: ignore[attr-defined]
     mine.set_timeout(timedelta(seconds=seconds))
     return mine
-
-
-def new_group(name: str, ranks: list[int], rank: int, transport: str, seconds: float) -> dist.ProcessGroup:
-    """A group made by its members alone, under a name of its own.
-
-    This is what dist.new_group does with a name. It would want every rank of the job to call it; with
-    use_local_synchronization it wants all members to have as many groups as each other, and uses the name of
-    a destroyed group again, whose addresses are still in the store.
-    """
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(rank),
-        ranks,
-        dist.Backend(transport),
-        c10d._get_default_store(),
-        name,  # type: ignore[arg-type]
-        timeout=timedelta(seconds=seconds),
-        group_desc="farspan",
-    )
-    c10d._world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
-    return group
 
 
 def one_line(error: BaseException) -> str:

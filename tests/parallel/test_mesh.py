@@ -11,9 +11,10 @@ import torch
 from torch.distributed import distributed_c10d
 
 from farspan.attention.errors import FarspanError, SpecError
+from farspan.parallel.group.config import ContextParallel
 from farspan.parallel.group.digest import bit_hash, minority, text_hash
+from farspan.parallel.group.join import join
 from farspan.parallel.group.meeting import meet
-from farspan.parallel.group.mesh import ContextParallel, join
 
 from .world import World
 
