@@ -17,7 +17,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
-from ..parallel.mechanisms.call import Call, Rows, Share, Travel
+from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
 from ..parallel.mechanisms.entries import extend, extend_split
 from ..parallel.mechanisms.gather import rearranged
@@ -72,13 +72,13 @@ def spread(
     short = call.split is None and call.past > 0
     ends = layer.session.ends_below(call.total)
     batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states, ends)
-    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, scale, softcap)
+    local = None if call.split is None else LocalCall(q, k, v, store.shard, call, mesh, scale, softcap)
     done = []
     for run in batch.runs:
         method, rows = layer.method(run), run.rows
         with implementations() as ran:
-            if share is not None:
-                part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
+            if local is not None:
+                part, reads, travel = prefill(method, *_some_rows(local, store.shared, rows), None)
             elif run.phase == DECODE:
                 state = {} if run.below else store.states.of(str(method), rows, call.past, call.total)
                 keys = sharded_keys(q, store, call, **how).some_rows(rows, state)
@@ -94,7 +94,7 @@ def spread(
     if batch.told and _told(layer.decode):
         wanted = layer.decode.observation_window
         n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
-        last = q[:, :, -n:] if share is None else last_queries(share, n)
+        last = q[:, :, -n:] if local is None else last_queries(local, n)
         keys = sharded_keys(last, store, call, **how)
         for rows in batch.told:
             state = store.states.of(str(layer.decode), rows, call.past, call.total)
@@ -120,8 +120,8 @@ def spread_window(
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
-        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
-        part = prefill(_DENSE, share, store.shared, window)[0]
+        local = LocalCall(q, k, v, store.shard, call, mesh, scale, softcap)
+        part = prefill(_DENSE, local, store.shared, window)[0]
     elif call.past:
         part = decode(_DENSE, q, sharded_keys(q, store, call, **how), window)[0]
     else:
@@ -130,9 +130,9 @@ def spread_window(
     return part
 
 
-def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
+def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
     """Store the new keys and values of a call. -> what this rank held before."""
-    past = store.rows if store.keys is not None else Rows(k[:, :, :0], v[:, :, :0], store.layout)
+    past = store.shard if store.keys is not None else Shard(k[:, :, :0], v[:, :, :0], store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -149,28 +149,28 @@ def _padding_within(call: Call) -> dict[str, Any]:
     return {"start": (call.start - call.past).clamp(min=0), "starts": starts}
 
 
-def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Summaries]:
+def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalCall, Summaries]:
     """A share, and the entries of all keys, of some rows of the batch."""
-    if rows == slice(0, share.q.shape[0]):
-        return share, shared
-    call, start = share.call, None
+    if rows == slice(0, local.q.shape[0]):
+        return local, shared
+    call, start = local.call, None
     starts = None if call.starts is None else call.starts[rows]
     if starts is not None and any(starts):
         start = None if call.start is None else call.start[rows]
-    q, k, v = (x[rows] for x in (share.q, share.k, share.v))
-    held = Rows(share.rows.k[rows], share.rows.v[rows], share.rows.layout)
+    q, k, v = (x[rows] for x in (local.q, local.k, local.v))
+    shard = Shard(local.shard.k[rows], local.shard.v[rows], local.shard.layout)
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(shared, share.k, None, rows)
+    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(shared, local.k, None, rows)
 
 
 def sharded_keys(
     q: Tensor, store: ShardStore, call: Call, *, scale: float, softcap: float | None
 ) -> ShardedKeys:
     """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
-    rows = store.rows
+    shard = store.shard
     return ShardedKeys(
-        k=rows.k,
-        v=rows.v,
+        k=shard.k,
+        v=shard.v,
         tq=q.shape[2],
         scale=scale,
         softcap=softcap,
@@ -178,7 +178,7 @@ def sharded_keys(
         starts=call.starts,
         summaries=store.summaries,
         total=store.total,
-        layout=rows.layout,
+        layout=shard.layout,
         ranks=store.ranks,
         shared=store.shared,
     )
@@ -192,16 +192,16 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
-        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
-        store.replace(Rows(k, v, kept))
+        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.shard[:2])
+        store.replace(Shard(k, v, kept))
     elif low > store.layout.begin:
         gone = store.layout.below(mesh.ranks.rank, low)
-        rows = store.rows
-        store.replace(Rows(rows.k[:, :, gone:], rows.v[:, :, gone:], rows.layout.cut(low, call.total)))
+        shard = store.shard
+        store.replace(Shard(shard.k[:, :, gone:], shard.v[:, :, gone:], shard.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
-def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
+def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh) -> None:
     """Bring the block summaries up to date that some method of the layer is going to select by."""
     asked = (*layer.decode.summaries, *(() if call.split is None else layer.prefill.summaries))
     wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
@@ -211,7 +211,7 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
     for summary in wanted.values():
         if call.split is None:
             recent = extend(
-                summary, store.shared, store.rows.k, store.layout, recent, call.starts, mesh.ranks
+                summary, store.shared, store.shard.k, store.layout, recent, call.starts, mesh.ranks
             )
         else:
             extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)

@@ -15,21 +15,26 @@ BACKENDS = ("torch", "deepspeed")
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallel:
-    """How a sequence is spread over ranks.
+    """How a sequence is sharded over ranks.
 
-    size: ranks that share one sequence; None: all of the job, or of the mesh. A job of a multiple of ``size``
-        runs that many copies, ranks 0 .. size - 1 the first.
-    mechanism: how prefill attention meets keys on other ranks: "auto" (the least bytes), "gather" (all-gather
-        of keys and values), "ring", "ulysses" (heads instead of positions), "usp" (Ulysses inside, ring
-        across) or "pass_q" (queries travel instead of keys).
-    ulysses: degree of Ulysses inside USP, a divisor of ``size``; None: the ranks of one machine, or about the
-        root of ``size`` where that is all of them or one.
-    block: tokens; new tokens are stored in turn, in blocks of this many.
+    size: ranks that share one sequence; None: all ranks of the job, or of the mesh. A job of n * ``size``
+    ranks
+        runs n sequences; ranks 0 .. size - 1 share the first one.
+    mechanism: how the queries of a prefill reach keys on other ranks: "auto" (the least bytes), "gather"
+        (all-gather of keys and values), "ring" (they pass round), "ulysses" (each rank has some heads of all
+        positions), "usp" (Ulysses inside a group, a ring across groups) or "pass_q" (queries travel instead).
+    ulysses: ranks of a Ulysses group in USP, a divisor of ``size``; None: the ranks of one machine. Where
+    those
+        are all ranks or a single one: the largest divisor of ``size`` up to its square root.
+    block: tokens. ``generate`` stores new tokens on the ranks in turn, in blocks of this many.
     timeout: seconds that a collective waits for a rank before all ranks stop.
-    check: compare inputs and outputs over the ranks by hash, so that they cannot differ silently.
-    backend: who runs Ulysses' all-to-all, "torch" or "deepspeed".
-    mesh: a torch DeviceMesh (1-D, or with a dimension "cp" or "context"), an accelerate Accelerator or
-        ParallelismConfig, or a process group to take the ranks from; None: the launcher's.
+    check: compare the inputs and outputs of the ranks by hash, and raise an error where they differ.
+    backend: the library that runs the all-to-all of Ulysses, "torch" or "deepspeed".
+    mesh: which ranks take part: a torch DeviceMesh (1-D, or with a dimension "cp" or "context"), an
+    accelerate
+        Accelerator or ParallelismConfig, or a process group; None: those of the launcher.
+
+    Raises SpecError for a value that is not allowed.
     """
 
     size: int | None = None

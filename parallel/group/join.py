@@ -32,25 +32,26 @@ from .watch import Watch
 
 DIMENSIONS = ("cp", "context")  # names of a DeviceMesh's dimension whose ranks share a sequence
 
-# Loading a model takes one rank longer than another: ranks wait for each other this many timeouts.
+# One rank may load a model more slowly than another: ranks wait for each other this many timeouts.
 MEETING = 10
 
 _START = "start it as `torchrun --nproc-per-node N script.py` (docs/MULTI_GPU.md)"
 
 
 def join(parallel: Any, device: torch.device | str) -> Mesh | None:
-    """Meet the ranks that share a sequence; every rank of the job, or of the mesh given, makes this call.
+    """Meet the ranks that share a sequence. Every rank of the job, or of the mesh given, makes this call.
 
     parallel: a ContextParallel; "auto" for all ranks of the launcher or of the initialised default group; a
-        torch DeviceMesh (1-D, or with a dimension "cp" or "context", whose ranks are taken), an accelerate
-        Accelerator or ParallelismConfig, or a process group; a Mesh, which is lent; None.
-    device: where the model is. torch.distributed is initialised for it where nobody has.
+        torch DeviceMesh (1-D, or with a dimension "cp" or "context"), an accelerate Accelerator or
+        ParallelismConfig, or a process group; a Mesh, whose groups are borrowed; None.
+    device: where the model is. If torch.distributed is not initialised, it is initialised for this device.
     -> the mesh, or None where one process is alone.
-    FarspanError: no launcher, a size that does not divide the job, a mesh without such a dimension, a device
-        that is not there or shared, ranks whose configuration differs or that do not come.
+    Raises FarspanError: no launcher; a size that does not divide the job; a mesh without such a dimension; a
+        device that does not exist or that two ranks use; ranks with different configurations; ranks that do
+        not come in time.
     """
     if isinstance(parallel, Mesh):
-        return dataclasses.replace(parallel, lent=True)
+        return dataclasses.replace(parallel, borrowed=True)
     config = _config(parallel)
     if config is None or (config.size == 1 and config.mesh is None):
         return None
@@ -77,53 +78,53 @@ def _config(parallel: Any) -> ContextParallel | None:
     if _is_mesh(parallel):
         return ContextParallel(mesh=parallel)
     raise SpecError(
-        f'parallel={parallel!r}: a farspan.ContextParallel, "auto", a torch DeviceMesh, an accelerate '
-        "Accelerator or ParallelismConfig, or None is allowed."
+        f'parallel={parallel!r} was given; a farspan.ContextParallel, "auto", a torch DeviceMesh, an '
+        "accelerate Accelerator or ParallelismConfig, or None is allowed."
     )
 
 
 def _is_mesh(given: Any) -> bool:
-    # accelerate's two are known by what they offer: it is not imported for that
+    # accelerate's two classes are known by their attributes, so that accelerate is not imported
     return isinstance(given, (DeviceMesh, dist.ProcessGroup)) or (
         hasattr(given, "torch_device_mesh") or hasattr(given, "get_device_mesh")
     )
 
 
-# --- who is there ---------------------------------------------------------------------------------------
+# --- which ranks take part -------------------------------------------------------------------------------
 
 
 def _launched(config: ContextParallel) -> bool:
-    """Whether a launcher has started this process among others (torchrun, accelerate, deepspeed: all of them
-    set the same variables)."""
+    """Whether a launcher has started this process as one of several. torchrun, accelerate and deepspeed set
+    the same environment variables."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
         if missing or not size.isdigit():
             raise FarspanError(
-                f"WORLD_SIZE={size} is set, but {', '.join(missing) or 'it'} is not as a launcher sets it: "
+                f"WORLD_SIZE={size} is set, but {', '.join(missing) or 'it'} is not as a launcher sets it; "
                 f"{_START}."
             )
         return True
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1":
         raise FarspanError(
-            f"srun has started {tasks} tasks, but none of them knows its peers: let srun start one torchrun "
+            f"srun has started {tasks} tasks, and none of them knows the others; let srun start one torchrun "
             "per node (docs/MULTI_GPU.md)."
         )
     if config.size is not None:
-        raise FarspanError(f"ContextParallel(size={config.size}) in a job of one process: {_START}.")
+        raise FarspanError(f"ContextParallel(size={config.size}) in a job of one process; {_START}.")
     return False
 
 
 def _initialise(device: torch.device, timeout: float) -> None:
     if "WORLD_SIZE" not in os.environ:
-        raise FarspanError(f"A mesh was given, but torch.distributed is not initialised: {_START}.")
+        raise FarspanError(f"A mesh was given, but torch.distributed is not initialised; {_START}.")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise FarspanError(
                 f"Rank {os.environ['RANK']} wants cuda:{index}, but {socket.gethostname()} has "
-                f"{torch.cuda.device_count()} such devices: start at most one process per device "
+                f"{torch.cuda.device_count()} such devices; start at most one process per device "
                 "(--nproc-per-node)."
             )
         torch.cuda.set_device(index)
@@ -156,7 +157,7 @@ def _transport(device: torch.device) -> str:
 
 
 def _places(config: ContextParallel, device: torch.device, rank: int) -> tuple[list[int], list[int]]:
-    """-> the ranks of the job that make the same call, and those of them that share this rank's sequence."""
+    """-> (the ranks of the job that make this call, those of them that share this rank's sequence)."""
     given = config.mesh
     if given is None:
         world = dist.get_world_size()
@@ -174,11 +175,12 @@ def _places(config: ContextParallel, device: torch.device, rank: int) -> tuple[l
         members, mine = _column(_device_mesh(given, device), rank)
     if config.size not in (None, len(mine)):
         raise FarspanError(
-            f"ContextParallel(size={config.size}), but the mesh given has {len(mine)} ranks there."
+            f"ContextParallel(size={config.size}) was given with a mesh of {len(mine)} ranks in that "
+            f"dimension; leave size out, or make it {len(mine)}."
         )
     if config.ulysses is not None and len(mine) % config.ulysses:
         raise FarspanError(
-            f"ContextParallel(ulysses={config.ulysses}) does not divide the {len(mine)} ranks."
+            f"ContextParallel(ulysses={config.ulysses}) does not divide {len(mine)} ranks; give a divisor."
         )
     return members, mine
 
@@ -188,15 +190,15 @@ def _device_mesh(given: Any, device: torch.device) -> DeviceMesh:
         return given
     if not _is_mesh(given):
         raise SpecError(
-            f"ContextParallel(mesh={given!r}): a torch DeviceMesh, accelerate's Accelerator or "
-            "ParallelismConfig is allowed."
+            f"ContextParallel(mesh={given!r}) was given; a torch DeviceMesh, a process group, or "
+            "accelerate's Accelerator or ParallelismConfig is allowed."
         )
     mesh = (
         given.torch_device_mesh if hasattr(given, "torch_device_mesh") else given.get_device_mesh(device.type)
     )
     if mesh is None:
         raise FarspanError(
-            f"{type(given).__name__} has no device mesh: give it ParallelismConfig(cp_size=...)."
+            f"{type(given).__name__} has no device mesh; give it ParallelismConfig(cp_size=...)."
         )
     return mesh
 
@@ -208,7 +210,7 @@ def _column(mesh: DeviceMesh, rank: int) -> tuple[list[int], list[int]]:
         found = [0]
     if not found:
         raise FarspanError(
-            f"The mesh given has the dimensions {names}: name the one whose ranks share a sequence "
+            f"The mesh given has the dimensions {names}; name the one whose ranks share a sequence "
             '"cp" or "context".'
         )
     size = mesh.size(found[0])
@@ -219,7 +221,7 @@ def _column(mesh: DeviceMesh, rank: int) -> tuple[list[int], list[int]]:
     return columns.flatten().tolist(), mine[0]
 
 
-# --- coming together ------------------------------------------------------------------------------------
+# --- making the groups ------------------------------------------------------------------------------------
 
 
 def _meet(
@@ -228,11 +230,11 @@ def _meet(
     store = default_store()
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "mesh"}
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", len(mine)))
-    says = {"options": options, "device": _identity(device), "inside": inside}
+    offer = {"options": options, "device": _identity(device), "inside": inside}
     place = f"farspan/{text_hash(repr(members)):x}"
-    name, said = meet(store, place, members, rank, says, MEETING * config.timeout)
-    _compare(said, members)
-    inner = _ulysses_degree(config, [answer["inside"] for answer in said.values()])
+    name, given = meet(store, place, members, rank, offer, MEETING * config.timeout)
+    _compare(given, members)
+    inner = _ulysses_degree(config, [other["inside"] for other in given.values()])
     config = dataclasses.replace(config, ulysses=inner)
 
     watch = Watch(store, f"farspan/{name}", members, mine, rank, config.timeout)
@@ -246,7 +248,7 @@ def _meet(
 
     try:
         with watch.guard("join"):
-            everyone, ulysses, ring = group("ranks", mine), None, None
+            whole, ulysses, ring = group("ranks", mine), None, None
             if inner is not None:
                 at = mine.index(rank)
                 ulysses = group("ulysses", mine[at // inner * inner :][:inner])
@@ -254,11 +256,11 @@ def _meet(
     except BaseException:
         watch.close()
         raise
-    return Mesh(everyone, ulysses, ring, config, device, watch)
+    return Mesh(whole, ulysses, ring, config, device, watch)
 
 
 def _ulysses_degree(config: ContextParallel, local: list[int]) -> int | None:
-    """local: ranks on the machine of each rank."""
+    """How many ranks exchange heads in USP. local: for each rank, the number of ranks on its machine."""
     size = config.size or 1
     if config.ulysses is not None or config.mechanism != "usp":
         return config.ulysses
@@ -269,16 +271,17 @@ def _ulysses_degree(config: ContextParallel, local: list[int]) -> int | None:
 
 
 def _identity(device: torch.device) -> str | None:
-    """The accelerator, as no other one in the job is called; None for a CPU, which ranks may share."""
+    """A name of the accelerator that is unique in the job; None for a CPU, which ranks may share."""
     if device.type != "cuda":
         return None
     return f"{device} of {socket.gethostname()} ({torch.cuda.get_device_properties(device).uuid})"
 
 
-def _compare(said: dict[int, dict[str, Any]], members: list[int]) -> None:
+def _compare(given: dict[int, dict[str, Any]], members: list[int]) -> None:
+    """Refuse ranks that have different options, or that share a device."""
     faults = []
-    for option in said[members[0]]["options"]:
-        values = [repr(said[r]["options"].get(option)) for r in members]
+    for option in given[members[0]]["options"]:
+        values = [repr(given[r]["options"].get(option)) for r in members]
         if odd := minority(values):
             those = f"{values[odd[0]]} on {named([members[i] for i in odd])}"
             others = next(v for i, v in enumerate(values) if i not in odd)
@@ -287,10 +290,10 @@ def _compare(said: dict[int, dict[str, Any]], members: list[int]) -> None:
         raise FarspanError(f"The ranks have different ContextParallel configurations: {'; '.join(faults)}.")
     places: dict[str, int] = {}
     for r in members:
-        device = said[r]["device"]
+        device = given[r]["device"]
         if device is not None and device in places:
             raise FarspanError(
-                f"{named([places[device], r]).capitalize()} both have their model on {device}: load it on "
+                f"{named([places[device], r]).capitalize()} both have their model on {device}; load it on "
                 "f\"cuda:{os.environ['LOCAL_RANK']}\", each rank its own device."
             )
         places[device] = r

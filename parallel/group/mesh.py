@@ -21,11 +21,12 @@ _SLOTS = 16  # int64 words of the row that each rank sends to be compared
 class Mesh:
     """The ranks that share this rank's sequence.
 
-    ranks: all of them. config: with ``size`` and ``ulysses`` known. device: where collectives' tensors are.
-    ulysses, ring: for USP, this rank's neighbours (rank r * U + u: those of the same r) and those across (of
-        the same u); None for other mechanisms.
-    watch: turns a failing rank into one sentence on all.
-    lent: the groups are another one's, who closes them.
+    ranks: all of them. config: the configuration, with ``size`` and ``ulysses`` filled in. device: where the
+    tensors of collectives are.
+    ulysses, ring: the two groups of this rank for USP. Of rank r * U + u these are the ranks with the same r,
+        and those with the same u. None for other mechanisms.
+    watch: on every rank, raises one sentence when a rank fails.
+    borrowed: the groups belong to another Mesh, which closes them.
     """
 
     ranks: Ranks
@@ -34,7 +35,7 @@ class Mesh:
     config: ContextParallel
     device: torch.device
     watch: Watch
-    lent: bool = False
+    borrowed: bool = False
 
     @property
     def size(self) -> int:
@@ -43,24 +44,25 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        """This one's place among them."""
+        """The number of this rank among them."""
         return self.ranks.rank
 
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, what it takes to ``agree`` left out."""
+        """Bytes that this rank has sent so far, without those of ``agree``."""
         return sum(sum(r.sent.values()) - r.sent["agree"] for r in self.watch.groups)
 
     def agree(self, values: dict[str, Tensor | int | str | None]) -> None:
-        """That every rank has the same values, dtype, shape and bits: one all-gather of 128 bytes.
+        """Check that every rank has the same values, tensors by dtype, shape and bits; one all-gather of 128
+        bytes.
 
-        values: at most 15, by the name that an error calls them. FarspanError says which of them differ, and
-        on which ranks from the majority (from rank 0's, if there is none).
+        values: at most 15, by the names that an error uses. Raises FarspanError with the values that differ
+        and the ranks whose value is not the majority's (rank 0's, if there is no majority).
         """
         if len(values) >= _SLOTS:
-            raise ValueError(f"{len(values)} values to agree on, at most {_SLOTS - 1} fit")
+            raise ValueError(f"{len(values)} values were given to agree; at most {_SLOTS - 1} are allowed")
         row = torch.zeros(_SLOTS, dtype=torch.int64)
         tensors: dict[int, Tensor] = {}
-        row[0] = text_hash(repr(list(values)))  # ranks at different places of the program have other names
+        row[0] = text_hash(repr(list(values)))  # other names: the ranks are in different calls
         for i, value in enumerate(values.values(), start=1):
             if isinstance(value, Tensor):
                 tensors[i] = bit_hash(value)
@@ -75,7 +77,7 @@ class Mesh:
         odd = {name: self._named(minority(column)) for name, column in columns if minority(column)}
         if "" in odd:  # the columns are not comparable
             raise FarspanError(
-                f"{odd[''].capitalize()} came to another step than the other ranks: every rank must make the "
+                f"{odd[''].capitalize()} came to another step than the other ranks. Every rank must make the "
                 "same calls with the same options."
             )
         if odd:
@@ -88,6 +90,6 @@ class Mesh:
         return named([self.ranks.global_rank(place) for place in places])
 
     def close(self) -> None:
-        """Leave the groups that ``join`` has made. The job's own group stays."""
-        if not self.lent:
+        """Leave the groups that ``join`` has made. The default group of the job stays."""
+        if not self.borrowed:
             self.watch.close()
