@@ -206,8 +206,8 @@ def _rank(
 
 
 def predict(mechanism: str, figures: Figures, geometry: Geometry, ranks: int, length: int) -> float:
-    """Simulated seconds of one layer's attention. The simulation begins with the layer's matrix products. There
-    are none here, and the time to start them is subtracted."""
+    """Simulated seconds of one layer's attention. The simulation begins with the layer's matrix products.
+    There are none here, and the time to start them is subtracted."""
     call = PrefillCall(ranks, length)
     trace = simulate(mechanism, Work(geometry=geometry), figures.device(mechanism), call)
     return trace.seconds - figures.launch

@@ -163,7 +163,7 @@ def test_imports_go_down_only(number):
     assert not wrong
 
 
-@pytest.mark.parametrize("layer", ["evals", "cli"])
+@pytest.mark.parametrize("layer", ["parallel", "evals", "cli"])
 def test_no_file_is_in_an_import_circle(layer):
     """Imports inside functions count: they hide a circle and do not open it."""
     files = {

@@ -18,21 +18,18 @@ class ContextParallel:
     """How a sequence is sharded over ranks.
 
     size: ranks that share one sequence; None: all ranks of the job, or of the mesh. A job of n * ``size``
-    ranks
-        runs n sequences; ranks 0 .. size - 1 share the first one.
+        ranks runs n sequences; ranks 0 .. size - 1 share the first one.
     mechanism: how the queries of a prefill reach keys on other ranks: "auto" (the least bytes), "gather"
         (all-gather of keys and values), "ring" (they pass round), "ulysses" (each rank has some heads of all
         positions), "usp" (Ulysses inside a group, a ring across groups) or "pass_q" (queries travel instead).
     ulysses: ranks of a Ulysses group in USP, a divisor of ``size``; None: the ranks of one machine. Where
-    those
-        are all ranks or a single one: the largest divisor of ``size`` up to its square root.
+        those are all ranks or a single one: the largest divisor of ``size`` up to its square root.
     block: tokens. ``generate`` stores new tokens on the ranks in turn, in blocks of this many.
     timeout: seconds that a collective waits for a rank before all ranks stop.
     check: compare the inputs and outputs of the ranks by hash, and raise an error where they differ.
     backend: the library that runs the all-to-all of Ulysses, "torch" or "deepspeed".
     mesh: which ranks take part: a torch DeviceMesh (1-D, or with a dimension "cp" or "context"), an
-    accelerate
-        Accelerator or ParallelismConfig, or a process group; None: those of the launcher.
+        accelerate Accelerator or ParallelismConfig, or a process group; None: those of the launcher.
 
     Raises SpecError for a value that is not allowed.
     """

@@ -7,8 +7,7 @@ publishes a sentence, the *verdict*. The first verdict counts, and every rank ra
 
     rank 2 fails    -> it publishes its error as the verdict, then closes its connections
     rank 2 dies     -> the connections of the others to it break, and its heartbeats end
-    rank 2 stalls   -> the others wait ``timeout`` seconds; its heartbeats end, or their collective is an
-    older one
+    rank 2 stalls   -> the others wait ``timeout`` seconds; its heartbeats end or fall behind
 
 NCCL: collectives return before they are done, so ``guard`` notices a failure only at the next collective or
 synchronisation. A rank that finds a verdict aborts its NCCL groups, which ends kernels that wait for another

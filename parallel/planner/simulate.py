@@ -5,8 +5,7 @@ and its inputs have arrived. All ranks take the same steps, so their times are a
 
     gather    the projections, an all-gather of K and V round the ring, then attention
     ring      the shift of a block to the next rank starts before the attention over the block; both run at
-    once,
-              and the next shift waits for both (two buffers)
+              once, and the next shift waits for both (two buffers)
     ulysses   all-to-all of q, k and v, attention of the rank's heads, all-to-all of the output
     usp       the same inside each group of U ranks, with the ring over groups in place of the attention
     pass_q    an all-gather of q, attention over the rank's own keys, all-to-all of the partials
