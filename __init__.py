@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention.errors import FarspanError, SpecError, Unsupported
     from .attention.spec import methods, parse_method
-    from .parallel.group.mesh import ContextParallel
+    from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
@@ -34,7 +34,7 @@ _HOMES = {
     "Unsupported": ".attention.errors",
     "methods": ".attention.spec",
     "parse_method": ".attention.spec",
-    "ContextParallel": ".parallel.group.mesh",
+    "ContextParallel": ".parallel.group.config",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",
     "patch": ".runtime.patch",

@@ -128,7 +128,7 @@ def spread_over(value: str) -> Any:
     if value == "none":
         launch.only_rank_0()
         return None
-    from ..parallel.group.mesh import MECHANISMS, ContextParallel
+    from ..parallel.group.config import MECHANISMS, ContextParallel
 
     if value not in MECHANISMS:
         raise FarspanError(f"Unknown --parallel {value!r}; it is none, {', '.join(MECHANISMS)}.")

@@ -16,7 +16,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
-from ..parallel.mechanisms.call import Call, Rows, Share, Travel
+from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
 from ..parallel.mechanisms.entries import extend, extend_split
 from ..parallel.mechanisms.gather import rearranged
@@ -74,7 +74,7 @@ class KeysOverRanks:
         self.past, self.total, self.starts = call.past, call.total, call.starts
         self.short = call.split is None and call.past > 0
         self.states = store.states
-        self._share: Share | None = None  # of a call that is split
+        self._local: LocalCall | None = None  # of a call that is split
         self._sent = mesh.sent()
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
@@ -84,7 +84,7 @@ class KeysOverRanks:
         asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
         _extend(asked, self.k, store, past, call, mesh)
         if call.split is not None:
-            self._share = Share(self.q, self.k, self.v, store.rows, call, mesh, self.scale, self.softcap)
+            self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.scale, self.softcap)
 
     def newly_sent(self) -> int:
         """Bytes that this rank has sent since the last time this was called."""
@@ -94,8 +94,8 @@ class KeysOverRanks:
     def keys(self, rows: slice, state: State, tq: int) -> ShardedKeys:
         every = _are_all(rows, self.q)
         keys = ShardedKeys(
-            k=self.store.rows.k,
-            v=self.store.rows.v,
+            k=self.store.shard.k,
+            v=self.store.shard.v,
             tq=tq,
             scale=self.scale,
             softcap=self.softcap,
@@ -112,14 +112,14 @@ class KeysOverRanks:
         return keys if every else keys.some_rows(rows, state)
 
     def last_queries(self, count: int) -> Tensor:
-        return self.q[:, :, -count:] if self._share is None else last_queries(self._share, count)
+        return self.q[:, :, -count:] if self._local is None else last_queries(self._local, count)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
     ) -> tuple[Partial, Reads, Travel | None]:
         """As ``KeySource.attend``. A call over ranks is not measured, so there is no ``probe``."""
-        if self._share is not None:
-            part, reads, travel = prefill(method, *_some_rows(self._share, self.store.shared, run.rows), None)
+        if self._local is not None:
+            part, reads, travel = prefill(method, *_some_rows(self._local, self.store.shared, run.rows), None)
         elif run.phase == DECODE:
             q = self.q[run.rows]
             part, reads = decode(method, q, self.keys(run.rows, state, q.shape[2]), None)
@@ -156,8 +156,8 @@ def window_over_ranks(
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
-        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
-        part = prefill(_DENSE, share, store.shared, window)[0]
+        local = LocalCall(q, k, v, store.shard, call, mesh, scale, softcap)
+        part = prefill(_DENSE, local, store.shared, window)[0]
     elif call.past:
         keys = KeysOverRanks(
             q, k, v, store, call, mesh, scale=scale, softcap=softcap, ends=None, kept=True
@@ -169,9 +169,9 @@ def window_over_ranks(
     return part
 
 
-def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
+def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
     """Store the new keys and values of a call. -> what this rank held before."""
-    past = store.rows if store.keys is not None else Rows(k[:, :, :0], v[:, :, :0], store.layout)
+    past = store.shard if store.keys is not None else Shard(k[:, :, :0], v[:, :, :0], store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -188,18 +188,18 @@ def _padding_within(call: Call) -> Padding:
     return Padding((call.start - call.past).clamp(min=0), starts)
 
 
-def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Summaries]:
-    """A share, and the entries of all keys, of some rows of the batch."""
-    if _are_all(rows, share.q):
-        return share, shared
-    call, start = share.call, None
+def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalCall, Summaries]:
+    """The local call, and the entries of all keys, of some rows of the batch."""
+    if _are_all(rows, local.q):
+        return local, shared
+    call, start = local.call, None
     starts = None if call.starts is None else call.starts[rows]
     if starts is not None and any(starts):
         start = None if call.start is None else call.start[rows]
-    q, k, v = (x[rows] for x in (share.q, share.k, share.v))
-    held = Rows(share.rows.k[rows], share.rows.v[rows], share.rows.layout)
+    q, k, v = (x[rows] for x in (local.q, local.k, local.v))
+    shard = Shard(local.shard.k[rows], local.shard.v[rows], local.shard.layout)
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(shared, share.k, None, rows)
+    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(shared, local.k, None, rows)
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
@@ -210,17 +210,17 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
-        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
-        store.replace(Rows(k, v, kept))
+        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.shard[:2])
+        store.replace(Shard(k, v, kept))
     elif low > store.layout.begin:
         gone = store.layout.below(mesh.ranks.rank, low)
-        rows = store.rows
-        store.replace(Rows(rows.k[:, :, gone:], rows.v[:, :, gone:], rows.layout.cut(low, call.total)))
+        shard = store.shard
+        store.replace(Shard(shard.k[:, :, gone:], shard.v[:, :, gone:], shard.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
 def _extend(
-    asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh
+    asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
 ) -> None:
     """Bring those of the summaries ``asked`` up to date that are of blocks."""
     wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
@@ -230,7 +230,7 @@ def _extend(
     for summary in wanted.values():
         if call.split is None:
             recent = extend(
-                summary, store.shared, store.rows.k, store.layout, recent, call.starts, mesh.ranks
+                summary, store.shared, store.shard.k, store.layout, recent, call.starts, mesh.ranks
             )
         else:
             extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)

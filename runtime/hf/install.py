@@ -27,6 +27,7 @@ from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
+from .transformers_private import attention_of
 from .wanted import watch_logits
 
 
@@ -71,7 +72,7 @@ def install(
 
 def _switched_off(decoder: Any, session: Session) -> bool:
     """Whether the model has been set to another attention since the patch; its calls are its own then."""
-    name = decoder.config._attn_implementation
+    name = attention_of(decoder.config)
     session.off = name != NAME
     if not session.off:
         return False

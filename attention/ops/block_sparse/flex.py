@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...partial import Partial
+from ..torch_private import refuse_uncompiled
 
 if TYPE_CHECKING:
     from ...selection import BlockIndex
@@ -71,8 +72,7 @@ def compiled() -> Callable[..., Any]:
     """FlexAttention, compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Never let a limit on recompilations send it, in silence, to the uncompiled twin.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    refuse_uncompiled()
     return torch.compile(flex_attention)
 
 
