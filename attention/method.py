@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError, SpecError
 from .index import Index
 from .keys import Keys, State
+from .needs import Needs
 from .summary import Summary
 from .whole import whole_number
 
@@ -45,6 +46,27 @@ class LayerInfo:
     tp_size: int = 1
     tp_rank: int = 0
 
+    def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
+        """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or
+        has another shape."""
+        weights = self.weights or {}
+        for name, shape in method.needs.weights.items():
+            if name not in weights:
+                raise FarspanError(
+                    f"{method.name} needs a recipe with {name} for layer {self.index}: make one with "
+                    f"'farspan calibrate --method {method.name}' and pass recipe=PATH."
+                )
+            shared = dict.fromkeys(("num_heads", "num_kv_heads"), self.tp_size)
+            wanted = [getattr(self, x) * shared.get(x, 1) if isinstance(x, str) else x for x in shape]
+            given = list(weights[name].shape)
+            fits = [size is None or size == had for size, had in zip(wanted, given, strict=False)]
+            if len(wanted) != len(given) or not all(fits):
+                raise FarspanError(
+                    f"This recipe has {name} of {given} in layer {self.index} where {wanted} is needed: it "
+                    "was made for another model."
+                )
+        return weights
+
     def own(self, per_head: Tensor) -> Tensor:
         """This rank's part of a tensor whose first dimension is all the layer's query or KV heads."""
         return per_head.chunk(self.tp_size)[self.tp_rank]
@@ -53,18 +75,18 @@ class LayerInfo:
 class Calibration(Protocol):
     """Learns one layer's weights by watching its dense attention over windows of a text.
 
-    before_rope: whether it wants queries and keys as they are before RoPE. settings: how it learns, for the
-    record.
+    needs: of which ``observe`` is given ``inputs``. settings: how it learns, for the record.
     """
 
     @property
-    def before_rope(self) -> bool: ...
+    def needs(self) -> Needs: ...
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks,
+        and, where ``needs`` name some, inputs (Inputs)."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -96,8 +118,7 @@ class AttentionMethod:
     lookahead: ClassVar[str] = (
         "0"  # how far past a row its selection may have looked: "0", "block_q - 1" or "prompt"
     )
-    needs_recipe: ClassVar[bool] = False
-    reads_keys: ClassVar[bool] = False  # whether prepare_prefill or select_prefill asks for raw keys
+    needs: ClassVar[Needs] = Needs()  # may depend on the parameters: __post_init__ sets it then
 
     @property
     def tokens_ahead(self) -> float:
@@ -199,6 +220,12 @@ class AttentionMethod:
         """What the last queries q [B, H, n, D] of a call find among all its keys, for ``keys.prepared`` when
         ``select_prefill`` is asked about any of its queries."""
         return {}
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The method's trainable parameters in one layer, which ``for_layer`` makes or takes from the recipe;
+        None for a method without any."""
+        return None
 
     @property
     def summaries(self) -> tuple[Summary, ...]:

@@ -120,7 +120,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         "paper": cls.paper,
         "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
-        "needs_recipe": cls.needs_recipe,
+        "needs_recipe": cls.needs.recipe,
         "lookahead": cls.lookahead,
         "parameters": parameters,
     }

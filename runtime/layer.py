@@ -19,12 +19,14 @@ from ..attention.errors import FarspanError
 from ..attention.keys import Keys
 from ..attention.mass import SELECTION
 from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.needs import Needs
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
+from .inputs import Given
 from .layer_over_ranks import carried, spread, spread_window
 from .measure import Measured, Meter, Observer
 from .padding import Padding, read_padding
@@ -79,6 +81,8 @@ class Session(threading.local):
         self.scoring = False  # whether logits of more than the last position are wanted
         self.off = False  # whether the running call is the model's own, since it was set to another attention
         self.positions: Tensor | None = None  # of the whole call, while a part of it runs
+        self.given: Given | None = None  # of the running attention module, where needed
+        self.turns: dict[tuple[int, str], Any] = {}  # last calls of rotary embeddings
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self.ends: list[int] | None = None  # where rows of the running call end, if some have padding behind
@@ -173,6 +177,11 @@ class Layer(Unique):
         """The method of each phase."""
         return {PREFILL: self.prefill, DECODE: self.decode}
 
+    @property
+    def needs(self) -> Needs:
+        """What the methods of both phases need."""
+        return self.prefill.needs | self.decode.needs
+
     def clear_report(self) -> None:
         """Start counting anew."""
         self.phases = {
@@ -256,6 +265,8 @@ class Layer(Unique):
         if own and store is not None:
             store.align(padding.starts, total)
             whole.summaries, states = store.summaries, store.states
+        if self.session.given is not None:
+            whole.fed = self.session.given.feed(q, k, store if own else None)
         short = own and tq <= DECODE_ROWS
         batch = self.served(padding.starts, b, total - tq, total, short, states, whole.ends)
         done = []

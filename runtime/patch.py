@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.errors import FarspanError, SpecError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
@@ -124,6 +124,13 @@ def patch(
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
+        mesh.close()
+        fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
+        raise FarspanError(
+            f"{' and '.join(fed)} needs queries or keys before RoPE or hidden states, which are not passed "
+            f"between ranks, and this model is spread over {mesh.size}: leave parallel out, in one process."
+        )
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(
@@ -150,10 +157,13 @@ def patch(
                 "the version of farspan": version("farspan"),
             }
         )
+    for index, layer in bound.items():
+        for gate in {m.module for m in layer.methods.values() if m.module is not None}:
+            hf.place_beside(gate, info.attention[index])
     undo = hf.install(model, info, bound, session, chunking, block_multiple)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry)
 
 
 class Patched:
@@ -167,6 +177,7 @@ class Patched:
         undo: list[Callable[[], None]],
         mesh: Mesh | None = None,
         notices: Counter[str] | None = None,
+        geometry: Mapping[str, Any] | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -174,7 +185,28 @@ class Patched:
         self._undo: list[Callable[[], None]] | None = undo
         self._mesh = mesh
         self._notices = Counter() if notices is None else notices
+        self._geometry = dict(geometry or {})
         self._sent_before = self._sent()
+
+    def modules(self) -> dict[int, dict[str, nn.Module]]:
+        """The modules of methods that own parameters (gates): by layer, by the name of the method."""
+        found: dict[int, dict[str, nn.Module]] = {}
+        for index, layer in self._layers.items():
+            for method in layer.methods.values():
+                if method.module is not None:
+                    found.setdefault(index, {})[method.name] = method.module
+        return found
+
+    def recipe(self, method: str, **settings: Any) -> Recipe:
+        """The weights of the modules of the method ``method``, as they are now, for ``patch(recipe=...)``.
+        settings: how they were made, for the record. Raises FarspanError where it owns none."""
+        gates = {index: named[method] for index, named in self.modules().items() if method in named}
+        if not gates:
+            raise FarspanError(
+                f"No layer of this patch has parameters of {method}: name a method that owns a module and "
+                "that some layer runs."
+            )
+        return Recipe.of_modules(method, gates, self._geometry, settings)
 
     def report(self, *, measure_mass: bool = False) -> Report:
         """What has been read since the patch, or since ``reset_report``; measured too, where the patch
@@ -306,7 +338,7 @@ def _check_recipe(
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
-    need = [method for method in methods if method.needs_recipe]
+    need = [method for method in methods if method.needs.recipe]
     lack = list(dict.fromkeys(method.name for method in need if not getattr(method, "recipe", "")))
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
@@ -343,6 +375,9 @@ def _bind(
     """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
     bound, reasons = [], {}
     for phase, method in zip((PREFILL, DECODE), methods, strict=True):
+        if bound and method is methods[0] and not reasons:  # a gate of both phases has its weights once
+            bound.append(bound[0])
+            continue
         served = serve(method, layer, recipe, geometry)
         if served is None:
             reasons[phase] = f"{method.name} leaves this layer dense"
@@ -390,7 +425,7 @@ def learned(
 ) -> LayerInfo:
     """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none.
     within: the method that goes over it, if one does."""
-    if not method.needs_recipe:
+    if not method.needs.recipe:
         return layer
     source = getattr(method, "recipe", "") or recipe  # its own comes first: two methods may need one each
     if source is None:

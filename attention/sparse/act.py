@@ -15,6 +15,7 @@ from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index, Rescaled
 from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo, methods, require
+from ..needs import Needs
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..ops.scores import scores
@@ -60,8 +61,7 @@ class ACT(AttentionMethod):
     title: ClassVar[str] = "ACT (attention calibration)"
     paper: ClassVar[str] = "2406.15765"
     lookahead: ClassVar[str] = "prompt"
-    needs_recipe: ClassVar[bool] = True  # but not for all heads
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True, weights={"heads": ("num_heads",)})  # none for all heads
 
     over: AttentionMethod | None = None
     beta: float = 0.4
@@ -75,7 +75,9 @@ class ACT(AttentionMethod):
     def __post_init__(self) -> None:
         require(self, beta=(0.0, 1.0), threshold=(0.0, 1.0), heads=("chosen", "all"))
         require(self, first=(0, None), last=(self.first, None))
-        object.__setattr__(self, "needs_recipe", self.heads == "chosen")
+        under = Needs() if self.over is None else replace(self.over.needs, weights={})
+        own = self.needs if self.heads == "chosen" else replace(self.needs, weights={})
+        object.__setattr__(self, "needs", own | under)
         if self.over is not None and not _shows_maxima(type(self.over)):
             can = ", ".join(name for name, cls in methods().items() if _shows_maxima(cls))
             raise SpecError(
@@ -92,17 +94,7 @@ class ACT(AttentionMethod):
             return over
         if self.heads == "all":
             return replace(self, over=over)
-        if "heads" not in weights:
-            raise FarspanError(
-                f"act needs a recipe with the heads of layer {layer.index}: make one with 'farspan calibrate "
-                "--method act' and pass recipe=PATH, or take heads=all."
-            )
-        chosen = layer.own(weights["heads"])
-        if chosen.shape != (layer.num_heads,):
-            raise FarspanError(
-                f"This recipe has {len(chosen)} heads in layer {layer.index}, the model has "
-                f"{layer.num_heads}: it was made for another model."
-            )
+        chosen = layer.own(layer.checked(self)["heads"])
         return replace(self, over=over, chosen=chosen.bool()) if bool(chosen.any()) else over
 
     def calibration(self, layer: LayerInfo, *, sure: float = 1.0) -> HeadSearch:
@@ -205,7 +197,7 @@ class HeadSearch:
     each head would tell it exactly.
     """
 
-    before_rope = False
+    needs = Needs()
 
     def __init__(self, method: ACT, layer: LayerInfo, sure: float) -> None:
         if not isinstance(sure, int | float) or not 0 <= sure < math.inf:

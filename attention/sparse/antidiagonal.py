@@ -16,6 +16,7 @@ from ..gqa import reduce_group
 from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
+from ..needs import Needs
 from ..ops.scores import scores
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 27}  # probabilities held at a time
@@ -48,7 +49,7 @@ class Antidiagonal(AttentionMethod):
     title: ClassVar[str] = "XAttention (antidiagonal scoring)"
     paper: ClassVar[str] = "2503.16428"
     lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True)
 
     mass: float = 0.9
     stride: int = 16

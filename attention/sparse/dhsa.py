@@ -17,6 +17,7 @@ from ..gqa import group_scores, reduce_group
 from ..index import Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..ops.select import top_k
@@ -69,7 +70,7 @@ class DHSA(AttentionMethod):
         require(self, block_q=(1, None), block_k=(1, None), local=(1, None))
         if self.select == "vertical_slash":
             object.__setattr__(self, "lookahead", "prompt")
-            object.__setattr__(self, "reads_keys", True)
+            object.__setattr__(self, "needs", Needs(keys=True))
 
     @property
     def block_multiple(self) -> int:

@@ -14,6 +14,7 @@ from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
+from ..needs import Inputs, Needs
 from ..ops.scores import scores
 from ..summary import Channels, Summary
 
@@ -37,7 +38,7 @@ class DoubleSparsity(AttentionMethod):
     name: ClassVar[str] = "double_sparsity"
     title: ClassVar[str] = "Double Sparsity"
     paper: ClassVar[str] = "2408.07092"
-    needs_recipe: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(weights={"channels": ("num_kv_heads", "head_dim")})
 
     k: int | None = 512
     fraction: float | None = None
@@ -54,18 +55,7 @@ class DoubleSparsity(AttentionMethod):
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
             return None
-        if layer.weights is None or "channels" not in layer.weights:
-            raise FarspanError(
-                f"double_sparsity needs a recipe with calibrated channels for layer {layer.index}: make one "
-                "with "
-                "'farspan calibrate' and pass recipe=PATH."
-            )
-        ranking = layer.own(layer.weights["channels"])  # [Hkv, D], best first
-        if tuple(ranking.shape) != (layer.num_kv_heads, layer.head_dim):
-            raise FarspanError(
-                f"This recipe ranks {list(ranking.shape)} channels in layer {layer.index}, the model has "
-                f"[{layer.num_kv_heads}, {layer.head_dim}]: it was made for another model."
-            )
+        ranking = layer.own(layer.checked(self)["channels"])  # [Hkv, D], best first
         width = self._width(layer.head_dim)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 
@@ -111,12 +101,15 @@ class ChannelRanking:
     def __init__(self, layer: LayerInfo, by: str) -> None:
         if by not in RANKINGS:
             raise FarspanError(f"Channels are ranked by {', '.join(RANKINGS)}; got {by!r}.")
-        self.before_rope, self.settings = by != "qk", {"by": by}
+        raw = by != "qk"
+        self.needs, self.settings = Needs(queries_before_rope=raw, keys_before_rope=raw), {"by": by}
         self._by, self._kv_heads = by, layer.num_kv_heads
         self._q: Tensor | float = 0.0  # [H, D]
         self._k: Tensor | float = 0.0  # [Hkv, D]
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, *, inputs: Inputs | None = None, **how: Any) -> None:
+        if inputs is not None:
+            q, k = inputs.queries_before_rope, inputs.keys_before_rope
         self._q = self._q + q.double().abs().sum((0, 2)).cpu()
         self._k = self._k + k.double().abs().sum((0, 2)).cpu()
 

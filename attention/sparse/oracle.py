@@ -15,6 +15,7 @@ from ..gqa import reduce_group
 from ..index import Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
+from ..needs import Needs
 from ..ops.scores import scores
 
 _TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
@@ -37,7 +38,7 @@ class Oracle(AttentionMethod):
     title: ClassVar[str] = "Oracle (true block masses)"
     paper: ClassVar[str] = ""
     lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True)
 
     mass: float | None = 0.9
     k: int | None = None

@@ -15,6 +15,7 @@ from ..gqa import reduce_group
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, require
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.rows import gather_rows
 from ..ops.scores import scores
@@ -52,7 +53,7 @@ class PBS(AttentionMethod):
     title: ClassVar[str] = "PBS-Attn"
     paper: ClassVar[str] = "2510.21270"
     lookahead: ClassVar[str] = "prompt"
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True)
 
     mass: float = 0.9
     block: int = 128

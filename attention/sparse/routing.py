@@ -16,6 +16,7 @@ from ..gqa import group_scores
 from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..method import AttentionMethod, require
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 
@@ -46,7 +47,7 @@ class Routing(AttentionMethod):
     title: ClassVar[str] = "Routing Transformer, training-free"
     paper: ClassVar[str] = "2003.05997"
     lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True)
 
     k: int = 1024
     clusters: int = 16

@@ -16,6 +16,7 @@ from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
+from ..needs import Needs
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..ops.int4_scores import int4_block_max
@@ -51,8 +52,7 @@ class SALE(AttentionMethod):
     title: ClassVar[str] = "SALE"
     paper: ClassVar[str] = "2505.24179"
     lookahead: ClassVar[str] = "block_q - 1"
-    needs_recipe: ClassVar[bool] = True  # but not with a threshold
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True, weights={"thresholds": ("num_heads",)})  # none with a threshold
 
     threshold: float | None = None
     block_q: int = 64
@@ -68,23 +68,14 @@ class SALE(AttentionMethod):
         require(self, local=(self.block_q, None))
         if self.q_bits not in (4, 8, None):
             raise SpecError(f"sale takes q_bits = 4, 8 or none; got {self.q_bits}.")
-        object.__setattr__(self, "needs_recipe", self.threshold is None)
+        if self.threshold is not None:
+            object.__setattr__(self, "needs", Needs(keys=True))
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if self.threshold is not None:
             tau = torch.full((layer.num_heads,), self.threshold)
         else:
-            if layer.weights is None or "thresholds" not in layer.weights:
-                raise FarspanError(
-                    f"sale needs a recipe with thresholds for layer {layer.index}: make one with 'farspan "
-                    "calibrate --method sale' and pass recipe=PATH, or give threshold= for all heads."
-                )
-            tau = layer.own(layer.weights["thresholds"])
-        if tau.shape != (layer.num_heads,):
-            raise FarspanError(
-                f"This recipe has thresholds for {len(tau)} heads in layer {layer.index}, the model has "
-                f"{layer.num_heads}: it was made for another model."
-            )
+            tau = layer.own(layer.checked(self)["thresholds"])
         return self.with_thresholds(tau)
 
     def with_thresholds(self, tau: Tensor) -> SALE:
@@ -195,7 +186,7 @@ class SALE(AttentionMethod):
 class ThresholdSearch:
     """``thresholds`` [H] float32, one per query head, 0 for a dense one: what all windows of a text allow."""
 
-    before_rope = False
+    needs = Needs()
 
     def __init__(self, method: SALE, layer: LayerInfo, start: float, error: float) -> None:
         if not all(isinstance(x, int | float) and 0 < x < math.inf for x in (start, error)):

@@ -20,6 +20,7 @@ from ..gqa import reduce_group
 from ..index import BlockIndex, Index
 from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo, require
+from ..needs import Needs
 from ..ops.select import by_mass, by_threshold
 from ..received import columns_and_diagonals
 
@@ -56,7 +57,7 @@ class VerticalSlash(AttentionMethod):
     title: ClassVar[str] = "Vertical-slash (MInference)"
     paper: ClassVar[str] = "2407.02490"
     lookahead: ClassVar[str] = "prompt"
-    reads_keys: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(keys=True)
 
     vertical: int = 1000
     slash: int = 6096

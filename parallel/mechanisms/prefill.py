@@ -53,7 +53,7 @@ def prefill(
     else:
         part, reads = selected(method, share, shared, window)
         travel = Travel("fetch", "only keys that some query of the rank selected are moved")
-        if method.reads_keys and window is None:
+        if method.needs.keys and window is None:
             travel = Travel("gather", f"{method.name} reads every key to select")
         if window is None and share.mesh.config.mechanism == "ulysses":
             travel.why += f"; ulysses was asked for, but {_splits_groups(method, share)}"
@@ -145,7 +145,7 @@ def _splits_groups(method: AttentionMethod, share: Share) -> str | None:
     geometry, size = share.geometry, share.mesh.ranks.size
     if geometry.num_kv_heads % size:
         return f"{size} ranks do not divide {geometry.num_kv_heads} KV heads, whose groups choose together"
-    if method.couples_heads or method.needs_recipe:
+    if method.couples_heads or method.needs.recipe:
         return f"{method.name} knows the layer's heads as a whole"
     return None
 

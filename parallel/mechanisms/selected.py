@@ -39,7 +39,7 @@ class _ChunkKeys(Keys):
         return entries
 
     def read_all_keys(self) -> Tensor:
-        assert self.complete, "a method that reads raw keys in prefill says reads_keys"
+        assert self.complete, "a method that reads raw keys in prefill declares needs.keys"
         return super().read_all_keys()
 
 
@@ -91,7 +91,7 @@ def selected(
     shared: the entries of the method's summaries, of all keys."""
     q, k, v, call, ranks = share.q, share.k, share.v, share.call, share.mesh.ranks
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    whole = learns or (method.reads_keys and window is None)
+    whole = learns or (method.needs.keys and window is None)
     if whole:
         past = share.past
         keys, values = gather_all(k, v, past.k, past.v, past.layout, share.split, ranks)
@@ -135,7 +135,7 @@ def _pieces(
 ) -> list[_Piece]:
     """This rank's chunks, a padded batch row by row, each with what the method selects for it."""
     q, call = share.q, share.call
-    complete = method.reads_keys and window is None
+    complete = method.needs.keys and window is None
     batches = [slice(0, q.shape[0])]
     if call.starts is not None:
         batches = [slice(b, b + 1) for b in range(q.shape[0])]

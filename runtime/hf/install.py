@@ -21,6 +21,7 @@ from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
 from .decoder_over_ranks import spread_forward, told_to_all
 from .hooks import Hook
+from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
@@ -44,7 +45,9 @@ def install(
     """
     register()
     served = set(info.attention.values())
-    undo = [own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m))]
+    fed = [(info.attention[i], layer.needs) for i, layer in layers.items() if layer.needs.inputs]
+    undo = feed_inputs(info.decoder, fed, session)
+    undo.append(own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
     for index, module in info.attention.items():
         setattr(module, ATTRIBUTE, layers[index])
         undo.append(partial(delattr, module, ATTRIBUTE))

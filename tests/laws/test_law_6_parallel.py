@@ -25,7 +25,7 @@ def recipe_of() -> Callable[[AttentionMethod], Any]:
         return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
 
     def get(method: AttentionMethod) -> Any:
-        if method.needs_recipe and str(method) not in made:
+        if method.needs.recipe and str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
             how = CALIBRATION.get(method.name, {})
             made[str(method)] = farspan.calibrate(
