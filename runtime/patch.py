@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.errors import FarspanError, SpecError, Unsupported
+from ..attention.hybrid.mixer import Mixer
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
 from ..attention.whole import whole_number
 from ..parallel.group.mesh import Mesh
@@ -22,6 +23,7 @@ from .crossover import crossovers
 from .cuts import Chunking
 from .layer import DECODE_ROWS, Layer, Notices, Session
 from .measure import Observer, rows_to_measure
+from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
 from .report import LayerReport, Report
 
@@ -43,6 +45,7 @@ def patch(
     crossover: int | str | None = None,
     parallel: Any = None,
     measure_mass: bool | int = False,
+    mixers: Mapping[int, Mixer] | None = None,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -70,6 +73,9 @@ def patch(
     share of the true attention that the keys read hold, and the seconds of selection; ``report`` has them.
     Calls are slower for it. One device alone can measure.
 
+    mixers: modules (``Mixer``) by layer number that take the place of the layer's attention until ``remove``;
+    they are moved to its device. The cache holds their state instead of keys, which no call can crop.
+
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
     copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
@@ -81,11 +87,15 @@ def patch(
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
     trial = hf.accept(info)
+    mixed = mixed_layers(
+        mixers or {}, len(info.kinds), info.attention, info.config.hidden_size, type(model).__name__
+    )
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
+    untouched |= {i: f"the mixer {one.mixer.name} stands in its place" for i, one in mixed.items()}
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
@@ -99,7 +109,11 @@ def patch(
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
     _check_recipe(recipe, chosen)
-    served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    served = {
+        i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry)
+        for i in info.attention
+        if i not in mixed
+    }
     if strict:
         _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
@@ -124,6 +138,12 @@ def patch(
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    if mesh is not None and mixed:
+        mesh.close()
+        raise FarspanError(
+            f"The state of a mixer is not passed between ranks, and this model is spread over {mesh.size}: "
+            "leave mixers out, or patch without parallel in one process."
+        )
     if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
         mesh.close()
         fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
@@ -160,10 +180,10 @@ def patch(
     for index, layer in bound.items():
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
-    undo = hf.install(model, info, bound, session, chunking, block_multiple)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
 
 
 class Patched:
@@ -178,6 +198,7 @@ class Patched:
         mesh: Mesh | None = None,
         notices: Counter[str] | None = None,
         geometry: Mapping[str, Any] | None = None,
+        mixed: Mapping[int, Mixed] | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -186,6 +207,7 @@ class Patched:
         self._mesh = mesh
         self._notices = Counter() if notices is None else notices
         self._geometry = dict(geometry or {})
+        self._mixed = dict(mixed or {})
         self._sent_before = self._sent()
 
     def modules(self) -> dict[int, dict[str, nn.Module]]:
@@ -225,7 +247,9 @@ class Patched:
             if i not in self._untouched
         ]
         traffic = dict(self._sent() - self._sent_before)
-        return Report(self._name, layers, dict(self._untouched), traffic, dict(self._notices))
+        mixers = [replace(one.report) for one in self._mixed.values()]
+        untouched = {i: why for i, why in self._untouched.items() if i not in self._mixed}
+        return Report(self._name, layers, untouched, traffic, dict(self._notices), mixers)
 
     def watch(self, observers: Mapping[int, Observer]) -> None:
         """Call ``observer(q, keys, index)`` after every selection of its layer; for patches that measure."""
@@ -236,6 +260,8 @@ class Patched:
         """Start counting anew."""
         for layer in self._layers.values():
             layer.clear_report()
+        for mixer in self._mixed.values():
+            mixer.clear_report()
         self._notices.clear()
         self._sent_before = self._sent()
 
@@ -373,10 +399,11 @@ def _bind(
     geometry: dict[str, Any],
 ) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
     """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
-    bound, reasons = [], {}
+    bound: list[AttentionMethod] = []
+    reasons: dict[str, str] = {}
     for phase, method in zip((PREFILL, DECODE), methods, strict=True):
-        if bound and method is methods[0] and not reasons:  # a gate of both phases has its weights once
-            bound.append(bound[0])
+        if bound and method is methods[0] and not reasons:
+            bound.append(bound[0])  # a gate of both phases has its parameters once
             continue
         served = serve(method, layer, recipe, geometry)
         if served is None:

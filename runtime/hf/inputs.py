@@ -90,7 +90,8 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
         reasons.append("it rotates under a condition of its own")
     reasons += [
         f"its RoPE of type {name!r} depends on the length of each call, so stored keys cannot be turned back"
-        for name in sorted(types.intersection(_BY_LENGTH))
+        for name in _BY_LENGTH
+        if name in types
     ]
     if reasons:
         raise Unsupported(f"farspan cannot give queries and keys before RoPE in {own.__name__}", reasons)
