@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.errors import SpecError, Unsupported
+from ..attention.errors import SpecError
 from ..attention.hybrid.mixer import Mixer
 from ..attention.whole import whole_number
 
@@ -43,12 +43,12 @@ class Mixed:
 
 
 def mixed_layers(
-    mixers: Mapping[int, Any], count: int, attention: Mapping[int, Any], hidden_size: int, model: str
+    mixers: Mapping[int, Any], count: int, attention: Mapping[int, Any], hidden_size: int
 ) -> dict[int, Mixed]:
     """Mixers by layer, checked. count: layers of the model; attention: those that have an attention module.
 
     Raises SpecError for a layer that there is not, or that has no attention, and for what is no Mixer of the
-    model's hidden size; Unsupported where no attention is left.
+    model's hidden size.
     """
     found: dict[int, Mixed] = {}
     for name, mixer in mixers.items():
@@ -75,9 +75,4 @@ def mixed_layers(
                 f"mixers= has one module for two layers, {index} among them: give each layer its own module."
             )
         found[index] = Mixed(index, mixer)
-    if found and set(found) == set(attention):
-        raise Unsupported(
-            f"farspan cannot replace every attention layer of {model}",
-            ["transformers takes the length of a cache from its attention layers: leave at least one"],
-        )
     return found

@@ -87,9 +87,7 @@ def patch(
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
     trial = hf.accept(info)
-    mixed = mixed_layers(
-        mixers or {}, len(info.kinds), info.attention, info.config.hidden_size, type(model).__name__
-    )
+    mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
@@ -104,7 +102,10 @@ def patch(
     if set(info.attention) <= set(untouched) and selective:
         raise Unsupported(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
-            ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
+            [
+                "every attention layer of it keeps its own sliding window or has a mixer, so no layer is "
+                "left to patch"
+            ],
         )
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
@@ -419,6 +420,8 @@ def _weighed(method: AttentionMethod) -> tuple[object, ...]:
         for x in vars(method).values()
         if isinstance(x, Tensor | AttentionMethod)
     ]
+    if method.module is not None:
+        weights += [x.tolist() for x in method.module.state_dict().values()]
     return (str(method), [summary.key for summary in method.summaries], weights)
 
 

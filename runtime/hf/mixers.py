@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import State
@@ -20,16 +20,25 @@ from .models import ModelInfo, place_beside
 from .releases import given_cache
 
 
-class StateLayer(LinearAttentionLayer):
-    """transformers' cache layer of linear attention, holding a mixer's state. What transformers leaves out
-    for states without a convolution is added: that they have begun, their device, rows repeated and
-    selected."""
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):
+    """transformers' cache layer of linear attention, holding a mixer's state.
+
+    It adds what transformers' own has not, or has only for states with a convolution: how many tokens it has
+    seen, so that masks and positions may be made by it; that a state has begun; rows repeated and selected.
+    A state is replaced, not written into, since it may carry gradients.
+    """
 
     recurrent_states: dict[int, Tensor | None]
-    is_compileable = False  # a state is replaced, not copied into: it may carry gradients
+    is_compileable = False
 
-    def take(self, state: State) -> None:
-        """Keep the state after a call."""
+    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=len(shapes))
+        self.shapes, self.seen = shapes, 0
+
+    def take(self, state: State, tokens: int) -> None:
+        """Keep the state after a call of ``tokens`` tokens."""
+        self.seen += tokens
         for i, x in enumerate(state):
             self.recurrent_states[i] = x
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = True
@@ -37,13 +46,18 @@ class StateLayer(LinearAttentionLayer):
 
     def given(self) -> State | None:
         """The state that the next call begins with; None before the first one."""
-        if not all(self.has_previous_state.values()):
-            return None
-        return tuple(x for x in self.recurrent_states.values() if x is not None)
+        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.seen else None
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
 
     def reset(self) -> None:
-        self.recurrent_states = dict.fromkeys(self.recurrent_states)
-        for i in self.recurrent_states:
+        self.seen = 0
+        for i in range(self.number_of_states):
+            self.recurrent_states[i] = None
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -123,7 +137,7 @@ def _forward(
     else:
         out, state = original(hidden, state, mask, rotary)
     if layer is not None:
-        layer.take(state)
+        layer.take(state, hidden.shape[1])
     mixed.count(hidden)
     return out.to(hidden.dtype), None
 
@@ -151,17 +165,13 @@ def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
     while mixed and len(cache.layers) < count:  # a bare cache makes its layers as they are used
         cache.layers.append(cache.layer_class_to_replicate())
     for index, entry in mixed.items():
-        layer, count = cache.layers[index], len(entry.mixer.state_shapes)
-        if isinstance(layer, StateLayer) and layer.number_of_states == count:
+        layer, shapes = cache.layers[index], entry.mixer.state_shapes
+        if isinstance(layer, StateLayer) and layer.shapes == shapes:
             continue
-        used = layer.get_seq_length() if isinstance(layer, DynamicLayer) else _used(layer)
-        if used:
+        filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention
+        if filled or (isinstance(layer, CacheLayerMixin) and layer.get_seq_length()):
             raise FarspanError(
-                f"This cache holds keys or a state of layer {index}, which the mixer {entry.mixer.name} has "
-                "taken: start a new cache."
+                f"This cache holds keys or another state of layer {index}, which the mixer "
+                f"{entry.mixer.name} has taken: start a new cache."
             )
-        cache.layers[index] = StateLayer(number_of_states=count)
-
-
-def _used(layer: Any) -> bool:
-    return any(getattr(layer, "has_previous_state", {}).values())
+        cache.layers[index] = StateLayer(shapes)

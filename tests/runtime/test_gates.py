@@ -8,137 +8,24 @@ model's own q_proj, k_proj, q_norm and k_norm.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from small_models import decode, logits, make, padded, prompt, served, snapshot
-from torch import Tensor, nn
+from pooled_gate import BLOCK, NAME, Anew, Gate, PooledGate
+from small_models import Feed, decode, logits, make, padded, prompt, served, snapshot
+from torch import Tensor
 
 import farspan
 from farspan import FarspanError, Recipe, Unsupported
-from farspan.attention import method as registry
-from farspan.attention.blocks import Grid
-from farspan.attention.gqa import group_scores
-from farspan.attention.index import Index, TokenIndex
-from farspan.attention.keys import Keys
-from farspan.attention.method import AttentionMethod, LayerInfo
-from farspan.attention.needs import Inputs, Needs
-from farspan.attention.ops.pool import pool
-from farspan.attention.ops.scores import scores
-from farspan.attention.summary import BlockPool, Summaries, Summary
+from farspan.attention.needs import Inputs
 from farspan.runtime import hf
-from farspan.runtime.hf import returned_cache, with_cache
 
-BLOCK = 8
 NAMES = ("q", "k", "v", "out")
-NAME = "pooled_gate"
-
-
-class Gate(nn.Module):
-    """One layer's projections of pooled queries and keys, [D -> dim]."""
-
-    def __init__(self, layer: LayerInfo, dim: int) -> None:
-        super().__init__()
-        made = torch.Generator().manual_seed(layer.index)
-        shape = (dim, layer.head_dim)
-        self.q = nn.Parameter(torch.randn(shape, generator=made) * layer.head_dim**-0.5)
-        self.k = nn.Parameter(torch.randn(shape, generator=made) * layer.head_dim**-0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledGate(AttentionMethod):
-    """Blocks by (Q mean(q)) . (K mean(k)) before RoPE, besides the first and the own one; at decode by each
-    query itself. trained: Q and K come from a recipe."""
-
-    name: ClassVar[str] = NAME
-    title: ClassVar[str] = "Pooled gate before RoPE"
-    needs: ClassVar[Needs] = Needs(queries_before_rope=True, keys_before_rope=True, hidden_states=True)
-    lookahead: ClassVar[str] = "block - 1"
-
-    blocks: int = 3
-    block: int = BLOCK
-    dim: int = 8
-    trained: bool = False
-    gate: Gate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
-
-    def __post_init__(self) -> None:
-        if self.trained:
-            weights = {"q": (self.dim, "head_dim"), "k": (self.dim, "head_dim")}
-            object.__setattr__(self, "needs", dataclasses.replace(self.needs, weights=weights))
-
-    def for_layer(self, layer: LayerInfo) -> AttentionMethod:
-        gate = Gate(layer, self.dim)
-        if self.trained:
-            gate.load_state_dict(dict(layer.checked(self)))
-        return dataclasses.replace(self, gate=gate)
-
-    @property
-    def module(self) -> nn.Module | None:
-        return self.gate
-
-    @property
-    def block_multiple(self) -> int:
-        return self.block
-
-    @property
-    def summaries(self) -> tuple[Summary, ...]:
-        return (BlockPool(self.block, before_rope=True),)
-
-    def _scores(self, q: Tensor, means: Tensor) -> Tensor:
-        assert self.gate is not None
-        return scores(q @ self.gate.q.T.to(q), means @ self.gate.k.T.to(q), scale=1.0)
-
-    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        assert keys.inputs.hidden_states.shape[1] == q.shape[2]
-        grid = Grid.of(keys, self.block, self.block)
-        means = keys.summary(*self.summaries)
-        found = self._scores(pool(keys.inputs.queries_before_rope, self.block, mode="mean"), means)
-        ranked = group_scores(found, (grid.cols < grid.first[:, None])[None], "none")
-        forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
-        return grid.choose(ranked, forced, self.blocks)
-
-    def select_decode(self, q: Tensor, keys: Keys) -> Index:
-        means = keys.summary(*self.summaries)  # [B, Hkv, N, D]
-        found = self._scores(keys.inputs.queries_before_rope, means)
-        first = torch.zeros(1, device=q.device) if keys.start is None else keys.start
-        rows = torch.arange(keys.past, keys.length, device=q.device)
-        own = (rows - first.long()[:, None]) // self.block  # [B, Tq]
-        cols = torch.arange(means.shape[2], device=q.device)
-        ranked = group_scores(found, cols < own[..., None], "none")
-        forced = (cols == own[..., None]) | (cols == 0)
-        ranked = ranked.masked_fill(forced[:, None], torch.inf)
-        size = min(self.blocks, means.shape[2])
-        value, chosen = ranked.topk(size, -1)  # [B, Hkv, Tq, M]
-        tokens = chosen[..., None] * self.block + torch.arange(self.block, device=q.device)
-        tokens = (tokens + first.long()[:, None, None, None, None]).flatten(-2)
-        valid = (tokens <= rows[:, None]) & (value > -torch.inf).repeat_interleave(self.block, -1)
-        order = (~valid).int().argsort(dim=-1, stable=True)
-        tokens = tokens.where(valid, keys.length - 1).gather(-1, order)
-        return TokenIndex(tokens=tokens, counts=valid.sum(-1).int())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anew(PooledGate):
-    """The same with its summary made from scratch in every call."""
-
-    name: ClassVar[str] = NAME + "_anew"
-
-    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        return super().select_prefill(q, dataclasses.replace(keys, summaries=Summaries()))
-
-    def select_decode(self, q: Tensor, keys: Keys) -> Index:
-        return super().select_decode(q, dataclasses.replace(keys, summaries=Summaries()))
-
-
-for made in (NAME, NAME + "_anew"):
-    registry._REGISTRY.pop(made)  # other tests in this process go over all registered methods
 
 
 class Tape:
@@ -146,9 +33,7 @@ class Tape:
 
     def __init__(self, model: Any) -> None:
         self.modules = [layer.self_attn for layer in model.model.layers]
-        self.kept: list[dict[str, list[Tensor]]] = [
-            {"q": [], "k": [], "v": [], "out": []} for _ in self.modules
-        ]
+        self.kept: list[dict[str, list[Tensor]]] = [{n: [] for n in NAMES} for _ in self.modules]
         self.undo = []
         for kept, module in zip(self.kept, self.modules, strict=True):
             d = module.head_dim
@@ -265,28 +150,6 @@ def test_selection_without_a_cache(model: Any) -> None:
     with taped(model, PooledGate()) as (patched, tape):
         logits(model, padded((50, 34)), use_cache=False)
         assert_naive(tape, gates_of(patched), [0, 16], theta(model))
-
-
-class Feed:
-    """Tokens of a padded batch, given to a model call by call on one cache."""
-
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
-        self.model, self.ids, self.mask, self.cache, self.length = model, ids, mask, None, 0
-
-    def __call__(self, count: int) -> Tensor:
-        end = self.length + count
-        mask = self.mask[:, :end]
-        how = with_cache(self.model, self.cache)
-        with torch.no_grad():
-            output = self.model(
-                self.ids[:, self.length : end],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, self.length :],
-                use_cache=True,
-                **how,
-            )
-        self.cache, self.length = returned_cache(output), end
-        return output.logits
 
 
 @pytest.fixture

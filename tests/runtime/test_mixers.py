@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from small_models import decode, logits, make, padded, prompt, snapshot
+from small_models import Feed, decode, logits, make, padded, prompt, snapshot
 from torch import Tensor, nn
 
 import farspan
 from farspan import FarspanError, SpecError, Unsupported
 from farspan.attention.hybrid.mixer import Mixer, Rotary, State
-from farspan.runtime.hf import returned_cache, with_cache
 
 CHUNK = 16
 EXPERTS = ("gpt_oss", "qwen3_next")  # torch multiplies by groups in float32 at most
@@ -144,7 +143,7 @@ class _Loop(nn.Module):
         return loop(self.mixer[0], hidden_states[0])[None].to(hidden_states), None
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt_oss", "qwen3_next"])
+@pytest.fixture(params=["llama", "olmo2", "gemma3", "gpt_oss", "qwen3_next"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -157,30 +156,9 @@ def model(name: str) -> Any:
 
 @pytest.fixture
 def mixers(name: str) -> dict[int, Ema]:
-    layers = (1,) if name == "qwen3_next" else (0, 1)
+    layers = {"qwen3_next": (1,), "olmo2": (0, 1, 2)}.get(name, (0, 1))  # of olmo2 every layer
     made = {i: Ema(64, seed=i) for i in layers}
     return made if name in EXPERTS else {i: one.double() for i, one in made.items()}
-
-
-class Feed:
-    """Tokens of a padded batch, given to a model call by call on one cache."""
-
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
-        self.model, self.ids, self.mask, self.cache, self.length = model, ids, mask, None, 0
-
-    def __call__(self, count: int) -> Tensor:
-        end = self.length + count
-        mask = self.mask[:, :end]
-        with torch.no_grad():
-            output = self.model(
-                self.ids[:, self.length : end],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, self.length :],
-                use_cache=True,
-                **with_cache(self.model, self.cache),
-            )
-        self.cache, self.length = returned_cache(output), end
-        return output.logits
 
 
 def batch(lengths: tuple[int, ...], new: int) -> tuple[Tensor, Tensor]:
@@ -190,8 +168,9 @@ def batch(lengths: tuple[int, ...], new: int) -> tuple[Tensor, Tensor]:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal within the rounding of a few layers."""
-    return bool((a - b).abs().max() <= (1e-6 if a.dtype == torch.float64 else 3e-5) * b.abs().max())
+    """Equal within rounding: in float32 three times what the unpatched Qwen3-Next, row alone against padded
+    batch, differs by (2e-5)."""
+    return bool((a - b).abs().max() <= (1e-6 if a.dtype == torch.float64 else 6e-5) * b.abs().max())
 
 
 @pytest.mark.parametrize("how", [{}, {"prefill_chunk": 20}], ids=["whole", "chunked"])
@@ -281,7 +260,8 @@ def test_remove_puts_everything_back(model: Any, mixers: dict[int, Ema]) -> None
     want, before = logits(model, ids), snapshot(model)
     own = {i: set(vars(one)) for i, one in mixers.items()}
     keys = list(model.state_dict())
-    with farspan.patch(model, "quest:k=16,dense_layers=0", mixers=mixers):
+    method = "dense" if len(mixers) == 3 else "quest:k=16,dense_layers=0"
+    with farspan.patch(model, method, mixers=mixers):
         assert not torch.allclose(logits(model, ids), want)
         assert f"model.layers.{min(mixers)}.self_attn.v_proj.weight" in model.state_dict()
         decode(model, ids)
@@ -321,8 +301,8 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(SpecError, match=says):
             farspan.patch(model, mixers=mixers)
-    with pytest.raises(Unsupported, match="leave at least one"):
-        farspan.patch(model, mixers={i: Ema(64) for i in range(3)})
+    with pytest.raises(Unsupported, match="or has a mixer, so no layer is left"):
+        farspan.patch(model, "quest", mixers={i: Ema(64) for i in range(3)})
     with pytest.raises(SpecError, match="cannot give layer 1 a method: the mixer ema"):
         farspan.patch(model, mixers={1: mixer}, layers={1: "quest"})
     with pytest.raises(SpecError, match="it has none"):
@@ -332,11 +312,14 @@ def test_bad_input() -> None:
         feed = Feed(model, prompt(1, 30), torch.ones(1, 30, dtype=torch.long))
         feed(20)
     with farspan.patch(model, mixers={1: mixer}):
-        with pytest.raises(FarspanError, match="holds keys or a state of layer 1"):
+        with pytest.raises(FarspanError, match="holds keys or another state of layer 1"):
             feed(1)
         fresh = Feed(model, prompt(1, 30), torch.ones(1, 30, dtype=torch.long))
         fresh(20)
         with pytest.raises((FarspanError, ValueError), match="crop"):
             decode(model, prompt(1, 20).repeat(1, 2), prompt_lookup_num_tokens=4)
+    other = {1: Ema(64, width=8)}
+    with farspan.patch(model, mixers=other), pytest.raises(FarspanError, match="another state of layer 1"):
+        fresh(1)
     with pytest.raises(FarspanError, match="holds the state of a mixer"):
         fresh(1)
