@@ -7,10 +7,8 @@ import operator
 import typing
 from typing import Any
 
-from torch import Tensor
-
-from .errors import FarspanError, SpecError
-from .method import AttentionMethod, LayerInfo
+from .errors import SpecError
+from .method import AttentionMethod
 
 
 def whole_number(value: Any) -> int | None:
@@ -51,26 +49,3 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
             bound = f"at least {low}" if high is None else f"from {low} to {high}"
             what = "" if float in kinds else "a whole number, "
             raise SpecError(f"{method.name} takes {key} {what}{bound}; got {value!r}.")
-
-
-def recipe_tensor(
-    method: AttentionMethod, layer: LayerInfo, name: str, shape: tuple[int, ...], otherwise: str = ""
-) -> Tensor:
-    """This rank's part of the recipe's tensor ``name`` for ``layer``, of this ``shape``. otherwise: what a
-    user can give instead of a recipe, for the error.
-
-    Raises FarspanError where there is no such tensor, and for one of another shape.
-    """
-    if layer.weights is None or name not in layer.weights:
-        instead = f", or {otherwise}" if otherwise else ""
-        raise FarspanError(
-            f"{method.name} needs a recipe with the {name} of layer {layer.index}: make one with 'farspan "
-            f"calibrate --method {method.name}' and pass recipe=PATH{instead}."
-        )
-    weights = layer.own(layer.weights[name])
-    if tuple(weights.shape) != shape:
-        raise FarspanError(
-            f"This recipe has {name} of the sizes {list(weights.shape)} in layer {layer.index}, the model "
-            f"needs {list(shape)}: it was made for another model."
-        )
-    return weights

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import FarspanError
+from .needs import Inputs
 from .summary import SomeRows, Summaries, Summary
 
 State = dict[str, Tensor]
@@ -50,6 +52,8 @@ class Keys:
            ``select_*`` never meets such a row.
     scale, softcap: how the model turns q k^T into logits.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
+    fed: what the call feeds besides keys and values, where some method of the layer needs it; methods read it
+           as ``inputs``.
     """
 
     k: Tensor
@@ -65,6 +69,7 @@ class Keys:
     ends: list[int] | None = None
     peers: Peers | None = None
     prepared: State = field(default_factory=dict)  # what prepare_prefill has found in the call
+    fed: Inputs | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:
@@ -79,6 +84,17 @@ class Keys:
     def past(self) -> int:
         """Position of the first query of the call."""
         return self.length - self.tq
+
+    @property
+    def inputs(self) -> Inputs:
+        """Queries and keys before RoPE and hidden states of the call's queries. Raises FarspanError where the
+        call feeds none: only calls of a patched model do, for methods whose ``needs`` name some."""
+        if self.fed is None:
+            raise FarspanError(
+                "This call has no queries or keys before RoPE and no hidden states: only calls of a patched "
+                "model feed them, to methods whose needs name them."
+            )
+        return self.fed.last(self.tq)
 
     def held(self, length: int) -> int:
         """How many of the first ``length`` keys are here; they come first."""
@@ -102,7 +118,7 @@ class Keys:
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self.k, self.start)
+        entries = self.summaries.get(summary, self.k, self.start, inputs=self.fed)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -136,7 +152,7 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        summaries: Summaries = SomeRows(self.summaries, self.k, self.start, rows, first)
+        summaries: Summaries = SomeRows(self.summaries, self.k, self.start, rows, first, inputs=self.fed)
         if end < self.length:  # the store's speak of the padding behind the row as well
             summaries = Summaries()
         return Keys(
@@ -146,6 +162,7 @@ class Keys:
             scale=self.scale,
             softcap=self.softcap,
             summaries=summaries,
+            fed=None if self.fed is None else self.fed.part(rows, first, end),
         )
 
     def some_rows(self, rows: slice, state: State) -> Keys:
@@ -162,6 +179,7 @@ class Keys:
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
             state=state,
-            summaries=SomeRows(self.summaries, self.k, self.start, rows),
+            summaries=SomeRows(self.summaries, self.k, self.start, rows, inputs=self.fed),
             summary_bytes=0,
+            fed=None if self.fed is None else self.fed.part(rows),
         )

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calibration.protocol import Calibration
 from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError
 from .keys import Keys, State
 from .lookahead import Lookahead
+from .needs import Needs
 from .selection import Index
 from .summary import Summary
 
@@ -43,6 +44,28 @@ class LayerInfo:
     tp_size: int = 1
     tp_rank: int = 0
     over_weights: Mapping[str, Tensor] | None = None
+
+    def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
+        """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or
+        has another shape."""
+        weights, needs = self.weights or {}, method.needs
+        for name, shape in needs.weights.items():
+            if name not in weights:
+                instead = f", or {needs.instead}" if needs.instead else ""
+                raise FarspanError(
+                    f"{method.name} needs a recipe with the {name} of layer {self.index}: make one with "
+                    f"'farspan calibrate --method {method.name}' and pass recipe=PATH{instead}."
+                )
+            shared = dict.fromkeys(("num_heads", "num_kv_heads"), self.tp_size)
+            wanted = [getattr(self, x) * shared.get(x, 1) if isinstance(x, str) else x for x in shape]
+            given = list(weights[name].shape)
+            fits = [size is None or size == had for size, had in zip(wanted, given, strict=False)]
+            if len(wanted) != len(given) or not all(fits):
+                raise FarspanError(
+                    f"This recipe has {name} of the sizes {given} in layer {self.index}, the model needs "
+                    f"{wanted}: it was made for another model."
+                )
+        return weights
 
     def own(self, per_head: Tensor) -> Tensor:
         """This rank's part of a tensor whose first dimension is all the layer's query or KV heads."""
@@ -91,9 +114,15 @@ class AttentionMethod:
         return Lookahead()
 
     @property
-    def reads_keys(self) -> bool:
-        """Whether ``prepare_prefill`` or ``select_prefill`` reads raw keys."""
-        return False
+    def needs(self) -> Needs:
+        """What it needs besides queries, summaries and positions."""
+        return Needs()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The method's trainable parameters in one layer, which ``for_layer`` makes or takes from the recipe;
+        None for a method without any."""
+        return None
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
@@ -130,11 +159,6 @@ class AttentionMethod:
     def over(self) -> AttentionMethod | None:
         """The method that this one goes over, which has a recipe of its own; None for most methods."""
         return None
-
-    @property
-    def needs_recipe(self) -> bool:
-        """Whether ``for_layer`` needs the weights that a calibration learned."""
-        return False
 
     @property
     def recipe(self) -> str:

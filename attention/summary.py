@@ -1,7 +1,8 @@
 """What a store keeps beside its keys, so that a method can select without reading them.
 
-A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its entries
-in a buffer. After an append it computes only the entries that the new keys change.
+A ``Summary`` is a pure function of the keys of a row, as they are stored or as they were before RoPE, and of
+where that row begins. A store keeps its entries in a buffer. After an append it computes only the entries
+that the new keys change.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .errors import FarspanError
+from .needs import Inputs
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 
@@ -24,7 +27,8 @@ class Summary(Protocol):
 
     block: keys per entry; entry j of row b summarises the keys from position start[b] + j * block on. None: a
     label of each key, where entry j belongs to the j-th key that is here, which is at position j where all
-    are. dtype: of the entries; None: the keys' own.
+    are. dtype: of the entries; None: the keys' own. before_rope: whether the keys are those before RoPE; the
+    method needs ``keys_before_rope`` then.
     """
 
     @property
@@ -35,6 +39,9 @@ class Summary(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None: ...
+
+    @property
+    def before_rope(self) -> bool: ...
 
     def width(self, head_dim: int) -> int: ...
 
@@ -55,15 +62,17 @@ def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
 
 @dataclass(frozen=True)
 class BlockPool:
-    """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side."""
+    """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side.
+    before_rope: of keys as they were before RoPE."""
 
     block: int
     modes: tuple[str, ...] = ("mean",)
     dtype: ClassVar[None] = None
+    before_rope: bool = False
 
     @property
     def key(self) -> tuple:
-        return ("pool", self.block, self.modes)
+        return ("pool", self.block, self.modes, self.before_rope)
 
     def width(self, head_dim: int) -> int:
         return len(self.modes) * head_dim
@@ -79,6 +88,7 @@ class Channels:
     channels: Tensor = field(compare=False)
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    before_rope: ClassVar[bool] = False
 
     @cached_property
     def key(self) -> tuple:
@@ -109,6 +119,7 @@ class Int4Keys:
 
     block: int
     dtype: ClassVar[torch.dtype] = torch.uint8
+    before_rope: ClassVar[bool] = False
 
     @property
     def key(self) -> tuple:
@@ -148,17 +159,39 @@ class Summaries:
             tuple, tuple[Tensor, int]
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
-    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
+    def get(
+        self,
+        summary: Summary,
+        k: Tensor,
+        start: Tensor | None,
+        offset: int = 0,
+        inputs: Inputs | None = None,
+    ) -> Tensor:
         """Entries [B, Hkv, count_entries, width] for all keys; what is new in k is taken in now.
 
-        k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s.
+        k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s. inputs:
+        of the call, where the summary is of keys before RoPE.
         """
         length = offset + k.shape[2]
         buffer, done = self.room(summary, k, length), self.done(summary)
         if done < length:
+            if summary.before_rope:
+                k, offset = self._before_rope(summary, k, start, offset, inputs)
             self._extend(summary, buffer, k, start, done, offset)
         self._kept[summary.key] = (buffer, length)
         return buffer[:, :, : count_entries(summary, length)]
+
+    def _before_rope(
+        self, summary: Summary, k: Tensor, start: Tensor | None, offset: int, inputs: Inputs | None
+    ) -> tuple[Tensor, int]:
+        """The keys that may change entries, as they were before RoPE, and the position of the first."""
+        if inputs is None:
+            raise FarspanError(
+                "A summary of keys before RoPE was asked for in a call that feeds none: its method must "
+                "declare keys_before_rope in its needs, and run in a patched model."
+            )
+        first = self.open(summary, None if start is None else start.tolist())
+        return inputs.stored_before_rope(k[:, :, first - offset :], first), first
 
     def done(self, summary: Summary) -> int:
         """How many keys have been taken in."""
@@ -224,16 +257,31 @@ class Summaries:
 
 class SomeRows(Summaries):
     """The entries of ``rows`` of a batch, out of those of the whole batch: keys k [B, Hkv, Tk, D], whose rows
-    begin at ``start``. first: how many positions of padding the rows are without."""
+    begin at ``start``, and the call's ``inputs``. first: how many positions of padding the rows are
+    without."""
 
     def __init__(
-        self, whole: Summaries, k: Tensor, start: Tensor | None, rows: slice, first: int = 0
+        self,
+        whole: Summaries,
+        k: Tensor,
+        start: Tensor | None,
+        rows: slice,
+        first: int = 0,
+        inputs: Inputs | None = None,
     ) -> None:
         super().__init__()
         self._whole, self._k, self._start, self._rows, self._first = whole, k, start, rows, first
+        self._inputs = inputs
 
-    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
-        entries = self._whole.get(summary, self._k, self._start)[self._rows]
+    def get(
+        self,
+        summary: Summary,
+        k: Tensor,
+        start: Tensor | None,
+        offset: int = 0,
+        inputs: Inputs | None = None,
+    ) -> Tensor:
+        entries = self._whole.get(summary, self._k, self._start, inputs=self._inputs)[self._rows]
         if summary.block is None:
             entries = entries[:, :, self._first :]
         return entries[:, :, : count_entries(summary, k.shape[2])]

@@ -121,7 +121,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         "paper": cls.paper,
         "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
-        "needs_recipe": None if plain is None else plain.needs_recipe,  # with the default parameters
+        "needs_recipe": None if plain is None else plain.needs.recipe,  # with the default parameters
         "lookahead": None if plain is None else str(plain.lookahead),
         "parameters": parameters,
     }

@@ -22,7 +22,7 @@ def check_recipe(
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
-    need = [method for method in methods if method.needs_recipe]
+    need = [method for method in methods if method.needs.recipe]
     lack = list(dict.fromkeys(method.name for method in need if not method.recipe))
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
@@ -44,8 +44,12 @@ def bind(
     geometry: dict[str, Any],
 ) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
     """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
-    bound, reasons = [], {}
+    bound: list[AttentionMethod] = []
+    reasons: dict[str, str] = {}
     for phase, method in zip((PREFILL, DECODE), methods, strict=True):
+        if bound and method is methods[0] and not reasons:
+            bound.append(bound[0])  # a gate of both phases has its parameters once
+            continue
         served = serve(method, layer, recipe, geometry)
         if served is None:
             reasons[phase] = f"{method.name} leaves this layer dense"
@@ -60,6 +64,8 @@ def weighed(method: AttentionMethod) -> tuple[object, ...]:
         for x in vars(method).values()
         if isinstance(x, Tensor | AttentionMethod)
     ]
+    if method.module is not None:
+        weights += [x.tolist() for x in method.module.state_dict().values()]
     return (str(method), [summary.key for summary in method.summaries], weights)
 
 
@@ -89,7 +95,7 @@ def learned(
 ) -> LayerInfo:
     """``layer`` with the tensors of the recipe that ``method`` needs; unchanged for a method that needs none.
     within: the name of the method that goes over it, if one does."""
-    if not method.needs_recipe:
+    if not method.needs.recipe:
         return layer
     source = method.recipe or recipe  # its own comes first: two methods may need one each
     if source is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.summary import Summaries
+from .positions import Positions
 from .state import States
 
 
@@ -38,6 +39,7 @@ class KVStore:
         self.length = 0
         self.summaries = Summaries()
         self.states = States()
+        self.positions = Positions()  # filled only where a method needs keys before RoPE
         self._starts: list[int] | None = (
             None  # where rows begin, as far as the first ``_known`` positions say
         )
@@ -117,6 +119,7 @@ class KVStore:
         if count > 0:
             self.length = max(0, self.length - count)
             self.summaries.crop(self.length)
+            self.positions.crop(self.length)
             self._forget_since(self.total)
 
     def _forget_since(self, length: int) -> None:
@@ -132,6 +135,7 @@ class KVStore:
         self.length = 0
         self.summaries.clear()
         self.states.clear()
+        self.positions.clear()
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i become what row ``rows[i]`` was (beam search)."""
@@ -160,6 +164,7 @@ class KVStore:
             self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in (self._k, self._v)
         )
         self.summaries.map_rows(change)
+        self.positions.map_rows(change)
         self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]

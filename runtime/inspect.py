@@ -109,7 +109,7 @@ def inspect(
     def observe(layer: int, q: Tensor, keys: Keys, selection: Selection) -> None:
         seen[layer] = _look(q, keys, selection, drawn, block)
 
-    takes = None if decode.needs_recipe and not method.needs_recipe else recipe  # a decode's own is left out
+    takes = None if decode.needs.recipe and not method.needs.recipe else recipe  # a decode's own is left out
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
         patched.watch({layer: partial(observe, layer) for layer in chosen})
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, is_grad_enabled
 
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.needs import Needs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..parallel.mechanisms.call import Call
@@ -56,6 +57,11 @@ class Layer(Unique):
     def methods(self) -> dict[str, AttentionMethod]:
         """The method of each phase."""
         return {PREFILL: self.prefill, DECODE: self.decode}
+
+    @property
+    def needs(self) -> Needs:
+        """What the methods of both phases need."""
+        return self.prefill.needs | self.decode.needs
 
     def clear_report(self) -> None:
         """Start counting anew."""
@@ -134,6 +140,7 @@ class Layer(Unique):
             padding=padding,
             ends=session.ends_below(total),
             store=store,
+            fed=None if session.given is None else session.given.feed(q, k, store),
         )
         called = self.layer_call(source, self._meter if self.measure else None)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)

@@ -18,6 +18,7 @@ from ..attention.dense import Dense
 from ..attention.keys import Keys, State
 from ..attention.mass import SELECTION, Probe
 from ..attention.method import DECODE, AttentionMethod
+from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
 from ..attention.summary import Summaries
@@ -160,6 +161,7 @@ class LocalKeys:
 
     padding: where rows begin. ends: where they end. store: the one whose rows k and v are, None where they
     are nobody's: then the call is a prefill, whatever its length. impl: which implementation of operations.
+    fed: what the methods are fed besides.
     """
 
     def __init__(
@@ -174,10 +176,11 @@ class LocalKeys:
         ends: list[int] | None = None,
         store: KVStore | None = None,
         impl: str = "auto",
+        fed: Inputs | None = None,
     ) -> None:
         self.q, self.k, self.v, self.scale, self.softcap = q, k, v, scale, softcap
         self.start, self.starts = (None, None) if padding is None else (padding.start, padding.starts)
-        self.ends, self.store, self.impl = ends, store, impl
+        self.ends, self.store, self.impl, self.fed = ends, store, impl, fed
         self.total: int = k.shape[2]
         self.past = self.total - q.shape[2]
         self.kept = store is not None
@@ -200,6 +203,7 @@ class LocalKeys:
             summaries=Summaries() if self.store is None else self.store.summaries,
             starts=self.starts,
             ends=self.ends,
+            fed=self.fed,
         )
         return keys if self._are_all(rows) else keys.some_rows(rows, state)
 

@@ -6,14 +6,18 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..attention.attend import DECODE_ROWS
 from ..attention.checks import whole_number
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError, SpecError, Unsupported
+from ..attention.hybrid.mixer import Mixer
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
@@ -23,6 +27,7 @@ from .crossover import crossovers
 from .cuts import Chunking
 from .layer import Layer
 from .measure import Observer, rows_to_measure
+from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .session import Notices, Session
@@ -45,6 +50,7 @@ def patch(
     crossover: int | str | None = None,
     parallel: Any = None,
     measure_mass: bool | int = False,
+    mixers: Mapping[int, Mixer] | None = None,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -72,6 +78,9 @@ def patch(
     share of the true attention that the keys read hold, and the seconds of selection; ``report`` has them.
     Calls are slower for it. One device alone can measure.
 
+    mixers: modules (``Mixer``) by layer number that take the place of the layer's attention until ``remove``;
+    they are moved to its device. The cache holds their state instead of keys, which no call can crop.
+
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
     copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
@@ -83,11 +92,13 @@ def patch(
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
     trial = hf.accept(info)
+    mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
+    untouched |= {i: f"the mixer {one.mixer.name} stands in its place" for i, one in mixed.items()}
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
@@ -96,12 +107,19 @@ def patch(
     if set(info.attention) <= set(untouched) and selective:
         raise Unsupported(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
-            ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
+            [
+                "every attention layer of it keeps its own sliding window or has a mixer, so no layer is "
+                "left to patch"
+            ],
         )
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
     check_recipe(recipe, chosen)
-    served = {i: bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    served = {
+        i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)
+        for i in info.attention
+        if i not in mixed
+    }
     if strict:
         _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
@@ -126,6 +144,19 @@ def patch(
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    if mesh is not None and mixed:
+        mesh.close()
+        raise FarspanError(
+            f"The state of a mixer is not passed between ranks, and this model is spread over {mesh.size}: "
+            "leave mixers out, or patch without parallel in one process."
+        )
+    if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
+        mesh.close()
+        fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
+        raise FarspanError(
+            f"{' and '.join(fed)} needs queries or keys before RoPE or hidden states, which are not passed "
+            f"between ranks, and this model is spread over {mesh.size}: leave parallel out, in one process."
+        )
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(
@@ -152,10 +183,13 @@ def patch(
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, chunking, block_multiple)
+    for index, layer in bound.items():
+        for gate in {m.module for m in layer.methods.values() if m.module is not None}:
+            hf.place_beside(gate, info.attention[index])
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
 
 
 class Patched:
@@ -169,6 +203,8 @@ class Patched:
         undo: list[Callable[[], None]],
         mesh: Mesh | None = None,
         notices: Counter[str] | None = None,
+        geometry: Mapping[str, Any] | None = None,
+        mixed: Mapping[int, Mixed] | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -176,7 +212,29 @@ class Patched:
         self._undo: list[Callable[[], None]] | None = undo
         self._mesh = mesh
         self._notices = Counter() if notices is None else notices
+        self._geometry = dict(geometry or {})
+        self._mixed = dict(mixed or {})
         self._sent_before = self._sent()
+
+    def modules(self) -> dict[int, dict[str, nn.Module]]:
+        """The modules of methods that own parameters (gates): by layer, by the name of the method."""
+        found: dict[int, dict[str, nn.Module]] = {}
+        for index, layer in self._layers.items():
+            for method in layer.methods.values():
+                if method.module is not None:
+                    found.setdefault(index, {})[method.name] = method.module
+        return found
+
+    def recipe(self, method: str, **settings: Any) -> Recipe:
+        """The weights of the modules of the method ``method``, as they are now, for ``patch(recipe=...)``.
+        settings: how they were made, for the record. Raises FarspanError where it owns none."""
+        gates = {index: named[method] for index, named in self.modules().items() if method in named}
+        if not gates:
+            raise FarspanError(
+                f"No layer of this patch has parameters of {method}: name a method that owns a module and "
+                "that some layer runs."
+            )
+        return Recipe.of_modules(method, gates, self._geometry, settings)
 
     def report(self, *, measure_mass: bool = False) -> Report:
         """What has been read since the patch, or since ``reset_report``; measured too, where the patch
@@ -195,7 +253,9 @@ class Patched:
             if i not in self._untouched
         ]
         traffic = dict(self._sent() - self._sent_before)
-        return Report(self._name, layers, dict(self._untouched), traffic, dict(self._notices))
+        mixers = [replace(one.report) for one in self._mixed.values()]
+        untouched = {i: why for i, why in self._untouched.items() if i not in self._mixed}
+        return Report(self._name, layers, untouched, traffic, dict(self._notices), mixers)
 
     def watch(self, observers: Mapping[int, Observer]) -> None:
         """Call ``observer(q, keys, index)`` after every selection of its layer; for patches that measure."""
@@ -206,6 +266,8 @@ class Patched:
         """Start counting anew."""
         for layer in self._layers.values():
             layer.clear_report()
+        for mixer in self._mixed.values():
+            mixer.clear_report()
         self._notices.clear()
         self._sent_before = self._sent()
 

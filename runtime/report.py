@@ -12,6 +12,7 @@ from ..attention.lookahead import Lookahead
 from ..attention.method import DECODE, PREFILL
 from ..parallel.mechanisms.call import Travel
 from .measure import Measured
+from .mixers import MixerReport
 from .table import Table
 
 
@@ -107,6 +108,7 @@ class Report:
     untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
     traffic: dict[str, int] = field(default_factory=dict)  # every byte that this rank has sent, by collective
     notices: dict[str, int] = field(default_factory=dict)  # what was not done in calls of the model, and why
+    mixers: list[MixerReport] = field(default_factory=list)  # layers without attention, which read no pairs
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -154,6 +156,7 @@ class Report:
             "traffic": dict(self.traffic),
             "untouched": {str(layer): reason for layer, reason in self.untouched.items()},
             "notices": dict(self.notices),
+            "mixers": [asdict(mixer) for mixer in self.mixers],
         }
 
     def __str__(self) -> str:
@@ -191,6 +194,12 @@ class Report:
             lines.append(f"read everything in {count} layer calls: {reason}")
         for reason, count in sorted(self.notices.items()):
             lines.append(f"in {count} calls of the model: {reason}")
+        for name, size in sorted({(x.mixer, x.state_bytes) for x in self.mixers}):
+            same = [x for x in self.mixers if (x.mixer, x.state_bytes) == (name, size)]
+            lines.append(
+                f"mixer {name} in layers {_ranges([x.layer for x in same])}: no pairs, a state of "
+                f"{as_bytes(size)} a row and layer; {sum(x.calls for x in same)} calls"
+            )
         for reason in sorted(set(self.untouched.values())):
             names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
             lines.append(f"not patched, layers {names}: {reason}")

@@ -15,6 +15,7 @@ from ..attention.errors import FarspanError
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore
+from .inputs import Given
 from .padding import Padding, read_padding
 
 
@@ -58,6 +59,8 @@ class Session(threading.local):
         self.scoring = False  # whether logits of more than the last position are wanted
         self.off = False  # whether the running call is the model's own, since it was set to another attention
         self.positions: Tensor | None = None  # of the whole call, while a part of it runs
+        self.given: Given | None = None  # of the running attention module, where needed
+        self.turns: dict[tuple[int, str], Any] = {}  # last calls of rotary embeddings
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self.ends: list[int] | None = None  # where rows of the running call end, if some have padding behind

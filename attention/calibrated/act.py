@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..block_maxima import EstimatesBlockMaxima
 from ..calibration.act import HeadSearch
-from ..checks import recipe_tensor, require
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod, LayerInfo
+from ..needs import Needs
 from ..selection import BlockIndex, Index, Rescaled
 from ..summary import Summary
 from .columns import column_bound, column_means, column_means_of
@@ -78,12 +79,12 @@ class ACT(AttentionMethod):
         return Lookahead.prompt()
 
     @property
-    def reads_keys(self) -> bool:
-        return True
-
-    @property
-    def needs_recipe(self) -> bool:
-        return self.heads == "chosen"
+    def needs(self) -> Needs:
+        """Its own, and those of ``over``, whose weights are the recipe's of ``over``."""
+        under = Needs() if self.over is None else replace(self.over.needs, weights={})
+        if self.heads == "all":
+            return under | Needs(keys=True)
+        return under | Needs(keys=True, weights={"heads": ("num_heads",)}, instead="take heads=all")
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         inner = replace(layer, weights=layer.over_weights, over_weights=None)
@@ -92,7 +93,7 @@ class ACT(AttentionMethod):
             return over
         if self.heads == "all":
             return replace(self, over=over)
-        chosen = recipe_tensor(self, layer, "heads", (layer.num_heads,), "take heads=all")
+        chosen = layer.own(layer.checked(self)["heads"])
         return replace(self, over=over, chosen=chosen.bool()) if bool(chosen.any()) else over
 
     def calibration(self, layer: LayerInfo, *, sure: float = 1.0) -> HeadSearch:

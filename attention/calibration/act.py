@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import FarspanError
 from ..keys import Keys
 from ..method import LayerInfo
+from ..needs import Needs
 from ..ops.flash import flash
 from ..partial import add_sinks
 from ..selection import Rescaled
@@ -30,7 +31,7 @@ class HeadSearch:
     would take one call per head.
     """
 
-    before_rope = False
+    needs = Needs()
 
     def __init__(self, method: ACT, layer: LayerInfo, sure: float) -> None:
         if not isinstance(sure, int | float) or not 0 <= sure < math.inf:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import FarspanError
 from ..method import LayerInfo
+from ..needs import Inputs, Needs
 
 RANKINGS = ("q", "k", "qk")
 
@@ -18,12 +19,15 @@ class ChannelRanking:
     def __init__(self, layer: LayerInfo, by: str) -> None:
         if by not in RANKINGS:
             raise FarspanError(f"Channels are ranked by {', '.join(RANKINGS)}; got {by!r}.")
-        self.before_rope, self.settings = by != "qk", {"by": by}
+        raw = by != "qk"
+        self.needs, self.settings = Needs(queries_before_rope=raw, keys_before_rope=raw), {"by": by}
         self._by, self._kv_heads = by, layer.num_kv_heads
         self._q: Tensor | float = 0.0  # [H, D]
         self._k: Tensor | float = 0.0  # [Hkv, D]
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, *, inputs: Inputs | None = None, **how: Any) -> None:
+        if inputs is not None:
+            q, k = inputs.queries_before_rope, inputs.keys_before_rope
         self._q = self._q + q.double().abs().sum((0, 2)).cpu()
         self._k = self._k + k.double().abs().sum((0, 2)).cpu()
 

@@ -7,22 +7,25 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..needs import Needs
+
 
 class Calibration(Protocol):
     """Learns one layer's weights by observing its dense attention over windows of a text.
 
-    before_rope: whether it observes queries and keys as they are before RoPE. settings: the options it learns
-    with, which the recipe records.
+    needs: which ``inputs`` ``observe`` is given. settings: the options it learns with, which the recipe
+    records.
     """
 
     @property
-    def before_rope(self) -> bool: ...
+    def needs(self) -> Needs: ...
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks,
+        and, where ``needs`` name some, inputs (Inputs)."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

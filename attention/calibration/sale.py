@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import FarspanError
 from ..keys import Keys
 from ..method import LayerInfo
+from ..needs import Needs
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..partial import add_sinks
@@ -24,7 +25,7 @@ class ThresholdSearch:
     """``thresholds`` [H] float32, one per query head, 0 for a dense one: the largest that are small enough in
     every window of a text."""
 
-    before_rope = False
+    needs = Needs()
 
     def __init__(self, method: SALE, layer: LayerInfo, start: float, error: float) -> None:
         if not all(isinstance(x, int | float) and 0 < x < math.inf for x in (start, error)):

@@ -17,6 +17,7 @@ from ..gqa import reduce_group
 from ..keys import Keys
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
+from ..needs import Needs
 from ..selection import Index
 
 
@@ -56,8 +57,8 @@ class Antidiagonal(AttentionMethod):
         return Lookahead.of_block(self.block)
 
     @property
-    def reads_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:

@@ -18,6 +18,7 @@ from ..gqa import group_scores, reduce_group
 from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..selection import Index
@@ -43,8 +44,7 @@ class DHSA(AttentionMethod):
     diagonal). The highest columns and the highest diagonals are kept, half the budget of the last query each.
     The score of a chunk is the sum of its columns and of the diagonals that pass from the queries through it.
     The call's last chunk of queries reads everything. The authors' code sums over 32 or 64 queries of that
-    chunk and always reads the last chunk alone. A chunk of a prompt selects by its own last queries, so law 3
-    does not hold, and raw keys are read.
+    chunk and always reads the last chunk alone. Law 3 does not hold: a chunk of a prompt has its own queries.
 
     gqa_reduce: "none", each head selects alone as in the authors' code, or one selection for a group by the
     "sum" or the "max" of its heads' softmax over chunks, or of their columns and diagonals. Decode is dense.
@@ -72,8 +72,8 @@ class DHSA(AttentionMethod):
         return Lookahead.of_block(self.block_q) if self.select == "mean" else Lookahead.prompt()
 
     @property
-    def reads_keys(self) -> bool:
-        return self.select == "vertical_slash"
+    def needs(self) -> Needs:
+        return Needs(keys=self.select == "vertical_slash")
 
     @property
     def block_multiple(self) -> int:

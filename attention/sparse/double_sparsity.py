@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..calibration.double_sparsity import ChannelRanking
-from ..checks import recipe_tensor, require
+from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
+from ..needs import Needs
 from ..ops.scores import scores
 from ..selection import Index, TokenIndex
 from ..summary import Channels, Summary
@@ -51,13 +52,13 @@ class DoubleSparsity(AttentionMethod):
         require(self, group_factor=(1, None), gqa_reduce=("sum", "max", "none"), dense_layers=(0, None))
 
     @property
-    def needs_recipe(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(weights={"channels": ("num_kv_heads", "head_dim")})
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
             return None
-        ranking = recipe_tensor(self, layer, "channels", (layer.num_kv_heads, layer.head_dim))  # best first
+        ranking = layer.own(layer.checked(self)["channels"])  # [Hkv, D], best first
         width = self._width(layer.head_dim)
         return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
 

@@ -16,6 +16,7 @@ from ..gqa import reduce_group
 from ..keys import Keys
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
+from ..needs import Needs
 from ..selection import Index
 
 
@@ -51,8 +52,8 @@ class Oracle(AttentionMethod):
         return Lookahead.of_block(self.block)
 
     @property
-    def reads_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:

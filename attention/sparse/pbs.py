@@ -17,6 +17,7 @@ from ..gqa import gather_head_rows, reduce_group
 from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..ops.select import by_mass, by_threshold
@@ -61,9 +62,8 @@ class PBS(AttentionMethod):
         require(self, mass=(1e-6, 1.0), block=(1, None), segment=(1, None), stride=(1, None))
         require(self, select=("mean", "antidiagonal"), gqa_reduce=("sum", "max", "none"))
         if self.segment % self.block:
-            raise SpecError(
-                f"pbs takes a segment of whole blocks; got segment={self.segment}, block={self.block}."
-            )
+            given = f"segment={self.segment}, block={self.block}"
+            raise SpecError(f"pbs takes a segment of whole blocks; got {given}.")
         if self.select == "antidiagonal" and self.block % self.stride:
             raise SpecError(
                 f"pbs takes a stride that divides the block; got stride={self.stride}, block={self.block}."
@@ -74,8 +74,8 @@ class PBS(AttentionMethod):
         return Lookahead.prompt()
 
     @property
-    def reads_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:

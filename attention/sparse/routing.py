@@ -17,6 +17,7 @@ from ..gqa import group_scores
 from ..keys import Keys
 from ..lookahead import Lookahead
 from ..method import AttentionMethod
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..selection import BlockIndex, Index
@@ -75,8 +76,8 @@ class Routing(AttentionMethod):
         return Lookahead.of_block(self.block)
 
     @property
-    def reads_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:

@@ -12,12 +12,13 @@ from torch import Tensor
 from ..block_maxima import BlockMaxima, EstimatesBlockMaxima
 from ..blocks import Grid
 from ..calibration.sale import ThresholdSearch
-from ..checks import recipe_tensor, require
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..keys import Keys
 from ..lookahead import Lookahead
 from ..method import LayerInfo
+from ..needs import Needs
 from ..ops.select import by_threshold
 from ..selection import BlockIndex, Index
 from ..summary import Int4Keys, Summary
@@ -67,15 +68,16 @@ class SALE(EstimatesBlockMaxima):
             raise SpecError(f"sale takes q_bits = 4, 8 or none; got {self.q_bits}.")
 
     @property
-    def needs_recipe(self) -> bool:
-        return self.threshold is None
+    def needs(self) -> Needs:
+        if self.threshold is not None:
+            return Needs(keys=True)
+        thresholds = {"thresholds": ("num_heads",)}
+        return Needs(keys=True, weights=thresholds, instead="give threshold= for all heads")
 
     def for_layer(self, layer: LayerInfo) -> SALE:
-        heads = (layer.num_heads,)
         if self.threshold is not None:
-            return self.with_thresholds(torch.full(heads, self.threshold))
-        otherwise = "give threshold= for all heads"
-        return self.with_thresholds(recipe_tensor(self, layer, "thresholds", heads, otherwise))
+            return self.with_thresholds(torch.full((layer.num_heads,), self.threshold))
+        return self.with_thresholds(layer.own(layer.checked(self)["thresholds"]))
 
     def with_thresholds(self, tau: Tensor) -> SALE:
         """This method with these thresholds [H], one per query head."""
@@ -93,10 +95,6 @@ class SALE(EstimatesBlockMaxima):
     @property
     def lookahead(self) -> Lookahead:
         return Lookahead.of_block(self.block_q)
-
-    @property
-    def reads_keys(self) -> bool:
-        return True
 
     @property
     def block_multiple(self) -> int:

@@ -17,6 +17,7 @@ from ..gqa import reduce_group
 from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod, LayerInfo
+from ..needs import Needs
 from ..selection import Index
 from .minference import head_budgets
 from .slash_blocks import highest, holding_mass, slash_blocks
@@ -88,8 +89,8 @@ class VerticalSlash(AttentionMethod):
         return Lookahead.prompt()
 
     @property
-    def reads_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:

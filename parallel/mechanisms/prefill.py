@@ -59,7 +59,7 @@ def prefill(
     else:
         part, reads = selected(method, local, shared, window)
         travel = Travel("fetch", "only keys that a query of the rank has selected are moved")
-        if method.reads_keys and window is None:
+        if method.needs.keys and window is None:
             travel = Travel("gather", f"{method.name} reads every key to select")
         if window is None and local.mesh.config.mechanism == "ulysses":
             travel.why += f"; ulysses was asked for, but {_splits_groups(method, local)}"
@@ -140,7 +140,7 @@ def _splits_groups(method: AttentionMethod, local: LocalCall) -> str | None:
     if geometry.num_kv_heads % size:
         kv_heads = geometry.num_kv_heads
         return f"{size} ranks do not divide {kv_heads} KV heads, whose query heads select together"
-    if method.couples_heads or method.needs_recipe:
+    if method.couples_heads or method.needs.recipe:
         return f"{method.name} needs all heads of the layer"
     return None
 

@@ -39,7 +39,7 @@ class _ChunkKeys(Keys):
         return entries
 
     def read_all_keys(self) -> Tensor:
-        assert self.complete, "a method that reads raw keys in prefill declares reads_keys"
+        assert self.complete, "a method that reads raw keys in prefill declares needs.keys"
         return super().read_all_keys()
 
 
@@ -91,7 +91,7 @@ def selected(
     for them. shared: the entries, for all keys, of the method's summaries."""
     q, k, v, call, ranks = local.q, local.k, local.v, local.call, local.mesh.ranks
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    whole = has_gradient or (method.reads_keys and window is None)
+    whole = has_gradient or (method.needs.keys and window is None)
     if whole:
         past = local.past
         keys, values = gather_all(k, v, past.k, past.v, past.layout, local.split, ranks)
@@ -137,7 +137,7 @@ def _pieces(
     """This rank's chunks, a padded batch row by row, each with what the method selects for it; and the bytes
     that ``prepare_prefill`` has read."""
     q, call = local.q, local.call
-    complete = method.reads_keys and window is None
+    complete = method.needs.keys and window is None
     batches = [slice(0, q.shape[0])]
     if call.starts is not None:
         batches = [slice(b, b + 1) for b in range(q.shape[0])]

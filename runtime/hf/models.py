@@ -161,6 +161,13 @@ def without_head(decoder: Any) -> Any:
     return decoder
 
 
+def place_beside(module: nn.Module, other: nn.Module) -> None:
+    """Move ``module`` to the device of ``other``'s weights, where they are on one; dtypes stay."""
+    devices = {p.device for p in other.parameters() if p.device.type != "meta"}
+    if len(devices) == 1:
+        module.to(devices.pop())
+
+
 def _inside(wrapper: Any) -> str:
     """Where the model is in what DistributedDataParallel, DeepSpeed or others have put around it."""
     inner = getattr(wrapper, "module", None)
