@@ -93,8 +93,8 @@ class Job:
             )
         if self.ranks > MOST_RANKS:
             raise FarspanError(
-                f"{self.gpus} GPUs in groups of {self.tensor} are {self.ranks} ranks, and a plan takes up to "
-                f"{MOST_RANKS} ranks; give fewer GPUs."
+                f"A plan takes up to {MOST_RANKS} ranks, and {self.gpus} GPUs in groups of {self.tensor} are "
+                f"{self.ranks}: give fewer GPUs."
             )
         for layer in set(self.model.layers):
             if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:

@@ -103,8 +103,8 @@ def plan(job: Job) -> Plan:
     too many chunks to count them one by one."""
     if job.num_calls > _MOST_CALLS:
         raise FarspanError(
-            f"{job.length} tokens in chunks of {job.chunk} are {job.num_calls} chunks, and a plan takes up "
-            f"to {_MOST_CALLS}; give a --prefill-chunk of {-(-job.length // _MOST_CALLS)} or more."
+            f"{job.length} tokens in chunks of {job.chunk} are {job.num_calls} chunks, and a plan takes "
+            f"up to {_MOST_CALLS} chunks; give a --prefill-chunk of {-(-job.length // _MOST_CALLS)} or more."
         )
     parts, transient = memory(job)
     taken = choices(job)
