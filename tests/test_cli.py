@@ -336,11 +336,11 @@ def test_ctrl_c_keeps_what_is_finished(small_needle, tmp_path):
 
 
 def test_a_fault_of_farspan_itself_is_not_hidden(monkeypatch):
-    import farspan.cli.app as app
+    import farspan.cli.options as options
 
     def broken(*_, **__):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(app, "_prompt_text", broken)
+    monkeypatch.setattr(options, "one_method", broken)
     with pytest.raises(RuntimeError, match="a fault"):
         main(["generate", "-p", "x"])
