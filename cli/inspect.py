@@ -46,7 +46,10 @@ def inspect(given: Inspect) -> None:
     """
     launch.only_rank_0()
     text = given.source.read()
-    drawn: dict[str, Any] = {"layers": _numbers(given.layers, "--layers"), "heads": _numbers(given.heads, "--heads")}
+    drawn: dict[str, Any] = {
+        "layers": _numbers(given.layers, "--layers"),
+        "heads": _numbers(given.heads, "--heads"),
+    }
     options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
     from ..evals import inspect as files
 
