@@ -6,10 +6,12 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import farspan
+from farspan.runtime.hf.releases import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +55,20 @@ def test_every_method_has_a_definition_test() -> None:
     """Each registered method is compared with its definition, written apart in float64."""
     text = "\n".join(file.read_text() for file in (ROOT / "tests" / "laws").glob("test_definitions*.py"))
     assert not [name for name in farspan.methods() if not re.search(rf"\b{name}\b", text)]
+
+
+def test_the_readmes_first_snippet_runs_as_it_stands(
+    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(farspan, "load", lambda _: smollm2)
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "quest:k=512" in printed and re.search(r"decode +\S* *\d+", printed)
+
+
+def test_the_readme_names_the_architectures_that_are_tested() -> None:
+    """As "Qwen3-MoE" for Qwen3MoeForCausalLM, and so on."""
+    text = re.sub(r"[\W_]", "", (ROOT / "README.md").read_text().partition("## Models")[2].partition("## The")[0])
+    kinds = {re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", x) for x in ARCHITECTURES}
+    assert not [kind for kind in kinds if kind.lower() not in text.lower()]
