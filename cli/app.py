@@ -1,4 +1,4 @@
-"""The command line's commands in one place, and the two that list: `models` and `methods`."""
+"""The typer app with all commands, and the two commands that print lists: `models` and `methods`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`farspan tune` and `farspan calibrate`: what is measured once for a device, or for a model."""
+"""`farspan tune` measures methods on a device; `farspan calibrate` makes a recipe for a model."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tune(given: Tune) -> None:
     """Measure from which length a method is faster than dense on this device, for --crossover auto."""
     if launch.size() > 1:
         raise FarspanError(
-            f"farspan tune measures one device by itself, and a launcher has started {launch.size()} ranks: "
-            "run it without one."
+            f"farspan tune measures one device, and a launcher has started {launch.size()} ranks: run it "
+            "without a launcher."
         )
     specs = options.split_methods(given.methods)
     sizes = sorted(options.whole_numbers(given.lengths, "--lengths")) if given.lengths else None
@@ -85,7 +85,7 @@ class Calibrate:
     start: Annotated[
         float | None,
         typer.Option(
-            help="sale: the threshold that every head begins with, and the highest it can get [default: "
+            help="sale: the threshold that every head begins with; calibration only lowers it [default: "
             "0.008]."
         ),
     ] = None
@@ -95,15 +95,16 @@ class Calibrate:
     ] = None
     sure: Annotated[
         float | None,
-        typer.Option(help="act: take heads whose gain is above so many standard errors [default: 1]."),
+        typer.Option(help="act: take heads whose gain is above this many standard errors [default: 1]."),
     ] = None
     tokens: Annotated[int, options.tokens("Tokens of the text to read.")] = 4096
-    window: Annotated[int, options.tokens("Tokens that are read at a time.")] = 2048
+    window: Annotated[int, options.tokens("Tokens of one forward call.")] = 2048
     rope: options.Rope = None
     on: options.Place
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the calibration; those of one method only where they were given."""
+        """The calibration's settings. Those that belong to one method are left out where they were not
+        given."""
         of_one = {"by": self.by, "start": self.start, "error": self.error, "sure": self.sure}
         given = {name: value for name, value in of_one.items() if value is not None}
         return {"method": self.method, "tokens": self.tokens, "window": self.window, **given}
@@ -113,7 +114,7 @@ class Calibrate:
 def calibrate(given: Calibrate) -> None:
     """Calibrate a method on text you name and save the recipe, for `--recipe` of the other commands.
 
-    One process does that; of a launcher's ranks, rank 0.
+    Under a launcher, rank 0 does the work alone.
     """
     launch.only_rank_0()
     from ..runtime.writable import check_writable

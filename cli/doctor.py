@@ -1,4 +1,4 @@
-"""`farspan doctor`: what farspan runs on, and whether it computes there what the model alone computes."""
+"""`farspan doctor`: versions and devices, and whether a patched model computes what the model alone does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Doctor:
 
 @options.command
 def doctor(given: Doctor) -> None:
-    """Versions, tested releases, devices, and a short run of a small model with and without farspan.
+    """Show versions, tested releases and devices, and run a small model with and without farspan.
 
     The small model has random weights and the class of `--model`; its logits and its `generate` must be the
     same with and without a dense patch. Exit code 0 if all is well, else 1 with one sentence on stderr.

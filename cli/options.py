@@ -130,7 +130,8 @@ def _dtype(param: typer.CallbackParam, value: str) -> str:
 
 
 def _rope(value: str | None) -> str | None:
-    """The stretching with its number written out; what cannot be one ends here, before a model is read."""
+    """The value of --rope with its number written out. A wrong one is refused here, before a model is
+    read."""
     if value is None:
         return None
     from ..runtime.rope import parse_rope
@@ -229,17 +230,17 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks(Place):
-    """The same for a command that a launcher's ranks run together."""
+    """The same, for a command that a launcher's ranks run together."""
 
     parallel: Parallel = "auto"
 
     def spread(self) -> Any:
-        """The --parallel option as `farspan.patch` takes it; with "none" the other ranks end here."""
+        """The value of --parallel as `farspan.patch` takes it. With "none", all ranks but rank 0 end here."""
         return spread_over(self.parallel)
 
 
 def spread_over(value: str) -> Any:
-    """The --parallel option as `farspan.patch` takes it; with "none" the other ranks end here."""
+    """The value of --parallel as `farspan.patch` takes it. With "none", all ranks but rank 0 end here."""
     if value == "none":
         launch.only_rank_0()
         return None
@@ -259,7 +260,7 @@ def spread_over(value: str) -> Any:
 def load_model(
     name: str, *, rope: str | None, dtype: str, device: str, parallel: Any = None
 ) -> tuple[Any, Any]:
-    """The model and tokenizer that the shared options ask for; of a rank, on a device of its own."""
+    """The model and its tokenizer. Each rank of a launcher loads the model on its own device."""
     import torch
 
     from ..runtime.models import load
@@ -283,14 +284,14 @@ def load_model(
 
 
 def split_list(values: list[str]) -> list[str]:
-    """The items of a repeated option, each value of which may hold several, separated by commas or spaces."""
+    """The items of a repeated option. One value may hold several, separated by commas or spaces."""
     return [item for value in values for item in re.split(r"[,\s]+", value) if item]
 
 
 def split_methods(values: list[str]) -> list[str]:
-    """Method specs of a repeated option; one value may hold several, separated by ";" (a spec holds commas).
+    """The method specs of a repeated option. One value may hold several, separated by ";": specs have commas.
 
-    Raises FarspanError where there is none, one cannot be read, or two are separated by a comma.
+    Raises FarspanError where there is none, where one cannot be read, and for two with a comma between them.
     """
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
@@ -307,8 +308,7 @@ def split_methods(values: list[str]) -> list[str]:
 
 
 def one_method(spec: str) -> str:
-    """The spec of an option that takes one method. Raises FarspanError where it cannot be read, or is
-    several."""
+    """The spec of an option that takes one method. Raises FarspanError if it cannot be read or is several."""
     if _several(spec, ",") or _several(spec, ";"):
         raise FarspanError(
             f'--method takes one method, or "A + B" for A in prefill and B in decode; got {spec!r}.'
@@ -324,12 +324,13 @@ def _resolve(spec: str) -> None:
 
 
 def _several(spec: str, separator: str) -> list[str] | None:
-    """The methods of ``spec`` where they stand one after another with ``separator`` between; None of one."""
+    """The methods in ``spec``, if it is a list of several with ``separator`` between them; None if it is
+    one."""
     from ..attention.method import methods
 
     parts: list[str] = []
     for piece in re.split(rf"{separator}(?![^()]*\))", spec):
-        name = re.match(r"\s*(\w+)\s*(:|(?![\w=]))", piece)  # what has "=" behind it is a parameter
+        name = re.match(r"\s*(\w+)\s*(:|(?![\w=]))", piece)  # a name before "=" is a parameter
         if not parts or (name and (name[2] or name[1] in methods())):
             parts.append(piece.strip())
         else:
@@ -338,7 +339,7 @@ def _several(spec: str, separator: str) -> list[str] | None:
 
 
 def whole_numbers(values: list[str], option: str) -> list[int]:
-    """Numbers of a repeated option, each once, such as tokens; "4K" is 4096."""
+    """The numbers of a repeated option, without repeats; "4K" is 4096."""
     numbers = [amounts.whole(item, option) for item in split_list(values)]
     if not numbers:
         raise FarspanError(f"{option} was given no number; give at least one, such as {option} 4096.")
@@ -355,7 +356,8 @@ def batch_size(value: str) -> int | str:
 
 
 def read_text(path: Path | str) -> str:
-    """A UTF-8 text file, "-" for stdin: without a byte order mark, and lines end in "\\n"."""
+    """The text of a UTF-8 file, or of stdin for "-": without a byte order mark, and with lines that end in
+    "\\n". Raises FarspanError if it cannot be read."""
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).expanduser().read_bytes()
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()

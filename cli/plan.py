@@ -1,4 +1,4 @@
-"""`farspan plan`: what a long prompt costs on a number of devices, before any of them is rented."""
+"""`farspan plan`: what a long prompt costs on a number of devices, predicted without running it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from . import options, output
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a device can do, where its data sheet is not to be taken."""
+    """Figures of a device, in place of those of its data sheet."""
 
     flops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a device.")] = None
     utilisation: Annotated[
-        float | None, typer.Option(help="Part of the peak that is reached, up to 1 [default: 0.6].")
+        float | None, typer.Option(help="Share of the peak that is reached, up to 1 [default: 0.6].")
     ] = None
-    bandwidth: Annotated[float | None, typer.Option(help="Of its memory, GB/s.")] = None
+    bandwidth: Annotated[float | None, typer.Option(help="Bandwidth of its memory, GB/s.")] = None
     link_bandwidth: Annotated[
-        float | None, typer.Option(help="What a device sends inside its node, GB/s.")
+        float | None, typer.Option(help="Bandwidth of a device to others in its node, GB/s.")
     ] = None
     node_bandwidth: Annotated[
-        float | None, typer.Option(help="What a device sends to other nodes, GB/s.")
+        float | None, typer.Option(help="Bandwidth of a device to other nodes, GB/s.")
     ] = None
-    latency: Annotated[float | None, typer.Option(help="Of a message, microseconds.")] = None
+    latency: Annotated[float | None, typer.Option(help="Latency of a message, microseconds.")] = None
 
     def in_units(self) -> dict[str, float]:
-        """The figures that were given, in FLOP/s, bytes/s and seconds. Raises FarspanError for one that is no
-        positive number."""
+        """The given figures in FLOP/s, bytes/s and seconds.
+
+        Raises FarspanError for one that is not a positive number.
+        """
         found = {
             "flops": _positive(self.flops, "--flops", 1e12),
             "utilisation": _positive(self.utilisation, "--utilisation", most=1.0),
@@ -84,7 +86,7 @@ class Plan:
     json: options.Json = False
 
     def device(self) -> Any:
-        """The planner's device: --gpu's data sheet with the figures that were given in place of its own."""
+        """The device of --gpu, with the given figures in place of those of its data sheet."""
         from ..parallel.planner.device import DEVICES
 
         figures: dict[str, Any] = self.figures.in_units()
@@ -114,8 +116,8 @@ def plan(given: Plan) -> None:
     """Plan a long prompt: memory of each GPU, bytes moved, seconds, the best mechanism, and what does not
     fit.
 
-    Nothing of the model but its config is read. The figures of --gpu are those of data sheets; give measured
-    ones where you have them. docs/PLAN.md says what is assumed.
+    Of the model only its config is read. The figures of --gpu come from data sheets; give measured ones where
+    you have them. docs/PLAN.md lists the assumptions.
     """
     if not given.simulate and (given.ranks or given.out):
         raise FarspanError("--ranks and --out belong to --simulate; give that as well.")
@@ -181,14 +183,14 @@ def _show(result: Any) -> None:
     output.show(memory)
     moved = output.Table("sent by each GPU", "", numbers_from=1)
     for name, size in result.sent.items():
-        mark = " (taken)" if result.mechanisms == [name] else ""
+        mark = " (chosen)" if result.mechanisms == [name] else ""
         moved.add_row(f"prefill by {name}{mark}", readable(size))
     if "fetch" in result.mechanisms:
-        moved.add_row("prefill by fetch (taken), at most", readable(result.sent_prefill))
+        moved.add_row("prefill by fetch (chosen), at most", readable(result.sent_prefill))
         moved.add_row("prefill by fetch, at least", readable(result.sent_least))
     elif len(result.mechanisms) > 1:
         mixed = " and ".join(result.mechanisms)
-        moved.add_row(f"prefill by {mixed}, call by call (taken)", readable(result.sent_prefill))
+        moved.add_row(f"prefill by {mixed}, call by call (chosen)", readable(result.sent_prefill))
     moved.add_row("decode, a token", readable(result.sent_decode))
     moved.add_section()
     moved.add_row("K and V read, a token", readable(result.read))
@@ -225,7 +227,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None:
-    """One full-attention layer, strong scaling at the length, weak scaling at length / GPUs for each rank."""
+    """Show one full-attention layer on each number of ranks: strong scaling at the given length, and weak
+    scaling with length / GPUs tokens on each rank."""
     from ..parallel.planner.cost import sequence_device, work
     from ..parallel.planner.simulate import scaling
 

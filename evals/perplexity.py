@@ -1,6 +1,6 @@
-"""Perplexity under a method, beside dense: prefill a part of a text, score what follows through decode.
+"""Perplexity of a method beside dense: prefill the first part of a text, score the rest through decode.
 
-Text may be in a model's training data, so a perplexity alone claims little. What tells methods apart is the
+A text may be in a model's training data, so a perplexity alone says little. Methods are compared by the
 paired difference per window of text, with its 95 % interval.
 """
 
@@ -24,8 +24,7 @@ from .shared import Started, check_methods, common_settings, costs, evaluating, 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The tokens `ids` of a part of a text, the last `scored` of which are scored; number `index` of its
-    length."""
+    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored."""
 
     index: int
     ids: list[int]
@@ -99,8 +98,8 @@ def perplexity(
 
 
 def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
-    """Raises FarspanError where a length leaves fewer than 2 tokens before the scored ones, or nothing is
-    scored."""
+    """Raises FarspanError if nothing is scored, or if a length has fewer than 2 tokens before the scored
+    ones."""
     if min(new_tokens, samples) < 1 or not lengths:
         raise FarspanError(
             f"lengths {list(lengths)}, new_tokens {new_tokens}, samples {samples}: give a length, and at "
@@ -114,19 +113,18 @@ def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[list[int]]:
-    """The first `length` tokens (BOS included where the tokenizer adds one) of `count` disjoint parts of the
-    text.
+    """The first `length` tokens of `count` disjoint parts of the text, BOS included if the tokenizer adds it.
 
-    A part is 1/P of the text, P the lowest power of two that is not below `count`. Window i starts where the
-    binary digits of i, mirrored behind the point, say (0, 1/2, 1/4, 3/4, 1/8, ...): with a greater count the
-    windows there were stay where they are, and others come in between.
-    Raises FarspanError where a part has too few tokens.
+    A part is 1/P of the text, where P is the lowest power of two that is at least `count`. Window i starts at
+    the share of the text whose binary digits are those of i in reverse (0, 1/2, 1/4, 3/4, 1/8, ...). So a
+    larger count keeps the windows of a smaller one and adds others between them.
+    Raises FarspanError if a part has too few tokens.
     """
     digits = (count - 1).bit_length()
     for number in range(count):
         part = int(f"{number:0{digits}b}"[::-1], 2) if digits else 0
         words = text[part * len(text) >> digits : (part + 1) * len(text) >> digits]
-        # Eight characters a token are most often enough, and the part may be megabytes.
+        # Eight characters per token are usually enough, and the part may be megabytes.
         ids = list(tokenizer(words[: 8 * length], verbose=False).input_ids)
         if len(ids) <= length:
             ids = list(tokenizer(words, verbose=False).input_ids)

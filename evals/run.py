@@ -1,22 +1,20 @@
 """Samples × methods through one model, into an output folder that survives being stopped.
 
-For each batch of prompts the dense prefill is computed once; every method that only changes decoding
-continues from a copy of it, the last prompt token being its first decode step. A method with a prefill of its
-own prefills for itself, again without the last token. Each (sample, method) is scored twice: the published
-score of the greedy answer, and the negative log-likelihood of the gold answer under teacher forcing through
-the same decode path.
+For each batch of prompts the dense prefill is computed once. Every method that changes decoding only
+continues from a copy of it; the last prompt token is its first decode step. A method with its own prefill
+computes that, again without the last token. Each (sample, method) gets two figures: the published score of
+the greedy answer, and the negative log-likelihood of the gold answer under teacher forcing through the same
+decode path.
 
-What a stop loses: rows are written and synced when a method finishes a batch, so Ctrl-C, `kill -9` or a power
-cut loses the answers of the batch in flight under the method in flight, and the shared prefill of that batch,
-which is computed again. With `batch_size=1` that is the sample in flight; larger batches trade that for
-speed. A session that is stopped while it draws its prompts has asked for nothing yet. From then on the folder
-knows which rows were asked for, and its summary is complete when all of them are there, whichever methods the
-last session was about.
+Rows are written and synced when a method finishes a batch. So Ctrl-C, `kill -9` or a power cut loses the
+answers of the current batch under the current method, and the prefill of that batch, which is computed again.
+With `batch_size=1` the loss is one sample; larger batches are faster. A session that is stopped while prompts
+are drawn has asked for nothing yet. After that the folder knows which rows were asked for. Its summary is
+complete when it has all of them, whichever methods the last session named.
 
-Over ranks (`parallel`) every rank makes the same model calls, each prompt spread over all of them. The first
-rank alone opens the folder and writes: the others take what is done already from it, and go on to the next
-batch when it has written the last. So a folder that was begun on one device is resumed on several, or after
-one of them has failed, and holds the same rows.
+Over ranks every rank makes the same model calls, and each prompt is spread over all ranks. Only the first
+rank opens the folder and writes; the others learn from it what is done. So a folder that was begun on one
+device can be resumed on several, and holds the same rows.
 """
 
 from __future__ import annotations
@@ -61,14 +59,14 @@ ANSWER: dict[str, Any] = {
     "steps": int,
     "fallbacks": (dict, list, NoneType),
 }
-"""What the summary relies on in a row."""
+"""The fields that the summary needs in a row."""
 AT_DEPTH: dict[str, Any] = {**ANSWER, "extra": {"depth": NUMBER, "true_depth": MAYBE_NUMBER}}
-"""The same in a needle's row."""
+"""The same for a row of needle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What an evaluation found: `data` is summary.json, `files` the tables and pictures written beside it."""
+    """The result of an evaluation. `data` is summary.json, `files` are the tables and pictures beside it."""
 
     out: Path
     data: dict[str, Any]
@@ -112,7 +110,7 @@ def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "aut
 
 @contextmanager
 def finished_if_stopped(results: Results, finish: Callable[[Results], Summary]) -> Iterator[None]:
-    """On Ctrl-C, on this rank or another, `finish` writes the summary of what is there, and the stop goes
+    """A context in which Ctrl-C, on this rank or another, makes `finish` write the summary before it goes
     on."""
     try:
         yield
@@ -123,7 +121,7 @@ def finished_if_stopped(results: Results, finish: Callable[[Results], Summary]) 
 
 
 def check_batch_size(batch_size: object) -> None:
-    """Raises FarspanError for what is neither "auto" nor a positive whole number."""
+    """Raises FarspanError for a batch size that is neither "auto" nor a positive whole number."""
     if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
         raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
 
@@ -131,7 +129,8 @@ def check_batch_size(batch_size: object) -> None:
 def plan(
     model: Any, samples: Sequence[Sample], batch_size: int | str, job: Job | None = None
 ) -> list[list[Sample]]:
-    """Batches of one suite, task and length, in rounds over all cells: a stop leaves a balanced table."""
+    """Batches of one suite, task and length each, in rounds over all cells, so that a stop leaves a balanced
+    table."""
     cells: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
         cells.setdefault((sample.suite, sample.task, sample.length), []).append(sample)
@@ -150,8 +149,11 @@ def _work_through(
     results: Results,
     advance: Any,
 ) -> None:
-    """One batch under every method that has not finished it; halved when a GPU's memory runs out (but over
-    ranks all stop, as one cannot go on without the others)."""
+    """Evaluate one batch under every method that has not finished it.
+
+    If a GPU's memory runs out, the batch is halved. Over ranks the error is raised instead, because one rank
+    cannot go on without the others.
+    """
     todo: dict[tuple[int, ...], list[str]] = {}
     for spec in specs:
         rows = tuple(i for i, s in enumerate(samples) if not results.done(key(s), spec, s.recipe))
@@ -190,7 +192,7 @@ def evaluate(
     def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
         nlls = forward.teacher_forced(model, batch, started.copy(), golds, pad=pad, per_call=DECODE_ROWS)
         cache = started.take()
-        patched.reset_report()  # what is reported is what the answer read
+        patched.reset_report()  # the report covers the answer alone
         with forward.timed(model.device) as clock:
             answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
         common = costs(started, job.report(patched).summary, clock.seconds, len(samples))
@@ -231,8 +233,10 @@ def _row(
 
 
 def finish(results: Results) -> Summary:
-    """Write summary.json, the tables and the pictures from what the folder holds (the first rank does). It is
-    complete where every row is there that any session has asked for."""
+    """Write summary.json, the tables and the pictures from the folder's rows (on the first rank).
+
+    The summary is complete if the folder has every row that any session asked for.
+    """
     data = summarise(results.config, results.rows)
     data["unfinished"] = results.unfinished()
     data["complete"] = not data["unfinished"]

@@ -1,14 +1,13 @@
 """Prefill seconds and decode tokens per second, each method beside a baseline in one run.
 
-On one device the baseline is the unpatched model. Over ranks it is dense attention over the same ranks: the
-unpatched model would run whole on each of them, and a prompt that is worth spreading does not fit there. What
-spreading itself gains is the ratio of two runs' numbers, one with a launcher and one without.
+On one device the baseline is the unpatched model. Over ranks it is dense attention over the same ranks,
+because an unpatched model would run whole on each rank, where a prompt that needs spreading does not fit. To
+see what spreading gains, divide the figures of two runs, one with a launcher and one without.
 
-Repeats are interleaved (baseline, each method, then again), so a machine that slows down slows all alike;
-medians are reported, and ratios to the baseline are what can be compared between machines. A run that was
-stopped goes on like the other evaluations, and methods may be added. Times of two sessions are not one
-measurement, so a session measures the baseline anew beside what it measures, and a method is divided by the
-baseline of its own sessions.
+Repeats are interleaved (baseline, each method, then again), so that a machine that slows down slows all
+alike. Medians are reported; ratios to the baseline can be compared between machines. A stopped run resumes
+like the other evaluations, and methods may be added. Times of two sessions cannot be compared. So each
+session measures the baseline again, and a method is divided by the baseline of its own sessions.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ TIMING: dict[str, Any] = {
     "session": (int, NoneType),
     **dict.fromkeys(("prefill_density", "decode_density", "score", *_HIGHEST), MAYBE_NUMBER),
 }
-"""What the summary relies on in a row."""
+"""The fields that the summary needs in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of one length as token ids, and the samples that they ask, if they ask any."""
+    """Prompts of one length as token ids, and the samples that they were made from, if any."""
 
     ids: list[list[int]]
     asked: Sequence[Sample] = ()
 
     def recipe(self, repeat: int) -> dict[str, Any]:
-        """What a row of the folder was measured on: another text, another recipe."""
+        """The recipe of a row: the number of the repeat, and a hash of the prompts."""
         digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
         return {"repeat": repeat, "prompts_sha256": digest}
 
@@ -137,7 +136,7 @@ def _measure(
     repeats: int,
     progress: bool,
 ) -> None:
-    """Measure what is missing, the baseline first wherever anything is."""
+    """Measure the missing rows, in each round the baseline first."""
     session = len(results.config["sessions"])
     everyone = list(dict.fromkeys([timer.baseline, *specs]))
 
@@ -169,7 +168,7 @@ def _measure(
 
 @dataclass(frozen=True, kw_only=True)
 class Timer:
-    """Times the model under one method after the other; `baseline` is what they are compared with."""
+    """Times the model under one method at a time. `baseline` is the method that others are compared with."""
 
     model: Any
     tokenizer: Any
@@ -227,7 +226,7 @@ def _highest(values: Sequence[int | None]) -> int | None:
 
 
 def _finish(results: Results) -> Summary:
-    """Write summary.json and the table from what the folder holds (the first rank does)."""
+    """Write summary.json and the table from the folder's rows (on the first rank)."""
     data = summarise(results.config, results.rows)
     data["unfinished"] = results.unfinished()
     data["complete"] = not data["unfinished"]
@@ -239,8 +238,10 @@ def _finish(results: Results) -> Summary:
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions (above 1 is
-    faster; None where those have no baseline). Cells without a row are left out."""
+    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions.
+
+    A ratio above 1 is faster; it is None if those sessions have no baseline. Cells without rows are left out.
+    """
     baseline = config.get("baseline", UNPATCHED)
     cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -272,7 +273,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any
 
 
 def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The ratio of medians, within each session; over the sessions the median, each weighed by its rows."""
+    """The median over sessions of the ratio of medians within a session, weighted by its number of rows."""
     ratios = []
     for session in {row.get("session") for row in (*above, *below)}:
         values = [[row[name] for row in rows if row.get("session") == session] for rows in (above, below)]
@@ -323,7 +324,7 @@ def _head(data: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(data: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of either table, under `_head`."""
+    """The rows of both tables, under the columns of `_head`."""
     rows = []
     for row in data["overall"]:
         cells = [

@@ -69,6 +69,8 @@ def test_the_readmes_first_snippet_runs_as_it_stands(
 
 def test_the_readme_names_the_architectures_that_are_tested() -> None:
     """As "Qwen3-MoE" for Qwen3MoeForCausalLM, and so on."""
-    text = re.sub(r"[\W_]", "", (ROOT / "README.md").read_text().partition("## Models")[2].partition("## The")[0])
+    text = re.sub(
+        r"[\W_]", "", (ROOT / "README.md").read_text().partition("## Models")[2].partition("## The")[0]
+    )
     kinds = {re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", x) for x in ARCHITECTURES}
     assert not [kind for kind in kinds if kind.lower() not in text.lower()]
