@@ -231,5 +231,5 @@ def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:
-    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # "." is the folder's name
+    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # "." gives its folder's name
     return out or Path("out") / f"{suite}-{name}"

@@ -87,7 +87,7 @@ def generate(given: Generate) -> None:
     torch.manual_seed(given.seed)
     config, set_aside = kept_config(causal_lm, **given.decoding())
     if set_aside:
-        output.note(f"Set aside of the model's generation config: {', '.join(set_aside)}.")
+        output.note(f"Not used of the model's generation config: {', '.join(set_aside)}.")
     how: dict[str, Any] = {
         "recipe": given.recipe,
         "prefill_chunk": given.prefill_chunk,

@@ -169,9 +169,9 @@ _COLOURS = (
 )
 _RECALL = (
     "Density: (query, key) pairs read, as a share of those that dense attention reads. Mass recall: the "
-    "share of the true softmax attention that falls on the keys read, mean over heads and sampled queries; lowest "
-    "head: that of the head that has least. Read to select, selection: bytes and seconds spent on selecting. "
-    "Attention: seconds of attention over the selected keys."
+    "share of the true softmax attention that falls on the keys read, mean over heads and sampled queries; "
+    "lowest head: that of the head that has least. Read to select, selection: bytes and seconds spent on "
+    "selecting. Attention: seconds of attention over the selected keys."
 )
 
 

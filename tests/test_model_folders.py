@@ -159,7 +159,7 @@ def test_f19_generate_says_which_setting_it_cannot_keep(
     code, out, err = command("generate", "-m", made, "-p", PROMPT, "--max-new-tokens", NEW, "--no-chat")
     assert (code, out) == (0, generated(whole) + "\n"), err
     [line] = [line for line in err.splitlines() if "Set aside" in line]
-    assert line.startswith(f"Set aside of the model's generation config: {name}={SET_ASIDE[name]!r} (")
+    assert line.startswith(f"Not used of the model's generation config: {name}={SET_ASIDE[name]!r} (")
     assert line.endswith(").")
 
 
