@@ -74,3 +74,11 @@ def test_the_readme_names_the_architectures_that_are_tested() -> None:
     )
     kinds = {re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", x) for x in ARCHITECTURES}
     assert not [kind for kind in kinds if kind.lower() not in text.lower()]
+
+
+def test_the_readmes_tables_do_not_break_a_methods_name() -> None:
+    """A viewer breaks a line at a space or a hyphen of a table's cell: the spec of a method has neither."""
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    specs = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
+    specs = [spec for spec in specs if re.match(r"\w+", spec)[0] in farspan.methods()]
+    assert len(specs) > 30 and not [spec for spec in specs if re.search(r"[\s-]", spec)]
