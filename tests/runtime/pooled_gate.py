@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from farspan.attention import method as registry
 from farspan.attention.blocks import Grid
 from farspan.attention.gqa import group_scores
-from farspan.attention.index import Index, TokenIndex
+from farspan.attention.selection import Index, TokenIndex
 from farspan.attention.keys import Keys
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.needs import Needs
