@@ -178,7 +178,7 @@ class Layer(Unique):
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a loss flows back through what the method has selected by a prompt's last queries."""
-        return self.prefill.lookahead.is_prompt and q.requires_grad and is_grad_enabled()
+        return q.requires_grad and is_grad_enabled() and self.prefill.lookahead.is_prompt
 
     def _flag_training(self) -> None:
         sentence = (
@@ -191,8 +191,10 @@ class Layer(Unique):
 
     def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
         """Say so where logits are asked for that later tokens, padding among them, have had a part in."""
+        if not self.session.scoring:
+            return
         ahead = self.prefill.lookahead.tokens
-        if not (self.session.scoring and ahead) or self._trains(q):
+        if not ahead or self._trains(q):
             return
         if not any(x.run.phase == PREFILL and not x.run.below and x.reads.reason is None for x in done):
             return  # every key was read, or nothing but decode steps ran

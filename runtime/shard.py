@@ -18,12 +18,13 @@ running: ContextVar[Call | None] = ContextVar("running", default=None)  # the ca
 
 
 class ShardStore(KVStore):
-    """A KVStore whose rows are some of a sequence's positions, the others being on other ranks.
+    """A KVStore that holds some of a sequence's positions; other ranks hold the others.
 
-    ``length`` counts the rows that are here, ``total`` the positions everywhere. ``layout`` says who holds
-    which; it is the same on every rank. ``shared`` keeps block summaries of all keys, whole on every rank,
-    and ``recent`` the last few keys [B, Hkv, t, D], which a block that is still open is made of. window: of a
-    layer with a sliding window, older positions than which are dropped.
+    length: how many positions are here; total: how many there are on all ranks.
+    layout: which rank holds which positions; the same on every rank.
+    shared: the block summaries of all keys, whole on every rank.
+    recent: the last few keys [B, Hkv, t, D], from which the entry of a block that is still open is computed.
+    window: of a layer with a sliding window; positions before the window are dropped.
     """
 
     def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
@@ -45,15 +46,16 @@ class ShardStore(KVStore):
         return Shard(self.keys, self.values, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
-        """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned in blocks, each by the
-        rank that has least."""
+        """Store this rank's part of the new keys and values [B, Hkv, t, D], which every rank has. Each block
+        of positions goes to the rank that holds fewest."""
         begin, end = self.total, self.total + k.shape[2]
         layout = self.layout.block_cyclic(begin, end, self.block)
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
-        """Store the rows [B, Hkv, split.rows, D] that this rank has computed, without split padding."""
+        """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without its
+        padding."""
         rank = self.ranks.rank
         layout = self.layout.extended(split.layout())
         self._take(split.real(k, rank), split.real(v, rank), layout, split.end)
@@ -64,7 +66,7 @@ class ShardStore(KVStore):
         assert self.layout.count(self.ranks.rank) == self.length
 
     def replace(self, shard: Shard) -> None:
-        """Hold ``shard`` instead."""
+        """Hold ``shard`` instead of what was held so far."""
         self._k, self._v, self.length = None, None, 0
         self.append(shard.k, shard.v)
         self.layout = shard.layout

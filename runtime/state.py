@@ -1,4 +1,4 @@
-"""What methods keep over time of the rows of a batch."""
+"""The state that methods keep over time, by batch rows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..attention.keys import State
 
 @dataclass(eq=False)
 class _Group:
-    """Neighbouring rows whose state is kept together: by method its state, and how many positions it has
-    seen."""
+    """Neighbouring rows whose state is one value. states: by method, its state. seen: by method, how many
+    positions its last call knew."""
 
     rows: range
     states: dict[str, State] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
     def of(self, rows: Sequence[int], at: int) -> _Group:
-        """The state of some rows, any of this group's in any order, as that of the rows from ``at`` on."""
+        """A group that holds the state of ``rows``, any of this group's in any order, as the rows from ``at``
+        on."""
         local = torch.tensor([row - self.rows.start for row in rows])
         states = {
             name: {key: x.index_select(0, local.to(x.device)) for key, x in state.items()}
@@ -33,7 +34,7 @@ class _Group:
 class States:
     """The state of each method, by groups of neighbouring rows.
 
-    All rows are one group until some of them are served apart, or lose their state: states of different
+    All rows are one group until some of them are served apart, or lose their state. The tensors of different
     groups may have different sizes, so groups stay apart as long as any state is kept.
     """
 
@@ -41,14 +42,15 @@ class States:
         self._groups: list[_Group] = []
 
     def groups(self, batch: int) -> list[range]:
-        """Which of the ``batch`` rows have their state together."""
+        """Which of the ``batch`` rows have their state in one value."""
         if not any(state for group in self._groups for state in group.states.values()):
             self._groups = [_Group(range(batch))]
         return [group.rows for group in self._groups]
 
     def of(self, name: str, rows: slice, past: int, total: int) -> State:
-        """What the method ``name`` keeps of neighbouring rows of one group, at a call that takes the sequence
-        from ``past`` to ``total`` positions; empty if others appended positions since its last call."""
+        """The state of the method ``name`` for neighbouring rows of one group, at a call that takes the
+        sequence from ``past`` to ``total`` positions. Empty if positions were appended since the method's
+        last call."""
         group = self._apart(range(rows.start, rows.stop))
         if group.seen.get(name) not in (past, total):
             group.states.pop(name, None)

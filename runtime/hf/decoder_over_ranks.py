@@ -1,4 +1,5 @@
-"""Sharing a decoder's forward call out over ranks: tokens go in by layout, hidden states come back."""
+"""A decoder's forward call over ranks: each rank computes its part of the tokens, and hidden states are
+gathered at the end."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ from .releases import given_cache
 
 
 def spread_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
-    """Let long calls be shared out over ``session.mesh``, in whole multiples of ``block_multiple``; short
-    ones run on every rank. Returns the undo step."""
+    """Split long calls over the ranks of ``session.mesh``, at multiples of ``block_multiple`` tokens; short
+    calls run on every rank. Returns the undo step."""
     return replace_forward(info.decoder, partial(_forward, info, session, block_multiple))
 
 
@@ -117,8 +118,8 @@ def _forward(
 def _share_out(
     info: ModelInfo, session: Session, mesh: Mesh, block_multiple: int, kwargs: dict[str, Any]
 ) -> tuple[Call, Tensor]:
-    """Make the arguments of the decoder's forward those of this rank, once all ranks have the same; -> the
-    call, and the positions of all its tokens."""
+    """Cut the arguments ``kwargs`` of the decoder's forward to this rank's tokens, after a check that all
+    ranks were given the same. -> the call, and the positions of all its tokens."""
     ids = kwargs.get("input_ids")
     tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
     cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
@@ -142,7 +143,7 @@ def _share_out(
     if tokens.shape[1] > DECODE_ROWS:
         if foreign := foreign_tensors(info.config, kwargs):
             raise FarspanError(
-                f"This call of {type(info.decoder).__name__} cannot be shared out over ranks: "
+                f"This call of {type(info.decoder).__name__} cannot be split over ranks: "
                 f"{', '.join(foreign)} may not lie along the tokens."
             )
         split, memory = make_split(mesh, past, total, block_multiple, _held(cache)), _spare_memory(mesh)
@@ -157,15 +158,15 @@ def _share_out(
 
 
 def _held(cache: Any) -> Layout | None:
-    """Who holds what of a cache that is spread already."""
+    """Which rank holds which positions of a cache that is sharded already; None for another cache."""
     stores = [layer.store for layer in getattr(cache, "layers", ()) if isinstance(layer, ShardStoreLayer)]
     whole = [store for store in stores if store.window is None]
     return (whole or stores)[0].layout if stores else None
 
 
 def _spare_memory(mesh: Mesh) -> int | None:
-    """Half of what is free on the GPU of the rank that has least, the same number on every rank; None on a
-    CPU. In whole GiB, so that a choice does not change from call to call."""
+    """Half of the free memory of the GPU that has least, in bytes, the same on every rank; None on a CPU.
+    Rounded down to whole GiB, so that a choice does not change from call to call."""
     if mesh.device.type != "cuda":
         return None
     free = torch.tensor([torch.cuda.mem_get_info(mesh.device)[0]], device=mesh.device)
