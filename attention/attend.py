@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from .bands import attend_bands
 from .index import Bands, BlockIndex, Index, Rescaled, TokenIndex, Window, causal_pairs
 from .keys import Keys
+from .kv import KV
 from .mass import ATTENTION, SELECTION, Probe
 from .method import DECODE, PREFILL, AttentionMethod
 from .ops import kernel
@@ -22,7 +22,6 @@ from .ops.block_sparse import block_sparse
 from .ops.decode import decode
 from .ops.flash import flash
 from .ops.gather_decode import gather_decode
-from .ops.rows import gather_rows
 from .partial import Partial, empty_partial, merge
 from .rescaled import attend_rescaled
 
@@ -74,7 +73,7 @@ def attend(
             probe.on_select(q, keys, index)
         with _timed(probe, ATTENTION, q):
             part, pairs = _run_decode(q, keys, index, impl)
-        shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
+        shared = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.kv.num_kv_heads
         reads = _count(q, keys, pairs, loads_shared_by=q.shape[1] // shared)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
@@ -123,7 +122,7 @@ def run_prefill(
     that count, where others only complete a block."""
     rows = range(keys.tq) if rows is None else rows
     part, pairs = _run_prefill(q, keys, index, rows, impl)
-    shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
+    shared_by = PREFILL_TILE * (q.shape[1] // keys.kv.num_kv_heads)
     reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
     return part, explained(reads, method, PREFILL, keys, index)
 
@@ -141,7 +140,7 @@ def _prefill_rows(
 ) -> tuple[Partial, Reads]:
     """A padded batch, row by row: each row gives exactly what it would give alone, and its padding costs
     nothing."""
-    result, total = empty_partial(q, keys.v.shape[-1]), Reads()
+    result, total = empty_partial(q, keys.kv.value_dim), Reads()
     out, lse = result.out, result.lse
     reasons = []
     for b in range(q.shape[0]):
@@ -161,16 +160,16 @@ def _prefill_rows(
 def _run_prefill(
     q: Tensor, keys: Keys, index: object, rows: range, impl: str
 ) -> tuple[Partial, int | Tensor | None]:
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
-        return flash(q, keys.k, keys.v, start=keys.start, **how), None
+        return flash(q, keys.kv, keys.softmax, start=keys.start, impl=impl), None
     if isinstance(index, Window):
         return _window(q, keys, index, impl, flash)
     if isinstance(index, Bands):
         pairs = index.pairs(keys.past + rows.start, keys.past + rows.stop) * q.shape[0] * q.shape[1]
         return attend_bands(q, keys, index, impl), pairs
     if isinstance(index, BlockIndex):
-        return block_sparse(q, keys.k, keys.v, index, check=False, **how), _block_pairs(q, keys, index, rows)
+        part = block_sparse(q, keys.kv, index, keys.softmax, check=False, impl=impl)
+        return part, _block_pairs(q, keys, index, rows)
     if isinstance(index, Rescaled):
         part = attend_rescaled(q, keys, index, impl)
         return part, None if index.read is None else _block_pairs(q, keys, index.read, rows)
@@ -181,9 +180,8 @@ def _run_prefill(
 
 
 def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partial, int | Tensor | None]:
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
     if index is None:
-        return decode(q, keys.k, keys.v, start=keys.start, **how), None
+        return decode(q, keys.kv, keys.softmax, start=keys.start, impl=impl), None
     if isinstance(index, Window):
         return _window(q, keys, index, impl, decode)
     if not isinstance(index, TokenIndex):
@@ -193,9 +191,10 @@ def _run_decode(q: Tensor, keys: Keys, index: object, impl: str) -> tuple[Partia
     group = q.shape[1] // index.tokens.shape[1]
     if index.full is None or not bool(index.full.any()):
         used = index.tokens.numel() if index.counts is None else _total(index.counts)
-        return gather_decode(q, keys.k, keys.v, index, check=False, **how), used * group
+        part = gather_decode(q, keys.kv, index, keys.softmax, check=False, impl=impl)
+        return part, used * group
     if bool(index.full.all()):
-        return decode(q, keys.k, keys.v, start=keys.start, **how), None
+        return decode(q, keys.kv, keys.softmax, start=keys.start, impl=impl), None
     return _mixed(q, keys, index, impl)
 
 
@@ -212,9 +211,8 @@ def _window(
     q: Tensor, keys: Keys, index: Window, impl: str, op: Callable[..., Partial]
 ) -> tuple[Partial, int]:
     """Recent keys by the windowed kernel; sinks, where they lie outside the window, as a second small set."""
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
     b, h, tq, _ = q.shape
-    local = op(q, keys.k, keys.v, window=index.size, start=keys.start, impl=impl, **how)
+    local = op(q, keys.kv, keys.softmax, window=index.size, start=keys.start, impl=impl)
     starts = keys.starts or [0] * b
     pairs = sum(_window_pairs(keys.past, keys.length, first, index) for first in starts) * h
     sinks = min(index.sinks, keys.length)
@@ -225,14 +223,13 @@ def _window(
     places = first + torch.arange(sinks, device=device)  # [B, sinks]
     rows = torch.arange(keys.past, keys.length, device=device)
     mask = places[:, None, :] <= rows[:, None] - index.size  # [B, Tq, sinks]: left of the window
-    hkv = keys.k.shape[1]
+    hkv = keys.kv.num_kv_heads
     spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
     part = kernel.attend(
         kernel.fold_groups(q, hkv),
-        gather_rows(keys.k, spread),
-        gather_rows(keys.v, spread),
+        keys.kv.gather(spread),
+        keys.softmax,
         mask=mask.repeat(1, h // hkv, 1)[:, None],
-        **how,
     )
     return merge(local, kernel.unfold_groups(part, h, tq)), pairs
 
@@ -247,9 +244,8 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
     in place."""
     assert index.full is not None
     h, hs = q.shape[1], index.tokens.shape[1]
-    group, hkv = h // hs, keys.k.shape[1]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-    part = gather_decode(q, keys.k, keys.v, index, check=False, **how)
+    group, hkv = h // hs, keys.kv.num_kv_heads
+    part = gather_decode(q, keys.kv, index, keys.softmax, check=False, impl=impl)
     out, lse = part.out.clone(), part.lse.clone()
     counts = (
         index.counts
@@ -261,7 +257,7 @@ def _mixed(q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial
         heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
         first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
         cut = (slice(b, b + 1), slice(kv, kv + 1), slice(first, end))
-        one = decode(q[b : b + 1, heads, t : t + 1], keys.k[cut], keys.v[cut], **how)
+        one = decode(q[b : b + 1, heads, t : t + 1], keys.kv[cut], keys.softmax, impl=impl)
         out[b : b + 1, heads, t : t + 1], lse[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype), one.lse
         pairs += (end - first) * group
     return Partial(out, lse), pairs
@@ -273,16 +269,14 @@ def _count(
     b, h, tq, _ = q.shape
     rows = range(tq) if rows is None else rows
     causal = causal_pairs(len(rows), keys.past + rows.stop, keys.starts, b) * h
-    return count_reads(q, keys.k, keys.v, causal if pairs is None else pairs, causal, loads_shared_by)
+    return count_reads(q, keys.kv, causal if pairs is None else pairs, causal, loads_shared_by)
 
 
-def count_reads(
-    q: Tensor, k: Tensor, v: Tensor, pairs: int | Tensor, causal: int, loads_shared_by: int
-) -> Reads:
+def count_reads(q: Tensor, kv: KV, pairs: int | Tensor, causal: int, loads_shared_by: int) -> Reads:
     """Reads of ``pairs`` out of ``causal`` (query head, key) pairs; ``loads_shared_by`` pairs share a load of
-    their key. Of q, k and v only the sizes are looked at."""
-    per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
-    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // k.shape[1]
+    their key. Of q and kv only the sizes are looked at."""
+    per_key = kv.row_nbytes
+    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // kv.num_kv_heads
     return Reads(
         pairs=pairs,
         causal_pairs=causal,

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .kv import KV
+
 _ENTRIES = 1 << 22  # of an index, looked at at a time to count what it names
 
 
@@ -277,14 +279,14 @@ class TokenIndex:
             one, so that reading them is harmless, and are masked.
     counts: [B, Hs, Tq] int32, or None where all K entries count.
     full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
-    gathered: (k, v), each [B, Hs, K, D], the chosen rows already side by side in the order of ``tokens``,
+    gathered: keys and values [B, Hs, K], the chosen rows already side by side in the order of ``tokens``,
             where the method keeps them (Tq = 1 only); or None.
     """
 
     tokens: Tensor
     counts: Tensor | None = None
     full: Tensor | None = None
-    gathered: tuple[Tensor, Tensor] | None = None
+    gathered: KV | None = None
 
     def check(self, tk: int) -> None:
         """Raise ValueError where a query's counted tokens are not distinct positions among Tk keys."""

@@ -22,6 +22,7 @@ from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError, SpecError
 from .index import Index
 from .keys import Keys, State
+from .softmax import Softmax
 from .summary import Summary
 from .whole import whole_number
 
@@ -63,8 +64,9 @@ class Calibration(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks."""
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D], and how the layer turns q k^T into
+        weights."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

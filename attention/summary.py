@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .kv import KV
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 
@@ -119,9 +120,9 @@ class Int4Keys:
         packed = pad(packed, (0, -packed.shape[3] % 4))
         return torch.cat([k4.mean.float().view(torch.uint8), scale.view(torch.uint8), packed], 3)
 
-    def keys(self, entries: Tensor, like: Tensor) -> Int4:
-        """Those of keys ``like`` [B, Hkv, T, D] out of their entries."""
-        t, d = like.shape[2:]
+    def keys(self, entries: Tensor, like: KV) -> Int4:
+        """Those of the keys of ``like`` [B, Hkv, T] out of their entries."""
+        t, d = like.length, like.head_dim
         mean, scale, packed = entries.split(
             [4 * d, 4 * self.block, entries.shape[3] - 4 * (d + self.block)], 3
         )
@@ -142,15 +143,16 @@ class Summaries:
             tuple, tuple[Tensor, int]
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
-    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
-        """Entries [B, Hkv, count_entries, width] for all keys; what is new in k is taken in now.
+    def get(self, summary: Summary, kv: KV, start: Tensor | None, offset: int = 0) -> Tensor:
+        """Entries [B, Hkv, count_entries, width] for all keys; what is new in kv is taken in now.
 
-        k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s.
+        kv [B, Hkv, Tk - offset], of which only the keys are read: those from position ``offset`` on, which is
+        at most ``open``'s.
         """
-        length = offset + k.shape[2]
-        buffer, done = self.room(summary, k, length), self.done(summary)
+        length = offset + kv.length
+        buffer, done = self.room(summary, kv, length), self.done(summary)
         if done < length:
-            self._extend(summary, buffer, k, start, done, offset)
+            self._extend(summary, buffer, kv, start, done, offset)
         self._kept[summary.key] = (buffer, length)
         return buffer[:, :, : count_entries(summary, length)]
 
@@ -165,17 +167,17 @@ class Summaries:
             return done // block * block
         return min(first + max(done - first, 0) // block * block for first in starts)
 
-    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
-        """The buffer [B, Hkv, room, width] with place for ``length`` keys like k [B, Hkv, any, D].
+    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
+        """The buffer [B, Hkv, room, width] with place for ``length`` keys like those of kv [B, Hkv, any].
 
         done: says that whoever asks fills it himself, up to that many keys.
         """
         need = count_entries(summary, length)
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
-            b, h, _, d = k.shape
-            room = need + max(64, need // 8)
-            grown = k.new_empty(b, h, room, summary.width(d), dtype=getattr(summary, "dtype", k.dtype))
+            dtype = getattr(summary, "dtype", kv.dtype)
+            size = (*kv.shape[:2], need + max(64, need // 8), summary.width(kv.head_dim))
+            grown = torch.empty(size, dtype=dtype, device=kv.device)
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown
@@ -184,19 +186,19 @@ class Summaries:
 
     @staticmethod
     def _extend(
-        summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int, offset: int
+        summary: Summary, buffer: Tensor, kv: KV, start: Tensor | None, done: int, offset: int
     ) -> None:
-        block, t = summary.block or 1, offset + k.shape[2]
+        block, t = summary.block or 1, offset + kv.length
         if start is None or summary.block is None:
             first = done // block  # the block that was still open is summarised again, from its first key
-            new = summary.compute(k[:, :, first * block - offset :])
+            new = summary.compute(kv[:, :, first * block - offset :].k)
             buffer[:, :, first : first + new.shape[2]] = new
             return
         for begin, rows in by_start(start.tolist()):
             if begin >= t:
                 continue
             first = max(done - begin, 0) // block
-            new = summary.compute(k[rows][:, :, begin + first * block - offset :])
+            new = summary.compute(kv[rows][:, :, begin + first * block - offset :].k)
             buffer[rows, :, first : first + new.shape[2]] = new
 
     def crop(self, length: int) -> None:
@@ -217,26 +219,24 @@ class Summaries:
 
 
 class SomeRows(Summaries):
-    """The entries of ``rows`` of a batch, out of those of the whole batch: keys k [B, Hkv, Tk, D], whose rows
+    """The entries of ``rows`` of a batch, out of those of the whole batch: kv [B, Hkv, Tk], whose rows
     begin at ``start``. first: how many positions of padding the rows are without."""
 
-    def __init__(
-        self, whole: Summaries, k: Tensor, start: Tensor | None, rows: slice, first: int = 0
-    ) -> None:
+    def __init__(self, whole: Summaries, kv: KV, start: Tensor | None, rows: slice, first: int = 0) -> None:
         super().__init__()
-        self._whole, self._k, self._start, self._rows, self._first = whole, k, start, rows, first
+        self._whole, self._kv, self._start, self._rows, self._first = whole, kv, start, rows, first
 
-    def get(self, summary: Summary, k: Tensor, start: Tensor | None, offset: int = 0) -> Tensor:
-        entries = self._whole.get(summary, self._k, self._start)[self._rows]
+    def get(self, summary: Summary, kv: KV, start: Tensor | None, offset: int = 0) -> Tensor:
+        entries = self._whole.get(summary, self._kv, self._start)[self._rows]
         if summary.block is None:
             entries = entries[:, :, self._first :]
-        return entries[:, :, : count_entries(summary, k.shape[2])]
+        return entries[:, :, : count_entries(summary, kv.length)]
 
     def done(self, summary: Summary) -> int:
         return self._whole.done(summary)
 
-    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
-        return self._whole.room(summary, self._k, length, done)[self._rows]
+    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
+        return self._whole.room(summary, self._kv, length, done)[self._rows]
 
 
 def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:

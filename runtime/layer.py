@@ -17,11 +17,13 @@ from ..attention.attend import DECODE_ROWS, Reads, attend, tell
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys
+from ..attention.kv import KV
 from ..attention.mass import SELECTION
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
+from ..attention.softmax import Softmax
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
@@ -189,14 +191,9 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        softmax: Softmax,
     ) -> Tensor:
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
-        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         if self._trains(q):
             self._flag_training()
         call = self.session.call or carried(mask)
@@ -212,16 +209,16 @@ class Layer(Unique):
                 "making, which cannot be spread over ranks: leave parallel out, in one process."
             )
         if call is not None:
-            part = self._over_ranks(q, k, v, call, **how)
+            part = self._over_ranks(q, k, v, call, softmax)
         elif self.session.mesh is not None:
             raise FarspanError(
                 f"Layer {self.index} of a model that is spread over ranks was called outside a call of its "
                 "decoder; gradient checkpointing needs use_reentrant=False."
             )
         else:
-            part = self._here(q, k, v, mask, **how)
-        if sinks is not None:
-            part = add_sinks(part, sinks)
+            part = self._here(q, k, v, mask, softmax)
+        if softmax.sinks is not None:
+            part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
 
     def _here(
@@ -230,27 +227,24 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        softmax: Softmax,
     ) -> Partial:
         b, _, tq, _ = q.shape
         total = k.shape[2]
         padding = self.session.padding(mask, b, total)
         store = self.session.stores[self.index] if self.session.stores is not None else None
         own = store is not None and store.holds(k)
-        if window is not None:
-            return flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
+        kv = store.kv if own and store is not None else None
+        kv = KV(k, v) if kv is None else kv
+        if softmax.window is not None:
+            return flash(q, kv, softmax, window=softmax.window, start=padding.start)
         whole = Keys(
-            k=k,
-            v=v,
+            kv=kv,
             tq=tq,
-            scale=scale,
+            softmax=softmax,
             start=padding.start,
             starts=padding.starts,
             ends=self.session.ends_below(total),
-            softcap=softcap,
         )
         states = States()
         if own and store is not None:
@@ -272,7 +266,7 @@ class Layer(Unique):
         if own:
             self._tell(q, whole, batch.told, states)
         self._report(done, q)
-        return joined(done, q, v.shape[3])
+        return joined(done, q, kv.value_dim)
 
     def _tell(self, q: Tensor, whole: Keys, rows: list[slice], states: States) -> None:
         """Let the decode method know that a prefill call has run in these rows."""
@@ -290,10 +284,7 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         call: Call,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        softmax: Softmax,
     ) -> Partial:
         """As ``_here``, where q, k and v are of this rank's tokens and the keys of others are on other
         ranks."""
@@ -303,10 +294,9 @@ class Layer(Unique):
         cached = isinstance(store, ShardStore)
         if not isinstance(store, ShardStore):
             store = ShardStore(mesh.ranks, mesh.config.block)
-        how: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        if window is not None:
-            return spread_window(q, k, v, store, call, mesh, window, **how)
-        done = spread(self, q, k, v, store, call, mesh, **how)
+        if softmax.window is not None:
+            return spread_window(q, k, v, store, call, mesh, softmax)
+        done = spread(self, q, k, v, store, call, mesh, softmax)
         for run, _, reads, _, travel in done:
             dense = not self.method(run).selective
             if not cached and dense and self.decode.selective and reads.reason is None:

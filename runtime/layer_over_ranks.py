@@ -11,10 +11,12 @@ from torch import Tensor
 from ..attention.attend import DECODE_ROWS, attend
 from ..attention.dense import Dense
 from ..attention.keys import Keys
+from ..attention.kv import KV
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.ops.dispatch import implementations
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
+from ..attention.softmax import Softmax
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, Rows, Share, Travel
@@ -57,22 +59,19 @@ def spread(
     store: ShardStore,
     call: Call,
     mesh: Mesh,
-    *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
 ) -> list[Done]:
     """Attention of q [B, H, n, D] over all ranks' keys, the new ones k, v [B, Hkv, n, D] included.
 
     The n tokens are this rank's share (``call.split``), or the same on every rank.
     """
-    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
     sent = mesh.sent()
     past = _take(k, v, store, call)
     _extend(layer, k, store, past, call, mesh)
     short = call.split is None and call.past > 0
     ends = layer.session.ends_below(call.total)
     batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states, ends)
-    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, scale, softcap)
+    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, softmax)
     done = []
     for run in batch.runs:
         method, rows = layer.method(run), run.rows
@@ -81,12 +80,12 @@ def spread(
                 part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
             elif run.phase == DECODE:
                 state = {} if run.below else store.states.of(str(method), rows, call.past, call.total)
-                keys = sharded_keys(q, store, call, **how).some_rows(rows, state)
+                keys = sharded_keys(q, store, call, softmax).some_rows(rows, state)
                 part, reads = decode(method, q[rows], keys, None)
                 size = (mesh.ranks.size - 1) * _partial_bytes(q[rows], v.shape[3])
                 travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
             else:  # every key of these rows has just been computed here
-                here = Keys(k=k, v=v, tq=q.shape[2], **_padding_within(call), **how)
+                here = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, **_padding_within(call))
                 part, reads = attend(method, PREFILL, q[rows], here.some_rows(rows, {}))
                 travel = Travel("none", _SHORT)
         sent, travel.sent = mesh.sent(), mesh.sent() - sent
@@ -95,7 +94,7 @@ def spread(
         wanted = layer.decode.observation_window
         n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
         last = q[:, :, -n:] if share is None else last_queries(share, n)
-        keys = sharded_keys(last, store, call, **how)
+        keys = sharded_keys(last, store, call, softmax)
         for rows in batch.told:
             state = store.states.of(str(layer.decode), rows, call.past, call.total)
             layer.decode.on_prefill_end(last[rows], keys.some_rows(rows, state))
@@ -110,29 +109,27 @@ def spread_window(
     store: ShardStore,
     call: Call,
     mesh: Mesh,
-    window: int,
-    *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
 ) -> Partial:
-    """The same of a layer with the model's own sliding ``window``."""
-    how: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    """The same of a layer with the model's own sliding window."""
+    window = softmax.window
+    assert window is not None
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
-        share = Share(q, k, v, store.rows, call, mesh, scale, softcap)
+        share = Share(q, k, v, store.rows, call, mesh, softmax)
         part = prefill(_DENSE, share, store.shared, window)[0]
     elif call.past:
-        part = decode(_DENSE, q, sharded_keys(q, store, call, **how), window)[0]
+        part = decode(_DENSE, q, sharded_keys(q, store, call, softmax), window)[0]
     else:
-        part = flash(q, k, v, window=window, start=call.start, **how)
+        part = flash(q, KV(k, v), softmax, window=window, start=call.start)
     _forget(store, window, call, mesh)
     return part
 
 
 def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
     """Store the new keys and values of a call. -> what this rank held before."""
-    past = store.rows if store.keys is not None else Rows(k[:, :, :0], v[:, :, :0], store.layout)
+    past = store.rows if store.kv is not None else Rows(KV(k[:, :, :0], v[:, :, :0]), store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -158,22 +155,20 @@ def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Sum
     if starts is not None and any(starts):
         start = None if call.start is None else call.start[rows]
     q, k, v = (x[rows] for x in (share.q, share.k, share.v))
-    held = Rows(share.rows.k[rows], share.rows.v[rows], share.rows.layout)
+    held = share.rows._replace(kv=share.rows.kv[rows])
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(shared, share.k, None, rows)
+    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(
+        shared, KV(share.k, share.v), None, rows
+    )
 
 
-def sharded_keys(
-    q: Tensor, store: ShardStore, call: Call, *, scale: float, softcap: float | None
-) -> ShardedKeys:
+def sharded_keys(q: Tensor, store: ShardStore, call: Call, softmax: Softmax) -> ShardedKeys:
     """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
     rows = store.rows
     return ShardedKeys(
-        k=rows.k,
-        v=rows.v,
+        kv=rows.kv,
         tq=q.shape[2],
-        scale=scale,
-        softcap=softcap,
+        softmax=softmax,
         start=call.start,
         starts=call.starts,
         summaries=store.summaries,
@@ -192,12 +187,12 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
-        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.rows[:2])
-        store.replace(Rows(k, v, kept))
+        kv = store.rows.kv.map(lambda x: rearranged(x, store.layout, kept, mesh.ranks))
+        store.replace(Rows(kv, kept))
     elif low > store.layout.begin:
         gone = store.layout.below(mesh.ranks.rank, low)
         rows = store.rows
-        store.replace(Rows(rows.k[:, :, gone:], rows.v[:, :, gone:], rows.layout.cut(low, call.total)))
+        store.replace(Rows(rows.kv[:, :, gone:], rows.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
@@ -211,10 +206,12 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
     for summary in wanted.values():
         if call.split is None:
             recent = extend(
-                summary, store.shared, store.rows.k, store.layout, recent, call.starts, mesh.ranks
+                summary, store.shared, store.rows.kv.k, store.layout, recent, call.starts, mesh.ranks
             )
         else:
-            extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
+            extend_split(
+                summary, store.shared, k, past.layout, past.kv.k, call.split, call.starts, mesh.ranks
+            )
     store.recent = None
     if call.split is None and wanted:
         store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]

@@ -41,8 +41,8 @@ class ShardStore(KVStore):
     @property
     def rows(self) -> Rows:
         """What this rank holds."""
-        assert self.keys is not None and self.values is not None
-        return Rows(self.keys, self.values, self.layout)
+        assert self.kv is not None
+        return Rows(self.kv, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
         """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned in blocks, each by the
@@ -65,8 +65,9 @@ class ShardStore(KVStore):
 
     def replace(self, rows: Rows) -> None:
         """Hold these instead."""
-        self._k, self._v, self.length = None, None, 0
-        self.append(rows.k, rows.v)
+        self._buffers = ()
+        self._resize(0)
+        self.extend(rows.kv)
         self.layout = rows.layout
         assert self.layout.count(self.ranks.rank) == self.length
 

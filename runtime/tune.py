@@ -15,7 +15,9 @@ from ..attention.attend import attend
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.keys import Keys, State
+from ..attention.kv import KV
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from ..attention.softmax import Softmax
 from ..attention.summary import Summaries
 from . import hf
 from .crossover import Measured, check_kept, geometry, keep
@@ -132,10 +134,9 @@ class _Run:
 
     def _keys(self, length: int, tq: int) -> Keys:
         return Keys(
-            k=self.k[:, :, :length],
-            v=self.v[:, :, :length],
+            kv=KV(self.k[:, :, :length], self.v[:, :, :length]),
             tq=tq,
-            scale=self.scale,
+            softmax=Softmax(self.scale),
             state=self.state,
             summaries=self.summaries,
         )

@@ -14,8 +14,8 @@ from ..errors import SpecError
 from ..gqa import group_scores
 from ..index import Index, TokenIndex
 from ..keys import Keys
+from ..kv import KV
 from ..method import AttentionMethod, require
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 
 
@@ -86,7 +86,10 @@ class Recycled(AttentionMethod):
         keys.state.clear()
         if keys.longest() > self.k:
             self._refresh(
-                q[:, :, -1:], keys, keys.length, torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+                q[:, :, -1:],
+                keys,
+                keys.length,
+                torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool),
             )
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
@@ -104,13 +107,13 @@ class Recycled(AttentionMethod):
         return TokenIndex(
             tokens=torch.stack(tokens, 2),
             full=whole.to(q.device) if bool(whole.any()) else None,
-            gathered=(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
+            gathered=KV(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
         )
 
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
         """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B,
         Hkv] bool."""
-        everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+        everything = torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool)
         if length - min(keys.starts or [0]) <= self.k:
             keys.state.clear()
             return everything
@@ -138,7 +141,7 @@ class Recycled(AttentionMethod):
             return clock <= 0
         last = keys.state["q"]  # [B, H, D]
         cosine = torch.cosine_similarity(q[:, :, 0].float(), last.float(), dim=-1)
-        cosine = cosine.unflatten(1, (keys.k.shape[1], -1)).mean(-1).cpu()  # [B, Hkv]
+        cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
         if self.scope == "layer":
             cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
         return (asked & (cosine < self.s)) | (clock <= 0)
@@ -147,24 +150,24 @@ class Recycled(AttentionMethod):
         """The new token takes the slot of the lowest-ranked key that is left (slots are in order of rank)."""
         state = keys.state
         slots = self.k - 1 - (clock.clamp(min=1) - 1) % self.k
-        sources = {} if keys.peers is not None else {"k": keys.k, "v": keys.v}
+        new = keys.kv[:, :, position : position + 1] if keys.peers is None else None
+        sources = {} if new is None else {"k": new.k, "v": new.v}
         same = int(slots.view(-1)[0])
         if bool((slots == same).all()):
             state["tokens"][:, :, same] = position
             for name, source in sources.items():
-                state[name][:, :, same] = source[:, :, position]
+                state[name][:, :, same] = source[:, :, 0]
             return
-        slots = slots.to(keys.k.device)[..., None]  # [B, Hkv, 1]
+        slots = slots.to(keys.kv.device)[..., None]  # [B, Hkv, 1]
         state["tokens"].scatter_(2, slots, position)
         for name, source in sources.items():
-            new = source[:, :, position : position + 1]
-            state[name].scatter_(2, slots[..., None].expand_as(new), new)
+            state[name].scatter_(2, slots[..., None].expand_as(source), source)
 
     def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
         """Pick the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
         here = keys.held(length)
-        k, v, places, peers = keys.read_all_keys()[:, :, :here], keys.v, keys.places()[:here], keys.peers
-        logits = scores(q, k, scale=keys.scale, softcap=keys.softcap)
+        k, places, peers = keys.read_all_keys()[:, :, :here], keys.places()[:here], keys.peers
+        logits = scores(q, k, keys.softmax)
         ranked = group_scores(logits, _from(keys.start, places), self.gqa_reduce, peers)[:, :, 0]
         if self.pool > 1:
             if peers is not None:  # a key's neighbours may be elsewhere
@@ -180,7 +183,8 @@ class Recycled(AttentionMethod):
             "q": q[:, :, 0].clone(),
         }
         if keys.peers is None:
-            fresh |= {"k": gather_rows(k, tokens), "v": gather_rows(v, tokens)}
+            chosen_rows = keys.kv.gather(tokens)
+            fresh |= {"k": chosen_rows.k, "v": chosen_rows.v}
         if keys.starts is not None:
             # Rows with fewer keys than the set: no set yet, they go on reading everything.
             short = torch.tensor([length - first <= self.k for first in keys.starts])

@@ -14,6 +14,7 @@ from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index, Rescaled
 from ..keys import Keys, State
+from ..kv import KV
 from ..method import AttentionMethod, LayerInfo, methods, require
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
@@ -21,6 +22,7 @@ from ..ops.scores import scores
 from ..partial import add_sinks
 from ..received import attention_received
 from ..rescaled import HeadReads, attend_rescaled, of_heads
+from ..softmax import Softmax
 from ..summary import Summary
 
 SINKS = "act_sinks"
@@ -176,20 +178,18 @@ class ACT(AttentionMethod):
         likely = bound > self.threshold * (1 - _ROUNDING)
         likely[..., 0] = False
         means = torch.zeros_like(bound)
-        k, group = keys.read_all_keys(), q.shape[1] // keys.k.shape[1]
-        how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+        keys.read_all_keys()
+        group = q.shape[1] // keys.kv.num_kv_heads
         for b, i in likely.any(2).nonzero().tolist():
             h = heads[i : i + 1]
-            one, kv = q[b : b + 1, h], h // group
-            mine, its_k = of_heads(index, b, h, q.shape[1]), k[b : b + 1, kv]
-            lse = block_sparse(one, its_k, keys.v[b : b + 1, kv], mine, check=False, **how).lse[0, 0]
+            one, kv = q[b : b + 1, h], keys.kv[b : b + 1, h // group]
+            mine = of_heads(index, b, h, q.shape[1])
+            lse = block_sparse(one, kv, mine, keys.softmax, check=False).lse[0, 0]
             columns = likely[b, i].nonzero()[:, 0]
             reads = HeadReads.of(mine, keys.past, keys.length)
             total = torch.zeros(len(columns), dtype=bound.dtype, device=q.device)
             for rows in _tiles(keys, len(columns)):
-                logits = scores(
-                    one[:, :, rows - keys.past], its_k[:, :, columns], scale=keys.scale, softcap=keys.softcap
-                )[0, 0, 0]
+                logits = scores(one[:, :, rows - keys.past], kv[:, :, columns].k, keys.softmax)[0, 0, 0]
                 share = (logits - lse[rows - keys.past, None]).exp()
                 total += share.masked_fill(~reads.pairs(rows, columns), 0).sum(0)
             means[b, i, columns] = total / _watched(keys)[columns]
@@ -217,19 +217,19 @@ class HeadSearch:
         self._change: Tensor | None = None  # of the window's output, [1, H, T, D]
         self._effects: list[Tensor] = []  # [H] of each window
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
         self._change = None
-        if how["window"] is not None or not self._served:
+        if softmax.window is not None or not self._served:
             return
         q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-        keys = Keys(k=k, v=v, tq=q.shape[2], scale=how["scale"], softcap=how["softcap"])
+        keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax)
         index = Rescaled(
             read=None, keys=self._method.prepare_prefill(q, keys)[SINKS], factor=self._method.beta
         )
-        plain = flash(q, k, v, scale=keys.scale, softcap=keys.softcap)
+        plain = flash(q, keys.kv, softmax)
         changed = attend_rescaled(q, keys, index, "auto")
-        if how["sinks"] is not None:
-            plain, changed = (add_sinks(part, how["sinks"]) for part in (plain, changed))
+        if softmax.sinks is not None:
+            plain, changed = (add_sinks(part, softmax.sinks) for part in (plain, changed))
         self._change = changed.out - plain.out
 
     def observe_grad(self, gradient: Tensor) -> None:
@@ -251,15 +251,15 @@ def _shows_maxima(cls: type[AttentionMethod]) -> bool:
 
 def _watched(keys: Keys) -> Tensor:
     """[Tk]: how many queries of the call see each key."""
-    return torch.arange(keys.length, 0, -1, device=keys.k.device).clamp(max=keys.tq)
+    return torch.arange(keys.length, 0, -1, device=keys.kv.device).clamp(max=keys.tq)
 
 
 def _means(q: Tensor, keys: Keys, heads: Tensor) -> Tensor:
     """[B, n, Tk]: the mean of each column of the dense attention of query heads ``heads`` [n], over the
     queries that see its key."""
-    kv = heads // (q.shape[1] // keys.k.shape[1])
+    kv = heads // (q.shape[1] // keys.kv.num_kv_heads)
     k = keys.read_all_keys()[:, kv]  # a KV head for each, as what is received is summed over its group
-    own = Keys(k=k, v=k, tq=keys.tq, scale=keys.scale, softcap=keys.softcap)
+    own = Keys(kv=KV(k, k), tq=keys.tq, softmax=keys.softmax)
     return attention_received(q[:, heads], own, keys.length)[:, :, 0] / _watched(keys)
 
 
@@ -288,4 +288,4 @@ def _tiles(keys: Keys, columns: int) -> Iterator[Tensor]:
     """The positions of the call's queries, as many at a time as may be looked at with so many columns."""
     step = max(1, _PAIRS // columns)
     for a in range(keys.past, keys.length, step):
-        yield torch.arange(a, min(a + step, keys.length), device=keys.k.device)
+        yield torch.arange(a, min(a + step, keys.length), device=keys.kv.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -99,7 +99,9 @@ class Antidiagonal(AttentionMethod):
         for a in range(0, len(starts), step):
             rows = starts[a : a + step]
             seen = (keys.past + (a + len(rows) - 1) * s) // block * per + per  # up to the end of a key block
-            logits = scores(q[:, :, a : a + step], k[:, :, :seen], scale=keys.scale / s, softcap=keys.softcap)
+            logits = scores(
+                q[:, :, a : a + step], k[:, :, :seen], replace(keys.softmax, scale=keys.softmax.scale / s)
+            )
             logits.masked_fill_(cols[:seen] > rows[:, None], -torch.inf)
             share = torch.softmax(logits, -1).unflatten(4, (-1, per)).sum(5)
             share = pad(share, (0, (k.shape[2] - seen) // per, 0, -len(rows) % per))

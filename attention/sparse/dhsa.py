@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -137,7 +137,9 @@ class DHSA(AttentionMethod):
         queries = pool(q, self.block_q, mode="length_normalised")  # [1, H, Nq, D]
         # For whole chunks the square roots go, and what is left is a mean logit.
         logits = scores(
-            queries, chunks, scale=keys.scale / math.sqrt(self.block_q * self.block_k), softcap=keys.softcap
+            queries,
+            chunks,
+            replace(keys.softmax, scale=keys.softmax.scale / math.sqrt(self.block_q * self.block_k)),
         )
         return group_scores(logits, visible[None], self.gqa_reduce)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.scores import scores
+from ..softmax import Softmax
 from ..summary import Channels, Summary
 
 RANKINGS = ("q", "k", "qk")
@@ -97,9 +98,9 @@ class DoubleSparsity(AttentionMethod):
         assert self.labels is not None, "for_layer was not called"
         labels = keys.summary(self.labels)  # [B, Hkv, N, r], N of the Tk keys held here
         b, h, tq, _ = q.shape
-        channels = self.labels.on(q.device).repeat_interleave(h // keys.k.shape[1], 0)
+        channels = self.labels.on(q.device).repeat_interleave(h // keys.kv.num_kv_heads, 0)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
-        logits = scores(q_labels, labels, scale=keys.scale, softcap=keys.softcap)
+        logits = scores(q_labels, labels, keys.softmax)
         ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
         tokens, counts = select_topk(ranked, size, max_budget(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)
@@ -116,7 +117,7 @@ class ChannelRanking:
         self._q: Tensor | float = 0.0  # [H, D]
         self._k: Tensor | float = 0.0  # [Hkv, D]
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
         self._q = self._q + q.double().abs().sum((0, 2)).cpu()
         self._k = self._k + k.double().abs().sum((0, 2)).cpu()
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..cost import Cost, Queries
 from ..index import Index, TokenIndex
 from ..keys import Keys
+from ..kv import KV
 from ..method import AttentionMethod, require
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import top_k
 from ..received import attention_received
@@ -82,11 +82,11 @@ class H2O(AttentionMethod):
             used.append(counts)
         if keys.longest() <= self.k:
             return None
-        device, shape = q.device, (q.shape[0], keys.k.shape[1], keys.tq)
+        device, shape = q.device, (q.shape[0], keys.kv.num_kv_heads, keys.tq)
         index = TokenIndex(
             tokens=torch.stack(lists, 2),
             full=torch.tensor(full, device=device).expand(shape) if any(full) else None,
-            gathered=(rows, gather_rows(keys.v, lists[0]))
+            gathered=KV(rows, keys.kv.gather(lists[0]).v)
             if keys.tq == 1 and keys.peers is None and not full[0]
             else None,
         )
@@ -117,7 +117,7 @@ class H2O(AttentionMethod):
         if old is None or old.shape[2] <= length:
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             room = length + max(64, length // 8)
-            new = torch.zeros(*keys.k.shape[:2], room, dtype=wide, device=like.device)
+            new = torch.zeros(*keys.kv.shape[:2], room, dtype=wide, device=like.device)
             if old is not None:
                 new[..., : old.shape[2]] = old
             keys.state["scores"] = new
@@ -126,7 +126,7 @@ class H2O(AttentionMethod):
     def _grown(self, keys: Keys, length: int) -> Tensor:
         """[B or 1, 1, 1] bool: rows with more keys than the budget."""
         start = 0 if keys.start is None else keys.start[:, None, None]
-        return torch.full((1, 1, 1), length, device=keys.k.device) - start > self.k
+        return torch.full((1, 1, 1), length, device=keys.kv.device) - start > self.k
 
     def _admit(self, keys: Keys, length: int) -> None:
         """The key that the newest one, the ``length``-th, drives out of the recent ones joins the heavy
@@ -143,7 +143,7 @@ class H2O(AttentionMethod):
 
     def _kept(self, keys: Keys, length: int) -> tuple[Tensor, list[int]]:
         """What the ``length``-th query reads, tokens [B, Hkv, k], and how many of them count in each row."""
-        heavy, device = keys.state["heavy"], keys.k.device
+        heavy, device = keys.state["heavy"], keys.kv.device
         recent = torch.arange(length - self.recent, length, device=device).expand(*heavy.shape[:2], -1)
         tokens = torch.cat([heavy, recent], 2)
         counts = [min(self.k, length - first) for first in keys.starts or [0] * heavy.shape[0]]
@@ -156,16 +156,16 @@ class H2O(AttentionMethod):
         """Add what the query q [B, H, 1, D] pays the keys it reads; -> their rows [B, Hkv, k, D]."""
         sums = self._scores(keys, keys.length, q)
         if keys.peers is None:
-            rows = gather_rows(keys.k, tokens)
-            logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]  # [B, Hkv, G, k]
+            rows = keys.kv.gather(tokens).k
+            logits = scores(q, rows, keys.softmax)[:, :, :, 0]  # [B, Hkv, G, k]
         else:
             places = torch.nn.functional.pad(keys.places(), (0, 1), value=keys.length)
             here = torch.searchsorted(places, tokens)
             elsewhere = places[here] != tokens
-            last = keys.k.shape[2] - 1
-            empty = keys.k.new_zeros(*tokens.shape, keys.k.shape[3])
-            rows = gather_rows(keys.k, here.clamp(max=last)) if last >= 0 else empty
-            logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]
+            last = keys.kv.length - 1
+            empty = q.new_zeros(*tokens.shape, keys.kv.head_dim)
+            rows = keys.kv.gather(here.clamp(max=last)).k if last >= 0 else empty
+            logits = scores(q, rows, keys.softmax)[:, :, :, 0]
             logits = keys.peers.sum(logits.masked_fill(elsewhere[:, :, None], 0))
         keys.summary_bytes += rows.numel() * rows.element_size()
         if min(counts) < self.k:

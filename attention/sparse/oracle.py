@@ -92,7 +92,7 @@ class Oracle(AttentionMethod):
         for a in range(0, q.shape[2], step):
             rows = torch.arange(keys.past + a, min(keys.past + a + step, length), device=q.device)
             seen = keys.past + a + len(rows)
-            logits = scores(q[:, :, a : a + step], k[:, :, :seen], scale=keys.scale, softcap=keys.softcap)
+            logits = scores(q[:, :, a : a + step], k[:, :, :seen], keys.softmax)
             share = torch.softmax(logits.masked_fill_(cols[:seen] > rows[:, None], -torch.inf), -1)
             share = pad(share, (0, nk * block - seen, 0, -len(rows) % block))
             tiles.append(share.unflatten(4, (nk, block)).sum(5).unflatten(3, (-1, block)).sum(4))

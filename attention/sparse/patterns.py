@@ -141,7 +141,7 @@ class Strided(AttentionMethod):
 
 def tokens(index: Bands, keys: Keys) -> TokenIndex:
     """The keys that each decode query reads, one by one, the query's own first."""
-    device, length = keys.k.device, keys.longest()
+    device, length = keys.kv.device, keys.longest()
     ends = [length if band.far is None else min(band.far, length) for band in index.bands]
     near = torch.cat(
         [torch.arange(n, max(n, end), s) for (s, n, _), end in zip(index.bands, ends, strict=True)]
@@ -159,7 +159,7 @@ def tokens(index: Bands, keys: Keys) -> TokenIndex:
     chosen = chosen.gather(2, order[..., :room])
     within = torch.arange(room, device=device) < counts[..., None]
     chosen = torch.where(within, chosen, chosen[..., :1])
-    shape = (keys.k.shape[0], keys.k.shape[1], keys.tq)
+    shape = (keys.kv.batch, keys.kv.num_kv_heads, keys.tq)
     return TokenIndex(tokens=chosen[:, None].expand(*shape, room), counts=counts[:, None].expand(shape).int())
 
 
@@ -309,7 +309,7 @@ def _a_shape(grid: Grid, w: int, sinks: int) -> Tensor:
 def _static(grid: Grid, read: Tensor, keys: Keys) -> BlockIndex:
     """The blocks in ``read`` [Nq, Nk], for every head alike."""
     blocks, counts = by_threshold(read.float(), 0.5)
-    shape = keys.k.shape[:2]
+    shape = keys.kv.shape[:2]
     return BlockIndex(
         blocks=blocks.int().expand(*shape, -1, -1).contiguous(),
         counts=counts.expand(*shape, -1).contiguous(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -145,7 +145,7 @@ class PBS(AttentionMethod):
     def _mean_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
         """[1, Hs, Nq, most]: each head's share of its attention over the blocks of earlier segments."""
         means = keys.prepared["means"][:, :, : earlier.shape[1]]
-        logits = scores(pool(q, self.block, mode="mean"), means, scale=keys.scale, softcap=keys.softcap)
+        logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
         shares = torch.softmax(logits.masked_fill_(~earlier, -torch.inf), -1).masked_fill_(~earlier, 0)
         return reduce_group(shares, self.gqa_reduce)
 
@@ -163,7 +163,7 @@ class PBS(AttentionMethod):
             seen = max(1, (keys.past + last * block) // self.segment * (self.segment // block))  # key blocks
             rows, hidden = q[:, :, a * per : (last + 1) * per], ~earlier[a : last + 1, :seen]
             logits = scores(
-                rows, k[:, :, : seen * per], scale=keys.scale / s, softcap=keys.softcap
+                rows, k[:, :, : seen * per], replace(keys.softmax, scale=keys.softmax.scale / s)
             )  # [1, Hs, G, rows, keys]
             hide = hidden.repeat_interleave(per, 0)[: rows.shape[2]].repeat_interleave(per, 1)
             share = torch.softmax(logits.masked_fill_(hide, -torch.inf), -1).unflatten(4, (seen, per)).sum(5)

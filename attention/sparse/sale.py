@@ -15,12 +15,14 @@ from ..cost import Cost, Queries
 from ..errors import FarspanError, SpecError
 from ..index import BlockIndex, Index
 from ..keys import Keys
+from ..kv import KV
 from ..method import AttentionMethod, LayerInfo, require
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..ops.int4_scores import int4_block_max
 from ..ops.select import by_threshold
 from ..partial import add_sinks
+from ..softmax import Softmax
 from ..summary import Int4Keys, Summary
 
 DENSE = 1e-4  # a head with a threshold no higher is dense
@@ -140,14 +142,13 @@ class SALE(AttentionMethod):
         grid = Grid.of(keys, self.block_q, self.block_k)
         near = (grid.end - self.local).clamp_(min=0) // self.block_k
         kept = Int4Keys(self.block_k)
-        k4 = kept.keys(keys.summary(kept), keys.k)
+        k4 = kept.keys(keys.summary(kept), keys.kv)
         largest = int4_block_max(
             q,
             k4,
             self._first_pass(q, keys, grid, near),
-            scale=keys.scale,
+            keys.softmax,
             block_q=self.block_q,
-            softcap=keys.softcap,
             q_bits=self.q_bits,
         )
         return largest, grid.between(near, grid.last) | (grid.cols == 0)
@@ -183,10 +184,12 @@ class SALE(AttentionMethod):
                 [sink.expand(len(at), -1), (col - first).clamp_(max=keys.length - 1 - first) + size], 1
             )
             seen = torch.cat([sink.where(at > 0, keys.length), col], 1)[:, None] <= row[..., None]
-            tile = q[:, :, a : a + step].transpose(1, 2).to(wide) * keys.scale  # [B Hkv, n, G, block_q, D]
+            tile = (
+                q[:, :, a : a + step].transpose(1, 2).to(wide) * keys.softmax.scale
+            )  # [B Hkv, n, G, block_q, D]
             logits = tile.flatten(2, 3) @ k[:, place].to(wide).transpose(2, 3)
-            if keys.softcap is not None:
-                logits = logits.div_(keys.softcap).tanh_().mul_(keys.softcap)
+            if keys.softmax.softcap is not None:
+                logits = logits.div_(keys.softmax.softcap).tanh_().mul_(keys.softmax.softcap)
             logits = logits.unflatten(2, (-1, block)).masked_fill_(~seen[:, None], -torch.inf)
             parts.append(logits.logsumexp(-1))
         return torch.cat(parts, 1).transpose(1, 2).flatten(2)[..., :rows].reshape(batch, -1, rows)
@@ -208,8 +211,8 @@ class ThresholdSearch:
         self._tau = torch.full((layer.num_heads,), start, dtype=torch.float64)
         self._seen: bool | None = None
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        if how["window"] is not None:
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> None:
+        if softmax.window is not None:
             return  # such a layer is left as it is
         # Queries that read everything whatever the thresholds are say nothing of these.
         skip = self._method.dense_below // self._method.block_q * self._method.block_q
@@ -217,16 +220,15 @@ class ThresholdSearch:
             self._seen = self._seen or False
             return
         self._seen = True
-        scaled = {"scale": how["scale"], "softcap": how["softcap"]}
-        keys = Keys(k=k, v=v, tq=q.shape[2], **scaled)
-        dense, sinks = flash(q, k, v, **scaled), how["sinks"]
+        keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax)
+        dense, sinks = flash(q, keys.kv, softmax), softmax.sinks
         if sinks is not None:
             dense = add_sinks(dense, sinks)
         largest, looking = self._method.estimate(q, keys), self._tau > 0
         while bool(looking.any()):
             index = self._method.with_thresholds(self._tau).keep(largest, keys)
             index = replace(index, counts=index.counts.masked_fill(~looking.to(q.device)[:, None], 0))
-            part = block_sparse(q, k, v, index, check=False, **scaled)
+            part = block_sparse(q, keys.kv, index, softmax, check=False)
             if sinks is not None:
                 part = add_sinks(part, sinks)
             off = (part.out.float() - dense.out.float())[0, :, skip:].abs().sum(-1).mean(-1).cpu()

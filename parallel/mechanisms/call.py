@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ...attention.kv import KV
+from ...attention.softmax import Softmax
 from ..group.mesh import Mesh
 from .layout import Layout, Split
 from .volume import Geometry
@@ -29,16 +31,15 @@ class Call(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Keys and values [B, Hkv, n, D] that this rank holds, and whose positions they are."""
+    """Keys and values [B, Hkv, n] that this rank holds, and whose positions they are."""
 
-    k: Tensor
-    v: Tensor
+    kv: KV
     layout: Layout
 
     def before(self, position: int, rank: int) -> Rows:
         """Those of earlier positions than ``position``."""
         n = self.layout.below(rank, position)
-        return Rows(self.k[:, :, :n], self.v[:, :, :n], self.layout.cut(0, position))
+        return Rows(self.kv[:, :, :n], self.layout.cut(0, position))
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Share:
     """A rank's part of one layer's prefill.
 
     q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what it has computed; rows: everything it holds,
-    those included. scale, softcap: how the model turns q k^T into logits.
+    those included. softmax: how the layer turns q k^T into weights.
     """
 
     q: Tensor
@@ -66,8 +67,7 @@ class Share:
     rows: Rows
     call: Call
     mesh: Mesh
-    scale: float
-    softcap: float | None
+    softmax: Softmax
 
     @property
     def split(self) -> Split:
@@ -84,11 +84,6 @@ class Share:
     def past(self) -> Rows:
         """What the rank held before the call."""
         return self.rows.before(self.call.past, self.rank)
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """scale and softcap, as operations take them."""
-        return {"scale": self.scale, "softcap": self.softcap}
 
     @property
     def geometry(self) -> Geometry:

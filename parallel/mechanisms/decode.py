@@ -4,7 +4,6 @@ holds, and one collective brings the partial results together."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ def decode(
     """
     index = method.select_decode(q, keys) if window is None else Window(size=window)
     part, pairs = _local(q, keys, index)
-    hs = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.k.shape[1]
+    hs = index.tokens.shape[1] if isinstance(index, TokenIndex) else keys.kv.num_kv_heads
     causal = _pairs(q, keys, None)
-    reads = count_reads(q, keys.k, keys.v, causal if pairs is None else pairs, causal, q.shape[1] // hs)
+    reads = count_reads(q, keys.kv, causal if pairs is None else pairs, causal, q.shape[1] // hs)
     return merge_ranks(part, q.dtype, keys.ranks), explained(reads, method, DECODE, keys, index)
 
 
@@ -55,7 +54,7 @@ def _local(q: Tensor, keys: ShardedKeys, index: Index) -> tuple[Partial, int | T
         )
     here, counts = localise(index, keys.places())
     group = q.shape[1] // here.tokens.shape[1]
-    part = gather_decode(q, keys.k, keys.v, here, scale=keys.scale, softcap=keys.softcap, check=False)
+    part = gather_decode(q, keys.kv, here, keys.softmax, check=False)
     if index.full is None:
         return part, counts.sum() * group
     full = index.full.repeat_interleave(group, 1)  # [B, H, Tq]
@@ -122,13 +121,13 @@ def _band(q: Tensor, keys: ShardedKeys, window: int | None) -> Partial:
 
 
 def _rows(keys: ShardedKeys) -> Tensor:
-    return torch.arange(keys.past, keys.total, device=keys.k.device)
+    return torch.arange(keys.past, keys.total, device=keys.kv.device)
 
 
 def _unmasked(q: Tensor, keys: ShardedKeys, a: int, b: int) -> Partial:
     """Rows a .. b - 1 of what is here, for every query: the queries of a group are heads of one call."""
     if a == b:
-        return empty_partial(q, keys.v.shape[-1])
+        return empty_partial(q, keys.kv.value_dim)
     batch, h, tq, d = q.shape
     start = None
     if keys.starts is not None:
@@ -136,27 +135,24 @@ def _unmasked(q: Tensor, keys: ShardedKeys, a: int, b: int) -> Partial:
         start = torch.tensor(at, device=q.device) if any(at) else None
     part = attend_all(
         q.reshape(batch, h * tq, 1, d),
-        keys.k[:, :, a:b],
-        keys.v[:, :, a:b],
+        keys.kv[:, :, a:b],
+        keys.softmax,
         start=start,
-        scale=keys.scale,
-        softcap=keys.softcap,
     )
     return Partial(part.out.reshape(batch, h, tq, -1), part.lse.reshape(batch, h, tq))
 
 
 def _masked(q: Tensor, keys: ShardedKeys, a: int, b: int, seen: Tensor) -> Partial:
     """Rows a .. b - 1 of what is here, where ``seen`` [Tq or B, Tq, b - a] says so."""
-    h, tq, hkv = q.shape[1], q.shape[2], keys.k.shape[1]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+    h, tq, hkv = q.shape[1], q.shape[2], keys.kv.num_kv_heads
     mask = (seen if seen.dim() == 3 else seen[None]).repeat(1, h // hkv, 1)[:, None]
-    part = kernel.attend(kernel.fold_groups(q, hkv), keys.k[:, :, a:b], keys.v[:, :, a:b], mask=mask, **how)
+    part = kernel.attend(kernel.fold_groups(q, hkv), keys.kv[:, :, a:b], keys.softmax, mask=mask)
     return kernel.unfold_groups(part, h, tq)
 
 
 def _seen(keys: ShardedKeys, layout: Layout, rank: int) -> Tensor:
     """[B, Tq] int64, how many of the rank's keys each query sees."""
-    starts = keys.starts or [0] * keys.k.shape[0]
+    starts = keys.starts or [0] * keys.kv.batch
     rows = range(keys.past, keys.total)
     return torch.tensor(
         [
@@ -171,7 +167,7 @@ def _pairs(q: Tensor, keys: ShardedKeys, window: Window | None) -> int:
     if window is None:
         return int(_seen(keys, keys.layout, keys.ranks.rank).sum()) * q.shape[1]
     total = 0
-    for first in keys.starts or [0] * keys.k.shape[0]:
+    for first in keys.starts or [0] * keys.kv.batch:
         for row in range(keys.past, keys.total):
             low = max(first, row - window.size + 1)
             total += max(0, keys.held(row + 1) - keys.held(low))

@@ -12,6 +12,7 @@ from ...attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_pr
 from ...attention.dense import Dense
 from ...attention.index import causal_pairs
 from ...attention.keys import Keys
+from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial
 from ...attention.summary import Summaries
@@ -98,23 +99,23 @@ def _dense(share: Share, best: Choice) -> tuple[Partial, Reads, Travel]:
     if travel.mechanism == "ulysses":
         return *_over_heads(_DENSE, share), travel
     past = share.past
+    past_k, past_v = past.kv.dense()
     if travel.mechanism == "gather":
-        keys, values = gather_all(k, v, past.k, past.v, past.layout, split, mesh.ranks)
+        keys, values = gather_all(k, v, past_k, past_v, past.layout, split, mesh.ranks)
         result = Result(q, v.shape[3])
         result.hang_on(keys, values)
         for slot, (a, b) in split.slots(share.rank):
             seen = Keys(
-                k=keys[:, :, :b],
-                v=values[:, :, :b],
+                kv=KV(keys[:, :, :b], values[:, :, :b]),
                 tq=b - a,
                 start=call.start,
                 starts=call.starts,
-                **share.how,
+                softmax=share.softmax,
             )
             result.put(slice(None), slot, run_prefill(_DENSE, q[:, :, slot], seen, None))
         return result.part, result.reads, travel
-    how: dict[str, Any] = {"starts": call.starts, "past": past.layout, "past_k": past.k, "past_v": past.v}
-    how |= share.how
+    how: dict[str, Any] = {"starts": call.starts, "past": past.layout, "past_k": past_k, "past_v": past_v}
+    how["softmax"] = share.softmax
     if travel.mechanism == "usp":
         assert mesh.ulysses is not None and mesh.ring is not None
         backend = mesh.config.backend
@@ -125,7 +126,7 @@ def _dense(share: Share, best: Choice) -> tuple[Partial, Reads, Travel]:
         part = {"ring": ring, "pass_q": pass_q}[travel.mechanism](q, k, v, split, mesh.ranks, **how)
     b, h = q.shape[:2]
     pairs = sum(causal_pairs(e - a, e, call.starts, b) for _, (a, e) in split.slots(share.rank)) * h
-    return part, count_reads(q, k, v, pairs, pairs, PREFILL_TILE * (h // k.shape[1])), travel
+    return part, count_reads(q, KV(k, v), pairs, pairs, PREFILL_TILE * (h // k.shape[1])), travel
 
 
 def _mechanism(share: Share, best: Choice) -> Travel:
@@ -153,10 +154,11 @@ def _splits_groups(method: AttentionMethod, share: Share) -> str | None:
 def _over_heads(method: AttentionMethod, share: Share) -> tuple[Partial, Reads]:
     """Ulysses: any method runs as on one device, on this rank's heads."""
     call, past = share.call, share.past
+    past_k, past_v = past.kv.dense()
     counted: list[Reads] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        seen = Keys(k=k, v=v, tq=q.shape[2], start=call.start, starts=call.starts, **share.how)
+        seen = Keys(kv=KV(k, v), tq=q.shape[2], start=call.start, starts=call.starts, softmax=share.softmax)
         part, reads = attend(method, PREFILL, q, seen)
         counted.append(reads)
         return part
@@ -169,8 +171,8 @@ def _over_heads(method: AttentionMethod, share: Share) -> tuple[Partial, Reads]:
         share.mesh.ranks,
         run,
         past=past.layout,
-        past_k=past.k,
-        past_v=past.v,
+        past_k=past_k,
+        past_v=past_v,
         with_lse=True,
         backend=share.mesh.config.backend,
     )

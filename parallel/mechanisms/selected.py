@@ -15,6 +15,7 @@ from torch import Tensor
 from ...attention.attend import Reads, run_prefill
 from ...attention.index import Index, Window
 from ...attention.keys import Keys, State
+from ...attention.kv import KV
 from ...attention.method import AttentionMethod
 from ...attention.partial import Partial, empty_partial
 from ...attention.summary import Summaries, Summary, count_entries
@@ -34,7 +35,7 @@ class _ChunkKeys(Keys):
     complete: bool
 
     def summary(self, summary: Summary) -> Tensor:
-        entries = self.shared.room(summary, self.k, 0)[self.rows, :, : count_entries(summary, self.length)]
+        entries = self.shared.room(summary, self.kv, 0)[self.rows, :, : count_entries(summary, self.length)]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -94,7 +95,7 @@ def selected(
     whole = learns or (method.reads_keys and window is None)
     if whole:
         past = share.past
-        keys, values = gather_all(k, v, past.k, past.v, past.layout, share.split, ranks)
+        keys, values = gather_all(k, v, *past.kv.dense(), past.layout, share.split, ranks)
     else:
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
@@ -105,9 +106,9 @@ def selected(
         for piece in pieces:
             first = _first(call, piece.batch)
             chunk = (first + piece.keys.past, first + piece.keys.length)
-            rows = [first] * piece.keys.k.shape[0]
+            rows = [first] * piece.keys.kv.batch
             wanted[piece.batch, :, : chunk[1]] |= needed(piece.chosen, chunk, rows, k.shape[1], k.device)
-        fetch(wanted, share.rows.k, share.rows.v, share.rows.layout, keys, values, ranks)
+        fetch(wanted, *share.rows.kv.dense(), share.rows.layout, keys, values, ranks)
     result = Result(q, v.shape[3])
     if learns:
         result.hang_on(keys, values, *edges.arrived)
@@ -143,14 +144,13 @@ def _pieces(
     def view(batch: slice, end: int, tq: int, found: State) -> _ChunkKeys:
         first = _first(call, batch)
         return _ChunkKeys(
-            k=keys[batch, :, first:end],
-            v=values[batch, :, first:end],
+            kv=KV(keys[batch, :, first:end], values[batch, :, first:end]),
             tq=tq,
             shared=shared,
             rows=batch,
             complete=complete,
             prepared=found,
-            **share.how,
+            softmax=share.softmax,
         )
 
     prepared: dict[int, State] = {}

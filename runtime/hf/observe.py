@@ -9,20 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...attention.errors import Unsupported
+from ...attention.softmax import Softmax
 from ..layer import Layer
 from .interface import ATTRIBUTE
 
 
 def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
-    """Let ``attend(q, k, v, mask, scale=, softcap=, window=, sinks=)`` -> [B, Tq, H, D] stand for the layer
-    of a patched attention module. Returns the undo step."""
+    """Let ``attend(q, k, v, mask, softmax)`` -> [B, Tq, H, D] stand for the layer of a patched attention
+    module. Returns the undo step."""
     layer = getattr(module, ATTRIBUTE)
     setattr(module, ATTRIBUTE, attend)
     return lambda: setattr(module, ATTRIBUTE, layer)
 
 
 def observe(module: nn.Module, before_rope: bool, observer: Callable[..., None]) -> Callable[[], None]:
-    """Call ``observer(q, k, v, scale=, softcap=, window=, sinks=)`` with what a patched attention module is
+    """Call ``observer(q, k, v, softmax)`` with what a patched attention module is
     given, uncached; with RoPE undone where asked.
 
     Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
@@ -42,14 +43,14 @@ def observe(module: nn.Module, before_rope: bool, observer: Callable[..., None])
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         angles[:] = [given.bind(module, *args, **kwargs).arguments.get("position_embeddings")]
 
-    def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
+    def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
         if before_rope and rotate is not None and angles[0] is not None:
             cos, sin = (x.float() for x in angles[0])
             size = cos**2 + sin**2
-            observer(*rotate(q.float(), k.float(), cos / size, -sin / size), v, **how)
+            observer(*rotate(q.float(), k.float(), cos / size, -sin / size), v, softmax)
         else:
-            observer(q, k, v, **how)
-        return layer(q, k, v, mask, **how)
+            observer(q, k, v, softmax)
+        return layer(q, k, v, mask, softmax)
 
     hook = module.register_forward_pre_hook(remember, with_kwargs=True)
     setattr(module, ATTRIBUTE, observed)

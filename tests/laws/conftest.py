@@ -40,7 +40,7 @@ def smollm2_layers(smollm2: tuple[Any, Any]) -> list[Data]:
     info, seen = hf.inspect_model(causal_lm), []
     with farspan.patch(causal_lm, "dense"), torch.no_grad():
         undo = [
-            hf.observe(info.attention[i], False, lambda q, k, v, **_: seen.append((q, k, v))) for i in (1, 20)
+            hf.observe(info.attention[i], False, lambda q, k, v, _: seen.append((q, k, v))) for i in (1, 20)
         ]
         causal_lm(ids, use_cache=False, logits_to_keep=1)
         for step in undo:

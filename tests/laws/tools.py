@@ -16,8 +16,10 @@ import farspan
 from farspan.attention.attend import DECODE_ROWS, Reads, attend, tell
 from farspan.attention.index import Bands, BlockIndex, Rescaled, TokenIndex, Window, causal_mask
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
+from farspan.attention.softmax import Softmax
 from farspan.attention.summary import Summaries
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
@@ -274,10 +276,9 @@ class Stream:
     def _keys(self, upto: int, tq: int) -> Keys:
         starts = self.data.starts
         return Keys(
-            k=self.data.k[:, :, :upto],
-            v=self.data.v[:, :, :upto],
+            kv=KV(self.data.k[:, :, :upto], self.data.v[:, :, :upto]),
             tq=tq,
-            scale=self.data.scale,
+            softmax=Softmax(self.data.scale),
             start=None if starts is None else torch.tensor(starts),
             state=self.state,
             summaries=Summaries() if self.fresh else self.summaries,

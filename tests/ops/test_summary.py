@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
+from farspan.attention.softmax import Softmax
 from farspan.attention.summary import BlockPool, Channels, Summaries, Summary
 
 SUMMARIES: dict[str, Summary] = {
@@ -112,10 +114,10 @@ def test_a_row_of_a_batch_sees_what_it_would_see_alone(name: str) -> None:
     """Keys.row reads the batch's summaries; a row alone makes its own."""
     torch.manual_seed(0)
     k, start = torch.randn(3, 2, 61, 16), [0, 13, 58]
-    batch = Keys(k=k, v=k, tq=20, scale=1.0, start=torch.tensor(start))
+    batch = Keys(kv=KV(k, k), tq=20, softmax=Softmax(1.0), start=torch.tensor(start))
     for b, first in enumerate(start):
         row = batch.row(b)
-        alone = Keys(k=k[b : b + 1, :, first:], v=k[b : b + 1, :, first:], tq=row.tq, scale=1.0)
+        alone = Keys(kv=KV(k[b : b + 1, :, first:], k[b : b + 1, :, first:]), tq=row.tq, softmax=Softmax(1.0))
         assert row.tq == min(20, 61 - first)
         assert torch.equal(row.k, alone.k)
         assert torch.equal(row.summary(SUMMARIES[name]), alone.summary(SUMMARIES[name]))

@@ -55,7 +55,17 @@ def recorded(*specs):
                     else:
                         mask = index.to_mask(tq, keys.length)
                     mask = mask & causal[:, None]
-                    seen.append((phase, q.clone(), keys.k.clone(), keys.scale, keys.softcap, causal, mask))
+                    seen.append(
+                        (
+                            phase,
+                            q.clone(),
+                            keys.kv.k.clone(),
+                            keys.softmax.scale,
+                            keys.softmax.softcap,
+                            causal,
+                            mask,
+                        )
+                    )
                     return index
 
                 patching.setattr(cls, f"select_{phase}", select)

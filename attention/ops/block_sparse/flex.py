@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ...index import BlockIndex
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> list[str]:
+def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
     from ...block_mask import not_in_a_block_mask
 
@@ -29,7 +29,7 @@ def unsupported(
     if q.dtype == torch.float64:
         reasons.append("FlexAttention has no float64")
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv)):
             reasons.append("FlexAttention has no backward on the CPU")
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             reasons.append("on the CPU it is compiled, and there is no C++ compiler")
@@ -42,20 +42,19 @@ def unsupported(
     return reasons
 
 
-def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> Partial:
+def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
     from ...block_mask import to_block_mask
 
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    mask = to_block_mask(index, q.shape[2], k.shape[2], q.shape[1], transposed=needs_grad)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
+    mask = to_block_mask(index, q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {
-        "score_mod": _bend(softcap),
+        "score_mod": _bend(softmax.softcap),
         "block_mask": mask,
-        "scale": scale,
-        "enable_gqa": q.shape[1] != k.shape[1],
+        "scale": softmax.scale,
+        "enable_gqa": q.shape[1] != kv.num_kv_heads,
     }
     flex = compiled()
+    k, v = kv.dense()
     if q.device.type == "cpu":
         out = flex(q, k.contiguous(), v.contiguous(), **how)
         return Partial(out, torch.full(q.shape[:3], torch.nan))
