@@ -96,19 +96,23 @@ def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
     [B, Hkv, Tk, Dv], start [B]."""
     if not isinstance(kv, KV):
         raise TypeError(f"{op} takes keys and values as one KV(k, v); got a {type(kv).__name__}.")
-    if q.dim() != 4 or any(x.dim() != 4 for x in kv.stored):
-        sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
-        raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
-    fits = q.shape[0] == kv.batch and q.shape[3] == kv.head_dim
-    if not fits or any(x.shape[:3] != kv.shape for x in kv.stored):
+    for x in (q, *kv.stored):
+        if x.dim() != 4:
+            sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
+            raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
+    shape = kv.shape
+    fits = q.shape[0] == shape[0] and q.shape[3] == kv.head_dim
+    for x in kv.stored:
+        fits = fits and x.shape[:3] == shape
+    if not fits:
         raise ValueError(f"{op} got q {list(q.shape)} and {kv}, which do not fit together.")
     if not q.dtype == kv.dtype == kv.value_dtype:
         raise ValueError(
             f"{op} takes q, k and v of one dtype; got {q.dtype}, {kv.dtype} and {kv.value_dtype}."
         )
-    if q.shape[1] % kv.num_kv_heads:
+    if q.shape[1] % shape[1]:
         raise ValueError(
-            f"{op} needs a whole number of query heads per KV head; got {q.shape[1]} and {kv.num_kv_heads}."
+            f"{op} needs a whole number of query heads per KV head; got {q.shape[1]} and {shape[1]}."
         )
     if start is not None and start.shape != (q.shape[0],):
         raise ValueError(

@@ -1,7 +1,7 @@
 """How Triton kernels load rows of keys and values in the plain format. Imported only by kernels.
 
 A format of stored keys has one such function, with the same arguments. Kernels receive it as a constant and
-load every key and value through it.
+load every key and value through it; the backward of ``block_sparse`` alone takes plain tensors.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import triton.language as tl
 
 @triton.jit
 def load_plain(
-    kv, stride, VALUES: tl.constexpr, batch, head, base, row, mask, D: tl.constexpr, WIDE: tl.constexpr
+    kv, stride, PART: tl.constexpr, batch, head, base, row, mask, D: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Rows base + row of one batch row and KV head as [N, WIDE]; zeros where ``mask`` is False and past D.
 
-    kv: the pointers of ``KV.stored``; stride: their strides, four each. VALUES: 0 loads keys, 1 loads values.
-    base: a scalar. row: [N], in int32 where row * stride is known to fit. mask: [N] bool, or None.
+    kv: the pointers of ``KV.stored``; stride: their strides, four each. PART: 0 loads keys, 1 loads values;
+    in this format it is the place in ``kv``. base: a scalar. row: [N], in int32 where row * stride is known
+    to fit. mask: [N] bool, or None.
     """
-    x, by = kv[VALUES], stride[VALUES]
+    x, by = kv[PART], stride[PART]
     x += tl.cast(batch, tl.int64) * by[0] + tl.cast(head, tl.int64) * by[1] + tl.cast(base, tl.int64) * by[2]
     col = tl.arange(0, WIDE)
     place = x + row[:, None] * by[2] + col[None, :] * by[3]

@@ -121,9 +121,9 @@ def oracle(q: Tensor, k: Tensor, mask: Tensor, starts: list[int], scale: float, 
 )  # the heads of a group share an index head, or have their own
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_recall_is_the_share_of_the_true_softmax(
-    kind: str, tq: int, tk: int, starts: list[int] | None, share: str, softcap: float | None
+    kind: str, tq: int, tk: int, starts: list[int] | None, gqa_reduce: str, softcap: float | None
 ) -> None:
-    hs = H if share == "none" else HKV
+    hs = H if gqa_reduce == "none" else HKV
     q, k, v = make_qkv(len(starts or [0]), H, HKV, tq, tk, D, starts=starts)
     q = 2 * q  # peaked enough for the soft-cap to matter
     index, mask = build(kind, hs, tq, tk, starts)

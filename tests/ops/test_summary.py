@@ -40,7 +40,7 @@ def from_scratch(summary: Summary, k: Tensor, start: list[int] | None) -> list[T
 
 
 def check(kept: Summaries, summary: Summary, k: Tensor, start: list[int] | None) -> None:
-    entries = kept.get(summary, k, None if start is None else torch.tensor(start))
+    entries = kept.get(summary, KV(k, k), None if start is None else torch.tensor(start))
     assert entries.shape[2] == -(-k.shape[2] // (summary.block or 1))
     for b, want in enumerate(from_scratch(summary, k, start)):
         # labels stand where their keys stand; blocks, those of one key too, are counted from the row's start
@@ -105,7 +105,7 @@ def test_only_new_entries_are_computed() -> None:
 
     kept, summary, k = Summaries(), Counted(8), torch.randn(1, 2, 100, 4)
     for length in (50, 51, 56, 57, 57, 90):
-        kept.get(summary, k[:, :, :length], None)
+        kept.get(summary, KV(k, k)[:, :, :length], None)
     assert asked == [50, 3, 8, 1, 34]
 
 
@@ -119,6 +119,6 @@ def test_a_row_of_a_batch_sees_what_it_would_see_alone(name: str) -> None:
         row = batch.row(b)
         alone = Keys(kv=KV(k[b : b + 1, :, first:], k[b : b + 1, :, first:]), tq=row.tq, softmax=Softmax(1.0))
         assert row.tq == min(20, 61 - first)
-        assert torch.equal(row.k, alone.k)
+        assert torch.equal(row.kv.k, alone.kv.k)
         assert torch.equal(row.summary(SUMMARIES[name]), alone.summary(SUMMARIES[name]))
         assert row.summary_bytes == alone.summary_bytes
