@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention.errors import FarspanError, SpecError, Unsupported
-    from .attention.method import methods, parse_method
-    from .parallel.group.mesh import ContextParallel
+    from .attention.spec import methods, parse_method
+    from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
@@ -32,9 +32,9 @@ _HOMES = {
     "FarspanError": ".attention.errors",
     "SpecError": ".attention.errors",
     "Unsupported": ".attention.errors",
-    "methods": ".attention.method",
-    "parse_method": ".attention.method",
-    "ContextParallel": ".parallel.group.mesh",
+    "methods": ".attention.spec",
+    "parse_method": ".attention.spec",
+    "ContextParallel": ".parallel.group.config",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",
     "patch": ".runtime.patch",

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .budget import select_topk
-from .index import BlockIndex
 from .keys import Keys
+from .selection import BlockIndex
 
 
 class Grid(NamedTuple):
     """Where the query blocks of a call stand among the key blocks.
 
-    begin, end [Nq]: positions of each one's first query, and after its last. first, last [Nq]: the key blocks
-    that it lies in itself (off the blocks' grid one more than on it). cols [Nk]: all key blocks.
+    begin, end [Nq]: the positions of the first query of each query block, and after its last. first, last
+    [Nq]: the first and the last key block that its queries are in. cols [Nk]: the numbers of all key blocks.
     """
 
     begin: Tensor
@@ -55,25 +55,35 @@ class Grid(NamedTuple):
         return (self.cols >= first[:, None]) & (self.cols <= last[:, None])
 
     def choose(
-        self, ranked: Tensor, forced: Tensor, size: int | Tensor, most: int | None = None
+        self, ranked: Tensor, forced: Tensor, size: int | Tensor, max_blocks: int | None = None
     ) -> BlockIndex:
-        """Those in ``forced`` [Nq, Nk] and, ranked [B, Hs, Nq, Nk] highest first (-inf: not to be had), as
-        many more as make ``size``, one number or one per row. most: where it is known without asking the
-        device, how many blocks a row reads at most."""
+        """The blocks in ``forced`` [Nq, Nk], and those that rank highest in ``ranked`` [B, Hs, Nq, Nk] (-inf:
+        not a candidate), ``size`` blocks in all, one number or one per row. max_blocks: an upper bound of the
+        blocks of a row, where it is known without waiting for the device."""
         size = torch.maximum(torch.as_tensor(size, device=ranked.device), forced.sum(-1))
         size = size.expand(ranked.shape[:3])
         blocks, counts = select_topk(
-            ranked.masked_fill(forced, torch.inf), size, min(most or ranked.shape[3], ranked.shape[3])
+            ranked.masked_fill(forced, torch.inf),
+            size,
+            min(max_blocks or ranked.shape[3], ranked.shape[3]),
         )
         assert counts is not None
         return BlockIndex(blocks=blocks.int(), counts=counts, block_q=self.block_q, block_k=self.block_k)
 
 
 def covering(shares: Tensor, forced: Tensor, mass: float) -> Tensor:
-    """How many blocks [...] hold ``mass`` of a row's total of shares [..., Nk] (>= 0) if those in ``forced``
-    [Nq, Nk] are taken first, whatever they hold, and then the largest; a block without any never is."""
+    """The number of blocks [...] that hold ``mass`` of the sum of each row of shares [..., Nk] (>= 0). All
+    blocks in ``forced`` [Nq, Nk] are counted first, then the largest others; a block with a share of 0 is not
+    counted."""
     taken = shares.masked_fill(~forced, 0).sum(-1, keepdim=True)
     rest = shares.masked_fill(forced, 0).sort(dim=-1, descending=True).values
     before = taken + rest.cumsum(-1) - rest
     goal = mass * shares.sum(-1, keepdim=True)
     return forced.sum(-1) + ((before < goal) & (rest > 0)).sum(-1)
+
+
+def marked(chosen: Tensor, counts: Tensor, n: int) -> Tensor:
+    """[..., n] bool: the first ``counts`` [...] of the places ``chosen`` [..., M]."""
+    used = torch.arange(chosen.shape[-1], device=chosen.device) < counts[..., None]
+    mask = torch.zeros(*chosen.shape[:-1], n + 1, dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(-1, torch.where(used, chosen, n), True)[..., :n]  # place n takes the others

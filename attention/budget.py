@@ -1,18 +1,21 @@
-"""Budgets, ``k`` tokens or a ``fraction`` of the visible keys, and taking the best entries within one."""
+"""Budgets of ``k`` tokens or a ``fraction`` of the visible keys, and the highest scores within a budget."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .checks import require
 from .errors import SpecError
 from .keys import Keys, Peers
-from .method import AttentionMethod, require
+from .method import AttentionMethod
 from .ops.select import top_k
+from .selection.ragged import counted_first
 
 
 def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
-    """A budget is either ``k`` tokens or a ``fraction`` of the visible keys, and positive."""
+    """Raise SpecError unless exactly one of ``k`` tokens and a ``fraction`` of the visible keys is given, and
+    is positive."""
     if (k is None) == (fraction is None):
         given = "neither" if k is None else "both"
         raise SpecError(
@@ -22,13 +25,13 @@ def check_budget(method: AttentionMethod, k: int | None, fraction: float | None)
 
 
 def budget_at(k: int | None, fraction: float | None, length: int) -> int:
-    """Tokens that a decode query may read which sees ``length`` keys."""
+    """The number of tokens that a decode query may read if it sees ``length`` keys."""
     return k if k is not None else max(1, round((fraction or 0.0) * length))
 
 
 def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
-    """Tokens each decode query may read: an int where all agree, else [B, 1, Tq]; at least one, at most what
-    is visible."""
+    """The number of tokens that each decode query may read, at least one: an int where it is the same for
+    all, else [B, 1, Tq]."""
     if k is not None or (keys.start is None and keys.tq == 1):
         return budget_at(k, fraction, keys.length)
     assert fraction is not None
@@ -36,42 +39,40 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
 
 
 def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
-    """The largest ``budget`` of the call, known without asking the device."""
+    """An upper bound of ``budget`` for all queries of the call, known without waiting for the device."""
     return k if k is not None else int((fraction or 0.0) * keys.longest()) + 1
 
 
 def select_topk(
-    ranked: Tensor, size: int | Tensor, bound: int, peers: Peers | None = None
+    ranked: Tensor, size: int | Tensor, max_size: int, peers: Peers | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The ``size`` best entries of scores [..., N] (-inf: not to be had), ascending, and how many of them
-    count.
+    """The ``size`` highest scores of ranked [..., N] (-inf: not a candidate), in ascending order.
 
-    size: one number, or one per row, [...], none above ``bound``, so that a device need not be asked for
-    them. -> indices [..., M] int64, counts [...] int32 or None where all M count. Entries past the count
-    repeat the first one. peers: as in group_scores; the cut is then made over everyone's entries, and the
-    indices are positions.
+    size: one number, or one per row, [...]. max_size: none is above it; known on the host, so that nothing
+    waits for the device. -> indices [..., M] int64, counts [...] int32, or None where all M count and
+    ``size`` is one number; entries past the count repeat a counted one. peers: as in group_scores; the
+    selection is then made among the keys of all ranks, and the indices are positions.
     """
     if peers is not None:
-        ranked, positions = peers.candidates(ranked, size if isinstance(size, int) else bound)
-        chosen, counts = select_topk(ranked, size, bound)
+        ranked, positions = peers.candidates(ranked, size if isinstance(size, int) else max_size)
+        chosen, counts = select_topk(ranked, size, max_size)
         return positions.gather(-1, chosen), counts
-    n = ranked.shape[-1]
     if isinstance(size, int):
         chosen = top_k(ranked, size)
-        valid = ranked.gather(-1, chosen) > -torch.inf
-        if ranked.device.type == "cpu" and bool(valid.all()):  # elsewhere asking would wait for the device
-            return chosen, None
-    else:
-        on_cpu = ranked.device.type == "cpu"
-        chosen = top_k(ranked, int(size.max()) if on_cpu else bound, order="score")
-        within = torch.arange(chosen.shape[-1], device=ranked.device) < size[..., None]
-        valid = within & (ranked.gather(-1, chosen) > -torch.inf)
-    place = torch.where(valid, chosen, n).sort(-1).values
-    return torch.where(place < n, place, place[..., :1]).clamp_(max=n - 1), valid.sum(-1).int()
+        return counted_first(chosen, ranked.gather(-1, chosen) > -torch.inf)
+    on_cpu = ranked.device.type == "cpu"
+    chosen = top_k(ranked, int(size.max()) if on_cpu else max_size, order="score")
+    within = torch.arange(chosen.shape[-1], device=ranked.device) < size[..., None]
+    valid = within & (ranked.gather(-1, chosen) > -torch.inf)
+    tokens, counts = counted_first(chosen, valid, ascending=True)
+    if counts is None:
+        counts = torch.full(tokens.shape[:-1], tokens.shape[-1], dtype=torch.int, device=tokens.device)
+    return tokens, counts
 
 
 def topk_positions(ranked: Tensor, k: int, peers: Peers | None = None) -> Tensor:
-    """Positions [..., min(k, N)] of the k highest scores [..., N], best first; peers as in group_scores."""
+    """Positions [..., min(k, N)] of the k highest scores of ranked [..., N], highest first; peers as in
+    group_scores."""
     if peers is None:
         return top_k(ranked, k, order="score")
     ranked, positions = peers.candidates(ranked, k)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .keys import Peers
+from .ops.rows import gather_rows
 
 
 def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers | None = None) -> Tensor:
@@ -13,8 +14,8 @@ def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers 
     N]) is False.
 
     how: "sum" or "max" over the group of each head's estimated softmax probabilities (logits of different
-    heads are not comparable, shares of attention are), or "none": each query head for itself, on logits.
-    peers: who holds the other keys, where the N entries are single keys and not all of them.
+    heads are not comparable, shares of attention are), or "none": the logits of each query head.
+    peers: the ranks that hold the other keys, where the N entries are single keys and not all of them.
     """
     b, hkv, group, t, n = logits.shape
     if visible is not None:
@@ -26,9 +27,16 @@ def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers 
     return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
 
 
+def gather_head_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B, Hkv, T, D] at rows [B, Hs, R], whose heads are those of x or the query heads of their groups:
+    [B, Hs, R, D]."""
+    parts = [gather_rows(x, part) for part in rows.unflatten(1, (x.shape[1], -1)).unbind(2)]
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
 def reduce_group(shares: Tensor, how: str) -> Tensor:
-    """What the heads of a group go by: shares [B, Hkv, G, ...] -> [B, Hs, ...], each its own ("none"), or one
-    by the "sum" or the "max"."""
+    """Shares [B, Hkv, G, ...] -> [B, Hs, ...]: the "sum" or the "max" over each group, or one per query head
+    ("none")."""
     if how == "none":
         return shares.flatten(1, 2)
     return shares.sum(2) if how == "sum" else shares.amax(2)

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import FarspanError
 from .kv import KV
+from .needs import Inputs
 from .softmax import Softmax
 from .summary import SomeRows, Summaries, Summary
 
@@ -21,21 +23,22 @@ class Peers(Protocol):
     order."""
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """logits [..., N] float32 of the keys held here -> their softmax over everyone's keys."""
+        """logits [..., N] float32 of the keys of this rank -> their softmax over the keys of all ranks."""
         ...
 
     def candidates(self, ranked: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Scores [..., N] of the keys held here (-inf: not to be had) -> scores and positions [..., M] of
-        keys, ascending by position, that include the ``size`` best of everyone's; the same for everyone."""
+        """Scores [..., N] of the keys of this rank (-inf: not a candidate) -> scores and positions [..., M]
+        of keys, ascending by position, among them the ``size`` highest of all ranks; the same on every
+        rank."""
         ...
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """Numbers [..., N] of those of the first ``length`` keys that are here -> [..., length],
-        everyone's."""
+        """Numbers [..., N] of those of the first ``length`` keys that this rank holds -> [..., length], of
+        all of them."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
-        """Everyone's x [...], added up; the same for everyone."""
+        """The sum of x [...] over all ranks; the same on every rank."""
         ...
 
 
@@ -51,6 +54,8 @@ class Keys:
            ``select_*`` never meets such a row.
     softmax: how the layer turns q k^T into weights. Its window is None: layers with one select nothing.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
+    fed: what the call feeds besides keys and values, where some method of the layer needs it; methods read it
+           as ``inputs``.
     """
 
     kv: KV
@@ -64,6 +69,7 @@ class Keys:
     ends: list[int] | None = None
     peers: Peers | None = None
     prepared: State = field(default_factory=dict)  # what prepare_prefill has found in the call
+    fed: Inputs | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:
@@ -78,6 +84,17 @@ class Keys:
     def past(self) -> int:
         """Position of the first query of the call."""
         return self.length - self.tq
+
+    @property
+    def inputs(self) -> Inputs:
+        """Queries and keys before RoPE and hidden states of the call's queries. Raises FarspanError where the
+        call feeds none: only calls of a patched model do, for methods whose ``needs`` name some."""
+        if self.fed is None:
+            raise FarspanError(
+                "This call has no queries or keys before RoPE and no hidden states: only calls of a patched "
+                "model feed them, to methods whose needs name them."
+            )
+        return self.fed.last(self.tq)
 
     def held(self, length: int) -> int:
         """How many of the first ``length`` keys are here; they come first."""
@@ -101,7 +118,7 @@ class Keys:
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self.kv, self.start)
+        entries = self.summaries.get(summary, self.kv, self.start, inputs=self.fed)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -135,7 +152,7 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        summaries: Summaries = SomeRows(self.summaries, self.kv, self.start, rows, first)
+        summaries: Summaries = SomeRows(self.summaries, self.kv, self.start, rows, first, inputs=self.fed)
         if end < self.length:  # the store's speak of the padding behind the row as well
             summaries = Summaries()
         return Keys(
@@ -143,6 +160,7 @@ class Keys:
             tq=max(0, end - max(first, self.past)),
             softmax=self.softmax,
             summaries=summaries,
+            fed=None if self.fed is None else self.fed.part(rows, first, end),
         )
 
     def some_rows(self, rows: slice, state: State) -> Keys:
@@ -158,6 +176,7 @@ class Keys:
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
             state=state,
-            summaries=SomeRows(self.summaries, self.kv, self.start, rows),
+            summaries=SomeRows(self.summaries, self.kv, self.start, rows, inputs=self.fed),
             summary_bytes=0,
+            fed=None if self.fed is None else self.fed.part(rows),
         )

@@ -1,7 +1,6 @@
 """How much of the true attention the keys that were read hold: the exact shares, on rows or blocks of it.
 
-``recall`` asks for a mask of the read keys and no index, so that whatever answers with something else than an
-index can say for itself which keys it read.
+``recall`` takes a mask of the keys read and no selection, so that it also measures what is no selection.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .index import Bands, BlockIndex, Index, Rescaled, TokenIndex, Window, causal_mask
+from .causal import causal_mask
 from .keys import Keys
 from .ops.scores import scores
+from .selection import Selection
 
 SELECTION, ATTENTION = "selection", "attention"  # the stages of a call
 _CPU, _DEVICE = 1 << 22, 1 << 26  # logits, or pairs of a mask, held at a time
@@ -28,9 +28,9 @@ class Probe(Protocol):
         """Around each ``stage`` of the call: ``SELECTION`` (prepare_prefill and select_*), ``ATTENTION``."""
         ...
 
-    def on_select(self, q: Tensor, keys: Keys, index: Index) -> None:
+    def on_select(self, q: Tensor, keys: Keys, selection: Selection) -> None:
         """Called after the selection for q [B, H, Tq, D]; for a padded prefill row by row, each without its
-        padding. The index is the method's own: look at it now, as later steps may change it."""
+        padding. The selection may share tensors with the method's state, which later steps change."""
         ...
 
 
@@ -45,28 +45,14 @@ def sample_rows(tq: int, count: int) -> Tensor:
     return (torch.arange(count) + 1) * tq // count - 1
 
 
-def read_mask(index: Index, rows: Tensor, tq: int, tk: int, start: Tensor | None, batch: int) -> Tensor:
-    """[B, 1 | Hkv | H, R, Tk] bool: the keys that the call's query rows ``rows`` [R] read, of a call of tq
-    queries, the last of tk positions."""
-    if index is None:
-        return causal_mask(tq, tk, start, batch, rows.device, rows)
-    if isinstance(index, Window | Bands | Rescaled):
-        return index.to_mask(tq, tk, start, batch, rows).to(rows.device)
-    if isinstance(index, BlockIndex):
-        return index.to_mask(tq, tk, rows)
-    if isinstance(index, TokenIndex):
-        return index.to_mask(tq, tk, start, rows)
-    raise TypeError(f"There is no mask of the keys that a {type(index).__name__} names.")
-
-
 @torch.no_grad()
 def recall(q: Tensor, keys: Keys, rows: Tensor, read: Tensor) -> Tensor:
     """The share of the true attention of some queries that the keys they read hold.
 
     q [B, H, Tq, D], the call's; rows [R], which of them; read [B, 1 | Hkv | H, R, Tk] bool, the keys that
-    these read (``read_mask``). -> [B, H, R] float32 (float64 for float64 q) in 0 .. 1: the sum over the read
-    keys of the causal softmax over all keys, with the layer's scale and soft-cap, the padding left out; NaN
-    for a query in the padding, which sees no key. A learned sink is no key and has no share.
+    these read (``Selection.to_mask``). -> [B, H, R] float32 (float64 for float64 q) in 0 .. 1: the sum over
+    the read keys of the causal softmax over all keys, with the layer's scale and soft-cap, the padding left
+    out; NaN for a query in the padding, which sees no key. A learned sink is no key and has no share.
     """
     hkv, (b, h) = keys.kv.num_kv_heads, q.shape[:2]
     parts: list[Tensor] = []
@@ -82,29 +68,29 @@ def recall(q: Tensor, keys: Keys, rows: Tensor, read: Tensor) -> Tensor:
     return torch.cat(parts).movedim(0, 2)
 
 
-def mass_recall(q: Tensor, keys: Keys, index: Index, rows: Tensor) -> Tensor:
-    """``recall`` of the call's query rows ``rows`` [R] by the keys that ``index`` names, exactly 1 where it
-    is None; nothing of size Tq x Tk is made."""
+def mass_recall(q: Tensor, keys: Keys, selection: Selection, rows: Tensor) -> Tensor:
+    """``recall`` of the call's query rows ``rows`` [R] by the keys of ``selection``, exactly 1 where it reads
+    every key; nothing of size Tq x Tk is made."""
     rows = rows.to(q.device)
-    mask = read_mask(index, rows, keys.tq, keys.length, keys.start, q.shape[0])
-    if _which(index) is None:
+    mask = selection.to_mask(keys.tq, keys.length, keys.start, q.shape[0], rows)
+    if selection.reads_every_key:
         return torch.where(mask.any(-1), 1.0, torch.nan).expand(-1, q.shape[1], -1)
     return recall(q, keys, rows, mask)
 
 
-def block_reads(index: Index, tq: int, tk: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """What share of the visible (query, key) pairs of each block an index of one unpadded row reads.
+def block_reads(
+    selection: Selection, tq: int, tk: int, block_q: int, block_k: int, device: torch.device
+) -> Tensor:
+    """What share of the visible (query, key) pairs of each block a selection for one unpadded row reads.
 
     Query block n begins at the call's query n * block_q, key block j at position j * block_k, whatever blocks
-    and order of keys the index itself counts by. -> [1 | Hkv | H, Nq, Nk] float32 in 0 .. 1, 0 where no pair
+    and order of keys the selection itself uses. -> [1 | Hkv | H, Nq, Nk] float32 in 0 .. 1, 0 where no pair
     is visible.
     """
-    which = _which(index)
-    heads = which.blocks.shape[1] if isinstance(which, BlockIndex) else 1
-    tall = block_q * max(1, _tile(device, heads * tk) // block_q)
+    tall = block_q * max(1, _tile(device, selection.mask_heads * tk) // block_q)
     parts = []
     for rows in torch.arange(tq, device=device).split(tall):
-        parts.append(_count(read_mask(index, rows, tq, tk, None, 1)[0], block_q, block_k))
+        parts.append(_count(selection.to_mask(tq, tk, rows=rows)[0], block_q, block_k))
     return torch.cat(parts, 1) / visible_pairs(tq, tk, block_q, block_k).clamp(min=1).to(device)
 
 
@@ -121,11 +107,6 @@ def visible_pairs(tq: int, tk: int, block_q: int, block_k: int) -> Tensor:
     q = torch.arange(0, tq + block_q, block_q).clamp(max=tq)[:, None]
     k = torch.arange(0, tk + block_k, block_k).clamp(max=tk)[None]
     return below(q, k).diff(dim=0).diff(dim=1)
-
-
-def _which(index: Index) -> Index:
-    """Which keys are read, however they are weighed then."""
-    return index.read if isinstance(index, Rescaled) else index
 
 
 def _count(mask: Tensor, block_q: int, block_k: int) -> Tensor:

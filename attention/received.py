@@ -1,4 +1,4 @@
-"""The attention that the last queries of a sequence pay its keys: by what methods judge these."""
+"""The attention that the keys of a sequence receive from its last queries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .keys import Keys
 from .ops.scores import scores
@@ -21,7 +20,8 @@ def attention_of_last(q: Tensor, keys: Keys, length: int) -> Iterator[tuple[int,
 
     -> (position of the tile's first query, probabilities [B, Hkv, G, rows, M] float32, or float64 for float64
     q, of the keys up to the tile's last query that are here); 0 in the padding. Raw keys are read, which is
-    counted. Where peers hold keys each looks at its own; their tiles are of the same queries.
+    counted. Where peers hold keys, each rank has the probabilities of its own keys; the tiles of all ranks
+    are of the same queries.
     """
     n, peers = q.shape[2], keys.peers
     k, places = keys.read_all_keys(), keys.places()
@@ -44,8 +44,8 @@ def attention_of_last(q: Tensor, keys: Keys, length: int) -> Iterator[tuple[int,
 
 
 def attention_received(q: Tensor, keys: Keys, length: int) -> Tensor:
-    """What each key is paid by each query head in ``attention_of_last``, summed over the queries: [B, Hkv, G,
-    length]; of everyone's keys where peers hold some."""
+    """The attention that each key receives from each query head in ``attention_of_last``, summed over the
+    queries: [B, Hkv, G, length]; of the keys of all ranks where peers hold some."""
     hkv, peers = keys.kv.num_kv_heads, keys.peers
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[0], hkv, q.shape[1] // hkv, keys.held(length))
@@ -53,31 +53,3 @@ def attention_received(q: Tensor, keys: Keys, length: int) -> Tensor:
     for _, tile in attention_of_last(q, keys, length):
         received[..., : tile.shape[-1]] += tile.sum(3)
     return received if peers is None else peers.gather(received, length)
-
-
-def columns_and_diagonals(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """What queries q [B, H, n, D], the call's last, pay in all by key, and by distance of query and key: [B,
-    Hkv, G, Tk] each. Rows are not padded, and all keys are here."""
-    length = keys.length
-    columns = torch.zeros((), device=q.device)
-    diagonals = torch.zeros((), device=q.device)
-    for first, tile in attention_of_last(q, keys, length):
-        rest = length - tile.shape[-1]
-        columns = columns + pad(tile.sum(3), (0, rest))
-        diagonals = diagonals + pad(_along_diagonals(tile, tile.shape[-1] - 1 - first), (0, rest))
-    return columns, diagonals
-
-
-def _along_diagonals(tile: Tensor, back: int) -> Tensor:
-    """Sums of probabilities [..., rows, M] by distance of query and key, [..., M]; the first row's query is
-    ``back`` positions before the last key.
-
-    With ``back`` zeros on the left, the entries at one distance stand one row down and one place right of
-    each other, from the last column's 0 to the first's M - 1.
-    """
-    rows, n = tile.shape[-2:]
-    wide = pad(tile, (back, 0))
-    width = n + back
-    shape = (*tile.shape[:-2], rows, n)
-    skewed = wide.as_strided(shape, (*wide.stride()[:-2], width + 1, 1))
-    return skewed.sum(-2).flip(-1)

@@ -1,7 +1,8 @@
-"""What a store keeps beside its keys so that a method can select without reading them.
+"""What a store keeps beside its keys, so that a method can select without reading them.
 
-A ``Summary`` is a pure function of the keys of a row and of where that row begins. A store keeps its rows in
-a buffer and asks, after an append, only for the entries that the new keys touch.
+A ``Summary`` is a pure function of the keys of a row, as they are stored or as they were before RoPE, and of
+where that row begins. A store keeps its entries in a buffer. After an append it computes only the entries
+that the new keys change.
 """
 
 from __future__ import annotations
@@ -15,22 +16,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .errors import FarspanError
 from .kv import KV
+from .needs import Inputs
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 
 
 class Summary(Protocol):
-    """block: keys per entry, whatever their number: entry j of row b speaks of the keys from position
-    start[b] + j * block on. None: a label of each key, which stands where its key stands (entry j of the j-th
-    key that is here, at position j where all are). Entries are in the keys' dtype, or in the summary's own
-    ``dtype`` where it has one."""
+    """A function of the keys of a row, one entry per block of keys or per key.
+
+    block: keys per entry; entry j of row b summarises the keys from position start[b] + j * block on. None: a
+    label of each key, where entry j belongs to the j-th key that is here, which is at position j where all
+    are. dtype: of the entries; None: the keys' own. before_rope: whether the keys are those before RoPE; the
+    method needs ``keys_before_rope`` then.
+    """
 
     @property
     def key(self) -> tuple: ...  # equal keys mean equal contents
 
     @property
     def block(self) -> int | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    @property
+    def before_rope(self) -> bool: ...
 
     def width(self, head_dim: int) -> int: ...
 
@@ -40,26 +52,28 @@ class Summary(Protocol):
 
 
 def count_entries(summary: Summary, length: int) -> int:
-    """How many entries speak of ``length`` keys of a row."""
+    """The number of entries that summarise ``length`` keys of a row."""
     return -(-length // (summary.block or 1))
 
 
 def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
     """Bytes of one entry, for keys of ``head_dim`` numbers of ``element_size`` bytes."""
-    own: torch.dtype | None = getattr(summary, "dtype", None)
-    return summary.width(head_dim) * (element_size if own is None else own.itemsize)
+    return summary.width(head_dim) * (element_size if summary.dtype is None else summary.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class BlockPool:
-    """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side."""
+    """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side.
+    before_rope: of keys as they were before RoPE."""
 
     block: int
     modes: tuple[str, ...] = ("mean",)
+    dtype: ClassVar[None] = None
+    before_rope: bool = False
 
     @property
     def key(self) -> tuple:
-        return ("pool", self.block, self.modes)
+        return ("pool", self.block, self.modes, self.before_rope)
 
     def width(self, head_dim: int) -> int:
         return len(self.modes) * head_dim
@@ -74,6 +88,8 @@ class Channels:
 
     channels: Tensor = field(compare=False)
     block: ClassVar[None] = None
+    dtype: ClassVar[None] = None
+    before_rope: ClassVar[bool] = False
 
     @cached_property
     def key(self) -> tuple:
@@ -104,6 +120,7 @@ class Int4Keys:
 
     block: int
     dtype: ClassVar[torch.dtype] = torch.uint8
+    before_rope: ClassVar[bool] = False
 
     @property
     def key(self) -> tuple:
@@ -143,25 +160,47 @@ class Summaries:
             tuple, tuple[Tensor, int]
         ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
 
-    def get(self, summary: Summary, kv: KV, start: Tensor | None, offset: int = 0) -> Tensor:
+    def get(
+        self,
+        summary: Summary,
+        kv: KV,
+        start: Tensor | None,
+        offset: int = 0,
+        inputs: Inputs | None = None,
+    ) -> Tensor:
         """Entries [B, Hkv, count_entries, width] for all keys; what is new in kv is taken in now.
 
         kv [B, Hkv, Tk - offset], of which only the keys are read: those from position ``offset`` on, which is
-        at most ``open``'s.
+        at most ``open``'s. inputs: of the call, where the summary is of keys before RoPE.
         """
         length = offset + kv.length
         buffer, done = self.room(summary, kv, length), self.done(summary)
         if done < length:
+            if summary.before_rope:
+                kv, offset = self._before_rope(summary, kv, start, offset, inputs)
             self._extend(summary, buffer, kv, start, done, offset)
         self._kept[summary.key] = (buffer, length)
         return buffer[:, :, : count_entries(summary, length)]
+
+    def _before_rope(
+        self, summary: Summary, kv: KV, start: Tensor | None, offset: int, inputs: Inputs | None
+    ) -> tuple[KV, int]:
+        """The keys that may change entries, as they were before RoPE, and the position of the first."""
+        if inputs is None:
+            raise FarspanError(
+                "A summary of keys before RoPE was asked for in a call that feeds none: its method must "
+                "declare keys_before_rope in its needs, and run in a patched model."
+            )
+        first = self.open(summary, None if start is None else start.tolist())
+        k = inputs.stored_before_rope(kv[:, :, first - offset :].k, first)
+        return KV(k, k), first
 
     def done(self, summary: Summary) -> int:
         """How many keys have been taken in."""
         return self._kept[summary.key][1] if summary.key in self._kept else 0
 
     def open(self, summary: Summary, starts: list[int] | None) -> int:
-        """The first key of the earliest block that the next new key may change."""
+        """Position of the first key of the earliest block that the next new key may change."""
         done, block = self.done(summary), summary.block or 1
         if starts is None or summary.block is None:
             return done // block * block
@@ -170,14 +209,13 @@ class Summaries:
     def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
         """The buffer [B, Hkv, room, width] with place for ``length`` keys like those of kv [B, Hkv, any].
 
-        done: says that whoever asks fills it himself, up to that many keys.
+        done: the caller fills the entries itself, up to that many keys.
         """
         need = count_entries(summary, length)
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
-            dtype = getattr(summary, "dtype", kv.dtype)
             size = (*kv.shape[:2], need + max(64, need // 8), summary.width(kv.head_dim))
-            grown = torch.empty(size, dtype=dtype, device=kv.device)
+            grown = torch.empty(size, dtype=summary.dtype or kv.dtype, device=kv.device)
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown
@@ -219,15 +257,31 @@ class Summaries:
 
 
 class SomeRows(Summaries):
-    """The entries of ``rows`` of a batch, out of those of the whole batch: kv [B, Hkv, Tk], whose rows
-    begin at ``start``. first: how many positions of padding the rows are without."""
+    """The entries of ``rows`` of a batch, out of those of the whole batch: kv [B, Hkv, Tk], whose rows begin
+    at ``start``, and the call's ``inputs``. first: how many positions of padding the rows are without."""
 
-    def __init__(self, whole: Summaries, kv: KV, start: Tensor | None, rows: slice, first: int = 0) -> None:
+    def __init__(
+        self,
+        whole: Summaries,
+        kv: KV,
+        start: Tensor | None,
+        rows: slice,
+        first: int = 0,
+        inputs: Inputs | None = None,
+    ) -> None:
         super().__init__()
         self._whole, self._kv, self._start, self._rows, self._first = whole, kv, start, rows, first
+        self._inputs = inputs
 
-    def get(self, summary: Summary, kv: KV, start: Tensor | None, offset: int = 0) -> Tensor:
-        entries = self._whole.get(summary, self._kv, self._start)[self._rows]
+    def get(
+        self,
+        summary: Summary,
+        kv: KV,
+        start: Tensor | None,
+        offset: int = 0,
+        inputs: Inputs | None = None,
+    ) -> Tensor:
+        entries = self._whole.get(summary, self._kv, self._start, inputs=self._inputs)[self._rows]
         if summary.block is None:
             entries = entries[:, :, self._first :]
         return entries[:, :, : count_entries(summary, kv.length)]

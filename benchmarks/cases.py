@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.attention.index import Index, TokenIndex, causal_pairs
+from farspan.attention.causal import causal_pairs
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.method import AttentionMethod
@@ -27,6 +27,7 @@ from farspan.attention.ops.pool import pool
 from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.partial import Partial
+from farspan.attention.selection import Index, TokenIndex
 from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.block_topk import BlockTopK
 from farspan.attention.sparse.double_sparsity import DoubleSparsity
@@ -175,8 +176,7 @@ def gather_decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Ite
 
 def _step(method: AttentionMethod, q: Tensor, keys: Keys) -> Partial:
     """Selection and attention of one decode step."""
-    index: Index = method.select_decode(q, keys)
-    assert isinstance(index, TokenIndex)  # the budget is below the number of keys
+    index = method.select_decode(q, keys)  # a TokenIndex: the budget is below the number of keys
     return gather_decode(q, keys.kv, index, keys.softmax, check=False)
 
 

@@ -31,7 +31,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
 
-from farspan.attention.index import BlockIndex, TokenIndex
 from farspan.attention.ops import launch
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.block_sparse import block_sparse
@@ -42,6 +41,7 @@ from farspan.attention.ops.int4_scores import int4_block_max, int4_scores, quant
 from farspan.attention.ops.pool import pool, pool_segments
 from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
+from farspan.attention.selection import BlockIndex, TokenIndex
 
 from .record import table
 

@@ -17,10 +17,12 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from farspan.attention.method import LayerInfo, parse_method
+from farspan.attention.method import LayerInfo
 from farspan.attention.softmax import Softmax
+from farspan.attention.spec import parse_method
 from farspan.runtime.hf import KVStoreLayer
-from farspan.runtime.layer import Layer, Session
+from farspan.runtime.layer import Layer
+from farspan.runtime.session import Session
 
 from .record import interleaved, save, table
 
@@ -44,7 +46,7 @@ class Ours:
         )
         method = parse_method(spec).for_layer(info)
         session = Session(strict=True)
-        self.cache, self.steps = KVStoreLayer(), method.stride if method.name == "recycled" else 1
+        self.cache, self.steps = KVStoreLayer(), method.cost("decode", k.shape[2]).period
         session.cached, session.stores = True, {2: self.cache.store}
         prefill = method if "prefill" in method.phases else parse_method("dense")
         self.layer = Layer(2, prefill, method, session)

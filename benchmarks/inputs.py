@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.attention.index import BlockIndex
+from farspan.attention.selection import BlockIndex
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from farspan.parallel.mechanisms.gather import gather_all
 from farspan.parallel.mechanisms.layout import Layout, Split, zigzag
 from farspan.parallel.mechanisms.ring import ring
 from farspan.parallel.mechanisms.ulysses import ulysses
-from farspan.parallel.mechanisms.volume import Geometry, refusals
+from farspan.parallel.mechanisms.volume import Geometry, PrefillCall, refusals
 from farspan.parallel.planner.device import Device
 from farspan.parallel.planner.simulate import Work, simulate
 
@@ -208,9 +208,10 @@ def _rank(
 
 
 def predict(mechanism: str, figures: Figures, geometry: Geometry, ranks: int, length: int) -> float:
-    """Seconds that the replay tells for one layer's attention. The replay starts with the layer's matrix
-    products, of which there are none here; only what it takes to start them is in it, and is taken off."""
-    trace = simulate(mechanism, Work(geometry=geometry), figures.device(mechanism), ranks, length)
+    """Simulated seconds of one layer's attention. The simulation begins with the layer's matrix products.
+    There are none here, and the time to start them is subtracted."""
+    call = PrefillCall(ranks, length)
+    trace = simulate(mechanism, Work(geometry=geometry), figures.device(mechanism), call)
     return trace.seconds - figures.launch
 
 

@@ -13,9 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from farspan.attention.block_mask import to_block_mask
-from farspan.attention.index import BlockIndex, TokenIndex
 from farspan.attention.ops.block_sparse.flex import compiled
+from farspan.attention.selection import BlockIndex, TokenIndex
 
 _BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -90,7 +89,7 @@ def flex_run(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -
 
     def run() -> Any:
         if "block_mask" not in how:
-            how["block_mask"] = to_block_mask(index, q.shape[2], k.shape[2], q.shape[1], transposed=False)
+            how["block_mask"] = index.to_block_mask(q.shape[2], k.shape[2], q.shape[1], transposed=False)
         return compiled()(q, k, v, **how)
 
     return run

@@ -81,7 +81,7 @@ def models(json: options.Json = False) -> None:
 @app.command()
 def methods(json: options.Json = False) -> None:
     """Every attention method: name, family, paper, parameters and their defaults."""
-    from ..attention.method import methods as registry
+    from ..attention.spec import methods as registry
 
     rows = [_describe(name, cls) for name, cls in registry().items()]
     if json:
@@ -113,6 +113,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         for field in dataclasses.fields(cls)
         if field.init and field.metadata.get("spec", True)
     ]
+    plain = None if any(parameter["required"] for parameter in parameters) else cls()
     return {
         "name": name,
         "title": cls.title,
@@ -120,8 +121,8 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         "paper": cls.paper,
         "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
-        "needs_recipe": cls.needs_recipe,
-        "lookahead": cls.lookahead,
+        "needs_recipe": None if plain is None else plain.needs.recipe,  # with the default parameters
+        "lookahead": None if plain is None else str(plain.lookahead),
         "parameters": parameters,
     }
 

@@ -128,7 +128,7 @@ def spread_over(value: str) -> Any:
     if value == "none":
         launch.only_rank_0()
         return None
-    from ..parallel.group.mesh import MECHANISMS, ContextParallel
+    from ..parallel.group.config import MECHANISMS, ContextParallel
 
     if value not in MECHANISMS:
         raise FarspanError(f"Unknown --parallel {value!r}; it is none, {', '.join(MECHANISMS)}.")
@@ -210,7 +210,7 @@ def _resolve(spec: str) -> None:
 
 def _several(spec: str, separator: str) -> list[str] | None:
     """The methods of ``spec`` where they stand one after another with ``separator`` between; None of one."""
-    from ..attention.method import methods
+    from ..attention.spec import methods
 
     parts: list[str] = []
     for piece in re.split(rf"{separator}(?![^()]*\))", spec):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..parallel.group.digest import bit_hash
 from . import batch as forward
+from .private_apis import has_accelerate_hook, is_saved
 
 _NAMES = ("transformers_version", "dtype", "torch_dtype", "architectures")
 """Fields of a configuration that are settings of their own, or that saving a model fills in."""
@@ -85,13 +86,13 @@ def _weights(model: nn.Module) -> str:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
+        if is_saved(module, name):
             yield name, buffer
 
 
 def _present(module: nn.Module) -> AbstractContextManager[None]:
     """The weights that accelerate keeps elsewhere (a CPU's memory, a disk) are loaded meanwhile."""
-    if not hasattr(module, "_hf_hook"):
+    if not has_accelerate_hook(module):
         return nullcontext()
     from accelerate.utils import align_module_device
 

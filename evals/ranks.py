@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..attention.errors import FarspanError
-from ..parallel.group.mesh import Mesh, join
+from ..parallel.group.join import join
+from ..parallel.group.mesh import Mesh
 from ..runtime.patch import Patched, Report
 from ..runtime.report import PhaseReport
 

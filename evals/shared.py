@@ -59,7 +59,7 @@ def under_each(
         if asks_for_queries(group[0]):
             shared_by = patched_with(model, group[0], recipe, job)
         else:
-            takes = {"recipe": recipe if prefill.needs_recipe else None, "parallel": job.mesh}
+            takes = {"recipe": recipe if prefill.needs.recipe else None, "parallel": job.mesh}
             shared_by = patch(model, prefill=prefill, **takes)
         with shared_by as patched:
             shared: Started | None = start(model, batch, patched, job)
@@ -116,7 +116,7 @@ def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None,
 
 def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> Any:
     """`patch` over the ranks of a job, with the recipe handed only to the methods that take one."""
-    takes_one = any(method.needs_recipe for method in resolve(spec))
+    takes_one = any(method.needs.recipe for method in resolve(spec))
     return patch(model, spec, recipe=recipe if takes_one else None, parallel=job.mesh)
 
 
@@ -146,14 +146,11 @@ def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
 
 
 def _learned_from(method: AttentionMethod, recipe: str | Path | None) -> Iterator[str | Path]:
-    own, config = (getattr(method, name, "") for name in ("recipe", "config"))
-    if method.needs_recipe and (own or recipe):
-        yield own or recipe
-    if config:
-        yield config
-    over = getattr(method, "over", None)
-    if over is not None:
-        yield from _learned_from(over, None)
+    if method.needs.recipe and (method.recipe or recipe):
+        yield method.recipe or recipe or ""
+    yield from method.files
+    if method.over is not None:
+        yield from _learned_from(method.over, None)
 
 
 def _digest(path: Path) -> str:

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 
 import farspan
+from farspan.attention.checks import require
 from farspan.attention.cost import Cost, Queries
-from farspan.attention.index import Index, TokenIndex
 from farspan.attention.keys import Keys
-from farspan.attention.method import AttentionMethod, require
+from farspan.attention.method import AttentionMethod
+from farspan.attention.selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

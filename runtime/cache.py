@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention.kv import KV
 from ..attention.summary import Summaries
+from .positions import Positions
 from .state import States
 
 
@@ -42,6 +43,7 @@ class KVStore:
         self.length = 0
         self.summaries = Summaries()
         self.states = States()
+        self.positions = Positions()  # filled only where a method needs keys before RoPE
         self._starts: list[int] | None = (
             None  # where rows begin, as far as the first ``_known`` positions say
         )
@@ -139,6 +141,7 @@ class KVStore:
         if count > 0:
             self._resize(max(0, self.length - count))
             self.summaries.crop(self.length)
+            self.positions.crop(self.length)
             self._forget_since(self.total)
 
     def _forget_since(self, length: int) -> None:
@@ -154,6 +157,7 @@ class KVStore:
         self._resize(0)
         self.summaries.clear()
         self.states.clear()
+        self.positions.clear()
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i become what row ``rows[i]`` was (beam search)."""
@@ -183,6 +187,7 @@ class KVStore:
             self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in self._buffers
         )
         self.summaries.map_rows(change)
+        self.positions.map_rows(change)
         self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..attention.calibration.protocol import Calibration, GradientCalibration
 from ..attention.errors import FarspanError
-from ..attention.method import AttentionMethod, Calibration, GradientCalibration, parse_method
+from ..attention.method import AttentionMethod
+from ..attention.spec import parse_method
 from . import hf
 from .heads import read_with_gradients
 from .patch import patch
@@ -94,7 +96,7 @@ def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
 @contextmanager
 def _observed(info: hf.ModelInfo, layers: Mapping[int, Calibration]) -> Iterator[None]:
     """Let each layer's calibration see every call of its attention."""
-    undo = [hf.observe(info.attention[i], layer.before_rope, layer.observe) for i, layer in layers.items()]
+    undo = [hf.observe(info, i, layer.needs, layer.observe) for i, layer in layers.items()]
     try:
         yield
     finally:

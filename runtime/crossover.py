@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
-from ..attention.whole import whole_number
 from .machine import device_name
 from .models import cache_folder
 from .writable import check_writable

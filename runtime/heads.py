@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.calibration.protocol import GradientCalibration
 from ..attention.kv import KV
-from ..attention.method import GradientCalibration
 from ..attention.ops.flash import flash
 from ..attention.partial import add_sinks
 from ..attention.softmax import Softmax

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError, SpecError
-from ..attention.index import Index
 from ..attention.keys import Keys
 from ..attention.mass import block_reads, visible_pairs
 from ..attention.method import AttentionMethod
 from ..attention.ops.block_max import block_max
 from ..attention.ops.flash import flash
-from ..attention.whole import whole_number
+from ..attention.selection import Selection
 from . import hf
 from .measure import ROWS
 from .patch import patch, resolve
@@ -106,10 +106,10 @@ def inspect(
     drawn = _within(heads, "head", range(count), HEADS)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def observe(layer: int, q: Tensor, keys: Keys, index: Index) -> None:
-        seen[layer] = _look(q, keys, index, drawn, block)
+    def observe(layer: int, q: Tensor, keys: Keys, selection: Selection) -> None:
+        seen[layer] = _look(q, keys, selection, drawn, block)
 
-    takes = None if decode.needs_recipe and not method.needs_recipe else recipe  # a decode's own is left out
+    takes = None if decode.needs.recipe and not method.needs.recipe else recipe  # a decode's own is left out
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
         patched.watch({layer: partial(observe, layer) for layer in chosen})
         with torch.no_grad():
@@ -136,14 +136,14 @@ def inspect(
     return Inspection(method=str(method), length=length, report=report, pictures=pictures)
 
 
-def _look(q: Tensor, keys: Keys, index: Index, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
+def _look(q: Tensor, keys: Keys, selection: Selection, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
     """The true attention and what was read, [heads, N, N] each."""
     number = torch.tensor(heads, device=q.device)
     hkv, length = keys.kv.num_kv_heads, keys.length
     some, kv = q[:, number], keys.kv[:, number * hkv // q.shape[1]]
     lse = flash(some, kv, keys.softmax).lse
     attention = block_max(some, kv.k, lse, keys.softmax, block_q=block, block_k=block)[0]
-    read = block_reads(index, keys.tq, length, block, block, q.device)
+    read = block_reads(selection, keys.tq, length, block, block, q.device)
     return attention.float().cpu(), read[number * read.shape[0] // q.shape[1]].cpu()
 
 

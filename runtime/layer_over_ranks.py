@@ -1,25 +1,24 @@
-"""One call of a patched layer whose keys are spread over ranks."""
+"""Where the keys of a layer's call are when its sequence is sharded over ranks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS, attend
+from ..attention.attend import DECODE_ROWS, Reads
 from ..attention.dense import Dense
-from ..attention.keys import Keys
+from ..attention.keys import State
 from ..attention.kv import KV
-from ..attention.method import DECODE, PREFILL, AttentionMethod
-from ..attention.ops.dispatch import implementations
+from ..attention.mass import Probe
+from ..attention.method import DECODE, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
-from ..parallel.mechanisms.call import Call, Rows, Share, Travel
+from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
 from ..parallel.mechanisms.entries import extend, extend_split
 from ..parallel.mechanisms.gather import rearranged
@@ -27,11 +26,10 @@ from ..parallel.mechanisms.keys import ShardedKeys
 from ..parallel.mechanisms.layout import Layout
 from ..parallel.mechanisms.prefill import prefill
 from ..parallel.mechanisms.selected import last_queries
-from .rows import Done
+from .layer_call import LocalKeys
+from .padding import Padding
+from .rows import Run
 from .shard import ShardStore
-
-if TYPE_CHECKING:
-    from .layer import Layer
 
 _CALL = "_farspan_call"
 _SHORT = "the prompt is so short that every rank computes it"
@@ -51,58 +49,95 @@ def carried(mask: Tensor | None) -> Call | None:
     return getattr(mask, _CALL, None)
 
 
-def spread(
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    store: ShardStore,
-    call: Call,
-    mesh: Mesh,
-    softmax: Softmax,
-) -> list[Done]:
-    """Attention of q [B, H, n, D] over all ranks' keys, the new ones k, v [B, Hkv, n, D] included.
+class KeysOverRanks:
+    """The keys of a call of a layer whose sequence is sharded over ranks (a ``KeySource``).
 
-    The n tokens are this rank's share (``call.split``), or the same on every rank.
+    q [B, H, n, D], k, v [B, Hkv, n, D]: this rank's part of the call's tokens (``call.split``), or, without a
+    split, all of them, the same on every rank. ends: where rows end. kept: whether ``store`` outlives the
+    call.
     """
-    sent = mesh.sent()
-    past = _take(k, v, store, call)
-    _extend(layer, k, store, past, call, mesh)
-    short = call.split is None and call.past > 0
-    ends = layer.session.ends_below(call.total)
-    batch = layer.served(call.starts, q.shape[0], call.past, call.total, short, store.states, ends)
-    share = None if call.split is None else Share(q, k, v, store.rows, call, mesh, softmax)
-    done = []
-    for run in batch.runs:
-        method, rows = layer.method(run), run.rows
-        with implementations() as ran:
-            if share is not None:
-                part, reads, travel = prefill(method, *_some_rows(share, store.shared, rows), None)
-            elif run.phase == DECODE:
-                state = {} if run.below else store.states.of(str(method), rows, call.past, call.total)
-                keys = sharded_keys(q, store, call, softmax).some_rows(rows, state)
-                part, reads = decode(method, q[rows], keys, None)
-                size = (mesh.ranks.size - 1) * _partial_bytes(q[rows], v.shape[3])
-                travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
-            else:  # every key of these rows has just been computed here
-                here = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, **_padding_within(call))
-                part, reads = attend(method, PREFILL, q[rows], here.some_rows(rows, {}))
-                travel = Travel("none", _SHORT)
-        sent, travel.sent = mesh.sent(), mesh.sent() - sent
-        done.append(Done(run, part, reads, ran, travel))
-    if batch.told and _told(layer.decode):
-        wanted = layer.decode.observation_window
-        n = call.total - call.past if wanted is None else min(wanted, call.total - call.past)
-        last = q[:, :, -n:] if share is None else last_queries(share, n)
-        keys = sharded_keys(last, store, call, softmax)
-        for rows in batch.told:
-            state = store.states.of(str(layer.decode), rows, call.past, call.total)
-            layer.decode.on_prefill_end(last[rows], keys.some_rows(rows, state))
-        travel.sent += mesh.sent() - sent
-    return done
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        store: ShardStore,
+        call: Call,
+        mesh: Mesh,
+        softmax: Softmax,
+        *,
+        ends: list[int] | None,
+        kept: bool,
+    ) -> None:
+        self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
+        self.softmax, self.ends, self.kept = softmax, ends, kept
+        self.past, self.total, self.starts = call.past, call.total, call.starts
+        self.short = call.split is None and call.past > 0
+        self.states = store.states
+        self._local: LocalCall | None = None  # of a call that is split
+        self._sent = mesh.sent()
+
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
+        """Store the new keys and values; bring the block summaries up to date that a method selects by."""
+        store, call, mesh = self.store, self.call, self.mesh
+        past = _take(self.k, self.v, store, call)
+        asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
+        _extend(asked, self.k, store, past, call, mesh)
+        if call.split is not None:
+            self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.softmax)
+
+    def newly_sent(self) -> int:
+        """Bytes that this rank has sent since the last time this was called."""
+        before, self._sent = self._sent, self.mesh.sent()
+        return self._sent - before
+
+    def keys(self, rows: slice, state: State, tq: int) -> ShardedKeys:
+        every = _are_all(rows, self.q)
+        keys = ShardedKeys(
+            kv=self.store.shard.kv,
+            tq=tq,
+            softmax=self.softmax,
+            start=self.call.start,
+            starts=self.starts,
+            ends=self.ends,
+            state=state,
+            summaries=self.store.summaries,
+            total=self.total,
+            layout=self.store.layout,
+            ranks=self.store.ranks,
+            shared=self.store.shared,
+        )
+        return keys if every else keys.some_rows(rows, state)
+
+    def last_queries(self, count: int) -> Tensor:
+        return self.q[:, :, -count:] if self._local is None else last_queries(self._local, count)
+
+    def attend(
+        self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
+    ) -> tuple[Partial, Reads, Travel | None]:
+        """As ``KeySource.attend``. A call over ranks is not measured, so there is no ``probe``."""
+        if self._local is not None:
+            part, reads, travel = prefill(method, *_some_rows(self._local, self.store.shared, run.rows), None)
+        elif run.phase == DECODE:
+            q = self.q[run.rows]
+            part, reads = decode(method, q, self.keys(run.rows, state, q.shape[2]), None)
+            size = (self.mesh.ranks.size - 1) * _partial_bytes(q, self.v.shape[3])
+            travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
+        else:  # every key of these rows has just been computed here
+            here = LocalKeys(
+                self.q,
+                KV(self.k, self.v),
+                self.softmax,
+                padding=_padding_within(self.call),
+            )
+            part, reads, _ = here.attend(method, run, state, None)
+            travel = Travel("none", _SHORT)
+        travel.sent = self.newly_sent()
+        return part, reads, travel
 
 
-def spread_window(
+def window_over_ranks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -111,25 +146,27 @@ def spread_window(
     mesh: Mesh,
     softmax: Softmax,
 ) -> Partial:
-    """The same of a layer with the model's own sliding window."""
+    """Attention of a layer with the model's own sliding window; arguments as in ``KeysOverRanks``."""
     window = softmax.window
     assert window is not None
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
-        share = Share(q, k, v, store.rows, call, mesh, softmax)
-        part = prefill(_DENSE, share, store.shared, window)[0]
+        local = LocalCall(q, k, v, store.shard, call, mesh, softmax)
+        part = prefill(_DENSE, local, store.shared, window)[0]
     elif call.past:
-        part = decode(_DENSE, q, sharded_keys(q, store, call, softmax), window)[0]
+        source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=None, kept=True)
+        keys = source.keys(slice(0, q.shape[0]), {}, q.shape[2])
+        part = decode(_DENSE, q, keys, window)[0]
     else:
         part = flash(q, KV(k, v), softmax, window=window, start=call.start)
     _forget(store, window, call, mesh)
     return part
 
 
-def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
+def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
     """Store the new keys and values of a call. -> what this rank held before."""
-    past = store.rows if store.kv is not None else Rows(KV(k[:, :, :0], v[:, :, :0]), store.layout)
+    past = store.shard if store.kv is not None else Shard(KV(k[:, :, :0], v[:, :, :0]), store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -138,44 +175,27 @@ def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Rows:
     return past
 
 
-def _padding_within(call: Call) -> dict[str, Any]:
+def _padding_within(call: Call) -> Padding:
     """Where rows begin, counted from the call's first token."""
     if call.start is None or call.starts is None:
-        return {}
+        return Padding()
     starts = [max(first - call.past, 0) for first in call.starts]
-    return {"start": (call.start - call.past).clamp(min=0), "starts": starts}
+    return Padding((call.start - call.past).clamp(min=0), starts)
 
 
-def _some_rows(share: Share, shared: Summaries, rows: slice) -> tuple[Share, Summaries]:
-    """A share, and the entries of all keys, of some rows of the batch."""
-    if rows == slice(0, share.q.shape[0]):
-        return share, shared
-    call, start = share.call, None
+def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalCall, Summaries]:
+    """The local call, and the entries of all keys, of some rows of the batch."""
+    if _are_all(rows, local.q):
+        return local, shared
+    call, start = local.call, None
     starts = None if call.starts is None else call.starts[rows]
     if starts is not None and any(starts):
         start = None if call.start is None else call.start[rows]
-    q, k, v = (x[rows] for x in (share.q, share.k, share.v))
-    held = share.rows._replace(kv=share.rows.kv[rows])
+    q, k, v = (x[rows] for x in (local.q, local.k, local.v))
+    shard = local.shard._replace(kv=local.shard.kv[rows])
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(share, q=q, k=k, v=v, rows=held, call=call), SomeRows(
-        shared, KV(share.k, share.v), None, rows
-    )
-
-
-def sharded_keys(q: Tensor, store: ShardStore, call: Call, softmax: Softmax) -> ShardedKeys:
-    """The keys of all ranks, as a method that serves the last queries q [B, H, Tq, D] sees them."""
-    rows = store.rows
-    return ShardedKeys(
-        kv=rows.kv,
-        tq=q.shape[2],
-        softmax=softmax,
-        start=call.start,
-        starts=call.starts,
-        summaries=store.summaries,
-        total=store.total,
-        layout=rows.layout,
-        ranks=store.ranks,
-        shared=store.shared,
+    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(
+        shared, KV(local.k, local.v), None, rows
     )
 
 
@@ -187,18 +207,19 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
-        kv = store.rows.kv.map(lambda x: rearranged(x, store.layout, kept, mesh.ranks))
-        store.replace(Rows(kv, kept))
+        kv = store.shard.kv.map(lambda x: rearranged(x, store.layout, kept, mesh.ranks))
+        store.replace(Shard(kv, kept))
     elif low > store.layout.begin:
         gone = store.layout.below(mesh.ranks.rank, low)
-        rows = store.rows
-        store.replace(Rows(rows.kv[:, :, gone:], rows.layout.cut(low, call.total)))
+        shard = store.shard
+        store.replace(Shard(shard.kv[:, :, gone:], shard.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
-def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, mesh: Mesh) -> None:
-    """Bring the block summaries up to date that some method of the layer is going to select by."""
-    asked = (*layer.decode.summaries, *(() if call.split is None else layer.prefill.summaries))
+def _extend(
+    asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
+) -> None:
+    """Bring those of the summaries ``asked`` up to date that are of blocks."""
     wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
@@ -206,7 +227,7 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
     for summary in wanted.values():
         if call.split is None:
             recent = extend(
-                summary, store.shared, store.rows.kv.k, store.layout, recent, call.starts, mesh.ranks
+                summary, store.shared, store.shard.kv.k, store.layout, recent, call.starts, mesh.ranks
             )
         else:
             extend_split(
@@ -217,8 +238,9 @@ def _extend(layer: Layer, k: Tensor, store: ShardStore, past: Rows, call: Call, 
         store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]
 
 
-def _told(method: AttentionMethod) -> bool:
-    return type(method).on_prefill_end is not AttentionMethod.on_prefill_end
+def _are_all(rows: slice, x: Tensor) -> bool:
+    """Whether these are all rows of a batch like x [B, ...]."""
+    return rows.stop - rows.start == x.shape[0]
 
 
 def _partial_bytes(q: Tensor, value_dim: int) -> int:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError
-from ..attention.index import Index
 from ..attention.keys import Keys
 from ..attention.mass import mass_recall, sample_rows
 from ..attention.method import DECODE
 from ..attention.ops.dispatch import implementations
-from ..attention.whole import whole_number
+from ..attention.selection import Selection
 
 ROWS = 16  # of a layer and call that measure_mass=True samples
 
-Observer = Callable[[Tensor, Keys, Index], None]
+Observer = Callable[[Tensor, Keys, Selection], None]
 
 
 @dataclass
@@ -93,12 +93,12 @@ class Meter:
         name = f"{stage}_seconds"
         setattr(self.measured, name, getattr(self.measured, name) + time.perf_counter() - start)
 
-    def on_select(self, q: Tensor, keys: Keys, index: Index) -> None:
+    def on_select(self, q: Tensor, keys: Keys, selection: Selection) -> None:
         count = keys.tq if self.phase == DECODE else self.rows
         with implementations():  # what measures is no part of what the call ran
-            self.measured.add(mass_recall(q, keys, index, sample_rows(keys.tq, count)))
+            self.measured.add(mass_recall(q, keys, selection, sample_rows(keys.tq, count)))
             if self.observer is not None:
-                self.observer(q, keys, index)
+                self.observer(q, keys, selection)
 
 
 def rows_to_measure(measure_mass: bool | int) -> int:

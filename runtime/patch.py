@@ -11,19 +11,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
+from ..attention.attend import DECODE_ROWS
+from ..attention.checks import whole_number
+from ..attention.dense import Dense
 from ..attention.errors import FarspanError, SpecError, Unsupported
-from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo, parse_method
-from ..attention.whole import whole_number
+from ..attention.hybrid.mixer import Mixer
+from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
+from .bind import bind, check_recipe, weighed
 from .crossover import crossovers
 from .cuts import Chunking
-from .layer import DECODE_ROWS, Layer, Notices, Session
+from .layer import Layer
 from .measure import Observer, rows_to_measure
+from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
 from .report import LayerReport, Report
+from .session import Notices, Session
 
 __all__ = ["Patched", "Report", "patch", "resolve"]
 
@@ -43,6 +50,7 @@ def patch(
     crossover: int | str | None = None,
     parallel: Any = None,
     measure_mass: bool | int = False,
+    mixers: Mapping[int, Mixer] | None = None,
 ) -> Patched:
     """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
 
@@ -70,6 +78,9 @@ def patch(
     share of the true attention that the keys read hold, and the seconds of selection; ``report`` has them.
     Calls are slower for it. One device alone can measure.
 
+    mixers: modules (``Mixer``) by layer number that take the place of the layer's attention until ``remove``;
+    they are moved to its device. The cache holds their state instead of keys, which no call can crop.
+
     Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
     reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
     copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
@@ -81,11 +92,13 @@ def patch(
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
     trial = hf.accept(info)
+    mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
+    untouched |= {i: f"the mixer {one.mixer.name} stands in its place" for i, one in mixed.items()}
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
@@ -94,12 +107,19 @@ def patch(
     if set(info.attention) <= set(untouched) and selective:
         raise Unsupported(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
-            ["every attention layer of it keeps its own sliding window, so no layer is left to patch"],
+            [
+                "every attention layer of it keeps its own sliding window or has a mixer, so no layer is "
+                "left to patch"
+            ],
         )
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
-    _check_recipe(recipe, chosen)
-    served = {i: _bind(chosen[i], info.layer_info(i), recipe, info.geometry) for i in info.attention}
+    check_recipe(recipe, chosen)
+    served = {
+        i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)
+        for i in info.attention
+        if i not in mixed
+    }
     if strict:
         _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
@@ -120,10 +140,23 @@ def patch(
     if chunk is not None:
         # A step of DECODE_ROWS tokens or fewer would be taken for decode.
         tokens = -(-max(chunk, DECODE_ROWS + 1) // block_multiple) * block_multiple
-        by_prompt = any(pre.lookahead == "prompt" for pre, _ in chosen)
+        by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    if mesh is not None and mixed:
+        mesh.close()
+        raise FarspanError(
+            f"The state of a mixer is not passed between ranks, and this model is spread over {mesh.size}: "
+            "leave mixers out, or patch without parallel in one process."
+        )
+    if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
+        mesh.close()
+        fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
+        raise FarspanError(
+            f"{' and '.join(fed)} needs queries or keys before RoPE or hidden states, which are not passed "
+            f"between ranks, and this model is spread over {mesh.size}: leave parallel out, in one process."
+        )
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(
@@ -145,15 +178,18 @@ def patch(
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
                 "the share of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
-                "the methods": str([(_weighed(a), _weighed(b)) for a, b, _ in served.values()]),
+                "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
             }
         )
-    undo = hf.install(model, info, bound, session, chunking, block_multiple)
+    for index, layer in bound.items():
+        for gate in {m.module for m in layer.methods.values() if m.module is not None}:
+            hf.place_beside(gate, info.attention[index])
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices)
+    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
 
 
 class Patched:
@@ -167,6 +203,8 @@ class Patched:
         undo: list[Callable[[], None]],
         mesh: Mesh | None = None,
         notices: Counter[str] | None = None,
+        geometry: Mapping[str, Any] | None = None,
+        mixed: Mapping[int, Mixed] | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -174,7 +212,29 @@ class Patched:
         self._undo: list[Callable[[], None]] | None = undo
         self._mesh = mesh
         self._notices = Counter() if notices is None else notices
+        self._geometry = dict(geometry or {})
+        self._mixed = dict(mixed or {})
         self._sent_before = self._sent()
+
+    def modules(self) -> dict[int, dict[str, nn.Module]]:
+        """The modules of methods that own parameters (gates): by layer, by the name of the method."""
+        found: dict[int, dict[str, nn.Module]] = {}
+        for index, layer in self._layers.items():
+            for method in layer.methods.values():
+                if method.module is not None:
+                    found.setdefault(index, {})[method.name] = method.module
+        return found
+
+    def recipe(self, method: str, **settings: Any) -> Recipe:
+        """The weights of the modules of the method ``method``, as they are now, for ``patch(recipe=...)``.
+        settings: how they were made, for the record. Raises FarspanError where it owns none."""
+        gates = {index: named[method] for index, named in self.modules().items() if method in named}
+        if not gates:
+            raise FarspanError(
+                f"No layer of this patch has parameters of {method}: name a method that owns a module and "
+                "that some layer runs."
+            )
+        return Recipe.of_modules(method, gates, self._geometry, settings)
 
     def report(self, *, measure_mass: bool = False) -> Report:
         """What has been read since the patch, or since ``reset_report``; measured too, where the patch
@@ -193,7 +253,9 @@ class Patched:
             if i not in self._untouched
         ]
         traffic = dict(self._sent() - self._sent_before)
-        return Report(self._name, layers, dict(self._untouched), traffic, dict(self._notices))
+        mixers = [replace(one.report) for one in self._mixed.values()]
+        untouched = {i: why for i, why in self._untouched.items() if i not in self._mixed}
+        return Report(self._name, layers, untouched, traffic, dict(self._notices), mixers)
 
     def watch(self, observers: Mapping[int, Observer]) -> None:
         """Call ``observer(q, keys, index)`` after every selection of its layer; for patches that measure."""
@@ -204,6 +266,8 @@ class Patched:
         """Start counting anew."""
         for layer in self._layers.values():
             layer.clear_report()
+        for mixer in self._mixed.values():
+            mixer.clear_report()
         self._notices.clear()
         self._sent_before = self._sent()
 
@@ -245,7 +309,7 @@ def resolve(
                 f"A spec joins one prefill and one decode method, as in 'block_topk + quest'; got {spec!r}."
             )
         prefill, decode, spec = parts[0], parts[1], None
-    dense = parse_method("dense")
+    dense = Dense()
     if spec is not None:
         method = parse_method(spec)
         return (
@@ -287,7 +351,7 @@ def _per_layer(
 
 def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
     """Refuse a decode method where every call is a prefill; a method of both phases runs as that."""
-    dense = parse_method("dense")
+    dense = Dense()
     never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
     if never:
         raise Unsupported(
@@ -296,28 +360,6 @@ def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, Attenti
                 "its attention is given keys that are not the cache's own, so every call is a prefill: "
                 "choose a prefill method or dense"
             ],
-        )
-
-
-def _check_recipe(
-    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
-) -> None:
-    """Refuse one recipe for several methods, and one that no method takes."""
-    if recipe is None:
-        return
-    methods = [method for pair in chosen for method in pair]
-    need = [method for method in methods if method.needs_recipe]
-    lack = list(dict.fromkeys(method.name for method in need if not getattr(method, "recipe", "")))
-    if len(lack) > 1:
-        joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
-        raise FarspanError(
-            f"{' and '.join(lack)} need a recipe each, and recipe= is one: name each in its spec, as "
-            f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
-        )
-    if not need:
-        names = sorted({method.name for method in methods if method.selective}) or ["dense"]
-        raise FarspanError(
-            f"A recipe was given that no method takes: {' and '.join(names)} needs none; leave it out."
         )
 
 
@@ -332,73 +374,3 @@ def _check_all_run(
                     f"No layer of this model runs {method}, as its own parameters or its recipe have it, and "
                     "strict=True forbids that: change them, or leave strict out."
                 )
-
-
-def _bind(
-    methods: tuple[AttentionMethod, AttentionMethod],
-    layer: LayerInfo,
-    recipe: Recipe | str | Path | None,
-    geometry: dict[str, Any],
-) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
-    """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
-    bound, reasons = [], {}
-    for phase, method in zip((PREFILL, DECODE), methods, strict=True):
-        served = serve(method, layer, recipe, geometry)
-        if served is None:
-            reasons[phase] = f"{method.name} leaves this layer dense"
-        bound.append(served or parse_method("dense"))
-    return bound[0], bound[1], reasons
-
-
-def _weighed(method: AttentionMethod) -> tuple[object, ...]:
-    """The method with what a recipe has given it, as text can tell it from another."""
-    weights = [
-        x.tolist() if isinstance(x, Tensor) else _weighed(x)
-        for x in vars(method).values()
-        if isinstance(x, Tensor | AttentionMethod)
-    ]
-    return (str(method), [summary.key for summary in method.summaries], weights)
-
-
-def serve(
-    method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
-) -> AttentionMethod | None:
-    """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
-    dense."""
-    if method.couples_heads and layer.tp_size > 1:
-        raise Unsupported(
-            f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
-            ["it decides for all heads of a layer together, and each rank has but some of them"],
-        )
-    over = getattr(method, "over", None)  # a method that this one goes over, with a recipe of its own
-    inner = {} if over is None else learned(over, layer, None, geometry, within=method.name).weights or {}
-    layer = learned(method, layer, recipe, geometry)
-    if inner:
-        layer = replace(
-            layer, weights={**(layer.weights or {}), **{f"over.{n}": x for n, x in inner.items()}}
-        )
-    return method.for_layer(layer)
-
-
-def learned(
-    method: AttentionMethod,
-    layer: LayerInfo,
-    recipe: Recipe | str | Path | None,
-    geometry: dict[str, Any],
-    *,
-    within: str = "",
-) -> LayerInfo:
-    """``layer`` with what the recipe that ``method`` needs has for it; as it is for one that needs none.
-    within: the method that goes over it, if one does."""
-    if not method.needs_recipe:
-        return layer
-    source = getattr(method, "recipe", "") or recipe  # its own comes first: two methods may need one each
-    if source is None:
-        own = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"
-        raise FarspanError(
-            f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-            f"{method.name}' (or farspan.calibrate) and pass {how}."
-        )
-    loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-    return loaded.for_layer(method.name, layer, geometry)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.errors import FarspanError
 from ..attention.method import LayerInfo
@@ -29,6 +29,21 @@ class Recipe:
     geometry: Mapping[str, Any]
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @staticmethod
+    def of_modules(
+        method: str,
+        modules: Mapping[int, nn.Module],
+        geometry: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> Recipe:
+        """A recipe of the parameters and buffers of a method's modules, by layer; they are copied."""
+        tensors = {
+            f"layers.{index}.{name}": x.detach().cpu().clone()
+            for index, module in modules.items()
+            for name, x in module.state_dict().items()
+        }
+        return Recipe(method=method, geometry=dict(geometry), settings=dict(settings), tensors=tensors)
 
     def save(self, path: str | Path) -> Path:
         """Write a folder with recipe.json and recipe.safetensors. Raises FarspanError where it cannot be

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attention.attend import Reads
+from ..attention.lookahead import Lookahead
 from ..attention.method import DECODE, PREFILL
 from ..parallel.mechanisms.call import Travel
 from .measure import Measured
+from .mixers import MixerReport
 from .table import Table
 
 
@@ -27,7 +29,7 @@ class PhaseReport:
     """
 
     method: str
-    lookahead: str = "0"  # as the method declares it
+    lookahead: Lookahead = field(default_factory=Lookahead)  # as the method declares it
     calls: int = 0
     queries: int = 0
     pairs: Any = 0  # while counting, a tensor on a device that nobody need wait for
@@ -80,7 +82,10 @@ class PhaseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what was measured among the rest."""
-        known = asdict(replace(self, measured=None)) | {"fallbacks": dict(self.fallbacks)}
+        known = asdict(replace(self, measured=None)) | {
+            "lookahead": str(self.lookahead),
+            "fallbacks": dict(self.fallbacks),
+        }
         del known["measured"]
         measured = {} if self.measured is None else self.measured.to_dict()
         return {**known, "density": self.density, **measured}
@@ -103,6 +108,7 @@ class Report:
     untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
     traffic: dict[str, int] = field(default_factory=dict)  # every byte that this rank has sent, by collective
     notices: dict[str, int] = field(default_factory=dict)  # what was not done in calls of the model, and why
+    mixers: list[MixerReport] = field(default_factory=list)  # layers without attention, which read no pairs
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -150,6 +156,7 @@ class Report:
             "traffic": dict(self.traffic),
             "untouched": {str(layer): reason for layer, reason in self.untouched.items()},
             "notices": dict(self.notices),
+            "mixers": [asdict(mixer) for mixer in self.mixers],
         }
 
     def __str__(self) -> str:
@@ -181,12 +188,18 @@ class Report:
             )
             lines += [f"  {name}: {why}" for name, why in sorted(totals["mechanisms"].items())]
         prefills = [layer.phases[PREFILL] for layer in self.layers]
-        for method in sorted({p.method for p in prefills if p.calls and p.lookahead == "prompt"}):
+        for method in sorted({p.method for p in prefills if p.calls and p.lookahead.is_prompt}):
             lines.append(f"{method} selects by a prompt's last queries: no likelihoods of its earlier tokens")
         for reason, count in sorted(totals["fallbacks"].items()):
             lines.append(f"read everything in {count} layer calls: {reason}")
         for reason, count in sorted(self.notices.items()):
             lines.append(f"in {count} calls of the model: {reason}")
+        for name, size in sorted({(x.mixer, x.state_bytes) for x in self.mixers}):
+            same = [x for x in self.mixers if (x.mixer, x.state_bytes) == (name, size)]
+            lines.append(
+                f"mixer {name} in layers {_ranges([x.layer for x in same])}: no pairs, a state of "
+                f"{as_bytes(size)} a row and layer; {sum(x.calls for x in same)} calls"
+            )
         for reason in sorted(set(self.untouched.values())):
             names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
             lines.append(f"not patched, layers {names}: {reason}")

@@ -59,7 +59,7 @@ def stretch(config: Any, rope: str) -> None:
     """
     kind, value = parse_rope(rope)
     text = config.get_text_config()
-    name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "this model")
+    name = getattr(config, "name_or_path", "") or getattr(config, "model_type", "this model")
     refusal = f"Cannot stretch the positions of {name} by rope={rope!r}"
     original = getattr(text, "max_position_embeddings", None)
     parameters = getattr(text, "rope_parameters", None)

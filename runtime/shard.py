@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attention.errors import FarspanError
 from ..attention.summary import Summaries
 from ..parallel.group.comm import Ranks
-from ..parallel.mechanisms.call import Call, Rows
+from ..parallel.mechanisms.call import Call, Shard
 from ..parallel.mechanisms.layout import Layout, Split
 from .cache import KVStore
 
@@ -39,10 +39,10 @@ class ShardStore(KVStore):
         return self._total
 
     @property
-    def rows(self) -> Rows:
-        """What this rank holds."""
+    def shard(self) -> Shard:
+        """The keys and values that this rank holds."""
         assert self.kv is not None
-        return Rows(self.kv, self.layout)
+        return Shard(self.kv, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
         """Store this rank's part of new rows [B, Hkv, t, D] that every rank has: owned in blocks, each by the
@@ -53,7 +53,7 @@ class ShardStore(KVStore):
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
-        """Store the rows [B, Hkv, split.rows, D] that this rank has computed, filling left out."""
+        """Store the rows [B, Hkv, split.rows, D] that this rank has computed, without split padding."""
         rank = self.ranks.rank
         layout = self.layout.extended(split.layout())
         self._take(split.real(k, rank), split.real(v, rank), layout, split.end)
@@ -63,12 +63,12 @@ class ShardStore(KVStore):
         self.layout, self._total = layout, end
         assert self.layout.count(self.ranks.rank) == self.length
 
-    def replace(self, rows: Rows) -> None:
-        """Hold these instead."""
+    def replace(self, shard: Shard) -> None:
+        """Hold ``shard`` instead."""
         self._buffers = ()
         self._resize(0)
-        self.extend(rows.kv)
-        self.layout = rows.layout
+        self.extend(shard.kv)
+        self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length
 
     def _drop_summaries(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.attend import attend
+from ..attention.attend import DECODE_ROWS
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
-from ..attention.keys import Keys, State
-from ..attention.kv import KV
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from ..attention.softmax import Softmax
-from ..attention.summary import Summaries
 from . import hf
+from .bind import serve
+from .cache import KVStore
 from .crossover import Measured, check_kept, geometry, keep
-from .patch import resolve, serve
+from .layer_call import LayerCall, LocalKeys
+from .patch import resolve
 from .recipe import Recipe
 
 LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}
+_DENSE = Dense()
 _ROUGHLY = 20.0  # seconds: lengths at which one dense call would take longer are left out
 
 
@@ -39,8 +41,9 @@ def tune(
 ) -> list[Measured]:
     """Measure the crossover of each spec on the model's device and keep it in the user's cache folder.
 
-    One layer's attention, selection included, on random tensors of the model's geometry, beside farspan's
-    dense attention. ``patch(..., crossover="auto")`` then runs a method densely on fewer keys.
+    One layer's attention, selection included and at decode the append of the new token, on random tensors of
+    the model's geometry, beside farspan's dense attention. ``patch(..., crossover="auto")`` then runs a
+    method densely on fewer keys.
 
     lengths: numbers of keys, ascending (by default 512 to 16K in prefill, 1K to 128K at decode); those at
     which one dense call would pass 20 s are left out. repeats:
@@ -103,9 +106,9 @@ def _compare(
     method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any, repeats: int
 ) -> tuple[float, float]:
     """Median seconds of (dense, method): a whole prefill, or one decode step averaged over several."""
-    runs = [_Run(m, phase, layer, length, model) for m in (Dense(), method)]
     times: list[list[float]] = [[], []]
     with torch.no_grad():
+        runs = [_Run(m, phase, layer, length, model) for m in (_DENSE, method)]
         for repeat in range(repeats + 1):
             for run, seconds in zip(runs, times, strict=True):
                 taken = run.timed()
@@ -115,47 +118,50 @@ def _compare(
 
 
 class _Run:
-    """Attention of one layer over random keys, as a patched layer would call it."""
+    """One layer of a patched model on a store of random keys."""
 
     def __init__(self, method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any):
-        self.method, self.phase, self.length = method, phase, length
+        self.phase, self.length, self.softmax = phase, length, Softmax(layer.head_dim**-0.5)
         period = method.cost(phase, length).period  # of cheap and dear steps: a whole one is timed
         self.steps = 1 if phase == PREFILL else period if period > 1 else 4
         how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         kv = (1, layer.num_kv_heads, length + self.steps, layer.head_dim)
-        rows = length if phase == PREFILL else self.steps
         self.k, self.v = torch.randn(kv, **how), torch.randn(kv, **how)
-        self.q = torch.randn(1, layer.num_heads, rows, layer.head_dim, **how)
-        self.scale = layer.head_dim**-0.5
-        self.summaries, self.state = Summaries(), State()
-        if phase == DECODE:
-            method.on_prefill_end(self.q[:, :, :1], self._keys(length, 1))
-            self._step(0)  # takes the prompt into the summaries
+        self.store = KVStore()
+        self.store.append(self.k[:, :, :length], self.v[:, :, :length])
+        if phase == PREFILL:
+            self.call = LayerCall(method, _DENSE)
+            self.q = torch.randn(1, layer.num_heads, length, layer.head_dim, **how)
+            return
+        self.call = LayerCall(_DENSE, method)
+        self.q = torch.randn(1, layer.num_heads, self.steps, layer.head_dim, **how)
+        last = min(length, DECODE_ROWS + 1)  # so many queries are a prefill, after which the method sets up
+        self._attend(torch.randn(1, layer.num_heads, last, layer.head_dim, **how))
+        self.states = self.store.states
 
-    def _keys(self, length: int, tq: int) -> Keys:
-        return Keys(
-            kv=KV(self.k[:, :, :length], self.v[:, :, :length]),
-            tq=tq,
-            softmax=Softmax(self.scale),
-            state=self.state,
-            summaries=self.summaries,
-        )
+    def _attend(self, q: Tensor) -> None:
+        assert self.store.kv is not None
+        self.call(LocalKeys(q, self.store.kv, self.softmax, store=self.store))
 
-    def _step(self, step: int) -> Tensor:
-        q = self.q[:, :, step : step + 1]
-        return attend(self.method, DECODE, q, self._keys(self.length + step + 1, 1))[0].out
+    def _step(self, step: int) -> None:
+        at = slice(self.length + step, self.length + step + 1)
+        self.store.append(self.k[:, :, at], self.v[:, :, at])
+        self._attend(self.q[:, :, step : step + 1])
 
     def timed(self) -> float:
+        """Seconds of a prefill, or of a decode step with its append, the mean over ``steps``."""
         cuda = self.k.device.type == "cuda"
         if self.phase == PREFILL:
-            self.summaries, self.state = Summaries(), State()
-        else:
-            self.summaries.crop(self.length)
+            self.store.summaries.clear()
+            self.store.states.clear()
+        else:  # the steps of the last time are undone
+            self.store.crop(self.store.length - self.length)
+            self.store.states = copy.deepcopy(self.states)
         if cuda:
             torch.cuda.synchronize(self.k.device)
         begin = time.perf_counter()
         if self.phase == PREFILL:
-            attend(self.method, PREFILL, self.q, self._keys(self.length, self.length))
+            self._attend(self.q)
         else:
             for step in range(self.steps):
                 self._step(step)

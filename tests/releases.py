@@ -29,6 +29,7 @@ SUITES = [
     "tests/test_cli.py",
     "tests/test_cli_input.py",
     "tests/test_bad_commands.py",
+    "tests/test_private_apis.py",
 ]
 
 

@@ -163,7 +163,7 @@ def test_imports_go_down_only(number):
     assert not wrong
 
 
-@pytest.mark.parametrize("layer", ["evals", "cli"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_no_file_is_in_an_import_circle(layer):
     """Imports inside functions count: they hide a circle and do not open it."""
     files = {
@@ -176,6 +176,18 @@ def test_no_file_is_in_an_import_circle(layer):
     }
     assert any(imports.values())
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the files
+
+
+def test_files_are_short():
+    """A method is read at one sitting: 150 lines for a file that defines one, 400 for any other of
+    attention/."""
+    defining = {Path(sys.modules[cls.__module__].__file__) for cls in farspan.methods().values()}
+    limits = {file: 150 if file in defining else 400 for file in (ROOT / "attention").rglob("*.py")}
+    assert len(defining & limits.keys()) >= 20
+    long = {
+        str(f.relative_to(ROOT)) for f, limit in limits.items() if len(f.read_text().splitlines()) > limit
+    }
+    assert not long
 
 
 def test_transformers_is_touched_in_two_folders():

@@ -15,6 +15,7 @@ from ..kv import KV
 from ..partial import Partial, empty_partial, merge
 from ..softmax import Softmax
 from . import products
+from .torch_private import flash_attention_cpu, flash_attention_cuda
 
 _FEW_KEYS = 2048  # causal rows that see fewer keys gain nothing by products, nor do narrow heads
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
@@ -65,10 +66,7 @@ def attend(
             and q.shape[-1] % 8 == 0
             and q.shape[-1] <= 256
         ):
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[
-                :2
-            ]
-            return Partial(out, lse)
+            return Partial(*flash_attention_cuda(q, k, v, causal=causal, scale=scale))
     return math(q, k, v, softmax, causal=causal, mask=mask)
 
 
@@ -85,9 +83,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = k if k.stride(-1) == 1 else k.contiguous()
     v = v if v.stride(-1) == 1 else v.contiguous()
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
+    out, lse = flash_attention_cpu(q, k, v, causal=causal, bias=bias, scale=scale)
     if mask is not None:  # the kernel returns lse 0, not -inf, for a row that reads nothing
         none = ~mask.any(-1).expand(q.shape[:3])
         lse, out = lse.masked_fill(none, -torch.inf), out.masked_fill(none[..., None], 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..partial import Partial
 from ..softmax import Softmax
-from .processor import has_amx, has_bf16_dots
+from .torch_private import cpu_has_amx, cpu_has_bf16_dots
 
 _ROWS, _KEYS = 256, 2048
 _FEWEST_ROWS, _FEWEST_KEYS = 128, 512  # below these, starting the operations costs more than is won
@@ -41,7 +41,7 @@ def serves(q: Tensor, k: Tensor, scale: float) -> bool:
 
 def _cpu_has_products() -> bool:
     # With AMX torch's own kernel multiplies in AMX tiles, too: there is nothing to win there.
-    return has_bf16_dots() and not has_amx()
+    return cpu_has_bf16_dots() and not cpu_has_amx()
 
 
 def attend(

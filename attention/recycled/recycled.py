@@ -8,15 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import topk_positions
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..gqa import group_scores
-from ..index import Index, TokenIndex
 from ..keys import Keys
 from ..kv import KV
-from ..method import AttentionMethod, require
-from ..ops.scores import scores
+from ..method import AttentionMethod
+from ..selection import Index, TokenIndex
+from .kept_set import choose, enter, replace_sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +23,24 @@ class Recycled(AttentionMethod):
     """Full attention every ``stride`` steps; between, only the k keys that step attended to most
     (2411.05787).
 
-    Prefill is dense and its last query picks the first set: the top k keys per layer and KV head by that
-    query's attention, combined over the group's heads by ``gqa_reduce``. A recycled step reads the set alone;
-    the new token enters it in place of the lowest-ranked key left, and once all k have been replaced, of the
-    oldest newcomer. A full step reads everything (the full cache holds the generated tokens too) and picks
-    the set anew.
+    Prefill is dense, and its last query chooses the first set: the top k keys per layer and KV head by that
+    query's attention, combined over the group's heads by ``gqa_reduce``. A recycled step reads the set alone.
+    The new token enters the set in place of the lowest-ranked key that is left and, once all k have been
+    replaced, of the oldest newcomer. A full step reads everything, generated tokens included, and chooses the
+    set anew.
 
     dynamic=true replaces the stride by the query-similarity schedule: every ``qc`` steps the query is
-    compared with that of the last full step by cosine, and a mean below ``s`` makes the step full; the mean
-    is over the heads of a layer (scope=layer, the paper's) or of a KV head (scope=kv_head), which then
-    refreshes on its own.
+    compared with that of the last full step by cosine, and a mean below ``s`` makes the step full. The mean
+    is over the heads of a layer (scope=layer, the paper's) or of a KV head (scope=kv_head), whose set is then
+    refreshed alone.
 
-    pool=p lets a key count as much as the best of the p positions around it (SnapKV's pooling, 2404.14469),
-    so that what follows an attended key comes along; 1, the default, is the paper's plain top k.
+    pool=p ranks a key by the highest attention among the p positions around it (SnapKV's pooling,
+    2404.14469), so that the neighbours of an attended key are read too; 1, the default, is the paper's plain
+    top k.
 
-    The set's keys and values are kept side by side, so a recycled step touches k rows and nothing else
-    (where peers hold keys too, each reads its part of the set in place). Saves reads, not memory. State per
-    row: set, clock, last full query; a crop makes the next step full.
+    The set's keys and values are stored side by side, so a recycled step reads k rows and nothing else (over
+    ranks, each reads its part of the set in place). This saves reads, not memory. A crop makes the next step
+    full.
     """
 
     name: ClassVar[str] = "recycled"
@@ -111,8 +111,8 @@ class Recycled(AttentionMethod):
         )
 
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
-        """Advance every row by one token, the ``length``-th; says which (row, KV head) read everything: [B,
-        Hkv] bool."""
+        """Advance every row by one token, the ``length``-th. -> [B, Hkv] bool: which KV heads of which rows
+        read everything."""
         everything = torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool)
         if length - min(keys.starts or [0]) <= self.k:
             keys.state.clear()
@@ -128,77 +128,26 @@ class Recycled(AttentionMethod):
             if length - first <= self.k:
                 full[b] = True
         if not bool(full.all()):
-            self._enter(keys, length - 1, clock)
+            enter(keys, length - 1, self.k)
         if bool(full.any()):
             self._refresh(q, keys, length, full)
         return full
 
     def _due(self, q: Tensor, keys: Keys, clock: Tensor) -> Tensor:
+        """[B, Hkv] bool: for which KV heads this step is a full one."""
         if not self.dynamic:
             return (clock >= self.stride) | (clock <= 0)
-        asked = (clock % self.qc == 0) & (clock > 0)
-        if not bool(asked.any()):
+        compared = (clock % self.qc == 0) & (clock > 0)
+        if not bool(compared.any()):
             return clock <= 0
         last = keys.state["q"]  # [B, H, D]
         cosine = torch.cosine_similarity(q[:, :, 0].float(), last.float(), dim=-1)
         cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
         if self.scope == "layer":
             cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
-        return (asked & (cosine < self.s)) | (clock <= 0)
-
-    def _enter(self, keys: Keys, position: int, clock: Tensor) -> None:
-        """The new token takes the slot of the lowest-ranked key that is left (slots are in order of rank)."""
-        state = keys.state
-        slots = self.k - 1 - (clock.clamp(min=1) - 1) % self.k
-        new = keys.kv[:, :, position : position + 1] if keys.peers is None else None
-        sources = {} if new is None else {"k": new.k, "v": new.v}
-        same = int(slots.view(-1)[0])
-        if bool((slots == same).all()):
-            state["tokens"][:, :, same] = position
-            for name, source in sources.items():
-                state[name][:, :, same] = source[:, :, 0]
-            return
-        slots = slots.to(keys.kv.device)[..., None]  # [B, Hkv, 1]
-        state["tokens"].scatter_(2, slots, position)
-        for name, source in sources.items():
-            state[name].scatter_(2, slots[..., None].expand_as(source), source)
+        return (compared & (cosine < self.s)) | (clock <= 0)
 
     def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
-        """Pick the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
-        here = keys.held(length)
-        k, places, peers = keys.read_all_keys()[:, :, :here], keys.places()[:here], keys.peers
-        logits = scores(q, k, keys.softmax)
-        ranked = group_scores(logits, _from(keys.start, places), self.gqa_reduce, peers)[:, :, 0]
-        if self.pool > 1:
-            if peers is not None:  # a key's neighbours may be elsewhere
-                ranked, peers = peers.gather(ranked, length), None
-                places = torch.arange(length, device=q.device)
-            ranked = torch.nn.functional.max_pool1d(ranked, self.pool, stride=1, padding=self.pool // 2)
-            if keys.start is not None:
-                ranked = ranked.masked_fill(places < keys.start[:, None, None], -torch.inf)
-        tokens = topk_positions(ranked, self.k, peers)  # [B, Hkv, k]
-        fresh = {
-            "tokens": tokens,
-            "clock": torch.zeros_like(full, dtype=torch.long),
-            "q": q[:, :, 0].clone(),
-        }
-        if keys.peers is None:
-            chosen_rows = keys.kv.gather(tokens)
-            fresh |= {"k": chosen_rows.k, "v": chosen_rows.v}
-        if keys.starts is not None:
-            # Rows with fewer keys than the set: no set yet, they go on reading everything.
-            short = torch.tensor([length - first <= self.k for first in keys.starts])
-            fresh["clock"][short] = -1
-        if bool(full.all()) or not keys.state:
-            keys.state.update(fresh)
-            return
-        for name, new in fresh.items():
-            old = keys.state[name]
-            chosen = full if name != "q" else full.repeat_interleave(old.shape[1] // full.shape[1], 1)
-            chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
-            keys.state[name] = torch.where(chosen, new, old)
-
-
-def _from(start: Tensor | None, places: Tensor) -> Tensor | None:
-    """[B, 1, N] bool: which of the keys at ``places`` [N] belong to their row; None where all do."""
-    return None if start is None else (places >= start[:, None])[:, None]
+        """Choose the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
+        tokens = choose(q, keys, length, self.k, self.gqa_reduce, self.pool)
+        replace_sets(q, keys, length, tokens, full)

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..block_shares import antidiagonal_shares
 from ..blocks import Grid, covering
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import reduce_group
-from ..index import Index
 from ..keys import Keys
-from ..method import AttentionMethod, require
-from ..ops.scores import scores
-
-_TILE = {"cpu": 1 << 20, "cuda": 1 << 27}  # probabilities held at a time
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
+from ..needs import Needs
+from ..selection import Index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Antidiagonal(AttentionMethod):
-    """The blocks that hold most of an attention map, told from its antidiagonals (XAttention, 2503.16428).
+    """The blocks that hold most of an attention map, estimated from its antidiagonals (XAttention,
+    2503.16428).
 
-    A tile of S = ``stride`` queries and S keys is judged by the mean logit on its antidiagonal: its last
-    query with its first key, the one before with the second, and so on, every query and every key once.
-
-        S = 4      k 0 1 2 3
-                 q 0       x
-                   1     x
-                   2   x
-                   3 x
-
-    Per head, softmax over the tiles that begin no later than the queries' own gives each tile its share. A
-    key block of B = ``block`` has the share of its tiles, added up over the B queries of a query block. Read
-    are the first key block, the query block's own, and then those with the largest shares until ``mass`` (the
-    paper's tau) of the total is reached. ``gqa_reduce``: "none", each head for itself as in the paper, or one
-    set for a group by the "sum" or the "max" of its heads' shares.
+    ``antidiagonal_shares`` gives each block of ``block`` keys its share, with tiles of S = ``stride`` queries
+    and keys; a tile of queries sees the tiles of keys that begin no later than itself. The first key block
+    and the query block's own are always read. Those with the largest shares follow until ``mass`` (the
+    paper's tau) of the total is reached. ``gqa_reduce``: "none", each head selects alone as in the paper, or
+    one selection for a group by the "sum" or the "max" of its heads' shares.
 
     The sums need every number of every key, and no summary smaller than the keys gives them: raw keys are
     read, S times less often than by attention itself. Decode is dense.
@@ -47,8 +39,6 @@ class Antidiagonal(AttentionMethod):
     name: ClassVar[str] = "antidiagonal"
     title: ClassVar[str] = "XAttention (antidiagonal scoring)"
     paper: ClassVar[str] = "2503.16428"
-    lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
 
     mass: float = 0.9
     stride: int = 16
@@ -61,6 +51,14 @@ class Antidiagonal(AttentionMethod):
             raise SpecError(
                 f"antidiagonal takes a block of whole strides; got block={self.block}, stride={self.stride}."
             )
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:
@@ -78,32 +76,10 @@ class Antidiagonal(AttentionMethod):
         if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
-        shares = reduce_group(self._shares(q, keys), self.gqa_reduce)
+        seen = torch.arange(keys.past, keys.length, self.stride) // self.stride + 1
+        k = keys.read_all_keys()
+        shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
+        shares = reduce_group(shares, self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         size = covering(shares, forced, self.mass)
         return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)
-
-    def _shares(self, q: Tensor, keys: Keys) -> Tensor:
-        """Each key block's share of a query block's estimated attention, [1, Hkv, G, Nq, Nk], of a total of
-        B / S per query block."""
-        s, block, per = self.stride, self.block, self.block // self.stride
-        k = keys.read_all_keys()
-        k = pad(k, (0, 0, 0, -k.shape[2] % block)).unflatten(2, (-1, s)).flatten(3)  # [1, Hkv, Nk B / S, S D]
-        # Turned round, so that a query meets the key on its antidiagonal in the same place.
-        q = pad(q, (0, 0, 0, -q.shape[2] % s)).unflatten(2, (-1, s)).flip(3).flatten(3)
-        starts = torch.arange(keys.past, keys.length, s, device=q.device)  # of each S queries
-        cols = torch.arange(k.shape[2], device=q.device) * s
-        most = _TILE.get(q.device.type, _TILE["cpu"])
-        step = per * max(1, most // (q.shape[1] * per * k.shape[2]))
-        tiles = []
-        for a in range(0, len(starts), step):
-            rows = starts[a : a + step]
-            seen = (keys.past + (a + len(rows) - 1) * s) // block * per + per  # up to the end of a key block
-            logits = scores(
-                q[:, :, a : a + step], k[:, :, :seen], replace(keys.softmax, scale=keys.softmax.scale / s)
-            )
-            logits.masked_fill_(cols[:seen] > rows[:, None], -torch.inf)
-            share = torch.softmax(logits, -1).unflatten(4, (-1, per)).sum(5)
-            share = pad(share, (0, (k.shape[2] - seen) // per, 0, -len(rows) % per))
-            tiles.append(share.unflatten(3, (-1, per)).sum(4))
-        return torch.cat(tiles, 3)

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..blocks import Grid
 from ..budget import check_budget
+from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
-from ..index import Index
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
 from ..ops.pool import pool
 from ..ops.scores import scores
+from ..selection import Index
 from ..summary import BlockPool, Summary
 
 
@@ -32,7 +34,6 @@ class BlockTopK(AttentionMethod):
     name: ClassVar[str] = "block_topk"
     title: ClassVar[str] = "Mean-pooled block top-k"
     paper: ClassVar[str] = ""
-    lookahead: ClassVar[str] = "block - 1"
 
     k: int | None = 1024
     fraction: float | None = None
@@ -42,6 +43,10 @@ class BlockTopK(AttentionMethod):
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
         require(self, block=(1, None), gqa_reduce=("sum", "max", "none"))
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
 
     @property
     def block_multiple(self) -> int:
@@ -78,5 +83,5 @@ class BlockTopK(AttentionMethod):
         ranked = group_scores(logits, (grid.cols < grid.first[:, None])[None], self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         # A query block off the grid has two own blocks.
-        most = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * len(grid.cols)))
-        return grid.choose(ranked, forced, self._size(grid.last), most)
+        max_blocks = max(3, (self.k or 0) // self.block, round((self.fraction or 0.0) * len(grid.cols)))
+        return grid.choose(ranked, forced, self._size(grid.last), max_blocks)

@@ -1,4 +1,4 @@
-"""The ceiling of block-sparse prefill: blocks chosen by the attention they really hold."""
+"""The ceiling of block-sparse prefill: blocks chosen by the attention that they hold."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..block_shares import block_shares
 from ..blocks import Grid, covering
+from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import reduce_group
-from ..index import Index
 from ..keys import Keys
-from ..method import AttentionMethod, require
-from ..ops.scores import scores
-
-_TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
+from ..needs import Needs
+from ..selection import Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +25,17 @@ class Oracle(AttentionMethod):
     """Each block of queries reads the key blocks that hold most of its true attention.
 
     The true share of a block is the softmax over all visible keys, summed over its keys and over the queries
-    of the query block. Read are those the queries lie in, and then the largest, until they hold ``mass`` of
-    the total or are k tokens or a ``fraction`` of the visible ones, whatever of these is given and comes
-    first. No selection of as many blocks of this size, these among them, holds more attention. To know it
-    costs what dense attention costs: this is a measure for other methods, not one of them. ``gqa_reduce``:
-    "none", each head for itself, or one set for a group by the "sum" or the "max" of its heads' shares.
+    of the query block. The blocks that the queries lie in are always read. The largest others follow, until
+    ``mass`` of the total is held, or k tokens or a ``fraction`` of the visible ones are read, whichever comes
+    first. No other choice of as many blocks of this size holds more attention. The shares cost what dense
+    attention costs, so this method measures other methods and saves nothing itself. ``gqa_reduce``: "none",
+    each head selects alone, or one selection for a group by the "sum" or the "max" of its heads' shares.
     Decode is dense.
     """
 
     name: ClassVar[str] = "oracle"
     title: ClassVar[str] = "Oracle (true block masses)"
     paper: ClassVar[str] = ""
-    lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
 
     mass: float | None = 0.9
     k: int | None = None
@@ -48,6 +46,14 @@ class Oracle(AttentionMethod):
     def __post_init__(self) -> None:
         require(self, mass=(1e-6, 1.0), k=(1, None), fraction=(1e-6, 1.0), block=(1, None))
         require(self, gqa_reduce=("sum", "max", "none"))
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:
@@ -74,26 +80,12 @@ class Oracle(AttentionMethod):
         if self._covers(keys.length):
             return None
         grid = Grid.of(keys, self.block, self.block)
-        shares = reduce_group(self._shares(q, keys, grid), self.gqa_reduce)  # [1, Hs, Nq, Nk]
+        seen = torch.arange(keys.past, keys.length) + 1
+        k, block = keys.read_all_keys(), self.block
+        shares = block_shares(q, k, seen, block, block, keys.softmax)
+        shares = reduce_group(shares, self.gqa_reduce)  # [1, Hs, Nq, Nk]
         forced = grid.between(grid.first, grid.last)
         size = self._size(grid.last, keys.length)
         if self.mass is not None and self.mass < 1:
             size = torch.minimum(size, covering(shares, forced, self.mass))
         return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)
-
-    def _shares(self, q: Tensor, keys: Keys, grid: Grid) -> Tensor:
-        """[1, Hkv, G, Nq, Nk]: the attention that each query block pays each key block, of as much as it has
-        queries."""
-        k, block, length = keys.read_all_keys(), self.block, keys.length
-        nk, cols = len(grid.cols), torch.arange(length, device=q.device)
-        most = _TILE.get(q.device.type, _TILE["cpu"])
-        step = block * max(1, most // (q.shape[1] * block * length))
-        tiles = []
-        for a in range(0, q.shape[2], step):
-            rows = torch.arange(keys.past + a, min(keys.past + a + step, length), device=q.device)
-            seen = keys.past + a + len(rows)
-            logits = scores(q[:, :, a : a + step], k[:, :, :seen], keys.softmax)
-            share = torch.softmax(logits.masked_fill_(cols[:seen] > rows[:, None], -torch.inf), -1)
-            share = pad(share, (0, nk * block - seen, 0, -len(rows) % block))
-            tiles.append(share.unflatten(4, (nk, block)).sum(5).unflatten(3, (-1, block)).sum(4))
-        return torch.cat(tiles, 3)

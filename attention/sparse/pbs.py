@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..block_shares import antidiagonal_shares
+from ..blocks import marked
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..gqa import reduce_group
-from ..index import BlockIndex, Index
+from ..gqa import gather_head_rows, reduce_group
 from ..keys import Keys, State
-from ..method import AttentionMethod, require
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
+from ..needs import Needs
 from ..ops.pool import pool
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
-
-_TILE = 1 << 21  # antidiagonal probabilities held at a time
+from ..selection import BlockIndex, Index
 
 
 @dataclass(frozen=True, kw_only=True)
 class PBS(AttentionMethod):
     """Block-sparse attention over keys in another order (PBS-Attn, 2510.21270).
 
-    Within each complete segment of S = ``segment`` keys, keys and values are put in order of their
-    importance, highest first: the mean attention that the call's last b = ``block`` queries pay them. Blocks
-    of b queries and of b keys so ordered are scored as softmax(q_mean . k_mean / sqrt(D)) over the blocks of
-    earlier segments, and the smallest set that holds ``mass`` of it is read, besides the block with token 0
-    and, whole, the query block's own segment (both segments where a cache has put the query blocks off the
-    segments' grid). What a query sees goes by position, never by order.
+    Within each complete segment of S = ``segment`` keys, keys and values are sorted by importance, highest
+    first: the mean attention that a key receives from the call's last b = ``block`` queries. Blocks of b
+    queries and of b sorted keys are scored as softmax(q_mean . k_mean / sqrt(D)) over the blocks of earlier
+    segments. The smallest set that holds ``mass`` of it is read. Besides, the block with token 0 and the
+    whole segment of the query block are read (both segments where a query block lies in two, as after a
+    cached prompt). Which keys a query sees depends on their positions, never on their order.
 
-    select: "mean", or "antidiagonal" for XAttention's scores (2503.16428) in the new order: the softmax over
-    sums of q . k along every ``stride``-th antidiagonal, added up per block.
-    gqa_reduce: whether the heads of a group have one order and one selection, by the "sum" or the "max" of
-    their importances and scores, or each its own ("none", the paper's, which repeats keys to query heads).
+    select: "mean", or "antidiagonal" for XAttention's scores of the sorted keys (``antidiagonal_shares``).
+    gqa_reduce: "sum" or "max" of the heads' importances and scores gives the heads of a group one order and
+    one selection; with "none" each head has its own (the paper, which repeats keys to query heads).
 
-    The importances need every raw key: they are read once for them, in ``prepare_prefill``, and once for the
-    means of the sorted blocks. A chunk of a prompt is judged by its own last queries, so that chunks read
-    other keys than the prompt whole would (law 3 does not hold): each chunk the definition's. The official
-    code has no causal mask in the importances and leaves the keys after the last complete segment out of
-    their softmax, and pools a last query block that is not full as if zeros filled it; here all of that is
-    exact.
+    The importances need every raw key. Keys are read once for them, in ``prepare_prefill``, and once for the
+    means of the sorted blocks. Each chunk of a prompt is sorted by its own last queries, so chunks read other
+    keys than the whole prompt would (law 3 does not hold); each chunk follows the definition. The official
+    code has no causal mask in the importances, leaves the keys after the last complete segment out of their
+    softmax, and pools a last query block that is not full as if padded with zeros; here all of that is exact.
     """
 
     name: ClassVar[str] = "pbs"
     title: ClassVar[str] = "PBS-Attn"
     paper: ClassVar[str] = "2510.21270"
-    lookahead: ClassVar[str] = "prompt"
-    reads_keys: ClassVar[bool] = True
 
     mass: float = 0.9
     block: int = 128
@@ -65,13 +62,20 @@ class PBS(AttentionMethod):
         require(self, mass=(1e-6, 1.0), block=(1, None), segment=(1, None), stride=(1, None))
         require(self, select=("mean", "antidiagonal"), gqa_reduce=("sum", "max", "none"))
         if self.segment % self.block:
-            raise SpecError(
-                f"pbs takes a segment of whole blocks; got segment={self.segment}, block={self.block}."
-            )
+            given = f"segment={self.segment}, block={self.block}"
+            raise SpecError(f"pbs takes a segment of whole blocks; got {given}.")
         if self.select == "antidiagonal" and self.block % self.stride:
             raise SpecError(
                 f"pbs takes a stride that divides the block; got stride={self.stride}, block={self.block}."
             )
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.prompt()
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(keys=True)
 
     @property
     def block_multiple(self) -> int:
@@ -90,8 +94,7 @@ class PBS(AttentionMethod):
         return self.mass == 1 or length <= self.segment
 
     def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
-        """order [1, Hs, W] int32, of the W keys in complete segments; means [1, Hs, W / b, D] of its
-        blocks."""
+        """order [1, Hs, W] int32 of the W keys in complete segments, means [1, Hs, W / b, D] of blocks."""
         whole = keys.length // self.segment * self.segment
         if self._covers(keys.length):
             return {}
@@ -101,30 +104,25 @@ class PBS(AttentionMethod):
         order += torch.arange(0, whole, self.segment, device=q.device)[:, None]
         found = {"order": order.flatten(2).int()}
         if self.select == "mean":
-            found["means"] = pool(self._sorted(keys, found["order"]), self.block, mode="mean")
+            k = gather_head_rows(keys.read_all_keys(), found["order"])
+            found["means"] = pool(k, self.block, mode="mean")
         return found
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
-        block, per, device = self.block, self.segment // self.block, q.device
-        tq, length = q.shape[2], keys.length
-        nq, nk = -(-tq // block), -(-length // block)
-        most = (keys.past + (nq - 1) * block) // self.segment * per  # key blocks of earlier segments
-        if self.mass == 1 or most == 0:
+        block, per, device, length = self.block, self.segment // self.block, q.device, keys.length
+        begins = torch.arange(keys.past, length, block)  # of the query blocks, on the host
+        first_own = begins // self.segment * per  # key blocks of earlier segments are before this one
+        if self.mass == 1 or int(first_own[-1]) == 0:
             return None
-        begins = keys.past + torch.arange(nq, device=device) * block
-        first_own = begins // self.segment * per
-        last_own = (torch.clamp(begins + block, max=length) - 1) // self.segment * per + per - 1
-        cols = torch.arange(nk, device=device)
-        earlier = cols[:most] < first_own[:, None]  # [Nq, most]
-        whole = length // self.segment * self.segment
+        last_own = ((begins + block).clamp(max=length) - 1) // self.segment * per + per - 1
+        whole, nk = length // self.segment * self.segment, -(-length // block)
         order = keys.prepared["order"][..., :whole]
-        estimate = self._mean_scores if self.select == "mean" else self._antidiagonal_scores
-        chosen, counts = by_mass(estimate(q, keys, order[..., : most * block], earlier), self.mass)
-        chosen = chosen.masked_fill(torch.arange(chosen.shape[3], device=device) >= counts[..., None], nk)
-        read = torch.zeros(*counts.shape, nk + 1, dtype=torch.bool, device=device).scatter_(3, chosen, True)
+        shares = self._shares(q, keys, order[..., : int(first_own[-1]) * block], first_own)
+        chosen = marked(*by_mass(shares, self.mass), nk)
+        cols = torch.arange(nk, device=device)
         holds_first = cols == (order[..., : self.segment] == 0).int().argmax(-1, keepdim=True) // block
-        own = (cols >= first_own[:, None]) & (cols <= last_own[:, None])
-        read = read[..., :nk] | own | holds_first[:, :, None]
+        first_own, last_own = (x.to(device)[:, None] for x in (first_own, last_own))
+        read = chosen | ((cols >= first_own) & (cols <= last_own)) | holds_first[:, :, None]
         blocks, counts = by_threshold(read.float(), 0.5)
         rest = torch.arange(whole, length, device=device, dtype=order.dtype).expand(*order.shape[:2], -1)
         return BlockIndex(
@@ -135,39 +133,17 @@ class PBS(AttentionMethod):
             key_order=torch.cat([order, rest], 2),
         )
 
-    def _sorted(self, keys: Keys, order: Tensor) -> Tensor:
-        """The keys in another order, [1, Hs, W, D]."""
-        k = keys.read_all_keys()
-        hkv = k.shape[1]
-        parts = [gather_rows(k, part) for part in order.unflatten(1, (hkv, -1)).unbind(2)]
-        return torch.stack(parts, 2).flatten(1, 2)
-
-    def _mean_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
-        """[1, Hs, Nq, most]: each head's share of its attention over the blocks of earlier segments."""
-        means = keys.prepared["means"][:, :, : earlier.shape[1]]
-        logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
-        shares = torch.softmax(logits.masked_fill_(~earlier, -torch.inf), -1).masked_fill_(~earlier, 0)
+    def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor) -> Tensor:
+        """[1, Hs, Nq, blocks in ``order``]: each head's share of its attention over the key blocks before
+        ``first_own`` [Nq]."""
+        if self.select == "antidiagonal":
+            per = self.block // self.stride
+            k = gather_head_rows(keys.read_all_keys(), order)
+            seen = (first_own * per).repeat_interleave(per)[: -(-q.shape[2] // self.stride)]
+            shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
+        else:
+            means = keys.prepared["means"][:, :, : order.shape[2] // self.block]
+            later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device)[:, None]
+            logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
+            shares = torch.softmax(logits.masked_fill_(later, -torch.inf), -1).masked_fill_(later, 0)
         return reduce_group(shares, self.gqa_reduce)
-
-    def _antidiagonal_scores(self, q: Tensor, keys: Keys, order: Tensor, earlier: Tensor) -> Tensor:
-        """The same by antidiagonals: of s = ``stride`` queries and s keys, the last query with the first
-        key, and so on."""
-        s, block, (nq, most) = self.stride, self.block, earlier.shape
-        k = self._sorted(keys, order).unflatten(2, (-1, s)).flatten(3)  # [1, Hs, W / s, s D]
-        q = pad(q, (0, 0, 0, -q.shape[2] % s)).unflatten(2, (-1, s)).flip(3).flatten(3)  # [1, H, Tq / s, s D]
-        per = block // s
-        step = max(1, _TILE // (q.shape[1] * per * k.shape[2]))  # query blocks at a time
-        tiles = []
-        for a in range(0, nq, step):
-            last = min(a + step, nq) - 1
-            seen = max(1, (keys.past + last * block) // self.segment * (self.segment // block))  # key blocks
-            rows, hidden = q[:, :, a * per : (last + 1) * per], ~earlier[a : last + 1, :seen]
-            logits = scores(
-                rows, k[:, :, : seen * per], replace(keys.softmax, scale=keys.softmax.scale / s)
-            )  # [1, Hs, G, rows, keys]
-            hide = hidden.repeat_interleave(per, 0)[: rows.shape[2]].repeat_interleave(per, 1)
-            share = torch.softmax(logits.masked_fill_(hide, -torch.inf), -1).unflatten(4, (seen, per)).sum(5)
-            share = pad(share, (0, most - seen, 0, -rows.shape[2] % per)).unflatten(3, (-1, per)).sum(4)
-            share = share.masked_fill_(~earlier[a : last + 1], 0)
-            tiles.append(reduce_group(share, self.gqa_reduce))
-        return torch.cat(tiles, 2)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..budget import budget, budget_at, check_budget, max_budget, select_topk
+from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
-from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.scores import scores
+from ..selection import Index, TokenIndex
 from ..summary import BlockPool, Summary
 
 
@@ -80,16 +81,14 @@ class Quest(AttentionMethod):
         earlier = torch.arange(logits.shape[-1], device=q.device) < own
         ranked = group_scores(logits, earlier[:, 0], self.gqa_reduce)
         own = own.expand(*ranked.shape[:3], 1)
-        most_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
-        chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, most_pages)  # [B, Hs, Tq, M]
+        max_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
+        chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
         tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
         tokens = tokens + first
-        # Pages are in order, so only the last of a row can reach past its query: the tokens to read come
-        # first.
         valid = tokens <= rows
         if counts is not None:
             used = torch.arange(chosen.shape[-1], device=q.device) < counts[..., None]
             valid = valid & used.repeat_interleave(self.page, -1)
-        elif q.device.type == "cpu" and bool(valid.all()):
-            return TokenIndex(tokens=tokens)
-        return TokenIndex(tokens=torch.where(valid, tokens, tokens[..., :1]), counts=valid.sum(-1).int())
+        # Pages are in order, so only the last one of a row reaches past its query: the tokens to read come
+        # first.
+        return TokenIndex.ragged(tokens, valid.sum(-1))

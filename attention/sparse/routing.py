@@ -7,17 +7,21 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import normalize, pad
 
 from ..budget import select_topk
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import group_scores
-from ..index import BlockIndex, Index
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..lookahead import Lookahead
+from ..method import AttentionMethod
+from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
+from ..selection import BlockIndex, Index
+from .centroids import running_centroids
 
 _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 
@@ -27,17 +31,15 @@ class Routing(AttentionMethod):
     """A query belongs to the cluster with the largest q . mu and reads the w keys with the largest k . mu
     before it (Routing Transformer, 2003.05997), with centroids learned from the prompt's own keys.
 
-    Vectors are scaled to the unit sphere, as in the paper. Each KV head keeps ``clusters`` centroids mu, a
-    running mean of the keys that were nearest to them (online k-means): they begin as that many keys of the
-    first ``segment``, evenly spaced, and are moved once for every complete segment. Centroids are thus a
-    function of the keys before a query, never of chunks or ranks. A block of ``block`` queries is routed
-    together, by its mean; with block=1 each query is. It reads k keys in all: the first ``sinks``, the last
-    ``window`` of each query, its own block, and for the rest the keys nearest to the centroid. gqa_reduce:
-    whether the query heads of a group are routed together, by the "sum" or the "max" of their softmax over
-    the clusters, or each for itself ("none").
+    Vectors are scaled to the unit sphere, as in the paper. Each KV head keeps ``clusters`` centroids mu
+    (``running_centroids``), which move after every complete segment of ``segment`` keys. They depend on the
+    keys before a query alone, not on chunks or ranks. A block of ``block`` queries is routed by its mean. It
+    reads k keys in all: the first ``sinks``, the last ``window`` of each query, its own block, and for the
+    rest the keys nearest to the centroid. gqa_reduce: the query heads of a group are routed to one cluster by
+    the "sum" or the "max" of their softmax over the clusters, or each is routed alone ("none").
 
-    Departures: no training, hence no shared queries and keys, keys alone in the means, and a plain mean in
-    the place of one that forgets over training steps (0.999); a running top w among the keys before a query,
+    Departures: no training, hence no shared queries and keys, keys alone in the means, and a plain mean
+    instead of one that forgets over training steps (0.999); a running top w among the keys before a query,
     where the paper takes each cluster's top w of the whole sequence, later keys included, and masks; local
     attention in every head, where the paper has local heads beside routing ones; sinks. Decode is dense.
     """
@@ -45,8 +47,6 @@ class Routing(AttentionMethod):
     name: ClassVar[str] = "routing"
     title: ClassVar[str] = "Routing Transformer, training-free"
     paper: ClassVar[str] = "2003.05997"
-    lookahead: ClassVar[str] = "block - 1"
-    reads_keys: ClassVar[bool] = True
 
     k: int = 1024
     clusters: int = 16
@@ -72,6 +72,14 @@ class Routing(AttentionMethod):
             )
 
     @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(keys=True)
+
+    @property
     def block_multiple(self) -> int:
         return self.block
 
@@ -88,7 +96,7 @@ class Routing(AttentionMethod):
             return None
         k, device = keys.read_all_keys(), q.device
         pooled = normalize(pool(q, self.block, mode="mean").to(_wide(q)), dim=-1)  # [B, H, Nq, D]
-        means = self._means(k)  # [T, B, Hkv, C, D]
+        means = running_centroids(k, self.clusters, self.segment, _wide(k))  # [T, B, Hkv, C, D]
         lengths = torch.linalg.vector_norm(k, dim=3, dtype=_wide(k)).clamp_(min=1e-12)  # [B, Hkv, Tk]
         begins = torch.arange(keys.past, keys.length, self.block, device=device)  # of each query block
         most = _CPU if device.type == "cpu" else _DEVICE
@@ -111,22 +119,6 @@ class Routing(AttentionMethod):
         return BlockIndex(
             blocks=torch.cat(blocks, 2), counts=torch.cat(counts, 2), block_q=self.block, block_k=1
         )
-
-    def _means(self, k: Tensor) -> Tensor:
-        """Keys k [B, Hkv, Tk, D] -> the centroids after each complete segment, at least one:
-        [T, B, Hkv, C, D]."""
-        c, size = self.clusters, self.segment
-        first = torch.arange(c, device=k.device) * size // c
-        mean = normalize(k[:, :, first.clamp(max=k.shape[2] - 1)].to(_wide(k)), dim=-1)
-        sums, counts, means = torch.zeros_like(mean), mean.new_zeros(*mean.shape[:3], 1), []
-        for a in range(0, k.shape[2] - size + 1, size):
-            x = normalize(k[:, :, a : a + size].to(mean.dtype), dim=-1)
-            nearest = (x @ mean.transpose(2, 3)).argmax(3)  # the first of equals
-            member = one_hot(nearest, c).to(mean.dtype).transpose(2, 3)  # [B, Hkv, C, size]
-            sums, counts = sums + member @ x, counts + member.sum(3, keepdim=True)
-            mean = torch.where(counts > 0, normalize(sums, dim=-1), mean)
-            means.append(mean)
-        return torch.stack(means or [mean])
 
     def _centre(self, pooled: Tensor, means: Tensor, begin: Tensor) -> Tensor:
         """The centroid that each query block is routed to: pooled [B, H, n, D], the blocks begin at ``begin``

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..index import Index, TokenIndex
 from ..keys import Keys
-from ..method import AttentionMethod, require
+from ..method import AttentionMethod
 from ..ops.select import top_k
 from ..received import attention_received
+from ..selection import Index, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,17 @@ class SnapKV(AttentionMethod):
     """Decode reads k keys of the prompt, chosen once at its end, and every key generated since (SnapKV,
     2404.14469).
 
-    The prompt's last ``window`` keys stay, and of those before, the k - window to which the last ``window``
-    queries pay most attention: softmax over all keys, summed over the queries, then pooled over the
-    ``kernel`` positions around each ("avg", counting 0 beyond the ends, or "max"). Prefill is dense, and a
-    prompt of at most k keys stays whole. Defaults are those of the authors' code; their longest LongBench
-    runs take k=4096, kernel=7, pool=max.
+    The prompt's last ``window`` keys stay. Of the keys before them stay the k - window that receive most
+    attention from the last ``window`` queries: softmax over all keys, summed over the queries, then pooled
+    over the ``kernel`` positions around each ("avg", counting 0 beyond the ends, or "max"). Prefill is dense,
+    and a prompt of at most k keys stays whole. Defaults are those of the authors' code; their longest
+    LongBench runs take k=4096, kernel=7, pool=max.
 
-    The evicted keys stay in the store but are never named again: it saves reads, not memory. A further prompt
-    reads all of them (prefill is dense) and chooses anew; a prompt given in chunks is judged by the last
-    queries of the whole. After a crop the next step reads everything and chooses by its own query.
-    Departures: one choice per KV head, by the attention of all its query heads together, where the authors'
-    code repeats keys to query heads and lets each choose.
+    Evicted keys stay in the store and are not read by decode again: this saves reads, not memory. A further
+    prompt reads all of them (prefill is dense) and chooses anew. For a prompt in chunks the last queries of
+    the whole prompt choose. After a crop the next step reads everything and chooses by its own query.
+    Departures: one choice per KV head, by the attention summed over its query heads, where the authors' code
+    repeats keys to query heads and chooses for each.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -88,16 +89,15 @@ class SnapKV(AttentionMethod):
         for b, first in enumerate(keys.starts or ()):
             if end - first <= self.k:  # a prompt that stays whole
                 tokens = tokens.clone()
-                tokens[b] = first + torch.arange(tokens.shape[3], device=device)
+                tokens[b] = (first + torch.arange(tokens.shape[3], device=device)).clamp(max=keys.length - 1)
         kept = torch.tensor([min(self.k, end - first) for first in keys.starts or [0]])
         counts = kept[:, None] + torch.arange(keys.past + 1 - end, keys.length + 1 - end)  # [B, Tq]
         counts = counts.clamp(min=0).to(device)[:, None].expand(tokens.shape[:3])
-        within = torch.arange(tokens.shape[3], device=device) < counts[..., None]
-        tokens = torch.where(within, tokens, tokens[..., :1].clamp(max=keys.length - 1))
-        return TokenIndex(tokens=tokens, counts=counts.int(), full=full)
+        return TokenIndex.ragged(tokens, counts, full=full)
 
     def _choose(self, q: Tensor, keys: Keys, length: int) -> None:
-        """Let queries q [B, H, n, D], the last of ``length`` positions, say which k of them stay."""
+        """Choose the k positions of the first ``length`` that stay, by queries q [B, H, n, D] of the last
+        n."""
         b, hkv = q.shape[0], keys.kv.num_kv_heads
         keys.state["end"] = torch.full((b,), length)
         before = length - self.window
@@ -110,6 +110,6 @@ class SnapKV(AttentionMethod):
         if keys.start is not None:
             padding = torch.arange(before, device=q.device) < keys.start[:, None, None]
             received = received.masked_fill(padding, -torch.inf)
-        best = top_k(received, self.k - self.window)
+        kept = top_k(received, self.k - self.window)
         window = torch.arange(before, length, device=q.device).expand(b, hkv, -1)
-        keys.state["tokens"] = torch.cat([best, window], 2)
+        keys.state["tokens"] = torch.cat([kept, window], 2)

@@ -1,7 +1,7 @@
 """Collectives with a gradient.
 
-Every rank must reach them in backward, and in the same order: their results have to stay in the graph of the
-loss on ranks that hold nothing but filling, too.
+Every rank must reach them in backward, in the same order. So their results must stay in the graph of the
+loss, also on a rank that has computed nothing but split padding (``mechanisms.layout.Split``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def exchange(
 ) -> Tensor:
     """x [sum(send), ...]: the first send[0] entries go to rank 0 and so on -> [sum(receive), ...].
 
-    Backward: the inverse, counted as ``name`` + "_backward".
+    Backward: the inverse exchange, counted as ``name`` + "_backward".
     """
     return _Exchange.apply(x, send, receive, ranks, name)
 

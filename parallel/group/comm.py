@@ -1,7 +1,7 @@
-"""The ranks that share one sequence, and the few collectives farspan needs of them, each one counted.
+"""The ranks that share one sequence, and the collectives that farspan uses.
 
-Everything that travels goes through ``Ranks``: that is where bytes are counted and where a failing peer
-becomes one sentence.
+All data between ranks goes through ``Ranks``. It counts the bytes, and it turns the failure of another rank
+into one FarspanError.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Ranks:
     """One process group seen from one of its members.
 
     group: the torch.distributed process group.
-    guard: called with the name of every collective before it runs; its context turns a peer's failure into a
-    FarspanError.
-    sent: bytes that this rank has sent, by name of the collective; what stays on the rank is not counted.
+    guard: called with the name of each collective before it runs; its context turns the failure of another
+    rank into a FarspanError.
+    sent: bytes that this rank has sent to others, by name of the collective.
     calls: how many collectives have run, by name.
     """
 
@@ -50,17 +50,17 @@ class Ranks:
         self._left = False
 
     def abort(self) -> None:
-        """End what the transport still waits for, where it can (NCCL can, gloo cannot)."""
+        """Cancel the collectives that have not finished. NCCL does this, gloo does not."""
         if not self._left:
             self.group.abort()
 
     def leave(self) -> None:
-        """Destroy the group. Its connections close, so that a peer that waits for this rank wakes up; further
-        collectives are refused by ``guard``."""
+        """Destroy the group. Its connections close, so that a rank which waits for this one gets an error.
+        ``guard`` refuses further collectives."""
         if not self._left:
             self.abort()
             self._left = True
-            if dist.is_initialized():  # or it went with all the others
+            if dist.is_initialized():  # otherwise all groups are destroyed already
                 dist.destroy_process_group(self.group)
             del self.group  # the last reference keeps connections open
 
@@ -72,7 +72,8 @@ class Ranks:
         return self._global[rank]
 
     @contextmanager
-    def _counted(self, name: str, sent: int) -> Iterator[None]:
+    def counted(self, name: str, sent: int) -> Iterator[None]:
+        """The context of one collective: ``guard``, and ``sent`` bytes counted under its name."""
         with self.guard(name):
             self.calls[name] += 1
             self.sent[name] += sent
@@ -82,15 +83,15 @@ class Ranks:
         """x, of the same shape on every rank -> [P, *x.shape]."""
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
-        with self._counted(name, (self.size - 1) * _bytes(x)):
+        with self.counted(name, (self.size - 1) * _bytes(x)):
             _all_gather(out.view(-1), x.view(-1), group=self.group)
         return out
 
     def reduce_scatter(self, x: Tensor, name: str = "reduce_scatter") -> Tensor:
-        """x [P, ...]: the sum over ranks of everyone's x[rank]."""
+        """x [P, ...] -> [...]: on rank r, the sum of x[r] over all ranks."""
         x = x.contiguous()
         out = x.new_empty(x.shape[1:])
-        with self._counted(name, _bytes(x) // self.size * (self.size - 1)):
+        with self.counted(name, _bytes(x) // self.size * (self.size - 1)):
             _reduce_scatter(out.view(-1), x.view(-1), group=self.group)
         return out
 
@@ -101,21 +102,22 @@ class Ranks:
         x = x.contiguous()
         out = x.new_empty(sum(receive), *x.shape[1:])
         each = _bytes(x) // x.shape[0] if x.shape[0] else 0
-        with self._counted(name, each * (sum(send) - send[self.rank])):
+        with self.counted(name, each * (sum(send) - send[self.rank])):
             dist.all_to_all_single(out, x, list(receive), list(send), group=self.group)
         return out
 
     def broadcast(self, x: Tensor, source: int, name: str = "broadcast") -> Tensor:
-        """Rank ``source``'s x, written into everyone's."""
+        """x of rank ``source``, on every rank."""
         x = x.contiguous()
-        with self._counted(name, _bytes(x) * (self.size - 1) if self.rank == source else 0):
+        with self.counted(name, _bytes(x) * (self.size - 1) if self.rank == source else 0):
             dist.broadcast(x, group=self.group, group_src=source)
         return x
 
     def shift(self, x: Tensor, into: Tensor, by: int = 1, name: str = "shift") -> Shift:
-        """Start sending x to the rank ``by`` places on while ``into`` (contiguous) fills from the one behind.
+        """Start to send x to the rank ``by`` places later, and to receive ``into`` (contiguous) from the rank
+        ``by`` places earlier; the last rank is followed by the first.
 
-        -> Shift; ``wait()`` before ``into`` is read or x is changed.
+        -> Shift: call ``wait()`` before ``into`` is read or x is changed.
         """
         x = x.contiguous()
         if self.size == 1:
@@ -123,7 +125,7 @@ class Ranks:
             into.copy_(x)
             return Shift([], x, lambda: self.guard(name))
         to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
-        with self._counted(name, _bytes(x)):
+        with self.counted(name, _bytes(x)):
             works = dist.batch_isend_irecv(
                 [
                     dist.P2POp(dist.isend, x, group=self.group, group_peer=to),
@@ -135,14 +137,14 @@ class Ranks:
 
 @dataclass
 class Shift:
-    """A ring step under way."""
+    """A send and a receive that have been started."""
 
     _works: list[Any]
-    _kept: Tensor  # what is being sent must live until it has gone
+    _kept: Tensor  # its memory must not be freed before it has been sent
     _guard: Callable[[], AbstractContextManager[None]]
 
     def wait(self) -> None:
-        """Until both directions are done."""
+        """Wait until both have finished."""
         with self._guard():
             for work in self._works:
                 work.wait()

@@ -1,4 +1,4 @@
-"""Whether ranks have the same: 64-bit hashes of text and of tensors' bits, and who has others."""
+"""64-bit hashes of text and of the bits of tensors, and which of several values differ from the others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 def minority(column: Sequence[Any]) -> list[int]:
-    """Places whose value is not the most frequent one (the first one's, where two are as frequent)."""
+    """The places in ``column`` whose value is not the most frequent one. Where the first value is one of the
+    most frequent, it counts as that one."""
     counts = Counter(column)
-    most = max(counts.values())
-    right = column[0] if counts[column[0]] == most else counts.most_common(1)[0][0]
-    return [i for i, value in enumerate(column) if value != right]
+    highest = max(counts.values())
+    frequent = column[0] if counts[column[0]] == highest else counts.most_common(1)[0][0]
+    return [i for i, value in enumerate(column) if value != frequent]
 
 
 def text_hash(text: str) -> int:
@@ -24,12 +25,12 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-_PIECE = 1 << 20  # words hashed at a time: temporaries stay small beside any tensor
+_PIECE = 1 << 20  # words hashed at a time, so that temporaries stay small
 
 
 def bit_hash(x: Tensor) -> Tensor:
     """int64 scalar on x's device: the sum over 64-bit words of splitmix64(word + place * golden ratio),
-    modulo 2^64. The same bits in the same order give the same number on every device, others another one."""
+    modulo 2^64. Equal bits in the same order give the same number on every device."""
     raw = x.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for begin in range(0, raw.numel(), 8 * _PIECE):

@@ -1,5 +1,4 @@
-"""How the processes of a job find each other: the launcher's store, who is there, groups under names of their
-own."""
+"""How the processes of a job find each other through the launcher's store."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from ...attention.errors import FarspanError
 
@@ -19,8 +17,8 @@ from ...attention.errors import FarspanError
 def rendezvous(seconds: float) -> tuple[dist.Store, int, int]:
     """The job's store, this rank and the number of ranks, by the launcher's environment.
 
-    A restarted job (torchrun --max-restarts) is given the store of the one that failed, where torch's groups
-    would read the addresses of processes that have gone: so every start has a name of its own.
+    torchrun --max-restarts starts a failed job again with the same store, in which the addresses of the ended
+    processes still are. So every start of a job uses a key prefix of its own. seconds: until it gives up.
     """
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
     name, _ = meet(store, "farspan/job", list(range(size)), rank, None, seconds)
@@ -28,95 +26,77 @@ def rendezvous(seconds: float) -> tuple[dist.Store, int, int]:
 
 
 def meet(
-    store: dist.Store, key: str, ranks: list[int], rank: int, says: Any, seconds: float
+    store: dist.Store, key: str, ranks: list[int], rank: int, value: Any, seconds: float
 ) -> tuple[str, dict[int, Any]]:
-    """A name for this meeting that no other one has, and what each of ``ranks`` says (JSON), by rank.
+    """Wait until all of ``ranks`` have made this call with the same ``key``.
 
-    What is left of earlier meetings under the same key, which some or all of those here may have attended,
-    does no harm: the first rank names the meeting, and another one goes by a name once it was counted in
-    under it. FarspanError names the ranks that do not come within ``seconds``.
+    -> (a name that no other meeting has, the ``value`` (JSON) that each rank has given).
+
+    The store may still hold earlier meetings of the same ranks under the same key. The first rank names each
+    meeting, and any other rank uses a name only after the first has listed it under that name. Raises
+    FarspanError with the ranks that have not come within ``seconds``.
     """
     try:
-        meeting = _opened if rank == ranks[0] else _attended
-        name, came = meeting(store, key, ranks, rank, says, seconds)
+        meeting = _lead if rank == ranks[0] else _follow
+        name, came = meeting(store, key, ranks, rank, value, seconds)
     except RuntimeError as error:
         raise FarspanError(f"Rank {rank} lost the job's store: {one_line(error)}") from error
     missing = [other for other in ranks if other not in came]
     if missing:
         raise FarspanError(
-            f"{named(missing).capitalize()} did not come within {seconds:g} s: all ranks of a job make the "
-            "same calls, patch(..., parallel=...) first."
+            f"{named(missing).capitalize()} did not come within {seconds:g} s. All ranks of a job must make "
+            "the same calls, patch(..., parallel=...) first."
         )
     return name, {other: came[other][1] for other in ranks}
 
 
-_Came = dict[int, tuple[str, Any]]  # rank -> (a name of its process, what it says)
+_Arrivals = dict[int, tuple[str, Any]]  # rank -> (a name of its process, its value)
 
 
-def _opened(
-    store: dist.Store, key: str, ranks: list[int], rank: int, says: Any, seconds: float
-) -> tuple[str, _Came]:
+def _lead(
+    store: dist.Store, key: str, ranks: list[int], rank: int, value: Any, seconds: float
+) -> tuple[str, _Arrivals]:
     name = uuid.uuid4().hex
     store.set(f"{key}/open", name)
     keys = {other: f"{key}/{name}/{other}" for other in ranks[1:]}
     with suppress(dist.DistStoreError):
         store.wait(list(keys.values()), timedelta(seconds=seconds))
     came = {other: json.loads(store.get(k)) for other, k in keys.items() if store.check([k])}
-    came[rank] = (name, says)
+    came[rank] = (name, value)
     store.set(f"{key}/{name}/all", json.dumps(came))
     return name, came
 
 
-def _attended(
-    store: dist.Store, key: str, ranks: list[int], rank: int, says: Any, seconds: float
-) -> tuple[str, _Came]:
+def _follow(
+    store: dist.Store, key: str, ranks: list[int], rank: int, value: Any, seconds: float
+) -> tuple[str, _Arrivals]:
     me, until = uuid.uuid4().hex, time.monotonic() + seconds + 1  # the first rank gives up before
-    names: list[str] = []  # several, where the first one is left of an earlier meeting
+    names: list[str] = []  # several where the first one is an earlier meeting's
     while time.monotonic() < until:
-        # What is open is read first: if it is the next meeting, the one attended has an end to be found.
+        # The open name is read first: if it is the next meeting's, the list of this one is in the store.
         name = store.get(f"{key}/open").decode() if store.check([f"{key}/open"]) else None
-        for attended in names:
-            if store.check([f"{key}/{attended}/all"]):
-                came = {int(r): x for r, x in json.loads(store.get(f"{key}/{attended}/all")).items()}
+        for joined in names:
+            if store.check([f"{key}/{joined}/all"]):
+                came = {int(r): x for r, x in json.loads(store.get(f"{key}/{joined}/all")).items()}
                 if rank in came and came[rank][0] == me:
-                    return attended, came
+                    return joined, came
         if name is not None and name not in names:
-            store.set(f"{key}/{name}/{rank}", json.dumps((me, says)))
+            store.set(f"{key}/{name}/{rank}", json.dumps((me, value)))
             names.append(name)
         time.sleep(0.05)
-    return "", dict.fromkeys(ranks[1:], ("", None))  # without the first rank nobody knows of the others
+    return "", dict.fromkeys(ranks[1:], ("", None))  # without the first rank, no rank knows the others
 
 
-def own(store: dist.Store, seconds: float) -> dist.Store:
-    """A connection of one's own to a store, which answers one caller at a time; its own timeout, too."""
+def own_connection(store: dist.Store, seconds: float) -> dist.Store:
+    """A second connection to a store, with a timeout of its own. One connection serves one caller at a
+    time."""
     mine: dist.Store = store.clone()  # type: ignore[attr-defined]
     mine.set_timeout(timedelta(seconds=seconds))
     return mine
 
 
-def new_group(name: str, ranks: list[int], rank: int, transport: str, seconds: float) -> dist.ProcessGroup:
-    """A group made by its members alone, under a name of its own.
-
-    This is what dist.new_group does with a name. It would want every rank of the job to call it; with
-    use_local_synchronization it wants all members to have as many groups as each other, and uses the name of
-    a destroyed group again, whose addresses are still in the store.
-    """
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(rank),
-        ranks,
-        dist.Backend(transport),
-        c10d._get_default_store(),
-        name,  # type: ignore[arg-type]
-        timeout=timedelta(seconds=seconds),
-        group_desc="farspan",
-    )
-    c10d._world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
-    return group
-
-
 def one_line(error: BaseException) -> str:
-    """An error's text, fit for a sentence."""
+    """The text of an error on one line, at most 500 characters of it."""
     return " ".join(str(error).split())[:500]
 
 

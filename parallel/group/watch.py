@@ -1,18 +1,18 @@
 """What happens when a rank dies, stalls or fails: every rank stops, with one sentence that names it.
 
-Each rank publishes a sign of life in the job's store twice a second, from a thread, together with the number
-and name of the last collective it entered. Nothing else is stored while all is well. When a collective fails
-on a rank, that rank looks the others up, finds out who is to blame and publishes a *verdict*; the first
-verdict stands, and every rank raises it:
+Each rank writes a heartbeat to the job's store twice a second, from a thread: a count, with the number and
+the name of the last collective that the rank has entered. Nothing else is stored while no rank fails. When a
+collective fails on a rank, that rank reads the heartbeats of the others, finds the rank that caused it, and
+publishes a sentence, the *verdict*. The first verdict counts, and every rank raises it:
 
-    rank 2 fails    -> publishes its reason as the verdict, then closes its connections
-    rank 2 dies     -> the others' connections to it break, its signs of life stop
-    rank 2 stalls   -> the others wait ``timeout`` seconds; its signs of life stop, or stay behind by number
+    rank 2 fails    -> it publishes its error as the verdict, then closes its connections
+    rank 2 dies     -> the connections of the others to it break, and its heartbeats end
+    rank 2 stalls   -> the others wait ``timeout`` seconds; its heartbeats end or fall behind
 
-NCCL: collectives return before they are done, so ``guard`` sees a failure at the next collective or
-synchronisation only. A rank that finds a verdict aborts its NCCL groups, which ends kernels waiting for a
-peer. Where a peer died without a word, NCCL's own watchdog ends the process after the same timeout
-(TORCH_NCCL_ASYNC_ERROR_HANDLING, torch's default), naming the collective that did not finish.
+NCCL: collectives return before they are done, so ``guard`` notices a failure only at the next collective or
+synchronisation. A rank that finds a verdict aborts its NCCL groups, which ends kernels that wait for another
+rank. Where a rank has died without a verdict, NCCL's watchdog ends the process after the same timeout
+(TORCH_NCCL_ASYNC_ERROR_HANDLING, torch's default) and names the collective that did not finish.
 """
 
 from __future__ import annotations
@@ -35,109 +35,119 @@ import torch.distributed as dist
 
 from ...attention.errors import FarspanError
 from .comm import Ranks
-from .meeting import named, one_line, own
+from .meeting import named, one_line, own_connection
 
-BEAT = 0.5  # seconds between two signs of life
-GRACE = 2.0  # seconds in which a living rank shows one, on a busy machine too
-LINGER = 1.0  # seconds the others have to read a verdict before this rank goes, perhaps with the store
-ANSWER = 5.0  # seconds until the job's store counts as gone
+BEAT = 0.5  # seconds between two heartbeats
+GRACE = 2.0  # seconds in which a living rank writes one, on a busy machine too
+LINGER = 1.0  # seconds that the others have to read a verdict before this rank ends, perhaps with the store
+ANSWER = 5.0  # seconds after which a store that does not answer counts as lost
 
-_FROM_A_PEER = re.compile(r"gloo|nccl|timed? ?out|connection|socket|peer|broken pipe", re.IGNORECASE)
+_FROM_ANOTHER_RANK = re.compile(r"gloo|nccl|timed? ?out|connection|socket|peer|broken pipe", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class _Life:
-    """A rank's last sign of life."""
+class _Heartbeat:
+    """The last heartbeat of a rank."""
 
-    beat: int
+    beat: int  # how many heartbeats so far
     count: int  # collectives entered
-    name: str  # of the last one
+    name: str  # of the last collective
     error: str | None  # what the rank has raised
     ended: bool
 
 
 class Watch:
-    """Watches over the ranks that have joined, those of other sequences too: they end with each other.
+    """Watches the ranks that have joined, those of other sequences too. When one fails, all of them end.
 
-    store: the job's store; the watch uses a connection of its own.
-    key: a prefix for the store's keys that no other watch has.
-    ranks: the job's ranks watched over; ``beside``: those of them that share this one's sequence and so enter
-    the same collectives; ``rank``: this one.
-    timeout: seconds after which the groups' collectives give up, for the sentences.
-    groups: the groups it guards. They are left when the watch ends, by a verdict or by ``close``.
+    store: the job's store; the watch opens a connection of its own.
+    key: a prefix of the store's keys that no other watch uses.
+    ranks: the ranks of the job that are watched. same_sequence: those of them that share this rank's
+    sequence, and so enter the same collectives. rank: this one.
+    timeout: seconds after which the collectives of the groups give up; it is part of the sentences.
+    groups: the groups that are guarded. They are left when the watch ends, by a verdict or by ``close``.
     """
 
     def __init__(
-        self, store: dist.Store, key: str, ranks: list[int], beside: list[int], rank: int, timeout: float
+        self,
+        store: dist.Store,
+        key: str,
+        ranks: list[int],
+        same_sequence: list[int],
+        rank: int,
+        timeout: float,
     ):
-        self._store = own(store, GRACE)
+        self._store = own_connection(store, GRACE)
         self._key, self._rank, self._timeout = key, rank, timeout
         self._others = [other for other in ranks if other != rank]
-        self._beside = [other for other in beside if other != rank]
+        self._same_sequence = [other for other in same_sequence if other != rank]
         self.groups: list[Ranks] = []
         self._count, self._name, self._beats = 0, "join", 0
-        self._said: str | None = None  # an error of this rank's that the group survives
+        self._raised: str | None = None  # an error of this rank after which the group goes on
         self._verdict: str | None = None
         self._stopped = self._closed = False
-        self._mute = False  # the store does not answer
+        self._store_lost = False  # it does not answer
         self._tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._publish()
         self._thread = threading.Thread(target=self._run, name="farspan watch", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
-    # --- the main thread's side ---------------------------------------------------------------------------
+    # --- called by the main thread ------------------------------------------------------------------------
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Around a collective: a failure in it that a peer has caused is raised as one FarspanError."""
+        """The context of a collective. A failure that another rank has caused is raised as one
+        FarspanError."""
         if self._verdict is not None:
             raise self._stop(self._verdict)
         if self._closed:
-            raise FarspanError(f"{name} was called on a group of ranks that has been closed: patch again.")
+            raise FarspanError(f"{name} was called on a group of ranks that has been closed; patch again.")
         self._count += 1
         self._name = name
         try:
             yield
         except RuntimeError as error:
-            if _out_of_memory(error) or not _FROM_A_PEER.search(str(error)):
+            if _out_of_memory(error) or not _FROM_ANOTHER_RANK.search(str(error)):
                 raise self.failing(error) from error
-            raise self._stop(self._ask(self._judge, error) or self._without_store(error)) from error
+            raise self._stop(
+                self._in_thread(self._find_verdict, error) or self._without_store(error)
+            ) from error
 
     def failing(self, error: BaseException) -> FarspanError:
-        """To be called when the model call of this rank raises: the others stop with its reason.
+        """Stop the other ranks with the reason of ``error``, which this rank's call of the model has raised.
 
-        -> the error to raise instead, with the sentence that all ranks say. A FarspanError is given back as
-        it is and ends nothing: bad input is the same on every rank, and each of them says so itself. (Should
-        the others have gone on, they name this rank and its error when they miss it.)
+        -> the error to raise instead, with the sentence that all ranks raise. A FarspanError is returned as
+        it is and stops no rank: bad input is the same on every rank, and each of them raises its own error.
+        (Where the others have gone on, they name this rank and its error when their collective fails.)
         """
         if self._verdict is not None:
             return self._stop(self._verdict)
         if isinstance(error, FarspanError):
-            self._said = one_line(error)
-            self._ask(self._publish)
+            self._raised = one_line(error)
+            self._in_thread(self._publish)
             return error
         if _out_of_memory(error):
             text = (
                 f"Rank {self._rank} ran out of memory ({one_line(error)}), so all ranks have stopped: more "
-                "ranks, a smaller batch or a smaller prefill_chunk need less of it."
+                "ranks, a smaller batch or a smaller prefill_chunk need less memory."
             )
         elif isinstance(error, KeyboardInterrupt):
             text = f"Rank {self._rank} was interrupted, so all ranks have stopped."
         else:
             what = f"{type(error).__name__}: {one_line(error)}"
             text = f"Rank {self._rank} failed, so all ranks have stopped: {what}"
-            if isinstance(error, RuntimeError) and _FROM_A_PEER.search(str(error)):
-                return self._stop(self._ask(self._judge, error, text) or text)  # tensor parallelism's, say
-        return self._stop(self._ask(self._decide, text) or text)
+            if isinstance(error, RuntimeError) and _FROM_ANOTHER_RANK.search(str(error)):
+                # such as one of tensor parallelism
+                return self._stop(self._in_thread(self._find_verdict, error, text) or text)
+        return self._stop(self._in_thread(self._decide, text) or text)
 
     def close(self) -> None:
-        """Leave the groups and stop watching; the others may see that this rank has ended."""
+        """Leave the groups and stop watching. The heartbeat tells the others that this rank has ended."""
         if not self._closed:
             self._closed = True
             self._tasks.put(None)
-            self._thread.join(BEAT)  # it may hang on a store whose keeper is stopped
+            self._thread.join(BEAT)  # it may wait for a store whose process is stopped
             self._leave()
             atexit.unregister(self.close)
 
@@ -149,22 +159,22 @@ class Watch:
         if not self._stopped:
             self._stopped, self._verdict = True, verdict
             self._leave()
-            self._ask(self._linger)
+            self._in_thread(self._linger)
         return FarspanError(verdict)
 
-    def _ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What the watch's thread answers; None where the store has gone, or its keeper is stopped."""
+    def _in_thread(self, task: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of ``task``, run by the watch's thread; None where the store does not answer."""
         future: Future[Any] = Future()
         self._tasks.put((lambda: task(*arguments), future))
         until = time.monotonic() + ANSWER
-        while not self._mute and self._thread.is_alive() and time.monotonic() < until:
+        while not self._store_lost and self._thread.is_alive() and time.monotonic() < until:
             try:
                 return future.result(0.1)
             except TimeoutError:
                 continue
             except RuntimeError:
                 break
-        self._mute = True
+        self._store_lost = True
         return None
 
     def _without_store(self, error: RuntimeError) -> str:
@@ -177,39 +187,39 @@ class Watch:
     def _place(self) -> str:
         return f"{self._name} (collective {self._count})"
 
-    # --- the thread's side: all traffic with the store ------------------------------------------------------
+    # --- run by the watch's thread: all traffic with the store ----------------------------------------------
 
     def _run(self) -> None:
         while True:
-            asked = None
+            request = None
             with suppress(Empty):
-                asked = self._tasks.get(timeout=BEAT)
-                if asked is None:
+                request = self._tasks.get(timeout=BEAT)
+                if request is None:
                     break
-            if self._mute:
+            if self._store_lost:
                 return
             try:
                 self._publish()
                 if self._verdict is None and self._read_verdict() is not None:
                     for group in self.groups:
                         group.abort()
-            except RuntimeError as error:  # the store has gone: no more to be said or heard
-                if asked is not None:
-                    asked[1].set_exception(error)
+            except RuntimeError as error:  # the store is lost, and with it all heartbeats
+                if request is not None:
+                    request[1].set_exception(error)
                 return
-            if asked is not None:
-                _answer(*asked)
+            if request is not None:
+                _run_task(*request)
         with suppress(RuntimeError):
             self._publish(ended=True)
 
     def _publish(self, ended: bool = False) -> None:
         self._beats += 1
-        life = [self._beats, self._count, self._name, self._said, ended]
-        self._store.set(f"{self._key}/{self._rank}", json.dumps(life))
+        heartbeat = [self._beats, self._count, self._name, self._raised, ended]
+        self._store.set(f"{self._key}/{self._rank}", json.dumps(heartbeat))
 
-    def _lives(self) -> dict[int, _Life]:
+    def _heartbeats(self) -> dict[int, _Heartbeat]:
         stored = self._store.multi_get([f"{self._key}/{rank}" for rank in self._others])
-        return {rank: _Life(*json.loads(text)) for rank, text in zip(self._others, stored, strict=True)}
+        return {rank: _Heartbeat(*json.loads(text)) for rank, text in zip(self._others, stored, strict=True)}
 
     def _read_verdict(self) -> str | None:
         if self._verdict is None and self._store.check([f"{self._key}/verdict"]):
@@ -217,7 +227,7 @@ class Watch:
         return self._verdict
 
     def _decide(self, text: str) -> str:
-        """Publish a verdict, and take the one that stands."""
+        """Publish a verdict. -> the one that counts, which is the first."""
         self._verdict = self._store.compare_set(f"{self._key}/verdict", "", text).decode()
         self._store.add(f"{self._key}/seen", 1)
         return self._verdict
@@ -227,46 +237,50 @@ class Watch:
         while time.monotonic() < until and self._store.add(f"{self._key}/seen", 0) <= len(self._others):
             time.sleep(0.05)
 
-    def _judge(self, error: RuntimeError, otherwise: str | None = None) -> str:
-        """Who is to blame for a collective that failed with ``error``.
+    def _find_verdict(self, error: RuntimeError, otherwise: str | None = None) -> str:
+        """The verdict on a collective that failed with ``error``.
 
-        otherwise: what to say where all others live; None: the collective was a guarded one, and it is known
-        who has entered it.
+        otherwise: the sentence where all other ranks are alive. None: the collective was guarded, so the
+        heartbeats tell which ranks have entered it.
         """
-        before = now = self._lives()
+        before = now = self._heartbeats()
         until = time.monotonic() + GRACE
         silent = list(before)
         while silent and time.monotonic() < until:
-            time.sleep(0.1 + len(before) / 1000)  # all ranks ask the one store
+            time.sleep(0.1 + len(before) / 1000)  # all ranks read the same store
             self._publish()
             if (verdict := self._read_verdict()) is not None:
                 return verdict
-            now = self._lives()
-            silent = [r for r, life in now.items() if life.beat == before[r].beat and not life.ended]
-        return self._decide(self._blame(now, silent, error, otherwise))
+            now = self._heartbeats()
+            silent = [r for r, last in now.items() if last.beat == before[r].beat and not last.ended]
+        return self._decide(self._sentence(now, silent, error, otherwise))
 
-    def _blame(
-        self, lives: dict[int, _Life], silent: list[int], error: RuntimeError, otherwise: str | None
+    def _sentence(
+        self, heartbeats: dict[int, _Heartbeat], silent: list[int], error: RuntimeError, otherwise: str | None
     ) -> str:
         at = self._place()
-        least = min(lives[r].count for r in self._beside)
-        behind = [r for r in self._beside if lives[r].count == least < self._count and otherwise is None]
+        least = min(heartbeats[r].count for r in self._same_sequence)
+        behind = [
+            r for r in self._same_sequence if heartbeats[r].count == least < self._count and otherwise is None
+        ]
         for rank in behind:
-            if said := lives[rank].error:
-                return f"Rank {rank} failed, so all ranks have stopped: {said}"
+            if raised := heartbeats[rank].error:
+                return f"Rank {rank} failed, so all ranks have stopped: {raised}"
         if silent and _timed_out(error):
             return (
-                f"{_have(silent, 'stalled')}: no sign of life, and {at} did not end within {self._timeout:g} "
-                "s; the process is stopped or its machine cannot be reached."
+                f"{_have(silent, 'stalled')}: no heartbeat, and {at} did not end within {self._timeout:g} "
+                "s; the process is stopped, or its machine cannot be reached."
             )
         if silent:
             return f"{_have(silent, 'died')} without a word while rank {self._rank} was in {at}."
-        if ended := [r for r in (self._beside if otherwise is None else lives) if lives[r].ended]:
+        if ended := [
+            r for r in (self._same_sequence if otherwise is None else heartbeats) if heartbeats[r].ended
+        ]:
             return (
                 f"{_have(ended, 'ended')} while rank {self._rank} was still in {at}; its own output says why."
             )
         if behind:
-            last = lives[behind[0]]
+            last = heartbeats[behind[0]]
             return (
                 f"{_have(behind, 'stalled')}: alive, but not in {at} within {self._timeout:g} s; its last "
                 f"was {last.name} (collective {last.count}). If it is only slow, give more time with "
@@ -277,7 +291,7 @@ class Watch:
         return f"Rank {self._rank} lost its connection to the others in {at}: {one_line(error)}"
 
 
-def _answer(task: Callable[[], Any], future: Future[Any]) -> None:
+def _run_task(task: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(task())
     except BaseException as error:

@@ -1,7 +1,7 @@
-"""Attention of some spans of the sequence over others, by absolute position: what every mechanism computes
-once the keys are there.
+"""Attention of some spans of the sequence over others, by absolute position. Every mechanism computes this
+once the keys have arrived.
 
-Keys stand in the order of their positions, so those that a query sees are always the first so many rows:
+Keys are in the order of their positions, so the keys that a query sees are always the first ones of a block:
 
     keys of this block     0 1 2 3 . . . . 8 9        query span [6, 12), cut where a key span begins or ends
     rows 6 7               x x x x                    a rectangle
@@ -30,7 +30,8 @@ _ROWS, _COLS = 512, 4096  # tile of the backward: at most 8 MiB of float32 logit
 
 
 class Piece(NamedTuple):
-    """Rows of q that see the same keys (causal: the last ``rows`` of them as a causal square)."""
+    """Rows of q that see the same ``keys``. causal: the last keys, as many as there are rows, form a causal
+    square with them."""
 
     batch: slice
     rows: slice
@@ -78,7 +79,7 @@ class _Blockwise(torch.autograd.Function):
 
 
 def nothing(q: Tensor, value_dim: int) -> Partial:
-    """The partial over no keys, in the precision that partials are added up in."""
+    """The partial over no keys, in the precision in which partials are merged."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(*q.shape[:-1], value_dim, dtype=wide, device=q.device)
     return Partial(out, torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device))
@@ -143,10 +144,10 @@ def _below(spans: Sequence[Span], position: int) -> int:
 
 
 class Gradient(NamedTuple):
-    """What a backward needs of the whole result, over all key sets.
+    """What backward needs of the whole result, over all key sets.
 
-    dout [B, H, n, D]; lse [B, H, n], the merged one; delta [B, H, n], rowsum(dout * out) less the gradient of
-    lse.
+    dout [B, H, n, D]. lse [B, H, n]: the merged one. delta [B, H, n]: rowsum(dout * out) minus the gradient
+    of lse.
     """
 
     dout: Tensor
@@ -173,7 +174,8 @@ def add_gradients(
     softmax: Softmax,
     starts: list[int] | None,
 ) -> None:
-    """Add one key set's share of the gradients, in place and in the dtype of dq, dk, dv (float32, float64).
+    """Add the gradients that one set of keys contributes, in place, in the dtype of dq, dk, dv (float32,
+    float64).
 
     The softmax is that over all key sets, recomputed from the merged lse: P = exp(S - lse),
     dS = P * (dO V^T - delta), as in FlashAttention (arXiv 2205.14135).

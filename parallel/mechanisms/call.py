@@ -1,4 +1,4 @@
-"""What one call of one layer over ranks is given, and what it says of how data moved."""
+"""The values that one call of one layer over ranks takes and returns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .volume import Geometry
 
 
 class Call(NamedTuple):
-    """What the layers of one forward call share.
+    """What is the same for all layers of one forward call.
 
-    split: how its new tokens are shared out, or None where every rank computes all of them. past, total:
-    positions before the call and after it. start, starts: each row's first valid position, on the device and
-    on the host. memory: bytes that every rank can spare for one layer's attention; None: nobody has looked.
+    split: how the new tokens are divided among the ranks; None where every rank computes all of them. past,
+    total: positions before the call, and after it. start, starts: each row's first valid position, on the
+    device and on the host. memory: bytes that every rank can spare for one layer's attention; None: unknown.
     """
 
     split: Split | None
@@ -30,22 +30,25 @@ class Call(NamedTuple):
     memory: int | None = None
 
 
-class Rows(NamedTuple):
-    """Keys and values [B, Hkv, n] that this rank holds, and whose positions they are."""
+class Shard(NamedTuple):
+    """The keys and values [B, Hkv, n] that this rank holds, and the layout of all ranks' keys."""
 
     kv: KV
     layout: Layout
 
-    def before(self, position: int, rank: int) -> Rows:
-        """Those of earlier positions than ``position``."""
+    def before(self, position: int, rank: int) -> Shard:
+        """The part of the shard that lies before ``position``; ``rank`` is this rank."""
         n = self.layout.below(rank, position)
-        return Rows(self.kv[:, :, :n], self.layout.cut(0, position))
+        return Shard(self.kv[:, :, :n], self.layout.cut(0, position))
 
 
 @dataclass
 class Travel:
-    """How one layer call moved data. mechanism: its name, and why it; sent: bytes that this rank sent;
-    dense_bytes: what the mechanism that sends least for dense attention sends, by its formula."""
+    """How one call of a layer moved data.
+
+    mechanism: its name. why: the reason for it. sent: bytes that this rank has sent. dense_bytes: bytes that
+    dense attention would send by the mechanism that sends least, by its formula.
+    """
 
     mechanism: str
     why: str = ""
@@ -54,39 +57,40 @@ class Travel:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A rank's part of one layer's prefill.
+class LocalCall:
+    """This rank's part of one layer's prefill.
 
-    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what it has computed; rows: everything it holds,
-    those included. softmax: how the layer turns q k^T into weights.
+    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what the rank has computed in this call. shard: all
+    keys and values that it holds, those of this call included. softmax: how the layer turns q k^T into
+    weights.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    rows: Rows
+    shard: Shard
     call: Call
     mesh: Mesh
     softmax: Softmax
 
     @property
     def split(self) -> Split:
-        """How the call's tokens are shared out."""
+        """How the call's tokens are divided among the ranks."""
         assert self.call.split is not None
         return self.call.split
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """The number of this rank."""
         return self.mesh.ranks.rank
 
     @property
-    def past(self) -> Rows:
-        """What the rank held before the call."""
-        return self.rows.before(self.call.past, self.rank)
+    def past(self) -> Shard:
+        """The part of the shard that the rank held before the call."""
+        return self.shard.before(self.call.past, self.rank)
 
     @property
     def geometry(self) -> Geometry:
-        """The layer, as formulas see it."""
+        """The sizes of the layer, for the formulas of volume.py."""
         width = self.k.shape[3] + self.v.shape[3]
         return Geometry(self.q.shape[1], self.k.shape[1], width // 2, self.k.element_size())

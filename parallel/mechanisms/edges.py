@@ -1,4 +1,4 @@
-"""Rows just beyond the ends of a rank's chunks, for blocks that a chunk's end cuts in two."""
+"""The rows next to a rank's chunks, for blocks that the end of a chunk cuts in two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import Span, Split
 
 
 class Beyond(NamedTuple):
-    """Of the neighbours of a chunk, the last rows before it and the first ones after it, [B, H, n, D]."""
+    """The rows [B, H, n, D] just before a chunk, and those just after it."""
 
     before: Tensor
     after: Tensor
@@ -25,12 +25,12 @@ def beyond(
     """Up to ``low`` rows before and ``high`` rows after each of this rank's chunks, of x [B, H, split.rows,
     D].
 
-    They come from the neighbouring chunks alone, each once. -> (by chunk, everything that has arrived: to
-    stay in the graph, where there is one).
+    They come from the two neighbouring chunks alone, and each travels once. -> (the rows by chunk, all rows
+    that have arrived, which must stay in the graph where there is one).
     """
     where = {
         chunk: (rank, slot.start) for rank in range(split.size) for slot, chunk in split.slots(rank)
-    }  # whose row of x a chunk begins at
+    }  # by chunk: its rank, and the row of x at which it begins
     in_order = sorted(where)
     wanted: list[tuple[int, int, Span, int, Span]] = []  # (from, to, for chunk, side, positions)
     for i, chunk in enumerate(in_order):

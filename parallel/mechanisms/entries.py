@@ -1,7 +1,7 @@
-"""Block summaries kept whole on every rank: each computes those of its own keys, then all are gathered.
+"""Block summaries, whole on every rank: each rank computes those of its own keys, then all are gathered.
 
-A summary is hundreds of times smaller than the keys it speaks of. With all of them at hand every rank selects
-as one device does, by absolute block number.
+A summary is hundreds of times smaller than the keys that it describes. With all of them every rank selects as
+one device does, by absolute block number.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def extend(
     starts: list[int] | None,
     ranks: Ranks,
 ) -> Tensor:
-    """Take in what follows the ``shared.done`` keys, where all ranks have the newest of them at hand.
+    """Summarise the keys after the first ``shared.done``, where every rank has the newest keys.
 
-    k [B, Hkv, n, D] are the rows this rank holds by ``held``; recent [B, Hkv, t, D] the last t of all
-    positions, the same on every rank. -> the same, longer where the open block began before: the others were
-    asked.
+    k [B, Hkv, n, D]: the keys that this rank holds by ``held``. recent [B, Hkv, t, D]: the keys of the last t
+    positions, the same on every rank. -> recent; where the open block begins before it, with the keys from
+    there on, which are gathered from the ranks.
     """
     total, begin = held.length, shared.open(summary, starts)
     known = total - recent.shape[2]
@@ -55,15 +55,12 @@ def extend_split(
     starts: list[int] | None,
     ranks: Ranks,
 ) -> None:
-    """Take in the new keys k [B, Hkv, split.rows, D] that this rank has computed of ``split``, and the
-    others'.
-
-    past_k [B, Hkv, n, D]: the rows this rank holds of what came before, by ``past``.
-    """
+    """Summarise the new keys of all ranks. k [B, Hkv, split.rows, D]: those that this rank has computed of
+    ``split``. past_k [B, Hkv, n, D]: the keys of earlier calls that this rank holds by ``past``."""
     size = summary.block
-    assert size is not None, "labels of single keys stay with their keys"
+    assert size is not None, "a summary of single keys stays on their rank"
     firsts = starts or [0] * k.shape[0]
-    if shared.done(summary) < split.begin and past.length:  # a method that was not asked since
+    if shared.done(summary) < split.begin and past.length:  # no method has used this summary since
         recent = past_k.new_empty(*past_k.shape[:2], 0, past_k.shape[3])
         extend(summary, shared, past_k, past, recent, starts, ranks)
     opened = min(shared.open(summary, starts), split.begin)
@@ -79,7 +76,7 @@ def extend_split(
     }
     room = max(count for parts in plan.values() for _, count, _, _ in parts)
     width = summary.width(k.shape[3])
-    dtype = getattr(summary, "dtype", k.dtype)
+    dtype = summary.dtype or k.dtype
     mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width, dtype=dtype)
     for i, (slot, chunk) in enumerate(_every_slot(split, ranks.rank)):
         keys, at = k[:, :, slot], chunk[0]
@@ -108,8 +105,9 @@ def _every_slot(split: Split, rank: int) -> list[tuple[slice, Span]]:
 
 
 def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
-    """(number of the first, count) of a row's blocks that a chunk is answerable for: those that begin in it,
-    and for the call's first chunk the block that was open before. The row begins at position ``first``."""
+    """(the number of the first, the count) of the blocks whose summaries the rank of a chunk computes: those
+    that begin in the chunk, and for the call's first chunk the block that was open before the call. The row
+    of the batch begins at position ``first``."""
     a, b = chunk
     if a >= b or first >= b:
         return 0, 0
@@ -119,7 +117,7 @@ def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
 
 
 def _tails(size: int, k: Tensor, split: Split, firsts: list[int], ranks: Ranks) -> dict[Span, Beyond]:
-    """By chunk, the keys behind it that its last block reaches; nothing travels where blocks end with
+    """By chunk, the keys after it that its last block takes in. Nothing is sent where blocks end with
     chunks."""
     chunks = [chunk for rank in range(split.size) for _, chunk in split.slots(rank)]
     if all((a - first) % size == 0 or a <= first for a, _ in chunks for first in firsts):

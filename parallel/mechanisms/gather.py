@@ -1,25 +1,24 @@
-"""Keys and values brought together: all of them, a range of positions, or only what somebody selected."""
+"""Moves keys and values between ranks: all of them, a range of positions, or only the selected ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...attention.index import Bands, BlockIndex, Index, Window
-from ...attention.summary import by_start
 from ..group.autograd import gather as gather_with_gradient
 from ..group.comm import Ranks
 from .layout import Layout, Split
 
 
 def gather_rows(x: Tensor, layout: Layout, ranks: Ranks, name: str) -> Tensor:
-    """x [..., n, D], this rank's rows of ``layout`` -> [..., everyone's, D] by position, the smallest first.
+    """x [..., n, D], the entries that this rank holds by ``layout`` -> [..., N, D], those of all ranks in the
+    order of positions.
 
-    Sends (P - 1) times the most rows that any rank holds.
+    Sends P - 1 times as many entries as the fullest rank holds.
     """
     counts = [layout.count(rank) for rank in range(ranks.size)]
-    filled = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[-2]))
-    every = gather_with_gradient(filled, ranks, name)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[-2]))
+    every = gather_with_gradient(padded, ranks, name)
     pieces = []
     for rank, spans in enumerate(layout.spans):
         at = 0
@@ -43,65 +42,24 @@ def gather_all(
     return new[..., :width], new[..., width:]
 
 
-def needed(
-    index: Index, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
-) -> Tensor:
-    """[B, Hkv, end] bool: the keys that queries ``chunk`` = [begin, end) read, told by their index.
-    ``starts`` are the first valid positions of the B rows; an index of a padded row counts from its own."""
-    begin, end = chunk
-    places = torch.arange(end, device=device)
-    first = torch.tensor(starts, device=device)[:, None]
-    valid = places >= first  # [B, end]
-    if index is None:
-        return valid[:, None].expand(-1, kv_heads, -1)
-    if isinstance(index, Window):
-        seen = valid & ((places > begin - index.size) | (places < first + index.sinks))
-        return seen[:, None].expand(-1, kv_heads, -1)
-    if isinstance(index, Bands):
-        seen = places < first + index.sinks
-        for stride, near, far in index.bands:
-            nearest = (places + near).clamp(min=begin)  # the first query that a band could be of
-            nearest = nearest + (places - nearest) % stride
-            read = nearest < end
-            seen = seen | (read if far is None else read & (nearest - places < far))
-        return (seen & valid)[:, None].expand(-1, kv_heads, -1)
-    if not isinstance(index, BlockIndex):
-        raise TypeError(
-            f"select_prefill answers with None, a Window, Bands or a BlockIndex; got {type(index).__name__}."
-        )
-    b, hs, nq, m = index.blocks.shape
-    used = torch.arange(m, device=device) < index.counts[..., None]
-    blocks = -(-end // index.block_k) + 1
-    chosen = torch.zeros(b, hs, blocks, dtype=torch.bool, device=device)
-    chosen.scatter_(2, torch.where(used, index.blocks.long(), blocks - 1).view(b, hs, nq * m), True)
-    chosen[..., -1] = False  # where the unused entries went
-    seen = torch.zeros(b, hs, end, dtype=torch.bool, device=device)
-    for start, rows in by_start(starts):
-        own = chosen[rows].repeat_interleave(index.block_k, -1)[..., : end - start]
-        if index.key_order is not None:
-            own = torch.zeros_like(own).scatter_(2, index.key_order[rows].long(), own)
-        seen[rows, :, start:] = own
-    return seen.unflatten(1, (kv_heads, -1)).any(2)
-
-
 def fetch(
     wanted: Tensor, k: Tensor, v: Tensor, layout: Layout, into_k: Tensor, into_v: Tensor, ranks: Ranks
 ) -> None:
     """Fill into_k, into_v [B, Hkv, T, D] at the positions that ``wanted`` [B, Hkv, T] marks on this rank.
 
-    k, v [B, Hkv, n, D] are the rows this rank holds by ``layout``. What ranks want travels as bits, then
-    every selected (position, KV head) once to each rank that wants it and does not hold it; nothing else.
+    k, v [B, Hkv, n, D]: what this rank holds by ``layout``. First ``wanted`` travels as bits, then each
+    marked (position, KV head) once to every rank that wants it and does not hold it; nothing else.
     """
     me, width = ranks.rank, k.shape[-1]
     length = wanted.shape[-1]
-    asked = ranks.all_gather(_pack_bits(wanted), "selection")  # [P, B, Hkv, ceil(T / 8)]
+    requests = ranks.all_gather(_pack_bits(wanted), "selection")  # [P, B, Hkv, ceil(T / 8)]
     places = [layout.cut(0, length).positions(rank, k.device) for rank in range(ranks.size)]
     mine = places[me]
     into_k[:, :, mine], into_v[:, :, mine] = k[:, :, : mine.shape[0]], v[:, :, : mine.shape[0]]
     rows = torch.cat([k, v], -1)
     out, send, receive = [], [], []
     for rank in range(ranks.size):
-        here = _unpack_bits(asked[rank], length)[:, :, mine].nonzero(as_tuple=True) if rank != me else None
+        here = _unpack_bits(requests[rank], length)[:, :, mine].nonzero(as_tuple=True) if rank != me else None
         out.append(rows[here] if here is not None else rows.new_empty(0, rows.shape[-1]))
         send.append(out[-1].shape[0])
         receive.append(int(wanted[:, :, places[rank]].sum()) if rank != me else 0)
@@ -127,18 +85,18 @@ def _places(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def rearranged(rows: Tensor, layout: Layout, into: Layout, ranks: Ranks) -> Tensor:
-    """rows [B, H, n, D], this rank's of ``layout`` -> its rows of ``into``, whose positions are among those
-    of ``layout``."""
-    device, me = rows.device, ranks.rank
+def rearranged(x: Tensor, layout: Layout, into: Layout, ranks: Ranks) -> Tensor:
+    """x [B, H, n, D], what this rank holds by ``layout`` -> what it holds by ``into``, whose positions are
+    among those of ``layout``."""
+    device, me = x.device, ranks.rank
     old = [layout.positions(rank, device) for rank in range(ranks.size)]
     new = [into.positions(rank, device) for rank in range(ranks.size)]
-    out = [rows[:, :, torch.isin(old[me], wanted)].movedim(2, 0) for wanted in new]
+    out = [x[:, :, torch.isin(old[me], wanted)].movedim(2, 0) for wanted in new]
     source = [torch.isin(new[me], theirs) for theirs in old]
     arrived = ranks.all_to_all(
-        torch.cat(out), [x.shape[0] for x in out], [int(mine.sum()) for mine in source], "rearrange"
+        torch.cat(out), [part.shape[0] for part in out], [int(mine.sum()) for mine in source], "rearrange"
     )
-    result = rows.new_empty(*rows.shape[:2], new[me].shape[0], rows.shape[3])
+    result = x.new_empty(*x.shape[:2], new[me].shape[0], x.shape[3])
     at = torch.cat([mine.nonzero()[:, 0] for mine in source])
     result[:, :, at] = arrived.movedim(0, 2)
     return result

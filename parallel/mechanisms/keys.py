@@ -1,4 +1,4 @@
-"""What a method sees of keys that are spread over ranks, and how it chooses among all of them."""
+"""The keys of a decode call that are sharded over ranks, as a method sees them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .layout import Layout
 
 @dataclass(kw_only=True)
 class ShardedKeys(Keys):
-    """The keys of a decode call: kv [B, Hkv, N] are the N of ``total`` that this rank holds.
+    """The keys of a decode call: kv [B, Hkv, N] are the N of ``total`` keys that this rank holds.
 
-    ``shared`` keeps the entries of block summaries whole on every rank, so that a method that selects by them
-    chooses here as on one device; ``summaries`` keeps labels of single keys, of this rank's alone.
+    shared: the entries of block summaries of all keys, the same on every rank, so that a method which selects
+    by them selects as on one device. ``summaries`` has what describes single keys, for this rank's keys
+    alone.
     """
 
     total: int
@@ -66,14 +67,15 @@ class ShardedKeys(Keys):
 
 @dataclass
 class RankPeers:
-    """The other ranks, asked by collectives, one for each question."""
+    """The other ranks of a decode call. Every method is one collective, so all ranks must make the same calls
+    in the same order."""
 
     ranks: Ranks
     layout: Layout
     places: Tensor = field(repr=False)
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """The normaliser is summed in the order of ranks, so that each has the same bits."""
+        """The normaliser is summed in the order of the ranks, so that its bits are the same on every rank."""
         none = logits.new_full(logits.shape[:-1], -torch.inf)
         local = torch.logsumexp(logits, -1) if logits.shape[-1] else none
         whole = torch.logsumexp(self.ranks.all_gather(local, "normaliser"), 0)
@@ -81,19 +83,20 @@ class RankPeers:
         return torch.exp(logits - whole[..., None])
 
     def candidates(self, ranked: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Each rank sends its own ``size`` best, 12 bytes each in float64 scores, else 8."""
+        """Each rank sends its ``size`` highest-ranked keys: 12 bytes each where scores are float64, else
+        8."""
         room = min(size, max(self.layout.count(r) for r in range(self.ranks.size)))
         here = top_k(ranked, min(room, ranked.shape[-1])) if ranked.shape[-1] else ranked.long()
-        filling = (0, room - here.shape[-1])
-        values = torch.nn.functional.pad(ranked.gather(-1, here), filling, value=-torch.inf)
-        places = torch.nn.functional.pad(self.places[here], filling, value=self.layout.length).int()
+        padding = (0, room - here.shape[-1])
+        values = torch.nn.functional.pad(ranked.gather(-1, here), padding, value=-torch.inf)
+        places = torch.nn.functional.pad(self.places[here], padding, value=self.layout.length).int()
         every = self.ranks.all_gather(pack(values, places), "candidates")
         values, places = (x.movedim(0, -2).flatten(-2) for x in unpack(every, values, places))
         order = places.argsort(dim=-1, stable=True)
         return values.gather(-1, order), places.gather(-1, order).long().clamp_(max=self.layout.length - 1)
 
     def sum(self, x: Tensor) -> Tensor:
-        """In the order of ranks, so that each has the same bits."""
+        """Summed in the order of the ranks, so that the bits are the same on every rank."""
         return self.ranks.all_gather(x, "sum").sum(0)
 
     def gather(self, x: Tensor, length: int) -> Tensor:

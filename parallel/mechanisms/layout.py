@@ -1,10 +1,10 @@
 """Which positions of one sequence each rank holds.
 
-A ``Split`` shares the tokens of one call out over the ranks; a ``Layout`` remembers, for everything stored,
-who has it. Both are plain numbers that every rank works out alike, so nothing has to be asked.
+A ``Split`` divides the tokens of one call among the ranks. A ``Layout`` says which rank holds which stored
+positions. Both are plain numbers, and every rank computes the same ones without communication.
 
-    zigzag, P = 2:  chunk   0 1 2 3      every rank meets one early and one late chunk,
-                    rank    0 1 1 0      so that causal work is equal
+    zigzag, P = 2:  chunk   0 1 2 3      every rank has one early and one late chunk,
+                    rank    0 1 1 0      so that causal attention is equal work
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Span = tuple[int, int]  # positions [begin, end)
 class Layout:
     """Positions held by each rank: ``spans[rank]``, disjoint, ascending, none empty.
 
-    A rank's rows are stored in the order of their positions, so a crop takes the last rows of every rank.
+    A rank stores its keys in the order of their positions, so a crop removes the last keys of every rank.
     """
 
     spans: tuple[tuple[Span, ...], ...]
 
     @staticmethod
     def empty(size: int) -> Layout:
+        """``size`` ranks that hold nothing."""
         return Layout(((),) * size)
 
     @property
@@ -39,12 +40,12 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Positions held by all ranks together: 0 .. length - 1."""
+        """The last position that any rank holds, plus 1."""
         return max((spans[-1][1] for spans in self.spans if spans), default=0)
 
     @property
     def begin(self) -> int:
-        """The smallest position that is held; 0 where none is."""
+        """The first position that any rank holds; 0 where none holds any."""
         return min((spans[0][0] for spans in self.spans if spans), default=0)
 
     def count(self, rank: int) -> int:
@@ -56,22 +57,23 @@ class Layout:
         return sum(min(b, position) - a for a, b in self.spans[rank] if a < position)
 
     def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """[count] int64, ascending; not to be written to."""
+        """[count] int64, ascending. The tensor is cached: do not write to it."""
         return _positions(self.spans[rank], device or torch.device("cpu"))
 
     def extended(self, other: Layout) -> Layout:
-        """With the positions of ``other``, all of them later than those here, behind."""
+        """This layout followed by ``other``, whose positions are all later."""
         pairs = zip(self.spans, other.spans, strict=True)
         return Layout(tuple(_joined(a + b) if b else a for a, b in pairs))
 
     def lightest(self) -> list[int]:
-        """The ranks, those that hold least first."""
+        """The ranks in the order of how many positions they hold, fewest first."""
         counts = [self.count(rank) for rank in range(self.size)]
         return sorted(range(self.size), key=counts.__getitem__)
 
     def block_cyclic(self, begin: int, end: int, block: int) -> Layout:
-        """With the positions begin .. end - 1 behind, in blocks of ``block`` counted from position 0: a block
-        that has begun is filled up by its rank, a new one goes to the rank that holds least."""
+        """This layout followed by the positions begin .. end - 1, in blocks of ``block`` positions counted
+        from position 0. A block that has begun is continued by its rank; a new one goes to the rank that
+        holds the fewest positions."""
         layout = self
         while begin < end:
             stop = min((begin // block + 1) * block, end)
@@ -82,7 +84,7 @@ class Layout:
         return layout
 
     def cut(self, begin: int, end: int) -> Layout:
-        """What lies in [begin, end)."""
+        """The part that lies in [begin, end)."""
         return Layout(
             tuple(
                 tuple((max(a, begin), min(b, end)) for a, b in spans if max(a, begin) < min(b, end))
@@ -91,7 +93,7 @@ class Layout:
         )
 
 
-@lru_cache(maxsize=32)  # every layer of a call asks for the same
+@lru_cache(maxsize=32)  # every layer of a call needs the same
 @torch.inference_mode(False)
 def _positions(spans: tuple[Span, ...], device: torch.device) -> Tensor:
     parts = [torch.arange(a, b, device=device) for a, b in spans]
@@ -110,11 +112,11 @@ def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens begin .. end - 1 of one call, shared out.
+    """How the tokens begin .. end - 1 of one call are divided among the ranks.
 
-    chunks[rank]: the rank's chunks, ascending spans; some may be empty, and every rank has as many. Each is
-    computed at ``width`` tokens, the widest chunk: what a chunk lacks is filled with repeated tokens, whose
-    results nobody reads.
+    chunks[rank]: the rank's chunks, ascending spans. All ranks have equally many; some chunks may be empty.
+    Every chunk is computed at ``width`` tokens, the length of the longest one. *Split padding* completes the
+    shorter ones: tokens of the call once more, whose results are not used. It is no padding of the batch.
     """
 
     begin: int
@@ -128,20 +130,20 @@ class Split:
 
     @property
     def width(self) -> int:
-        """Tokens at which each chunk is computed."""
+        """Tokens that are computed for each chunk."""
         return max(b - a for chunks in self.chunks for a, b in chunks)
 
     @property
     def rows(self) -> int:
-        """Tokens that each rank computes, filling included."""
+        """Tokens that each rank computes, with split padding."""
         return len(self.chunks[0]) * self.width
 
     def layout(self) -> Layout:
-        """Who has computed, and so stores, which position."""
+        """Which rank has computed, and so stores, which position."""
         return Layout(tuple(_joined(tuple(s for s in chunks if s[0] < s[1])) for chunks in self.chunks))
 
     def slots(self, rank: int) -> list[tuple[slice, Span]]:
-        """Of the rank's computed rows, the part that holds each non-empty chunk."""
+        """For each non-empty chunk of the rank: where it lies in the computed rows, and its positions."""
         width = self.width
         return [
             (slice(i * width, i * width + b - a), (a, b))
@@ -150,20 +152,20 @@ class Split:
         ]
 
     def take(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """[rows] int64: which tokens of the call, counted from its first, the rank computes."""
+        """[rows] int64: the tokens of the call, counted from its first, that the rank computes."""
         places = [torch.arange(a, a + self.width, device=device) for a, _ in self.chunks[rank]]
         return (torch.cat(places) - self.begin).clamp_(max=self.end - self.begin - 1)
 
     def real(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
-        """The rows of x (``rows`` of them along ``dim``) that are no filling, in the order of positions."""
+        """x, with ``rows`` entries along ``dim``, without split padding, in the order of positions."""
         parts = [x.narrow(dim, s.start, s.stop - s.start) for s, _ in self.slots(rank)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
     def joined(self, parts: Tensor, dim: int = 2) -> Tensor:
-        """All ranks' computed rows, parts [P, ...] with ``rows`` along ``dim`` of each -> in the order of
-        positions, without filling."""
+        """The computed rows of all ranks, parts [P, ...] with ``rows`` entries along ``dim`` of each -> in
+        the order of positions, without split padding."""
         pieces = [
             (a, parts[rank].narrow(dim, s.start, s.stop - s.start))
             for rank in range(self.size)
@@ -173,8 +175,8 @@ class Split:
 
 
 def _cuts(begin: int, end: int, pieces: int, block_multiple: int) -> list[Span]:
-    """``pieces`` spans of as equal numbers of whole multiples of ``block_multiple`` as can be, the longer
-    ones first; the last one may be shorter."""
+    """``pieces`` spans whose lengths are multiples of ``block_multiple`` and differ by at most one multiple,
+    the longer ones first. The last span that is not empty may be shorter."""
     units = -(-(end - begin) // block_multiple)
     sizes = [units // pieces + (i < units % pieces) for i in range(pieces)]
     edges = [min(begin + block_multiple * n, end) for n in accumulate(sizes, initial=0)]
@@ -182,9 +184,9 @@ def _cuts(begin: int, end: int, pieces: int, block_multiple: int) -> list[Span]:
 
 
 def zigzag(begin: int, end: int, size: int, block_multiple: int = 1, held: Layout | None = None) -> Split:
-    """2 P chunks of whole multiples of ``block_multiple``, the r-th from the front and the r-th from the back
-    on one rank: on rank r, or on the one that holds r-th least in ``held``, since the first chunks are the
-    longer ones."""
+    """2 P chunks of whole multiples of ``block_multiple``. The r-th chunk from the front and the r-th from
+    the back go to one rank: rank r, or with ``held`` the rank that holds the r-th fewest positions, since the
+    first chunks are the longer ones."""
     plain = usp_split(begin, end, 1, size, block_multiple)
     if held is None:
         return plain
@@ -193,13 +195,13 @@ def zigzag(begin: int, end: int, size: int, block_multiple: int = 1, held: Layou
 
 
 def contiguous(begin: int, end: int, size: int, block_multiple: int = 1) -> Split:
-    """P chunks of whole multiples of ``block_multiple`` in the order of the ranks."""
+    """One chunk of whole multiples of ``block_multiple`` for each rank, in the order of the ranks."""
     return Split(begin, end, tuple((span,) for span in _cuts(begin, end, size, block_multiple)))
 
 
 def usp_split(begin: int, end: int, ulysses: int, ring: int, block_multiple: int = 1) -> Split:
-    """A zigzag over ``ring`` groups, each chunk cut into ``ulysses`` neighbouring pieces; rank r * ulysses +
-    u."""
+    """A zigzag over ``ring`` groups of ``ulysses`` ranks. The ranks r * ulysses + u of a group share each of
+    its chunks, one piece for each."""
     spans = _cuts(begin, end, 2 * ring * ulysses, block_multiple)
     return Split(
         begin,

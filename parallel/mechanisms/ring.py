@@ -1,4 +1,4 @@
-"""Ring attention: K and V of one rank at a time travel round, past every other rank's queries.
+"""Ring attention: the K and V of each rank travel round a ring, past the queries of every other rank.
 
 P = 3      step 0    step 1    step 2          the next block is on its way while this one is computed;
 rank 0      kv 0      kv 2      kv 1           a rank never holds more than two blocks
@@ -20,7 +20,7 @@ from ...attention.softmax import Softmax
 from ..group.comm import Ranks
 from .blockwise import Gradient, add, add_gradients, nothing
 from .layout import Layout, Span, Split
-from .rows import held, order
+from .order import held_spans, order
 
 
 def ring(
@@ -36,14 +36,14 @@ def ring(
     past_k: Tensor | None = None,
     past_v: Tensor | None = None,
 ) -> Partial:
-    """Causal attention of this rank's new tokens over what all ranks hold, in memory O(S / P).
+    """Causal attention of this rank's new tokens over the keys of all ranks, in memory O(S / P).
 
-    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D] are this rank's computed rows; past_k, past_v
-    [B, Hkv, n, D] its stored rows, described by ``past``; starts each row's first valid position.
-    Differentiable in all five tensors. -> Partial in float32 (float64), (0, -inf) in filling and padding.
+    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what this rank has computed. past_k, past_v
+    [B, Hkv, n, D]: what it has stored, by ``past``. starts: each row's first valid position. Differentiable
+    in all five tensors. -> Partial in float32 (float64), (0, -inf) in padding and split padding.
 
-    Bytes sent: everything that travels except the next rank's own block, (P - 1) / P * S * 2 Hkv D e for
-    equal blocks; backward sends it again, with gradients in float32 beside it.
+    Bytes sent: all blocks except that of the next rank, (P - 1) / P * S * 2 Hkv D e for equal blocks.
+    Backward sends them again, and their gradients in float32.
     Ring Attention, arXiv 2310.01889, with the zigzag split of arXiv 2411.01783.
     """
     me = (ranks.rank,)
@@ -52,11 +52,12 @@ def ring(
     mine = order(split, None, me, q.device)
     keys = order(split, past, me, k.device)
     blocks = [
-        Block(held(split, past, (r,)), split.rows + (past.count(r) if past else 0)) for r in range(ranks.size)
+        Block(held_spans(split, past, (r,)), split.rows + (past.count(r) if past else 0))
+        for r in range(ranks.size)
     ]
     part = circulate(
         mine.real(q),
-        held(split, None, me),
+        held_spans(split, None, me),
         keys.sorted(k),
         keys.sorted(v),
         blocks,
@@ -69,14 +70,15 @@ def ring(
 
 @dataclass(frozen=True)
 class Block:
-    """What one rank sends round: the positions of its keys, and the rows that travel (filling behind)."""
+    """The keys and values of one rank as they travel. spans: their positions. rows: how many travel, split
+    padding last."""
 
     spans: tuple[Span, ...]
     rows: int
 
     @property
     def count(self) -> int:
-        """Rows that are no filling."""
+        """Rows without split padding."""
         return sum(b - a for a, b in self.spans)
 
 
@@ -127,49 +129,50 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        """K and V go round once more. The gradients of a block start at the rank after its owner and follow
-        it, one step late, until they come home; the owner's own share waits for them there."""
+        """K and V go round once more. The gradients of a block start at the rank after its owner. They follow
+        the block one step later, and end at the owner, which adds its own part."""
         q, k, v, out, lse = ctx.saved_tensors
         ranks, name = ctx.ranks, "ring_backward"
         gradient = Gradient.of(Partial(out, lse), dout, dlse)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         message = _message(k, v)
-        homeward: Callable[[], Tensor] | None = None
+        returning: Callable[[], Tensor] | None = None
         for step in range(ranks.size):
             block, after = _block(ctx.blocks, ranks, step), _block(ctx.blocks, ranks, step + 1)
             arrived = None
             if step < ranks.size - 1:
                 arrived = _pass_on(message, _size(k, v, after), ranks, name)
-            share = lse.new_zeros(_size(k, v, block))
+            part = lse.new_zeros(_size(k, v, block))
             key, value, dk, dv = (
-                x[:, :, : block.count] for m in (message, share) for x in _views(m, k, v, block)
+                x[:, :, : block.count] for m in (message, part) for x in _views(m, k, v, block)
             )
             add_gradients(
                 dq, dk, dv, gradient, q, ctx.queries, key, value, block.spans,
                 softmax=ctx.softmax, starts=ctx.starts,
             )  # fmt: skip
             if step == 0:
-                own = share
+                own = part
             else:
-                if homeward:
-                    share += homeward()
-                homeward = _pass_on(share, _size(k, v, after), ranks, name)
+                if returning:
+                    part += returning()
+                returning = _pass_on(part, _size(k, v, after), ranks, name)
             if arrived:
                 message = arrived()
-        if homeward:
-            own += homeward()
+        if returning:
+            own += returning()
         dk, dv = _views(own, k, v, _block(ctx.blocks, ranks, 0))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
 def _pass_on(message: Tensor, size: int, ranks: Ranks, name: str) -> Callable[[], Tensor]:
-    """Start sending to the next rank; the result waits for the ``size`` elements that come from the last."""
-    coming = message.new_empty(size)
-    shift = ranks.shift(message, coming, name=name)
+    """Start to send to the next rank. -> a function that waits for the ``size`` elements from the previous
+    rank and returns them."""
+    received = message.new_empty(size)
+    shift = ranks.shift(message, received, name=name)
 
     def arrived() -> Tensor:
         shift.wait()
-        return coming
+        return received
 
     return arrived
 
@@ -179,7 +182,7 @@ def _block(blocks: list[Block], ranks: Ranks, step: int) -> Block:
 
 
 def _message(k: Tensor, v: Tensor) -> Tensor:
-    """K and V in one piece, so that a step is one message."""
+    """K and V in one tensor, so that a step is one message."""
     return torch.cat([k.reshape(-1), v.reshape(-1)])
 
 

@@ -1,7 +1,7 @@
-"""Selective prefill over ranks: every rank selects for its own queries as one device does, by the shared
-summaries, and then only what somebody selected moves.
+"""Selective prefill over ranks. Every rank selects for its own queries as one device does, by the shared
+summaries. Then only the keys that a rank has selected move to it.
 
-For the time of a layer a rank has room for the keys of all positions, though it fills no more than it reads.
+While a layer runs, a rank has memory for the keys of all positions; only those that it reads are written.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from ...attention.attend import Reads, run_prefill
-from ...attention.index import Index, Window
 from ...attention.keys import Keys, State
 from ...attention.kv import KV
-from ...attention.method import AttentionMethod
+from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial, empty_partial
+from ...attention.selection import Selection, Window, as_selection
 from ...attention.summary import Summaries, Summary, count_entries
-from .call import Call, Share
+from .call import Call, LocalCall
 from .edges import Beyond, beyond
-from .gather import fetch, gather_all, gather_rows, needed
+from .gather import fetch, gather_all, gather_rows
 from .layout import Span
 
 
 @dataclass(kw_only=True)
 class _ChunkKeys(Keys):
-    """The keys that one chunk of queries may see, of ``rows`` of the batch: methods select by the shared
-    entries, while the keys are still elsewhere, unless they are ``complete``."""
+    """The keys that one chunk of queries may read, for ``rows`` of the batch. Methods select by the entries
+    of ``shared`` before the keys have arrived. complete: all keys have arrived."""
 
     shared: Summaries
     rows: slice
@@ -40,13 +40,13 @@ class _ChunkKeys(Keys):
         return entries
 
     def read_all_keys(self) -> Tensor:
-        assert self.complete, "a method that reads raw keys in prefill says reads_keys"
+        assert self.complete, "a method that reads raw keys in prefill declares needs.keys"
         return super().read_all_keys()
 
 
 @dataclass
 class Result:
-    """The output of a rank's rows, put together of pieces; filling rows and padding stay empty."""
+    """The output of a rank's rows, written piece by piece; padding and split padding stay (0, -inf)."""
 
     q: Tensor
     value_dim: int
@@ -56,16 +56,16 @@ class Result:
         self.part = empty_partial(self.q, self.value_dim)
         self._reasons: list[str | None] = []
 
-    def hang_on(self, *gathered: Tensor) -> None:
-        """Keep the queries and what others have sent in the graph: a rank of nothing but filling would have
-        no gradients, and leave the others waiting for it in backward."""
+    def keep_in_graph(self, *gathered: Tensor) -> None:
+        """Make the output depend on the queries and on what other ranks have sent. A rank that has only split
+        padding would otherwise compute no gradients, and the others would wait for it in backward."""
         zero = sum((x[..., :0].sum() for x in (self.q, *gathered)), torch.zeros((), device=self.q.device))
         if zero.requires_grad:
             self.part = Partial(self.part.out + zero, self.part.lse)
 
-    def put(self, batch: slice, slot: slice, given: tuple[Partial, Reads]) -> None:
-        """Rows ``slot`` of the rows ``batch``."""
-        part, reads = given
+    def write(self, batch: slice, slot: slice, piece: tuple[Partial, Reads]) -> None:
+        """Set the queries ``slot`` of the rows ``batch``, and count what they have read."""
+        part, reads = piece
         self.part.out[batch, :, slot] = part.out.to(self.part.out.dtype)
         self.part.lse[batch, :, slot] = part.lse
         self.reads += reads
@@ -74,69 +74,71 @@ class Result:
 
 
 class _Piece(NamedTuple):
-    """A chunk's queries in some rows of the batch. ``cut``: which of them belong to the chunk; the others
-    complete the query blocks at its ends. chosen: what they read."""
+    """The queries of a chunk in some rows of the batch. cut: which of ``q`` belong to the chunk; the others
+    complete the query blocks at its ends. selection: the keys that they read."""
 
     batch: slice
     slot: slice
     cut: range
     q: Tensor
     keys: _ChunkKeys
-    chosen: Index
+    selection: Selection
 
 
 def selected(
-    method: AttentionMethod, share: Share, shared: Summaries, window: int | None
+    method: AttentionMethod, local: LocalCall, shared: Summaries, window: int | None
 ) -> tuple[Partial, Reads]:
-    """Attention of this rank's queries over what ``method`` (or the model's own ``window``) selects for them;
-    shared: the entries of the method's summaries, of all keys."""
-    q, k, v, call, ranks = share.q, share.k, share.v, share.call, share.mesh.ranks
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    whole = learns or (method.reads_keys and window is None)
+    """Attention of this rank's queries over the keys that ``method``, or the model's own ``window``, selects
+    for them. shared: the entries, for all keys, of the method's summaries."""
+    q, k, v, call, ranks = local.q, local.k, local.v, local.call, local.mesh.ranks
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    whole = has_gradient or (method.needs.keys and window is None)
     if whole:
-        past = share.past
-        keys, values = gather_all(k, v, *past.kv.dense(), past.layout, share.split, ranks)
+        past = local.past
+        keys, values = gather_all(k, v, *past.kv.dense(), past.layout, local.split, ranks)
     else:
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
-    edges = _Edges(share, 1 if window is not None else method.block_multiple)
-    pieces = _pieces(method, share, keys, values, shared, window, edges)
+    edges = _Edges(local, 1 if window is not None else method.block_multiple)
+    pieces, prepare_bytes = _pieces(method, local, keys, values, shared, window, edges)
     if not whole:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
         for piece in pieces:
             first = _first(call, piece.batch)
             chunk = (first + piece.keys.past, first + piece.keys.length)
             rows = [first] * piece.keys.kv.batch
-            wanted[piece.batch, :, : chunk[1]] |= needed(piece.chosen, chunk, rows, k.shape[1], k.device)
-        fetch(wanted, *share.rows.kv.dense(), share.rows.layout, keys, values, ranks)
+            wanted[piece.batch, :, : chunk[1]] |= piece.selection.needed(chunk, rows, k.shape[1], k.device)
+        fetch(wanted, *local.shard.kv.dense(), local.shard.layout, keys, values, ranks)
     result = Result(q, v.shape[3])
-    if learns:
-        result.hang_on(keys, values, *edges.arrived)
+    result.reads.selection_bytes = prepare_bytes
+    if has_gradient:
+        result.keep_in_graph(keys, values, *edges.arrived)
     for piece in pieces:
-        part, reads = run_prefill(method, piece.q, piece.keys, piece.chosen, rows=piece.cut)
+        part, reads = run_prefill(method, piece.q, piece.keys, piece.selection, rows=piece.cut)
         cut = slice(piece.cut.start, piece.cut.stop)
         own = Partial(part.out[:, :, cut], part.lse[:, :, cut])
-        result.put(piece.batch, piece.slot, (own, reads))
+        result.write(piece.batch, piece.slot, (own, reads))
     return result.part, result.reads
 
 
 def _first(call: Call, batch: slice) -> int:
-    """Where the row, or all rows, of ``batch`` begin."""
+    """The first valid position of the row, or of all rows, of ``batch``."""
     return 0 if call.starts is None else call.starts[batch.start]
 
 
 def _pieces(
     method: AttentionMethod,
-    share: Share,
+    local: LocalCall,
     keys: Tensor,
     values: Tensor,
     shared: Summaries,
     window: int | None,
     edges: _Edges,
-) -> list[_Piece]:
-    """This rank's chunks, a padded batch row by row, each with what the method selects for it."""
-    q, call = share.q, share.call
-    complete = method.reads_keys and window is None
+) -> tuple[list[_Piece], int]:
+    """This rank's chunks, a padded batch row by row, each with what the method selects for it; and the bytes
+    that ``prepare_prefill`` has read."""
+    q, call = local.q, local.call
+    complete = method.needs.keys and window is None
     batches = [slice(0, q.shape[0])]
     if call.starts is not None:
         batches = [slice(b, b + 1) for b in range(q.shape[0])]
@@ -150,18 +152,20 @@ def _pieces(
             rows=batch,
             complete=complete,
             prepared=found,
-            softmax=share.softmax,
+            softmax=local.softmax,
         )
 
     prepared: dict[int, State] = {}
+    prepare_bytes = 0
     if window is None and (n := min(method.last_queries, call.total - call.past)):
-        last = last_queries(share, n)
+        last = last_queries(local, n)
         for batch in batches:
             queries = last[batch, :, -(call.total - max(_first(call, batch), call.past)) :]
-            found = method.prepare_prefill(queries, view(batch, call.total, queries.shape[2], {}))
-            prepared[batch.start] = found
+            whole = view(batch, call.total, queries.shape[2], {})
+            prepared[batch.start] = method.prepare_prefill(queries, whole)
+            prepare_bytes += whole.summary_bytes
     pieces = []
-    for slot, (a, b) in share.split.slots(share.rank):
+    for slot, (a, b) in local.split.slots(local.rank):
         for batch in batches:
             first = _first(call, batch)
             begin = max(a, first)
@@ -169,41 +173,41 @@ def _pieces(
                 continue
             here = slice(slot.stop - (b - begin), slot.stop)
             low, high = edges.reach((begin, b), first)
-            queries = edges.widened(q[batch, :, here], (a, b), low, high, batch)
-            seen = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}))
+            queries = edges.extended(q[batch, :, here], (a, b), low, high, batch)
+            visible = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}))
             if window is not None:
-                chosen: Index = Window(size=window)
+                selection: Selection = Window(size=window)
             else:
-                chosen = method.select_prefill(queries, seen)
-            pieces.append(_Piece(batch, here, range(low, low + b - begin), queries, seen, chosen))
-    return pieces
+                selection = as_selection(method.select_prefill(queries, visible), PREFILL)
+            pieces.append(_Piece(batch, here, range(low, low + b - begin), queries, visible, selection))
+    return pieces, prepare_bytes
 
 
-def last_queries(share: Share, n: int) -> Tensor:
+def last_queries(local: LocalCall, n: int) -> Tensor:
     """The last n queries [B, H, n, D] of the call, on every rank."""
-    layout, begin = share.split.layout(), share.split.end - n
-    mine = share.split.real(share.q, share.rank).detach()[:, :, layout.below(share.rank, begin) :]
-    return gather_rows(mine, layout.cut(begin, share.split.end), share.mesh.ranks, "last_queries")
+    layout, begin = local.split.layout(), local.split.end - n
+    mine = local.split.real(local.q, local.rank).detach()[:, :, layout.below(local.rank, begin) :]
+    return gather_rows(mine, layout.cut(begin, local.split.end), local.mesh.ranks, "last_queries")
 
 
 class _Edges:
-    """Queries beyond a chunk's ends, for query blocks that a chunk cuts: blocks count from a row's own start.
-    Nothing travels where no block is cut."""
+    """The queries next to a chunk, for query blocks that the end of a chunk cuts. Blocks count from the start
+    of a row. Nothing is sent where no block is cut."""
 
-    def __init__(self, share: Share, block_multiple: int) -> None:
-        self.block_multiple, self.past, self.end = block_multiple, share.call.past, share.split.end
+    def __init__(self, local: LocalCall, block_multiple: int) -> None:
+        self.block_multiple, self.past, self.end = block_multiple, local.call.past, local.split.end
         self.arrived: list[Tensor] = []
         self._beyond: dict[Span, Beyond] = {}
-        chunks = [chunk for rank in range(share.split.size) for _, chunk in share.split.slots(rank)]
-        starts = share.call.starts or ()
+        chunks = [chunk for rank in range(local.split.size) for _, chunk in local.split.slots(rank)]
+        starts = local.call.starts or ()
         if any(self.reach((max(a, s), b), s) != (0, 0) for s in starts for a, b in chunks if b > s):
             n = block_multiple - 1
-            self._beyond, arrived = beyond(share.q, n, n, share.split, share.mesh.ranks, "edges")
+            self._beyond, arrived = beyond(local.q, n, n, local.split, local.mesh.ranks, "edges")
             self.arrived.append(arrived)
 
     def reach(self, chunk: Span, first: int) -> tuple[int, int]:
-        """How many queries before and after the chunk its query blocks take in, in a row that begins at
-        ``first``."""
+        """How many queries before and after the chunk belong to its query blocks, in a row that begins at
+        position ``first``."""
         if first <= self.past:  # blocks count from the call's first query, as chunks do
             return 0, 0
         begin, end = chunk
@@ -211,7 +215,7 @@ class _Edges:
             -(end - first) % self.block_multiple, self.end - end
         )
 
-    def widened(self, q: Tensor, chunk: Span, low: int, high: int, batch: slice) -> Tensor:
+    def extended(self, q: Tensor, chunk: Span, low: int, high: int, batch: slice) -> Tensor:
         """q [B, H, n, D] of the chunk with ``low`` queries before and ``high`` after it."""
         parts = [q]
         if low:

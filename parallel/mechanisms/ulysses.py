@@ -1,5 +1,5 @@
-"""Ulysses: an all-to-all turns rows of all heads into all rows of some heads, and another one turns the
-result back. In between any method for one device runs as it is.
+"""Ulysses: an all-to-all turns some rows of all heads into all rows of some heads, and another one turns the
+result back. Between them any attention for one device runs unchanged.
 
     P = 2       rank 0           rank 1                   rank 0            rank 1
     heads 0-3   rows 0 1 6 7     rows 2 3 4 5     ->      rows 0 .. 7       -
@@ -21,7 +21,7 @@ from ...attention.partial import Partial
 from ..group.autograd import exchange
 from ..group.comm import Ranks
 from .layout import Layout, Split
-from .rows import order
+from .order import order
 
 Run = Callable[[Tensor, Tensor, Tensor], Partial]
 BACKENDS = ("torch", "deepspeed")
@@ -29,10 +29,10 @@ _NAME = "ulysses"
 
 
 def unsupported(heads: int, kv_heads: int, size: int) -> list[str]:
-    """Why ``size`` ranks cannot share out these heads; an empty list: they can."""
+    """The reasons why these heads cannot be divided among ``size`` ranks; empty where they can."""
     reasons = []
     if heads % size:
-        reasons.append(f"{heads} query heads cannot be shared out evenly over {size} ranks")
+        reasons.append(f"{heads} query heads cannot be divided evenly among {size} ranks")
     if kv_heads % size and size % kv_heads:
         reasons.append(f"of {kv_heads} KV heads and {size} ranks neither is a multiple of the other")
     return reasons
@@ -52,23 +52,23 @@ def ulysses(
     with_lse: bool = False,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor | None]:
-    """``run`` on this rank's share of the heads, over the whole sequence.
+    """``run`` on this rank's part of the heads, over the whole sequence.
 
-    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D] are this rank's computed rows; past_k, past_v
-    [B, Hkv, n, D] its stored rows, described by ``past``. run(q [B, H / P, T, D], k, v
-    [B, max(Hkv, P) / P, past + T, D]) -> Partial for those queries, in the order of positions; it knows of
-    scale, soft-cap and padding itself. Differentiable as far as ``run`` is.
-    -> (out [B, H, split.rows, Dv] in the dtype of q, zeros in filling; lse [B, H, split.rows], -inf in
-    filling, if asked for, else None).
+    q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what this rank has computed. past_k, past_v
+    [B, Hkv, n, D]: what it has stored, by ``past``. run(q [B, H / P, T, D], k, v
+    [B, max(Hkv, P) / P, past + T, D]) -> Partial of those queries, all in the order of positions. ``run``
+    applies scale, soft-cap and padding itself. Differentiable where ``run`` is.
+    -> (out [B, H, split.rows, Dv] in the dtype of q, zero in split padding; with ``with_lse`` the lse
+    [B, H, split.rows], -inf in split padding, else None).
 
     backend: "deepspeed" moves q, k, v and out by DeepSpeed's own sequence all-to-all.
-    Raises Unsupported where heads and ranks do not divide.
-    Bytes sent: (P - 1) / P² * S * (2 H + 2 max(Hkv, P)) * D * e for the new tokens with filling; what is
-    stored travels besides. DeepSpeed-Ulysses, arXiv 2309.14509.
+    Raises Unsupported where the number of ranks does not divide the heads.
+    Bytes sent: (P - 1) / P² * S * (2 H + 2 max(Hkv, P)) * D * e, where S counts the new tokens with split
+    padding; the stored keys and values travel in addition. DeepSpeed-Ulysses, arXiv 2309.14509.
     """
-    everyone = tuple(range(ranks.size))
-    q, k, v = to_heads(q, k, v, split, ranks, everyone, past, past_k, past_v, backend)
-    queries, keys = order(split, None, everyone, q.device), order(split, past, everyone, k.device)
+    every_rank = tuple(range(ranks.size))
+    q, k, v = to_heads(q, k, v, split, ranks, every_rank, past, past_k, past_v, backend)
+    queries, keys = order(split, None, every_rank, q.device), order(split, past, every_rank, k.device)
     part = run(queries.real(q), keys.real(k), keys.real(v))
     out = to_rows(queries.back(part.out.to(q.dtype)), ranks, backend)
     if not with_lse:
@@ -88,11 +88,11 @@ def to_heads(
     past_v: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, heads, rows of this rank, D] -> [B, heads / P, rows of all ranks, D], one rank's behind the
-    other's.
+    """[B, heads, rows of this rank, D] -> [B, heads / P, rows of all ranks, D], one rank after
+    the other.
 
     ``members``: the ranks of ``ranks``, by their number in ``split`` and ``past``. Of k and v, each rank's
-    stored rows stand before its computed ones. Raises Unsupported where heads and ranks do not divide.
+    stored rows come before its computed ones. Raises Unsupported where the ranks do not divide the heads.
     """
     size, hkv = ranks.size, k.shape[1]
     if reasons := unsupported(q.shape[1], hkv, size):
@@ -123,19 +123,17 @@ def to_rows(x: Tensor, ranks: Ranks, backend: str) -> Tensor:
     if backend == "deepspeed":
         return _deepspeed_to_rows(x, ranks)
     each = [1] * ranks.size
-    shares = x.unflatten(2, (ranks.size, -1)).movedim(2, 0)  # [P, B, heads / P, rows, D]
-    return exchange(shares, each, each, ranks, _NAME).transpose(0, 1).flatten(1, 2)
+    parts = x.unflatten(2, (ranks.size, -1)).movedim(2, 0)  # [P, B, heads / P, rows, D]
+    return exchange(parts, each, each, ranks, _NAME).transpose(0, 1).flatten(1, 2)
 
 
 def _to_heads(tensors: list[Tensor], rows: list[list[int]], ranks: Ranks) -> list[list[Tensor]]:
     """Tensors [B, heads, n, D] -> for each, [B, heads / P, rows[source][i], D] from every source, in one
     collective."""
     size = ranks.size
-    shares = [x.unflatten(1, (size, -1)).movedim(1, 0) for x in tensors]  # [P, B, heads / P, n, D]
-    message = torch.cat([x.reshape(size, -1) for x in shares], 1)
-    shapes = [
-        [(*x.shape[1:3], n, x.shape[4]) for x, n in zip(shares, counts, strict=True)] for counts in rows
-    ]
+    parts = [x.unflatten(1, (size, -1)).movedim(1, 0) for x in tensors]  # [P, B, heads / P, n, D]
+    message = torch.cat([x.reshape(size, -1) for x in parts], 1)
+    shapes = [[(*x.shape[1:3], n, x.shape[4]) for x, n in zip(parts, counts, strict=True)] for counts in rows]
     sizes = [[torch.Size(shape).numel() for shape in source] for source in shapes]
     receive = [sum(source) for source in sizes]
     came = exchange(message.view(-1), [message.shape[1]] * size, receive, ranks, _NAME)
@@ -155,15 +153,15 @@ def _deepspeed_to_rows(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 class _DeepSpeed(torch.autograd.Function):
-    """DeepSpeed's exchange of x [B, rows, heads, D]: dimension ``scatter`` is shared out, ``collect`` comes
-    together."""
+    """DeepSpeed's exchange of x [B, rows, heads, D]: dimension ``scatter`` is divided among the
+    ranks, ``collect`` is gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter: int, collect: int, ranks: Ranks, name: str) -> Tensor:
         ctx.how = (collect, scatter, ranks, f"{name}_backward")
         sent = x.numel() // ranks.size * (ranks.size - 1) * x.element_size()
         layer = _deepspeed()
-        with ranks._counted(name, sent):
+        with ranks.counted(name, sent):
             return layer.single_all_to_all(x, scatter, collect, 0, ranks.group)
 
     @staticmethod
@@ -172,7 +170,7 @@ class _DeepSpeed(torch.autograd.Function):
 
 
 def _deepspeed() -> ModuleType:
-    """deepspeed.sequence.layer, its communication standing on torch's process groups as they are."""
+    """deepspeed.sequence.layer, set up to use torch's process groups as they are."""
     try:
         comm = importlib.import_module("deepspeed.comm")
         layer = importlib.import_module("deepspeed.sequence.layer")
@@ -182,7 +180,7 @@ def _deepspeed() -> ModuleType:
             f"({error}): pip install 'farspan[parallel]'."
         ) from error
     if not comm.is_initialized():
-        # On the CPU it would first compile a shared-memory all-reduce, for half a minute and for nothing.
+        # On the CPU DeepSpeed would first compile a shared-memory all-reduce, which takes half a minute.
         known = importlib.import_module("deepspeed.ops").__compatible_ops__
         before, known["deepspeed_shm_comm"] = known.get("deepspeed_shm_comm", False), False
         try:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...attention.softmax import Softmax
 from ..group.comm import Ranks
 from .layout import Layout, Split
+from .order import held_spans, order
 from .ring import Block, circulate
-from .rows import held, order
 from .ulysses import to_heads, to_rows
 
 
@@ -33,11 +33,11 @@ def usp(
     with_lse: bool = False,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of this rank's new tokens over what all ranks hold; ``split`` is a ``usp_split``.
+    """Causal attention of this rank's new tokens over the keys of all ranks; ``split`` is a ``usp_split``.
 
-    ulysses, ring: this rank's two groups, of U and R ranks; in split and past it is number r * U + u. Other
-    arguments, and the result, as for :func:`~farspan.parallel.mechanisms.ulysses.ulysses`. Differentiable in
-    all five tensors. Raises Unsupported where U and the heads do not divide.
+    ulysses, ring: this rank's two groups, of U and R ranks. Its number in split and past is r * U + u. Other
+    arguments and the result are those of :func:`~farspan.parallel.mechanisms.ulysses.ulysses`. Differentiable
+    in all five tensors. Raises Unsupported where U does not divide the heads.
 
     Bytes sent: (U - 1) / U² * S / R * (2 H + 2 max(Hkv, U)) * D e by ``ulysses`` and
     (R - 1) / R * S * 2 ceil(Hkv / U) * D e by ``ring``. arXiv 2405.07719.
@@ -47,10 +47,10 @@ def usp(
     q, k, v = to_heads(q, k, v, split, ulysses, mine, past, past_k, past_v, backend)
     queries, keys = order(split, None, mine, q.device), order(split, past, mine, k.device)
     rows = [sum(split.rows + (past.count(m) if past else 0) for m in group) for group in groups]
-    blocks = [Block(held(split, past, group), n) for group, n in zip(groups, rows, strict=True)]
+    blocks = [Block(held_spans(split, past, group), n) for group, n in zip(groups, rows, strict=True)]
     part = circulate(
         queries.real(q),
-        held(split, None, mine),
+        held_spans(split, None, mine),
         keys.sorted(k),
         keys.sorted(v),
         blocks,

@@ -1,2 +1,2 @@
-"""Memory, bytes and time of a run over ranks before anything runs (plan, cost); simulate computes them event
-by event."""
+"""Memory, bytes and seconds of a run over ranks, before it runs (job, plan, cost). simulate computes the
+seconds of a layer event by event."""

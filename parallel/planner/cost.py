@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a prompt on the devices of a plan."""
+"""Memory, bytes sent and seconds of a prompt on the devices of a plan."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .job import Job, LayerShape
 from .simulate import Work, simulate
 
 RESERVED = 0.05  # of a device's memory, for the runtime's own context, workspaces and fragmentation
-_SAMPLES = 16  # chunks of a chunked prefill that are replayed; the others lie between two of them
+_SAMPLES = 16  # calls of a chunked prefill that are simulated; the others are interpolated
 
 # --- memory --------------------------------------------------------------------------------------
 
 
 @lru_cache(1024)
 def stored_rows(length: int, ranks: int, window: int | None = None) -> int:
-    """Positions that the fullest rank keeps of a prompt's ``length``, or of its last ``window``."""
+    """Positions that the fullest rank keeps of a prompt of ``length`` tokens, or of its last ``window``."""
     layout = zigzag(0, length, ranks).layout().cut(max(0, length - (window or length)), length)
     return max(layout.count(rank) for rank in range(ranks))
 
 
 def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by purpose, and what is alive at the peak of a layer."""
+    """-> (bytes of one device by purpose, bytes that are in use at the peak of a layer by part of it)."""
     model, e = job.model, job.model.element_size
     kv, spare = 0, 0
     for layer, count in _layers(job).items():
@@ -46,7 +46,7 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     }
     geometry = model.geometry(_widest(job), job.tensor)
     tokens = job.batch * padded(job.call(0)[0], job.ranks) // job.ranks
-    wide = 4 * geometry.num_heads * (geometry.head_dim + 1)  # the partial that is merged into, in float32
+    wide = 4 * geometry.num_heads * (geometry.head_dim + 1)  # the partial result, in float32
     attention = tokens * (2 * model.hidden * e + 2 * geometry.query + geometry.kv + wide)
     mlp = tokens * (2 * model.hidden + 3 * -(-model.intermediate // job.tensor)) * e
     held = 0
@@ -59,11 +59,11 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
         if any(_reach(layer, job) for layer in model.layers):
             held = max(held, _fetched(job, geometry))
     found["transient"] = max(attention + held, mlp)
-    return found, {"attention": attention, "brought_together": held, "mlp": mlp}
+    return found, {"attention": attention, "gathered": held, "mlp": mlp}
 
 
 def choices(job: Job) -> list[Choice]:
-    """What each call of the prefill takes in a layer that sees everything."""
+    """The mechanism of each call of the prefill, in a layer without a window."""
     found, transient = memory(job)
     own = max(transient["attention"], transient["mlp"])
     left = max(0, job.memory - sum(found.values()) + found["transient"] - own)
@@ -73,38 +73,38 @@ def choices(job: Job) -> list[Choice]:
 
 
 def _widest(job: Job) -> LayerShape:
-    """The layer whose attention needs most."""
+    """The layer whose attention needs most memory."""
     return max(job.model.layers, key=lambda layer: (layer.window is None, layer.num_heads * layer.head_dim))
 
 
 def _fetched(job: Job, geometry: Geometry) -> int:
-    """Bytes held where keys are fetched: room for all of them, and what each rank asked for, a byte a key."""
+    """Bytes held where keys are fetched: memory for all keys, and a byte for each key that a rank may
+    want."""
     return job.batch * job.length * (geometry.kv + job.ranks * geometry.num_kv_heads)
 
 
 def _choose(job: Job, geometry: Geometry, new: int, past: int, left: int) -> Choice:
-    """``left``: bytes for what is brought together; where nothing is left at all, no limit is looked at."""
-    memory = left if left > 0 else None
-    choice = choose(
-        geometry, job.ranks, new, past, local_ranks=job.local_ranks, memory=memory, batch=job.batch
-    )
+    """The mechanism of one call. left: bytes for what a mechanism holds; 0 or less: there is no limit, since
+    nothing would fit."""
+    choice = choose(geometry, job.prefill_call(new, past), left if left > 0 else None)
     if selective(job) and job.mechanism != "ulysses" and job.ranks > 1:
-        reason = (
-            f"{job.prefill} selects in prefill, and only keys that some query of a rank selected are moved."
-        )
+        reason = f"{job.prefill} selects in prefill, and only keys that a rank has selected are moved to it."
         volume = _bits(job, geometry, new, past) + choice.volumes["gather"]
         more = {**choice.volumes, "fetch": volume}, {**choice.held, "fetch": _fetched(job, geometry)}
         return Choice("fetch", reason, *more, choice.refused)
-    first = job.mechanism == "pass_q" and past == 0 and job.num_calls > 1  # there is nothing to pass by yet
+    first = job.mechanism == "pass_q" and past == 0 and job.num_calls > 1  # there are no stored keys yet
     if job.mechanism in ("auto", choice.mechanism) or job.ranks == 1 or first:
         return choice
     if job.mechanism in choice.refused:
-        raise FarspanError(f"{job.mechanism} cannot be used: {choice.refused[job.mechanism]}.")
-    reason = f"{job.mechanism} was asked for; auto would say: {choice.reason}"
+        raise FarspanError(
+            f"--mechanism {job.mechanism} cannot be used: {choice.refused[job.mechanism]}; give another one, "
+            "or auto."
+        )
+    reason = f"{job.mechanism} was asked for; auto would choose: {choice.reason}"
     return Choice(job.mechanism, reason, choice.volumes, choice.held, choice.refused)
 
 
-# --- what travels --------------------------------------------------------------------------------
+# --- bytes sent and read ------------------------------------------------------------------------
 
 
 def _layers(job: Job) -> Mapping[LayerShape, int]:
@@ -112,30 +112,28 @@ def _layers(job: Job) -> Mapping[LayerShape, int]:
 
 
 def _reach(layer: LayerShape, job: Job) -> int | None:
-    """Keys that a query of the prefill reads at most from its own back, by the model's window or the
-    method's declaration, sinks counted in; None: any."""
+    """The most keys that a query of the prefill reads, counted back from its own position, by the model's
+    window or by the method's declaration (with sinks); None: no limit."""
     window = job.prefill_cost.reach if layer.window is None else layer.window
     return window if window is not None and window < job.length else None
 
 
 def selective(job: Job) -> bool:
-    """Whether the prefill's method leaves keys out."""
+    """Whether the method of the prefill leaves keys out."""
     return job.prefill_cost.density < 1
 
 
 def _bits(job: Job, geometry: Geometry, new: int, past: int) -> int:
-    """Bytes that tell the other ranks which keys are wanted."""
+    """Bytes that tell the other ranks which keys this rank wants."""
     return (job.ranks - 1) * job.batch * geometry.num_kv_heads * -(-(past + new) // 8)
 
 
 def _layer_sent(job: Job, layer: LayerShape, mechanism: str, new: int, past: int) -> int | None:
-    """Bytes that a rank sends for one layer of one call, at most; None where the mechanism is not
-    possible."""
-    geometry = job.model.geometry(layer, job.tensor)
+    """The most bytes that a rank sends for one layer of one call; None where the mechanism is impossible."""
+    geometry, call = job.model.geometry(layer, job.tensor), job.prefill_call(new, past)
     if window := _reach(layer, job):
-        return window_volume(geometry, job.ranks, new, window, past, batch=job.batch)
-    u = job.local_ranks if 1 < job.local_ranks < job.ranks else None
-    found = volumes(geometry, job.ranks, new, past, ulysses=u, batch=job.batch)
+        return window_volume(geometry, call, window)
+    found = volumes(geometry, call)
     if mechanism == "fetch":
         return found["gather"] + _bits(job, geometry, new, past)
     if mechanism == "pass_q" and past == 0:
@@ -144,7 +142,7 @@ def _layer_sent(job: Job, layer: LayerShape, mechanism: str, new: int, past: int
 
 
 def prefill_sent(job: Job, mechanisms: list[str]) -> int | None:
-    """Over the whole prefill, a mechanism for each call; None where one is not possible."""
+    """The same over the whole prefill, with a mechanism for each call."""
     total = 0
     for layer, count in _layers(job).items():
         for mechanism, (new, past) in zip(mechanisms, job.calls, strict=True):
@@ -156,8 +154,8 @@ def prefill_sent(job: Job, mechanisms: list[str]) -> int | None:
 
 
 def least_sent(job: Job, travelled: int) -> int:
-    """Of ``travelled`` bytes of the prefill those that are sent where every query selects the same keys. Of
-    the keys in a window all travel."""
+    """The part of the ``travelled`` bytes of the prefill that is sent if all queries select the same keys.
+    Keys of a window are all sent."""
     reach = job.prefill_cost.reach
     if reach is not None and reach < job.length:
         return travelled
@@ -165,8 +163,8 @@ def least_sent(job: Job, travelled: int) -> int:
 
 
 def decode_sent(job: Job) -> int:
-    """Partials of every layer, and for a method that ranks single keys each rank's candidates for the cut, 8
-    bytes each."""
+    """Bytes that a rank sends for one token: the partials of every layer, and 8 bytes for each candidate of a
+    method that ranks single keys."""
     stored = stored_rows(job.length, job.ranks)
     candidates = 8 * min(stored, job.decode_cost.candidates)
     total = 0.0
@@ -179,7 +177,7 @@ def decode_sent(job: Job) -> int:
 
 
 def decode_reads(job: Job) -> tuple[int, int]:
-    """Bytes of K and V that a rank reads for one token, and bytes that it reads to decide."""
+    """-> (bytes of K and V that a rank reads for one token, bytes that it reads to select)."""
     method = job.decode_cost
     rows = {layer: stored_rows(job.length, job.ranks, layer.window) for layer in _layers(job)}
     kv, selection = 0.0, 0.0
@@ -196,11 +194,11 @@ def decode_reads(job: Job) -> tuple[int, int]:
 
 
 def work(job: Job, layer: LayerShape) -> Work:
-    """One layer of a rank's share of the heads, for the replay."""
+    """One layer with the heads of one device, for the simulation."""
     window, density = _reach(layer, job), job.prefill_cost.density
     if layer.window is not None:
         density = 1.0
-    elif window is not None:  # of the keys within reach, not of all
+    elif window is not None:  # a part of the keys within reach, not of all keys
         density = job.prefill_cost.keys / (window - window * (window - 1) / (2 * job.length))
     return Work(
         geometry=job.model.geometry(layer, job.tensor),
@@ -211,17 +209,17 @@ def work(job: Job, layer: LayerShape) -> Work:
 
 
 def sequence_device(job: Job) -> Device:
-    """The device as one of the sequence's ranks: a node holds as many of them as groups of ``tensor`` fit."""
+    """The device with the number of ranks of the sequence on one node: one for each group of ``tensor``
+    devices."""
     return replace(job.device, per_node=job.local_ranks)
 
 
 def prefill_seconds(job: Job, taken: list[Choice]) -> float:
-    """All layers and calls, and the head for the last position; of many calls some are replayed, and those
-    between lie on straight lines."""
+    """Seconds of all layers and calls, and of the head for the last position. Of many calls some are
+    simulated and the others interpolated."""
     last = job.num_calls - 1
     every = sorted({round(i * last / _SAMPLES) for i in range(_SAMPLES + 1)})
     device = sequence_device(job)
-    local = job.local_ranks if 1 < job.local_ranks < job.ranks else None
     times = []
     for i in every:
         new, past = job.call(i)
@@ -229,10 +227,9 @@ def prefill_seconds(job: Job, taken: list[Choice]) -> float:
         for layer, count in _layers(job).items():
             shape = work(job, layer)
             name = taken[i].mechanism
-            if name == "fetch" or shape.window:  # of a selection, as if everything had been selected
+            if name == "fetch" or shape.window:  # a selection counts as if all keys were selected
                 name = "fetch" if shape.window and job.ranks > 1 else "gather"
-            u = local if name == "usp" else None
-            trace = simulate(name, shape, device, job.ranks, new, past, ulysses=u, batch=job.batch)
+            trace = simulate(name, shape, device, job.prefill_call(new, past))
             total += count * (trace.seconds + _tensor_seconds(job, new))
         times.append(total)
     seconds = times[0]
@@ -259,18 +256,18 @@ def _head_seconds(job: Job) -> float:
 
 
 def decode_seconds(job: Job, read: int) -> float:
-    """Weights and keys at the memory's speed, one collective for each layer. A lower bound: what it takes to
-    start the kernels, beyond one for each layer, is not in it."""
+    """Seconds of one token: weights and keys are read at the memory's speed, with one collective a layer. A
+    lower bound: of starting kernels only one for each layer is counted."""
     device, layers = sequence_device(job), len(job.model.layers)
     bytes_per_parameter = job.weights / job.model.parameters
     weights = job.model.layer_parameters * bytes_per_parameter / job.tensor
     hops = [n % device.per_node == 0 for n in range(1, job.ranks)]
     latency = sum(device.node_latency if far else device.latency for far in hops)
     slowest = device.node_bandwidth if job.ranks > device.per_node else device.link_bandwidth
-    meeting = 0.0 if job.ranks == 1 else layers * (device.launch + latency) + decode_sent(job) / slowest
+    collectives = 0.0 if job.ranks == 1 else layers * (device.launch + latency) + decode_sent(job) / slowest
     return (
         (weights + read) / device.bandwidth
         + layers * (device.launch + _tensor_seconds(job, job.ranks))
-        + meeting
+        + collectives
         + _head_seconds(job)
     )

@@ -1,22 +1,21 @@
-"""What a device and its links can do, as published; `farspan plan` lets each figure be replaced by a measured
-one."""
+"""The published figures of devices and their links. `farspan plan` takes measured ones in their place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GIB = 1 << 30  # vendors' "GB" of device memory are, to a percent, GiB
+_GIB = 1 << 30  # vendors' "GB" of device memory are GiB within a percent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator and its way to the others.
+    """One accelerator and its links.
 
-    flops: peak floating-point operations a second in 16 bits, dense. memory: bytes; bandwidth: of it, bytes a
-    second. link_bandwidth, node_bandwidth: bytes a second that one rank sends, all its peers together, inside
-    its node and out of it. latency, node_latency: seconds until a message of no bytes has arrived. launch:
-    seconds that starting a kernel or a collective takes beside the work. utilisation: the part of ``flops``
-    that large matrix products and attention reach. per_node: devices of one node.
+    flops: peak floating-point operations a second in 16 bits, dense. memory: bytes. bandwidth: bytes a second
+    of that memory. link_bandwidth, node_bandwidth: bytes a second that one rank sends in total, inside its
+    node and to other nodes. latency, node_latency: seconds until an empty message has arrived. launch:
+    seconds to start a kernel or a collective. utilisation: the part of ``flops`` that large matrix products
+    and attention reach. per_node: devices of one node.
     """
 
     name: str
@@ -32,8 +31,9 @@ class Device:
     per_node: int = 8
 
 
-# Data sheets, SXM variants: dense bf16 TFLOP/s, TB/s, GB, NVLink one way (half of the figure advertised), and
-# the network of the vendor's own 8-GPU server (A100: 200 Gbit/s a GPU; H100, H200, B200: 400 Gbit/s).
+# From data sheets, SXM variants: dense bf16 TFLOP/s, TB/s, GB, NVLink one way (half of the advertised
+# figure), and the network of the vendor's own 8-GPU server (A100: 200 Gbit/s a GPU; H100, H200, B200: 400
+# Gbit/s).
 DEVICES = {
     device.name: device
     for device in (

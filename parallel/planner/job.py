@@ -1,4 +1,4 @@
-"""What a plan is asked about: a model by its numbers, devices, and a prompt."""
+"""What a plan is made for: a model by its numbers, devices, and a prompt."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ...attention.cost import DECODE, PREFILL, Cost
 from ...attention.dense import Dense
 from ...attention.errors import FarspanError
 from ...attention.method import AttentionMethod
-from ..mechanisms.volume import MECHANISMS, Geometry
+from ..mechanisms.volume import MECHANISMS, Geometry, PrefillCall
 from .device import Device
 
-MOST_RANKS = 4096  # the replay takes time and memory of ranks * ranks
+MOST_RANKS = 4096  # the simulation needs time and memory of ranks * ranks
 _DENSE = Dense()
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Attention of one layer. window: keys that a query sees at most, None for all."""
+    """Attention of one layer. window: the most keys that a query sees; None: all."""
 
     num_heads: int
     num_kv_heads: int
@@ -30,10 +30,10 @@ class LayerShape:
 class ModelShape:
     """A causal LM by its numbers.
 
-    layers: the attention layers. parameters: of the whole model. layer_parameters: of all layers together,
-    those that one token passes (of a mixture, its chosen experts). intermediate: width of the MLP (of a
-    mixture, of all experts that a token passes). element_size: bytes of a number in weights, activations and
-    the cache. positions: those it was made for, None for no limit; stretchable: whether --rope can give it
+    layers: the attention layers. parameters: of the whole model. layer_parameters: of all layers, those that
+    one token is multiplied with (in a mixture, of its chosen experts). intermediate: width of the MLP (in a
+    mixture, of all experts of a token). element_size: bytes of a number in weights, activations and the
+    cache. positions: those the model was made for; None: no limit. stretchable: whether --rope can give it
     more.
     """
 
@@ -49,7 +49,7 @@ class ModelShape:
     stretchable: bool = False
 
     def geometry(self, layer: LayerShape, tensor: int = 1) -> Geometry:
-        """One of ``tensor`` equal shares of a layer's heads."""
+        """The sizes of a layer on one of ``tensor`` devices that divide its heads."""
         return Geometry(
             layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, self.element_size
         )
@@ -57,12 +57,13 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is asked.
+    """The run that is planned.
 
-    length: tokens of the prompt. gpus: devices, tensor of which share each layer's weights and heads; the
-    others, gpus / tensor, are the ranks of the sequence. memory: bytes of a device. weights: bytes of the
-    whole model. prefill, decode: the methods. chunk: tokens of one call of a chunked prefill. mechanism:
-    "auto" or one of volume.MECHANISMS.
+    length: tokens of the prompt. gpus: devices. tensor: devices that divide each layer's weights and heads
+    among them; gpus / tensor is the number of ranks of the sequence. memory: bytes of a device. weights:
+    bytes of the whole model. prefill, decode: the methods. chunk: tokens of one call of a chunked prefill;
+    None: one call. batch: prompts at once. mechanism: "auto" or one of volume.MECHANISMS. Raises FarspanError
+    for numbers that are not allowed.
     """
 
     model: ModelShape
@@ -84,20 +85,22 @@ class Job:
                 raise FarspanError(f"A plan needs {name} of at least 1; got {getattr(self, name)}.")
         if self.mechanism not in ("auto", *MECHANISMS):
             raise FarspanError(
-                f"There is no mechanism {self.mechanism!r}; it is auto, {', '.join(MECHANISMS)}."
+                f"There is no mechanism {self.mechanism!r}; give auto, {', '.join(MECHANISMS)}."
             )
         if self.gpus % self.tensor:
-            raise FarspanError(f"{self.gpus} GPUs cannot be cut into groups of {self.tensor}.")
+            raise FarspanError(
+                f"{self.gpus} GPUs cannot be cut into groups of {self.tensor}; give a multiple of that."
+            )
         if self.ranks > MOST_RANKS:
             raise FarspanError(
-                f"A plan spreads a prompt over up to {MOST_RANKS} ranks, and {self.gpus} GPUs in groups of "
-                f"{self.tensor} are {self.ranks}: give fewer GPUs."
+                f"A plan takes up to {MOST_RANKS} ranks, and {self.gpus} GPUs in groups of {self.tensor} are "
+                f"{self.ranks}: give fewer GPUs."
             )
         for layer in set(self.model.layers):
             if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:
                 raise FarspanError(
-                    f"Tensor parallelism of {self.tensor} divides not both {layer.num_heads} query heads and "
-                    f"{layer.num_kv_heads} KV heads."
+                    f"Tensor parallelism of {self.tensor} does not divide both {layer.num_heads} query "
+                    f"heads and {layer.num_kv_heads} KV heads; give a common divisor."
                 )
 
     @property
@@ -107,17 +110,17 @@ class Job:
 
     @property
     def local_ranks(self) -> int:
-        """Of them, those of one node."""
+        """Ranks of the sequence on one node."""
         return max(1, self.device.per_node // self.tensor)
 
     @cached_property
     def prefill_cost(self) -> Cost:
-        """What the prefill's method reads in one layer."""
+        """The declared cost of the prefill's method in one layer."""
         return self._cost(self.prefill, PREFILL)
 
     @cached_property
     def decode_cost(self) -> Cost:
-        """What the decode's method reads in one layer."""
+        """The declared cost of the decode's method in one layer."""
         return self._cost(self.decode, DECODE)
 
     def _cost(self, method: AttentionMethod, phase: str) -> Cost:
@@ -133,6 +136,11 @@ class Job:
         """(new, past) of one call of the prefill."""
         step = min(self.chunk or self.length, self.length)
         return min(step, self.length - index * step), index * step
+
+    def prefill_call(self, new: int, past: int) -> PrefillCall:
+        """The same call as it is divided among the ranks of the sequence."""
+        grid = self.local_ranks if 1 < self.local_ranks < self.ranks else None
+        return PrefillCall(self.ranks, new, past, ulysses=grid, batch=self.batch)
 
     @property
     def calls(self) -> list[tuple[int, int]]:

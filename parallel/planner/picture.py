@@ -17,7 +17,7 @@ def scaling_picture(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -
         from matplotlib.figure import Figure
     except ImportError:
         raise FarspanError(
-            "A picture needs matplotlib: pip install 'farspan[evals]', or leave --out out."
+            "A picture needs matplotlib; install it (pip install 'farspan[evals]') or leave out --out."
         ) from None
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)

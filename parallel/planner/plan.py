@@ -1,5 +1,6 @@
-"""What a long prompt costs on a number of devices: memory of a rank, bytes that travel, seconds, and what
-does not fit. Arithmetic on the numbers of a model's config; docs/PLAN.md states what is assumed.
+"""Plans a long prompt on a number of devices: memory of a device, bytes sent, seconds, and what does not fit.
+
+It computes with the numbers of a model's config. docs/PLAN.md states the assumptions.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ _MOST_CALLS = 1 << 14  # of the prefill
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer.
+    """The result of :func:`plan`.
 
-    memory: bytes of one device by purpose; transient: what is alive at the peak of a layer. sent: bytes that
-    a rank sends over the whole prefill, by mechanism. sent_prefill: by the mechanisms taken, sent_least where
-    a selective prefill lets less travel, sent_decode: per token. read: bytes of K and V that a rank reads per
-    token, selection_read: to decide which. longest: tokens that fit, 0 if none. notes: what does not fit and
-    what would help, a sentence each.
+    choice: the mechanism of the last call. mechanisms: those of all calls. memory: bytes of one device by
+    purpose. transient: bytes in use at the peak of a layer, by part. sent: bytes that a rank sends over the
+    whole prefill, by mechanism. sent_prefill: by the chosen mechanisms; sent_least: if all queries select the
+    same keys. sent_decode: per token. read: bytes of K and V that a rank reads per token; selection_read:
+    those that it reads to select. longest: the longest prompt that fits, in tokens; 0: none. notes: what does
+    not fit and what would help, a sentence each.
     """
 
     job: Job
@@ -59,11 +61,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has as much."""
+        """Whether a device has enough memory."""
         return self.needed <= self.job.memory
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as plain values, for JSON."""
         job = self.job
         return {
             "model": job.model.name,
@@ -97,12 +99,12 @@ class Plan:
 
 
 def plan(job: Job) -> Plan:
-    """Work it out. Raises FarspanError for a mechanism that was asked for and cannot serve the model, and for
-    chunks that are too many to be counted one by one."""
+    """Plan a run. Raises FarspanError where the job's mechanism cannot serve the model, or where there are
+    too many chunks to count them one by one."""
     if job.num_calls > _MOST_CALLS:
         raise FarspanError(
-            f"A plan takes up to {_MOST_CALLS} chunks, and {job.length} tokens in chunks of {job.chunk} are "
-            f"{job.num_calls}: give a --prefill-chunk of {-(-job.length // _MOST_CALLS)} or more."
+            f"{job.length} tokens in chunks of {job.chunk} are {job.num_calls} chunks, and a plan takes "
+            f"up to {_MOST_CALLS} chunks; give a --prefill-chunk of {-(-job.length // _MOST_CALLS)} or more."
         )
     parts, transient = memory(job)
     taken = choices(job)
@@ -132,13 +134,13 @@ def plan(job: Job) -> Plan:
 
 
 def fits(job: Job) -> bool:
-    """Whether a device has the memory."""
+    """Whether a device has enough memory for the job."""
     parts, _ = memory(job)
     return sum(parts.values()) <= job.memory
 
 
 def _longest(job: Job) -> int:
-    """The longest prompt that fits, to 1,024 tokens."""
+    """The longest prompt that fits, a multiple of 1,024 tokens; beyond 64 such blocks within 1/64."""
 
     def holds(blocks: int) -> bool:
         return fits(replace(job, length=1024 * blocks))
@@ -176,8 +178,8 @@ def _notes(result: Plan) -> list[str]:
         dense = f"{method} counts as dense in {phase}"
         if not cost.exact and cost.density < 1:
             notes.append(
-                f"{method} counts as reading {100 * cost.density:.1f} % of the keys in {phase}, which is its "
-                "most: what it reads depends on the data."
+                f"{method} counts as reading {100 * cost.density:.1f} % of the keys in {phase}, its upper "
+                "bound: what it reads depends on the data."
             )
         elif not cost.exact:
             notes.append(f"{dense}: what it reads depends on the data.")
@@ -195,7 +197,7 @@ def _beyond_positions(job: Job) -> list[str]:
     advice = (
         f"stretch them with --rope yarn:{stretched} where you run it"
         if model.stretchable
-        else "they cannot be stretched, so take a model that has more"
+        else "they cannot be stretched, so use a model that has more"
     )
     return [
         f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it reads nonsense "
@@ -207,12 +209,12 @@ def _more_tensor(job: Job, room: int) -> str:
     for tensor in (2, 4, 8, 16, 32, 64):
         divides = all(x.num_heads % tensor == 0 == x.num_kv_heads % tensor for x in job.model.layers)
         if divides and tensor > job.tensor and job.weights / tensor < 0.8 * room:
-            return f"share them with --tensor-parallel {tensor}"
-    return "no number of devices that divides the heads can share them: take smaller weights (--weights)"
+            return f"divide them with --tensor-parallel {tensor}"
+    return "no number of devices that divides the heads is enough: use smaller weights (--weights)"
 
 
 def _remedies(result: Plan) -> list[str]:
-    """The longest chunk and the fewest devices that would do."""
+    """Sentences: the longest chunk and the fewest devices with which it fits."""
     job, found = result.job, []
     chunks = [1 << n for n in range(17, 9, -1) if 1 << n < min(job.length, job.chunk or job.length)]
     if chunk := next((c for c in chunks if fits(replace(job, chunk=c))), None):
@@ -223,7 +225,7 @@ def _remedies(result: Plan) -> list[str]:
     if not found:
         parts = sorted(result.memory.items(), key=lambda item: -item[1])[:2]
         what = " and ".join(f"{readable(size)} of {name.replace('_', ' ')}" for name, size in parts)
-        found.append(f"More devices do not help either: the largest parts are {what}.")
+        found.append(f"More devices do not help either. The largest parts are {what}.")
     if result.longest:
-        found.append(f"As it is, {result.longest} tokens fit.")
+        found.append(f"Without changes, {result.longest} tokens fit.")
     return found

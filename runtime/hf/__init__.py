@@ -19,6 +19,7 @@ from .models import ModelInfo as ModelInfo
 from .models import inspect_model as inspect_model
 from .models import is_patched as is_patched
 from .models import join_ranks as join_ranks
+from .models import place_beside as place_beside
 from .observe import observe as observe
 from .observe import replace_attention as replace_attention
 from .releases import returned_cache as returned_cache

@@ -20,6 +20,7 @@ from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..shard import ShardStore, running
 from .interface import autocast
+from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
 
 
 class KVStoreLayer(DynamicLayer):
@@ -161,8 +162,8 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
 
     shard: makes the stores (given a layer's sliding window) of a cache that is spread over ranks.
     """
-    replicated = getattr(cache, "layer_class_to_replicate", None)
-    if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
+    replicated = replicated_layer(cache)
+    if is_offloading(cache) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise FarspanError(
             f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or "
@@ -188,14 +189,14 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
                 {k: v for k, v in vars(layer).items() if k not in ("keys", "values", "is_initialized")}
             )
             fresh.append(_filled(hybrid, layer))
-        elif isinstance(layer, _KEPT) or type(layer).__name__ == "DummyLayer":
+        elif isinstance(layer, _KEPT) or caches_nothing(layer):
             fresh.append(layer)
         else:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
     if replicated is DynamicLayer:
-        cache.layer_class_to_replicate = (
-            KVStoreLayer if shard is None else partial(ShardStoreLayer, partial(shard, None))
+        replicate_layer(
+            cache, KVStoreLayer if shard is None else partial(ShardStoreLayer, partial(shard, None))
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...attention.errors import FarspanError
 from ..cuts import Chunking
-from ..layer import Session
 from ..padding import read_padding
+from ..session import Session
 from .decoder_over_ranks import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 from .hooks import replace_forward
 from .releases import given_cache

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...parallel.planner.job import LayerShape, ModelShape
 from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs
+from .transformers_private import layer_types
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MLP = ("intermediate_size", "ffn_dim", "n_inner")
@@ -61,7 +61,7 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
 
 
 def _layers(info: ModelInfo) -> tuple[LayerShape, ...]:
-    kinds, settings = get_layer_types_and_kwargs(info.config.get_text_config(decoder=True))
+    kinds, settings = layer_types(info.config.get_text_config(decoder=True))
     layers = []
     for index in info.attention:
         layer = info.layer_info(index)

@@ -19,8 +19,8 @@ from ...parallel.mechanisms.call import Call
 from ...parallel.mechanisms.gather import gather_rows
 from ...parallel.mechanisms.layout import Layout, Split
 from ...parallel.mechanisms.prefill import make_split
-from ..layer import Session
 from ..padding import Padding, read_padding
+from ..session import Session
 from ..shard import running
 from .cache import ShardStoreLayer
 from .hooks import replace_forward
@@ -72,8 +72,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def told_to_all(mesh: Mesh | None) -> Iterator[None]:
-    """Around what this rank may fail in: the others learn of it, and stop with the same sentence."""
+def stopping_all_ranks(mesh: Mesh | None) -> Iterator[None]:
+    """A context for code that may fail on this rank alone: its error stops the other ranks with the same
+    sentence."""
     try:
         yield
     except BaseException as error:
@@ -95,7 +96,7 @@ def _forward(
     assert session.mesh is not None and not args
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
-    with told_to_all(session.mesh):
+    with stopping_all_ranks(session.mesh):
         call, positions = _share_out(info, session, session.mesh, block_multiple, kwargs)
         session.call, before = call, running.set(call)
         try:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ...attention.errors import FarspanError
+from .transformers_private import default_generation_settings
 
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
 
@@ -86,13 +87,17 @@ def generation_settings(model: Any) -> dict[str, Any]:
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
-    defaults = GenerationConfig._get_default_generation_params()
+    defaults = default_generation_settings()
     known = vars(GenerationConfig())
-    left_out = _TOKENS | {"transformers_version", "_from_model_config"}
+    left_out = _TOKENS | {"transformers_version"}
     return {
         name: _plain(value)
         for name, value in config.to_dict().items()
-        if name in known and name not in left_out and value is not None and value != defaults.get(name)
+        if name in known
+        and name not in left_out
+        and not name.startswith("_")  # how the config was made
+        and value is not None
+        and value != defaults.get(name)
     }
 
 

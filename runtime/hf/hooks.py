@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..layer import Unique
+from ..session import Unique
 
 
 class Hook(Unique):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,18 +14,23 @@ from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..cuts import Chunking
-from ..layer import Layer, Session
+from ..layer import Layer
+from ..mixers import Mixed
 from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
+from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunk import chunk_forward
-from .decoder_over_ranks import spread_forward, told_to_all
+from .decoder_over_ranks import spread_forward, stopping_all_ranks
 from .hooks import Hook
+from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
+from .mixers import adopt_states, put_mixers
 from .models import FULL, ModelInfo, calls_attention
 from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
+from .transformers_private import attention_of
 from .wanted import watch_logits
 
 
@@ -36,18 +41,24 @@ def install(
     session: Session,
     chunk: Chunking | None,
     block_multiple: int = 1,
+    mixed: Mapping[int, Mixed] | None = None,
 ) -> list[Callable[[], None]]:
     """Point every attention module at its Layer. Returns the undo steps, to be run last first.
 
     chunk: how prefill calls are cut, or None; block_multiple: tokens in multiples of which a step is shared
-    out over the ranks of ``session.mesh``.
+    out over the ranks of ``session.mesh``. mixed: mixers, by the layer whose attention they replace; those
+    layers are not in ``layers``.
     """
     register()
-    served = set(info.attention.values())
-    undo = [own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m))]
-    for index, module in info.attention.items():
-        setattr(module, ATTRIBUTE, layers[index])
-        undo.append(partial(delattr, module, ATTRIBUTE))
+    mixed = mixed or {}
+    served = {module for i, module in info.attention.items() if i in layers}
+    fed = [(info.attention[i], layer.needs) for i, layer in layers.items() if layer.needs.inputs]
+    undo = feed_inputs(info.decoder, fed, session)
+    undo += put_mixers(info, mixed, session)
+    undo.append(own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
+    for index, layer in layers.items():
+        setattr(info.attention[index], ATTRIBUTE, layer)
+        undo.append(partial(delattr, info.attention[index], ATTRIBUTE))
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
@@ -56,11 +67,15 @@ def install(
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 
-    ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.tokens_ahead})
+    ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
     def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with told_to_all(session.mesh):
-            return None if _switched_off(module, session) else _begin(module, args, kwargs, session, ahead)
+        with stopping_all_ranks(session.mesh):
+            return (
+                None
+                if _switched_off(module, session)
+                else _begin(module, args, kwargs, session, ahead, mixed, len(info.kinds))
+            )
 
     before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
     after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
@@ -70,7 +85,7 @@ def install(
 
 def _switched_off(decoder: Any, session: Session) -> bool:
     """Whether the model has been set to another attention since the patch; its calls are its own then."""
-    name = decoder.config._attn_implementation
+    name = attention_of(decoder.config)
     session.off = name != NAME
     if not session.off:
         return False
@@ -85,10 +100,17 @@ def _switched_off(decoder: Any, session: Session) -> bool:
 
 
 def _begin(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], session: Session, ahead: list[str]
+    decoder: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    session: Session,
+    ahead: list[str],
+    mixed: Mapping[int, Mixed],
+    count: int,
 ) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: refuse what cannot be served, and put our storage under the call. ahead: the
-    methods whose selection looks ahead."""
+    methods whose selection looks ahead. mixed: the mixers, whose states the cache holds; count:
+    layers of the model."""
     call = (
         dict(inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments)
         if args
@@ -117,6 +139,7 @@ def _begin(
     mesh = session.mesh
     if cache is not None:
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
+        adopt_states(cache, mixed, count)
     past = 0 if cache is None else cache.get_seq_length()
     tokens = _tokens(call)
     mask = _checked_mask(call, tokens, past)

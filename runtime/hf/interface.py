@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, find_packed_sequence_indices
+from transformers.masking_utils import causal_mask_function
 
 from ...attention.errors import FarspanError
 from ...attention.softmax import Softmax
 from ..layer import Layer
 from ..layer_over_ranks import carrier
 from ..shard import running
+from .transformers_private import finds_packed_sequences, is_causal_mask, is_sliding_window_mask
 
 NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
 ATTRIBUTE = "_farspan"  # on an attention module: its Layer
@@ -84,7 +85,7 @@ def _padding_mask(
 
     Causality and windows are the operations' own, so only those two mask functions can be served.
     """
-    if mask_function is not causal_mask_function and not _is_sliding(mask_function):
+    if not is_causal_mask(mask_function) and not is_sliding_window_mask(mask_function):
         raise beyond_causal()
     if attention_mask is None:
         return None
@@ -99,7 +100,7 @@ def check_positions(positions: Tensor | None) -> None:
     sequences: those [B, T] that do not count up by one. It would look among one rank's alone."""
     if positions is not None and positions.dim() == 3:  # of Qwen2-VL and its kin: those of text come first
         positions = positions[0] if positions.shape[0] == 4 else None
-    if positions is not None and find_packed_sequence_indices(positions) is not None:
+    if positions is not None and finds_packed_sequences(positions):
         raise beyond_causal()
 
 
@@ -111,20 +112,7 @@ def beyond_causal() -> FarspanError:
     )
 
 
-def _is_sliding(mask_function: Callable[..., Any]) -> bool:
-    """Whether this is transformers' sliding_window_causal_mask_function(w): an and of a window and causality,
-    no more."""
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    pair = next((p for p in parts if isinstance(p, tuple)), ())
-    names = {getattr(p, "__qualname__", "").split(".")[0] for p in pair}
-    return (
-        len(pair) == 2
-        and causal_mask_function in pair
-        and names == {"causal_mask_function", "sliding_window_overlay"}
-    )
-
-
 def register() -> None:
-    if NAME not in AttentionInterface._global_mapping:
+    if NAME not in AttentionInterface():
         AttentionInterface.register(NAME, _attention_forward)
         AttentionMaskInterface.register(NAME, _padding_mask)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -14,13 +12,15 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...attention.errors import FarspanError, Unsupported
 from ...attention.method import LayerInfo
-from ...parallel.group.mesh import ContextParallel, Mesh, join
+from ...parallel.group.config import ContextParallel
+from ...parallel.group.join import join
+from ...parallel.group.mesh import Mesh
 from .interface import ATTRIBUTE
 from .tensor import TENSOR, count_heads, same_share, weights_mesh
+from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
 _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
@@ -144,7 +144,7 @@ def inspect_model(model: Any) -> ModelInfo:
         reasons.append("some of its layers have more than one attention module")
     kinds: list[str] = []
     if not reasons:
-        kinds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+        kinds = layer_types(config.get_text_config(decoder=True))[0]
         known = (FULL, SLIDING, HYBRID, *_WITHOUT_ATTENTION)
         reasons += [f"layers of type {kind!r} are not served" for kind in sorted(set(kinds) - set(known))]
     if reasons:
@@ -159,6 +159,13 @@ def without_head(decoder: Any) -> Any:
         if len(inner) == 1:
             return inner[0]
     return decoder
+
+
+def place_beside(module: nn.Module, other: nn.Module) -> None:
+    """Move ``module`` to the device of ``other``'s weights, where they are on one; dtypes stay."""
+    devices = {p.device for p in other.parameters() if p.device.type != "meta"}
+    if len(devices) == 1:
+        module.to(devices.pop())
 
 
 def _inside(wrapper: Any) -> str:
@@ -200,18 +207,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 def calls_attention(module: nn.Module) -> bool:
     """Whether a module calls attention through transformers' AttentionInterface."""
-    source = _source(type(module).forward)
-    if source is None:
+    calls = calls_attention_interface(type(module).forward)
+    if calls is None:  # a class without source at hand
         return type(module).__name__.endswith("Attention") and hasattr(module, "num_key_value_groups")
-    return "attention_interface" in source
-
-
-@functools.cache
-def _source(forward: Callable[..., Any]) -> str | None:
-    try:
-        return inspect.getsource(forward)
-    except (OSError, TypeError):
-        return None  # no source at hand
+    return calls
 
 
 def _is_causal(module: nn.Module) -> bool:

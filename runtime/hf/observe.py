@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
-from ...attention.errors import Unsupported
+from ...attention.kv import KV
+from ...attention.needs import Needs
 from ...attention.softmax import Softmax
 from ..layer import Layer
+from .inputs import feed_inputs
 from .interface import ATTRIBUTE
+from .models import ModelInfo
 
 
 def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
@@ -22,41 +23,29 @@ def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Calla
     return lambda: setattr(module, ATTRIBUTE, layer)
 
 
-def observe(module: nn.Module, before_rope: bool, observer: Callable[..., None]) -> Callable[[], None]:
-    """Call ``observer(q, k, v, softmax)`` with what a patched attention module is
-    given, uncached; with RoPE undone where asked.
-
-    Rotation is undone by the module's own ``apply_rotary_pos_emb`` with the opposite angle, since hooks on
-    projections miss fused ones and norms behind them; YaRN scales cos and sin, hence the division. Returns
-    the undo step.
-    """
+def observe(info: ModelInfo, index: int, needs: Needs, observer: Callable[..., None]) -> Callable[[], None]:
+    """Call ``observer(q, k, v, softmax)`` with what a patched layer's attention is given, uncached; with
+    ``inputs=`` besides, where ``needs`` name some: queries and keys before RoPE in
+    float32, hidden states as they are. Returns the undo step."""
+    module = info.attention[index]
     layer: Layer = getattr(module, ATTRIBUTE)
-    given = inspect.signature(type(module).forward)
-    rotate = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
-    angles: list[tuple[Tensor, Tensor] | None] = []
-    if before_rope and rotate is None and "position_embeddings" in given.parameters:
-        raise Unsupported(
-            f"farspan cannot rank channels before RoPE in {type(module).__name__}",
-            ["its module has no apply_rotary_pos_emb to undo; rank by 'qk', which is taken after RoPE"],
-        )
-
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        angles[:] = [given.bind(module, *args, **kwargs).arguments.get("position_embeddings")]
+    session = layer.session
+    undo = feed_inputs(info.decoder, [(module, needs)], session) if needs.inputs else []
 
     def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
-        if before_rope and rotate is not None and angles[0] is not None:
-            cos, sin = (x.float() for x in angles[0])
-            size = cos**2 + sin**2
-            observer(*rotate(q.float(), k.float(), cos / size, -sin / size), v, softmax)
+        if needs.inputs:
+            assert session.given is not None, "the hook on the attention module has run"
+            own = session.given.feed(q.float(), KV(k.float(), v), None)
+            observer(q, k, v, softmax, inputs=own)
         else:
             observer(q, k, v, softmax)
         return layer(q, k, v, mask, softmax)
 
-    hook = module.register_forward_pre_hook(remember, with_kwargs=True)
     setattr(module, ATTRIBUTE, observed)
 
-    def undo() -> None:
-        hook.remove()
+    def stop() -> None:
+        for step in reversed(undo):
+            step()
         setattr(module, ATTRIBUTE, layer)
 
-    return undo
+    return stop

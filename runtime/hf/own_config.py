@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .interface import NAME
-
-_ATTENTION = "_attn_implementation_internal"
+from .transformers_private import ATTENTION, attention_of, set_attention
 
 
 def own_configs(
@@ -42,25 +41,23 @@ def own_configs(
     for module in model.modules():
         config = vars(module).get("config")
         if not _leads_to(config, text):
-            others.append((config, getattr(config, _ATTENTION, None)))
+            others.append((config, attention_of(config)))
         elif not leave(module):
             module.config = copied(config)
-    vars(copied(text))[_ATTENTION] = NAME
+    set_attention(copied(text), NAME)
     before = {key: dict(vars(new)) for key, (_, new) in copies.items()}
 
     def undo() -> None:
         originals = {id(new): config for config, new in copies.values()}
         for config, name in others:
-            if (
-                getattr(config, _ATTENTION, None) == NAME
-            ):  # set_attn_implementation reaches every part of a model
-                setattr(config, _ATTENTION, name)
+            if attention_of(config) == NAME:  # set_attn_implementation reaches every part of a model
+                set_attention(config, name)
         for key, (config, new) in copies.items():
             own, now, was = vars(config), vars(new), before[key]
             for name in [name for name in was if name not in now]:
                 own.pop(name, None)
             for name, value in now.items():
-                if (name not in was or value is not was[name]) and (name, value) != (_ATTENTION, NAME):
+                if (name not in was or value is not was[name]) and (name, value) != (ATTENTION, NAME):
                     own[name] = originals.get(id(value), value)
         for module in model.modules():
             config = vars(module).get("config")

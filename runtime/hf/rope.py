@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer import Session
+from ..session import Session
 from .hooks import replace_forward
 
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...attention.errors import FarspanError, Unsupported
 from .interface import ATTRIBUTE, NAME, register
+from .transformers_private import attention_of, set_attention
 
 TENSOR = "tp"
 
@@ -79,15 +80,15 @@ def count_heads(model: Any, config: Any, modules: dict[int, nn.Module]) -> dict[
 
     device = next(model.parameters()).device
     register()
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    before = attention_of(config)
+    set_attention(config, NAME)
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, counter(index))
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     finally:
-        config._attn_implementation_internal = before
+        set_attention(config, before)
         for module in modules.values():
             delattr(module, ATTRIBUTE)
     return found

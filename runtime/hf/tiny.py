@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .models import ModelInfo, without_head
+from .transformers_private import reset_attention
 
 VOCAB = 128
 TOKENS = range(3, 64)  # of which calls are made: none of them is special
@@ -124,7 +125,7 @@ def shrink(config: Any, layers: int, head_dim: int) -> Any:
     kept = {int(i): own for i, own in overrides.items() if int(i) < layers}
     if kept:
         small.per_layer_config = {i: _smaller("", own, scale) for i, own in kept.items()}
-    small._attn_implementation = None  # what transformers takes by default
+    reset_attention(small)
     return small
 
 

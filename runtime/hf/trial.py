@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ...attention.attend import DECODE_ROWS
 from ...attention.dense import Dense
 from ...attention.errors import Unsupported
-from ..layer import DECODE_ROWS, Layer, Session
+from ..layer import Layer
+from ..session import Session
 from . import releases
 from .install import install
 from .interface import ATTRIBUTE

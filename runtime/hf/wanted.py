@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import Session
+from ..session import Session
 from .hooks import Hook
 
 

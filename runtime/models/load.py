@@ -133,7 +133,7 @@ def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: b
     limit = positions(model)
     if limit is None or tokens <= limit:
         return
-    name = getattr(model.config, "_name_or_path", "") or "the model"
+    name = getattr(model.config, "name_or_path", "") or "the model"
     name = Path(name).name if os.path.isabs(name) else name
     final = _has_position_table(model, limit)
     sentence = (

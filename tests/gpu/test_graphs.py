@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.attention.index import TokenIndex
 from farspan.attention.kv import KV
 from farspan.attention.ops.decode import decode
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import top_k
 from farspan.attention.partial import Partial
+from farspan.attention.selection import TokenIndex
 from farspan.attention.softmax import Softmax
 
 pytestmark = [

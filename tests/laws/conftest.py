@@ -10,7 +10,9 @@ import torch
 
 import farspan
 from farspan.attention.method import AttentionMethod
+from farspan.attention.needs import Needs
 
+from ..parallel.jobs import Case, model_of
 from .tools import CALIBRATION, Data, layer_info
 
 
@@ -39,9 +41,7 @@ def smollm2_layers(smollm2: tuple[Any, Any]) -> list[Data]:
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
     info, seen = hf.inspect_model(causal_lm), []
     with farspan.patch(causal_lm, "dense"), torch.no_grad():
-        undo = [
-            hf.observe(info.attention[i], False, lambda q, k, v, _: seen.append((q, k, v))) for i in (1, 20)
-        ]
+        undo = [hf.observe(info, i, Needs(), lambda q, k, v, _: seen.append((q, k, v))) for i in (1, 20)]
         causal_lm(ids, use_cache=False, logits_to_keep=1)
         for step in undo:
             step()
@@ -53,13 +53,12 @@ def _tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
 
 
-@pytest.fixture(scope="session")
-def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
-    """The recipe that a method needs, calibrated on the tiny model; None for methods that need none."""
+def _calibrated(model: Any) -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs, calibrated on ``model`` once; None for methods that need none."""
     made: dict[str, Any] = {}
 
     def get(method: AttentionMethod) -> Any:
-        if not method.needs_recipe:
+        if not method.needs.recipe:
             return None
         if str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
@@ -68,6 +67,18 @@ def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
         return made[str(method)]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs on the tiny model."""
+    return _calibrated(model)
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs on the model of the cases that run over ranks."""
+    return _calibrated(model_of(Case()))
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def smallest_set(weight: list[float], mass: float) -> set[int]:
 
 
 def pbs(
-    q: Tensor, k: Tensor, *, mass: float, block: int, segment: int, select: str, stride: int, share: str,
+    q: Tensor, k: Tensor, *, mass: float, block: int, segment: int, select: str, stride: int, gqa_reduce: str,
     scale: float,
 ) -> list[list[set[int]]]:  # fmt: skip
     """q [G, Tq, D], the last queries of one KV head's keys k [n, D] -> [query block][head] the keys it reads,
@@ -77,7 +77,7 @@ def pbs(
     group, tq, n = q.shape[0], q.shape[1], k.shape[0]
     past = n - tq
     weights = [importance(head, k, block, scale) for head in q]
-    orders = [new_order(weight, segment) for weight in _together(weights, share)]
+    orders = [new_order(weight, segment) for weight in _together(weights, gqa_reduce)]
     keys = [[order[a : a + block] for a in range(0, n, block)] for order in orders]  # [order][block]
     result = []
     for a in range(0, tq, block):
@@ -87,20 +87,20 @@ def pbs(
         earlier = segments[0] * segment // block
         scored = []
         for head in range(group):
-            blocks = [k[places] for places in keys[head if share == "none" else 0][:earlier]]
+            blocks = [k[places] for places in keys[head if gqa_reduce == "none" else 0][:earlier]]
             if select == "mean":
                 scored.append(shares(q[head, a:z], blocks, scale) if blocks else [])
             else:
                 scored.append(antidiagonal_shares(q[head, a:z], blocks, scale, stride) if blocks else [])
         per_head = []
-        for blocks, weight in zip(keys, _together(scored, share), strict=True):
+        for blocks, weight in zip(keys, _together(scored, gqa_reduce), strict=True):
             taken = smallest_set(weight, mass) | {j for j, places in enumerate(blocks) if 0 in places}
             per_head.append(own | {i for j in taken for i in blocks[j]})
-        result.append(per_head if share == "none" else per_head * group)
+        result.append(per_head if gqa_reduce == "none" else per_head * group)
     return result
 
 
-def _together(per_head: list[list[float]], share: str) -> list[list[float]]:
-    if share == "none":
+def _together(per_head: list[list[float]], gqa_reduce: str) -> list[list[float]]:
+    if gqa_reduce == "none":
         return per_head
-    return [[sum(x) if share == "sum" else max(x) for x in zip(*per_head, strict=True)]]
+    return [[sum(x) if gqa_reduce == "sum" else max(x) for x in zip(*per_head, strict=True)]]

@@ -64,20 +64,20 @@ def blocks_read(n: int, past: int, block: int, columns: set[int], diagonals: set
 
 def vertical_slash(
     q: Tensor, k: Tensor, *, budgets: list[tuple[int, int]], mass: float | None, last: int, sinks: int,
-    local: int, block: int, share: str, scale: float,
+    local: int, block: int, gqa_reduce: str, scale: float,
 ) -> list[list[set[int]]]:  # fmt: skip
     """q [G, Tq, D], the last queries of one KV head's keys k [n, D]; budgets: (columns, diagonals) of each
     head -> [query block][head] the keys it reads, later ones than its queries not left out."""
     n, group = k.shape[0], q.shape[0]
     found = [columns_and_diagonals(head, k, last, scale) for head in q]
-    if share != "none":
-        add = sum if share == "sum" else max
+    if gqa_reduce != "none":
+        add = sum if gqa_reduce == "sum" else max
         found = [tuple([add(x) for x in zip(*kind, strict=True)] for kind in zip(*found, strict=True))]
     per_head = []
     for (columns, diagonals), (vertical, slash) in zip(found, budgets, strict=False):
         picked = chosen(columns, vertical, mass, sinks), chosen(diagonals, slash, mass, local)
         per_head.append(blocks_read(n, n - q.shape[1], block, *picked))
-    per_head = per_head if share == "none" else per_head * group
+    per_head = per_head if gqa_reduce == "none" else per_head * group
     return [list(heads) for heads in zip(*per_head, strict=True)]
 
 

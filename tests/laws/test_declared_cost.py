@@ -12,10 +12,10 @@ from torch import Tensor
 import farspan
 from farspan.attention import method as registry
 from farspan.attention.cost import Cost, Queries
-from farspan.attention.index import BlockIndex, Index, Window
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
+from farspan.attention.selection import Index, Window
 from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.quest import Quest
 
@@ -157,7 +157,7 @@ def test_nothing_is_read_beyond_the_declared_reach(method: AttentionMethod) -> N
     """By the mask: all that a query reads lies in a first and a last stretch, together no longer."""
     data, reach = Data.random(200), declared(method, PREFILL, 200).reach
     index = method.select_prefill(data.q, Keys(kv=KV(data.k, data.v), tq=200, softmax=Softmax(data.scale)))
-    mask = index.to_mask(200, 200) if isinstance(index, BlockIndex) else index.to_mask(200, 200, None, 1)
+    mask = index.to_mask(200, 200)
     for t, row in enumerate(mask[0, 0].tolist()):
         gap = longest = 0
         for read in row[: t + 1]:

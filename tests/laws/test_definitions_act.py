@@ -12,15 +12,17 @@ from torch import Tensor
 import farspan
 from farspan import SpecError
 from farspan.attention.attend import attend
-from farspan.attention.index import BlockIndex, Rescaled
+from farspan.attention.block_maxima import BlockMaxima
+from farspan.attention.calibrated.act import ACT
+from farspan.attention.calibrated.columns import column_bound
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.method import PREFILL, LayerInfo
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.flash import flash
-from farspan.attention.rescaled import attend_rescaled
+from farspan.attention.selection import BlockIndex, Rescaled
+from farspan.attention.selection.rescaled import attend_rescaled
 from farspan.attention.softmax import Softmax
-from farspan.attention.sparse.act import ACT, column_bound
 from farspan.attention.sparse.sale import SALE
 
 from . import naive_act
@@ -63,7 +65,6 @@ def call(method: ACT, data: Data, past: int, softcap: float | None = None, impl:
     q = data.q[:, :, past:]
     keys.prepared = method.prepare_prefill(q, keys)
     index = method.select_prefill(q, keys)
-    assert isinstance(index, Rescaled)
     part, _ = attend(method, PREFILL, q, dataclasses.replace(keys, prepared={}), impl=impl)
     return part, index.keys[0], index
 
@@ -132,10 +133,10 @@ def test_planted_sinks_are_found_and_token_0_is_none() -> None:
 class Exact(SALE):
     """SALE with the true maxima, of the attention that it reads."""
 
-    def block_maxima(self, q: Tensor, keys: Keys) -> tuple[Tensor, int, int]:
+    def block_maxima(self, q: Tensor, keys: Keys) -> BlockMaxima:
         index = self.select_prefill(q, keys)
         read = torch.ones(1, 1, keys.tq, keys.length, dtype=torch.bool)
-        if isinstance(index, BlockIndex):
+        if index is not None:
             read = index.to_mask(keys.tq, keys.length)
         block_q, block_k = 16, 8  # need not be those that it selects by
         nq, nk = -(-keys.tq // block_q), -(-keys.length // block_k)
@@ -147,7 +148,7 @@ class Exact(SALE):
                 for j in range(nk):
                     block = matrix[n * block_q : (n + 1) * block_q, j * block_k : (j + 1) * block_k]
                     largest[0, h, n, j] = block.max()
-        return largest.log(), block_q, block_k
+        return BlockMaxima(largest.log(), block_q, block_k)
 
 
 def over(cls: type[SALE], **fields: Any) -> SALE:
@@ -172,7 +173,7 @@ def test_over_another_method(
     inner = over(cls, **fields)
     method = ACT(heads="all", threshold=threshold, beta=beta, over=inner)
     part, sinks, index = call(method, data, past, softcap)
-    assert isinstance(index.read, BlockIndex)
+    assert index.read is not None
     read = Selection(PREFILL, index, N - past, N, None, 1).mask()[0]
     assert int((causal(past) & ~read).sum()) > 0, "everything is read"
     want, found = expect(data, past, softcap, threshold, beta, read, list(range(H)))
@@ -189,7 +190,8 @@ def test_the_bound_is_the_mean_of_the_maxima_over_queries(past: int, block_q: in
         keys = Keys(kv=KV(data.k, data.v), tq=N - past, softmax=Softmax(SCALE))
         lse = flash(q, KV(data.k, data.v), Softmax(SCALE)).lse
         largest = block_max(q, data.k, lse, Softmax(SCALE), block_q=block_q, block_k=block_k)
-        bound = column_bound(largest, keys, block_q, block_k)[0]
+        maxima = BlockMaxima(largest.log(), block_q, block_k)
+        bound = column_bound(maxima, torch.arange(H), keys)[0]
         for h in range(H):
             matrix = naive_act.probabilities(q[0, h], data.k[0, h // G], SCALE, None, causal(past)[0])
             means = torch.tensor(naive_act.column_means(matrix), dtype=torch.float64)
@@ -291,7 +293,7 @@ def test_specs() -> None:
     assert farspan.parse_method(str(method)) == method
     assert farspan.parse_method("act:over=sale:threshold=2").over == SALE(threshold=2.0)
     assert farspan.parse_method("act:over=none").over is None
-    with pytest.raises(SpecError, match=r"estimates block maxima, which is sale.*; got over=quest"):
+    with pytest.raises(SpecError, match=r"estimates block maxima, such as sale; got over=quest"):
         farspan.parse_method("act:over=(quest:page=8)")
     with pytest.raises(SpecError, match="sale has no parameter 'thresh'"):
         farspan.parse_method("act:over=(sale:thresh=1)")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import farspan
 from farspan.attention.attend import attend
-from farspan.attention.index import BlockIndex
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.method import PREFILL, AttentionMethod, LayerInfo
@@ -68,7 +67,6 @@ def assert_as_defined(
 
 def _blocks(index: Any, heads: int) -> list[list[list[int]]]:
     """[query head][query block] -> the key blocks named."""
-    assert isinstance(index, BlockIndex)
     hs, nq = index.blocks.shape[1:3]
     number, counts = index.blocks[0].tolist(), index.counts[0].tolist()
     return [

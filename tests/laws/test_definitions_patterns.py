@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import farspan
+from farspan.attention.causal import causal_mask
 from farspan.attention.errors import FarspanError
-from farspan.attention.index import Band, Bands, BlockIndex, causal_mask
 from farspan.attention.method import AttentionMethod
+from farspan.attention.selection import Band, Bands
 
 from . import naive, naive_patterns
 from .test_definitions import SCALE, G, reads
@@ -100,8 +101,6 @@ def test_bands_count_their_pairs_without_a_mask() -> None:
 
 def test_keys_that_ranks_must_fetch_for_bands() -> None:
     """Against the union of what the chunk's queries read."""
-    from farspan.parallel.mechanisms.gather import needed
-
     for bands, sinks in (
         ((Band(5, 0, 35),), 0),
         ((Band(1, 0, 3), Band(7, 7, None)), 2),
@@ -113,13 +112,13 @@ def test_keys_that_ranks_must_fetch_for_bands() -> None:
                 if first > begin:
                     continue
                 mask = index.to_mask(end - begin, end, torch.tensor([first]), 1)
-                got = needed(index, (begin, end), [first], HKV, torch.device("cpu"))
+                got = index.needed((begin, end), [first], HKV, torch.device("cpu"))
                 assert torch.equal(got, mask.any(2).expand(-1, HKV, -1)), (bands, begin, end, first)
 
 
 def test_many_sinks_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit a tile is taken in several; later ones need no mask."""
-    from farspan.attention import bands
+    from farspan.attention.selection import bands
 
     method = farspan.methods()["dilated"](w=4, dilation=2, sinks=30)
     data = Data.random(150)
@@ -191,7 +190,6 @@ def assert_blocks_are_read(method: Any, data: Data, cuts: list[int]) -> None:
                 assert bool((selection.mask() == causal_mask(end - begin, end, None, 1)).all())
                 assert end <= method.w + method.sinks
                 continue
-            assert isinstance(index, BlockIndex)
             # Query blocks are counted from the row's first position, wherever the prompt is cut.
             for n, at in enumerate(range(begin // 8 * 8, end, 8)):
                 queries = range(at, min(at + 8, end))
@@ -279,7 +277,7 @@ def assert_routed(method: Any, data: Data, cuts: list[int]) -> None:
                 assert z - first <= method.k
                 continue
             index = selection.index
-            assert isinstance(index, BlockIndex) and index.block_k == 1
+            assert index.block_k == 1
             shared = heads // index.blocks.shape[1]
             for head in range(kv_heads):
                 want = naive_patterns.routing(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from farspan.attention.index import causal_mask
+from farspan.attention.causal import causal_mask
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.partial import Partial
 

@@ -11,29 +11,9 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from ..parallel.jobs import Case, generated, model_of, over_ranks
+from ..parallel.jobs import Case, generated, over_ranks
 from ..parallel.world import World
-from .tools import CALIBRATION, every_method
-
-
-@pytest.fixture(scope="session")
-def recipe_of() -> Callable[[AttentionMethod], Any]:
-    """The recipe of a method that needs one, calibrated on the model of the cases."""
-    made: dict[str, Any] = {}
-
-    def tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
-
-    def get(method: AttentionMethod) -> Any:
-        if method.needs_recipe and str(method) not in made:
-            text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
-            how = CALIBRATION.get(method.name, {})
-            made[str(method)] = farspan.calibrate(
-                model_of(Case()), tokenizer, text, method=method, tokens=256, **how
-            )
-        return made.get(str(method))
-
-    return get
+from .tools import every_method
 
 
 def _cases(method: AttentionMethod, recipe: Any) -> list[Case]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import farspan
-from farspan.attention.index import causal_mask
+from farspan.attention.causal import causal_mask
+from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
+from farspan.attention.summary import Summaries
+from farspan.parallel.mechanisms.layout import Split, zigzag
 
+from ..parallel.jobs import Case, stepped, stepped_over_ranks
+from ..parallel.world import World
 from .tools import HKV, D, Data, H, Selection, Stream, every_method, leaves_out, recorded, replayed
 
 DENSE = farspan.parse_method("dense")
@@ -149,3 +157,101 @@ def _poisoned(data: Data, read: torch.Tensor) -> Data:
         x[:, :, : read.shape[2]][~read] = torch.nan
         x[:, :, read.shape[2] :] = torch.nan
     return Data(data.q, k, v, data.starts)
+
+
+# --- what selection has read, over ranks ------------------------------------------------------------
+
+
+@dataclass
+class SelectionBytes:
+    """Bytes that the methods of one device's layers have read to select, by what ranks do with them.
+
+    prepared: by ``prepare_prefill``. chunks: by ``select_prefill`` for each chunk of the prompt that a rank
+    computes. sharded: at decode and in ``on_prefill_end``, of labels and raw keys, which lie with their keys.
+    """
+
+    prepared: int = 0
+    chunks: int = 0
+    sharded: int = 0
+
+
+@contextmanager
+def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[SelectionBytes]:
+    """Counts while a patched model runs on one device; ``prompt``: the chunks of its prefill."""
+    found, cls, decoding = SelectionBytes(), type(method), [False]
+
+    def prepare(self: Any, q: Tensor, keys: Keys, original: Any = cls.prepare_prefill) -> Any:
+        state = original(self, q, keys)
+        found.prepared += keys.summary_bytes
+        return state
+
+    def select(self: Any, q: Tensor, keys: Keys, original: Any = cls.select_prefill) -> Any:
+        for a, b in (chunk for rank in prompt.chunks for chunk in rank if chunk[0] < chunk[1]):
+            chunk = replace(
+                keys,
+                kv=keys.kv[:, :, :b],
+                tq=b - a,
+                summaries=Summaries(),
+                summary_bytes=0,
+            )
+            original(self, q[:, :, a:b], chunk)
+            found.chunks += chunk.summary_bytes
+        return original(self, q, keys)
+
+    def at_decode(original: Any) -> Any:
+        def run(self: Any, q: Tensor, keys: Keys) -> Any:
+            decoding[0] = True
+            try:
+                return original(self, q, keys)
+            finally:
+                decoding[0] = False
+
+        return run
+
+    def read(original: Any) -> Any:
+        def run(self: Keys, *args: Any) -> Any:
+            before = self.summary_bytes
+            result = original(self, *args)
+            whole = bool(args) and not isinstance(args[0], int) and args[0].block is not None
+            found.sharded += self.summary_bytes - before if decoding[0] and not whole else 0
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patching:
+        if method.selective:
+            patching.setattr(cls, "prepare_prefill", prepare)
+            patching.setattr(cls, "select_prefill", select)
+            for name in ("select_decode", "on_prefill_end"):
+                patching.setattr(cls, name, at_decode(getattr(cls, name)))
+            for name in ("summary", "read_all_keys", "read_keys"):
+                patching.setattr(Keys, name, read(getattr(Keys, name)))
+        yield found
+
+
+@every_method()
+def test_ranks_count_what_selection_reads(
+    method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
+) -> None:
+    """Every rank reads what is whole on every rank, so its bytes are one device's: block summaries at decode,
+    all keys in ``prepare_prefill``. Two things differ by definition. Labels and raw keys at decode lie with
+    their keys, so the ranks' bytes add up to one device's. In prefill each chunk of the prompt is selected
+    for by itself, from what it sees, so the ranks' bytes are those of the chunks."""
+    length = 288
+    blocks = [s.block or 1 for s in method.summaries]
+    for size in (2, 3):
+        prompt = zigzag(0, length, size, math.lcm(method.block_multiple, *blocks))
+        case = Case(spec=method, calls=(length, *(1,) * 5), patch={"recipe": recipe_of(method)})
+        with selection_bytes(method, prompt) as known:
+            want = _of_selection(stepped(case)["report"])
+        ranks = [_of_selection(got["report"]) for [got] in world.run(stepped_over_ranks, size, [case])]
+        whole = want[DECODE] - known.sharded
+        assert sum(rank[DECODE] for rank in ranks) == size * whole + known.sharded
+        assert sum(rank[PREFILL] for rank in ranks) == size * known.prepared + known.chunks
+        for rank in ranks:
+            assert rank[PREFILL] >= known.prepared and rank[DECODE] >= whole
+
+
+def _of_selection(report: farspan.Report) -> dict[str, int]:
+    """Bytes that selection has read in all layers, by phase."""
+    return {p: sum(layer.phases[p].selection_bytes for layer in report.layers) for p in (PREFILL, DECODE)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 import farspan
-from farspan.attention.attend import DECODE_ROWS, Reads, attend, tell
-from farspan.attention.index import Bands, BlockIndex, Rescaled, TokenIndex, Window, causal_mask
+from farspan.attention.attend import Reads
 from farspan.attention.keys import Keys
-from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
+from farspan.attention.selection import as_selection
 from farspan.attention.softmax import Softmax
-from farspan.attention.summary import Summaries
+from farspan.runtime.cache import KVStore
+from farspan.runtime.layer_call import LayerCall, LocalKeys
+from farspan.runtime.padding import Padding
+from farspan.runtime.rows import total_reads
+from farspan.runtime.state import States
 
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
 
@@ -199,7 +202,7 @@ def leaves_out(method: AttentionMethod) -> bool:
 
 def lookahead(method: AttentionMethod) -> int | None:
     """How many rows past a row its selection may see; None for the whole prompt. Decode never looks ahead."""
-    return None if math.isinf(method.tokens_ahead) else int(method.tokens_ahead)
+    return None if method.lookahead.is_prompt else int(method.lookahead.tokens)
 
 
 # --- attention level --------------------------------------------------------------------------------
@@ -244,45 +247,57 @@ class Data:
 
 
 class Stream:
-    """One layer's attention called again and again on growing keys, as a patched layer does it."""
+    """One layer called again and again on a growing store, by the object that a patched layer calls.
+
+    impl: which implementation of operations. fresh: make summaries anew at every call.
+    """
 
     def __init__(
         self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False
     ) -> None:
-        self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
-        self.state: dict[str, Tensor] = {}
-        self.summaries = Summaries()
-        self.length = 0
+        dense = farspan.parse_method("dense")
+        phases = ((method if phase in method.phases else dense) for phase in (PREFILL, DECODE))
+        self.layer_call, self.store = LayerCall(*phases), KVStore()
+        self.data, self.impl, self.fresh = data, impl, fresh
         self.reads: list[Reads] = []
+
+    @property
+    def length(self) -> int:
+        """Positions so far; set, they are the data's, on a new store without summaries and state."""
+        return self.store.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.store.reset()
+        if length:
+            self.store.append(self.data.k[:, :, :length], self.data.v[:, :, :length])
+
+    @property
+    def state(self) -> States:
+        """What the method keeps over time."""
+        return self.store.states
 
     def call(self, upto: int) -> Partial:
         """Attention of the queries at self.length .. upto - 1."""
-        past, tq = self.length, upto - self.length
-        phase = DECODE if past and tq <= DECODE_ROWS else PREFILL
-        method = self.method if phase in self.method.phases else farspan.parse_method("dense")
-        q = self.data.q[:, :, past:upto]
-        part, reads = attend(method, phase, q, self._keys(upto, tq), impl=self.impl)
-        if phase == PREFILL and DECODE in self.method.phases:
-            tell(self.method, q, self._keys(upto, tq))
-        self.length = upto
-        self.reads.append(reads)
-        return part
+        new = slice(self.length, upto)
+        q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
+        self.store.append(k, v)
+        assert self.store.kv is not None
+        if self.fresh:
+            self.store.summaries.clear()
+        padding = None
+        if self.data.starts is not None:
+            starts = [min(first, upto) for first in self.data.starts]  # as a mask of these positions says
+            padding = Padding(torch.tensor(starts), starts)
+        softmax, how = Softmax(self.data.scale), {"padding": padding, "impl": self.impl}
+        called = self.layer_call(LocalKeys(q, self.store.kv, softmax, store=self.store, **how))
+        self.reads.append(total_reads(called.done))
+        return called.part(q, v.shape[3])
 
     def run(self, cuts: list[int]) -> Partial:
         """All calls ending at ``cuts``, side by side."""
         parts = [self.call(cut) for cut in cuts]
         return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
-
-    def _keys(self, upto: int, tq: int) -> Keys:
-        starts = self.data.starts
-        return Keys(
-            kv=KV(self.data.k[:, :, :upto], self.data.v[:, :, :upto]),
-            tq=tq,
-            softmax=Softmax(self.data.scale),
-            start=None if starts is None else torch.tensor(starts),
-            state=self.state,
-            summaries=Summaries() if self.fresh else self.summaries,
-        )
 
 
 def decode_cuts(prompt: int, steps: int) -> list[int]:
@@ -302,14 +317,8 @@ class Selection:
 
     def mask(self) -> Tensor:
         """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
-        if self.index is None:
-            return causal_mask(self.tq, self.tk, self.start, self.batch)
-        if isinstance(self.index, Window | Bands | Rescaled):
-            return self.index.to_mask(self.tq, self.tk, self.start, self.batch)
-        if isinstance(self.index, TokenIndex):
-            return self.index.to_mask(self.tq, self.tk, self.start)
-        assert isinstance(self.index, BlockIndex)
-        return self.index.to_mask(self.tq, self.tk)
+        selection = as_selection(self.index, self.phase)
+        return selection.to_mask(self.tq, self.tk, self.start, self.batch)
 
 
 @contextmanager
@@ -325,20 +334,13 @@ def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list
                     self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
                 ) -> Any:
                     index = original(self, q, keys)
-                    kept = _kept(index)
+                    kept = copy.deepcopy(index)  # later steps update a method's state in place
                     start = None if keys.start is None else keys.start.clone()
                     seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
                     return index
 
                 patching.setattr(cls, f"select_{phase}", select)
         yield seen
-
-
-def _kept(index: Any) -> Any:
-    """A copy that later steps, which update a method's state in place, cannot change."""
-    if not isinstance(index, TokenIndex):
-        return index
-    return dataclasses.replace(index, tokens=index.tokens.clone())
 
 
 @contextmanager
@@ -350,7 +352,7 @@ def replayed(method: AttentionMethod, selections: list[Selection]) -> Iterator[N
         selection = next(left)
         assert (selection.tq, selection.tk) == (q.shape[2], keys.length)
         index = selection.index
-        if isinstance(index, TokenIndex):
+        if getattr(index, "gathered", None) is not None:
             index = dataclasses.replace(index, gathered=None)
         return index
 

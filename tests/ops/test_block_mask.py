@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farspan.attention.block_mask import from_block_mask, to_block_mask
+from farspan.attention.causal import causal_mask
 from farspan.attention.errors import Unsupported
-from farspan.attention.index import BlockIndex, causal_mask
 from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
+from farspan.attention.selection import BlockIndex
 from farspan.attention.softmax import Softmax
 
 from .test_block_sparse import random_blocks
@@ -53,7 +53,7 @@ def pairs_visited(mask: object, tq: int, tk: int) -> torch.Tensor:
 def test_to_block_mask_visits_the_same_pairs(case: tuple[int, ...], transposed: bool) -> None:
     b, h, hs, tq, tk, block_q, block_k, m = case
     index = random_blocks(b, hs, tq, tk, block_q, block_k, m, empty=True)
-    mask = to_block_mask(index, tq, tk, h, transposed=transposed)
+    mask = index.to_block_mask(tq, tk, h, transposed=transposed)
     assert mask.shape == (b, h, tq, tk)
     want = index.to_mask(tq, tk).repeat_interleave(h // hs, 1)
     assert torch.equal(pairs_visited(mask, tq, tk), want)
@@ -63,7 +63,7 @@ def test_to_block_mask_visits_the_same_pairs(case: tuple[int, ...], transposed: 
 def test_there_and_back(case: tuple[int, ...]) -> None:
     b, h, hs, tq, tk, block_q, block_k, m = case
     index = random_blocks(b, hs, tq, tk, block_q, block_k, m)
-    back = from_block_mask(to_block_mask(index, tq, tk, h))
+    back = BlockIndex.from_block_mask(index.to_block_mask(tq, tk, h))
     assert (back.block_q, back.block_k) == (block_q, block_k)
     assert torch.equal(back.to_mask(tq, tk), index.to_mask(tq, tk).repeat_interleave(h // hs, 1))
     back.check(tk)
@@ -73,10 +73,10 @@ def test_a_block_mask_of_torchs_own_making() -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
     made = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 256, 256, device="cpu", BLOCK_SIZE=32)
-    index = from_block_mask(made)
+    index = BlockIndex.from_block_mask(made)
     assert torch.equal(index.to_mask(256, 256), causal_mask(256, 256, None, 1))
     q, k, v = make_qkv(2, 4, 2, 256, 256, 16)
-    got = block_sparse(q, KV(k, v), from_block_mask(made, batch=2, heads=2), Softmax(0.25))
+    got = block_sparse(q, KV(k, v), BlockIndex.from_block_mask(made, batch=2, heads=2), Softmax(0.25))
     truth = oracle(q, k, v, causal_mask(256, 256, None, 2), scale=0.25)
     assert (got.out - truth.out).abs().max() < 1e-5
 
@@ -84,13 +84,13 @@ def test_a_block_mask_of_torchs_own_making() -> None:
 def test_what_a_block_mask_cannot_say_is_refused() -> None:
     padded = random_blocks(2, 1, 64, 64, 16, 16, 2, starts=[0, 5])
     with pytest.raises(Unsupported, match="padded by different lengths"):
-        to_block_mask(padded, 64, 64, 1)
+        padded.to_block_mask(64, 64, 1)
     ordered = random_blocks(1, 1, 64, 64, 16, 16, 2, order=True)
     with pytest.raises(Unsupported, match="reorders the keys"):
-        to_block_mask(ordered, 64, 64, 1)
+        ordered.to_block_mask(64, 64, 1)
     begun = replace(random_blocks(1, 1, 64, 80, 16, 16, 2), lead=3)
     with pytest.raises(Unsupported, match="first query block began before the queries"):
-        to_block_mask(begun, 61, 80, 1)
+        begun.to_block_mask(61, 80, 1)
     q, k, v = make_qkv(1, 1, 1, 64, 64, 16)
     with pytest.raises(Unsupported, match=r"flex implementation of block_sparse cannot run this.*reorders"):
         block_sparse(q, KV(k, v), ordered, Softmax(0.25), impl="flex")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.attention.index import BlockIndex
 from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.partial import Partial
+from farspan.attention.selection import BlockIndex
 from farspan.attention.softmax import Softmax
 
 from .tools import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from farspan.attention.errors import Unsupported
-from farspan.attention.index import TokenIndex
 from farspan.attention.kv import KV
 from farspan.attention.ops.gather_decode import gather_decode
+from farspan.attention.selection import TokenIndex
 from farspan.attention.softmax import Softmax
 
 from .tools import Run, assert_law_5, assert_reference, every_run, make_qkv, oracle

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farspan.attention.index import BlockIndex, TokenIndex, Window, causal_mask, causal_pairs
+from farspan.attention.causal import causal_mask, causal_pairs
 from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.ops.gather_decode import gather_decode
+from farspan.attention.selection import BlockIndex, TokenIndex, Window
 from farspan.attention.softmax import Softmax
 
 from .tools import brute_mask
@@ -116,7 +117,7 @@ def test_a_block_index_with_a_lead_is_the_end_of_one_without(permuted: bool, lea
     index.check(tk)
     assert torch.equal(index.to_mask(tq, tk), want)
     some = torch.tensor([0, 3, 20])
-    assert torch.equal(index.to_mask(tq, tk, some), want[:, :, some])
+    assert torch.equal(index.to_mask(tq, tk, rows=some), want[:, :, some])
     for a, z in ((0, tq), (0, 2), (1, 11), (tq - 1, tq)):
         assert int(index.pairs(tq, tk, range(a, z))) == int(want[:, :, a:z].sum())
     for other in (replace(index, lead=8), replace(index, lead=-1), replace(index, start=torch.tensor([0]))):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farspan.attention.index import TokenIndex
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.ops import kernel
@@ -15,6 +14,7 @@ from farspan.attention.ops.decode import decode
 from farspan.attention.ops.flash import flash
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.partial import Partial
+from farspan.attention.selection import TokenIndex
 from farspan.attention.softmax import Softmax
 from farspan.attention.summary import BlockPool
 

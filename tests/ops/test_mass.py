@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.attention.index import Band, Bands, BlockIndex, Index, Rescaled, TokenIndex, Window, causal_mask
+from farspan.attention.causal import causal_mask
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
-from farspan.attention.mass import block_reads, mass_recall, read_mask, recall, sample_rows
+from farspan.attention.mass import block_reads, mass_recall, recall, sample_rows
+from farspan.attention.selection import (
+    Band,
+    Bands,
+    BlockIndex,
+    EveryKey,
+    Rescaled,
+    Selection,
+    TokenIndex,
+    Window,
+)
 from farspan.attention.softmax import Softmax
 
 from .tools import brute_mask, make_qkv
@@ -35,18 +45,17 @@ def _order(b: int, hs: int, tk: int, starts: list[int], generator: torch.Generat
     return order
 
 
-def build(kind: str, hs: int, tq: int, tk: int, starts: list[int] | None) -> tuple[Index, Tensor]:
-    """An index, and the mask [B, 1 | Hs, Tq, Tk] of the pairs that it names, written pair by pair."""
+def build(kind: str, hs: int, tq: int, tk: int, starts: list[int] | None) -> tuple[Selection, Tensor]:
+    """A selection, and the mask [B, 1 | Hs, Tq, Tk] of the pairs that it names, written pair by pair."""
     generator = torch.Generator().manual_seed(tq * tk + hs)
     firsts = starts or [0]
     b, past = len(firsts), tk - tq
     causal = brute_mask(tq, tk, firsts)
     start = None if starts is None else torch.tensor(starts)
     if kind == "none":
-        return None, causal
+        return EveryKey(), causal
     if kind == "rescaled":  # other weights, the same keys
         index, mask = build("ordered", hs, tq, tk, starts)
-        assert isinstance(index, BlockIndex)
         return Rescaled(read=index, keys=torch.ones(b, H, tk, dtype=torch.bool), factor=0.5), mask
     if kind == "window":
         return Window(size=6, sinks=2), brute_mask(tq, tk, firsts, window=6, sinks=2)
@@ -132,7 +141,7 @@ def test_recall_is_the_share_of_the_true_softmax(
     clean = torch.where(torch.isnan(k), 0.0, k)  # the padding holds NaN
     want = oracle(q, clean, mask, starts or [0], 0.5, softcap)
     for rows in (torch.arange(tq), sample_rows(tq, 4), torch.tensor([tq - 1, 0])):
-        assert torch.equal(read_mask(index, rows, tq, tk, start, len(starts or [0])), mask[:, :, rows])
+        assert torch.equal(index.to_mask(tq, tk, start, len(starts or [0]), rows), mask[:, :, rows])
         got = mass_recall(q, keys, index, rows)
         assert got.shape == (q.shape[0], H, len(rows)) and got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want[:, :, rows], rtol=0, atol=2e-6, equal_nan=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -30,8 +30,8 @@ class Run:
             return x.to(self.device)
         if isinstance(x, KV):
             return x.map(self.to)
-        if hasattr(x, "__dataclass_fields__"):
-            return type(x)(**{name: self.to(getattr(x, name)) for name in x.__dataclass_fields__})
+        if is_dataclass(x):
+            return type(x)(**{f.name: self.to(getattr(x, f.name)) for f in fields(x)})
         return type(x)(self.to(one) for one in x) if isinstance(x, tuple) else x
 
 

@@ -85,8 +85,8 @@ def stored(case: Case, size: int) -> Layout:
 
 
 @dataclass
-class Share:
-    """What one rank has of a call. NaN stands in filling and padding: nobody may read it."""
+class LocalPart:
+    """What one rank has of a call. Padding and split padding are NaN: they must not be read."""
 
     case: Case
     split: Split
@@ -94,10 +94,10 @@ class Share:
     rank: int
 
     def __post_init__(self) -> None:
-        self.positions = torch.full((self.split.rows,), -1)  # of computed rows; filling: -1
+        self.positions = torch.full((self.split.rows,), -1)  # of computed rows; split padding: -1
         for slot, (a, b) in self.split.slots(self.rank):
             self.positions[slot] = torch.arange(a, b)
-        self.filling = self.positions < 0
+        self.split_padding = self.positions < 0
         self.stored = self.past.positions(self.rank)
 
     def leaves(self) -> list[Tensor]:
@@ -109,10 +109,10 @@ class Share:
         computed = [self.of(x, torch.nan) for x in (q, k, v)]
         return [x.requires_grad_() for x in (*computed, k[:, :, self.stored], v[:, :, self.stored])]
 
-    def of(self, x: Tensor, filling: float, begin: int = 0) -> Tensor:
+    def of(self, x: Tensor, fill: float, begin: int = 0) -> Tensor:
         """The rows of this rank of x [B, H, positions from ``begin`` on, ...]."""
         rows = x[:, :, (self.positions - begin).clamp(min=0)]
-        rows[:, :, self.filling] = filling
+        rows[:, :, self.split_padding] = fill
         return rows
 
     def part(self, whole: Partial) -> Partial:
@@ -127,7 +127,7 @@ def grid(size: int) -> list[tuple[int, int]]:
 
 
 class Mechanism:
-    """One of them on one case: its share, its result, what it sent."""
+    """One of them on one case: its part of the call, its result, what it sent."""
 
     def __init__(self, name: str, case: Case, group: Any, **options: Any):
         self.name, self.ranks, self.options = name, Ranks(group), options
@@ -140,13 +140,13 @@ class Mechanism:
         else:
             cut = contiguous if name == "ulysses" and case.past else zigzag
             split = cut(case.past, case.length, size)
-        self.share = Share(case, split, stored(case, size), self.ranks.rank)
+        self.local = LocalPart(case, split, stored(case, size), self.ranks.rank)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Partial:
-        share, options = self.share, dict(self.options)
-        case, split, starts = share.case, share.split, list(share.case.starts)
+        local, options = self.local, dict(self.options)
+        case, split, starts = local.case, local.split, list(local.case.starts)
         if case.past:
-            options |= {"past": share.past, "past_k": past_k, "past_v": past_v}
+            options |= {"past": local.past, "past_k": past_k, "past_v": past_v}
         if self.name == "ulysses":
             start = torch.tensor(starts)
 
@@ -181,14 +181,14 @@ def prefill(group: Any, cases: list[tuple[str, Case]]) -> None:
     """
     mechanisms = [Mechanism(name, case, group) for name, case in cases]
     with torch.no_grad():
-        parts = [mechanism(*mechanism.share.leaves()) for mechanism in mechanisms]
+        parts = [mechanism(*mechanism.local.leaves()) for mechanism in mechanisms]
     for (name, case), mechanism, part in zip(cases, mechanisms, parts, strict=True):
         assert part.out.dtype in (case.dtype, torch.float32)
-        want = mechanism.share.part(case.truth())
+        want = mechanism.local.part(case.truth())
         if case.dtype == torch.float64:
             assert_same(part, want, (name, case))
         else:
-            _assert_rounded(part, want, mechanism.share.part(case.magnitude()).out, (name, case))
+            _assert_rounded(part, want, mechanism.local.part(case.magnitude()).out, (name, case))
 
 
 def assert_same(part: Partial, want: Partial, what: object) -> None:
@@ -215,18 +215,18 @@ def gradients(group: Any, cases: list[tuple[str, Case]]) -> None:
     results = []
     for name, case in cases:
         mechanism = Mechanism(name, case, group)
-        share, leaves = mechanism.share, mechanism.share.leaves()
+        local, leaves = mechanism.local, mechanism.local.leaves()
         with torch.inference_mode():
             mechanism(*leaves)  # indices kept from here must serve a backward
-        total = loss(mechanism(*leaves), share.of(case.whole()[3], 1e6))
-        results.append((case, share, torch.autograd.grad(total, leaves, allow_unused=True)))
-    for case, share, got in results:
+        total = loss(mechanism(*leaves), local.of(case.whole()[3], 1e6))
+        results.append((case, local, torch.autograd.grad(total, leaves, allow_unused=True)))
+    for case, local, got in results:
         dq, dk, dv = _whole_gradients(case)
-        want = [share.of(x, 0.0) for x in (dq, dk, dv)]
+        want = [local.of(x, 0.0) for x in (dq, dk, dv)]
         close = 1e-9 if case.dtype == torch.float64 else 1e-5
         assert_grads_equal([g.double() for g in got[:3]], want, close)
         if case.past:
-            past = [x[:, :, share.stored] for x in (dk, dv)]
+            past = [x[:, :, local.stored] for x in (dk, dv)]
             assert_grads_equal([g.double() for g in (got[0], *got[3:])], [want[0], *past], close)
 
 
@@ -250,12 +250,12 @@ def bytes_sent(group: Any, cases: list[tuple[str, Case]]) -> list[dict[str, int]
     for name, case in cases:
         options = {"with_lse": False} if name in ("ulysses", "usp") else {}
         mechanism = Mechanism(name, case, group, **options)
-        leaves = mechanism.share.leaves()
+        leaves = mechanism.local.leaves()
         mechanism(*leaves).out.nansum().backward()
         ranks = [mechanism.across, mechanism.along] if name == "usp" else [mechanism.ranks]
         sent = {key: value for r in ranks for key, value in r.sent.items()}
-        counts = [mechanism.share.past.count(r) for r in range(mechanism.ranks.size)]
-        results.append(sent | {"rows": mechanism.share.split.rows, "past": counts})
+        counts = [mechanism.local.past.count(r) for r in range(mechanism.ranks.size)]
+        results.append(sent | {"rows": mechanism.local.split.rows, "past": counts})
     return results
 
 
@@ -273,7 +273,7 @@ def schedule(group: Any) -> list[str]:
 
     mechanism = Mechanism("ring", Case(new=61), group)
     mechanism.ranks = Told(group)
-    leaves = mechanism.share.leaves()
+    leaves = mechanism.local.leaves()
     add, add_gradients = ring_module.add, ring_module.add_gradients
     with (
         patch.object(ring_module, "add", lambda *a, **k: (events.append("compute"), add(*a, **k))),
@@ -293,19 +293,19 @@ def same(group: Any, cases: list[Case]) -> None:
         names = ["ring", "pass_q", "ulysses"]
         for name in names:
             plain = Mechanism(name, case, group)
-            leaves = plain.share.leaves()
+            leaves = plain.local.leaves()
             want = plain(*leaves)
             if case.past == 0:
-                empty = {"past": plain.share.past, "past_k": leaves[3], "past_v": leaves[4]}
+                empty = {"past": plain.local.past, "past_k": leaves[3], "past_v": leaves[4]}
                 _assert_equal(Mechanism(name, case, group, **empty)(*leaves), want)
         for name in ["ulysses", *(["usp"] if grid(plain.ranks.size) else [])]:
             ours, theirs = Mechanism(name, case, group), Mechanism(name, case, group, backend="deepspeed")
             pairs = []
             for one in (ours, theirs):
-                leaves = one.share.leaves()
+                leaves = one.local.leaves()
                 part = one(*leaves)
                 leaves = leaves if case.past else leaves[:3]
-                grads = torch.autograd.grad(loss(part, one.share.of(case.whole()[3], 1.0)), leaves)
+                grads = torch.autograd.grad(loss(part, one.local.of(case.whole()[3], 1.0)), leaves)
                 ranks = [one.across, one.along] if name == "usp" else [one.ranks]
                 pairs.append((part, grads, [r.sent for r in ranks]))
             (a, da, sent_a), (b, db, sent_b) = pairs
@@ -328,7 +328,7 @@ def refusals(group: Any) -> None:
     ):
         mechanism = Mechanism("ulysses", case, group, **options)
         with patch.dict(sys.modules, {"deepspeed.comm": None}), pytest.raises(error, match=words):
-            mechanism(*mechanism.share.leaves())
+            mechanism(*mechanism.local.leaves())
         assert not mechanism.ranks.calls
 
 

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from farspan.attention.errors import FarspanError
-from farspan.parallel.group.mesh import ContextParallel, Mesh, join
+from farspan.parallel.group.config import ContextParallel
+from farspan.parallel.group.join import join
+from farspan.parallel.group.mesh import Mesh
 
 TIMEOUT = 3.0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from farspan.parallel.group.mesh import join
+from farspan.parallel.group.join import join
 
 
 def main(how: str) -> None:

@@ -55,7 +55,7 @@ def test_rank_0_dies_and_the_store_with_it():
 
 
 def test_a_rank_that_is_stopped():
-    check("stop", 2, r"Rank 2 has stalled: no sign of life.* within 3 s", TIMEOUT + FOUND_OUT, {2: -9})
+    check("stop", 2, r"Rank 2 has stalled: no heartbeat.* within 3 s", TIMEOUT + FOUND_OUT, {2: -9})
 
 
 def test_out_of_memory_is_said_by_all():

@@ -174,14 +174,14 @@ def counted(group: Any, case: Case) -> list[dict[str, int]]:
     """The collectives of each decode call of a case."""
     found: list[dict[str, int]] = []
     seen: list[Any] = []
-    original = Ranks._counted
+    original = Ranks.counted
 
     def spy(self: Ranks, name: str, sent: int) -> Any:
         seen.append(name)
         return original(self, name, sent)
 
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(Ranks, "_counted", spy)
+        patching.setattr(Ranks, "counted", spy)
         over_ranks(group, [case])
     calls: list[str] = []
     for name in [*seen, "agree"]:

@@ -13,7 +13,7 @@ from .test_mechanisms import with_mechanisms
 from .world import World
 
 CASES = [
-    Case(new=3),  # fewer tokens than ranks: a rank with nothing but filling takes part in backward
+    Case(new=3),  # fewer tokens than ranks: a rank with nothing but split padding takes part in backward
     Case(new=61, heads=(6, 3), dims=(8, 4)),
     Case(new=257, heads=(4, 1), softcap=3.0),
     Case(new=61, past=61, heads=(8, 8), starts=(0, 70, 31)),

@@ -21,7 +21,7 @@ from .world import World
 
 CASES = [
     Case(new=5),
-    Case(new=3, past=1, heads=(8, 8)),  # fewer tokens than ranks: some compute filling only
+    Case(new=3, past=1, heads=(8, 8)),  # fewer tokens than ranks: some compute split padding only
     Case(new=61, heads=(6, 3), dims=(8, 4)),
     Case(new=257, heads=(4, 1), softcap=3.0),
     Case(new=500, heads=(8, 8)),

@@ -11,9 +11,10 @@ import torch
 from torch.distributed import distributed_c10d
 
 from farspan.attention.errors import FarspanError, SpecError
+from farspan.parallel.group.config import ContextParallel
 from farspan.parallel.group.digest import bit_hash, minority, text_hash
+from farspan.parallel.group.join import join
 from farspan.parallel.group.meeting import meet
-from farspan.parallel.group.mesh import ContextParallel, join
 
 from .world import World
 
@@ -62,7 +63,7 @@ def test_one_process_alone_needs_no_mesh(parallel: Any):
     ("parallel", "environment", "said"),
     [
         ("yes", {}, "parallel='yes'"),
-        (ContextParallel(size=8), {}, r"size=8\) in a job of one process: .*torchrun"),
+        (ContextParallel(size=8), {}, r"size=8\) in a job of one process; .*torchrun"),
         ("auto", {"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 is set, but MASTER_ADDR, MASTER_PORT"),
         ("auto", {"SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 tasks"),
     ],
@@ -280,7 +281,7 @@ def device_meshes(_: Any) -> dict[str, Any]:
     for given, said in [
         (unnamed, 'name the one whose ranks share a sequence "cp"'),
         (both["tp"], "dimensions"),
-        (ContextParallel(mesh=both, size=4), r"size=4\), but the mesh given has 2 ranks"),
+        (ContextParallel(mesh=both, size=4), r"size=4\) was given with a mesh of 2 ranks"),
         (ContextParallel(mesh=both, mechanism="usp", ulysses=4), "ulysses=4.*2 ranks"),
         (ContextParallel(mesh="cp"), "mesh='cp'"),
         (ParallelismConfig(), "no device mesh"),

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 import farspan
 from farspan.attention.errors import FarspanError
-from farspan.attention.index import Window
 from farspan.attention.kv import KV
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import empty_partial
+from farspan.attention.selection import Window
 from farspan.attention.softmax import Softmax
 from farspan.cli.app import app
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms.decode import merge_ranks
-from farspan.parallel.mechanisms.gather import fetch, gather_all, needed
+from farspan.parallel.mechanisms.gather import fetch, gather_all
 from farspan.parallel.mechanisms.layout import Layout, usp_split, zigzag
 from farspan.parallel.mechanisms.pass_q import pass_q
 from farspan.parallel.mechanisms.ring import ring
@@ -33,6 +33,7 @@ from farspan.parallel.mechanisms.ulysses import ulysses, unsupported
 from farspan.parallel.mechanisms.usp import usp
 from farspan.parallel.mechanisms.volume import (
     Geometry,
+    PrefillCall,
     choose,
     decode_volume,
     padded,
@@ -125,7 +126,7 @@ def test_volumes_are_the_bytes_that_travel(
     world: World, size: int, heads: int, kv_heads: int, new: int, past: int, batch: int
 ):
     geometry = Geometry(heads, kv_heads, 8, 2)
-    expected = volumes(geometry, size, new, past, batch=batch)
+    expected = volumes(geometry, PrefillCall(size, new, past, batch=batch))
     absent = refusals(geometry, size, past)
     for found in world.run(sent, size, heads, kv_heads, 8, new, past, batch):
         assert found.pop("decode") == decode_volume(geometry, size, batch=batch)
@@ -137,10 +138,10 @@ def test_volumes_are_the_bytes_that_travel(
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("past", [1, 5, 61])
-def test_an_uneven_past_is_filled_up_by_gather_alone(world: World, size: int, past: int):
+def test_an_uneven_past_is_padded_by_gather_alone(world: World, size: int, past: int):
     geometry = Geometry(6, 6, 8, 2)
     most = stored_rows(past, size)
-    expected = volumes(geometry, size, 10, past, past_rows=most)
+    expected = volumes(geometry, PrefillCall(size, 10, past, past_rows=most))
     for found in world.run(sent, size, 6, 6, 8, 10, past, 1):
         assert found["gather"] == expected["gather"]
         assert found["ring"] <= expected["ring"] and found["ulysses"] <= expected["ulysses"]
@@ -163,7 +164,7 @@ def sent_by_usp(group: Any, new: int) -> int:
 
 @pytest.mark.parametrize("new", [64, 37, 3])
 def test_usp_volume(world: World, new: int):
-    expected = volumes(Geometry(8, 2, 8, 2), 4, new, ulysses=2)["usp"]
+    expected = volumes(Geometry(8, 2, 8, 2), PrefillCall(4, new, ulysses=2))["usp"]
     assert world.run(sent_by_usp, 4, new) == [expected] * 4
 
 
@@ -173,7 +174,7 @@ def sent_by_fetch(group: Any, new: int, window: int) -> int:
     k, v = (torch.randn(1, 2, split.layout().count(ranks.rank), 8).bfloat16() for _ in range(2))
     wanted = torch.zeros(1, 2, new, dtype=torch.bool)
     for _, chunk in split.slots(ranks.rank):
-        wanted[:, :, : chunk[1]] |= needed(Window(size=window), chunk, [0], 2, k.device)
+        wanted[:, :, : chunk[1]] |= Window(size=window).needed(chunk, [0], 2, k.device)
     into = torch.empty(1, 2, new, 8).bfloat16(), torch.empty(1, 2, new, 8).bfloat16()
     fetch(wanted, k, v, split.layout(), *into, ranks)
     return sum(ranks.sent.values())
@@ -185,7 +186,7 @@ def test_window_volume_bounds_what_a_rank_sends(world: World, size: int, new: in
     """The mean over ranks: the formula leaves out that the ring of chunks has two ends and a turn."""
     geometry = Geometry(4, 2, 8, 2)
     mean = sum(world.run(sent_by_fetch, size, new, window)) / size
-    most = window_volume(geometry, size, new, window)
+    most = window_volume(geometry, PrefillCall(size, new), window)
     bits = (size - 1) * 2 * -(-new // 8)
     assert mean <= most
     if window < new / (2 * size):
@@ -198,7 +199,7 @@ def test_published_formulas():
     geometry = Geometry(h, hkv, d, e)
     for p, u in ((2, None), (4, 2), (8, 4), (16, 8)):
         s = padded(1001, p)
-        found = volumes(geometry, p, 1001, 0, ulysses=u)
+        found = volumes(geometry, PrefillCall(p, 1001, ulysses=u))
         assert s >= 1001 and s % p == 0
         assert found["gather"] == found["ring"] == (p - 1) * s * 2 * hkv * d * e // p
         assert found["ulysses"] == (p - 1) * s * (2 * h + 2 * max(hkv, p)) * d * e // p**2
@@ -206,7 +207,7 @@ def test_published_formulas():
             r = p // u
             inner = (u - 1) * (s // r) * (2 * h + 2 * max(hkv, u)) * d * e // u**2
             assert found["usp"] == inner + (r - 1) * s * 2 * -(-hkv // u) * d * e // r
-        assert volumes(geometry, p, 1001, 7)["pass_q"] == (p - 1) * s * h * (d * 2 * e + 4) // p
+        assert volumes(geometry, PrefillCall(p, 1001, 7))["pass_q"] == (p - 1) * s * h * (d * 2 * e + 4) // p
         assert decode_volume(geometry, p, tokens=3) == 3 * (p - 1) * h * (d * e + 4)
 
 
@@ -220,15 +221,19 @@ def test_published_formulas():
         (32, 8, 4, {}, "gather", "ulysses 480 MiB"),
         (32, 8, 8, {}, "ulysses", "gather 448 MiB"),
         (32, 8, 3, {}, "gather", "3 ranks do not divide 32 query heads"),
-        (12, 3, 2, {}, "gather", "3 KV heads can neither be spread over 2 ranks"),
-        (32, 8, 16, {"local_ranks": 8}, "usp", "ulysses 180 MiB"),
-        (32, 8, 16, {"local_ranks": 16}, "ulysses", "gather 480 MiB"),
+        (12, 3, 2, {}, "gather", "3 KV heads can neither be divided among 2 ranks"),
+        (32, 8, 16, {"ulysses": 8}, "usp", "ulysses 180 MiB"),
+        (32, 8, 16, {"ulysses": 16}, "ulysses", "gather 480 MiB"),
         (32, 8, 3, {"memory": 512 << 20}, "ring", "gather (1.0 GiB) would hold more than the 512 MiB"),
         (32, 8, 3, {"memory": 1}, "ring", "and so does ring (341 MiB), which needs least"),
     ],
 )
 def test_choice(heads: int, kv_heads: int, ranks: int, how: dict[str, int], mechanism: str, part: str):
-    choice = choose(Geometry(heads, kv_heads, 128, 2), ranks, 1 << 17, **how)
+    choice = choose(
+        Geometry(heads, kv_heads, 128, 2),
+        PrefillCall(ranks, 1 << 17, ulysses=how.get("ulysses")),
+        how.get("memory"),
+    )
     assert choice.mechanism == mechanism and part in choice.reason, choice
 
 
@@ -237,7 +242,7 @@ def test_pass_q_is_taken_where_few_new_tokens_meet_a_long_cache():
     geometry, ranks, cached = Geometry(28, 4, 128, 2), 8, 1 << 20  # ulysses is out: 8 does not divide 28
     for new, expected in ((1 << 10, "pass_q"), (1 << 16, "pass_q"), (1 << 18, "gather"), (1 << 20, "gather")):
         assert (new / (new + cached) < 4 / 28) == (expected == "pass_q")
-        assert choose(geometry, ranks, new, cached).mechanism == expected
+        assert choose(geometry, PrefillCall(ranks, new, cached)).mechanism == expected
 
 
 def test_readable():
@@ -268,7 +273,7 @@ def test_sliding_layers_keep_their_window():
     found = memory(job(model, length, ranks))[0]["kv_cache"]
     assert found == (5 * window + length // ranks) * 2 * 8 * 128 * 2
     only_full = prefill_sent(job(replace(model, layers=layers[5:]), length, ranks), ["gather"])
-    sliding = window_volume(Geometry(32, 8, 128, 2), ranks, length, 1024)
+    sliding = window_volume(Geometry(32, 8, 128, 2), PrefillCall(ranks, length), 1024)
     assert prefill_sent(job(model, length, ranks), ["gather"]) == only_full + 5 * sliding
 
 
@@ -277,10 +282,12 @@ def test_plan_of_a_layer_is_the_sum_of_its_parts():
     found = plan(ask)
     geometry = Geometry(32, 8, 128, 2)
     calls = [(1 << 14, past) for past in range(0, 1 << 17, 1 << 14)]
-    taken = [choose(geometry, 8, new, past, local_ranks=8) for new, past in calls]
+    taken = [choose(geometry, PrefillCall(8, new, past, ulysses=8)) for new, past in calls]
     assert [choice.mechanism for choice in choices(ask)] == [choice.mechanism for choice in taken]
     assert found.sent_prefill == 32 * sum(choice.volumes[choice.mechanism] for choice in taken)
-    assert found.sent["gather"] == 32 * sum(volumes(geometry, 8, new, past)["gather"] for new, past in calls)
+    assert found.sent["gather"] == 32 * sum(
+        volumes(geometry, PrefillCall(8, new, past))["gather"] for new, past in calls
+    )
     assert found.sent_decode == 32 * decode_volume(geometry, 8)
     assert found.read == (1 << 14) * 32 * geometry.kv and found.selection_read == 0
     assert found.needed == sum(found.memory.values()) and found.fits
@@ -381,12 +388,12 @@ def test_vertical_slash_is_planned_as_dense():
         (
             "prefill",
             "oracle:mass=0.9,fraction=0.1",
-            "counts as reading 10.0 % of the keys in prefill, which is",
+            "counts as reading 10.0 % of the keys in prefill, its upper bound",
         ),
         (
             "decode",
             "recycled:dynamic=true",
-            "counts as reading 22.5 % of the keys in decode, which is its most",
+            "counts as reading 22.5 % of the keys in decode, its upper bound",
         ),
         ("prefill", "act:heads=all", "counts as dense in prefill: it reads every one of 131072 tokens."),
         ("decode", "h2o:k=200000", "counts as dense in decode: it reads every one of 131072 tokens."),
@@ -431,7 +438,7 @@ def test_published_yardstick(length: int, published: float, within: float):
 def test_bad_jobs():
     for changes, part in (
         ({"gpus": 6, "tensor": 4}, "cannot be cut into groups of 4"),
-        ({"gpus": 12, "tensor": 12}, "divides not both 32 query heads"),
+        ({"gpus": 12, "tensor": 12}, "does not divide both 32 query heads"),
         ({"mechanism": "magic"}, "no mechanism 'magic'"),
         ({"length": 0}, "length of at least 1"),
         ({"gpus": 1_000_000}, "up to 4096 ranks"),
@@ -472,7 +479,7 @@ def test_command_reads_the_config_alone(folder: Path, tiny_llama: Any):
     assert found["fits"] and found["ranks"] == 2
     geometry = Geometry(8, 2, 16, 4)
     assert found["bytes_sent_per_rank"]["prefill_by_mechanism"] == {
-        name: 2 * size for name, size in volumes(geometry, 2, 4096).items()
+        name: 2 * size for name, size in volumes(geometry, PrefillCall(2, 4096)).items()
     }
     assert found["bytes_sent_per_rank"]["decode_per_token"] == 2 * decode_volume(geometry, 2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from farspan.parallel.mechanisms.layout import zigzag
-from farspan.parallel.mechanisms.volume import Geometry, volumes, window_volume
+from farspan.parallel.mechanisms.volume import Geometry, PrefillCall, volumes, window_volume
 from farspan.parallel.planner.device import DEVICES, Device
 from farspan.parallel.planner.simulate import Work, scaling, simulate
 
@@ -34,11 +34,11 @@ def attention_seconds(pairs: float) -> float:
 def test_without_links_the_layer_takes_a_ranks_share(mechanism: str, ranks: int):
     if mechanism == "ulysses" and ranks > 32:
         with pytest.raises(ValueError, match="1024 ranks do not divide 32 query heads"):
-            simulate(mechanism, Work(geometry=GEOMETRY), FREE_LINKS, ranks, 1 << 16)
+            simulate(mechanism, Work(geometry=GEOMETRY), FREE_LINKS, PrefillCall(ranks, 1 << 16))
         return
     length = 1 << 16  # a multiple of 2 P, so that the zigzag is exactly even
     work = Work(geometry=GEOMETRY, parameters=10**9)
-    trace = simulate(mechanism, work, FREE_LINKS, ranks, length)
+    trace = simulate(mechanism, work, FREE_LINKS, PrefillCall(ranks, length))
     whole = attention_seconds(length * (length + 1) / 2) + 2 * length * 1e9 / 1e12
     assert trace.seconds == pytest.approx(whole / ranks, rel=1e-9)
     assert trace.busy == pytest.approx(trace.seconds, rel=1e-9)
@@ -49,11 +49,11 @@ def test_without_compute_the_layer_takes_its_bytes(ranks: int):
     length, kv = 10_000, GEOMETRY.kv
     rows = zigzag(0, length, ranks).rows
     for mechanism in ("gather", "ring"):
-        trace = simulate(mechanism, Work(geometry=GEOMETRY), FREE_COMPUTE, ranks, length)
+        trace = simulate(mechanism, Work(geometry=GEOMETRY), FREE_COMPUTE, PrefillCall(ranks, length))
         assert trace.seconds == pytest.approx((ranks - 1) * rows * kv / 1e9, rel=1e-9)
         assert trace.sent == (ranks - 1) * rows * kv
     if 32 % ranks == 0:
-        trace = simulate("ulysses", Work(geometry=GEOMETRY), FREE_COMPUTE, ranks, length)
+        trace = simulate("ulysses", Work(geometry=GEOMETRY), FREE_COMPUTE, PrefillCall(ranks, length))
         assert trace.seconds == pytest.approx(trace.sent / 1e9, rel=1e-9)
 
 
@@ -67,7 +67,7 @@ def test_ring_overlaps_each_shift_with_the_block_at_hand(ranks: int, bandwidth: 
     own = attention_seconds(2 * half * (half + 1) / 2 + half * half)
     other = attention_seconds(2 * half * half)
     expected = max(own, send) + (ranks - 2) * max(other, send) + other
-    trace = simulate("ring", Work(geometry=GEOMETRY), device, ranks, length)
+    trace = simulate("ring", Work(geometry=GEOMETRY), device, PrefillCall(ranks, length))
     assert trace.seconds == pytest.approx(expected, rel=1e-9)
 
 
@@ -76,10 +76,10 @@ def test_ring_goes_at_the_pace_of_the_slowest_link():
     length, ranks = 1 << 14, 8
     device = replace(FREE_COMPUTE, per_node=4, link_bandwidth=1e12, node_bandwidth=1e9)
     size = length // ranks * GEOMETRY.kv
-    trace = simulate("ring", Work(geometry=GEOMETRY), device, ranks, length)
+    trace = simulate("ring", Work(geometry=GEOMETRY), device, PrefillCall(ranks, length))
     slow, fast = size / 1e9, size / 1e12
     assert (ranks - 2) * slow < trace.seconds <= (ranks - 1) * (slow + fast)
-    together = simulate("gather", Work(geometry=GEOMETRY), device, ranks, length)
+    together = simulate("gather", Work(geometry=GEOMETRY), device, PrefillCall(ranks, length))
     assert together.seconds == pytest.approx(trace.seconds / 4, rel=0.2), "all four cards of a node carry it"
 
 
@@ -87,25 +87,24 @@ def test_ring_goes_at_the_pace_of_the_slowest_link():
 @pytest.mark.parametrize(("new", "past"), [(1000, 0), (777, 5000), (16, 3), (1, 100)])
 def test_bytes_are_those_of_the_formulas(ranks: int, new: int, past: int):
     group = {4: 2, 8: 4, 16: 8}.get(ranks)
-    for mechanism, expected in volumes(GEOMETRY, ranks, new, past, ulysses=group, batch=3).items():
-        trace = simulate(
-            mechanism, Work(geometry=GEOMETRY), DEVICES["H100"], ranks, new, past, ulysses=group, batch=3
-        )
+    call = PrefillCall(ranks, new, past, ulysses=group, batch=3)
+    for mechanism, expected in volumes(GEOMETRY, call).items():
+        trace = simulate(mechanism, Work(geometry=GEOMETRY), DEVICES["H100"], call)
         assert trace.sent == expected, mechanism
 
 
 def test_window_layer_sends_and_computes_its_reach():
     length, ranks, window = 1 << 14, 4, 512
     work = Work(geometry=GEOMETRY, window=window)
-    trace = simulate("fetch", work, FREE_LINKS, ranks, length)
-    assert trace.sent == pytest.approx(window_volume(GEOMETRY, ranks, length, window), rel=1e-3)
+    trace = simulate("fetch", work, FREE_LINKS, PrefillCall(ranks, length))
+    assert trace.sent == pytest.approx(window_volume(GEOMETRY, PrefillCall(ranks, length), window), rel=1e-3)
     # Every rank but the first, whose early queries see fewer keys, reads a full window for each token.
     assert trace.seconds == pytest.approx(attention_seconds(length // ranks * window), rel=1e-9)
 
 
 def test_pass_q_after_a_long_past_takes_the_keys_share():
     new, past, ranks = 1 << 10, 1 << 16, 4
-    trace = simulate("pass_q", Work(geometry=GEOMETRY), FREE_LINKS, ranks, new, past)
+    trace = simulate("pass_q", Work(geometry=GEOMETRY), FREE_LINKS, PrefillCall(ranks, new, past))
     pairs = new * past + new * (new + 1) / 2
     assert trace.seconds == pytest.approx(attention_seconds(pairs / ranks), rel=2e-3)
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import farspan
-from farspan.attention.index import BlockIndex, TokenIndex
-from farspan.parallel.mechanisms.decode import localise
-from farspan.parallel.mechanisms.gather import needed
+from farspan.attention.selection import BlockIndex, TokenIndex
 
 from .jobs import BLOCK, Case, model_of, prompts, random_ids, stepped, stepped_over_ranks
 from .world import World
@@ -138,7 +136,7 @@ def test_needed_keys(heads: int, ordered: bool):
         blocks=blocks, counts=counts, block_q=8, block_k=block, key_order=order if ordered else None
     )
     read = index.to_mask(tq, tk).unflatten(1, (kv, -1)).any(2).any(2)  # [B, Hkv, Tk]
-    got = needed(index, (tk - tq, tk), [0, 0], kv, torch.device("cpu"))
+    got = index.needed((tk - tq, tk), [0, 0], kv, torch.device("cpu"))
     assert not bool((read & ~got).any()), "a key that is read is not fetched"
     # A block is fetched whole; what is fetched besides lies in a block that is read.
     places = order if ordered else torch.arange(tk).expand(2, heads, tk)
@@ -155,9 +153,9 @@ def test_localised_tokens():
     tokens = torch.stack([torch.randperm(50, generator=draw)[:12] for _ in range(6)]).view(1, 2, 3, 12)
     counts = torch.randint(0, 13, (1, 2, 3), generator=draw).int()
     places = torch.tensor([*range(4, 11), 30, 31, 49])
-    index, found = localise(TokenIndex(tokens=tokens, counts=counts), places)
+    index = TokenIndex(tokens=tokens, counts=counts).localised(places)
     for s in range(2):
         for t in range(3):
             want = sorted(set(tokens[0, s, t, : counts[0, s, t]].tolist()) & set(places.tolist()))
-            assert index.counts is not None and found[0, s, t] == index.counts[0, s, t] == len(want)
+            assert index.number()[0, s, t] == len(want)
             assert places[index.tokens[0, s, t, : len(want)]].tolist() == want

@@ -49,9 +49,9 @@ def test_gradients_as_on_one_device(mechanism: str, world: World):
     common: dict[str, Any] = {"parallel": {"mechanism": mechanism}, "overrides": {"num_key_value_heads": 4}}
     cases = [
         Case(lengths=(93,), **common),
-        Case(lengths=(17, 130), **common),  # padded; some ranks have little but filling
+        Case(lengths=(17, 130), **common),  # padded; some ranks have little but split padding
         Case(lengths=(130, 101), spec=SPARSE, **common),
-        Case(lengths=(40,), spec=SPARSE, **common),  # fewer blocks than ranks: some have nothing but filling
+        Case(lengths=(40,), spec=SPARSE, **common),  # fewer blocks than ranks: some have only split padding
         Case(lengths=(93,), how={"gradient_checkpointing": True}, **common),
     ]
     for size in (2, 4):

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import farspan
+from farspan.runtime.hf import returned_cache, with_cache
 
 VOCAB, PAD, BOS, EOS = 128, 0, 1, 2
 WINDOW = 16  # of the models that have sliding layers: prompts in these tests are longer
@@ -124,6 +125,28 @@ def logits(model: Any, inputs: Tensor | dict[str, Tensor], **how: Any) -> Tensor
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     with torch.no_grad():
         return model(**inputs, **how).logits
+
+
+class Feed:
+    """Tokens of a padded batch, given to a model call by call on one cache."""
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        self.model, self.ids, self.mask, self.cache, self.length = model, ids, mask, None, 0
+
+    def __call__(self, count: int) -> Tensor:
+        end = self.length + count
+        mask = self.mask[:, :end]
+        how = with_cache(self.model, self.cache)
+        with torch.no_grad():
+            output = self.model(
+                self.ids[:, self.length : end],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, self.length :],
+                use_cache=True,
+                **how,
+            )
+        self.cache, self.length = returned_cache(output), end
+        return output.logits
 
 
 def close(a: Tensor, b: Tensor, mask: Tensor | None = None) -> bool:

@@ -23,7 +23,7 @@ from small_models import (
 from transformers import DynamicCache
 
 import farspan
-from farspan.attention.index import Window
+from farspan.attention.selection import Window
 
 NAMES = list(ARCHITECTURES)
 SELECTIVE = [name for name in NAMES if name not in ALL_SLIDING]

@@ -196,7 +196,7 @@ def test_a_recipe_with_the_wrong_tensors():
         "farspan calibrate",
     )
     thin = dataclasses.replace(right, tensors={k: v[:1] for k, v in right.tensors.items()})
-    says = [r"ranks \[1, 16\] channels in layer 0", r"\[2, 16\]", "another model"]
+    says = [r"channels of the sizes \[1, 16\] in layer 0", r"\[2, 16\]", "another model"]
     refused(FarspanError, lambda m: farspan.patch(m, spec, recipe=thin), *says)
 
 

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 
 import farspan
 from farspan import FarspanError, Recipe
+from farspan.attention.calibrated.act import ACT
+from farspan.attention.calibration.act import HeadSearch
 from farspan.attention.softmax import Softmax
-from farspan.attention.sparse.act import ACT, HeadSearch
 from farspan.runtime import hf
 
 from ..laws import naive_act

@@ -12,6 +12,7 @@ from torch import Tensor
 import farspan
 from farspan import FarspanError, Recipe
 from farspan.attention.method import LayerInfo
+from farspan.attention.needs import Needs
 from farspan.runtime import hf
 
 from ..laws import naive, naive_blocks
@@ -29,8 +30,8 @@ def seen_by_layer(model: Any, ids: Tensor) -> dict[int, list[tuple[Tensor, Tenso
     seen: dict[int, list[Any]] = {i: [] for i in info.attention}
     with farspan.patch(model, "dense"), torch.no_grad():
         undo = [
-            hf.observe(module, False, lambda q, k, v, _, i=i: seen[i].append((q[0], k[0], v[0])))
-            for i, module in info.attention.items()
+            hf.observe(info, i, Needs(), lambda q, k, v, _, i=i: seen[i].append((q[0], k[0], v[0])))
+            for i in info.attention
         ]
         for a in range(0, ids.shape[1], WINDOW):
             model(ids[:, a : a + WINDOW], use_cache=False)

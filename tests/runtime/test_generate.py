@@ -573,7 +573,7 @@ def test_gradient_checkpointing(reentrant):
 
 def test_sparse_gradients_are_those_of_the_masked_model():
     """The unpatched model under a 4-D mask of the same pairs is the oracle."""
-    from farspan.attention.index import Window
+    from farspan.attention.selection import Window
 
     model, ids = make("llama").train(), prompt(2, 40)
     allowed = Window(size=12, sinks=2).to_mask(40, 40, None, 2)

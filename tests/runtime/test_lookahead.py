@@ -15,7 +15,9 @@ from transformers import DynamicCache
 
 import farspan
 from farspan import FarspanError
-from farspan.attention.method import PREFILL, methods
+from farspan.attention.lookahead import Lookahead
+from farspan.attention.method import PREFILL
+from farspan.attention.spec import methods
 
 PROMPT = "pbs:mass=0.3,block=8,segment=16"
 BLOCKS = "block_topk:k=32,block=8"
@@ -65,7 +67,7 @@ def test_every_prefill_method_is_here() -> None:
 def test_scoring_is_flagged(tiny_llama: Any, spec: str) -> None:
     """By one warning of a patch, and in the report for every call, where later tokens have had a part."""
     model, ahead = tiny_llama(), AHEAD[spec]
-    assert farspan.parse_method(spec).tokens_ahead == ahead
+    assert farspan.parse_method(spec).lookahead == Lookahead(ahead)
     calls = [
         lambda: model(IDS),
         lambda: model(IDS, use_cache=False),
@@ -148,8 +150,8 @@ def test_the_readme_names_them() -> None:
     found = re.search(rf"\n{names} select for a block of queries together, {names}", text)
     assert found
     named = [set(re.findall(r"`(\w+)`", part)) for part in found.groups()]
-    ahead = {name: cls.lookahead for name, cls in methods().items() if cls.lookahead != "0"}
-    by_prompt = {name for name, lookahead in ahead.items() if lookahead == "prompt"}
+    ahead = {name: cls().lookahead for name, cls in methods().items() if cls().lookahead.tokens}
+    by_prompt = {name for name, lookahead in ahead.items() if lookahead.is_prompt}
     assert named == [ahead.keys() - by_prompt, by_prompt]
 
 
@@ -160,4 +162,4 @@ def test_the_report_says_so(tiny_llama: Any) -> None:
             loss(model)
             assert (sentence in str(patched.report())) == said
             phases = [layer.phases["prefill"].lookahead for layer in patched.report().layers]
-            assert (phases == ["prompt"] * 2) == said
+            assert (phases == [Lookahead.prompt()] * 2) == said

@@ -12,8 +12,9 @@ from small_models import decode, logits, make, padded, prompt, served, shared, s
 
 import farspan
 from farspan import FarspanError
-from farspan.attention.index import TokenIndex, Window
-from farspan.attention.method import DECODE, PREFILL, parse_method
+from farspan.attention.method import DECODE, PREFILL
+from farspan.attention.selection import as_selection
+from farspan.attention.spec import parse_method
 from farspan.runtime import layer as layer_module
 from farspan.runtime import patch as patch_module
 
@@ -46,14 +47,7 @@ def recorded(*specs):
                     first = torch.zeros(b) if keys.start is None else keys.start
                     cols = torch.arange(keys.length)
                     causal = (cols <= rows) & (cols >= first[:, None, None])  # [B, Tq, Tk]
-                    if index is None:
-                        mask = causal[:, None]
-                    elif isinstance(index, TokenIndex):
-                        mask = index.to_mask(tq, keys.length, keys.start)
-                    elif isinstance(index, Window) or hasattr(index, "bands"):
-                        mask = index.to_mask(tq, keys.length, keys.start, b)
-                    else:
-                        mask = index.to_mask(tq, keys.length)
+                    mask = as_selection(index, phase).to_mask(tq, keys.length, keys.start, b)
                     mask = mask & causal[:, None]
                     seen.append(
                         (

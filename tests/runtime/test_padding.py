@@ -193,15 +193,15 @@ def test_short_pieces_at_full_budget_are_dense(model: Any, decode: str) -> None:
 def test_which_rows_are_served_together() -> None:
     how: dict[str, Any] = {"crossover": {}, "groups": [range(4)]}
     long = served([0, 7, 40, 45], 4, 30, 50, short=False, **how)
-    assert long.runs == [Run(slice(0, 4), "prefill", False)] and long.told == [slice(0, 4)]
+    assert long.runs == [Run(slice(0, 4), "prefill", False)] and long.ended == [slice(0, 4)]
     late = served([0, 7, 40, 50], 4, 30, 50, short=False, **how)
-    assert late.runs == [Run(slice(0, 3), "prefill", False)] and late.told == [slice(0, 4)]
+    assert late.runs == [Run(slice(0, 3), "prefill", False)] and late.ended == [slice(0, 4)]
     short = served([0, 7, 50, 42], 4, 42, 50, short=True, **how)
     assert short.runs == [Run(slice(0, 2), "decode", False), Run(slice(3, 4), "prefill", False)]
-    assert short.told == [slice(3, 4)]
+    assert short.ended == [slice(3, 4)]
     assert served([50] * 4, 4, 42, 50, short=False, **how) == ([], [])
     apart = served(None, 4, 49, 50, short=True, crossover={}, groups=[range(1), range(1, 4)])
-    assert [run.rows for run in apart.runs] == [slice(0, 1), slice(1, 4)] and not apart.told
+    assert [run.rows for run in apart.runs] == [slice(0, 1), slice(1, 4)] and not apart.ended
     crossed = served([0, 7, 30, 0], 4, 49, 50, short=True, crossover={"decode": 44}, groups=[range(4)])
     assert [run.below for run in crossed.runs] == [False, True, False]
 

@@ -15,11 +15,11 @@ import transformers as hf
 from small_models import COMMON, PAD, close, decode, logits, make, padded, prompt, shared, snapshot
 
 import farspan
+from farspan.attention.checks import whole_number
 from farspan.attention.errors import FarspanError, SpecError
-from farspan.attention.whole import whole_number
 from farspan.runtime.hf import with_cache
 from farspan.runtime.hf.install import _switched_off
-from farspan.runtime.layer import Session
+from farspan.runtime.session import Session
 
 SPARSE = "window:w=4,sinks=1"
 

@@ -10,7 +10,6 @@ from small_models import close, decode, logits, make, padded, prompt, recipe, sh
 
 import farspan
 from farspan import Recipe
-from farspan.attention.index import TokenIndex
 
 TOKENS, PIECE = 96, 64  # as in small_models.recipe: two windows, the second one short
 
@@ -179,7 +178,6 @@ def test_the_calibrated_channels_choose_the_keys(monkeypatch):
         decode(model, prompt(1, 40), 2)
     assert len(chosen) == 2  # layers 1 and 2; layer 0 stays dense
     for layer, (q, k, index) in zip((1, 2), chosen, strict=True):
-        assert isinstance(index, TokenIndex)
         for head in range(4):
             best = made.tensors[f"layers.{layer}.channels"][head // 2, :4].long()
             score = (q[0, head, 0, best] * k[0, head // 2][:, best]).sum(-1)

@@ -13,7 +13,7 @@ from small_models import prompt
 from transformers import DynamicCache, LlamaForCausalLM
 
 import farspan
-from farspan.attention.method import methods
+from farspan.attention.spec import methods
 from farspan.evals import batch as forward
 from farspan.runtime.hf import releases
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...index import causal_mask
+from ...causal import causal_mask
 
 
 def block_max(

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...index import BlockIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 IMPLS: Impls = {
     "reference": reference.block_sparse,

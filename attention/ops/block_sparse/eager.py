@@ -10,18 +10,20 @@ they are rounded.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...index import BlockIndex
 from ...kv import KV
 from ...partial import Partial, empty_partial, merge
 from ...softmax import Softmax
 from .. import kernel
 from ..padding import by_row
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 _ENTRIES = 1 << 21  # of the index, and numbers of queries, worked on at a time
 _GATHERED = 1 << 20  # numbers of keys, and of values, gathered for one call

@@ -10,22 +10,23 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
+from ..torch_private import refuse_uncompiled
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
-    from ...block_mask import not_in_a_block_mask
-
-    reasons = not_in_a_block_mask(index)
+    reasons = index.not_in_a_block_mask()
     if q.dtype == torch.float64:
         reasons.append("FlexAttention has no float64")
     if q.device.type == "cpu":
@@ -43,10 +44,8 @@ def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[
 
 
 def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
-    from ...block_mask import to_block_mask
-
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
-    mask = to_block_mask(index, q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
+    mask = index.to_block_mask(q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {
         "score_mod": _bend(softmax.softcap),
         "block_mask": mask,
@@ -72,8 +71,7 @@ def compiled() -> Callable[..., Any]:
     """FlexAttention, compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Never let a limit on recompilations send it, in silence, to the uncompiled twin.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    refuse_uncompiled()
     return torch.compile(flex_attention)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
 from ..reference import masked_attention
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:

@@ -12,14 +12,13 @@ The backward is in backward.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...index import BlockIndex
 from ...kv import KV
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
@@ -39,6 +38,9 @@ from ..tile import (
     store_rows,
 )
 from .backward import backward
+
+if TYPE_CHECKING:
+    from ...selection import BlockIndex
 
 
 def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...index import Window, causal_mask
+from ...causal import causal_mask, positions
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
@@ -20,8 +20,8 @@ def flash(
     start: Tensor | None,
 ) -> Partial:
     b, tq, tk = q.shape[0], q.shape[2], kv.length
-    if window is None:
-        mask = causal_mask(tq, tk, start, b, q.device)
-    else:
-        mask = Window(size=window).to_mask(tq, tk, start, b).to(q.device)
+    mask = causal_mask(tq, tk, start, b, q.device)
+    if window is not None:
+        rows, cols = positions(tq, tk, q.device)
+        mask = mask & (cols > rows - window)
     return masked_attention(q, *kv.dense(), mask, scale=softmax.scale, softcap=softmax.softcap)

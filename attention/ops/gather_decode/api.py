@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 IMPLS: Impls = {
     "reference": reference.gather_decode,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...kv import KV
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
 from .. import kernel
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:

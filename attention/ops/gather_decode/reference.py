@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
 from ..reference import masked_attention
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:

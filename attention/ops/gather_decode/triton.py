@@ -13,11 +13,12 @@ the row's own count, which is read on the device.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...index import TokenIndex
 from ...kv import KV
 from ...partial import Partial
 from ...softmax import Softmax
@@ -33,6 +34,9 @@ from ..combine import (
     tile_keys,
     tile_rows,
 )
+
+if TYPE_CHECKING:
+    from ...selection import TokenIndex
 
 
 def unsupported(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> list[str]:

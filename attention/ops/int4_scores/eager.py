@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..block_max.eager import Tile, block_maxima
+from ..torch_private import cpu_has_vnni, int8_matmul
 from .storage import Int4, pack, round_rows, unpack
 
 _TILE = 1 << 20  # numbers widened at a time, over all heads of a row
@@ -77,7 +78,7 @@ def int4_block_max(
     grouped, offset = (x.unflatten(1, (hkv, -1)) for x in (q, row_offset.to(wide)[..., None]))
     group = grouped.shape[2]
     # Integers are multiplied exactly either way, as bytes many times faster where the CPU can.
-    bytes_do = q_bits is not None and q.device.type == "cpu" and torch.cpu._is_vnni_supported()
+    bytes_do = q_bits is not None and q.device.type == "cpu" and cpu_has_vnni()
 
     def tile(row: int, rows: slice) -> Tile:
         queries = grouped[row, :, :, rows].to(wide).flatten(1, 2)  # [Hkv, G * rows, D]
@@ -93,7 +94,7 @@ def int4_block_max(
             if bytes_do:
                 product = queries.new_empty(hkv, rounded.shape[1], keys.shape[1])
                 for head, (a, b) in enumerate(zip(rounded, keys, strict=True)):
-                    product[head].copy_(torch._int_mm(a, b.T))
+                    product[head].copy_(int8_matmul(a, b.T))
             else:
                 product = rounded @ keys.to(wide).transpose(-1, -2)
             return product.mul_(k4.scale[row, :, None, cols]).unflatten(1, (group, -1))

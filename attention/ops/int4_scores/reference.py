@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...index import causal_mask
+from ...causal import causal_mask
 from ..block_max.reference import pool_blocks
 from .storage import Int4, pack, round_rows
 

@@ -1,4 +1,4 @@
-"""The rows of a call, filling and all, brought into the order of their positions, and back."""
+"""Brings the rows of a call into the order of their positions, with split padding last, and back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from .layout import Layout, Span, Split
 
-_LAST = torch.iinfo(torch.long).max  # what filling is sorted by
+_LAST = torch.iinfo(torch.long).max  # the sort key of split padding
 
 
 @dataclass(frozen=True)
 class Order:
-    """Rows of some ranks, one rank's behind the other's, against the same rows by position, filling last.
+    """The permutation between the rows of some ranks, one rank after the other, and the same rows sorted by
+    position with split padding last.
 
-    count: rows that are no filling. rows: all of them. Indices are None where nothing changes place.
+    count: rows without split padding. rows: all rows. The indices are None where the two orders are equal.
     """
 
     count: int
@@ -26,29 +27,29 @@ class Order:
     _back: Tensor | None
 
     def sorted(self, x: Tensor) -> Tensor:
-        """x [B, H, rows, ...] by position; the last rows - count of them are filling."""
+        """x [B, H, rows, ...] sorted by position; the last rows - count of them are split padding."""
         return x if self._sort is None else x.index_select(2, self._sort)
 
     def real(self, x: Tensor) -> Tensor:
-        """x [B, H, rows, ...] -> [B, H, count, ...], by position, without filling."""
+        """x [B, H, rows, ...] -> [B, H, count, ...], sorted by position, without split padding."""
         return self.sorted(x).narrow(2, 0, self.count)
 
-    def back(self, x: Tensor, filling: float = 0.0) -> Tensor:
-        """The inverse of :meth:`real`; rows of filling get ``filling``.
+    def back(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """The inverse of :meth:`real`; rows of split padding become ``fill``.
 
-        The result hangs on x for autograd even where every row is filling: a rank that left the graph would
-        leave the others waiting in backward.
+        The result depends on x for autograd even where every row is split padding. Otherwise this rank would
+        leave the graph, and the others would wait for it in backward.
         """
         shape = (*x.shape[:2], self.rows - self.count, *x.shape[3:])
-        x = torch.cat([x, x.new_full(shape, filling)], 2)
+        x = torch.cat([x, x.new_full(shape, fill)], 2)
         return x if self._back is None else x.index_select(2, self._back)
 
 
-@functools.lru_cache(maxsize=8)  # asked for by every layer of a call
-@torch.inference_mode(False)  # or a backward could not keep the indices
+@functools.lru_cache(maxsize=8)  # every layer of a call has the same arguments
+@torch.inference_mode(False)  # otherwise a backward could not keep the indices
 def order(split: Split, past: Layout | None, members: tuple[int, ...], device: torch.device) -> Order:
-    """The order of what ``members`` hold: each one's stored rows (``past``; None: leave them out) and behind
-    them its computed rows of ``split``."""
+    """The order of the rows of ``members``: of each rank its stored rows (``past``; None leaves them out),
+    then its computed rows of ``split``."""
     positions = []
     for rank in members:
         if past is not None:
@@ -65,8 +66,8 @@ def order(split: Split, past: Layout | None, members: tuple[int, ...], device: t
     return Order(count, rows, sort.to(device), torch.argsort(sort).to(device))
 
 
-def held(split: Split, past: Layout | None, members: tuple[int, ...]) -> tuple[Span, ...]:
-    """Positions of the same rows, ascending, neighbours joined."""
+def held_spans(split: Split, past: Layout | None, members: tuple[int, ...]) -> tuple[Span, ...]:
+    """The positions of the same rows as ascending spans; neighbouring spans are joined."""
     layout = split.layout() if past is None else past.extended(split.layout())
     joined: list[Span] = []
     for a, b in sorted(span for rank in members for span in layout.spans[rank]):

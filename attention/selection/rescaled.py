@@ -1,31 +1,74 @@
-"""Attention in which some keys count for less than their share: those keys and the others attended to apart,
-merged with other weights."""
+"""Attention in which some keys keep only part of their share: those keys and the others are attended to apart
+and merged with other weights (ACT, 2406.15765)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .index import BlockIndex, Rescaled
-from .keys import Keys
-from .kv import KV
-from .ops import kernel
-from .ops.block_sparse import block_sparse
-from .ops.flash import flash
-from .partial import Partial, empty_partial, merge
-from .softmax import Softmax
+from ..keys import Keys
+from ..kv import KV
+from ..ops import kernel
+from ..ops.block_sparse import block_sparse
+from ..ops.flash import flash
+from ..partial import Partial, empty_partial, merge
+from ..softmax import Softmax
+from .base import Pairs, Selection
+from .blocks import BlockIndex
+from .every import EveryKey, every_pair
 
 _PAIRS = 1 << 22  # of query and key that are masked at a time
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(Selection):
+    """The keys of ``read`` (None: every visible key), some of them with another weight.
+
+    ``keys`` [B, H, Tk] (bool, of each query head) keep ``factor`` (0 to 1) of their share of each query's
+    attention. The shares of the other keys that the query reads grow in proportion, so that the sum stays 1.
+    Where there are no other keys, ``keys`` keep all of it.
+    """
+
+    called: ClassVar[str] = "Rescaled"
+
+    read: BlockIndex | None
+    keys: Tensor
+    factor: float
+
+    def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
+        part = attend_rescaled(q, keys, self, impl)
+        if self.read is None:
+            return part, every_pair(q, keys, rows)
+        return part, self.read.head_pairs(q, keys, rows)
+
+    def needed(
+        self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
+    ) -> Tensor:
+        return (self.read or EveryKey()).needed(chunk, starts, kv_heads, device)
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
+    ) -> Tensor:
+        """As ``Selection.to_mask``, [B, 1 | Hs, Tq, Tk]: the mask of ``read``."""
+        return (self.read or EveryKey()).to_mask(tq, tk, start, batch, rows)
+
+    @property
+    def mask_heads(self) -> int:
+        return 1 if self.read is None else self.read.mask_heads
+
+    @property
+    def reads_every_key(self) -> bool:
+        return self.read is None
+
+
 def attend_rescaled(q: Tensor, keys: Keys, index: Rescaled, impl: str) -> Partial:
-    """Attention of prefill queries q [B, H, Tq, D], whose rows are not padded, as ``index`` has it; lse is
-    that of what is read, unscaled.
+    """Attention of prefill queries q [B, H, Tq, D], whose rows are not padded, with the weights of ``index``.
+    lse is that of the keys read, without their rescaling.
 
     With S the keys to be scaled by f and R the others that a query reads, exp(lse) = exp(lse_R) + exp(lse_S)
     stays, and
@@ -59,14 +102,15 @@ def attend_rescaled(q: Tensor, keys: Keys, index: Rescaled, impl: str) -> Partia
 
 
 def of_heads(index: BlockIndex, b: int, heads: Tensor, num_heads: int) -> BlockIndex:
-    """What query heads ``heads`` [n], out of ``num_heads``, of row b read: an index of n heads."""
+    """The part of ``index`` that names what query heads ``heads`` [n], out of ``num_heads``, of row b read:
+    an index of one row and n heads."""
     mine = heads * index.blocks.shape[1] // num_heads
     return replace(index, blocks=index.blocks[b : b + 1, mine], counts=index.counts[b : b + 1, mine])
 
 
 class HeadReads(NamedTuple):
-    """Which keys one head reads in a call that begins at position ``past``: by query block the key ``blocks``
-    [Nq, Nk] (bool), or all."""
+    """Which keys one head reads in a call whose first query is at position ``past``: the key ``blocks`` [Nq,
+    Nk] (bool) of each query block, or every visible key where that is None."""
 
     past: int
     blocks: Tensor | None = None
@@ -75,7 +119,7 @@ class HeadReads(NamedTuple):
 
     @staticmethod
     def of(index: BlockIndex, past: int, length: int) -> HeadReads:
-        """Those of an index of one row and head, among ``length`` keys."""
+        """The reads of an index of one row and one head, among ``length`` keys."""
         count = -(-length // index.block_k)
         used = torch.arange(index.blocks.shape[3], device=index.blocks.device) < index.counts[0, 0, :, None]
         blocks = torch.zeros(used.shape[0], count + 1, dtype=torch.bool, device=used.device)
@@ -134,8 +178,8 @@ def _apart(q: Tensor, kv: KV, scaled: Tensor, impl: str, softmax: Softmax) -> tu
 def _apart_in_blocks(
     q: Tensor, kv: KV, scaled: Tensor, read: BlockIndex, impl: str, softmax: Softmax
 ) -> tuple[Partial, Partial]:
-    """The same of an index. Blocks without a scaled key are read as ever; the keys of the others one by
-    one."""
+    """Attention over the other keys and over the scaled ones that ``read`` names. Blocks without a scaled key
+    are read by block_sparse, the keys of the other blocks one by one."""
     length, past, size = kv.length, kv.length - q.shape[2], read.block_k
     mine = HeadReads.of(read, past, length)
     blocks = mine.blocks

@@ -1,0 +1,2 @@
+"""What learns a method's weights from a text, apart from the methods. A method's ``calibration`` makes
+one."""

@@ -1,0 +1,61 @@
+"""The private functions of torch that attention calls. No other module of this layer names them.
+
+tests/test_private_apis.py checks each name and its signature in the installed release of torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flash_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The CPU kernel behind ``scaled_dot_product_attention``, with its log-sum-exp.
+
+    q [B, H, Tq, D], k, v [B, H, Tk, D], bias [B, H, Tq, Tk] or None -> (out [B, H, Tq, D], lse [B, H, Tq]).
+    The public function returns no log-sum-exp, which merging partial results needs.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def flash_attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention as torch has it for CUDA, with its log-sum-exp; shapes as in
+    :func:`flash_attention_cpu`. The public ``scaled_dot_product_attention`` returns no log-sum-exp."""
+    result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return result[0], result[1]
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] int8 times b [K, N] int8 -> [M, N] int32. The public ``torch.matmul`` of int8 tensors wraps
+    around at 8 bits."""
+    return torch._int_mm(a, b)
+
+
+def cpu_has_vnni() -> bool:
+    """Whether the CPU has dot products of int8 vectors. ``torch.cpu.get_capabilities`` is not in every
+    supported release."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def cpu_has_bf16_dots() -> bool:
+    """Whether the CPU has AVX512_BF16, the dot products of bf16 vectors. ``torch.backends.cpu`` names the
+    width of vectors only."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU multiplies bf16 matrices in AMX tiles. ``torch.backends.cpu`` names the width of
+    vectors only."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def refuse_uncompiled() -> None:
+    """Raise an error where a compiled function has been compiled too often. By default torch then runs the
+    uncompiled function, in silence; ``torch.compiler`` has no public switch for that."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

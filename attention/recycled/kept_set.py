@@ -1,0 +1,81 @@
+"""A set of keys that each KV head of a row keeps between full steps.
+
+State: tokens [B, Hkv, k], the set in order of rank; clock [B, Hkv] int64 on the host, steps since the last
+full one, -1 for a row without a set; q [B, H, D], the query of the last full step; k, v [B, Hkv, k, D], the
+set's rows side by side, where no peers hold keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from ..budget import topk_positions
+from ..gqa import group_scores
+from ..keys import Keys
+from ..ops.scores import scores
+
+
+def enter(keys: Keys, position: int, size: int) -> None:
+    """Put the new key at ``position`` into every set of ``size`` keys, in place of the lowest-ranked key that
+    is left; once all are replaced, in place of the oldest newcomer."""
+    state = keys.state
+    slots = size - 1 - (state["clock"].clamp(min=1) - 1) % size
+    sources = {}
+    if keys.peers is None:
+        new = keys.kv[:, :, position : position + 1]
+        sources = {"k": new.k, "v": new.v}
+    same = int(slots.view(-1)[0])
+    if bool((slots == same).all()):
+        state["tokens"][:, :, same] = position
+        for name, source in sources.items():
+            state[name][:, :, same] = source[:, :, 0]
+        return
+    slots = slots.to(keys.kv.device)[..., None]  # [B, Hkv, 1]
+    state["tokens"].scatter_(2, slots, position)
+    for name, source in sources.items():
+        state[name].scatter_(2, slots[..., None].expand_as(source), source)
+
+
+def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool: int) -> Tensor:
+    """[B, Hkv, size]: the keys with the highest attention of the query q [B, H, 1, D] at position length - 1,
+    combined over the heads of a group and max-pooled over ``pool`` positions, highest first."""
+    here, peers = keys.held(length), keys.peers
+    k, places = keys.read_all_keys()[:, :, :here], keys.places()[:here]
+    logits = scores(q, k, keys.softmax)
+    valid = None if keys.start is None else (places >= keys.start[:, None])[:, None]  # [B, 1, N]
+    ranked = group_scores(logits, valid, gqa_reduce, peers)[:, :, 0]
+    if pool > 1:
+        if peers is not None:  # the neighbours of a key may be on other ranks
+            ranked, peers = peers.gather(ranked, length), None
+            places = torch.arange(length, device=q.device)
+        ranked = max_pool1d(ranked, pool, stride=1, padding=pool // 2)
+        if keys.start is not None:
+            ranked = ranked.masked_fill(places < keys.start[:, None, None], -torch.inf)
+    return topk_positions(ranked, size, peers)
+
+
+def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tensor) -> None:
+    """Make ``tokens`` [B, Hkv, k], chosen by the query q [B, H, 1, D] at position length - 1, the sets of the
+    (row, KV head) pairs in ``which`` [B, Hkv] (bool, on the host)."""
+    fresh = {
+        "tokens": tokens,
+        "clock": torch.zeros_like(which, dtype=torch.long),
+        "q": q[:, :, 0].clone(),
+    }
+    if keys.peers is None:
+        rows = keys.kv.gather(tokens)
+        fresh |= {"k": rows.k, "v": rows.v}
+    if keys.starts is not None:
+        # Rows with fewer keys than the set have no set yet: they go on reading everything.
+        short = torch.tensor([length - first <= tokens.shape[2] for first in keys.starts])
+        fresh["clock"][short] = -1
+    if bool(which.all()) or not keys.state:
+        keys.state.update(fresh)
+        return
+    for name, new in fresh.items():
+        old = keys.state[name]
+        chosen = which if name != "q" else which.repeat_interleave(old.shape[1] // which.shape[1], 1)
+        chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
+        keys.state[name] = torch.where(chosen, new, old)

@@ -1,0 +1,148 @@
+"""Single keys for each decode query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..causal import causal_mask
+from ..keys import Keys
+from ..kv import KV
+from ..ops.decode import decode
+from ..ops.gather_decode import gather_decode
+from ..partial import Partial
+from .base import Pairs, Selection, total
+from .every import EveryKey
+from .here import attend_recent, count_visible
+from .ragged import counted_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIndex(Selection):
+    """Single keys read by each decode query.
+
+    tokens: [B, Hs, Tq, K] int64 absolute positions; Hs is Hkv or H. Entries past the count repeat a counted
+            one, so that reading them is harmless, and are masked.
+    counts: [B, Hs, Tq] int32, or None where all K entries count.
+    full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
+    gathered: keys and values [B, Hs, K], the chosen rows already side by side in the order of ``tokens``,
+            where the method keeps them (Tq = 1 only); or None.
+    """
+
+    called: ClassVar[str] = "a TokenIndex"
+
+    tokens: Tensor
+    counts: Tensor | None = None
+    full: Tensor | None = None
+    gathered: KV | None = None
+
+    @staticmethod
+    def ragged(
+        candidates: Tensor, counted: Tensor, *, ascending: bool = False, full: Tensor | None = None
+    ) -> TokenIndex:
+        """An index of the candidates [B, Hs, Tq, K] that count, as ``counted_first`` arranges them."""
+        tokens, counts = counted_first(candidates, counted, ascending=ascending)
+        return TokenIndex(tokens=tokens, counts=counts, full=full)
+
+    def check(self, tk: int) -> None:
+        """Raise ValueError where a query's counted tokens are not distinct positions among Tk keys."""
+        k = self.tokens.shape[-1]
+        used = torch.ones_like(self.tokens, dtype=torch.bool)
+        if self.counts is not None:
+            if bool((self.counts < 0).any()) or bool((self.counts > k).any()):
+                raise ValueError(f"A TokenIndex with room for {k} tokens takes counts from 0 to {k}.")
+            used = torch.arange(k, device=self.tokens.device) < self.counts[..., None]
+        if bool((used & ((self.tokens < 0) | (self.tokens >= tk))).any()):
+            raise ValueError(f"A TokenIndex names positions 0 to {tk - 1}; some token is outside.")
+        # Entries past the count get places of their own, so that only counted ones can meet.
+        apart = torch.where(used, self.tokens, tk + torch.arange(k, device=self.tokens.device))
+        ordered = apart.sort(-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError("A TokenIndex names each token of a query once; some token comes twice.")
+
+    @property
+    def mask_heads(self) -> int:
+        return self.tokens.shape[1]
+
+    def loads_shared_by(self, num_heads: int, num_kv_heads: int) -> int:
+        return num_heads // self.tokens.shape[1]
+
+    def number(self) -> Tensor:
+        """[B, Hs, Tq] how many tokens of each query count."""
+        if self.counts is not None:
+            return self.counts
+        return torch.full(self.tokens.shape[:3], self.tokens.shape[3], device=self.tokens.device)
+
+    def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
+        if self.full is None or not bool(self.full.any()):
+            part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
+            used = self.tokens.numel() if self.counts is None else total(self.counts)
+            return part, used * (q.shape[1] // self.tokens.shape[1])
+        if bool(self.full.all()):
+            return EveryKey().run_decode(q, keys, impl)
+        return self._run_mixed(q, keys, self.full, impl)
+
+    def _run_mixed(self, q: Tensor, keys: Keys, full: Tensor, impl: str) -> tuple[Partial, int]:
+        """Rows of one call in different phases of a method: the rows that read every visible key are taken
+        one at a time, in place."""
+        h, hs = q.shape[1], self.tokens.shape[1]
+        group, hkv = h // hs, keys.kv.num_kv_heads
+        part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
+        out, lse = part.out.clone(), part.lse.clone()
+        pairs = int(torch.where(full, 0, self.number()).sum()) * group
+        for b, s, t in full.nonzero().tolist():
+            heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
+            first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
+            cut = (slice(b, b + 1), slice(kv, kv + 1), slice(first, end))
+            one = decode(q[b : b + 1, heads, t : t + 1], keys.kv[cut], keys.softmax, impl=impl)
+            out[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype)
+            lse[b : b + 1, heads, t : t + 1] = one.lse
+            pairs += (end - first) * group
+        return Partial(out, lse), pairs
+
+    def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
+        here = self.localised(keys.places())
+        group = q.shape[1] // self.tokens.shape[1]
+        part = gather_decode(q, keys.kv, here, keys.softmax, check=False)
+        if self.full is None:
+            return part, total(here.number()) * group
+        full = self.full.repeat_interleave(group, 1)  # [B, H, Tq]
+        whole = attend_recent(q, keys, None)
+        lse = torch.where(full, whole.lse, part.lse)
+        out = torch.where(full[..., None], whole.out.to(q.dtype), part.out.to(q.dtype))
+        seen = count_visible(keys).to(q.device)[:, None]  # [B, 1, Tq]
+        return Partial(out, lse), total(torch.where(self.full, seen, here.number())) * group
+
+    def localised(self, places: Tensor) -> TokenIndex:
+        """Those of the selected tokens that are among ``places`` [N] (ascending positions), as an index of
+        these N keys. ``full`` and ``gathered`` are left out."""
+        n = places.shape[0]
+        if n == 0:
+            return TokenIndex(tokens=self.tokens[..., :0])
+        found = torch.searchsorted(places, self.tokens.contiguous()).clamp_(max=n - 1)
+        mine = places[found] == self.tokens
+        if self.counts is not None:
+            mine &= torch.arange(self.tokens.shape[3], device=places.device) < self.counts[..., None]
+        return TokenIndex.ragged(found, mine, ascending=True)
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
+    ) -> Tensor:
+        """As ``Selection.to_mask``, [B, Hs, Tq, Tk]; batch is that of the index."""
+        some = slice(None) if rows is None else rows
+        tokens = self.tokens[:, :, some]
+        counts, full = (None if x is None else x[:, :, some] for x in (self.counts, self.full))
+        device = tokens.device
+        used = torch.ones_like(tokens, dtype=torch.bool)
+        if counts is not None:
+            used = torch.arange(tokens.shape[3], device=device) < counts[..., None]
+        mask = torch.zeros(*tokens.shape[:3], tk + 1, dtype=torch.bool, device=device)
+        mask.scatter_(3, torch.where(used, tokens, tk), True)
+        mask = mask[..., :tk]
+        if full is not None:
+            visible = causal_mask(tq, tk, start, tokens.shape[0], device, rows)
+            mask = torch.where(full[..., None], visible, mask)
+        return mask

@@ -1,0 +1,110 @@
+"""Recent keys and the first keys of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..causal import causal_mask, positions
+from ..keys import Keys
+from ..ops import kernel
+from ..ops.decode import decode
+from ..ops.flash import flash
+from ..partial import Partial, merge
+from .base import Pairs, Selection
+from .here import attend_masked, attend_recent, query_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Selection):
+    """The last ``size`` keys of each query, itself included, and the first ``sinks`` keys of its row."""
+
+    called: ClassVar[str] = "a Window"
+
+    size: int
+    sinks: int = 0
+
+    def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
+        return self._run(q, keys, impl, flash), self._pairs(q, keys, rows)
+
+    def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
+        return self._run(q, keys, impl, decode), self._pairs(q, keys, range(keys.tq))
+
+    def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
+        local, pairs = attend_recent(q, keys, self.size), self._pairs_here(q, keys)
+        if self.sinks == 0 or keys.longest() <= self.size:
+            return local, pairs
+        starts = keys.starts or [0]
+        low, high = keys.held(min(starts)), keys.held(max(starts) + self.sinks)
+        places = keys.places()[low:high]
+        beyond = places <= query_positions(keys)[:, None] - self.size  # the window, on its left
+        first = 0 if keys.start is None else keys.start[:, None, None]
+        sinks = (places >= first) & (places < first + self.sinks)
+        return merge(local, attend_masked(q, keys, low, high, beyond & sinks)), pairs
+
+    def needed(
+        self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
+    ) -> Tensor:
+        begin, end = chunk
+        places = torch.arange(end, device=device)
+        first = torch.tensor(starts, device=device)[:, None]
+        read = (places >= first) & ((places > begin - self.size) | (places < first + self.sinks))
+        return read[:, None].expand(-1, kv_heads, -1)
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
+    ) -> Tensor:
+        mask = causal_mask(tq, tk, start, batch, None if rows is None else rows.device, rows)
+        places, cols = positions(tq, tk, mask.device, rows)
+        recent = (cols > places - self.size)[None, None]
+        return mask & (recent | first_keys(self.sinks, cols, start, batch))
+
+    def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
+        """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
+        set of keys."""
+        b, h, tq, _ = q.shape
+        local = op(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
+        sinks = min(self.sinks, keys.length)
+        if sinks == 0 or keys.longest() <= self.size:
+            return local
+        first = torch.tensor(keys.starts or [0] * b, device=q.device)[:, None]
+        places = first + torch.arange(sinks, device=q.device)  # [B, sinks]
+        mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [B, Tq, sinks]
+        hkv = keys.kv.num_kv_heads
+        spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
+        part = kernel.attend(
+            kernel.fold_groups(q, hkv),
+            keys.kv.gather(spread),
+            keys.softmax,
+            mask=mask.repeat(1, h // hkv, 1)[:, None],
+        )
+        return merge(local, kernel.unfold_groups(part, h, tq))
+
+    def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
+        """The pairs that the queries ``rows`` of the call read."""
+        begin, end, pairs = keys.past + rows.start, keys.past + rows.stop, 0
+        for first in keys.starts or [0] * q.shape[0]:
+            # How many keys each query of the row sees.
+            seen = torch.arange(min(max(begin, first), end), end) - first + 1
+            pairs += int((seen.clamp(max=self.size) + (seen - self.size).clamp(0, self.sinks)).sum())
+        return pairs * q.shape[1]
+
+    def _pairs_here(self, q: Tensor, keys: Keys) -> int:
+        """The pairs of the call's queries with keys that are held here."""
+        pairs = 0
+        for first in keys.starts or [0] * q.shape[0]:
+            for row in range(keys.past, keys.length):
+                low = max(first, row - self.size + 1)
+                pairs += max(0, keys.held(row + 1) - keys.held(low))
+                pairs += max(0, keys.held(min(first + self.sinks, low)) - keys.held(first))
+        return pairs * q.shape[1]
+
+
+def first_keys(sinks: int, cols: Tensor, start: Tensor | None, batch: int) -> Tensor:
+    """[B, 1, 1, Tk] bool: which of the positions ``cols`` [1, Tk] are among the first ``sinks`` of a row."""
+    first = torch.zeros(batch, dtype=torch.long) if start is None else start.cpu()
+    return (cols[None] < (first.to(cols.device) + sinks)[:, None, None])[:, None]

@@ -1,0 +1,45 @@
+"""StreamingLLM's pattern: the last keys and the first ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..checks import require
+from ..cost import Cost, Queries
+from ..keys import Keys
+from ..method import AttentionMethod
+from ..selection import Index, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow(AttentionMethod):
+    """The last w keys and the first ``sinks`` keys of each row: StreamingLLM's pattern (2309.17453) on an
+    unevicted cache.
+
+    Positions are the tokens' own; nothing is evicted, so a later method or a crop finds every key in place.
+    """
+
+    name: ClassVar[str] = "window"
+    title: ClassVar[str] = "Sliding window with attention sinks (StreamingLLM)"
+    paper: ClassVar[str] = "2309.17453"
+
+    w: int = 1024
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        require(self, w=(1, None), sinks=(0, None))
+
+    def reads(self, queries: Queries) -> Cost:
+        return queries.cost(queries.seen.clamp(max=self.w + self.sinks), reach=self.w + self.sinks)
+
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        return self._select(keys)
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        return self._select(keys)
+
+    def _select(self, keys: Keys) -> Index:
+        return None if keys.longest() <= self.w + self.sinks else Window(size=self.w, sinks=self.sinks)

@@ -1,0 +1,163 @@
+"""Catching what methods are fed: hidden states, and queries and keys before RoPE.
+
+Hooks on ``q_proj`` and ``k_proj`` miss fused projections (Phi-3) and the norms behind them (Qwen3). So RoPE
+is undone: the module's own ``apply_rotary_pos_emb`` turns by the opposite angle, divided by cos² + sin²,
+because YaRN scales both. The angles of any position, also of keys stored in earlier calls, come from the
+model's own rotary embedding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.errors import FarspanError, Unsupported
+from ...attention.needs import Needs
+from ..inputs import Given
+from ..layer import Session
+from .hooks import Hook
+
+_BY_LENGTH = ("dynamic", "longrope")  # RoPE whose angles depend on the length of the call
+
+
+class Turn:
+    """One call of a rotary embedding: how to make it again for other positions."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        given.pop("self", None)
+        given.pop("x", None)
+        self.module, self.positions, self.others = module, given.pop("position_ids"), given
+        self._cos = weakref.ref(output[0])
+
+    def made(self, cos: Tensor) -> bool:
+        """Whether ``cos`` is what this call returned."""
+        return self._cos() is cos
+
+    @torch.no_grad()
+    def angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions [B, n], in the dtype and on the device of ``like``."""
+        cos, sin = self.module.forward(like, position_ids=positions, **self.others)
+        return cos, sin
+
+
+def feed_inputs(
+    decoder: nn.Module, modules: Iterable[tuple[nn.Module, Needs]], session: Session
+) -> list[Callable[[], None]]:
+    """Let each of these attention modules leave in ``session.given`` what it is called with, for methods of
+    these needs. Returns the undo steps. Raises Unsupported where RoPE cannot be undone."""
+    undo: list[Callable[[], None]] = []
+    served = [(module, needs, _rotation(decoder, module, needs)) for module, needs in modules]
+    if any(rotate is not None for _, _, rotate in served):
+        for rotary in _rotaries(decoder):
+            after = Hook(partial(_remember, session))
+            undo.append(rotary.register_forward_hook(after, with_kwargs=True).remove)
+    for module, needs, rotate in served:
+        before = Hook(partial(_give, session, needs, rotate))
+        undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.append(module.register_forward_hook(Hook(partial(_take_back, session)), always_call=True).remove)
+    return undo
+
+
+def _rotaries(decoder: nn.Module) -> list[nn.Module]:
+    return [module for module in decoder.modules() if hasattr(module, "rope_type")]
+
+
+def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[..., Any] | None:
+    """The function by which a module rotates queries and keys; None where RoPE need not be undone or there is
+    none. Raises Unsupported where it cannot be undone."""
+    if not needs.before_rope or not getattr(module, "use_rope", True):
+        return None
+    own = type(module)
+    rotate = getattr(inspect.getmodule(own), "apply_rotary_pos_emb", None)
+    given = "position_embeddings" in inspect.signature(own.forward).parameters
+    if rotate is None and not given:
+        return None
+    rotaries = _rotaries(decoder)
+    kinds = [r.rope_type for r in rotaries]
+    types = {x for kind in kinds for x in (kind.values() if isinstance(kind, dict) else [kind])}
+    reasons = []
+    if rotate is None or not given or not rotaries:
+        reasons.append("its rotation is not transformers' apply_rotary_pos_emb of position_embeddings")
+    elif not hasattr(module, "use_rope") and _conditional(own.forward):
+        reasons.append("it rotates under a condition of its own")
+    reasons += [
+        f"its RoPE of type {name!r} depends on the length of each call, so stored keys cannot be turned back"
+        for name in _BY_LENGTH
+        if name in types
+    ]
+    if reasons:
+        raise Unsupported(f"farspan cannot give queries and keys before RoPE in {own.__name__}", reasons)
+    return rotate
+
+
+def _conditional(forward: Callable[..., Any]) -> bool:
+    """Whether a forward applies RoPE in a branch."""
+    try:
+        source = inspect.cleandoc("\n" + inspect.getsource(forward))
+    except (OSError, TypeError):
+        return False
+    body = re.search(r"^( +)\S", source[source.index(":\n") :], re.MULTILINE)
+    call = re.search(r"^( +).*apply_rotary_pos_emb\(", source, re.MULTILINE)
+    return body is not None and call is not None and len(call[1]) > len(body[1])
+
+
+def _remember(
+    session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    turn = Turn(module, args, kwargs, output)
+    session.turns[(id(module), repr(turn.others))] = turn
+
+
+def _give(
+    session: Session,
+    needs: Needs,
+    rotate: Callable[..., Any] | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    hidden = given["hidden_states"]
+    if rotate is None:
+        session.given = Given(needs, hidden)
+        return
+    turn = _turn(list(session.turns.values()), given["position_embeddings"][0])
+    if turn.positions.dim() != 2:
+        raise FarspanError(
+            f"A method needs queries or keys before RoPE, and {type(module).__name__} rotates by positions "
+            f"of {turn.positions.dim() - 1} axes, which farspan does not undo: choose another method."
+        )
+    session.given = Given(needs, hidden, turn.positions, partial(_undo, rotate, turn, hidden))
+
+
+def _turn(turns: Sequence[Turn], cos: Tensor) -> Turn:
+    """The call of a rotary embedding that gave ``cos``; where accelerate has moved it to another device, the
+    only one there is."""
+    found = [turn for turn in turns if turn.made(cos)] or list(turns)
+    if len(found) != 1:
+        raise FarspanError(
+            "A method needs queries or keys before RoPE, and farspan cannot tell which rotary embedding "
+            "rotated them in this call: choose another method, or load the model without device_map."
+        )
+    return found[0]
+
+
+def _undo(rotate: Callable[..., Any], turn: Turn, like: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, heads, n, D] before it was rotated by positions [B, n], in the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (part.to(device=x.device, dtype=wide) for part in turn.angles(like, positions))
+    size, turned = cos**2 + sin**2, x.to(wide)
+    before, _ = rotate(turned, turned[:, :1], cos / size, -sin / size)
+    return before.to(x.dtype)
+
+
+def _take_back(session: Session, *_: Any) -> None:
+    session.given = None

@@ -1,0 +1,177 @@
+"""Mixers in place of attention modules: their state in a cache layer, their calls by transformers' names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+
+from ...attention.errors import FarspanError
+from ...attention.hybrid.mixer import State
+from ..cache import lasting
+from ..layer import Session
+from ..mixers import Mixed
+from .hooks import replace_forward
+from .models import ModelInfo, place_beside
+from .releases import given_cache
+
+
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):
+    """transformers' cache layer of linear attention, holding a mixer's state.
+
+    It adds what transformers' own has not, or has only for states with a convolution: how many tokens it has
+    seen, so that masks and positions may be made by it; that a state has begun; rows repeated and selected.
+    A state is replaced, not written into, since it may carry gradients.
+    """
+
+    recurrent_states: dict[int, Tensor | None]
+    is_compileable = False
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=len(shapes))
+        self.shapes, self.seen = shapes, 0
+
+    def take(self, state: State, tokens: int) -> None:
+        """Keep the state after a call of ``tokens`` tokens."""
+        self.seen += tokens
+        for i, x in enumerate(state):
+            self.recurrent_states[i] = x
+            self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = True
+            self.device, self.dtype = x.device, x.dtype
+
+    def given(self) -> State | None:
+        """The state that the next call begins with; None before the first one."""
+        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.seen else None
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        self.seen = 0
+        for i in range(self.number_of_states):
+            self.recurrent_states[i] = None
+            self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.recurrent_states = {
+            i: None if x is None else change(x) for i, x in self.recurrent_states.items()
+        }
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise FarspanError(
+                "A mixer's state cannot be cropped, since the tokens in it are no longer apart: start a new "
+                "cache, go back to a deep copy of one, or generate without assisted decoding."
+            )
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        raise FarspanError(
+            "This cache holds the state of a mixer in a layer that has its attention back: start a new cache."
+        )
+
+
+def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) -> list[Callable[[], None]]:
+    """Put each mixer in place of the attention module of its layer. Returns the undo steps."""
+    undo: list[Callable[[], None]] = []
+    for index, entry in mixed.items():
+        attention = info.attention[index]
+        place_beside(entry.mixer, attention)
+        for parent in list(info.decoder.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is attention:
+                    parent._modules[name] = entry.mixer
+                    undo.append(partial(parent._modules.__setitem__, name, attention))
+        undo.append(
+            replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
+        )
+    return undo
+
+
+@lasting()
+def _forward(
+    signature: Callable[..., Any],
+    index: int,
+    mixed: Mixed,
+    session: Session,
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What the decoder layer calls, by the names that its attention has."""
+    if session.off:
+        raise FarspanError(
+            f"The model was set to another attention while the mixer {mixed.mixer.name} stands in layer "
+            f"{index}: call remove(), or set the attention back to farspan."
+        )
+    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
+    call |= call.pop("kwargs", {})
+    hidden, mixer = call["hidden_states"], mixed.mixer
+    layer = state_layer(given_cache(call), index)
+    state = None if layer is None else layer.given()
+    mask = _mask(session, call.get("attention_mask"), hidden)
+    rotary = call.get("position_embeddings")
+    if hidden.shape[1] == 1 and state is not None and mask is None:
+        out, state = mixer.step(hidden[:, 0], state, rotary)
+        out = out[:, None]
+    else:
+        out, state = original(hidden, state, mask, rotary)
+    if layer is not None:
+        layer.take(state, hidden.shape[1])
+    mixed.count(hidden)
+    return out.to(hidden.dtype), None
+
+
+def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
+    """The mixer's layer of a cache that a call keeps."""
+    layer = None if cache is None else cache.layers[index]
+    assert layer is None or isinstance(layer, StateLayer), "the cache is adopted before layers run"
+    return layer
+
+
+def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """[B, T] bool, which of the call's tokens are no padding; None where all are."""
+    if mask is None:
+        return None
+    padding = session.padding(mask, *mask.shape)
+    past = mask.shape[1] - hidden.shape[1]
+    begun = padding.starts is None or max(padding.starts) <= past
+    return None if begun and padding.ends is None else mask[:, past:].bool()
+
+
+def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
+    """Give the layers of an adopted cache that mixers have taken a place for their state. count: layers of
+    the model."""
+    while mixed and len(cache.layers) < count:  # a bare cache makes its layers as they are used
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index, entry in mixed.items():
+        layer, shapes = cache.layers[index], entry.mixer.state_shapes
+        if isinstance(layer, StateLayer) and layer.shapes == shapes:
+            continue
+        filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention
+        if filled or (isinstance(layer, CacheLayerMixin) and layer.get_seq_length()):
+            raise FarspanError(
+                f"This cache holds keys or another state of layer {index}, which the mixer "
+                f"{entry.mixer.name} has taken: start a new cache."
+            )
+        cache.layers[index] = StateLayer(shapes)

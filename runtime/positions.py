@@ -1,0 +1,53 @@
+"""The position ids by which a store's keys were rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..attention.errors import FarspanError
+
+
+class Positions:
+    """Position ids [B, T] of a store's keys, kept only where a method needs keys before RoPE: 4 bytes a key,
+    where keys and values of 8 heads of 128 take 4,096."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None  # [B, room] int32
+        self.length = 0
+
+    def append(self, ids: Tensor, total: int) -> Tensor:
+        """Take in the ids [B, n] of keys that bring the store to ``total``; a store that has them already
+        keeps its own. -> [B, total].
+
+        Raises FarspanError where earlier keys came without their ids.
+        """
+        past = total - ids.shape[1]
+        if self.length < past:
+            raise FarspanError(
+                f"This cache holds {past} tokens of a call whose method needed no keys before RoPE, so the "
+                "positions of its keys are not known: start a new cache under this patch."
+            )
+        if self._ids is None or self._ids.shape[1] < total:
+            with torch.inference_mode(False):
+                room = ids.new_empty(ids.shape[0], total + max(256, total // 8), dtype=torch.int32)
+            if self._ids is not None:
+                room[:, : self.length] = self._ids[:, : self.length]
+            self._ids = room
+        self._ids[:, past:total] = ids
+        self.length = total
+        return self._ids[:, :total]
+
+    def crop(self, length: int) -> None:
+        """Forget the ids of keys at or after ``length``."""
+        self.length = min(self.length, length)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``change`` to the batch dimension (reorder, repeat or select rows)."""
+        if self._ids is not None:
+            self._ids = change(self._ids)
+
+    def clear(self) -> None:
+        self._ids, self.length = None, 0

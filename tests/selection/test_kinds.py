@@ -1,0 +1,192 @@
+"""What every kind of selection owes: its phases, its mask, the keys it needs, and decode over a part of the
+keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
+from farspan.attention.method import DECODE, PREFILL
+from farspan.attention.ops.reference import masked_attention
+from farspan.attention.partial import merge
+from farspan.attention.selection import (
+    Band,
+    Bands,
+    BlockIndex,
+    EveryKey,
+    Rescaled,
+    Selection,
+    TokenIndex,
+    Window,
+    as_selection,
+)
+from farspan.attention.softmax import Softmax
+
+H, HKV, D = 6, 2, 8
+
+
+@dataclass(kw_only=True)
+class SomeKeys(Keys):
+    """Those keys of a call that one of several holders has, at ``at`` [N]."""
+
+    at: Tensor
+    total: int
+
+    @property
+    def length(self) -> int:
+        return self.total
+
+    def held(self, length: int) -> int:
+        return int((self.at < length).sum())
+
+    def places(self) -> Tensor:
+        return self.at
+
+
+def data(tq: int, tk: int, starts: list[int] | None) -> tuple[Tensor, Keys]:
+    generator = torch.Generator().manual_seed(tq * tk)
+    b = len(starts or [0])
+    q = torch.randn(b, H, tq, D, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(b, HKV, tk, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    start = None if starts is None else torch.tensor(starts)
+    return q, Keys(kv=KV(k, v), tq=tq, softmax=Softmax(0.4, 5.0), start=start)
+
+
+def tokens(heads: int, tq: int, tk: int, starts: list[int] | None, full: str) -> TokenIndex:
+    generator = torch.Generator().manual_seed(heads + tk)
+    b = len(starts or [0])
+    candidates = torch.rand(b, heads, tq, tk, generator=generator).argsort(-1)
+    rows = torch.arange(tk - tq, tk)[:, None]
+    first = torch.tensor(starts or [0])[:, None, None, None]
+    counted = (candidates <= rows) & (candidates >= first)
+    counted &= torch.rand(b, heads, tq, tk, generator=generator) < 0.4
+    whole = {"none": None, "some": torch.rand(b, heads, tq, generator=generator) < 0.5}
+    whole["all"] = torch.ones(b, heads, tq, dtype=torch.bool)
+    return TokenIndex.ragged(candidates, counted, full=whole[full])
+
+
+DECODES: dict[str, Any] = {
+    "every": lambda *call: EveryKey(),
+    "window": lambda *call: Window(size=7, sinks=3),
+    "narrow": lambda *call: Window(size=1),
+    "tokens": lambda *call: tokens(HKV, *call, "none"),
+    "tokens of heads": lambda *call: tokens(H, *call, "none"),
+    "some full": lambda *call: tokens(HKV, *call, "some"),
+    "all full": lambda *call: tokens(HKV, *call, "all"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tq", "tk", "starts"), [(1, 30, None), (4, 33, None), (3, 41, [0, 25]), (1, 9, [8])]
+)
+@pytest.mark.parametrize("name", DECODES)
+@pytest.mark.parametrize("holders", [1, 2, 3])
+def test_parts_of_the_keys_add_up_to_decode(
+    name: str, holders: int, tq: int, tk: int, starts: list[int] | None
+) -> None:
+    """Against softmax under the mask; one device is the case of one holder, a holder may have no key."""
+    q, keys = data(tq, tk, starts)
+    selection = DECODES[name](tq, tk, starts)
+    mask = selection.to_mask(tq, tk, keys.start, q.shape[0])
+    want = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0)
+    whole, pairs = selection.run_decode(q, keys, "auto")
+    assert pairs == int(mask.sum()) * (H // mask.shape[1]) * (q.shape[0] // mask.shape[0])
+    held: list[Keys] = [keys]
+    if holders > 1:
+        at = [torch.arange(tk)[torch.arange(tk) // 5 % holders == i] for i in range(holders)]
+        at.append(torch.arange(0))
+        held = [
+            SomeKeys(
+                kv=keys.kv[:, :, x],
+                tq=tq,
+                softmax=keys.softmax,
+                start=keys.start,
+                at=x,
+                total=tk,
+            )
+            for x in at
+        ]
+    parts = [selection.run_decode_here(q, some) for some in held]
+    for got in (whole, merge(*(part for part, _ in parts))):
+        seen = want.lse > -torch.inf
+        assert torch.equal(got.lse > -torch.inf, seen)
+        assert (got.lse - want.lse)[seen].abs().max() < 1e-12
+        assert (got.out - want.out)[seen].abs().max() < 1e-12
+    assert sum(int(number) for _, number in parts) == pairs
+
+
+PREFILLS: dict[str, Selection] = {
+    "every": EveryKey(),
+    "window": Window(size=7, sinks=3),
+    "bands": Bands(bands=(Band(1, 0, 3), Band(4, 4, 24)), sinks=2),
+    "blocks": BlockIndex(
+        blocks=torch.tensor([[[[0, 2], [1, 9]], [[2, 3], [0, 3]]]], dtype=torch.int32),
+        counts=torch.tensor([[[2, 1], [2, 2]]], dtype=torch.int32),
+        block_q=8,
+        block_k=8,
+    ),
+}
+PREFILLS["rescaled"] = Rescaled(read=None, keys=torch.zeros(1, H, 31, dtype=torch.bool), factor=0.5)
+PREFILLS["rescaled blocks"] = Rescaled(
+    read=PREFILLS["blocks"],  # type: ignore[arg-type]
+    keys=torch.arange(31).expand(1, H, 31) == 3,
+    factor=0.5,
+)
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+def test_prefill_reads_the_keys_needed_and_counts_the_pairs(name: str) -> None:
+    tq, tk = 15, 31
+    q, keys = data(tq, tk, None)
+    selection = PREFILLS[name]
+    mask = selection.to_mask(tq, tk)
+    assert mask.shape == (1, selection.mask_heads, tq, tk)
+    assert torch.equal(selection.to_mask(tq, tk, rows=torch.tensor([14, 2])), mask[:, :, [14, 2]])
+    assert selection.reads_every_key == (name in ("every", "rescaled"))
+    part, pairs = selection.run_prefill(q, keys, range(3, 12), "auto")
+    assert pairs == int(mask[:, :, 3:12].sum()) * (H // mask.shape[1])
+    lse = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0).lse
+    assert (part.lse - lse)[lse > -torch.inf].abs().max() < 1e-12
+    needed = selection.needed((tk - tq, tk), [0], HKV, torch.device("cpu"))
+    assert needed.shape == (1, HKV, tk)
+    read = mask.any(2).expand(-1, HKV, -1)
+    assert not bool((read & ~needed).any()), "a key that is read is not needed"
+
+
+def test_an_answer_for_the_other_phase_is_refused() -> None:
+    q, keys = data(1, 9, None)
+    prefill = r"^select_prefill answers with None, .*a BlockIndex.* or a Window; got TokenIndex\.$"
+    decode = r"^select_decode answers with None, .*a TokenIndex.* or a Window; got Bands\.$"
+    index, bands = tokens(HKV, 1, 9, None, "none"), PREFILLS["bands"]
+    for refused in (
+        lambda: as_selection(index, PREFILL),
+        lambda: index.run_prefill(q, keys, range(1), "auto"),
+        lambda: index.needed((0, 9), [0], HKV, torch.device("cpu")),
+    ):
+        with pytest.raises(TypeError, match=prefill):
+            refused()
+    for refused in (
+        lambda: as_selection(bands, DECODE),
+        lambda: bands.run_decode(q, keys, "auto"),
+        lambda: bands.run_decode_here(q, keys),
+    ):
+        with pytest.raises(TypeError, match=decode):
+            refused()
+    with pytest.raises(TypeError, match=r"got Tensor\.$"):
+        as_selection(q, DECODE)  # type: ignore[arg-type]
+    assert as_selection(None, PREFILL) == EveryKey() and as_selection(index, DECODE) is index
+
+
+def test_the_kinds_of_each_phase() -> None:
+    kinds = (EveryKey, Window, Bands, BlockIndex, Rescaled, TokenIndex)
+    assert [k for k in kinds if not k.serves(PREFILL)] == [TokenIndex]
+    assert [k for k in kinds if k.serves(DECODE)] == [EveryKey, Window, TokenIndex]
+    for kind in kinds:  # over ranks, too
+        assert (kind.needed is not Selection.needed) == kind.serves(PREFILL)
+        assert (kind.run_decode_here is not Selection.run_decode_here) == kind.serves(DECODE)
