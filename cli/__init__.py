@@ -1,7 +1,7 @@
 """The `farspan` command. Nothing here imports torch before a command needs it, so `--help` is quick.
 
-Exit codes: 0 done, 1 a fault of farspan itself (with a traceback) or one that `doctor` has found (one
-sentence), 2 bad input or a rank that failed (one sentence on stderr, of all ranks together), 130 Ctrl-C.
+Exit codes: 0 for success; 1 for a bug in farspan (with a traceback) or a fault that `doctor` found (one
+sentence); 2 for bad input or a failed rank (one sentence on stderr, printed by one rank); 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line `arguments` (default: the process's own) and exit with its code."""
+    """Run the command line `arguments` (default: those of the process) and exit with its exit code."""
     from typer.exceptions import TyperException
 
     from ..attention.errors import FarspanError
@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         launch.say_once(sentences.as_options(str(error), sentences.spellings(app)), output.fail)
         sys.exit(2)
     except TyperException as error:
-        # Of several ranks, one shows wrong usage; the others end as it does.
+        # One rank prints what is wrong with the usage; the others exit with the same code.
         if not launch.leads():
-            launch.let_rank_0_speak()
+            launch.wait_for_rank_0()
         elif said := sentences.of_usage(error):
             output.fail(said)
         sys.exit(getattr(error, "exit_code", 2))

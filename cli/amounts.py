@@ -1,4 +1,4 @@
-"""Numbers as people type them: 4096 tokens, 128K, 1M; a device of 80G."""
+"""Numbers as people type them: 4096, 128K or 1M tokens; 80G of memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from ..attention.errors import FarspanError
 
-MOST = 1 << 40  # of tokens; what is beyond is a slip of the keyboard
+MOST = 1 << 40  # tokens; a larger number is taken for a typing error
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _AMOUNT = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgt]?)", re.IGNORECASE)
 
@@ -26,7 +26,10 @@ def whole(text: str, option: str) -> int:
 
 
 def size(text: str, option: str) -> int:
-    """Bytes: "80G" and "80GiB" are 80 * 2**30. Raises FarspanError, which names the option."""
+    """A number of bytes: "80G" and "80GiB" are 80 * 2**30.
+
+    Raises FarspanError, which names the option, for any other text.
+    """
     number = _amount(re.sub(r"(?<=[kmgt])i?b$", "", text.strip(), flags=re.IGNORECASE))
     if number is None or not 1 <= round(number) <= MOST**2:
         raise FarspanError(f"{option} takes a size from 1 byte on such as 80G or 1.5T; got {text!r}.")
@@ -34,6 +37,6 @@ def size(text: str, option: str) -> int:
 
 
 def _amount(text: str) -> Fraction | None:
-    """A number with K, M, G or T, each 1024 times the one before; None for any other text."""
+    """A number, or one with K, M, G or T (each 1024 times the one before); None for any other text."""
     match = _AMOUNT.fullmatch(text.strip())
     return None if match is None else Fraction(match[1]) * 1024 ** _POWERS[match[2].lower()]

@@ -1,7 +1,8 @@
-"""`farspan doctor`: what farspan runs on, and whether it computes there what the model alone computes."""
+"""`farspan doctor`: versions and devices, and whether a patched model computes what the model alone does."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -9,7 +10,10 @@ import typer
 from . import launch, options, output
 
 
-def doctor(
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Options of `farspan doctor`."""
+
     model: Annotated[
         str | None,
         typer.Option(
@@ -17,10 +21,13 @@ def doctor(
             "-m",
             help="Try this model's class, by its config; an alias is fetched first [default: small Llama].",
         ),
-    ] = None,
-    json: options.Json = False,
-) -> None:
-    """Versions, tested releases, devices, and a short run of a small model with and without farspan.
+    ] = None
+    json: options.Json = False
+
+
+@options.command
+def doctor(given: Doctor) -> None:
+    """Show versions, tested releases and devices, and run a small model with and without farspan.
 
     The small model has random weights and the class of `--model`; its logits and its `generate` must be the
     same with and without a dense patch. Exit code 0 if all is well, else 1 with one sentence on stderr.
@@ -28,8 +35,8 @@ def doctor(
     launch.only_rank_0()
     from ..runtime.doctor import examine
 
-    found = examine(model)
-    if json:
+    found = examine(given.model)
+    if given.json:
         output.show_json(found)
     else:
         table = output.Table("what", "found", "needed or tested")

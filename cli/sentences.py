@@ -1,8 +1,8 @@
-"""What an error says, in the words of the command line.
+"""Error sentences for the command line: a Python argument in them becomes the command's option.
 
-farspan's errors name a Python argument as ``name=`` or ``name=value``, after a space; the command names its
-option instead: "pass recipe=PATH" is "pass --recipe PATH". Parameters of a method ("quest:k=64") follow no
-space.
+An error of farspan names a Python argument as ``name=`` or ``name=value``, after a space. Here "pass
+recipe=PATH" becomes "pass --recipe PATH". A parameter of a method ("quest:k=64") does not follow a space and
+stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..attention.errors import FarspanError
 
 
 def as_options(sentence: str, options: dict[str, str]) -> str:
-    """The sentence with ``name=value`` as "--name value". options: each spelling, by its Python name."""
+    """The sentence with ``name=value`` as "--name value". options: the option of each Python name."""
     names = "|".join(map(re.escape, options))
     argument = re.compile(rf"""(?<!\S)({names})=('[^']*'|"[^"]*"|\S*?)(?=[.,;:)]*(?:\s|$))""")
 
@@ -28,7 +28,7 @@ def as_options(sentence: str, options: dict[str, str]) -> str:
 
 
 def spellings(app: typer.Typer) -> dict[str, str]:
-    """By Python name, the long spelling of every option of every command of ``app``."""
+    """The long spelling of every option of every command of ``app``, by the option's Python name."""
     found: dict[str, str] = {}
     commands: list[Any] = [typer.main.get_command(app)]
     while commands:
@@ -40,7 +40,7 @@ def spellings(app: typer.Typer) -> dict[str, str]:
 
 
 def of_usage(error: Any) -> str:
-    """One sentence of a command line that typer cannot read; "" where it has shown its help instead."""
+    """One sentence about a command line that typer cannot read; "" if typer has shown its help instead."""
     said = error.format_message().strip().rstrip(".")
     if not said:
         return ""
@@ -50,12 +50,12 @@ def of_usage(error: Any) -> str:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Raises FarspanError for what no option can take: bytes that are not UTF-8, and nothing at all."""
+    """Raises FarspanError for arguments that no option takes: empty ones, and bytes that are not UTF-8."""
     for before, argument in zip(["farspan", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
         if argument == "" or (equals and not value and option.startswith("--")):
             raise FarspanError(
-                f"An empty value follows {option if equals else before}: give one, or leave both out."
+                f"An empty value follows {option if equals else before}: give a value, or leave both out."
             )
         try:
             argument.encode("utf-8")

@@ -1,8 +1,8 @@
 """A batch of prompts through a (patched) model: prefill, greedy answer, teacher-forced likelihood.
 
-The last prompt token is never part of the prefill here. It is the first decode step, so a decode method
-answers with its own selection from the first token on, and all decode methods can start from copies of one
-dense prefill.
+The last prompt token is not part of the prefill here: it is the first decode step. So a decode method
+selects from the first token of the answer on, and all decode methods can start from copies of one dense
+prefill.
 
 Shapes: B rows, T the longest prompt of the batch (shorter ones are padded on the left).
 """
@@ -20,12 +20,13 @@ import torch
 from ..runtime.hf import generate_by, generation_settings, greedy_config, returned_cache, with_cache
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>")
-"""Tokens by which chat templates close an assistant's turn; some models do not name theirs as EOS."""
+"""Tokens by which chat templates close an assistant's turn. Some models do not list theirs as EOS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Left-padded prompts: ids and mask [B, T] (mask 1 = a token of the prompt), each row's length [B]."""
+    """Left-padded prompts: ids and mask [B, T] (mask 1 = a token of the prompt), the length of each row
+    [B]."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -33,7 +34,7 @@ class Batch:
 
 
 class Clock:
-    """Seconds spent in a `with` block, the device's queue drained at both ends."""
+    """The seconds of a `with` block. The device's queue is drained at both ends."""
 
     seconds: float = 0.0
 
@@ -52,7 +53,7 @@ def collate(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
     """Pad prompts on the left to one batch. Raises ValueError for a prompt of fewer than two tokens."""
     if min(len(prompt) for prompt in prompts) < 2:
         raise ValueError(
-            "a prompt has fewer than 2 tokens; one is prefilled and the last is the first decode step."
+            "a prompt has fewer than 2 tokens; all but the last are prefilled, and the last is decoded."
         )
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -63,12 +64,12 @@ def collate(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
 
 @torch.no_grad()
 def prefill(model: Any, batch: Batch) -> Any:
-    """The cache after all prompt tokens but the last: what a plain call with `use_cache=True` returns."""
+    """The cache after all prompt tokens but the last, from a plain call with `use_cache=True`."""
     mask = batch.mask[:, :-1]
     output = model(
         input_ids=batch.ids[:, :-1],
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as generate numbers left-padded rows
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` counts positions of left-padded rows
         use_cache=True,
         logits_to_keep=1,
     )
@@ -81,10 +82,9 @@ def teacher_forced(
 ) -> list[list[float]]:
     """Negative log-likelihood (nats) of each gold token after its prompt, fed through the decode path.
 
-    cache: from `prefill`; it is used up. Fed are the last prompt token and the gold tokens but the last,
-    `per_call` at a time (1 is what generate does; up to 16 still counts as decode). Rows whose gold is
-    shorter are fed padding on the right, which cannot reach their earlier tokens, and those losses are left
-    out.
+    cache: from `prefill`; this call changes it. The inputs are the last prompt token and all gold tokens but
+    the last, `per_call` of them in each call (`generate` has 1; up to 16 count as decode). Shorter golds are
+    padded on the right. The padding cannot influence earlier tokens, and its losses are left out.
     """
     steps = max(len(gold) for gold in golds)
     device, rows = batch.ids.device, len(golds)
@@ -123,8 +123,8 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy continuations by a plain `model.generate`, each row up to and without its first end token.
 
-    cache: from `prefill`; it is used up. eos: the end tokens; without any, every row has `max_new_tokens`
-    tokens. No setting of the model's generation config counts.
+    cache: from `prefill`; this call changes it. eos: the end tokens; without any, every row has
+    `max_new_tokens` tokens. The model's generation config is ignored.
     """
     config = greedy_config(max_new_tokens=max_new_tokens, pad=pad, eos=eos)
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, **with_cache(model, cache)}
@@ -133,8 +133,8 @@ def greedy(
 
 
 def set_aside(model: Any) -> dict[str, Any]:
-    """What a folder's config.json says of a session: the settings of the model's generation config that
-    `greedy` does not follow; nothing where there are none."""
+    """An entry for a session in config.json: the settings of the model's generation config that `greedy`
+    ignores. Empty where there are none."""
     settings = generation_settings(model)
     return {"generation_config_set_aside": settings} if settings else {}
 
@@ -142,9 +142,8 @@ def set_aside(model: Any) -> dict[str, Any]:
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the model's and the tokenizer's EOS, and the end of an assistant's turn.
 
-    Nothing else stops an answer: RULER counts references found anywhere in it, so a newline or a first match
-    may not cut it short. A base model that never says EOS is read to the task's `max_new_tokens`, as
-    published.
+    Nothing else stops an answer. RULER counts references anywhere in it, so a newline or a first match may
+    not end it. A base model that never generates EOS goes on to the task's `max_new_tokens`, as published.
     """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(found) if isinstance(found, (list, tuple)) else [found]
@@ -155,9 +154,9 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def pad_token(model: Any, tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's own, else an end token, else 0 (it is masked whatever it is).
+    """The id to pad with: the tokenizer's, else an end token, else 0. Padding is masked, whatever its id.
 
-    Ids that the model has no embedding for are passed over: padding is embedded like any token.
+    Ids without an embedding in the model are skipped, because padding is embedded like any token.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = [getattr(tokenizer, "pad_token_id", None), *end_tokens(model, tokenizer)]

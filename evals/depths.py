@@ -1,7 +1,7 @@
-"""Where needles truly stand, beside the depths asked for: for summary.json, the Markdown and the heatmaps.
+"""The true depths of needles beside the requested ones, for summary.json, the Markdown and the heatmaps.
 
-A needle stands between two pieces of the haystack (see pieces.py), so its true depth is near the one asked
-for, not equal to it. Rows written before `true_depth` was recorded have none.
+A needle stands between two pieces of the haystack (see pieces.py), so its true depth is near the requested
+one, not equal to it. Rows of earlier versions have no `true_depth`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """A cell's mean "true_depth", and "depth_error", its largest distance from the depth asked for.
+    """A cell's mean "true_depth", and "depth_error": the largest distance from the requested depth.
 
     Empty where no row of the cell has a true depth.
     """
@@ -25,7 +25,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def by_depth(cells: Iterable[Mapping[str, Any]]) -> dict[float, float]:
-    """Depth asked for -> mean true depth over the cells that know it, ascending."""
+    """Requested depth -> mean true depth over the cells that have one, ascending."""
     found: dict[float, list[float]] = {}
     for cell in cells:
         if "true_depth" in cell:
@@ -34,7 +34,7 @@ def by_depth(cells: Iterable[Mapping[str, Any]]) -> dict[float, float]:
 
 
 def note(cells: Iterable[Mapping[str, Any]]) -> str | None:
-    """A sentence on asked and true depths, in percent; None where no cell knows them."""
+    """A sentence on requested and true depths, in percent; None where no cell has true ones."""
     cells = [cell for cell in cells if "true_depth" in cell]
     if not cells:
         return None

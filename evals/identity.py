@@ -1,11 +1,11 @@
 """Which model an evaluation measures: by content, not by the path or the name that it was loaded from.
 
-The identity is taken from the loaded model, so that a hub id, an alias, a GGUF file and a folder with the
-same content are one model, however they are spelled, and the next checkpoint at the same path is another
-one. Weights are hashed whole, not sampled, since two checkpoints of one training may differ in few of their
-bfloat16 numbers. That takes each weight once through its device: about 2 s for 1 GB on one core of a CPU.
+The identity is computed from the loaded model. So a hub id, an alias, a GGUF file and a folder with the same
+content are one model, and the next checkpoint at the same path is another one. All weights are hashed, not a
+sample, because two checkpoints of one training may differ in few of their bfloat16 numbers. That takes about
+2 s for 1 GB on one core of a CPU.
 
-What it does not see is code: a model class that computes something else with the same configuration and
+Code is not part of the identity. A model class that computes something else with the same configuration and
 weights, such as another version of a remote `modeling_*.py`, counts as the same model.
 """
 
@@ -24,15 +24,15 @@ from . import batch as forward
 from .private_apis import has_accelerate_hook, is_saved
 
 _NAMES = ("transformers_version", "dtype", "torch_dtype", "architectures")
-"""Fields of a configuration that are settings of their own, or that saving a model fills in."""
+"""Fields of a configuration that are compared elsewhere, or that saving a model fills in."""
 _PROBE = "Zwei 2026, naïve: 你好!\n\tdef f(x):\n\t\treturn x ** 2  # привет"
 
 
 def identify(model: Any, tokenizer: Any) -> dict[str, str | None]:
     """Hashes of the model's `config` (end tokens included), `weights`, `tokenizer` and `chat_template`.
 
-    chat_template is None where the tokenizer has none. Over ranks every rank calls this: weights that tensor
-    parallelism has shared out are put together.
+    chat_template is None where the tokenizer has none. Over ranks every rank calls this, because weights that
+    are sharded by tensor parallelism are gathered.
     """
     template = getattr(tokenizer, "chat_template", None)
     ends = forward.end_tokens(model, tokenizer)
@@ -50,7 +50,7 @@ def _hash(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration without what names it or what loads it; 2.0 is 2, as in a file written elsewhere."""
+    """A configuration without its names and loading options. 2.0 becomes 2, as some files spell it."""
     if isinstance(value, dict):
         kept = {str(name): item for name, item in value.items()}
         return {n: _plain(x) for n, x in kept.items() if n not in _NAMES and not n.startswith("_")}
@@ -60,8 +60,8 @@ def _plain(value: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What decides a text's tokens: the vocabulary and the rules where the tokenizer shows them, and in any
-    case the tokens of a text that takes many rules."""
+    """What decides the tokens of a text: vocabulary and rules, as far as the tokenizer shows them, and the
+    tokens of a sample text that needs many rules."""
     facts: dict[str, Any] = {"probe": list(tokenizer(_PROBE, verbose=False).input_ids)}
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(backend.to_str())
@@ -91,7 +91,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _present(module: nn.Module) -> AbstractContextManager[None]:
-    """The weights that accelerate keeps elsewhere (a CPU's memory, a disk) are loaded meanwhile."""
+    """A context in which weights that accelerate keeps elsewhere (CPU memory, a disk) are loaded."""
     if not has_accelerate_hook(module):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -100,8 +100,7 @@ def _present(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def _whole(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors behind a tensor: all shares of one that ranks have shared out, the parts of a
-    quantised one."""
+    """The plain tensors behind a tensor: the full tensor of a sharded one, the parts of a quantised one."""
     if hasattr(tensor, "full_tensor"):
         yield tensor.full_tensor()
     elif hasattr(tensor, "__tensor_flatten__"):

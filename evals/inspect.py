@@ -1,4 +1,4 @@
-"""The files of an inspection: a picture per layer, one page with all of it, and the numbers."""
+"""The files of `farspan inspect`: a picture per layer, one page with everything, and the numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE, NUMBERS = "inspect.html", "inspect.json"
 
 
 def numbers(inspection: Inspection, model: str) -> dict[str, Any]:
-    """Everything but the pictures, ready for JSON; shares are in 0 .. 1, seconds of the clock."""
+    """Everything but the pictures, ready for JSON. Shares are from 0 to 1, seconds are wall-clock time."""
     rows = []
     for layer in inspection.report.layers:
         part = layer.phases[PREFILL]
@@ -68,7 +68,7 @@ def numbers(inspection: Inspection, model: str) -> dict[str, Any]:
 
 
 def table(data: Mapping[str, Any]) -> list[list[str]]:
-    """A row of ``COLUMNS`` per layer, as text, and a last one for all of them."""
+    """A row of ``COLUMNS`` per layer, as text, and a last row for all layers."""
     lowest = [min(row["mass_recall_by_head"]) for row in data["layers"]]
     lines = [_line(str(row["layer"]), row, low) for row, low in zip(data["layers"], lowest, strict=True)]
     return [*lines, _line("all", data, min(lowest))]
@@ -87,16 +87,16 @@ def _line(name: str, row: Mapping[str, Any], lowest: float) -> list[str]:
 
 
 def check(out: Path) -> None:
-    """See that pictures can be made, and written to the folder or to where it will be made. Raises
-    FarspanError."""
+    """Check that pictures can be made and that the folder can be written. Raises FarspanError if not."""
     pictures.check_matplotlib()
     check_writable(out, "give another --out")
 
 
 def write(inspection: Inspection, data: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write layer_NN.png for each picture, inspect.html with everything in it, and inspect.json, and remove
-    the pictures of an earlier run; returns their paths. Raises FarspanError where the folder cannot be
-    written."""
+    """Write layer_NN.png for each picture, inspect.html and inspect.json, and return their paths.
+
+    Pictures of an earlier run are removed. Raises FarspanError if the folder cannot be written.
+    """
     files, shown = [], []
     with _disk(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def write(inspection: Inspection, data: Mapping[str, Any], out: Path) -> list[Pa
 
 @contextmanager
 def _at_once(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end."""
+    """A path to write to; at the end it replaces ``path``."""
     scratch = path.with_name(f".{path.name}.part")
     yield scratch
     os.replace(scratch, path)
@@ -161,22 +161,22 @@ _LEGEND = (
     (pictures.HIDDEN, "later than the query: no attention reads it"),
 )
 _COLOURS = (
-    "Queries go down, keys go right, in blocks of {block} tokens. How deep a colour is says how large the "
-    "largest true attention probability in the block is, from 0.0001 or less to 1; blue says that the block "
-    "was read, red that it was not. A mixture was read in part: a method that picks single keys, or puts "
-    "keys in another order, reads those that matter out of a block, so a reddish block need not have lost "
-    "them. The mass above each picture says what was lost."
+    "Queries go down, keys go right, in blocks of {block} tokens. The depth of a colour is the largest true "
+    "attention probability in the block, from 0.0001 or less to 1. Blue: the block was read. Red: it was "
+    "not. A mixture: it was read in part. A method that picks single keys, or puts keys in another order, "
+    "picks the keys that matter out of a block, so a reddish block need not mean a loss. The mass above each "
+    "picture says what was lost."
 )
 _RECALL = (
-    "Density: the share read of the (query, key) pairs that dense attention reads. Mass recall: the share of "
-    "the true softmax attention that the keys read hold, mean over heads and sampled queries; lowest head: "
-    "of the head that has least. Selecting read so many bytes and took so long; attention is the rest of "
-    "the time."
+    "Density: (query, key) pairs read, as a share of those that dense attention reads. Mass recall: the "
+    "share of the true softmax attention that falls on the keys read, mean over heads and sampled queries; "
+    "lowest head: that of the head that has least. Read to select, selection: bytes and seconds spent on "
+    "selecting. Attention: seconds of attention over the selected keys."
 )
 
 
 def page(data: Mapping[str, Any], shown: Sequence[tuple[int, bytes]]) -> str:
-    """One HTML page that needs nothing beside it: what was run, the table, the pictures (layer, PNG), a
+    """One HTML page that needs no other file: what was run, the table, the pictures (layer, PNG), a
     legend."""
     method, model = html.escape(data["method"]), html.escape(data["model"])
     spent = data["selection_seconds"] + data["attention_seconds"]

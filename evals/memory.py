@@ -13,22 +13,22 @@ import torch
 from .ranks import Job
 
 MOST = 10
-"""Rows beyond this gain little on a CPU (the weights are read once for them all) and delay the next line
-written."""
+"""The most rows of a batch. More gain little on a CPU, and results are written less often."""
 COPIES = 4
-"""Caches alive at once: the shared prefill, the copy in use, and that copy's buffer growing to twice its
-size."""
+"""Caches that exist at once: the shared prefill, the copy in use, and that copy's buffer while it grows."""
 
 
 class Peak:
-    """Bytes, known at the end; None where the system does not tell."""
+    """Bytes, known at the end of the block; None where the system does not report them."""
 
     bytes: int | None = None
 
 
 def batch_rows(model: Any, length: int, count: int, job: Job | None = None) -> int:
-    """Rows per batch for `count` prompts of `length` tokens, evened out over the batches; over the ranks of a
-    job as many as fit where memory is least."""
+    """Rows per batch for `count` prompts of `length` tokens, about the same in each batch.
+
+    Over the ranks of a job the rank with the least memory decides.
+    """
     per_row = COPIES * kv_bytes(model, length) + activation_bytes(model, length)
     free = available_memory(model.device)
     if job is not None and job.mesh is not None:
@@ -42,7 +42,7 @@ def batch_rows(model: Any, length: int, count: int, job: Job | None = None) -> i
 
 
 def kv_bytes(model: Any, length: int) -> int:
-    """Bytes of the dense KV cache of one row (every layer counted as full attention)."""
+    """Bytes of the dense KV cache of one row; every layer is counted as full attention."""
     channels = 0
     for config in _layers(model):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -52,7 +52,7 @@ def kv_bytes(model: Any, length: int) -> int:
 
 
 def activation_bytes(model: Any, length: int) -> int:
-    """A bound on what one row's prefill holds beside the cache: a layer's MLP and a few hidden states."""
+    """An upper bound, in bytes, of a row's activations in prefill: a layer's MLP and a few hidden states."""
     hidden = model.config.get_text_config().hidden_size
     given = [getattr(config, "intermediate_size", None) for config in _layers(model)]
     wide = max(max(x) if isinstance(x, list | tuple) else x or 4 * hidden for x in given)
@@ -60,7 +60,7 @@ def activation_bytes(model: Any, length: int) -> int:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The config of each layer: settings may differ from layer to layer (Gemma 4)."""
+    """The config of each layer. In some models (Gemma 4) settings differ between layers."""
     config = model.config.get_text_config()
     if getattr(config, "is_heterogeneous", False):
         return list(config.per_layer_config)
@@ -68,7 +68,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Free bytes on the device; on the CPU within the container's limit where there is one."""
+    """Free bytes on the device. On the CPU a container's limit counts, if there is one."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -85,7 +85,7 @@ def available_memory(device: torch.device) -> int:
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Peak]:
-    """The most memory that this process holds on the device in a `with` block, weights included."""
+    """The peak memory of this process on the device in a `with` block, weights included."""
     found = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,8 @@
-"""Needle in a haystack: one fact cut into prose at a chosen depth, asked for at the end. Depth × length.
+"""Needle in a haystack: one fact at a chosen depth of a prose text, and a question about it. Depth × length.
 
 The test is Greg Kamradt's (2023), in the variant with a random city and number (used since by Arize and by
-Gemini 1.5), so that no model can know the answer. Sizing is RULER's: filled word by word, never over.
+Gemini 1.5), so that no model can know the answer. As in RULER, a prompt is filled word by word up to its
+length and is never longer.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def make_samples(
     seed: int,
     haystack: str | Path | Prose | None = None,
 ) -> Iterator[Sample]:
-    """Samples 0 … count - 1 of one cell, each filled to `length` tokens with what it generates, never over.
+    """Samples 0 … count - 1 of one cell. Each has at most `length` tokens of prompt and answer.
 
     depth: where the needle stands, from 0 (before the first piece) to 1 (after the last), as a share of the
-    haystack's characters. It is cut in at the end of a sentence or line (see pieces.py), the one nearest to
-    that; `extra["true_depth"]` says where it is.
+    haystack's characters. It is put at the nearest end of a sentence or line (see pieces.py);
+    `extra["true_depth"]` is where it stands.
     haystack: None or "sotu", a text file or folder. City, number, and the place where the text begins are
     drawn anew for each sample.
     Raises FarspanError, before the first sample, for wrong numbers or a missing text, and at the first sample
@@ -69,9 +70,9 @@ def make_samples(
 
 
 def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Prose | None = None) -> Sample:
-    """The sample a recipe was recorded from, with the tokenizer and haystack it was made with.
+    """The sample of a recipe. Give the tokenizer and the haystack that it was made with.
 
-    Raises FarspanError when the tokenizer, the haystack or the generator is another one.
+    Raises FarspanError if the tokenizer, the haystack or the generator is another one.
     """
     if recipe.get("suite") != "needle" or recipe.get("generator") != _GENERATOR:
         raise FarspanError(

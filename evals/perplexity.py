@@ -1,15 +1,14 @@
-"""Perplexity under a method, beside dense: prefill a part of a text, score what follows through decode.
+"""Perplexity of a method beside dense: prefill the first part of a text, score the rest through decode.
 
-Text may be in a model's training data, so a perplexity alone claims little. What tells methods apart is the
+A text may be in a model's training data, so a perplexity alone says little. Methods are compared by the
 paired difference per window of text, with its 95 % interval.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..attention.attend import DECODE_ROWS
@@ -19,13 +18,13 @@ from .memory import batch_rows
 from .ranks import Job
 from .results import Results, open_results, plan, record
 from .run import ANSWER, Summary, check_batch_size, finish, finished_if_stopped
+from .setup import Setup
 from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The tokens `ids` of a part of a text, the last `scored` of which are scored; number `index` of its
-    length."""
+    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored."""
 
     index: int
     ids: list[int]
@@ -41,44 +40,37 @@ class Window:
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
     text: str,
-    methods: Sequence[str],
-    out: str | Path,
     *,
-    model_name: str,
-    config: Mapping[str, Any],
     lengths: Sequence[int] = (2048,),
     new_tokens: int = 128,
     samples: int = 8,
     batch_size: int | str = "auto",
-    recipe: str | Path | None = None,
-    parallel: Any = None,
-    progress: bool = True,
 ) -> Summary:
-    """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens, `samples` of
-    each length from disjoint parts of the text; what comes before is the prefill.
+    """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens each.
 
-    The tokens are fed 16 at a time, the most that is decode: every query selects for itself, as it does when
-    one token is generated after the other. Writes and resumes a folder as `run` does, over ranks too
-    (`parallel`). Raises FarspanError for sizes that leave no prompt, and where the text is too short for the
-    windows.
+    Each length has `samples` windows, from disjoint parts of the text. The tokens before the scored ones are
+    the prefill. The scored tokens are fed 16 at a time, the most that counts as decode: every query selects
+    for itself, as it does when tokens are generated one by one. Writes and resumes a folder as `run` does,
+    over ranks too. Raises FarspanError for sizes that leave no prompt, and for a text that is too short for
+    the windows.
     """
     check_sizes(lengths, new_tokens, samples)
     check_batch_size(batch_size)
-    with Job(model, parallel) as job:
-        specs = check_methods(model, methods, recipe, job)
+    model = setup.model
+    with Job(model, setup.parallel) as job:
+        specs = check_methods(model, setup.methods, setup.recipe, job)
         cut = {
             length: [
                 Window(index=index, ids=ids, scored=new_tokens)
-                for index, ids in enumerate(cut_windows(tokenizer, text, length, samples))
+                for index, ids in enumerate(cut_windows(setup.tokenizer, text, length, samples))
             ]
             for length in dict.fromkeys(lengths)
         }
         settings = {
-            **config,
-            **common_settings(model, tokenizer, model_name, specs, recipe),
+            **setup.config,
+            **common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe),
             "suite": "ppl",
             "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
             "lengths": list(cut),
@@ -86,25 +78,28 @@ def perplexity(
             "samples": samples,
         }
         session = {"batch_size": batch_size, "device": str(model.device)}
-        with open_results(job, out, settings, session=session, row=ANSWER) as results, evaluating(model):
+        with (
+            open_results(job, setup.out, settings, session=session, row=ANSWER) as results,
+            evaluating(model),
+        ):
             every = [window for windows in cut.values() for window in windows]
             plan(job, results, {spec: [window.key for window in every] for spec in specs})
             with (
                 finished_if_stopped(results, finish),
-                meter(progress, len(every) * len(specs)) as advance,
+                meter(setup.progress, len(every) * len(specs)) as advance,
             ):
                 for length, windows in cut.items():
                     automatic = isinstance(batch_size, str)
                     size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
                     for first in range(0, samples, size):
                         batch = windows[first : first + size]
-                        _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
+                        _work_through(setup, job, batch, specs, results, advance)
             return finish(results)
 
 
 def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
-    """Raises FarspanError where a length leaves fewer than 2 tokens before the scored ones, or nothing is
-    scored."""
+    """Raises FarspanError if nothing is scored, or if a length has fewer than 2 tokens before the scored
+    ones."""
     if min(new_tokens, samples) < 1 or not lengths:
         raise FarspanError(
             f"lengths {list(lengths)}, new_tokens {new_tokens}, samples {samples}: give a length, and at "
@@ -118,19 +113,18 @@ def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[list[int]]:
-    """The first `length` tokens (BOS included where the tokenizer adds one) of `count` disjoint parts of the
-    text.
+    """The first `length` tokens of `count` disjoint parts of the text, BOS included if the tokenizer adds it.
 
-    A part is 1/P of the text, P the lowest power of two that is not below `count`. Window i starts where the
-    binary digits of i, mirrored behind the point, say (0, 1/2, 1/4, 3/4, 1/8, ...): with a greater count the
-    windows there were stay where they are, and others come in between.
-    Raises FarspanError where a part has too few tokens.
+    A part is 1/P of the text, where P is the lowest power of two that is at least `count`. Window i starts at
+    the share of the text whose binary digits are those of i in reverse (0, 1/2, 1/4, 3/4, 1/8, ...). So a
+    larger count keeps the windows of a smaller one and adds others between them.
+    Raises FarspanError if a part has too few tokens.
     """
     digits = (count - 1).bit_length()
     for number in range(count):
         part = int(f"{number:0{digits}b}"[::-1], 2) if digits else 0
         words = text[part * len(text) >> digits : (part + 1) * len(text) >> digits]
-        # Eight characters a token are most often enough, and the part may be megabytes.
+        # Eight characters per token are usually enough, and the part may be megabytes.
         ids = list(tokenizer(words[: 8 * length], verbose=False).input_ids)
         if len(ids) <= length:
             ids = list(tokenizer(words, verbose=False).input_ids)
@@ -144,14 +138,12 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[
 
 
 def _work_through(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
+    job: Job,
     windows: Sequence[Window],
     specs: Sequence[str],
-    recipe: str | Path | None,
     results: Results,
     advance: Any,
-    job: Job,
 ) -> None:
     """Score a batch of windows of one length under each method that has not finished all of them."""
 
@@ -162,7 +154,8 @@ def _work_through(
     advance(len(windows) * (len(specs) - len(waiting)), "")
     if not waiting:
         return
-    pad = forward.pad_token(model, tokenizer)
+    model = setup.model
+    pad = forward.pad_token(model, setup.tokenizer)
     batch = forward.collate([w.ids[: -w.scored] for w in windows], pad, model.device)
     golds = [window.ids[-window.scored :] for window in windows]
 
@@ -174,7 +167,7 @@ def _work_through(
         common = costs(started, job.report(patched).summary, clock.seconds, len(windows))
         return [_row(window, nll) | common for window, nll in zip(windows, nlls, strict=True)]
 
-    for spec, rows in under_each(model, batch, waiting, recipe, measure, job):
+    for spec, rows in under_each(model, batch, waiting, setup.recipe, measure, job):
         fresh = {window.key for window in missing(spec)}
         record(job, results, [{"method": spec, **row} for row in rows if row["key"] in fresh])
         advance(len(windows), spec)

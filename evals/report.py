@@ -1,4 +1,4 @@
-"""A summary to what people read: a table for the terminal, and a folder's page of tables and its pictures."""
+"""A summary as a table for the terminal, and as the Markdown page and pictures of a folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def terminal_table(data: Mapping[str, Any]) -> Table:
 
 
 def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Sentences that explain the numbers. short: those for the terminal."""
     out = ["read: share of keys read in prefill / decode."]
     if not short:
         out = [

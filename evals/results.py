@@ -1,5 +1,5 @@
-"""The output folder of an evaluation: written as it goes, resumed after a stop, refused when it is another
-run's.
+"""The output folder of an evaluation: written step by step, resumed after a stop, refused for another
+configuration.
 
     DIR/config.json     what was run (model, dtype, seed, sizes, methods, versions), which rows were asked
                         for, and each session's machine
@@ -8,8 +8,8 @@ run's.
     DIR/summary.json    written at the end of a session from the two files above, with tables and pictures
                         beside it
 
-Lines are appended in whole blocks and synced, so what is on the disk is valid after Ctrl-C, `kill -9` or a
-power cut, but for a torn last line, which the next session drops, with a warning, and computes again.
+Lines are appended in whole blocks and synced. So the file is valid after Ctrl-C, `kill -9` or a power cut,
+except for an incomplete last line: the next session drops it with a warning and computes it again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .shape import Shape, fill, misfit
 
 FORMAT = 1
 ROW: dict[str, Any] = {"key": str, "method": str, "recipe": dict}
-"""What is relied on here. A key ends in the number of the sample in its cell: `CELL/NUMBER`."""
+"""The fields that this module needs in a row. A key is `CELL/NUMBER`: the sample's number in its cell."""
 
 
 class ResultsError(FarspanError):
@@ -43,10 +43,10 @@ class ResultsError(FarspanError):
 class Results:
     """An open output folder.
 
-    config: JSON-able settings that give the numbers their meaning. Every setting but `GROWING` must equal the
-    folder's; those are united with the folder's, which its config.json says from `plan` on. The model is
-    compared by `identity` (see identity.py), or by its name where the folder or the settings have none. row:
-    the shape that rows must have.
+    config: JSON-able settings that give the numbers their meaning. All but those in `GROWING` must equal the
+    folder's settings. The growing ones are united with the folder's; `plan` writes the result to config.json.
+    The model is compared by `identity` (see identity.py), or by name if one side has no identity.
+    row: the shape that rows must have.
     Raises ResultsError, with one sentence, for anything wrong with the folder.
     """
 
@@ -99,8 +99,10 @@ class Results:
             self._lines = -1
 
     def plan(self, keys: Mapping[str, Iterable[str]]) -> None:
-        """Write down what this session is for: the settings that have grown, and the sample keys asked for
-        by method. A session that ends before this leaves no trace but its own entry."""
+        """Write to config.json what this session asks for: the grown settings, and the sample keys by method.
+
+        A session that ends before this call leaves only its entry in the list of sessions.
+        """
         planned = {method: dict(cells) for method, cells in self.config["planned"].items()}
         for method, asked in keys.items():
             cells = planned.setdefault(method, {})
@@ -110,7 +112,7 @@ class Results:
         self._write_json("config.json", self.config)
 
     def unfinished(self) -> list[str]:
-        """The methods of which rows are missing that this or an earlier session was asked for."""
+        """The methods that lack rows which this or an earlier session asked for."""
         finished = self._counts()
         planned = self.config["planned"]
         return [
@@ -121,8 +123,10 @@ class Results:
         ]
 
     def done(self, key: str, method: str, recipe: Mapping[str, Any]) -> bool:
-        """Whether the pair is on the disk already; refuses a folder whose sample of that key was another
-        prompt."""
+        """Whether the row of this sample and method is on the disk.
+
+        Raises ResultsError if the folder's sample of that key has another recipe.
+        """
         written = self._done.get((key, method))
         if written is None:
             return False
@@ -135,8 +139,7 @@ class Results:
         return True
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append finished rows as one block and sync it; on failure the file is left as it was before the
-        call."""
+        """Append finished rows as one block, and sync it. After an error the file is as it was before."""
         block = [json.loads(json.dumps(_finite(row))) for row in rows]
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in block).encode()
         left = memoryview(data)
@@ -163,7 +166,7 @@ class Results:
         self._write_json("summary.json", _finite(summary))
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace DIR/name by text, at once or not at all."""
+        """Replace DIR/name by the text in one step."""
         with self._disk("written"):
             scratch = self.out / f".{name}.part"
             with scratch.open("w", encoding="utf-8") as file:
@@ -203,7 +206,7 @@ class Results:
             )
 
     def _read_rows(self, shape: Shape, *, orphan: bool) -> None:
-        """Read samples.jsonl; a torn last line (a session killed while writing) is cut off the file."""
+        """Read samples.jsonl. An incomplete last line (of a session killed while writing) is cut off."""
         path = self.out / "samples.jsonl"
         data = path.read_bytes()
         if orphan and data.strip():
@@ -237,8 +240,10 @@ class Results:
             os.fsync(self._lines)
 
     def _planned_before(self) -> dict[str, dict[str, int]]:
-        """What the sessions of an earlier version, which did not write it down, can have been asked for: the
-        rows there are, where their summary says that all were finished; unknown otherwise."""
+        """The plan of a folder of an earlier version, which did not record it.
+
+        It is the rows that exist, if the summary says that all were finished; empty otherwise.
+        """
         planned: dict[str, dict[str, int]] = {}
         try:
             summary = _parse((self.out / "summary.json").read_bytes())
@@ -288,7 +293,7 @@ class Results:
 
 
 class Replica(Results):
-    """The folder as the other ranks of a job know it: the first one's rows, and nothing written."""
+    """The folder on the other ranks of a job: it has the first rank's rows and writes nothing."""
 
     def __init__(self, out: str | Path, config: dict[str, Any], rows: list[dict[str, Any]]):
         self.out, self.config, self.rows = Path(out), config, rows
@@ -296,11 +301,11 @@ class Replica(Results):
         self._done = {(row["key"], row["method"]): row["recipe"] for row in rows}
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take note of rows that the first rank has written."""
+        """Add rows that the first rank has written."""
         self._note([json.loads(json.dumps(_finite(row))) for row in rows], 0)
 
     def write_text(self, name: str, text: str) -> None:
-        """The first rank writes."""
+        """Nothing: the first rank writes."""
 
 
 def open_results(
@@ -311,8 +316,10 @@ def open_results(
     session: Mapping[str, Any] | None = None,
     row: Shape = ROW,
 ) -> Results:
-    """The folder `out`, opened by the first rank of the job for all of them: what is done is the same on
-    every rank. Raises, on all ranks, what `Results` raises, and FarspanError where their settings differ."""
+    """The folder `out`, opened by the first rank for all ranks, so that all agree on what is done.
+
+    Raises, on all ranks, what `Results` raises, and FarspanError if the settings of the ranks differ.
+    """
     job.agree("the settings of the evaluation", json.dumps(dict(config)))
     opened: list[Results] = []
 
@@ -326,22 +333,21 @@ def open_results(
 
 
 def plan(job: Job, results: Results, keys: Mapping[str, list[str]]) -> None:
-    """`results.plan` on every rank: the first writes, the others stop where it fails."""
+    """`results.plan` on every rank. The first rank writes; if that fails, all ranks raise."""
     job.decide(lambda: results.plan(keys))
     if isinstance(results, Replica):
         results.plan(keys)
 
 
 def record(job: Job, results: Results, rows: list[dict[str, Any]]) -> None:
-    """Append finished rows; the other ranks go on when the first has them on its disk, and stop where it
-    fails."""
+    """Append finished rows on every rank. The first rank writes; if that fails, all ranks raise."""
     job.decide(lambda: results.append(rows))
     if isinstance(results, Replica):
         results.append(rows)
 
 
 def read(out: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The config and the rows of a folder, changing nothing (a torn last line is skipped)."""
+    """The config and the rows of a folder. It changes nothing; an incomplete last line is skipped."""
     path = Path(out)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -352,7 +358,7 @@ def read(out: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def unfinished_note(data: Mapping[str, Any]) -> list[str]:
-    """What a reader must know of a summary that lacks rows; nothing of one that is complete."""
+    """A sentence about a summary that lacks rows; none for a complete one."""
     if data.get("complete", True):
         return []
     missing = "; ".join(data.get("unfinished", ()))

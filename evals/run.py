@@ -1,28 +1,26 @@
 """Samples × methods through one model, into an output folder that survives being stopped.
 
-For each batch of prompts the dense prefill is computed once; every method that only changes decoding
-continues from a copy of it, the last prompt token being its first decode step. A method with a prefill of its
-own prefills for itself, again without the last token. Each (sample, method) is scored twice: the published
-score of the greedy answer, and the negative log-likelihood of the gold answer under teacher forcing through
-the same decode path.
+For each batch of prompts the dense prefill is computed once. Every method that changes decoding only
+continues from a copy of it; the last prompt token is its first decode step. A method with its own prefill
+computes that, again without the last token. Each (sample, method) gets two figures: the published score of
+the greedy answer, and the negative log-likelihood of the gold answer under teacher forcing through the same
+decode path.
 
-What a stop loses: rows are written and synced when a method finishes a batch, so Ctrl-C, `kill -9` or a power
-cut loses the answers of the batch in flight under the method in flight, and the shared prefill of that batch,
-which is computed again. With `batch_size=1` that is the sample in flight; larger batches trade that for
-speed. A session that is stopped while it draws its prompts has asked for nothing yet. From then on the folder
-knows which rows were asked for, and its summary is complete when all of them are there, whichever methods the
-last session was about.
+Rows are written and synced when a method finishes a batch. So Ctrl-C, `kill -9` or a power cut loses the
+answers of the current batch under the current method, and the prefill of that batch, which is computed again.
+With `batch_size=1` the loss is one sample; larger batches are faster. A session that is stopped while prompts
+are drawn has asked for nothing yet. After that the folder knows which rows were asked for. Its summary is
+complete when it has all of them, whichever methods the last session named.
 
-Over ranks (`parallel`) every rank makes the same model calls, each prompt spread over all of them. The first
-rank alone opens the folder and writes: the others take what is done already from it, and go on to the next
-batch when it has written the last. So a folder that was begun on one device is resumed on several, or after
-one of them has failed, and holds the same rows.
+Over ranks every rank makes the same model calls, and each prompt is spread over all ranks. Only the first
+rank opens the folder and writes; the others learn from it what is done. So a folder that was begun on one
+device can be resumed on several, and holds the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from .ranks import Job, interrupted
 from .results import ROW, Replica, Results, open_results, record
 from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
+from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
 from .summary import summarise
@@ -60,14 +59,14 @@ ANSWER: dict[str, Any] = {
     "steps": int,
     "fallbacks": (dict, list, NoneType),
 }
-"""What the summary relies on in a row."""
+"""The fields that the summary needs in a row."""
 AT_DEPTH: dict[str, Any] = {**ANSWER, "extra": {"depth": NUMBER, "true_depth": MAYBE_NUMBER}}
-"""The same in a needle's row."""
+"""The same for a row of needle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What an evaluation found: `data` is summary.json, `files` the tables and pictures written beside it."""
+    """The result of an evaluation. `data` is summary.json, `files` are the tables and pictures beside it."""
 
     out: Path
     data: dict[str, Any]
@@ -75,39 +74,27 @@ class Summary:
     files: list[str] = field(default_factory=list)
 
 
-def run(
-    model: Any,
-    tokenizer: Any,
-    samples: Iterable[Sample],
-    methods: Sequence[str],
-    out: str | Path,
-    *,
-    model_name: str,
-    config: Mapping[str, Any],
-    batch_size: int | str = "auto",
-    recipe: str | Path | None = None,
-    parallel: Any = None,
-    progress: bool = True,
-) -> Summary:
-    """Evaluate every method on every sample into the folder `out`; what is there already is not done again.
+def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "auto") -> Summary:
+    """Evaluate every method of the setup on all samples into its folder; what is there is not done again.
 
-    methods: specs as for `farspan.patch`. config: the settings the samples were made with (suite, seed,
-    lengths, tasks, haystack, ...): written first, and compared with the folder's when resuming. recipe: a
-    saved calibration for the methods that need one. batch_size: rows per batch, or "auto" by the memory
-    available. parallel: ranks to spread each prompt over, as for `farspan.patch`; dense is spread, too.
+    `setup.config` says how the samples were made (suite, seed, lengths, tasks, haystack, ...): it is written
+    first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or "auto" for as
+    many as the free memory holds.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
     check_batch_size(batch_size)
-    with Job(model, parallel) as job:
-        specs = check_methods(model, methods, recipe, job)
-        settings = {**config, **common_settings(model, tokenizer, model_name, specs, recipe)}
+    model = setup.model
+    with Job(model, setup.parallel) as job:
+        specs = check_methods(model, setup.methods, setup.recipe, job)
+        common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
+        settings = {**setup.config, **common}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
-        shape = AT_DEPTH if config.get("suite") == "needle" else ANSWER
-        with open_results(job, out, settings, session=session, row=shape) as results, evaluating(model):
+        shape = AT_DEPTH if setup.config.get("suite") == "needle" else ANSWER
+        with open_results(job, setup.out, settings, session=session, row=shape) as results, evaluating(model):
             work = []
-            with meter(progress, None) as advance:
+            with meter(setup.progress, None) as advance:
                 for sample in samples:
                     job.agree(f"the sample {key(sample)}", sample)
                     work.append(sample)
@@ -115,15 +102,15 @@ def run(
             plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
             with finished_if_stopped(results, finish):
                 batches = plan(model, work, batch_size, job)
-                with meter(progress, len(work) * len(specs)) as advance:
+                with meter(setup.progress, len(work) * len(specs)) as advance:
                     for batch in batches:
-                        _work_through(model, tokenizer, batch, specs, recipe, results, advance, job)
+                        _work_through(setup, job, batch, specs, results, advance)
             return finish(results)
 
 
 @contextmanager
 def finished_if_stopped(results: Results, finish: Callable[[Results], Summary]) -> Iterator[None]:
-    """On Ctrl-C, on this rank or another, `finish` writes the summary of what is there, and the stop goes
+    """A context in which Ctrl-C, on this rank or another, makes `finish` write the summary before it goes
     on."""
     try:
         yield
@@ -134,7 +121,7 @@ def finished_if_stopped(results: Results, finish: Callable[[Results], Summary]) 
 
 
 def check_batch_size(batch_size: object) -> None:
-    """Raises FarspanError for what is neither "auto" nor a positive whole number."""
+    """Raises FarspanError for a batch size that is neither "auto" nor a positive whole number."""
     if not (batch_size == "auto" or (isinstance(batch_size, int) and batch_size >= 1)):
         raise FarspanError(f"batch_size is {batch_size!r}; it must be a positive whole number or 'auto'.")
 
@@ -142,7 +129,8 @@ def check_batch_size(batch_size: object) -> None:
 def plan(
     model: Any, samples: Sequence[Sample], batch_size: int | str, job: Job | None = None
 ) -> list[list[Sample]]:
-    """Batches of one suite, task and length, in rounds over all cells: a stop leaves a balanced table."""
+    """Batches of one suite, task and length each, in rounds over all cells, so that a stop leaves a balanced
+    table."""
     cells: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
         cells.setdefault((sample.suite, sample.task, sample.length), []).append(sample)
@@ -154,17 +142,18 @@ def plan(
 
 
 def _work_through(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
+    job: Job,
     samples: list[Sample],
     specs: list[str],
-    recipe: Any,
     results: Results,
     advance: Any,
-    job: Job,
 ) -> None:
-    """One batch under every method that has not finished it; halved when a GPU's memory runs out (but over
-    ranks all stop, as one cannot go on without the others)."""
+    """Evaluate one batch under every method that has not finished it.
+
+    If a GPU's memory runs out, the batch is halved. Over ranks the error is raised instead, because one rank
+    cannot go on without the others.
+    """
     todo: dict[tuple[int, ...], list[str]] = {}
     for spec in specs:
         rows = tuple(i for i, s in enumerate(samples) if not results.done(key(s), spec, s.recipe))
@@ -175,7 +164,7 @@ def _work_through(
             if not rows:
                 continue
             left = [samples[i] for i in rows]
-            for spec, lines in evaluate(model, tokenizer, left, waiting, recipe, job):
+            for spec, lines in evaluate(setup, job, left, waiting):
                 record(job, results, lines)
                 advance(len(lines), f"{lines[0]['task']} {lines[0]['length']} · {spec}")
     except torch.OutOfMemoryError:
@@ -185,18 +174,14 @@ def _work_through(
         middle = len(samples) // 2
         for half in (samples[:middle], samples[middle:]):
             counted = lambda n, d: advance(n, d) if d else None  # noqa: E731
-            _work_through(model, tokenizer, half, specs, recipe, results, counted, job)
+            _work_through(setup, job, half, specs, results, counted)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    specs: Sequence[str],
-    recipe: str | Path | None,
-    job: Job,
+    setup: Setup, job: Job, samples: Sequence[Sample], specs: Sequence[str]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
+    model, tokenizer = setup.model, setup.tokenizer
     eos = forward.end_tokens(model, tokenizer)
     pad = forward.pad_token(model, tokenizer)
     prompts = [encode(tokenizer, sample) for sample in samples]
@@ -207,7 +192,7 @@ def evaluate(
     def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
         nlls = forward.teacher_forced(model, batch, started.copy(), golds, pad=pad, per_call=DECODE_ROWS)
         cache = started.take()
-        patched.reset_report()  # what is reported is what the answer read
+        patched.reset_report()  # the report covers the answer alone
         with forward.timed(model.device) as clock:
             answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
         common = costs(started, job.report(patched).summary, clock.seconds, len(samples))
@@ -219,7 +204,7 @@ def evaluate(
             _row(tokenizer, sample, prompt, answer, nll) | common for sample, prompt, answer, nll in columns
         ]
 
-    for spec, rows in under_each(model, batch, specs, recipe, measure, job):
+    for spec, rows in under_each(model, batch, specs, setup.recipe, measure, job):
         yield spec, [{"method": spec, **row} for row in rows]
 
 
@@ -248,8 +233,10 @@ def _row(
 
 
 def finish(results: Results) -> Summary:
-    """Write summary.json, the tables and the pictures from what the folder holds (the first rank does). It is
-    complete where every row is there that any session has asked for."""
+    """Write summary.json, the tables and the pictures from the folder's rows (on the first rank).
+
+    The summary is complete if the folder has every row that any session asked for.
+    """
     data = summarise(results.config, results.rows)
     data["unfinished"] = results.unfinished()
     data["complete"] = not data["unfinished"]

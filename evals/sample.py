@@ -1,7 +1,8 @@
-"""One evaluation sample: the prompt in its parts, how it becomes tokens, how an answer to it is scored.
+"""One evaluation sample: the parts of its prompt, its tokens, and the score of an answer.
 
-Sizing is here too: a sample of length L is a prompt filled with whole haystack units until one more would
-make prompt tokens + generated tokens exceed L, counted with the model's own tokenizer and chat template.
+Sizing is here too. A sample of length L is filled with whole units of haystack, as many as fit: one more
+would make prompt tokens + generated tokens exceed L. They are counted with the model's tokenizer and chat
+template.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _MAX_STEPS = 200
 class Sample:
     """One prompt with its answer.
 
-    The user message is `context + question`, kept apart so that methods that compress the context without
-    seeing the question can be judged fairly; `answer_prefix` follows the assistant's header and belongs to
+    The user message is `context + question`. They are separate, so that methods that compress the context
+    without the question can be judged fairly. `answer_prefix` follows the assistant's header and is part of
     the prompt.
     """
 
@@ -58,13 +59,13 @@ class Sample:
 
 
 def key(sample: Sample) -> str:
-    """Stable name of a sample, `suite/task/length[/depth]/index`: what a resumed run looks for."""
+    """The name of a sample, `suite/task/length[/depth]/index`, by which a resumed run finds it."""
     depth = [f"depth={sample.extra['depth']:g}"] if "depth" in sample.extra else []
     return "/".join([sample.suite, sample.task, str(sample.length), *depth, str(sample.index)])
 
 
 def score(sample: Sample, answer: str) -> float:
-    """The published score of a generated answer, 0 to 1: `string_match_all` for every task here."""
+    """The published score of a generated answer, from 0 to 1: `string_match_all` for every task here."""
     return string_match_all(answer, sample.references)
 
 
@@ -78,7 +79,7 @@ def encode(tokenizer: Any, sample: Sample) -> list[int]:
     """Token ids of the prompt, [T]: the user message, in the tokenizer's chat format if it has one, and the
     answer prefix.
 
-    A template that writes today's date gets a fixed one: prompts must not change overnight.
+    A template that writes today's date gets a fixed date, so that prompts do not change from day to day.
     """
     return prompt_ids(tokenizer, sample.user, sample.answer_prefix, clock=False)
 
@@ -86,9 +87,9 @@ def encode(tokenizer: Any, sample: Sample) -> list[int]:
 def encode_gold(tokenizer: Any, sample: Sample) -> list[int]:
     """Token ids of the gold answer, [N], as they continue `encode(tokenizer, sample)`.
 
-    Taken from the tokens of prompt and gold together, because a tokenizer may put another token at the start
-    of a text than in the middle of one; where the last token of the prompt would merge with the answer, the
-    answer is encoded alone.
+    They are taken from the tokens of prompt and gold in one text, because a tokenizer may give the start of a
+    text another token than the middle. If the prompt's last token would merge with the answer, the answer is
+    encoded alone.
     """
     prompt = encode(tokenizer, sample)
     whole = prompt_ids(tokenizer, sample.user, sample.answer_prefix + sample.gold, clock=False)
@@ -98,18 +99,18 @@ def encode_gold(tokenizer: Any, sample: Sample) -> list[int]:
 
 
 def rng_for(*parts: str | int | float) -> random.Random:
-    """A generator seeded by the parts alone: the same in every process, on every machine and Python."""
+    """A random generator seeded by the parts alone: the same in every process, on every machine and
+    Python."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
 def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -> int:
-    """The number of haystack units, at least `minimum`, that fills `length` tokens: one more would not fit.
+    """The number n of haystack units, at least `minimum`, with total(n) <= length < total(n + 1).
 
-    total(units) is the cell's tokens (prompt + generated) with so many units. It need not grow with every
-    unit: what is promised is total(n) <= length < total(n + 1). The search interpolates between a size that
-    fits and one that does not, so a few prompts are built, not one per unit.
-    Raises FarspanError when even `minimum` units do not fit; `what` names the task in that sentence.
+    total(units) is the number of tokens (prompt + generated) with that many units. It need not grow with
+    every unit. The search interpolates between a size that fits and one that does not, so it builds few
+    prompts. Raises FarspanError if `minimum` units do not fit; `what` names the task in that sentence.
     """
     low, low_total = minimum, total(minimum)
     if low_total > length:
@@ -118,7 +119,7 @@ def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -
             f"tokens), {length} was given; give a longer length."
         )
     floor_total = low_total
-    high, high_total = 0, 0  # no size known yet that is too long
+    high, high_total = 0, 0  # no size is known yet that is too long
     for step in range(_MAX_STEPS):
         if high and high - low == 1:
             return low
@@ -126,7 +127,7 @@ def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -
             growth = (low_total - floor_total) / (low - minimum) if low > minimum else 0.0
             ahead = int((length - low_total) / growth) + 1 if growth > 0 else low + 8
             guess = low + min(ahead, 8 * low + 64)
-        elif step % 8 == 7:  # interpolation that creeps from one side is cut short by a bisection
+        elif step % 8 == 7:  # interpolation may creep from one side: bisect now and then
             guess = (low + high) // 2
         else:
             guess = low + int((length - low_total) * (high - low) / (high_total - low_total))
@@ -145,7 +146,8 @@ def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -
 
 
 def check_numbers(*, length: object, count: object, seed: object) -> None:
-    """Refuse a length or count that is no positive whole number, and a seed that is no whole number."""
+    """Raises FarspanError for a length or count that is not a positive whole number, and a seed that is not
+    whole."""
     for name, value, least in (("length", length, 1), ("count", count, 1), ("seed", seed, None)):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or (least is not None and value < least):  # type: ignore[operator]
@@ -154,7 +156,7 @@ def check_numbers(*, length: object, count: object, seed: object) -> None:
 
 
 def check_tokens(recipe: dict[str, Any], tokens: int) -> None:
-    """Refuse a rebuilt prompt that another tokenizer filled."""
+    """Raises FarspanError for a rebuilt prompt whose number of tokens is not the recorded one."""
     if recipe.get("prompt_tokens") not in (None, tokens):
         raise FarspanError(
             f"the rebuilt prompt has {tokens} tokens and had {recipe['prompt_tokens']} when it was made; "

@@ -1,4 +1,4 @@
-"""The settings of an evaluation: which of them two sessions in one folder must share, and which may grow."""
+"""The settings of an evaluation: those that all sessions in a folder must share, and those that may grow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 from .shape import Shape, short
 
 GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repeats")
-"""Settings that may grow from session to session: they add rows and change the meaning of none already
-written."""
+"""Settings that may grow from session to session. They add rows, and do not change what earlier rows mean."""
 LABELS = ("model", "rope")
-"""Settings that only name what `identity` knows by content: compared where a folder has no identity yet."""
+"""Names of what `identity` has by content. They are compared only if a folder has no identity yet."""
 APART = (*GROWING, *LABELS, "identity", "sessions", "planned")
 VERSIONED = ("farspan", "torch", "transformers")
 
@@ -32,13 +31,13 @@ CONFIG: Shape = {
     "lengths": [int],
     "planned": {str: {str: int}},
 }
-"""What readers of a folder's config.json rely on."""
+"""The fields that readers of a folder's config.json need."""
 EMPTY: dict[str, Any] = {"sessions": [], "methods": [], "recipes": {}, "lengths": [], "planned": {}}
-"""The fields of `CONFIG` that a config.json may lack, with what stands for them."""
+"""The fields of `CONFIG` that a config.json may lack, with the values that stand for them."""
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What keeps two sessions apart, each as `name THERE there, HERE here`."""
+    """The settings that differ between a folder and a session, each as `name THERE there, HERE here`."""
     known = found.get("identity"), wanted.get("identity")
     pairs = {
         name: (found.get(name), wanted.get(name))
@@ -56,7 +55,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def grown(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """`found` with the growing settings of both: lists and objects united, the larger of two numbers."""
+    """`found` with the growing settings of both: lists and objects united, of two numbers the larger."""
     united = dict(found)
     for name in GROWING:
         old, new = found.get(name), wanted.get(name)
@@ -72,7 +71,7 @@ def grown(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide the numbers; a folder is not continued under others."""
+    """The versions that decide the numbers. A folder is not resumed under other versions."""
     out = {}
     for name in VERSIONED:
         try:
@@ -83,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine of this session: what seconds depend on."""
+    """The machine of this session, on which seconds depend."""
     import torch
 
     from ..runtime.machine import cpu_name
@@ -101,5 +100,5 @@ def environment() -> dict[str, Any]:
 
 
 def _named(value: Any) -> Any:
-    """A label without the spellings of a path: `chat/` and `./chat` are `chat`."""
+    """A label with its path normalised: `chat/` and `./chat` are `chat`."""
     return os.path.normpath(value) if isinstance(value, str) else value

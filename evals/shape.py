@@ -1,4 +1,4 @@
-"""Whether JSON that was read from a file has the shape that its readers rely on."""
+"""Check that JSON from a file has the shape that its readers need."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from types import NoneType
 from typing import Any
 
 Shape = type | tuple[type, ...] | list[Any] | dict[Any, Any]
-"""A type, or several; `[shape]`: a list of such items; `{name: shape}`: an object with these fields, others
-ignored, where a missing field counts as null; `{str: shape}`: an object whose values are all such."""
+"""A type, or a tuple of types; `[shape]`: a list of such items; `{name: shape}`: an object with these fields
+(others are ignored, a missing one counts as null); `{str: shape}`: an object whose values all have the
+shape."""
 
 NUMBER = (int, float)
 MAYBE_NUMBER = (int, float, NoneType)
 
 
 def misfit(value: Any, shape: Shape, name: str) -> str | None:
-    """What is wrong first, such as `score is "high"`; None where the value has the shape. A boolean is no
+    """The first fault, such as `score is "high"`; None if the value has the shape. A boolean is not a
     number."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):

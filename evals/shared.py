@@ -1,4 +1,4 @@
-"""Methods over one batch of prompts, each prefill computed once for all the methods that share it."""
+"""Run methods over one batch of prompts; methods with the same prefill share one computation of it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """A prefilled batch: the cache, the seconds it took, the report's summary of what was read.
+    """A prefilled batch: the cache, the seconds of the prefill, the report's summary of what was read.
 
-    keep: other methods continue from the same cache, so it must not be used up.
+    keep: whether other methods continue from the same cache, so that it must not change.
     """
 
     cache: Any
@@ -33,11 +33,12 @@ class Started:
     keep: bool = False
 
     def copy(self) -> Any:
-        """A copy of the cache to use up, this one kept for later."""
+        """A copy of the cache, which may be changed."""
         return copy.deepcopy(self.cache)
 
     def take(self) -> Any:
-        """A cache to use up, for the last use under this method: copied only where others need it still."""
+        """A cache that may be changed, for the last use under this method. Copied if other methods need
+        it."""
         return self.copy() if self.keep else self.cache
 
 
@@ -49,11 +50,11 @@ def under_each(
     measure: Callable[[Any, Started], T],
     job: Job,
 ) -> Iterator[tuple[str, T]]:
-    """Yield (spec, measure(patched, started)) per method, the model patched only while measuring.
+    """Yield (spec, measure(patched, started)) for each method. The model is patched only while measuring.
 
-    Methods with the same prefill (dense, for all that only change decoding) continue from copies of one,
-    which runs without the decode method: what that builds, it builds from the last prompt token. A decode
-    method that asks for more of the prompt's queries has a prefill to itself.
+    Methods with the same prefill (dense, for those that change decoding only) continue from copies of one
+    prefill. It runs without the decode method, which then builds its state from the last prompt token. A
+    decode method that needs more of the prompt's queries gets its own prefill.
     """
     for prefill, group in by_prefill(specs):
         if asks_for_queries(group[0]):
@@ -66,7 +67,8 @@ def under_each(
         for i, spec in enumerate(group):
             assert shared is not None
             started = replace(shared, keep=i < len(group) - 1)
-            shared = shared if started.keep else None  # the last one uses the cache up: it must not be held
+            # the last method changes the cache, so it is not kept here
+            shared = shared if started.keep else None
             with patched_with(model, spec, recipe, job) as patched:
                 result = measure(patched, started)
             del started
@@ -74,8 +76,10 @@ def under_each(
 
 
 def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
-    """Specs by the method that serves their prefill, in order of first mention; those that ask for the
-    prompt's queries each apart."""
+    """The specs grouped by their prefill method, in order of first mention.
+
+    A spec whose decode method needs the prompt's queries is a group of its own.
+    """
     groups: list[tuple[Any, list[str]]] = []
     for spec in specs:
         prefill, _ = resolve(spec)
@@ -91,12 +95,12 @@ def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
 
 
 def asks_for_queries(spec: str) -> bool:
-    """Whether the decode method of a spec is set up by more queries of a prompt than the last."""
+    """Whether the decode method of a spec needs more queries of a prompt than the last one."""
     return resolve(spec)[1].observation_window != 1
 
 
 def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:
-    """Prefill the batch as the model stands (patched None: unpatched, nothing is reported)."""
+    """Prefill the batch with the model as it is. patched: its patch, or None for an unpatched model."""
     with forward.timed(model.device) as clock:
         cache = forward.prefill(model, batch)
     summary = job.report(patched).summary if patched else {}
@@ -104,7 +108,7 @@ def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> St
 
 
 def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None, job: Job) -> list[str]:
-    """The specs, each once, after patching the model with each in turn: bad input ends here."""
+    """The specs without repeats. Each is tried on the model, so that bad input raises here."""
     specs = list(dict.fromkeys(" ".join(spec.split()) for spec in methods))
     if not specs:
         raise FarspanError("no method was given; name at least one, such as dense.")
@@ -115,7 +119,7 @@ def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None,
 
 
 def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> Any:
-    """`patch` over the ranks of a job, with the recipe handed only to the methods that take one."""
+    """`patch` over the ranks of a job. Only methods that need a recipe get it."""
     takes_one = any(method.needs.recipe for method in resolve(spec))
     return patch(model, spec, recipe=recipe if takes_one else None, parallel=job.mesh)
 
@@ -123,8 +127,8 @@ def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> 
 def common_settings(
     model: Any, tokenizer: Any, name: str, specs: Sequence[str], recipe: str | Path | None
 ) -> dict[str, Any]:
-    """The settings that every evaluation writes: which model (its name and its identity), in which dtype, and
-    which methods with which calibrations. Over ranks every rank calls this."""
+    """The settings that every evaluation writes: the model's name and identity, its dtype, the methods, and
+    their calibrations. Over ranks every rank calls this."""
     return {
         "model": name,
         "identity": identify(model, tokenizer),
@@ -135,8 +139,10 @@ def common_settings(
 
 
 def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
-    """A short hash of each calibration that a method uses, the method underneath another one and a file of
-    budgets included: another calibration, other numbers."""
+    """A short hash of each calibration that a method uses, because another calibration gives other numbers.
+
+    It includes those of a method underneath another one, and files of budgets.
+    """
     found = {}
     for spec in specs:
         paths = dict.fromkeys(path for method in resolve(spec) for path in _learned_from(method, recipe))
@@ -164,7 +170,7 @@ def _digest(path: Path) -> str:
 
 
 def costs(started: Started, read: dict[str, Any], seconds: float, rows: int) -> dict[str, Any]:
-    """What the rows of a batch have in common: what was read, seconds (a sample's share), fallbacks."""
+    """The fields that all rows of a batch share: what was read, seconds per sample, fallbacks."""
     return {
         "density": {"prefill": started.summary["prefill_density"], "decode": read["decode_density"]},
         "kv_read": (read["kv_bytes_read"] + read["selection_bytes"]) / max(read["kv_bytes_dense"], 1),
@@ -177,7 +183,7 @@ def costs(started: Started, read: dict[str, Any], seconds: float, rows: int) -> 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off for the duration, the model's mode restored."""
+    """A context with the model in eval mode; its mode is restored at the end."""
     training = model.training
     model.eval()
     try:
@@ -188,7 +194,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def meter(show: bool, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr: yields `advance(count, description)`; total None where it is not known."""
+    """A progress bar on stderr: yields `advance(count, description)`. total: None if it is not known."""
     if not show:
         yield lambda count, description: None
         return

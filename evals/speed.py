@@ -1,14 +1,13 @@
 """Prefill seconds and decode tokens per second, each method beside a baseline in one run.
 
-On one device the baseline is the unpatched model. Over ranks it is dense attention over the same ranks: the
-unpatched model would run whole on each of them, and a prompt that is worth spreading does not fit there. What
-spreading itself gains is the ratio of two runs' numbers, one with a launcher and one without.
+On one device the baseline is the unpatched model. Over ranks it is dense attention over the same ranks,
+because an unpatched model would run whole on each rank, where a prompt that needs spreading does not fit. To
+see what spreading gains, divide the figures of two runs, one with a launcher and one without.
 
-Repeats are interleaved (baseline, each method, then again), so a machine that slows down slows all alike;
-medians are reported, and ratios to the baseline are what can be compared between machines. A run that was
-stopped goes on like the other evaluations, and methods may be added. Times of two sessions are not one
-measurement, so a session measures the baseline anew beside what it measures, and a method is divided by the
-baseline of its own sessions.
+Repeats are interleaved (baseline, each method, then again), so that a machine that slows down slows all
+alike. Medians are reported; ratios to the baseline can be compared between machines. A stopped run resumes
+like the other evaluations, and methods may be added. Times of two sessions cannot be compared. So each
+session measures the baseline again, and a method is divided by the baseline of its own sessions.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from .ranks import Job
 from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
 from .run import Summary, finished_if_stopped
 from .sample import Sample, encode, score
+from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
 from .tables import markdown, number, percent, share_read
@@ -46,62 +46,55 @@ TIMING: dict[str, Any] = {
     "session": (int, NoneType),
     **dict.fromkeys(("prefill_density", "decode_density", "score", *_HIGHEST), MAYBE_NUMBER),
 }
-"""What the summary relies on in a row."""
+"""The fields that the summary needs in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of one length as token ids, and the samples that they ask, if they ask any."""
+    """Prompts of one length as token ids, and the samples that they were made from, if any."""
 
     ids: list[list[int]]
     asked: Sequence[Sample] = ()
 
     def recipe(self, repeat: int) -> dict[str, Any]:
-        """What a row of the folder was measured on: another text, another recipe."""
+        """The recipe of a row: the number of the repeat, and a hash of the prompts."""
         digest = hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
         return {"repeat": repeat, "prompts_sha256": digest}
 
 
 def speed(
-    model: Any,
-    tokenizer: Any,
+    setup: Setup,
     text: str | Mapping[int, Sequence[Sample]],
-    methods: Sequence[str],
-    out: str | Path,
     *,
-    model_name: str,
-    config: Mapping[str, Any],
     lengths: Sequence[int] = (1024, 4096),
     new_tokens: int = 64,
     repeats: int = 3,
     batch_size: int = 1,
-    recipe: str | Path | None = None,
-    parallel: Any = None,
-    progress: bool = True,
 ) -> Summary:
-    """Time every method at every prompt length: all prompt tokens but one in prefill, `new_tokens` by
+    """Time every method at every prompt length: prefill of all prompt tokens but one, then `new_tokens` by
     `generate`.
 
-    text: prose that the prompts are cut from, or for each length `batch_size` samples, whose answers are
-    scored as well. Decoding goes through a plain `model.generate` that may not stop early. Peak memory is a
-    process's (a rank's, the highest of them), weights included: on CUDA what torch has allocated, else the
-    resident set. Over ranks (`parallel`) the bytes that a rank sends come along, the highest of them. Writes
-    and resumes a folder as `run` does: what was measured stays, what is missing is measured, with the
-    baseline anew beside it.
+    text: prose that the prompts are cut from, or `batch_size` samples for each length, whose answers are then
+    scored as well. Decoding is a plain `model.generate` that may not stop early. Peak memory (bytes) is that
+    of the process, weights included: on CUDA what torch has allocated, elsewhere the resident set. Over ranks
+    it is the highest of them, and so are the bytes that a rank sends. Writes and resumes a folder as `run`
+    does: what was measured stays, what is missing is measured, with the baseline anew beside it.
+    Raises FarspanError for sizes that are too small.
     """
     if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
         raise FarspanError(
             f"lengths {list(lengths)}, new_tokens {new_tokens}, repeats {repeats}, batch_size {batch_size}: "
             "lengths must be at least 2 and the others at least 1."
         )
-    with Job(model, parallel) as job:
-        specs = check_methods(model, methods, recipe, job)
+    model, tokenizer = setup.model, setup.tokenizer
+    with Job(model, setup.parallel) as job:
+        specs = check_methods(model, setup.methods, setup.recipe, job)
         sizes = sorted(set(lengths))
         prompts = {n: _prompts(tokenizer, text, n, batch_size) for n in sizes}
-        timer = Timer(model=model, tokenizer=tokenizer, recipe=recipe, job=job)
+        timer = Timer(model=model, tokenizer=tokenizer, recipe=setup.recipe, job=job)
         settings = {
-            **config,
-            **common_settings(model, tokenizer, model_name, specs, recipe),
+            **setup.config,
+            **common_settings(model, tokenizer, setup.name, specs, setup.recipe),
             "suite": "speed",
             "baseline": timer.baseline,
             "lengths": sizes,
@@ -111,11 +104,14 @@ def speed(
             "ranks": job.size,
         }
         session = forward.set_aside(model)
-        with open_results(job, out, settings, session=session, row=TIMING) as results, evaluating(model):
+        with (
+            open_results(job, setup.out, settings, session=session, row=TIMING) as results,
+            evaluating(model),
+        ):
             keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
             plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
             with finished_if_stopped(results, _finish):
-                _measure(timer, prompts, specs, results, new_tokens, repeats, progress)
+                _measure(timer, prompts, specs, results, new_tokens, repeats, setup.progress)
             return _finish(results)
 
 
@@ -140,7 +136,7 @@ def _measure(
     repeats: int,
     progress: bool,
 ) -> None:
-    """Measure what is missing, the baseline first wherever anything is."""
+    """Measure the missing rows, in each round the baseline first."""
     session = len(results.config["sessions"])
     everyone = list(dict.fromkeys([timer.baseline, *specs]))
 
@@ -172,7 +168,7 @@ def _measure(
 
 @dataclass(frozen=True, kw_only=True)
 class Timer:
-    """Times the model under one method after the other; `baseline` is what they are compared with."""
+    """Times the model under one method at a time. `baseline` is the method that others are compared with."""
 
     model: Any
     tokenizer: Any
@@ -230,7 +226,7 @@ def _highest(values: Sequence[int | None]) -> int | None:
 
 
 def _finish(results: Results) -> Summary:
-    """Write summary.json and the table from what the folder holds (the first rank does)."""
+    """Write summary.json and the table from the folder's rows (on the first rank)."""
     data = summarise(results.config, results.rows)
     data["unfinished"] = results.unfinished()
     data["complete"] = not data["unfinished"]
@@ -242,8 +238,10 @@ def _finish(results: Results) -> Summary:
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions (above 1 is
-    faster; None where those have no baseline). Cells without a row are left out."""
+    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions.
+
+    A ratio above 1 is faster; it is None if those sessions have no baseline. Cells without rows are left out.
+    """
     baseline = config.get("baseline", UNPATCHED)
     cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -275,7 +273,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any
 
 
 def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The ratio of medians, within each session; over the sessions the median, each weighed by its rows."""
+    """The median over sessions of the ratio of medians within a session, weighted by its number of rows."""
     ratios = []
     for session in {row.get("session") for row in (*above, *below)}:
         values = [[row[name] for row in rows if row.get("session") == session] for rows in (above, below)]
@@ -326,7 +324,7 @@ def _head(data: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(data: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of either table, under `_head`."""
+    """The rows of both tables, under the columns of `_head`."""
     rows = []
     for row in data["overall"]:
         cells = [

@@ -1,16 +1,16 @@
-"""Paired differences and their 95 % intervals: how two methods are told apart on the same prompts.
+"""Paired differences and their 95 % intervals, to compare two methods on the same prompts.
 
-Every method answers the same prompts, so a method is compared with dense sample by sample: the spread between
+Every method answers the same prompts, so a method is compared with dense sample by sample. The spread between
 prompts, which is most of the spread, cancels in the difference.
 
 All intervals here are Student t intervals. For skewed differences (ΔNLL of one task on 6 to 10 prompts)
-they hold the truth nine times in ten rather than nineteen in twenty.
+they contain the true value nine times in ten rather than nineteen times in twenty.
 
-Differences of a score have bounds, and most of them are zero: a plain t interval of few prompts then passes
-the bounds, or has no width at all. So the interval of a bounded difference counts two pseudo-observations
-besides, one at each bound (Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of
-binomial proportions based on paired data"), and ends at the bounds. Where all of n differences are zero it
-reaches about as far as the rule of three, 3 / n; a bootstrap has no width there.
+Differences of a score have bounds, and most of them are zero. A plain t interval of few prompts then exceeds
+the bounds, or has no width. So the interval of a bounded difference counts two additional
+pseudo-observations, one at each bound (Bonett and Price 2012, "Adjusted Wald confidence interval for a
+difference of binomial proportions based on paired data"), and ends at the bounds. If all of n differences are
+zero, its half width is about that of the rule of three, 3 / n; a bootstrap interval has no width there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 FEWEST = 6
-"""Pairs that an interval needs. With fewer, even differences of one sign are no evidence at 95 %, whatever
-their size: 2 / 2**5 is more than 0.05."""
+"""The least number of pairs for an interval. With fewer, even differences that all have one sign are no
+evidence at 95 %: 2 / 2**5 is more than 0.05."""
 TOO_FEW, NO_SPREAD = "too few", "no spread"
 
 
@@ -29,8 +29,8 @@ TOO_FEW, NO_SPREAD = "too few", "no spread"
 class Interval:
     """A mean with its confidence interval.
 
-    low, high: None where no interval can be given, and then `reason` says why: "too few" (under `FEWEST`
-    pairs) or "no spread" (equal differences, which say nothing about how far others may lie).
+    low, high: None if there is no interval. `reason` then says why: "too few" (fewer than `FEWEST` pairs) or
+    "no spread" (all differences are equal, so their spread is unknown).
     """
 
     mean: float
@@ -48,8 +48,8 @@ def paired_interval(
 ) -> Interval | None:
     """The mean of paired differences with its interval; None without pairs.
 
-    bound: no difference lies outside -bound .. bound; None where there is no such bound, and then
-    the interval is `mean ± t(n-1) · s / sqrt(n)`.
+    bound: every difference lies within -bound .. bound. Without a bound (None) the interval is
+    `mean ± t(n-1) · s / sqrt(n)`.
     """
     return stratified_interval([differences], bound=bound, confidence=confidence)
 
@@ -57,13 +57,12 @@ def paired_interval(
 def stratified_interval(
     groups: Iterable[Sequence[float]], *, bound: float | None = None, confidence: float = 0.95
 ) -> Interval | None:
-    """The mean of the groups' means with its interval: the overall figure of a table whose cells are fixed
-    tasks. None without pairs.
+    """The mean of the groups' means with its interval: the overall figure of a table whose cells are tasks.
+    None without pairs.
 
-    The groups (RULER's tasks) are chosen, not drawn, so only the spread within each group counts: the
-    variance of the mean is `sum(s_g² / n_g) / G²`, with Welch-Satterthwaite degrees of freedom. One or
-    two samples say little of their spread: it is taken to be at least that of all samples around their common
-    mean.
+    The groups (RULER's tasks) are fixed, not drawn, so only the spread within each group counts. The variance
+    of the mean is `sum(s_g² / n_g) / G²`, with Welch-Satterthwaite degrees of freedom. One or two samples say
+    little about their spread; for them it is at least that of all samples around their common mean.
     bound: as for `paired_interval`; the two pseudo-observations are divided among the groups (as in
     Price and Bonett 2004, "An improved confidence interval for a linear function of binomial proportions").
     """
@@ -97,7 +96,7 @@ def stratified_interval(
 
 
 def paired(values: Mapping[str, float | None], baseline: Mapping[str, float | None]) -> dict[str, float]:
-    """`values - baseline` for every sample key that both have (None and non-finite entries make no pair)."""
+    """`values - baseline` for every sample key that both have. None and non-finite entries are left out."""
     out: dict[str, float] = {}
     for key, value in values.items():
         base = baseline.get(key)

@@ -1,4 +1,4 @@
-"""Rows to a summary: per cell (method, task, length and, for needle, a depth) and overall.
+"""Make a summary of rows: per cell (method, task, length and, for needle, a depth) and overall.
 
 Methods are compared with `dense` on the same samples: `nll_diff` and `score_diff` are paired differences with
 their 95 % interval (see stats.py).
@@ -15,7 +15,7 @@ from . import depths
 from .stats import paired, stratified_interval
 
 BASELINE = "dense"
-REACH = (0.2, 0.95)  # of dense's mean score on a task: below and above, all methods look alike
+REACH = (0.2, 0.95)  # of dense's mean score on a task; outside, all methods look alike
 RULER_TASKS = (
     "niah_single_1",
     "niah_single_2",
@@ -36,12 +36,13 @@ GROUPS = {
     "noise": _NOISE,
     "word lists": _WORDS,
 }
-"""RULER's tasks by haystack. Noise is a sentence repeated, which flatters sparse methods: reported apart."""
+"""RULER's tasks by haystack. Noise is one text repeated, which flatters sparse methods: it is a group of its
+own."""
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What summary.json holds: `cells`, `overall` (per method and length), `in_reach` (the same over
-    the tasks where dense scores within REACH, on these same prompts) and `methods` (all lengths)."""
+    """The content of summary.json: `cells`, `overall` (per method and length), `in_reach` (the same over the
+    tasks on which dense scores within REACH, on these same prompts) and `methods` (over all lengths)."""
     methods = [m for m in config.get("methods", []) if any(row["method"] == m for row in rows)]
     lengths = sorted({row["length"] for row in rows})
     tasks = _ordered({row["task"] for row in rows})
@@ -97,7 +98,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
 def _in_reach(
     index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]], tasks: list[str], length: int
 ) -> list[str]:
-    """The tasks that tell methods apart at this length: where dense scores within REACH."""
+    """The tasks that can tell methods apart at this length: those on which dense scores within REACH."""
     low, high = REACH
     scores = {task: _mean(row["score"] for row in index.get((BASELINE, task, length), ())) for task in tasks}
     return [task for task, score in scores.items() if score is not None and low <= score <= high]
@@ -123,7 +124,7 @@ def _overall(
     tasks: list[str],
     lengths: list[int],
 ) -> dict[str, Any]:
-    """Means over the (task, length) cells, each cell counting the same however many samples it has."""
+    """Means over the (task, length) cells. Each cell has the same weight, however many samples it has."""
     groups = {(t, n): index[method, t, n] for t in tasks for n in lengths if (method, t, n) in index}
     costs = [_costs(rows) for rows in groups.values()]
     by_task = {
@@ -181,7 +182,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def exp(nll: float | None) -> float | None:
-    """The perplexity of a mean NLL; infinite beyond what a float holds."""
+    """The perplexity of a mean NLL; infinity if it overflows a float."""
     try:
         return None if nll is None else math.exp(nll)
     except OverflowError:
@@ -191,7 +192,8 @@ def exp(nll: float | None) -> float | None:
 def _interval(
     method: str, groups: Iterable[Sequence[float]], bound: float | None = None
 ) -> dict[str, Any] | None:
-    """The differences from dense of one or several cells; those of dense itself have no interval."""
+    """The interval of the differences from dense over one or several cells; for dense itself, the mean
+    alone."""
     found = stratified_interval(groups, bound=bound)
     if found is not None and method == BASELINE:
         found = replace(found, low=None, high=None, reason="compared with itself")

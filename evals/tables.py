@@ -1,4 +1,4 @@
-"""A summary as Markdown tables, and how their cells are written."""
+"""A summary as Markdown tables, and the format of their cells."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def ruler_table(data: Mapping[str, Any]) -> str:
 
 
 def reach_table(data: Mapping[str, Any]) -> str:
-    """Markdown, a row per method and length, over the tasks where dense scores within REACH: the score and
-    dense's on the prompts that both have, and the paired differences."""
+    """Markdown, a row per method and length, over the tasks on which dense scores within REACH: the score,
+    that of dense on the same prompts, and the paired differences."""
     head = ["method", "length", "tasks", "n", "score", "dense", "Δscore (95 %)", "ΔNLL (95 %)", "read"]
     body = [
         [
@@ -52,7 +52,7 @@ def reach_table(data: Mapping[str, Any]) -> str:
 
 
 def group_table(data: Mapping[str, Any]) -> str:
-    """Markdown, rows = methods; mean score per group of tasks and length, the noise haystacks apart."""
+    """Markdown, rows = methods; the mean score per group of tasks and length."""
     names = [name for name, members in GROUPS.items() if any(task in data["tasks"] for task in members)]
     head = ["method", *(f"{name}, {short_length(length)}" for name in names for length in data["lengths"])]
     body = []
@@ -117,8 +117,8 @@ def needle_table(data: Mapping[str, Any]) -> str:
 
 
 def perplexity_table(data: Mapping[str, Any]) -> str:
-    """Markdown, rows = methods: perplexity, alone and divided by dense's on the same windows, the NLL
-    difference behind that, keys read."""
+    """Markdown, rows = methods: the perplexity, its ratio to that of dense on the same windows, the NLL
+    difference, keys read."""
     head = [
         "method",
         "windows",
@@ -145,8 +145,8 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def difference(row: Mapping[str, Any], name: str = "nll_diff", scale: float = 1, digits: int = 3) -> str:
-    """`+0.12 [+0.05, +0.19]`, or the reason in place of the interval; a dash for dense itself and where
-    there is nothing to compare with."""
+    """`+0.12 [+0.05, +0.19]`, with the reason instead if there is no interval; a dash for dense itself and
+    without pairs."""
     found = row.get(name)
     if found is None or row["method"] == BASELINE:
         return "–"
@@ -157,7 +157,7 @@ def difference(row: Mapping[str, Any], name: str = "nll_diff", scale: float = 1,
 
 
 def plus_minus(row: Mapping[str, Any]) -> str:
-    """`+0.12 ± 0.07`, else as `difference` has it."""
+    """`+0.12 ± 0.07`; without an interval, what `difference` gives."""
     found = row.get("nll_diff")
     if found is None or found["low"] is None or row["method"] == BASELINE:
         return difference(row)

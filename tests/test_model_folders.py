@@ -137,7 +137,7 @@ def test_f19_generate_keeps_the_models_settings(folder: Any, command: Any, name:
         "generate", "-m", made, "-p", PROMPT, "--max-new-tokens", NEW, "--no-chat", "--method", method
     )
     assert (code, out) == (0, want + "\n"), err
-    assert "Set aside" not in err
+    assert "Not used of" not in err
 
 
 def test_kept_settings_matter_here(whole: Path, folder: Any) -> None:
@@ -158,8 +158,8 @@ def test_f19_generate_says_which_setting_it_cannot_keep(
     made = folder(generation_config={name: SET_ASIDE[name]})
     code, out, err = command("generate", "-m", made, "-p", PROMPT, "--max-new-tokens", NEW, "--no-chat")
     assert (code, out) == (0, generated(whole) + "\n"), err
-    [line] = [line for line in err.splitlines() if "Set aside" in line]
-    assert line.startswith(f"Set aside of the model's generation config: {name}={SET_ASIDE[name]!r} (")
+    [line] = [line for line in err.splitlines() if "Not used of" in line]
+    assert line.startswith(f"Not used of the model's generation config: {name}={SET_ASIDE[name]!r} (")
     assert line.endswith(").")
 
 
@@ -168,7 +168,7 @@ def test_f19_settings_that_the_options_decide(whole: Path, folder: Any, command:
     made = folder(generation_config={name: WITHOUT_EFFECT[name]})
     code, out, err = command("generate", "-m", made, "-p", PROMPT, "--max-new-tokens", NEW, "--no-chat")
     assert (code, out) == (0, generated(whole) + "\n"), err
-    assert "Set aside" not in err and "Traceback" not in err
+    assert "Not used of" not in err and "Traceback" not in err
 
 
 def test_f19_a_setting_that_transformers_refuses_ends_in_a_sentence(folder: Any, command: Any) -> None:

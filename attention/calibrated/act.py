@@ -69,10 +69,8 @@ class ACT(AttentionMethod):
         require(self, beta=(0.0, 1.0), threshold=(0.0, 1.0), heads=("chosen", "all"))
         require(self, first=(0, None), last=(self.first, None))
         if self.over is not None and not isinstance(self.over, EstimatesBlockMaxima):
-            raise SpecError(
-                f"act goes over a method that estimates block maxima, such as sale; got over={self.over}: "
-                "leave it out for dense attention, calibrated."
-            )
+            takes = "act goes over a method that estimates block maxima, such as sale"
+            raise SpecError(f"{takes}; got over={self.over}: leave it out for dense attention, calibrated.")
 
     @property
     def lookahead(self) -> Lookahead:

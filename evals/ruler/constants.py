@@ -3,7 +3,7 @@
 Source: NVIDIA/RULER (Apache-2.0, Copyright NVIDIA CORPORATION), `scripts/data/synthetic/constants.py`,
 `niah.py`, `variable_tracking.py`, `common_words_extraction.py`, `freq_words_extraction.py` and
 `scripts/synthetic.yaml`; paper: arXiv 2404.06654. The strings are kept to the letter, with their leading and
-trailing spaces: a prompt worded otherwise is not RULER.
+trailing spaces, because a prompt with other words is not RULER.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ FREQUENT_WORDS = Template(
 )
 
 SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
-"""What NIAH's wording becomes, in this order, where one value is asked for; "numbers" also loses its s."""
+"""Replacements in NIAH's wording, in this order, if one value is asked for; "numbers" also loses its s."""
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -74,7 +74,7 @@ DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 
 VT_HOPS = 4
 VT_VALUES = (10_000, 99_999)
-"""The value at the head of a chain: from the first number to the one before the second."""
+"""The value at the head of a chain: at least the first number, below the second."""
 VT_LETTERS, VT_EXAMPLE_LETTERS = 5, 3
 VT_EXAMPLE_TOKENS = 500
 """The one-shot example is filled with noise up to this many tokens."""
@@ -82,7 +82,8 @@ VT_EXAMPLE_TOKENS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class WordCounts:
-    """How often a word of cwe's list appears, and the different words and counts of its one-shot example."""
+    """How often words of cwe's list appear, and the number of words and the counts in its one-shot
+    example."""
 
     common: int
     uncommon: int
@@ -93,21 +94,21 @@ class WordCounts:
 
 CWE_COMMON_WORDS = 10
 CWE_SHORT = 4096
-"""Below this length the lists are `CWE_COUNTS_SHORT`, from it on `CWE_COUNTS`."""
+"""Below this length the counts are `CWE_COUNTS_SHORT`, from it on `CWE_COUNTS`."""
 CWE_COUNTS = WordCounts(common=30, uncommon=3, example_words=40, example_common=10, example_uncommon=3)
 CWE_COUNTS_SHORT = WordCounts(common=6, uncommon=1, example_words=20, example_common=3, example_uncommon=1)
 
 FWE_ALPHA = 2.0
 FWE_WORD_LETTERS = 6
 FWE_VOCABULARY_SHARE = 50
-"""The vocabulary has one word per so many tokens of the length."""
+"""The vocabulary has one word per this many tokens of the length."""
 FWE_NOISE = "..."
 FWE_ANSWERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A row of RULER's task table. `haystack` says what fills the prompt, and so what a good score proves."""
+    """A row of RULER's task table. `haystack` is what fills the prompt."""
 
     name: str
     haystack: Literal["noise", "essay", "needle", "words", "coded words"]
@@ -116,7 +117,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class NiahTask(Task):
-    """`keys` needles' keys with `values` values each, `queries` of the keys asked for."""
+    """A needle task: `keys` keys with `values` values each; the question asks for `queries` of the keys."""
 
     template: Template = NIAH
     type_k: Kind = "words"

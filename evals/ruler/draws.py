@@ -1,4 +1,4 @@
-"""What the tasks share: a sample's cell, a prompt in the making, and seeded words, numbers and uuids."""
+"""Shared by the tasks: a sample's cell, the parts of a prompt, and random words, numbers and uuids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One sample's coordinates; everything random in it comes from `rng`."""
+    """The coordinates of one sample. Everything random in it comes from `rng`."""
 
     task: str
     length: int
@@ -29,13 +29,13 @@ class Cell:
     seed: int
 
     def rng(self, purpose: str) -> random.Random:
-        """A generator of its own for each purpose, so that drawing more of one thing changes nothing else."""
+        """A random generator for one purpose, so that drawing more for it changes nothing else."""
         return rng_for("ruler", self.seed, self.task, self.length, self.index, purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """The text of a sample at some number of haystack units (see Sample for the fields)."""
+    """The text of a sample with some number of haystack units (see Sample for the fields)."""
 
     context: str
     question: str
@@ -46,11 +46,11 @@ class Draft:
 
 
 Builder = Callable[[int], Draft]
-"""Number of haystack units -> the sample's text. Building a size twice gives the same text."""
+"""Number of haystack units -> the sample's text. The same number gives the same text."""
 
 
 def filled(template: Template, context: str, **blanks: object) -> tuple[str, str, str]:
-    """(context, question, answer prefix) of a template; the user message is split behind the haystack."""
+    """(context, question, answer prefix) of a template. The user message is split after the haystack."""
     before, question = template.text.split("{context}\n")
     return (
         before.format(**blanks) + context + "\n",
@@ -60,15 +60,15 @@ def filled(template: Template, context: str, **blanks: object) -> tuple[str, str
 
 
 def listed(items: list[str] | tuple[str, ...]) -> str:
-    """Items in a row as RULER lists several queries: "a, b, and c"."""
+    """A list of items as RULER writes several queries: "a, b, and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
 
 
 @lru_cache(maxsize=1)
 def word_lists() -> dict[str, tuple[str, ...]]:
-    """`wonderwords`' "nouns", "adjectives" and "verbs", each sorted and without repeats.
+    """The "nouns", "adjectives" and "verbs" of `wonderwords`, each sorted and without repeats.
 
-    Read from the package's files; sorted because the order of a set differs from process to process.
+    They are read from the package's files, and sorted because the order of a set differs between processes.
     """
     spec = find_spec("wonderwords")
     if spec is None or not spec.submodule_search_locations:
@@ -90,7 +90,7 @@ def words_recipe() -> str:
 
 
 def word(rng: random.Random) -> str:
-    """An adjective and a noun with a hyphen between."""
+    """An adjective and a noun with a hyphen between them."""
     lists = word_lists()
     return f"{rng.choice(lists['adjectives'])}-{rng.choice(lists['nouns'])}"
 
@@ -107,7 +107,7 @@ DRAW: dict[Kind, Callable[[random.Random], str]] = {"words": word, "numbers": nu
 
 
 def distinct(draw: Callable[[], str], taken: Container[str]) -> str:
-    """A draw that is not among those taken; gives up after 1,000 (which no list here comes near)."""
+    """A draw that is not in `taken`. Raises FarspanError after 1,000 draws, which no list here needs."""
     for _ in range(_MAX_DRAWS):
         drawn = draw()
         if drawn not in taken:

@@ -11,10 +11,10 @@ from .draws import DRAW, Builder, Cell, Draft, distinct, filled, listed
 
 
 def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
-    """Builder of one sample. A unit is a line of noise, a unit of the text (from its start) or a needle.
+    """The builder of one sample. A unit is a line of noise, a unit of the text (from its start) or a needle.
 
-    `extra["true_depths"]` are the depths of the needles that hold the references, in the references' order:
-    each is the share of the haystack's characters that stand before the needle.
+    `extra["true_depths"]` are the depths of the needles that hold the references, in the order of the
+    references. A depth is the share of the haystack's characters before the needle.
     """
     rng = cell.rng("needles")
     keys: list[str] = []
@@ -78,7 +78,7 @@ def singular(template: Template) -> Template:
 
 
 def distractors(task: NiahTask, cell: Cell, units: int, keys: list[str], values: set[str]) -> list[str]:
-    """Needles that answer nothing: their keys and values are none of the sample's own."""
+    """Needles without an answer: their keys and values are not among those of the sample."""
     rng = cell.rng("distractors")
     return [
         needle(
@@ -91,10 +91,10 @@ def distractors(task: NiahTask, cell: Cell, units: int, keys: list[str], values:
 
 
 def essay_places(pieces: int, needles: int, cell: Cell) -> list[int]:
-    """The pieces before which needles stand, ascending: at published depths by number of pieces."""
+    """The pieces before which needles stand, ascending: at published depths, counted in pieces."""
     return [int(pieces * (depth / 100)) for depth in sorted(cell.rng("depths").sample(DEPTHS, needles))]
 
 
 def line_places(lines: int, needles: int, cell: Cell) -> list[int]:
-    """The lines before which needles stand, ascending: any, each before a line of its own."""
+    """The lines before which needles stand, ascending and all different."""
     return sorted(cell.rng("places").sample(range(lines), needles))

@@ -20,12 +20,12 @@ from .constants import (
 from .draws import Builder, Cell, Draft, distinct, filled
 
 MINIMUM = VT_HOPS + 1
-"""Lines of noise: each assignment stands before another one of them."""
+"""The least number of lines of noise: each assignment stands before a different line."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """VAR names[0] = value, VAR names[1] = VAR names[0], …: all names hold the value."""
+    """VAR names[0] = value, VAR names[1] = VAR names[0], …: all names have the value."""
 
     value: str
     names: tuple[str, ...]
@@ -46,10 +46,11 @@ class Chain:
 
 
 def variable_tracking(cell: Cell, example_lines: int) -> Builder:
-    """Builder of one sample. A unit is a line of noise; the solved example has `example_lines` of them."""
+    """The builder of one sample. A unit is a line of noise; the solved example has `example_lines` of
+    them."""
     example = _example(cell)
     chain = _chain(cell.rng("chain"), VT_LETTERS, not_value=example.value)
-    # Behind the prefix, which ends with a space, comes another one: as published.
+    # The prefix ends with a space, and another one follows: as published.
     solved = "".join(example.filled(example_lines, cell.rng("example places")))
     solved += " " + " ".join(example.names) + "\n\n"
 
@@ -83,7 +84,7 @@ def _example(cell: Cell) -> Chain:
 
 
 def _chain(rng: random.Random, letters: int, *, not_value: str) -> Chain:
-    names = ["VAR"]  # no variable may be called like the keyword
+    names = ["VAR"]  # no variable has the keyword as its name
     for _ in range(VT_HOPS + 1):
         names.append(distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), names))
     value = distinct(lambda: str(rng.randrange(*VT_VALUES)), (not_value,))

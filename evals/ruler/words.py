@@ -28,7 +28,7 @@ _ZETA = math.pi**2 / 6  # Riemann's zeta at FWE_ALPHA = 2
 
 
 def common_words(cell: Cell) -> Builder:
-    """Builder of one cwe sample: a numbered list behind a solved example. A unit is one more word."""
+    """The builder of one cwe sample: a solved example, then a numbered list. A unit is one more word."""
     counts = CWE_COUNTS_SHORT if cell.length < CWE_SHORT else CWE_COUNTS
     example, example_common = _word_list(
         cell, "example", counts.example_words, counts.example_common, counts.example_uncommon
@@ -50,7 +50,8 @@ def common_words(cell: Cell) -> Builder:
 
 
 def _word_list(cell: Cell, purpose: str, words: int, common: int, uncommon: int) -> tuple[str, list[str]]:
-    """(numbered list, common words): of `words` different ones 10 come `common` times, others `uncommon`."""
+    """(numbered list, common words). Of `words` different words 10 appear `common` times, others
+    `uncommon`."""
     drawn = list(islice(_different_words(cell.rng(f"{purpose} words")), words))
     frequent = drawn[:CWE_COMMON_WORDS]
     entries = frequent * common + drawn[CWE_COMMON_WORDS:] * uncommon
@@ -59,7 +60,7 @@ def _word_list(cell: Cell, purpose: str, words: int, common: int, uncommon: int)
 
 
 def _different_words(rng: random.Random) -> Iterator[str]:
-    """All of wonderwords in random order, then pairs, for lists longer than its 8,166 words."""
+    """All words of wonderwords in random order, then pairs, for lists longer than its 8,166 words."""
     known = sorted({name for names in word_lists().values() for name in names})
     rng.shuffle(known)
     yield from known
@@ -75,9 +76,9 @@ def _numbered(words: list[str]) -> str:
 
 
 def frequent_words(cell: Cell) -> Builder:
-    """Builder of one fwe sample: coded words with zeta-distributed counts, the most frequent of them dots.
+    """The builder of one fwe sample: coded words with zeta-distributed counts; the most frequent one is dots.
 
-    A unit is one word drawn: of `units` words, the k-th most frequent has int(units · k^-2 / zeta(2)).
+    A unit is one word: of `units` words, the k-th most frequent appears int(units · k^-2 / zeta(2)) times.
     """
     rng = cell.rng("vocabulary")
     vocabulary = [FWE_NOISE]
@@ -112,7 +113,7 @@ def fwe_counts(units: int, vocabulary: int) -> list[int]:
 
 
 def _fwe_minimum() -> int:
-    """The least number of units from which on the third answer is more frequent than the word after it."""
+    """The least number of units from which on the third answer is more frequent than the fourth word."""
     units = 1
     for tried in range(1, 1000):
         third, fourth = fwe_counts(tried, FWE_ANSWERS + 2)[-2:]

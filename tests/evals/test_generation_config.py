@@ -125,13 +125,13 @@ def test_f19_a_wrapped_model_generates_by_the_same_config(expected: list[list[in
 
 def test_f19_config_json_says_what_was_set_aside(model: Any, tmp_path: Path) -> None:
     """Rows are the same with and without settings, and one folder holds both sessions."""
-    given: dict[str, Any] = {"model_name": "tiny", "config": {"suite": "ruler"}, "progress": False}
+    given: dict[str, Any] = {"config": {"suite": "ruler"}}
     asked, own = tiny.samples(1), model.generation_config
 
     def evaluate(methods: list[str], folder: str, **settings: Any) -> Any:
         model.generation_config = GenerationConfig(eos_token_id=2, **settings)
         try:
-            run(model, tiny.CharTokenizer(), asked, methods, tmp_path / folder, **given)
+            run(tiny.setup(model, methods, tmp_path / folder, **given), asked)
         finally:
             model.generation_config = own
         return read(tmp_path / folder)
@@ -156,9 +156,9 @@ def test_f19_speed_says_what_was_set_aside_and_never_stops_early(model: Any, tmp
     own = model.generation_config
     model.generation_config = GenerationConfig(use_cache=False, eos_token_id=[*range(128)])
     try:
-        given = {"lengths": [32], "new_tokens": 5, "repeats": 1, "model_name": "tiny", "config": {}}
+        given = {"lengths": [32], "new_tokens": 5, "repeats": 1}
         text = "the grass is green. " * 40
-        speed_module.speed(model, tiny.CharTokenizer(), text, ["dense"], tmp_path, progress=False, **given)
+        speed_module.speed(tiny.setup(model, ["dense"], tmp_path), text, **given)
         batch = forward.collate(PROMPTS, 0, model.device)
         answers = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=5, pad=0, eos=())
     finally:
@@ -184,10 +184,10 @@ def test_a_padding_id_without_an_embedding_is_passed_over(
 def test_a_padding_id_without_an_embedding_in_an_evaluation(model: Any, tmp_path: Path) -> None:
     """A batch of prompts with different lengths gives the rows that each prompt gives alone."""
     tokenizer = type("T", (tiny.CharTokenizer,), {"pad_token_id": 128})()
-    given: dict[str, Any] = {"model_name": "tiny", "config": {"suite": "ruler"}, "progress": False}
+    given: dict[str, Any] = {"tokenizer": tokenizer, "config": {"suite": "ruler"}}
     found = []
     for size in (1, 3):
         out = tmp_path / str(size)
-        run(model, tokenizer, tiny.samples(3), ["dense"], out, batch_size=size, **given)
+        run(tiny.setup(model, ["dense"], out, **given), tiny.samples(3), batch_size=size)
         found.append({row["key"]: (row["answer"], round(row["nll"], 4)) for row in read(out)[1]})
     assert found[0] == found[1] and len(found[0]) == 6

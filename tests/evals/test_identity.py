@@ -125,10 +125,7 @@ def test_weights_made_of_several_tensors_count_by_all_of_them(model: Any) -> Non
 
 def evaluate(model: Any, out: Path, name: str, **config: Any) -> Any:
     settings = {"suite": "ruler", "seed": 1, "samples": 2, **config}
-    return run(
-        model, tiny.CharTokenizer(), tiny.samples(2), ["dense"], out,
-        model_name=name, config=settings, progress=False,
-    )  # fmt: skip
+    return run(tiny.setup(model, ["dense"], out, name=name, config=settings), tiny.samples(2))
 
 
 def test_the_next_checkpoint_at_the_same_path_is_refused(model: Any, tmp_path: Path) -> None:

@@ -45,9 +45,10 @@ def printed(table: Table) -> str:
 
 
 def measure(model: Any, out: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {"lengths": [80], "new_tokens": 20, "samples": 3, "batch_size": 2}
-    given |= {"methods": ["dense", "recycled:k=12,stride=4", WINDOW], "text": TEXT, "progress": False}
-    return perplexity(model, tiny.CharTokenizer(), out=out, model_name="tiny", config={}, **(given | changes))
+    given: dict[str, Any] = {"lengths": [80], "new_tokens": 20, "samples": 3, "batch_size": 2, "text": TEXT}
+    methods = changes.pop("methods", ["dense", "recycled:k=12,stride=4", WINDOW])
+    kept = {name: changes.pop(name) for name in ("config", "recipe") if name in changes}
+    return perplexity(tiny.setup(model, methods, out, **kept), **(given | changes))
 
 
 def forward_nll(model: Any, index: int, length: int = 80, scored: int = 20, samples: int = 3) -> float:
@@ -211,18 +212,11 @@ def test_perplexity_goes_on_after_a_stop(model: Any, tmp_path: Path, monkeypatch
 
 # --- speed ---------------------------------------------------------------------------------------
 
-GIVEN: dict[str, Any] = {
-    "lengths": [64, 32],
-    "new_tokens": 5,
-    "repeats": 2,
-    "progress": False,
-    "model_name": "tiny",
-    "config": {},
-}
+GIVEN: dict[str, Any] = {"lengths": [64, 32], "new_tokens": 5, "repeats": 2}
 
 
 def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
-    summary = speed(model, tiny.CharTokenizer(), TEXT, ["dense", WINDOW], tmp_path, **GIVEN)
+    summary = speed(tiny.setup(model, ["dense", WINDOW], tmp_path), TEXT, **GIVEN)
     rows = read(tmp_path)[1]
     assert [(row["length"], row["method"]) for row in rows[:3]] == [
         (32, m) for m in ("unpatched", "dense", WINDOW)
@@ -236,7 +230,7 @@ def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
     assert model.config._attn_implementation != "farspan"
     for wrong in ({"lengths": []}, {"lengths": [1]}, {"repeats": 0}):
         with pytest.raises(FarspanError, match="at least"):
-            speed(model, tiny.CharTokenizer(), TEXT, ["dense"], tmp_path / "x", **(GIVEN | wrong))
+            speed(tiny.setup(model, ["dense"], tmp_path / "x"), TEXT, **(GIVEN | wrong))
 
 
 class Clock:
@@ -271,7 +265,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def time_them(model: Any, out: Path, *methods: str, **changes: Any) -> Any:
-    return speed(model, tiny.CharTokenizer(), TEXT, list(methods), out, **(GIVEN | changes))
+    return speed(tiny.setup(model, list(methods), out), TEXT, **(GIVEN | changes))
 
 
 def test_a_finished_speed_run_shows_its_table_again(model: Any, tmp_path: Path, clock: Clock) -> None:
@@ -353,7 +347,7 @@ def test_a_run_stopped_before_its_first_row_leaves_room_for_other_methods(
 def test_speed_refuses_another_text_and_damaged_rows(model: Any, tmp_path: Path, clock: Clock) -> None:
     time_them(model, tmp_path, "dense", WINDOW)
     with pytest.raises(ResultsError, match="drawn from another recipe"):
-        speed(model, tiny.CharTokenizer(), "x" + TEXT, ["dense"], tmp_path, **GIVEN)
+        speed(tiny.setup(model, ["dense"], tmp_path), "x" + TEXT, **GIVEN)
     with pytest.raises(ResultsError, match="new_tokens 5 there, 6 here"):
         time_them(model, tmp_path, "dense", new_tokens=6)
     path = tmp_path / "samples.jsonl"
@@ -376,8 +370,7 @@ def test_speed_of_samples_says_whose_answers_are_right(model: Any, tmp_path: Pat
         replace(asked[1], references=("no such answer",)),
     ]
     given: dict[str, Any] = {"lengths": [128], "new_tokens": 8, "repeats": 1, "batch_size": 2}
-    given |= {"model_name": "tiny", "config": {}, "progress": False}
-    data = speed(model, tokenizer, {128: asked}, ["dense", WINDOW], tmp_path, **given).data
+    data = speed(tiny.setup(model, ["dense", WINDOW], tmp_path), {128: asked}, **given).data
     unpatched, dense, window = (row["score"] for row in data["overall"])
     assert unpatched == dense == 0.5 and window in (0.0, 0.5)
     assert "| found |" in (tmp_path / "speed.md").read_text()

@@ -40,9 +40,9 @@ def model() -> Any:
 
 
 def evaluate(model: Any, out: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {"samples": tiny.samples(), "methods": tiny.METHODS, "batch_size": 3}
-    given |= {"model_name": "tiny", "config": CONFIG, "progress": False} | changes
-    return run(model, tiny.CharTokenizer(), out=out, **given)
+    asked = {"samples": changes.pop("samples", tiny.samples()), "batch_size": changes.pop("batch_size", 3)}
+    methods = changes.pop("methods", tiny.METHODS)
+    return run(tiny.setup(model, methods, out, **({"config": CONFIG} | changes)), **asked)
 
 
 def comparable(rows: list[dict]) -> list[dict]:

