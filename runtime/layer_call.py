@@ -16,11 +16,13 @@ from torch import Tensor
 from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.dense import Dense
 from ..attention.keys import Keys, State
+from ..attention.kv import KV
 from ..attention.mass import SELECTION, Probe
 from ..attention.method import DECODE, AttentionMethod
 from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
+from ..attention.softmax import Softmax
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
@@ -156,32 +158,30 @@ class LayerCall:
 
 
 class LocalKeys:
-    """The keys of a call that are all on this device: k, v [B, Hkv, Tk, D], of which q [B, H, Tq, D] are the
-    queries of the last Tq positions.
+    """The keys of a call that are all on this device: kv [B, Hkv, Tk]; q [B, H, Tq, D] are the queries of the
+    last Tq positions.
 
-    padding: where rows begin. ends: where they end. store: the one whose rows k and v are, None where they
-    are nobody's: then the call is a prefill, whatever its length. impl: which implementation of operations.
+    padding: where rows begin. ends: where they end. store: the one that holds kv, None where no store
+    does: then the call is a prefill, whatever its length. impl: which implementation of operations.
     fed: what the methods are fed besides.
     """
 
     def __init__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        kv: KV,
+        softmax: Softmax,
         *,
-        scale: float,
-        softcap: float | None = None,
         padding: Padding | None = None,
         ends: list[int] | None = None,
         store: KVStore | None = None,
         impl: str = "auto",
         fed: Inputs | None = None,
     ) -> None:
-        self.q, self.k, self.v, self.scale, self.softcap = q, k, v, scale, softcap
+        self.q, self.kv, self.softmax = q, kv, softmax
         self.start, self.starts = (None, None) if padding is None else (padding.start, padding.starts)
         self.ends, self.store, self.impl, self.fed = ends, store, impl, fed
-        self.total: int = k.shape[2]
+        self.total = kv.length
         self.past = self.total - q.shape[2]
         self.kept = store is not None
         self.short = self.kept and q.shape[2] <= DECODE_ROWS
@@ -193,12 +193,10 @@ class LocalKeys:
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
         keys = Keys(
-            k=self.k,
-            v=self.v,
+            kv=self.kv,
             tq=tq,
-            scale=self.scale,
+            softmax=self.softmax,
             start=self.start,
-            softcap=self.softcap,
             state=state,
             summaries=Summaries() if self.store is None else self.store.summaries,
             starts=self.starts,

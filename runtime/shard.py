@@ -42,8 +42,8 @@ class ShardStore(KVStore):
     @property
     def shard(self) -> Shard:
         """The keys and values that this rank holds."""
-        assert self.keys is not None and self.values is not None
-        return Shard(self.keys, self.values, self.layout)
+        assert self.kv is not None
+        return Shard(self.kv, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
         """Store this rank's part of the new keys and values [B, Hkv, t, D], which every rank has. Each block
@@ -67,8 +67,9 @@ class ShardStore(KVStore):
 
     def replace(self, shard: Shard) -> None:
         """Hold ``shard`` instead of what was held so far."""
-        self._k, self._v, self.length = None, None, 0
-        self.append(shard.k, shard.v)
+        self._buffers = ()
+        self._resize(0)
+        self.extend(shard.kv)
         self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length
 

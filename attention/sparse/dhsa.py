@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -113,8 +113,9 @@ class DHSA(AttentionMethod):
         if self.select == "mean":
             chunks = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
             queries = pool(q, self.block_q, mode="length_normalised")  # [1, H, Nq, D]
-            scale = keys.scale / math.sqrt(self.block_q * self.block_k)  # of whole chunks, a mean logit
-            logits = scores(queries, chunks, scale=scale, softcap=keys.softcap)
+            # of whole chunks, a mean logit
+            scale = keys.softmax.scale / math.sqrt(self.block_q * self.block_k)
+            logits = scores(queries, chunks, replace(keys.softmax, scale=scale))
             ranked = group_scores(logits, before[None], self.gqa_reduce)
             always = (self.block_q + self.local - 2) // self.block_k + 3
             max_blocks = max(always, self._least, round(len(grid.cols) * (self.fraction or 0.0)))

@@ -49,7 +49,17 @@ def recorded(*specs):
                     causal = (cols <= rows) & (cols >= first[:, None, None])  # [B, Tq, Tk]
                     mask = as_selection(index, phase).to_mask(tq, keys.length, keys.start, b)
                     mask = mask & causal[:, None]
-                    seen.append((phase, q.clone(), keys.k.clone(), keys.scale, keys.softcap, causal, mask))
+                    seen.append(
+                        (
+                            phase,
+                            q.clone(),
+                            keys.kv.k.clone(),
+                            keys.softmax.scale,
+                            keys.softmax.softcap,
+                            causal,
+                            mask,
+                        )
+                    )
                     return index
 
                 patching.setattr(cls, f"select_{phase}", select)
