@@ -38,8 +38,8 @@ class Recycled(AttentionMethod):
     2404.14469), so that the neighbours of an attended key are read too; 1, the default, is the paper's plain
     top k.
 
-    The set's keys and values are stored side by side, so a recycled step reads k rows and nothing else (over
-    ranks, each reads its part of the set in place). This saves reads, not memory. A crop makes the next step
+    The set's keys and values are stored side by side, so a recycled step reads k rows and nothing else (each
+    rank reads its part of the set in place). This saves reads, not memory. After a crop the next step is
     full.
     """
 
@@ -60,9 +60,7 @@ class Recycled(AttentionMethod):
         require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
         require(self, gqa_reduce=("sum", "max"), scope=("layer", "kv_head"))
         if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
-            raise SpecError(
-                f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}."
-            )
+            raise SpecError(f"recycled takes an odd pool of at least 1 position; got {self.pool!r}.")
 
     @property
     def couples_heads(self) -> bool:

@@ -35,9 +35,8 @@ class DHSA(AttentionMethod):
     it (the authors' density of 0.125 is of all keys of the prompt, for early queries too, about twice as many
     pairs), or ``k``. The score of a chunk of keys depends on ``select``:
 
-    "mean": a chunk is represented by the mean of its queries or keys times the square root of its length, and
-    the score is the product of two. In the paper all tokens of a chunk have its score, so the best tokens are
-    whole chunks.
+    "mean": a chunk is the mean of its queries or keys times the square root of its length, and the score is
+    the product of two. In the paper all tokens of a chunk have its score: the best tokens are whole chunks.
 
     "vertical_slash" (the authors' DHSA_vs_optimized, github.com/xiongsiheng/DHSA): the attention of the
     call's last ``block_q`` queries is summed per key (a column) and per distance of query and key (a
