@@ -38,9 +38,8 @@ class Recycled(AttentionMethod):
     2404.14469), so that the neighbours of an attended key are read too; 1, the default, is the paper's plain
     top k.
 
-    The set's keys and values are stored side by side, so a recycled step reads k rows and nothing else (each
-    rank reads its part of the set in place). This saves reads, not memory. After a crop the next step is
-    full.
+    The set's keys and values are stored side by side: a recycled step reads k rows alone (each rank its part,
+    in place). This saves reads, not memory. After a crop the next step is full.
     """
 
     name: ClassVar[str] = "recycled"
