@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 
-def pytest_configure() -> None:
-    """Where there is no GPU, Triton kernels run under its interpreter, which is chosen before its import."""
+def _environment() -> None:
+    """Where there is no GPU, Triton kernels run under its interpreter, which is chosen before its import. The
+    conftest files of folders are imported before pytest_configure, and some import transformers, which
+    imports triton."""
     import torch
 
     if not torch.cuda.is_available():
@@ -21,6 +23,9 @@ def pytest_configure() -> None:
     os.environ.setdefault("FARSPAN_AUTOTUNE", "0")
     # Tests ask for deterministic algorithms, which cuBLAS grants only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+_environment()
 
 
 @pytest.fixture(scope="session", autouse=True)

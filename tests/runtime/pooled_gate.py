@@ -16,6 +16,7 @@ from farspan.attention import method as registry
 from farspan.attention.blocks import Grid
 from farspan.attention.gqa import group_scores
 from farspan.attention.keys import Keys
+from farspan.attention.lookahead import Lookahead
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.needs import Needs
 from farspan.attention.ops.pool import pool
@@ -47,7 +48,6 @@ class PooledGate(AttentionMethod):
     name: ClassVar[str] = NAME
     title: ClassVar[str] = "Pooled gate before RoPE"
     needs: ClassVar[Needs] = Needs(queries_before_rope=True, keys_before_rope=True, hidden_states=True)
-    lookahead: ClassVar[str] = "block - 1"
 
     blocks: int = 3
     block: int = BLOCK
@@ -69,6 +69,10 @@ class PooledGate(AttentionMethod):
     @property
     def module(self) -> nn.Module | None:
         return self.gate
+
+    @property
+    def lookahead(self) -> Lookahead:
+        return Lookahead.of_block(self.block)
 
     @property
     def block_multiple(self) -> int:

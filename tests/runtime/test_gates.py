@@ -216,7 +216,7 @@ def test_the_gate_is_a_module_that_a_recipe_keeps(model: Any, tmp_path: Any) -> 
     with farspan.patch(model, PooledGate(trained=True), recipe=tmp_path / "gate") as patched:
         assert torch.equal(logits(model, prompt(1, 70)), changed)
         assert gates_of(patched)[0] is not gates[0]
-    with pytest.raises(FarspanError, match=r"q of \[8, 16\] in layer 0 where \[4, 16\] is needed"):
+    with pytest.raises(FarspanError, match=r"q of the sizes \[8, 16\] in layer 0, the model needs \[4, 16\]"):
         farspan.patch(model, PooledGate(trained=True, dim=4), recipe=loaded)
     with pytest.raises(FarspanError, match="needs a calibration recipe"):
         farspan.patch(model, PooledGate(trained=True))
