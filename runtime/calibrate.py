@@ -14,7 +14,7 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
 from . import hf
-from .heads import read_with_gradients
+from .gradient_calibration import read_with_gradients
 from .patch import patch
 from .recipe import Recipe
 

@@ -63,10 +63,10 @@ def ends_by_positions(positions: Tensor, past: int) -> list[int] | None:
     return ends if min(ends) < past + positions.shape[1] else None
 
 
-def refuse_right_padding(ends: list[int], told: str, why: str) -> FarspanError:
+def refuse_right_padding(ends: list[int], evidence: str, why: str) -> FarspanError:
     """The error of a call that cannot have padding on the right. told: what says that there is some."""
     row = ends.index(min(ends))
     return FarspanError(
-        f"{told} in row {row} (padding on the right), and {why}: pad on the left "
+        f"{evidence} in row {row} (padding on the right), and {why}: pad on the left "
         f"(tokenizer.padding_side = 'left'). {_HINT}"
     )

@@ -23,8 +23,8 @@ from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
 from .bind import bind, check_recipe, weighed
+from .chunking import Chunking
 from .crossover import crossovers
-from .cuts import Chunking
 from .layer import Layer
 from .measure import Observer, rows_to_measure
 from .mixers import Mixed, mixed_layers
@@ -91,7 +91,7 @@ def patch(
     info = hf.inspect_model(model)
     if hf.is_patched(model):
         raise FarspanError("This model is patched already: call remove() on that patch first.")
-    trial = hf.accept(info)
+    trial = hf.check_by_trial(info)
     mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"

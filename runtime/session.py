@@ -55,12 +55,12 @@ class Session(threading.local):
         self.notices = Notices() if notices is None else notices  # of all threads, for the report
         self.call: Call | None = None  # of a mesh, while the decoder runs
         self.output: Tensor | None = None  # of a mesh, what the last call has given
-        self.rows: int | None = None  # how many last positions the caller wants; None: all
+        self.logits_to_keep: int | None = None  # how many last positions the caller wants; None: all
         self.scoring = False  # whether logits of more than the last position are wanted
         self.off = False  # whether the running call is the model's own, since it was set to another attention
         self.positions: Tensor | None = None  # of the whole call, while a part of it runs
         self.given: Given | None = None  # of the running attention module, where needed
-        self.turns: dict[tuple[int, str], Any] = {}  # last calls of rotary embeddings
+        self.rotary_calls: dict[tuple[int, str], Any] = {}  # last calls of rotary embeddings
         self.cached = False  # whether the running call keeps its keys
         self.stores: Stores | None = None
         self.ends: list[int] | None = None  # where rows of the running call end, if some have padding behind
@@ -68,9 +68,9 @@ class Session(threading.local):
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
         self._noticed: set[str] = set()  # in the running call
 
-    def begin(self, stores: Stores | None, padding: Padding, total: int) -> None:
+    def begin_call(self, stores: Stores | None, padding: Padding, total: int) -> None:
         """A call begins that takes the sequence to ``total`` positions, and keeps its keys in ``stores``."""
-        self.end()
+        self.end_call()
         self.cached, self.stores, self.ends = stores is not None, stores, padding.ends
         self._padding = total, padding
 
@@ -121,7 +121,7 @@ class Session(threading.local):
         finally:
             self.positions = before
 
-    def end(self) -> None:
+    def end_call(self) -> None:
         """Forget the call."""
         self.cached, self.stores, self.ends = False, None, None
         self._padding, self._paddings, self._noticed = None, {}, set()

@@ -24,5 +24,5 @@ from .observe import observe as observe
 from .observe import replace_attention as replace_attention
 from .releases import returned_cache as returned_cache
 from .releases import with_cache as with_cache
-from .trial import accept as accept
+from .trial import check_by_trial as check_by_trial
 from .trial import continues_exactly as continues_exactly

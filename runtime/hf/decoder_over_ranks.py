@@ -107,7 +107,7 @@ def _forward(
             running.reset(before)
         if call.split is not None:
             split, mesh = call.split, session.mesh
-            output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
+            output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.logits_to_keep)
             if output.get("hidden_states") is not None:
                 output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
     session.output = output.last_hidden_state[:, -1].detach()

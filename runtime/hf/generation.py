@@ -48,7 +48,7 @@ _REASONS = {
     "token_healing": "it would change the prompt",
     "prefill_chunk_size": "--prefill-chunk cuts the prompt",
 }
-_OTHERWISE = "farspan does not serve it"
+_UNSUPPORTED = "farspan does not serve it"
 
 
 def greedy_config(*, max_new_tokens: int, pad: int, eos: Sequence[int]) -> GenerationConfig:
@@ -119,7 +119,7 @@ def kept_config(model: Any, **decided: Any) -> tuple[GenerationConfig, list[str]
     kept = {name: getattr(own, name) for name in settings if name in _KEPT}
     least, most = kept.get("min_new_tokens"), decided.get("max_new_tokens")
     dropped = {
-        name: _REASONS.get(name, _OTHERWISE)
+        name: _REASONS.get(name, _UNSUPPORTED)
         for name in settings
         if name not in _KEPT | _DECIDED and name not in decided
     }

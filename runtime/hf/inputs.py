@@ -27,24 +27,24 @@ from .hooks import Hook
 _BY_LENGTH = ("dynamic", "longrope")  # RoPE whose angles depend on the length of the call
 
 
-class Turn:
+class RotaryCall:
     """One call of a rotary embedding: how to make it again for other positions."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         given.pop("self", None)
         given.pop("x", None)
-        self.module, self.positions, self.others = module, given.pop("position_ids"), given
+        self.module, self.positions, self.settings = module, given.pop("position_ids"), given
         self._cos = weakref.ref(output[0])
 
-    def made(self, cos: Tensor) -> bool:
+    def returned(self, cos: Tensor) -> bool:
         """Whether ``cos`` is what this call returned."""
         return self._cos() is cos
 
     @torch.no_grad()
     def angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [B, n], in the dtype and on the device of ``like``."""
-        cos, sin = self.module.forward(like, position_ids=positions, **self.others)
+        cos, sin = self.module.forward(like, position_ids=positions, **self.settings)
         return cos, sin
 
 
@@ -57,12 +57,14 @@ def feed_inputs(
     served = [(module, needs, _rotation(decoder, module, needs)) for module, needs in modules]
     if any(rotate is not None for _, _, rotate in served):
         for rotary in _rotaries(decoder):
-            after = Hook(partial(_remember, session))
+            after = Hook(partial(_after_rotary, session))
             undo.append(rotary.register_forward_hook(after, with_kwargs=True).remove)
     for module, needs, rotate in served:
-        before = Hook(partial(_give, session, needs, rotate))
+        before = Hook(partial(_before_attention, session, needs, rotate))
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(module.register_forward_hook(Hook(partial(_take_back, session)), always_call=True).remove)
+        undo.append(
+            module.register_forward_hook(Hook(partial(_after_attention, session)), always_call=True).remove
+        )
     return undo
 
 
@@ -109,14 +111,14 @@ def _conditional(forward: Callable[..., Any]) -> bool:
     return body is not None and call is not None and len(call[1]) > len(body[1])
 
 
-def _remember(
+def _after_rotary(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    turn = Turn(module, args, kwargs, output)
-    session.turns[(id(module), repr(turn.others))] = turn
+    call = RotaryCall(module, args, kwargs, output)
+    session.rotary_calls[(id(module), repr(call.settings))] = call
 
 
-def _give(
+def _before_attention(
     session: Session,
     needs: Needs,
     rotate: Callable[..., Any] | None,
@@ -129,19 +131,19 @@ def _give(
     if rotate is None:
         session.given = Given(needs, hidden)
         return
-    turn = _turn(list(session.turns.values()), given["position_embeddings"][0])
-    if turn.positions.dim() != 2:
+    call = _find_rotary_call(list(session.rotary_calls.values()), given["position_embeddings"][0])
+    if call.positions.dim() != 2:
         raise FarspanError(
             f"A method needs queries or keys before RoPE, and {type(module).__name__} rotates by positions "
-            f"of {turn.positions.dim() - 1} axes, which farspan does not undo: choose another method."
+            f"of {call.positions.dim() - 1} axes, which farspan does not undo: choose another method."
         )
-    session.given = Given(needs, hidden, turn.positions, partial(_undo, rotate, turn, hidden))
+    session.given = Given(needs, hidden, call.positions, partial(_undo, rotate, call, hidden))
 
 
-def _turn(turns: Sequence[Turn], cos: Tensor) -> Turn:
+def _find_rotary_call(calls: Sequence[RotaryCall], cos: Tensor) -> RotaryCall:
     """The call of a rotary embedding that gave ``cos``; where accelerate has moved it to another device, the
     only one there is."""
-    found = [turn for turn in turns if turn.made(cos)] or list(turns)
+    found = [call for call in calls if call.returned(cos)] or list(calls)
     if len(found) != 1:
         raise FarspanError(
             "A method needs queries or keys before RoPE, and farspan cannot tell which rotary embedding "
@@ -150,14 +152,14 @@ def _turn(turns: Sequence[Turn], cos: Tensor) -> Turn:
     return found[0]
 
 
-def _undo(rotate: Callable[..., Any], turn: Turn, like: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+def _undo(rotate: Callable[..., Any], call: RotaryCall, like: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     """x [B, heads, n, D] before it was rotated by positions [B, n], in the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(device=x.device, dtype=wide) for part in turn.angles(like, positions))
+    cos, sin = (part.to(device=x.device, dtype=wide) for part in call.angles(like, positions))
     size, turned = cos**2 + sin**2, x.to(wide)
     before, _ = rotate(turned, turned[:, :1], cos / size, -sin / size)
     return before.to(x.dtype)
 
 
-def _take_back(session: Session, *_: Any) -> None:
+def _after_attention(session: Session, *_: Any) -> None:
     session.given = None

@@ -13,25 +13,25 @@ from transformers.cache_utils import Cache, DynamicCache
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ..cache import KVStore
-from ..cuts import Chunking
+from ..chunking import Chunking
 from ..layer import Layer
 from ..mixers import Mixed
 from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
-from .chunk import chunk_forward
+from .chunked_prefill import chunk_forward
+from .config_copies import copy_configs
 from .decoder_over_ranks import spread_forward, stopping_all_ranks
 from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
+from .logits_to_keep import watch_logits
 from .mixers import adopt_states, put_mixers
 from .models import FULL, ModelInfo, calls_attention
-from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
 from .transformers_private import attention_of
-from .wanted import watch_logits
 
 
 def install(
@@ -55,7 +55,7 @@ def install(
     fed = [(info.attention[i], layer.needs) for i, layer in layers.items() if layer.needs.inputs]
     undo = feed_inputs(info.decoder, fed, session)
     undo += put_mixers(info, mixed, session)
-    undo.append(own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
+    undo.append(copy_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
     for index, layer in layers.items():
         setattr(info.attention[index], ATTRIBUTE, layer)
         undo.append(partial(delattr, info.attention[index], ATTRIBUTE))
@@ -69,16 +69,16 @@ def install(
 
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with stopping_all_ranks(session.mesh):
             return (
                 None
                 if _switched_off(module, session)
-                else _begin(module, args, kwargs, session, ahead, mixed, len(info.kinds))
+                else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds))
             )
 
-    before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
-    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
+    before = info.decoder.register_forward_pre_hook(Hook(begin_call), with_kwargs=True)
+    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end_call()), always_call=True)
     undo += [before.remove, after.remove]
     return undo
 
@@ -99,7 +99,7 @@ def _switched_off(decoder: Any, session: Session) -> bool:
     return True
 
 
-def _begin(
+def _before_decoder(
     decoder: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -147,7 +147,7 @@ def _begin(
         check_positions(call.get("position_ids"))
     padding = _padding(mask, call, past, session, ahead)
     total = past + (0 if tokens is None else tokens.shape[1])
-    session.begin(None if cache is None else _Stores(cache), padding, total)
+    session.begin_call(None if cache is None else _Stores(cache), padding, total)
     return (), call
 
 
@@ -202,22 +202,26 @@ def _padding(
     rows, length = (0, 0) if tokens is None else tokens.shape[:2]
     positions = call.get("position_ids")
     if mask is not None:
-        padding, told = read_padding(mask), "The attention mask has zeros after ones"
+        padding, evidence = read_padding(mask), "The attention mask has zeros after ones"
     elif ahead and length > DECODE_ROWS and positions is not None and positions.dim() == 2:
         ends = ends_by_positions(positions.expand(rows, -1), past)
-        if ends is not None and session.rows is not None and min(ends) <= past + length - session.rows:
+        if (
+            ends is not None
+            and session.logits_to_keep is not None
+            and min(ends) <= past + length - session.logits_to_keep
+        ):
             ends = None
-        padding, told = Padding(ends=ends), "The positions stand still"
+        padding, evidence = Padding(ends=ends), "The positions stand still"
     else:
         return Padding()
     if padding.ends is None:
         return padding
     if past and length <= DECODE_ROWS:
         why = f"a call of at most {DECODE_ROWS} tokens on a filled cache goes on from the last of each row"
-    elif session.rows is not None and min(padding.ends) <= past + length - session.rows:
+    elif session.logits_to_keep is not None and min(padding.ends) <= past + length - session.logits_to_keep:
         why = "the logits asked for are those of the padding"
     elif session.mesh is not None and ahead:
         why = f"over ranks the padding would have a part in what {' and '.join(ahead)} selects"
     else:
         return padding
-    raise refuse_right_padding(padding.ends, told, why)
+    raise refuse_right_padding(padding.ends, evidence, why)

@@ -34,28 +34,28 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=len(shapes))
-        self.shapes, self.seen = shapes, 0
+        self.shapes, self.tokens_seen = shapes, 0
 
-    def take(self, state: State, tokens: int) -> None:
+    def keep_state(self, state: State, tokens: int) -> None:
         """Keep the state after a call of ``tokens`` tokens."""
-        self.seen += tokens
+        self.tokens_seen += tokens
         for i, x in enumerate(state):
             self.recurrent_states[i] = x
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = True
             self.device, self.dtype = x.device, x.dtype
 
-    def given(self) -> State | None:
+    def initial_state(self) -> State | None:
         """The state that the next call begins with; None before the first one."""
-        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.seen else None
+        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.tokens_seen else None
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.tokens_seen + query_length, 0
 
     def reset(self) -> None:
-        self.seen = 0
+        self.tokens_seen = 0
         for i in range(self.number_of_states):
             self.recurrent_states[i] = None
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = False
@@ -128,7 +128,7 @@ def _forward(
     call |= call.pop("kwargs", {})
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
-    state = None if layer is None else layer.given()
+    state = None if layer is None else layer.initial_state()
     mask = _mask(session, call.get("attention_mask"), hidden)
     rotary = call.get("position_embeddings")
     if hidden.shape[1] == 1 and state is not None and mask is None:
@@ -137,7 +137,7 @@ def _forward(
     else:
         out, state = original(hidden, state, mask, rotary)
     if layer is not None:
-        layer.take(state, hidden.shape[1])
+        layer.keep_state(state, hidden.shape[1])
     mixed.count(hidden)
     return out.to(hidden.dtype), None
 

@@ -120,15 +120,15 @@ def inspect_model(model: Any) -> ModelInfo:
         )
     settings = layer_configs(config)
 
-    def asks(name: str) -> bool:
+    def is_set(name: str) -> bool:
         return any(_is_set(getattr(one, name, None)) for one in settings)
 
     reasons = []
-    if asks("is_encoder_decoder"):
+    if is_set("is_encoder_decoder"):
         reasons.append("encoder-decoder models are not causal LMs")
-    if asks("kv_lora_rank"):
+    if is_set("kv_lora_rank"):
         reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
-    if asks("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
+    if is_set("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
         reasons.append("layers that share another layer's keys are not served")
     if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
         reasons.append("its config asks for output_attentions, and farspan never makes attention weights")

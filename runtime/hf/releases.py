@@ -58,7 +58,7 @@ def newer_than_tested(release: str | None = None) -> bool:
     return _minor(release or installed()) > _minor(TESTED[-1])
 
 
-def wanted() -> str:
+def tested_requirement() -> str:
     """What pip is asked for to get a tested release."""
     major, minor = _minor(TESTED[-1])
     return f"transformers>={TESTED[0]},<{major}.{minor + 1}"

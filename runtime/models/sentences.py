@@ -64,12 +64,12 @@ def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
 def sentence_of(error: BaseException) -> str:
     """What an error says, on one line and without its full stop: all lines up to the first that ends a
     sentence."""
-    said: list[str] = []
+    words: list[str] = []
     for line in str(error).split("\n"):
-        said += line.split()
-        if said and said[-1].endswith((".", "!", "?")):
+        words += line.split()
+        if words and words[-1].endswith((".", "!", "?")):
             break
-    return " ".join(said).rstrip(".") or type(error).__name__
+    return " ".join(words).rstrip(".") or type(error).__name__
 
 
 def check_weights(name: str, found: Mapping[str, Any]) -> None:
@@ -79,8 +79,8 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
         FarspanError: a tensor that the config asks for is not there, or has another shape.
     """
     unfit = [
-        f"{key} is {list(there)} in the weights and {list(asked)} by the config"
-        for key, there, asked in sorted(found["mismatched_keys"])
+        f"{key} is {list(actual)} in the weights and {list(expected)} by the config"
+        for key, actual, expected in sorted(found["mismatched_keys"])
     ]
     unfit += [f"there is no {key} in the weights" for key in sorted(found["missing_keys"])]
     if unfit:

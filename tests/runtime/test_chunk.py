@@ -18,7 +18,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 import farspan
 from farspan.attention.errors import FarspanError
 from farspan.runtime.hf import returned_cache, with_cache
-from farspan.runtime.hf.chunk import _joined
+from farspan.runtime.hf.chunked_prefill import _joined
 from farspan.runtime.hf.decoder_over_ranks import foreign_tensors
 
 CHUNK = 24

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import farspan
 from farspan.runtime.cache import KVStore
-from farspan.runtime.cuts import Chunking
+from farspan.runtime.chunking import Chunking
 from farspan.runtime.rows import Run, served
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

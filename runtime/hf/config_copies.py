@@ -13,7 +13,7 @@ from .interface import NAME
 from .transformers_private import ATTENTION, attention_of, set_attention
 
 
-def own_configs(
+def copy_configs(
     model: nn.Module, text: PreTrainedConfig, leave: Callable[[nn.Module], bool]
 ) -> Callable[[], None]:
     """Give the modules of ``model`` that hold the config ``text``, or a config around it, a copy that names

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...attention.errors import FarspanError
-from ..cuts import Chunking
+from ..chunking import Chunking
 from ..padding import read_padding
 from ..session import Session
 from .decoder_over_ranks import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
@@ -36,8 +36,8 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
             session.notice(f"prefill_chunk left it whole: {reason or 'it keeps no KV cache'}")
             return original(*args, **kwargs)
         past = cache.get_seq_length()
-        cuts = chunking.cuts(_begins(kwargs.get("attention_mask"), past, length), length)
-        _tell_of_the_rest(length - max([0, *cuts]), chunking, session)
+        cuts = chunking.cuts(_row_starts(kwargs.get("attention_mask"), past, length), length)
+        _notice_uncut_end(length - max([0, *cuts]), chunking, session)
         if not cuts:
             return original(*args, **kwargs)
         parts = list(zip([0, *cuts], [*cuts, length], strict=True))
@@ -55,8 +55,8 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
                     part["attention_mask"] = part["attention_mask"][:, : past + b]
                 outputs.append(original(*args, **part))
         output = outputs[-1]
-        # Over ranks, hidden states come back for the last ``session.rows`` tokens alone.
-        sizes = [{b - a, min(b - a, session.rows or b - a)} for a, b in parts]
+        # Over ranks, hidden states come back for the last ``session.logits_to_keep`` tokens alone.
+        sizes = [{b - a, min(b - a, session.logits_to_keep or b - a)} for a, b in parts]
         for name in list(output):
             output[name] = _joined(name, [part[name] for part in outputs], sizes)
         return output
@@ -64,7 +64,7 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
     return replace_forward(decoder, forward)
 
 
-def _begins(mask: Tensor | None, past: int, length: int) -> list[int]:
+def _row_starts(mask: Tensor | None, past: int, length: int) -> list[int]:
     """At which of the call's ``length`` tokens rows begin, by a mask of these and the ``past`` ones."""
     if mask is None:
         return [0]
@@ -72,7 +72,7 @@ def _begins(mask: Tensor | None, past: int, length: int) -> list[int]:
     return [0] if starts is None else [max(first - past, 0) for first in starts]
 
 
-def _tell_of_the_rest(rest: int, chunking: Chunking, session: Session) -> None:
+def _notice_uncut_end(rest: int, chunking: Chunking, session: Session) -> None:
     """Say, once as a warning, that the last ``rest`` tokens of a padded batch are more than a chunk."""
     if chunking.fits(rest):
         return
