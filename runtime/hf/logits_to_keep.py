@@ -1,4 +1,4 @@
-"""Which positions' logits a call of the model is asked for."""
+"""Record for which positions a call of the model returns logits (``logits_to_keep``)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .hooks import Hook
 
 
 def watch_logits(model: nn.Module, decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
-    """Keep ``session.logits_to_keep`` and ``session.scoring`` by the ``logits_to_keep`` of the modules around the
-    decoder. A decoder that is called by itself gives hidden states, and scores nothing. Returns the undo
-    steps."""
+    """Set ``session.logits_to_keep`` and ``session.scoring`` in each call of the modules around the decoder,
+    from their argument ``logits_to_keep``. A decoder that is called directly returns hidden states, so that
+    nothing is scored. Returns the undo steps."""
     undo: list[Callable[[], None]] = []
     path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
     for depth in range(len(path)):
