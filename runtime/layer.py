@@ -205,11 +205,12 @@ class Layer(Unique):
             return  # every key was read, or nothing but decode steps ran
         later = "all later tokens" if ahead == math.inf else f"up to {ahead:.0f} later tokens"
         self.session.notice(
-            f"logits of more than the last position were returned, and {self.prefill} selects by {later}",
+            f"logits of more than the last position were returned, as in scoring, and {self.prefill} selects "
+            f"by {later}",
             f"Logits of more than the last position were returned, and {self.prefill} selects the keys of a "
             f"position by {later}, so likelihoods depend on later tokens, including padding without a mask. "
-            "To score a text, use dense or another method whose lookahead is 0 (`farspan methods --json`), or "
-            "one token at a time on the cache.",
+            "To score a text, use dense or another method whose lookahead is 0 (`farspan methods --json`), "
+            "or one token at a time on the cache.",
         )
 
     def _meter(self, phase: str) -> Meter | None:

@@ -71,8 +71,8 @@ def mixed_layers(
             )
         if mixer.hidden_size != hidden_size:
             raise SpecError(
-                f"The mixer {mixer.name} for layer {index} has hidden_size {mixer.hidden_size}, but the model "
-                f"has {hidden_size}: make the mixer with hidden_size={hidden_size}."
+                f"The mixer {mixer.name} for layer {index} has hidden_size {mixer.hidden_size}, but the "
+                f"model has {hidden_size}: make the mixer with hidden_size={hidden_size}."
             )
         if any(mixer is other.mixer for other in found.values()):
             raise SpecError(

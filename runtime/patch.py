@@ -93,7 +93,9 @@ def patch(
     methods = resolve(spec, prefill, decode)
     info = hf.inspect_model(model)
     if hf.is_patched(model):
-        raise FarspanError("This model is patched already: call remove() on the first patch, then patch again.")
+        raise FarspanError(
+            "This model is patched already: call remove() on the first patch, then patch again."
+        )
     trial = hf.check_by_trial(info)
     mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
@@ -306,7 +308,8 @@ class Patched:
 def resolve(
     spec: Spec | None, prefill: Spec | None = None, decode: Spec | None = None
 ) -> tuple[AttentionMethod, AttentionMethod]:
-    """The (prefill, decode) methods of a spec, or of a spec for each phase. Raises SpecError for a bad spec."""
+    """The (prefill, decode) methods of a spec, or of a spec for each phase. Raises SpecError for a bad
+    spec."""
     if spec is not None and (prefill is not None or decode is not None):
         raise SpecError(
             "A spec was given together with prefill= or decode=: give one spec for both phases, or prefill= "
@@ -331,8 +334,8 @@ def resolve(
         method = dense if given is None else parse_method(given)
         if phase not in method.phases:
             raise SpecError(
-                f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}. Give a method "
-                f"that has {phase} (farspan methods lists them)."
+                f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}. Give a "
+                f"method that has {phase} (farspan methods lists them)."
             )
         chosen.append(method)
     return chosen[0], chosen[1]
@@ -359,8 +362,7 @@ def _per_layer(
         reason = untouched.get(index)
         if reason and any(m.selective for m in chosen[index]):
             raise SpecError(
-                f"layers= gives a method to layer {name}, which farspan leaves as it is ({reason}): leave this "
-                "layer out."
+                f"layers= cannot give layer {name} a method: {reason}. Leave this layer out of layers=."
             )
     return chosen
 

@@ -83,11 +83,11 @@ class Recipe:
         return _load(folder, stamp)
 
     def for_layer(self, method: str, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
-        """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for another
-        method or another model."""
+        """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for
+        another method or another model."""
         if method != self.method:
             raise FarspanError(
-                f"This recipe is for {self.method}, not for {method}: give a recipe that was made for {method}."
+                f"This recipe is for {self.method}, not for {method}: give a recipe made for {method}."
             )
         other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
         if other:

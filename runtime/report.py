@@ -225,7 +225,8 @@ class Report:
         return table
 
     def _grouped(self) -> list[tuple[str, str, PhaseReport, float | None]]:
-        """(layers, phase, sum, mean recall of attention mass) of the layers that ran one method in a phase."""
+        """(layers, phase, sum, mean recall of attention mass) of the layers that ran one method in a
+        phase."""
         groups: dict[tuple[str, str], tuple[list[int], PhaseReport, list[float]]] = {}
         for phase in (PREFILL, DECODE):
             for layer in self.layers:

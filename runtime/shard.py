@@ -82,8 +82,8 @@ class ShardStore(KVStore):
             return
         if self.window is not None and self.layout.begin > max(0, self.total - count - self.window + 1):
             raise FarspanError(
-                f"This cache cannot be cropped by {count} of {self.total} tokens, because a layer with a sliding "
-                f"window of {self.window} tokens has dropped the older ones: start a new cache."
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because a layer with a "
+                f"sliding window of {self.window} tokens has dropped the older ones: start a new cache."
             )
         self._total = max(0, self.total - count)
         here = self.layout.below(self.ranks.rank, self.total)

@@ -138,7 +138,8 @@ class _Run:
             return
         self.call = LayerCall(_DENSE, method)
         self.q = torch.randn(1, layer.num_heads, self.steps, layer.head_dim, **how)
-        last = min(length, DECODE_ROWS + 1)  # more than DECODE_ROWS queries are a prefill, which sets up state
+        # more than DECODE_ROWS queries are a prefill, which sets up state
+        last = min(length, DECODE_ROWS + 1)
         self._attend(torch.randn(1, layer.num_heads, last, layer.head_dim, **how))
         self.states = self.store.states
 

@@ -120,7 +120,7 @@ def test_doctor_says_what_there_is_and_tries_a_small_model(farspan_command, tiny
 
 
 def test_doctor_ends_in_one_sentence_where_something_is_wrong(farspan_command, monkeypatch, tmp_path):
-    fault = trial.Trial(("a small copy of it computes other logits under farspan (off by 7%)",))
+    fault = trial.Trial(("a small copy of it computes other logits under farspan (a difference of 7%)",))
     monkeypatch.setattr(trial, "_try_out", lambda info: fault)
     code, out, err = farspan_command("doctor")
     assert code == 1 and "failed" in out

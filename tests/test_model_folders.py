@@ -250,7 +250,7 @@ def test_a_folder_without_a_tokenizer(folder: Any, command: Any) -> None:
         file.unlink()
     said = sentence(command("generate", "-m", made, "-p", PROMPT))
     assert f"Could not load a causal language model from {made}: its tokenizer cannot be read (" in said
-    assert said.endswith("or copy its files, such as tokenizer.json.")
+    assert said.endswith("or copy the tokenizer's files, such as tokenizer.json.")
 
 
 # --- positions -------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from .releases import given_cache
 
 
 def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callable[[], None]:
-    """Make the decoder run a long call as several shorter calls, cut by ``chunking``. Returns the undo step."""
+    """Make the decoder run a long call as several shorter calls, cut by ``chunking``. Returns the undo
+    step."""
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (

@@ -1,9 +1,9 @@
 """Record the inputs that methods are fed: hidden states, and queries and keys before RoPE.
 
 Hooks on ``q_proj`` and ``k_proj`` would miss fused projections (Phi-3) and the norms after the projections
-(Qwen3). So RoPE is undone: the module's own ``apply_rotary_pos_emb`` rotates by the opposite angle. The result
-is divided by cos² + sin², because YaRN scales both. The angles of any position, also of keys from earlier
-calls, come from the model's own rotary embedding.
+(Qwen3). So RoPE is undone: the module's own ``apply_rotary_pos_emb`` rotates by the opposite angle. The
+result is divided by cos² + sin², because YaRN scales both. The angles of any position, also of keys from
+earlier calls, come from the model's own rotary embedding.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     elif not hasattr(module, "use_rope") and _conditional(own.forward):
         reasons.append("it applies RoPE only under a condition, which farspan does not know")
     reasons += [
-        f"its RoPE of type {name!r} depends on the length of each call, so it cannot be undone for stored keys"
+        f"its RoPE of type {name!r} depends on the length of each call and cannot be undone for stored keys"
         for name in _BY_LENGTH
         if name in types
     ]

@@ -85,7 +85,8 @@ def install(
 
 
 def _switched_off(decoder: Any, session: Session) -> bool:
-    """Whether the caller has set the model to another attention since the patch; then farspan does nothing."""
+    """Whether the caller has set the model to another attention since the patch; then farspan does
+    nothing."""
     name = attention_of(decoder.config)
     session.off = name != NAME
     if not session.off:
@@ -184,15 +185,15 @@ def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Ten
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise FarspanError(
-            f"The attention mask is {shape}; farspan takes a 2-D mask (rows, positions), which marks padding."
+            f"farspan takes a 2-D attention mask (rows, positions), which marks padding; got a {shape} one."
         )
     if tokens is None:
         return mask
     want = (tokens.shape[0], past + tokens.shape[1])
     if tuple(mask.shape) != want:
         raise FarspanError(
-            f"The attention mask has the shape {list(mask.shape)} where {list(want)} is needed: pass one entry "
-            f"for each of {past} cached and {tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
+            f"The shape of the attention mask is {list(mask.shape)} where {list(want)} is needed: pass one "
+            f"entry for each of {past} cached and {tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
         )
     return mask
 

@@ -38,12 +38,12 @@ def _attention_forward(
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise FarspanError(
-            f"{type(module).__name__} is set to farspan's attention, but it is not patched: use farspan.patch."
+            f"{type(module).__name__} is set to farspan's attention, but not patched: use farspan.patch."
         )
     if dropout:
         raise FarspanError(
-            f"attention_dropout is {dropout}, and farspan has no attention dropout: set it to 0 in the model's "
-            "config."
+            f"attention_dropout is {dropout}, and farspan has no attention dropout: set it to 0 in the "
+            "model's config."
         )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -105,7 +105,8 @@ def check_positions(positions: Tensor | None) -> None:
     """Raise FarspanError for positions [B, T] of packed sequences, which do not count up by one. It is called
     for a call without a mask and without a cache. Over ranks, transformers itself would check only the
     positions of one rank."""
-    if positions is not None and positions.dim() == 3:  # in Qwen2-VL and its relatives, text positions come first
+    # in Qwen2-VL and its relatives, text positions come first
+    if positions is not None and positions.dim() == 3:
         positions = positions[0] if positions.shape[0] == 4 else None
     if positions is not None and finds_packed_sequences(positions):
         raise beyond_causal()
@@ -114,8 +115,9 @@ def check_positions(positions: Tensor | None) -> None:
 def beyond_causal() -> FarspanError:
     """The error for a call whose mask farspan does not serve, on one device and over ranks."""
     return FarspanError(
-        "This call needs a mask for packed sequences, is_causal=False, a bidirectional prefix or image tokens. "
-        "farspan serves causal attention, a sliding window and padding: change the call, or remove the patch."
+        "This call needs a mask for packed sequences, is_causal=False, a bidirectional prefix or image "
+        "tokens, which farspan does not serve. It serves causal attention, a sliding window and padding: "
+        "change the call, or remove the patch."
     )
 
 

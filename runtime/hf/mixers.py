@@ -1,4 +1,5 @@
-"""Mixers in place of attention modules: the cache layer of their state, and how a decoder layer calls them."""
+"""Mixers in place of attention modules: the cache layer of their state, and how a decoder layer calls
+them."""
 
 from __future__ import annotations
 
@@ -123,8 +124,8 @@ def _forward(
     whose parameter names the decoder layer calls the mixer."""
     if session.off:
         raise FarspanError(
-            f"The model was set to another attention while the mixer {mixed.mixer.name} replaces the attention "
-            f"of layer {index}: call remove(), or set the attention back to farspan."
+            f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
+            f"layer {index}: call remove(), or set the attention back to farspan."
         )
     call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})

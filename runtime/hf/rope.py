@@ -1,4 +1,5 @@
-"""RoPE whose frequencies depend on the length of a call (dynamic NTK, longrope), for calls that run in parts."""
+"""RoPE whose frequencies depend on the length of a call (dynamic NTK, longrope), for calls that run in
+parts."""
 
 from __future__ import annotations
 

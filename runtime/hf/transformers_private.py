@@ -126,6 +126,6 @@ def caches_nothing(layer: Any) -> bool:
 
 
 def default_generation_settings() -> dict[str, Any]:
-    """The defaults that ``generate`` uses for settings that are not set. The public ``GenerationConfig()`` has
-    None for them."""
+    """The defaults that ``generate`` uses for settings that are not set. The public ``GenerationConfig()``
+    has None for them."""
     return GenerationConfig._get_default_generation_params()

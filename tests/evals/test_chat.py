@@ -59,7 +59,7 @@ def test_a_tokenizer_without_a_chat_format(smollm2_tokenizer):
     text = smollm2_tokenizer("Hello there").input_ids
     assert encode_prompt(bare, "Hello there").tolist() == [text]
     assert choose_chat(bare, False) is bare and choose_chat(bare, None) is bare
-    with pytest.raises(FarspanError, match="no chat template; leave --chat out, or use --no-chat"):
+    with pytest.raises(FarspanError, match="no chat template: leave --chat out, or use --no-chat"):
         encode_prompt(bare, "Hello there", chat=True)
 
 

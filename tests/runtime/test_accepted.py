@@ -77,7 +77,7 @@ def test_f07_gemma4_without_shared_layers_is_served_exactly(both_ways):
 
 def test_f07_gemma4_that_shares_keys_or_looks_both_ways_is_refused():
     shared = gemma4_text(num_kv_shared_layers=2)
-    unpatchable(build(hf.Gemma4ForCausalLM, shared), "share another layer's keys")
+    unpatchable(build(hf.Gemma4ForCausalLM, shared), "use another layer's keys")
     both = gemma4_text(use_bidirectional_attention="all")
     unpatchable(build(hf.Gemma4ForCausalLM, both), "its attention is bidirectional")
 

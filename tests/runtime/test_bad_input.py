@@ -220,7 +220,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
 
 
 def test_a_model_with_no_attention_that_is_served():
-    says = ["cannot run quest:k=16 on MistralForCausalLM", "keeps its own sliding window"]
+    says = ["cannot run quest:k=16 on MistralForCausalLM", "the model's own sliding window"]
     refused(Unsupported, lambda m: farspan.patch(m, "quest:k=16"), *says, model=shared("mistral"))
 
 
@@ -266,7 +266,7 @@ MASKS = {
     ),
     "too long": (torch.ones(2, 41), [r"is \[2, 41\] where \[2, 40\]"]),
     "one row": (ONES[:1], [r"is \[1, 40\] where \[2, 40\]"]),
-    "a hole": (zeros_at((0, 3, 5)), ["zeros between ones in row 0", "not holes"]),
+    "a hole": (zeros_at((0, 3, 5)), ["zeros between ones in row 0", "padding on the left"]),
     "holes and padding": (zeros_at((1, 0, 4), (1, 20, 22), (1, 30, 40)), ["zeros between ones in row 1"]),
 }
 
@@ -301,7 +301,7 @@ PADDED_RIGHT = ["zeros after ones in row 1", "padding on the right", "padding_si
 def test_right_padding_that_the_answer_would_go_on_from():
     model, ids = shared("llama"), prompt(2, 40)
     with farspan.patch(model, "window:w=12"), torch.no_grad():
-        says = [*PADDED_RIGHT, "the logits asked for are those of the padding"]
+        says = [*PADDED_RIGHT, "the returned logits would be those of the padding"]
         for rows in (1, 5):
             refused(
                 FarspanError,

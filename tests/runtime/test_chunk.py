@@ -131,9 +131,9 @@ def test_f13_gradients_are_those_of_the_whole_call(name, training):
     with farspan.patch(model, "dense", prefill_chunk=CHUNK) as patched:
         got = gradients(model, ids)
         assert patched.report().notices == {
-            "prefill_chunk left it whole: it needs gradients (torch.no_grad() avoids that)": 1
+            "prefill_chunk did not cut it: it needs gradients (torch.no_grad() avoids that)": 1
         }
-        assert "in 1 calls of the model: prefill_chunk left it whole" in str(patched.report())
+        assert "in 1 calls of the model: prefill_chunk did not cut it" in str(patched.report())
         patched.reset_report()
         logits(model.eval(), ids)  # without gradients it is cut
         assert patched.report().notices == {}
@@ -204,7 +204,7 @@ def test_f11_a_call_with_foreign_tensors_is_left_whole_and_says_so():
     assert close(model.lm_head(hidden), want)
     assert report.layers[0].phases["prefill"].calls == 1
     [notice] = report.to_dict()["notices"]
-    assert notice == "prefill_chunk left it whole: mm_encoder_outputs may not lie along the tokens"
+    assert notice == "prefill_chunk did not cut it: mm_encoder_outputs may not lie along the tokens"
 
 
 # --- f10: what the decoder's output holds -------------------------------------------------------------------
@@ -262,4 +262,4 @@ def test_a_long_call_without_a_cache_is_left_whole_and_says_so():
     with farspan.patch(model, "dense", prefill_chunk=CHUNK) as patched:
         logits(model, ids, use_cache=False)
         logits(model, ids[:, :30], use_cache=False)  # short enough anyway
-    assert patched.report().summary["notices"] == {"prefill_chunk left it whole: it keeps no KV cache": 1}
+    assert patched.report().summary["notices"] == {"prefill_chunk did not cut it: it keeps no KV cache": 1}

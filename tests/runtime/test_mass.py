@@ -205,7 +205,7 @@ def test_rows_that_there_cannot_be(value):
     model = shared("llama")
     before = snapshot(model)
     with pytest.raises(
-        FarspanError, match=r"measure_mass is True or a number of query rows.*at least 1; got"
+        FarspanError, match=r"measure_mass is True, False or a number of queries.*at least 1; got"
     ):
         farspan.patch(model, "dense", measure_mass=value)
     assert snapshot(model) == before
