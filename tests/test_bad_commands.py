@@ -109,10 +109,10 @@ TABLE = [
     (f"{SPEED} --lengths 9K", 2, "tiny has 2048 positions"),
     (f"{SPEED} --new-tokens none", 2, f"--new-tokens {NUMBER} 'none'"),
     # --- other options
-    ("generate -p x --rope yarn", 2, 'no number after the colon; write "yarn:4"'),
+    ("generate -p x --rope yarn", 2, 'no number after the colon: write "yarn:4"'),
     ("generate -p x --rope yarn:100000:1", 2, 'write "yarn:4"'),
     ("generate -p x --rope yarn:1Q", 2, 'write "yarn:4"'),
-    (f"{GENERATE} --rope yarn:1K", 2, "--rope yarn:1024 asks for 1024 positions ... already has 2048"),
+    (f"{GENERATE} --rope yarn:1K", 2, "--rope yarn:1024 means 1024 positions ... already has 2048"),
     (
         f"{GENERATE} --dtype int3",
         2,
@@ -130,9 +130,9 @@ TABLE = [
     (
         f"{GENERATE} --method 'sale + double_sparsity' --recipe /no/recipe",
         2,
-        "and --recipe is one ... 'sale:recipe=PATH + double_sparsity:recipe=PATH'",
+        "--recipe names one recipe, but ... 'sale:recipe=PATH + double_sparsity:recipe=PATH'",
     ),
-    (f"{CALIBRATE} --tokens 10", 2, "at least 64 tokens in a window; got --tokens 10, --window 2048."),
+    (f"{CALIBRATE} --tokens 10", 2, "windows of at least 64 tokens; got --tokens 10, --window 2048."),
     (f"{CALIBRATE} --method sale --by qk", 2, "has no option --by; it takes --start, --error."),
     (f"{CALIBRATE} --method act --sure -1", 2, "got --sure -1.0."),
     (f"{CALIBRATE} --method quest", 2, "quest is not calibrated"),

@@ -125,7 +125,7 @@ def test_doctor_ends_in_one_sentence_where_something_is_wrong(farspan_command, m
     code, out, err = farspan_command("doctor")
     assert code == 1 and "failed" in out
     [line] = err.splitlines()
-    assert line.startswith("farspan: ") and "LlamaForCausalLM" in line and "off by 7%" in line
+    assert line.startswith("farspan: ") and "LlamaForCausalLM" in line and "a difference of 7%" in line
     monkeypatch.setattr(releases, "installed", lambda: "5.10.0")
     assert "farspan needs transformers<6,>=5.21, and 5.10.0 is installed" in farspan_command("doctor")[2]
     assert_sentence(farspan_command("doctor", "--model", str(tmp_path / "none")), "no folder")

@@ -158,16 +158,16 @@ def test_a_recipe_for_another_model_or_method(tmp_path):
 
 def test_a_recipe_for_several_methods_or_for_none():
     says = [
-        "sale and double_sparsity need a recipe each",
+        "sale and double_sparsity need one each",
         "as 'sale:recipe=PATH \\+ double_sparsity:recipe=PATH'",
     ]
     for given in ("/nope", recipe("llama")):
         refused(FarspanError, lambda m, r=given: farspan.patch(m, "sale + double_sparsity", recipe=r), *says)
         refused(
-            FarspanError, lambda m, r=given: farspan.patch(m, "pbs", recipe=r), "no method takes: pbs needs"
+            FarspanError, lambda m, r=given: farspan.patch(m, "pbs", recipe=r), r"no method needs one \(pbs\)"
         )
     layers = {0: "sale", 1: "act"}
-    says = ["sale and act need a recipe each", "as 'sale:recipe=PATH' and 'act:recipe=PATH'"]
+    says = ["sale and act need one each", "as 'sale:recipe=PATH' and 'act:recipe=PATH'"]
     refused(FarspanError, lambda m: farspan.patch(m, layers=layers, recipe="/nope"), *says)
     spec = "act:heads=all,over=(sale)"
     says = ["sale needs a calibration recipe", r"pass 'act:over=\(sale:recipe=PATH\)'"]
@@ -313,7 +313,7 @@ def test_right_padding_that_the_answer_would_go_on_from():
         assert model(ids, attention_mask=RIGHT, logits_to_keep=6).logits.shape == (2, 6, 128)
         cache = model(ids).past_key_values
         step, mask = ids[:, :4], torch.cat([ONES, zeros_at((1, 2, 4))[:, :4]], 1)
-        says = [*PADDED_RIGHT, "at most 16 tokens on a filled cache"]
+        says = [*PADDED_RIGHT, "at most 16 tokens on a cache"]
         refused(FarspanError, lambda m: m(step, attention_mask=mask, past_key_values=cache), *says)
         assert cache.get_seq_length() == 40
 

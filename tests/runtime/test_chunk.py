@@ -253,7 +253,7 @@ def test_f10_outputs_are_joined_along_the_tokens_or_refused():
     assert torch.equal(first, torch.cat([a, b], 1)) and none is None
     assert _joined("x", ["before", "after"], sizes) == "after"
     for parts in ([a, a], [a[0, 0, 0], b[0, 0, 0]], [(a, b), (b, b)]):
-        with pytest.raises(FarspanError, match=r"cannot join the output 'x'.*without prefill_chunk"):
+        with pytest.raises(FarspanError, match=r"The output 'x' of the chunks.*without prefill_chunk"):
             _joined("x", parts, sizes)
 
 

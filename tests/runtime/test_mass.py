@@ -221,7 +221,7 @@ def test_over_ranks_it_is_refused(monkeypatch):
     mesh, model = Mesh(), shared("llama")
     before = snapshot(model)
     monkeypatch.setattr(patch_module.hf, "join_ranks", lambda *_: mesh)
-    with pytest.raises(FarspanError, match="measured on one device, and this model is spread over 2 ranks"):
+    with pytest.raises(FarspanError, match="given for a model over 2 ranks, and attention mass is measured on one"):
         farspan.patch(model, "dense", parallel="auto", measure_mass=True)
     assert mesh.closed and snapshot(model) == before
 

@@ -319,7 +319,7 @@ def test_bad_input() -> None:
         with pytest.raises((FarspanError, ValueError), match="crop"):
             decode(model, prompt(1, 20).repeat(1, 2), prompt_lookup_num_tokens=4)
     other = {1: Ema(64, width=8)}
-    with farspan.patch(model, mixers=other), pytest.raises(FarspanError, match="another state of layer 1"):
+    with farspan.patch(model, mixers=other), pytest.raises(FarspanError, match="another state for layer 1"):
         fresh(1)
     with pytest.raises(FarspanError, match="holds the state of a mixer"):
         fresh(1)

@@ -261,7 +261,7 @@ def test_a_batch_that_cannot_be_cut_is_told_once(model: Any) -> None:
         return list(calls)
 
     sentence = (
-        "prefill_chunk=32 is not kept in this left-padded batch: 62 tokens run in one call, because cuts "
+        "prefill_chunk=32 is exceeded in this left-padded batch: 62 tokens run in one call, because cuts "
         "must lie at multiples of 8 tokens in every row"
     )
     with farspan.patch(model, "block_topk:k=24,block=8", prefill_chunk=30) as patched, torch.no_grad():
