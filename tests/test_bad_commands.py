@@ -214,7 +214,7 @@ def test_tune_finds_out_first_that_it_cannot_keep_its_figures(farspan_command, p
     monkeypatch.setenv("FARSPAN_CACHE", str(places["text"].parent))
     (places["text"].parent / "crossover.json").write_text("[]")
     code, out, err = farspan_command(*tune)
-    assert (code, out) == (2, "") and "crossover.json holds no crossovers; delete it" in err
+    assert (code, out) == (2, "") and "crossover.json holds no crossovers: delete it" in err
 
 
 def test_a_full_disk_is_found_before_the_work(farspan_command, places, monkeypatch):
@@ -224,7 +224,7 @@ def test_a_full_disk_is_found_before_the_work(farspan_command, places, monkeypat
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     command = ["calibrate", "--text", "sotu", "--model", "./nowhere", "--out", str(places["out"])]
     code, out, err = farspan_command(*command)
-    assert (code, out) == (2, "") and "out cannot be written: No space left on device" in err
+    assert (code, out) == (2, "") and "out cannot be written (No space left on device)" in err
 
 
 def test_the_help_of_an_empty_command_line(farspan_command):
