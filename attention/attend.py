@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .keys import Keys
+from .kv import KV
 from .mass import ATTENTION, SELECTION, Probe
 from .method import DECODE, PREFILL, AttentionMethod
 from .partial import Partial, empty_partial
@@ -66,7 +67,7 @@ def attend(
             probe.on_select(q, keys, selection)
         with _timed(probe, ATTENTION, q):
             part, pairs = selection.run_decode(q, keys, impl)
-        shared_by = selection.loads_shared_by(q.shape[1], keys.k.shape[1])
+        shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
         reads = _count(q, keys, pairs, loads_shared_by=shared_by)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
@@ -105,7 +106,7 @@ def run_prefill(
     that read. rows: the queries that are counted, where others only complete a block; None: all."""
     rows = range(keys.tq) if rows is None else rows
     part, pairs = selection.run_prefill(q, keys, rows, impl)
-    shared_by = PREFILL_TILE * (q.shape[1] // keys.k.shape[1])
+    shared_by = PREFILL_TILE * (q.shape[1] // keys.kv.num_kv_heads)
     reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
     return part, explained(reads, method, PREFILL, keys, selection)
 
@@ -124,7 +125,7 @@ def _prefill_rows(
 ) -> tuple[Partial, Reads]:
     """Prefill of a padded batch, row by row: each row gives exactly what it gives alone, and no operation
     runs on its padding."""
-    result, total = empty_partial(q, keys.v.shape[-1]), Reads()
+    result, total = empty_partial(q, keys.kv.value_dim), Reads()
     out, lse = result.out, result.lse
     reasons = []
     for b in range(q.shape[0]):
@@ -145,16 +146,14 @@ def _count(
     q: Tensor, keys: Keys, pairs: int | Tensor, *, loads_shared_by: int, rows: range | None = None
 ) -> Reads:
     rows = range(keys.tq) if rows is None else rows
-    return count_reads(q, keys.k, keys.v, pairs, every_pair(q, keys, rows), loads_shared_by)
+    return count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), loads_shared_by)
 
 
-def count_reads(
-    q: Tensor, k: Tensor, v: Tensor, pairs: int | Tensor, causal: int, loads_shared_by: int
-) -> Reads:
+def count_reads(q: Tensor, kv: KV, pairs: int | Tensor, causal: int, loads_shared_by: int) -> Reads:
     """The ``Reads`` of ``pairs`` out of ``causal`` (query head, key) pairs, where ``loads_shared_by`` pairs
-    share one load of their key. Only the sizes of q, k and v are used."""
-    per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
-    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // k.shape[1]
+    share one load of their key. Only the sizes of q and kv are used."""
+    per_key = kv.row_nbytes
+    dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // kv.num_kv_heads
     return Reads(
         pairs=pairs,
         causal_pairs=causal,

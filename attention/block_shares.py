@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .ops.scores import scores
+from .softmax import Softmax
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 27}  # probabilities held at a time
 
 
-def block_shares(
-    q: Tensor, k: Tensor, seen: Tensor, block_q: int, block_k: int, *, scale: float, softcap: float | None
-) -> Tensor:
+def block_shares(q: Tensor, k: Tensor, seen: Tensor, block_q: int, block_k: int, softmax: Softmax) -> Tensor:
     """Softmax over the keys that each query sees, summed over blocks of keys and blocks of queries.
 
     q [1, H, T, D], k [1, Hs, N, D], Hs KV heads or query heads; seen [T] int64 on the host, ascending: query
@@ -28,7 +29,7 @@ def block_shares(
     for a in range(0, q.shape[2], step):
         rows = seen[a : a + step]
         end = min(length, max(1, -(-int(rows[-1]) // block_k)) * block_k)  # whole blocks of keys
-        logits = scores(q[:, :, a : a + step], k[:, :, :end], scale=scale, softcap=softcap)
+        logits = scores(q[:, :, a : a + step], k[:, :, :end], softmax)
         visible = rows.to(q.device)[:, None]
         share = torch.softmax(logits.masked_fill_(cols[:end] >= visible, -torch.inf), -1)
         if int(rows[0]) == 0:  # some query sees nothing
@@ -42,7 +43,7 @@ def block_shares(
 
 
 def antidiagonal_shares(
-    q: Tensor, k: Tensor, seen: Tensor, stride: int, block: int, *, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, seen: Tensor, stride: int, block: int, softmax: Softmax
 ) -> Tensor:
     """The shares that XAttention (2503.16428) estimates from antidiagonals of the attention map.
 
@@ -65,4 +66,4 @@ def antidiagonal_shares(
     # In reverse order each query meets the key on its antidiagonal in the same place.
     q = pad(q, (0, 0, 0, -q.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3)
     per = block // stride
-    return block_shares(q, k, seen, per, per, scale=scale / stride, softcap=softcap)
+    return block_shares(q, k, seen, per, per, replace(softmax, scale=softmax.scale / stride))

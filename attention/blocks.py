@@ -30,7 +30,7 @@ class Grid(NamedTuple):
     @staticmethod
     def of(keys: Keys, block_q: int, block_k: int) -> Grid:
         """The grid of one unpadded row whose query blocks are counted from the call's first query."""
-        device = keys.k.device
+        device = keys.kv.device
         begin = torch.arange(keys.past, keys.length, block_q, device=device)
         end = (begin + block_q).clamp_(max=keys.length)
         cols = torch.arange(-(-keys.length // block_k), device=device)
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
     def anchored(keys: Keys, block: int) -> Grid:
         """The grid of one unpadded row whose query blocks, like its key blocks, are counted from the row's
         first position, wherever calls begin: the first query block may begin before the call."""
-        device = keys.k.device
+        device = keys.kv.device
         begin = torch.arange(keys.past // block * block, keys.length, block, device=device)
         end = (begin + block).clamp_(max=keys.length)
         cols = torch.arange(-(-keys.length // block), device=device)

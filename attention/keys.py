@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .errors import FarspanError
+from .kv import KV
 from .needs import Inputs
+from .softmax import Softmax
 from .summary import SomeRows, Summaries, Summary
 
 State = dict[str, Tensor]
@@ -44,24 +46,22 @@ class Peers(Protocol):
 class Keys:
     """The keys and values of one layer, the new ones included, and what is kept beside them.
 
-    k, v:  [B, Hkv, Tk, D], read-only views of the store; the queries of the call are the last ``tq``
+    kv:    [B, Hkv, Tk], a read-only view of the store; the queries of the call are the last ``tq``
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
            ``select_*`` never meets such a row.
-    scale, softcap: how the model turns q k^T into logits.
+    softmax: how the layer turns q k^T into weights. Its window is None: layers with one select nothing.
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     fed: what the call feeds besides keys and values, where some method of the layer needs it; methods read it
            as ``inputs``.
     """
 
-    k: Tensor
-    v: Tensor
+    kv: KV
     tq: int
-    scale: float
+    softmax: Softmax
     start: Tensor | None = None
-    softcap: float | None = None
     state: State = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
     summary_bytes: int = 0  # bytes of summaries and keys that selection has read in this call
@@ -78,7 +78,7 @@ class Keys:
     @property
     def length(self) -> int:
         """Tk, the number of positions."""
-        return self.k.shape[2]
+        return self.kv.length
 
     @property
     def past(self) -> int:
@@ -110,7 +110,7 @@ class Keys:
 
     def seen(self) -> Tensor:
         """[B or 1, 1, Tq] int64, how many keys each query sees."""
-        count = torch.arange(self.past + 1, self.length + 1, device=self.k.device)[None, None]
+        count = torch.arange(self.past + 1, self.length + 1, device=self.kv.device)[None, None]
         return count if self.start is None else count - self.start[:, None, None]
 
     def summary(self, summary: Summary) -> Tensor:
@@ -118,31 +118,31 @@ class Keys:
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self.k, self.start, inputs=self.fed)
+        entries = self.summaries.get(summary, self.kv, self.start, inputs=self.fed)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
     def read_all_keys(self) -> Tensor:
         """The raw keys that are here, for a method that scores every one of them; the reading is counted."""
-        self.summary_bytes += self.k.numel() * self.k.element_size()
-        return self.k
+        self.summary_bytes += self.kv.key_nbytes
+        return self.kv.k
 
     def read_keys(self, first: int, end: int) -> Tensor:
         """The raw keys of positions first .. end - 1, for a method that scores these alone; the reading is
         counted."""
-        k = self.k[:, :, first:end]
-        self.summary_bytes += k.numel() * k.element_size()
-        return k
+        kv = self.kv[:, :, first:end]
+        self.summary_bytes += kv.key_nbytes
+        return kv.k
 
     def places(self) -> Tensor:
         """[N] int64, the positions of the keys that are here."""
-        return torch.arange(self.length, device=self.k.device)
+        return torch.arange(self.length, device=self.kv.device)
 
     def visible(self) -> Tensor | None:
         """[B or 1, Tq, N] bool: the keys here that each query sees; None where all do."""
         if self.tq == 1 and self.start is None:
             return None
-        rows = torch.arange(self.past, self.length, device=self.k.device)[None, :, None]
+        rows = torch.arange(self.past, self.length, device=self.kv.device)[None, :, None]
         first = 0 if self.start is None else self.start[:, None, None]
         cols = self.places()
         return (cols <= rows) & (cols >= first)
@@ -152,34 +152,31 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        summaries: Summaries = SomeRows(self.summaries, self.k, self.start, rows, first, inputs=self.fed)
+        summaries: Summaries = SomeRows(self.summaries, self.kv, self.start, rows, first, inputs=self.fed)
         if end < self.length:  # the store's speak of the padding behind the row as well
             summaries = Summaries()
         return Keys(
-            k=self.k[rows, :, first:end],
-            v=self.v[rows, :, first:end],
+            kv=self.kv[rows, :, first:end],
             tq=max(0, end - max(first, self.past)),
-            scale=self.scale,
-            softcap=self.softcap,
+            softmax=self.softmax,
             summaries=summaries,
             fed=None if self.fed is None else self.fed.part(rows, first, end),
         )
 
     def some_rows(self, rows: slice, state: State) -> Keys:
         """Some rows of the batch with what is kept of them, ``state``; their padding stays."""
-        if rows == slice(0, self.k.shape[0]):
+        if rows == slice(0, self.kv.batch):
             return dataclasses.replace(self, state=state, summary_bytes=0)
         starts = None if self.starts is None else self.starts[rows]
         padded = starts is not None and any(starts)
         return dataclasses.replace(
             self,
-            k=self.k[rows],
-            v=self.v[rows],
+            kv=self.kv[rows],
             start=self.start[rows] if padded and self.start is not None else None,
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
             state=state,
-            summaries=SomeRows(self.summaries, self.k, self.start, rows, inputs=self.fed),
+            summaries=SomeRows(self.summaries, self.kv, self.start, rows, inputs=self.fed),
             summary_bytes=0,
             fed=None if self.fed is None else self.fed.part(rows),
         )

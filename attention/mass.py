@@ -54,11 +54,11 @@ def recall(q: Tensor, keys: Keys, rows: Tensor, read: Tensor) -> Tensor:
     the read keys of the causal softmax over all keys, with the layer's scale and soft-cap, the padding left
     out; NaN for a query in the padding, which sees no key. A learned sink is no key and has no share.
     """
-    hkv, (b, h) = keys.k.shape[1], q.shape[:2]
+    hkv, (b, h) = keys.kv.num_kv_heads, q.shape[:2]
     parts: list[Tensor] = []
     first = 0
     for some in rows.split(_tile(q.device, b * h * keys.length)):
-        logits = scores(q[:, :, some], keys.k, scale=keys.scale, softcap=keys.softcap)  # [B, Hkv, G, r, Tk]
+        logits = scores(q[:, :, some], keys.kv.k, keys.softmax)  # [B, Hkv, G, r, Tk]
         visible = causal_mask(keys.tq, keys.length, keys.start, b, q.device, some)
         logits = logits.masked_fill_(~visible[:, :, None], -torch.inf)
         held = _by_group(read[:, :, first : first + len(some)], hkv)

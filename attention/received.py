@@ -30,7 +30,7 @@ def attention_of_last(q: Tensor, keys: Keys, length: int) -> Iterator[tuple[int,
     for a in range(0, n, step):
         first, last = length - n + a, length - n + min(a + step, n) - 1
         upto = keys.held(last + 1)
-        logits = scores(q[:, :, a : a + step], k[:, :, :upto], scale=keys.scale, softcap=keys.softcap)
+        logits = scores(q[:, :, a : a + step], k[:, :, :upto], keys.softmax)
         rows = torch.arange(first, last + 1, device=q.device)[:, None]
         late = keys.held(first + 1)  # from here on some query of the tile does not see a key
         logits[..., late:].masked_fill_(places[late:upto] > rows, -torch.inf)
@@ -46,7 +46,7 @@ def attention_of_last(q: Tensor, keys: Keys, length: int) -> Iterator[tuple[int,
 def attention_received(q: Tensor, keys: Keys, length: int) -> Tensor:
     """The attention that each key receives from each query head in ``attention_of_last``, summed over the
     queries: [B, Hkv, G, length]; of the keys of all ranks where peers hold some."""
-    hkv, peers = keys.k.shape[1], keys.peers
+    hkv, peers = keys.kv.num_kv_heads, keys.peers
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[0], hkv, q.shape[1] // hkv, keys.held(length))
     received = torch.zeros(shape, dtype=wide, device=q.device)

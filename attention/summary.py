@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import FarspanError
+from .kv import KV
 from .needs import Inputs
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
@@ -136,9 +137,9 @@ class Int4Keys:
         packed = pad(packed, (0, -packed.shape[3] % 4))
         return torch.cat([k4.mean.float().view(torch.uint8), scale.view(torch.uint8), packed], 3)
 
-    def keys(self, entries: Tensor, like: Tensor) -> Int4:
-        """Those of keys ``like`` [B, Hkv, T, D] out of their entries."""
-        t, d = like.shape[2:]
+    def keys(self, entries: Tensor, like: KV) -> Int4:
+        """Those of the keys of ``like`` [B, Hkv, T] out of their entries."""
+        t, d = like.length, like.head_dim
         mean, scale, packed = entries.split(
             [4 * d, 4 * self.block, entries.shape[3] - 4 * (d + self.block)], 3
         )
@@ -162,28 +163,28 @@ class Summaries:
     def get(
         self,
         summary: Summary,
-        k: Tensor,
+        kv: KV,
         start: Tensor | None,
         offset: int = 0,
         inputs: Inputs | None = None,
     ) -> Tensor:
-        """Entries [B, Hkv, count_entries, width] for all keys; what is new in k is taken in now.
+        """Entries [B, Hkv, count_entries, width] for all keys; what is new in kv is taken in now.
 
-        k [B, Hkv, Tk - offset, D]: the keys from position ``offset`` on, which is at most ``open``'s. inputs:
-        of the call, where the summary is of keys before RoPE.
+        kv [B, Hkv, Tk - offset], of which only the keys are read: those from position ``offset`` on, which is
+        at most ``open``'s. inputs: of the call, where the summary is of keys before RoPE.
         """
-        length = offset + k.shape[2]
-        buffer, done = self.room(summary, k, length), self.done(summary)
+        length = offset + kv.length
+        buffer, done = self.room(summary, kv, length), self.done(summary)
         if done < length:
             if summary.before_rope:
-                k, offset = self._before_rope(summary, k, start, offset, inputs)
-            self._extend(summary, buffer, k, start, done, offset)
+                kv, offset = self._before_rope(summary, kv, start, offset, inputs)
+            self._extend(summary, buffer, kv, start, done, offset)
         self._kept[summary.key] = (buffer, length)
         return buffer[:, :, : count_entries(summary, length)]
 
     def _before_rope(
-        self, summary: Summary, k: Tensor, start: Tensor | None, offset: int, inputs: Inputs | None
-    ) -> tuple[Tensor, int]:
+        self, summary: Summary, kv: KV, start: Tensor | None, offset: int, inputs: Inputs | None
+    ) -> tuple[KV, int]:
         """The keys that may change entries, as they were before RoPE, and the position of the first."""
         if inputs is None:
             raise FarspanError(
@@ -191,7 +192,8 @@ class Summaries:
                 "declare keys_before_rope in its needs, and run in a patched model."
             )
         first = self.open(summary, None if start is None else start.tolist())
-        return inputs.stored_before_rope(k[:, :, first - offset :], first), first
+        k = inputs.stored_before_rope(kv[:, :, first - offset :].k, first)
+        return KV(k, k), first
 
     def done(self, summary: Summary) -> int:
         """How many keys have been taken in."""
@@ -204,17 +206,16 @@ class Summaries:
             return done // block * block
         return min(first + max(done - first, 0) // block * block for first in starts)
 
-    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
-        """The buffer [B, Hkv, room, width] with place for ``length`` keys like k [B, Hkv, any, D].
+    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
+        """The buffer [B, Hkv, room, width] with place for ``length`` keys like those of kv [B, Hkv, any].
 
         done: the caller fills the entries itself, up to that many keys.
         """
         need = count_entries(summary, length)
         buffer, known = self._kept.get(summary.key, (None, 0))
         if buffer is None or buffer.shape[2] < need:
-            b, h, _, d = k.shape
-            room = need + max(64, need // 8)
-            grown = k.new_empty(b, h, room, summary.width(d), dtype=summary.dtype or k.dtype)
+            size = (*kv.shape[:2], need + max(64, need // 8), summary.width(kv.head_dim))
+            grown = torch.empty(size, dtype=summary.dtype or kv.dtype, device=kv.device)
             if buffer is not None:
                 grown[:, :, : buffer.shape[2]] = buffer
             buffer = grown
@@ -223,19 +224,19 @@ class Summaries:
 
     @staticmethod
     def _extend(
-        summary: Summary, buffer: Tensor, k: Tensor, start: Tensor | None, done: int, offset: int
+        summary: Summary, buffer: Tensor, kv: KV, start: Tensor | None, done: int, offset: int
     ) -> None:
-        block, t = summary.block or 1, offset + k.shape[2]
+        block, t = summary.block or 1, offset + kv.length
         if start is None or summary.block is None:
             first = done // block  # the block that was still open is summarised again, from its first key
-            new = summary.compute(k[:, :, first * block - offset :])
+            new = summary.compute(kv[:, :, first * block - offset :].k)
             buffer[:, :, first : first + new.shape[2]] = new
             return
         for begin, rows in by_start(start.tolist()):
             if begin >= t:
                 continue
             first = max(done - begin, 0) // block
-            new = summary.compute(k[rows][:, :, begin + first * block - offset :])
+            new = summary.compute(kv[rows][:, :, begin + first * block - offset :].k)
             buffer[rows, :, first : first + new.shape[2]] = new
 
     def crop(self, length: int) -> None:
@@ -256,41 +257,40 @@ class Summaries:
 
 
 class SomeRows(Summaries):
-    """The entries of ``rows`` of a batch, out of those of the whole batch: keys k [B, Hkv, Tk, D], whose rows
-    begin at ``start``, and the call's ``inputs``. first: how many positions of padding the rows are
-    without."""
+    """The entries of ``rows`` of a batch, out of those of the whole batch: kv [B, Hkv, Tk], whose rows begin
+    at ``start``, and the call's ``inputs``. first: how many positions of padding the rows are without."""
 
     def __init__(
         self,
         whole: Summaries,
-        k: Tensor,
+        kv: KV,
         start: Tensor | None,
         rows: slice,
         first: int = 0,
         inputs: Inputs | None = None,
     ) -> None:
         super().__init__()
-        self._whole, self._k, self._start, self._rows, self._first = whole, k, start, rows, first
+        self._whole, self._kv, self._start, self._rows, self._first = whole, kv, start, rows, first
         self._inputs = inputs
 
     def get(
         self,
         summary: Summary,
-        k: Tensor,
+        kv: KV,
         start: Tensor | None,
         offset: int = 0,
         inputs: Inputs | None = None,
     ) -> Tensor:
-        entries = self._whole.get(summary, self._k, self._start, inputs=self._inputs)[self._rows]
+        entries = self._whole.get(summary, self._kv, self._start, inputs=self._inputs)[self._rows]
         if summary.block is None:
             entries = entries[:, :, self._first :]
-        return entries[:, :, : count_entries(summary, k.shape[2])]
+        return entries[:, :, : count_entries(summary, kv.length)]
 
     def done(self, summary: Summary) -> int:
         return self._whole.done(summary)
 
-    def room(self, summary: Summary, k: Tensor, length: int, done: int | None = None) -> Tensor:
-        return self._whole.room(summary, self._k, length, done)[self._rows]
+    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
+        return self._whole.room(summary, self._kv, length, done)[self._rows]
 
 
 def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:

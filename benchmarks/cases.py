@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farspan.attention.causal import causal_pairs
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import AttentionMethod
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.block_sparse import block_sparse
@@ -27,6 +28,7 @@ from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.partial import Partial
 from farspan.attention.selection import Index, TokenIndex
+from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.block_topk import BlockTopK
 from farspan.attention.sparse.double_sparsity import DoubleSparsity
 from farspan.attention.sparse.quest import Quest
@@ -60,7 +62,7 @@ def block_sparse_case(setting: Setting, length: int, ceilings: Ceilings) -> Iter
         blocks = length // setting.block
         yield Run(
             name="block_sparse",
-            call=partial(block_sparse, q, k, v, index, scale=scale, check=False),
+            call=partial(block_sparse, q, KV(k, v), index, Softmax(scale), check=False),
             **about,
         )
         yield Run(
@@ -82,12 +84,12 @@ def block_sparse_case(setting: Setting, length: int, ceilings: Ceilings) -> Iter
 
 def _select_blocks(method: AttentionMethod, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Index:
     """Selection of one prefill: the keys are new, so they are pooled, too."""
-    return method.select_prefill(q, Keys(k=k, v=v, tq=q.shape[2], scale=scale))
+    return method.select_prefill(q, Keys(kv=KV(k, v), tq=q.shape[2], softmax=Softmax(scale)))
 
 
 def decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Iterator[Run]:
     q, k, v, about = _one_step(setting, length, ceilings)
-    yield Run(name="decode", call=partial(decode, q, k, v, scale=setting.scale), **about)
+    yield Run(name="decode", call=partial(decode, q, KV(k, v), Softmax(setting.scale)), **about)
     yield from _dense_steps(q, k, v, about)
 
     def expanded() -> Tensor:
@@ -116,12 +118,12 @@ def _dense_steps(q: Tensor, k: Tensor, v: Tensor, about: dict[str, Any]) -> Iter
 
 def gather_decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Iterator[Run]:
     q, k, v, about = _one_step(setting, length, ceilings)
-    yield Run(name="decode", call=partial(decode, q, k, v, scale=setting.scale), role="dense", **about)
+    yield Run(name="decode", call=partial(decode, q, KV(k, v), Softmax(setting.scale)), role="dense", **about)
     yield from _dense_steps(q, k, v, about)
     budgets = {percent(x): max(1, round(x * length)) for x in setting.densities}
     if setting.tokens < length:
         budgets[f"{setting.tokens} keys"] = setting.tokens
-    keys = Keys(k=k, v=v, tq=1, scale=setting.scale)  # its summaries are kept, as between steps
+    keys = Keys(kv=KV(k, v), tq=1, softmax=Softmax(setting.scale))  # its summaries are kept, as between steps
     width = setting.head_dim // 4
     channels = torch.stack(
         [torch.randperm(setting.head_dim)[:width].sort().values for _ in range(setting.kv_heads)]
@@ -138,7 +140,7 @@ def gather_decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Ite
 
         yield Run(
             name="gather_decode",
-            call=partial(gather_decode, q, k, v, index, scale=setting.scale, check=False),
+            call=partial(gather_decode, q, KV(k, v), index, Softmax(setting.scale), check=False),
             bytes=read,
             **of_keys,
         )
@@ -175,7 +177,7 @@ def gather_decode_case(setting: Setting, length: int, ceilings: Ceilings) -> Ite
 def _step(method: AttentionMethod, q: Tensor, keys: Keys) -> Partial:
     """Selection and attention of one decode step."""
     index = method.select_decode(q, keys)  # a TokenIndex: the budget is below the number of keys
-    return gather_decode(q, keys.k, keys.v, index, scale=keys.scale, check=False)
+    return gather_decode(q, keys.kv, index, keys.softmax, check=False)
 
 
 def pool_case(setting: Setting, length: int, ceilings: Ceilings) -> Iterator[Run]:
@@ -205,7 +207,7 @@ def scores_case(setting: Setting, length: int, ceilings: Ceilings) -> Iterator[R
         about: dict[str, Any] = {"flops": 2 * setting.head_dim * out, "memory": 4 * out}
         yield Run(
             name="scores" + name,
-            call=partial(scores, q, k, scale=setting.scale),
+            call=partial(scores, q, k, Softmax(setting.scale)),
             bytes=size_of(q, k) + 4 * out,
             **about,
         )
@@ -256,7 +258,8 @@ def block_max_case(setting: Setting, length: int, ceilings: Ceilings) -> Iterato
     lse = torch.log(torch.arange(1, length + 1.0, device=setting.device)) + torch.rand(
         1, setting.heads, length, device=setting.device
     )
-    how: dict[str, Any] = {"scale": setting.scale, "block_q": setting.block, "block_k": setting.block}
+    how: dict[str, Any] = {"softmax": Softmax(setting.scale), "block_q": setting.block}
+    how["block_k"] = setting.block
     for heads, rows in (("each", setting.heads), ("group", setting.kv_heads)):
         yield Run(
             name=f"block_max per {'head' if heads == 'each' else heads}",
@@ -284,7 +287,7 @@ def int4_scores_case(setting: Setting, length: int, ceilings: Ceilings) -> Itera
     )
     yield Run(
         name="scores of whole keys",
-        call=partial(scores, q, k, scale=setting.scale),
+        call=partial(scores, q, k, Softmax(setting.scale)),
         role="dense",
         flops=flops,
         bytes=size_of(q, k) + out,
@@ -309,7 +312,7 @@ def int4_block_max_case(setting: Setting, length: int, ceilings: Ceilings) -> It
                 q,
                 k4,
                 offset,
-                scale=setting.scale,
+                Softmax(setting.scale),
                 block_q=setting.block,
                 q_bits=bits,
             ),
@@ -319,7 +322,7 @@ def int4_block_max_case(setting: Setting, length: int, ceilings: Ceilings) -> It
     yield Run(
         name="block_max of whole keys",
         call=partial(
-            block_max, q, k, offset, scale=setting.scale, block_q=setting.block, block_k=setting.block
+            block_max, q, k, offset, Softmax(setting.scale), block_q=setting.block, block_k=setting.block
         ),
         role="dense",
         flops=2 * products,

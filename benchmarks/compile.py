@@ -20,6 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from farspan.attention.kv import KV
+from farspan.attention.softmax import Softmax
+
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.pop("FARSPAN_AUTOTUNE", None)  # nothing is timed here
 
@@ -51,11 +54,16 @@ def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> li
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
 
 
+def _q_kv(*args: Any, **how: Any) -> tuple[torch.Tensor, KV]:
+    q, k, v = _qkv(*args, **how)
+    return q, KV(k, v)
+
+
 def _block_max(dtype: torch.dtype, d: int) -> None:
     q, k, _ = _qkv(dtype, d, 256, 256)
     for block_q, block_k, heads, softcap in ((64, 64, "each", None), (1, 64, "group", 5.0)):
-        how: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "heads": heads, "softcap": softcap}
-        block_max(q, k, q[..., 0].float(), scale=1.0, impl="triton", **how)
+        how: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "heads": heads}
+        block_max(q, k, q[..., 0].float(), Softmax(1.0, softcap), impl="triton", **how)
 
 
 def _block_sparse(dtype: torch.dtype, d: int) -> None:
@@ -64,7 +72,7 @@ def _block_sparse(dtype: torch.dtype, d: int) -> None:
         index = BlockIndex(
             blocks=blocks, counts=torch.ones_like(blocks[..., 0]), block_q=block_q, block_k=block_k
         )
-        part = block_sparse(*_qkv(dtype, d, 256, 256, grad=True), index, scale=1.0, impl="triton")
+        part = block_sparse(*_q_kv(dtype, d, 256, 256, grad=True), index, Softmax(1.0), impl="triton")
         part.out.sum().backward()
     index = BlockIndex(  # every option at once, and blocks smaller than a tile
         blocks=torch.zeros(1, 2, 16, 2, dtype=torch.int32),
@@ -74,27 +82,27 @@ def _block_sparse(dtype: torch.dtype, d: int) -> None:
         start=torch.zeros(1, dtype=torch.long),
         key_order=torch.arange(256).expand(1, 2, 256),
     )
-    part = block_sparse(*_qkv(dtype, d, 256, 256, grad=True), index, scale=1.0, softcap=5.0, impl="triton")
+    part = block_sparse(*_q_kv(dtype, d, 256, 256, grad=True), index, Softmax(1.0, 5.0), impl="triton")
     part.out.sum().backward()
 
 
 def _decode(dtype: torch.dtype, d: int) -> None:
     start = torch.zeros(1, dtype=torch.long)
-    for more in ({}, {"start": start}, {"softcap": 5.0, "window": 100}):
-        decode(*_qkv(dtype, d, 1, 1024), scale=1.0, impl="triton", **more)
-    decode(*_qkv(dtype, d, 16, 1024), scale=1.0, impl="triton")
+    for softcap, more in ((None, {}), (None, {"start": start}), (5.0, {"window": 100})):
+        decode(*_q_kv(dtype, d, 1, 1024), Softmax(1.0, softcap), impl="triton", **more)
+    decode(*_q_kv(dtype, d, 16, 1024), Softmax(1.0), impl="triton")
 
 
 def _flash(dtype: torch.dtype, d: int) -> None:
-    for more in ({}, {"window": 100}, {"softcap": 5.0}):
-        flash(*_qkv(dtype, d, 256, 256), scale=1.0, impl="triton", **more)
+    for softcap, window in ((None, None), (None, 100), (5.0, None)):
+        flash(*_q_kv(dtype, d, 256, 256), Softmax(1.0, softcap), impl="triton", window=window)
 
 
 def _gather_decode(dtype: torch.dtype, d: int) -> None:
     counts, rows = torch.ones(1, 2, 1, dtype=torch.int32), torch.zeros(1, 2, 64, d, dtype=dtype)
-    for heads, more in ((2, {}), (8, {}), (2, {"counts": counts}), (2, {"gathered": (rows, rows)})):
+    for heads, more in ((2, {}), (8, {}), (2, {"counts": counts}), (2, {"gathered": KV(rows, rows)})):
         index = TokenIndex(tokens=torch.zeros(1, heads, 1, 64, dtype=torch.long), **more)
-        gather_decode(*_qkv(dtype, d, 1, 1024), index, scale=1.0, check=False, impl="triton")
+        gather_decode(*_q_kv(dtype, d, 1, 1024), index, Softmax(1.0), check=False, impl="triton")
 
 
 def _int4_scores(dtype: torch.dtype, d: int) -> None:
@@ -102,7 +110,7 @@ def _int4_scores(dtype: torch.dtype, d: int) -> None:
     for block in (32, 64):
         k4 = quantise_int4(k, block, impl="triton")
         for q_bits in (4, 8, None):
-            int4_block_max(q, k4, q[..., 0], scale=1.0, block_q=64, q_bits=q_bits, impl="triton")
+            int4_block_max(q, k4, q[..., 0], Softmax(1.0), block_q=64, q_bits=q_bits, impl="triton")
         int4_scores(q[:, :, :1], k4, scale=1.0, impl="triton")
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from farspan.attention.method import LayerInfo
+from farspan.attention.softmax import Softmax
 from farspan.attention.spec import parse_method
 from farspan.runtime.hf import KVStoreLayer
 from farspan.runtime.layer import Layer
@@ -53,9 +54,7 @@ class Ours:
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.update(k, v)
-        return self.layer(
-            q, keys, values, None, scale=q.shape[-1] ** -0.5, window=None, softcap=None, sinks=None
-        )
+        return self.layer(q, keys, values, None, Softmax(q.shape[-1] ** -0.5))
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         for _ in range(self.steps):

@@ -26,8 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from farspan.attention.kv import KV
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import Partial
+from farspan.attention.softmax import Softmax
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms.gather import gather_all
 from farspan.parallel.mechanisms.layout import Layout, Split, zigzag
@@ -102,7 +104,7 @@ class Bench:
         """This rank's chunks over keys that are all there."""
         scale = self.head_dim**-0.5
         for slot, (_, end) in split.slots(self.ranks.rank):
-            flash(q[:, :, slot], k[:, :, :end], v[:, :, :end], scale=scale)
+            flash(q[:, :, slot], KV(k[:, :, :end], v[:, :, :end]), Softmax(scale))
 
     def alone(self) -> dict[str, Callable[[], Any]]:
         """What figures are made of."""
@@ -159,11 +161,11 @@ class Bench:
             self.attend(q, *gather_all(k, v, nothing, nothing, empty, split, self.ranks), split)
 
         def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial:
-            return flash(q, k, v, scale=scale)
+            return flash(q, KV(k, v), Softmax(scale))
 
         runs: dict[str, Callable[[], Any]] = {
             "gather": gather,
-            "ring": lambda: ring(q, k, v, split, self.ranks, scale=scale),
+            "ring": lambda: ring(q, k, v, split, self.ranks, softmax=Softmax(scale)),
             "ulysses": lambda: ulysses(q, k, v, split, self.ranks, whole),
         }
         return runs[mechanism]

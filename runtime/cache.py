@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..attention.kv import KV
 from ..attention.summary import Summaries
 from .positions import Positions
 from .state import States
@@ -25,7 +26,7 @@ def lasting() -> Iterator[None]:
 
 
 class KVStore:
-    """Keys and values [B, Hkv, T, D] of one layer, appended in place.
+    """Keys and values [B, Hkv, T] of one layer, appended in place and stored in ``format``.
 
     The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
@@ -33,9 +34,12 @@ class KVStore:
     ``hf/cache.py`` makes a cache layer of it.
     """
 
+    format: type[KV] = KV  # the format in which a new store keeps keys and values
+
     def __init__(self) -> None:
-        self._k: Tensor | None = None  # [B, Hkv, room, D]
-        self._v: Tensor | None = None
+        self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
+        self._kv: KV | None = None  # the buffers up to ``length``; made on first use
+        self._handles: tuple[Tensor, Tensor] | None = None
         self.length = 0
         self.summaries = Summaries()
         self.states = States()
@@ -49,34 +53,35 @@ class KVStore:
         return self.length
 
     @property
-    def keys(self) -> Tensor | None:
-        """[B, Hkv, T, D], a view of the buffer; None while the store is empty."""
-        return None if self._k is None else self._k[:, :, : self.length]
+    def kv(self) -> KV | None:
+        """[B, Hkv, T], views of the buffers; None while the store is empty."""
+        if self._kv is None and self._buffers:
+            self._kv = self.format(*[x[:, :, : self.length] for x in self._buffers])
+        return self._kv
 
-    @property
-    def values(self) -> Tensor | None:
-        """[B, Hkv, T, D], a view of the buffer; None while the store is empty."""
-        return None if self._v is None else self._v[:, :, : self.length]
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add keys [B, Hkv, n, D] and values [B, Hkv, n, Dv]."""
+        self.extend(self.format.encode(k, v))
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rows [B, Hkv, n, D] and return views of all keys and values."""
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self._needs_grad()):
+    def extend(self, new: KV) -> None:
+        """Add keys and values [B, Hkv, n] that are in the store's format already."""
+        end = self.length + new.length
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            past = [] if self.keys is None or self.values is None else [(self.keys, self.values)]
-            self._k = torch.cat([p[0] for p in past] + [k], 2)
-            self._v = torch.cat([p[1] for p in past] + [v], 2)
-            self.length = self._k.shape[2]
-            return self._k, self._v
-        new = self.length + k.shape[2]
-        if self._k is None or self._v is None or new > self._k.shape[2]:
-            self._k, self._v = self._grown(self._k, k, new), self._grown(self._v, v, new)
-        self._k[:, :, self.length : new] = k
-        self._v[:, :, self.length : new] = v
-        self.length = new
-        return self._k[:, :, :new], self._v[:, :, :new]
+            parts = [part.stored for part in (self.kv, new) if part is not None]
+            self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
+            self._resize(end)
+            return
+        if not self._buffers or end > self._buffers[0].shape[2]:
+            olds = self._buffers or (None,) * len(new.stored)
+            self._buffers = tuple(self._grown(x, y, end) for x, y in zip(olds, new.stored, strict=True))
+        for buffer, x in zip(self._buffers, new.stored, strict=True):
+            buffer[:, :, self.length : end] = x
+        self._resize(end)
 
-    def _needs_grad(self) -> bool:
-        return self._k is not None and self._k.requires_grad
+    def _resize(self, length: int) -> None:
+        """Set the number of stored positions to ``length``."""
+        self.length, self._kv, self._handles = length, None, None
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         b, h, _, d = like.shape
@@ -88,9 +93,27 @@ class KVStore:
             buffer[:, :, : self.length] = old[:, :, : self.length]
         return buffer
 
+    def handles(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] as tensors, by which ``holds`` identifies this
+        store.
+
+        In the plain format they are views of the stored tensors. In other formats they have the right shape,
+        but no memory and no contents, because decoding all keys at every step would cost more than attention.
+        """
+        kv = self.kv
+        assert kv is not None, "the store is empty"
+        if type(kv) is KV:
+            return kv.dense()
+        if self._handles is None:
+            empty = torch.empty(1, dtype=kv.dtype, device=kv.device)
+            self._handles = empty.expand(*kv.shape, kv.head_dim), empty.expand(*kv.shape, kv.value_dim)
+        return self._handles
+
     def holds(self, k: Tensor) -> bool:
-        """Whether ``k`` is the view of this store's keys."""
-        return self._k is not None and k.shape[2] == self.length and k.data_ptr() == self._k.data_ptr()
+        """Whether ``k`` is the tensor of keys that this store has returned."""
+        if not self._buffers or k.shape[2] != self.length:
+            return False
+        return k.data_ptr() == (self._handles or self._buffers)[0].data_ptr()
 
     def align(self, starts: list[int] | None, length: int) -> None:
         """Set the positions at which rows begin, by a mask of the first ``length`` positions. The start of a
@@ -114,7 +137,7 @@ class KVStore:
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` positions and the state of every method. A count of 0 changes nothing."""
         if count > 0:
-            self.length = max(0, self.length - count)
+            self._resize(max(0, self.length - count))
             self.summaries.crop(self.length)
             self.positions.crop(self.length)
             self._forget_since(self.total)
@@ -128,8 +151,8 @@ class KVStore:
 
     def reset(self) -> None:
         """Empty the store and release its buffers."""
-        self._k = self._v = self._starts = None
-        self.length = 0
+        self._buffers, self._starts = (), None
+        self._resize(0)
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
@@ -152,13 +175,14 @@ class KVStore:
             self.reorder(rows)
 
     def _rows(self) -> int:
-        return 0 if self._k is None else self._k.shape[0]
+        return self._buffers[0].shape[0] if self._buffers else 0
 
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        if self._k is None or self._v is None:
+        if not self._buffers:
             return
-        self._k, self._v = (
-            self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in (self._k, self._v)
+        self._kv = self._handles = None
+        self._buffers = tuple(
+            self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in self._buffers
         )
         self.summaries.map_rows(change)
         self.positions.map_rows(change)

@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.calibration.protocol import GradientCalibration
+from ..attention.kv import KV
 from ..attention.ops.flash import flash
 from ..attention.partial import add_sinks
+from ..attention.softmax import Softmax
 from . import hf
 
 
@@ -54,28 +56,19 @@ def read_with_gradients(
 
 
 def _attend(
-    layer: GradientCalibration, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any
+    layer: GradientCalibration, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax
 ) -> Tensor:
     """Dense attention [1, T, H, D] of one window without padding; ``layer`` observes its inputs and its
     gradient."""
     with torch.no_grad():
-        layer.observe(q.detach(), k.detach(), v.detach(), **how)
-    out: Tensor = checkpoint(_dense, q, k, v, use_reentrant=False, **how)
+        layer.observe(q.detach(), k.detach(), v.detach(), softmax)
+    out: Tensor = checkpoint(_dense, q, k, v, softmax, use_reentrant=False)
     out.register_hook(layer.observe_grad)
     return out.transpose(1, 2).contiguous()
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    part = flash(q, k, v, scale=scale, window=window, softcap=softcap)
-    if sinks is not None:
-        part = add_sinks(part, sinks)
+def _dense(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+    part = flash(q, KV(k, v), softmax, window=softmax.window)
+    if softmax.sinks is not None:
+        part = add_sinks(part, softmax.sinks)
     return part.out.to(q.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..attention.kv import KV
 from ..attention.needs import Inputs, Needs, Undo
 from .cache import KVStore
 
@@ -26,10 +27,10 @@ class Given:
     positions: Tensor | None = None
     undo: Undo | None = None
 
-    def feed(self, q: Tensor, k: Tensor, store: KVStore | None) -> Inputs:
-        """The inputs that methods are fed in a call with queries q [B, H, Tq, D] and keys k [B, Hkv, Tk, D].
-        store: the store that holds k; None where all keys are of this call."""
-        total, tq = k.shape[2], q.shape[2]
+    def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
+        """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
+        [B, Hkv, Tk]. store: the store that holds kv; None where kv is all of this call."""
+        total, tq = kv.length, q.shape[2]
         places = None
         if self.positions is not None:
             own = self.positions.expand(q.shape[0], tq)
@@ -37,7 +38,7 @@ class Given:
         return Inputs(
             needs=self.needs,
             q=q,
-            k=k[:, :, total - tq :],
+            k=kv[:, :, total - tq :].k,
             hidden=self.hidden,
             length=total,
             places=places,

@@ -147,11 +147,10 @@ def inspect(
 def _look(q: Tensor, keys: Keys, selection: Selection, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
     """(true attention, fraction read), [heads, N, N] each."""
     number = torch.tensor(heads, device=q.device)
-    hkv, length = keys.k.shape[1], keys.length
-    some, k = q[:, number], keys.k[:, number * hkv // q.shape[1]]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
-    lse = flash(some, k, k, **how).lse
-    attention = block_max(some, k, lse, block_q=block, block_k=block, **how)[0]
+    hkv, length = keys.kv.num_kv_heads, keys.length
+    some, kv = q[:, number], keys.kv[:, number * hkv // q.shape[1]]
+    lse = flash(some, kv, keys.softmax).lse
+    attention = block_max(some, kv.k, lse, keys.softmax, block_q=block, block_k=block)[0]
     read = block_reads(selection, keys.tq, length, block, block, q.device)
     return attention.float().cpu(), read[number * read.shape[0] // q.shape[1]].cpu()
 

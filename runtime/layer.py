@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, is_grad_enabled
 
 from ..attention.errors import FarspanError
+from ..attention.kv import KV
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.needs import Needs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
+from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
 from .cache import lasting
 from .layer_call import Called, LayerCall, LocalKeys
@@ -86,13 +88,11 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        softmax: Softmax,
     ) -> Tensor:
-        """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D]."""
+        """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D].
+
+        Where k is the handle of the layer's store, the store's keys and values are read, in its format."""
         if self._trains(q):
             self._flag_training()
         call = self.session.call or carried(mask)
@@ -108,16 +108,16 @@ class Layer(Unique):
                 "itself, which cannot be sharded over ranks: patch without parallel in one process."
             )
         if call is not None:
-            part = self._over_ranks(q, k, v, call, scale, window, softcap)
+            part = self._over_ranks(q, k, v, call, softmax)
         elif self.session.mesh is not None:
             raise FarspanError(
                 f"Layer {self.index} of a model that is patched over ranks was called outside a call of its "
                 "decoder: call the whole model, and set use_reentrant=False for gradient checkpointing."
             )
         else:
-            part = self._here(q, k, v, mask, scale, window, softcap)
-        if sinks is not None:
-            part = add_sinks(part, sinks)
+            part = self._here(q, k, v, mask, softmax)
+        if softmax.sinks is not None:
+            part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
 
     def _here(
@@ -126,32 +126,30 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        softmax: Softmax,
     ) -> Partial:
-        """Attention on one device, where k and v hold all keys."""
+        """Attention on one device, where all keys are in k and v or in the layer's store."""
         total, session = k.shape[2], self.session
         padding = session.padding(mask, q.shape[0], total)
-        if window is not None:
-            return flash(q, k, v, scale=scale, window=window, softcap=softcap, start=padding.start)
         store = None if session.stores is None else session.stores[self.index]
         if store is not None and not store.holds(k):
             store = None
+        kv = None if store is None else store.kv
+        kv = KV(k, v) if kv is None else kv
+        if softmax.window is not None:
+            return flash(q, kv, softmax, window=softmax.window, start=padding.start)
         source = LocalKeys(
             q,
-            k,
-            v,
-            scale=scale,
-            softcap=softcap,
+            kv,
+            softmax,
             padding=padding,
             ends=session.ends_below(total),
             store=store,
-            fed=None if session.given is None else session.given.feed(q, k, store),
+            fed=None if session.given is None else session.given.feed(q, kv, store),
         )
         called = self.layer_call(source, self._meter if self.measure else None)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
-        return called.part(q, v.shape[3])
+        return called.part(q, kv.value_dim)
 
     def _over_ranks(
         self,
@@ -159,9 +157,7 @@ class Layer(Unique):
         k: Tensor,
         v: Tensor,
         call: Call,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        softmax: Softmax,
     ) -> Partial:
         """Attention over ranks: q, k and v belong to this rank's tokens; other ranks hold other keys."""
         mesh = self.session.mesh
@@ -170,10 +166,10 @@ class Layer(Unique):
         kept = isinstance(store, ShardStore)
         if not isinstance(store, ShardStore):
             store = ShardStore(mesh.ranks, mesh.config.block)
-        if window is not None:
-            return window_over_ranks(q, k, v, store, call, mesh, window, scale=scale, softcap=softcap)
+        if softmax.window is not None:
+            return window_over_ranks(q, k, v, store, call, mesh, softmax)
         ends = self.session.ends_below(call.total)
-        source = KeysOverRanks(q, k, v, store, call, mesh, scale=scale, softcap=softcap, ends=ends, kept=kept)
+        source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=ends, kept=kept)
         called = self.layer_call(source)
         for run, _, _, _, travel in called.done:
             assert travel is not None
@@ -185,7 +181,7 @@ class Layer(Unique):
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""
-        return self.prefill.lookahead.is_prompt and q.requires_grad and is_grad_enabled()
+        return q.requires_grad and is_grad_enabled() and self.prefill.lookahead.is_prompt
 
     def _flag_training(self) -> None:
         sentence = (
@@ -198,8 +194,10 @@ class Layer(Unique):
 
     def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
         """Give a notice where the caller gets logits that depend on later tokens, including padding."""
+        if not self.session.scoring:
+            return
         ahead = self.prefill.lookahead.tokens
-        if not (self.session.scoring and ahead) or self._trains(q):
+        if not ahead or self._trains(q):
             return
         if not any(x.run.phase == PREFILL and not x.run.below and x.reads.reason is None for x in done):
             return  # every key was read, or nothing but decode steps ran

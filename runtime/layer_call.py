@@ -15,11 +15,13 @@ from torch import Tensor
 from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.dense import Dense
 from ..attention.keys import Keys, State
+from ..attention.kv import KV
 from ..attention.mass import SELECTION, Probe
 from ..attention.method import DECODE, AttentionMethod
 from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
+from ..attention.softmax import Softmax
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
@@ -157,34 +159,32 @@ class LayerCall:
 
 
 class LocalKeys:
-    """The keys k, v [B, Hkv, Tk, D] of a call on one device. q [B, H, Tq, D]: the queries of the last Tq
-    positions.
+    """The keys and values kv [B, Hkv, Tk] of a call on one device. q [B, H, Tq, D]: the queries of the last
+    Tq positions.
 
     padding: the positions at which rows begin. ends: the positions at which rows end.
-    store: the store that holds k and v; None where no store holds them. Without a store the call is a
-    prefill, whatever its length.
+    store: the store that holds kv; None where no store holds it. Without a store the call is a prefill,
+    whatever its length.
     impl: the implementation of the operations.
-    fed: the inputs that methods declare besides q, k and v.
+    fed: the inputs that methods declare besides q and kv.
     """
 
     def __init__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        kv: KV,
+        softmax: Softmax,
         *,
-        scale: float,
-        softcap: float | None = None,
         padding: Padding | None = None,
         ends: list[int] | None = None,
         store: KVStore | None = None,
         impl: str = "auto",
         fed: Inputs | None = None,
     ) -> None:
-        self.q, self.k, self.v, self.scale, self.softcap = q, k, v, scale, softcap
+        self.q, self.kv, self.softmax = q, kv, softmax
         self.start, self.starts = (None, None) if padding is None else (padding.start, padding.starts)
         self.ends, self.store, self.impl, self.fed = ends, store, impl, fed
-        self.total: int = k.shape[2]
+        self.total = kv.length
         self.past = self.total - q.shape[2]
         self.kept = store is not None
         self.short = self.kept and q.shape[2] <= DECODE_ROWS
@@ -196,12 +196,10 @@ class LocalKeys:
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
         keys = Keys(
-            k=self.k,
-            v=self.v,
+            kv=self.kv,
             tq=tq,
-            scale=self.scale,
+            softmax=self.softmax,
             start=self.start,
-            softcap=self.softcap,
             state=state,
             summaries=Summaries() if self.store is None else self.store.summaries,
             starts=self.starts,

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..attention.attend import DECODE_ROWS, Reads
 from ..attention.dense import Dense
 from ..attention.keys import State
+from ..attention.kv import KV
 from ..attention.mass import Probe
 from ..attention.method import DECODE, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
+from ..attention.softmax import Softmax
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
@@ -64,14 +66,13 @@ class KeysOverRanks:
         store: ShardStore,
         call: Call,
         mesh: Mesh,
+        softmax: Softmax,
         *,
-        scale: float,
-        softcap: float | None,
         ends: list[int] | None,
         kept: bool,
     ) -> None:
         self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
-        self.scale, self.softcap, self.ends, self.kept = scale, softcap, ends, kept
+        self.softmax, self.ends, self.kept = softmax, ends, kept
         self.past, self.total, self.starts = call.past, call.total, call.starts
         self.short = call.split is None and call.past > 0
         self.states = store.states
@@ -85,7 +86,7 @@ class KeysOverRanks:
         asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
         _extend(asked, self.k, store, past, call, mesh)
         if call.split is not None:
-            self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.scale, self.softcap)
+            self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.softmax)
 
     def newly_sent(self) -> int:
         """Bytes that this rank has sent since the previous call of ``newly_sent``."""
@@ -95,11 +96,9 @@ class KeysOverRanks:
     def keys(self, rows: slice, state: State, tq: int) -> ShardedKeys:
         every = _are_all(rows, self.q)
         keys = ShardedKeys(
-            k=self.store.shard.k,
-            v=self.store.shard.v,
+            kv=self.store.shard.kv,
             tq=tq,
-            scale=self.scale,
-            softcap=self.softcap,
+            softmax=self.softmax,
             start=self.call.start,
             starts=self.starts,
             ends=self.ends,
@@ -129,10 +128,8 @@ class KeysOverRanks:
         else:  # the keys of these rows are all of this call, and every rank has computed them
             here = LocalKeys(
                 self.q,
-                self.k,
-                self.v,
-                scale=self.scale,
-                softcap=self.softcap,
+                KV(self.k, self.v),
+                self.softmax,
                 padding=_padding_within(self.call),
             )
             part, reads, _ = here.attend(method, run, state, None)
@@ -148,31 +145,29 @@ def window_over_ranks(
     store: ShardStore,
     call: Call,
     mesh: Mesh,
-    window: int,
-    *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
 ) -> Partial:
-    """Attention of a layer with the model's own sliding ``window``. Arguments: see ``KeysOverRanks``."""
+    """Attention of a layer with the model's own sliding window. Arguments: see ``KeysOverRanks``."""
+    window = softmax.window
+    assert window is not None
     store.window = window
     _take(k, v, store, call)
     if call.split is not None:
-        local = LocalCall(q, k, v, store.shard, call, mesh, scale, softcap)
+        local = LocalCall(q, k, v, store.shard, call, mesh, softmax)
         part = prefill(_DENSE, local, store.shared, window)[0]
     elif call.past:
-        keys = KeysOverRanks(
-            q, k, v, store, call, mesh, scale=scale, softcap=softcap, ends=None, kept=True
-        ).keys(slice(0, q.shape[0]), {}, q.shape[2])
+        source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=None, kept=True)
+        keys = source.keys(slice(0, q.shape[0]), {}, q.shape[2])
         part = decode(_DENSE, q, keys, window)[0]
     else:
-        part = flash(q, k, v, window=window, start=call.start, scale=scale, softcap=softcap)
+        part = flash(q, KV(k, v), softmax, window=window, start=call.start)
     _forget(store, window, call, mesh)
     return part
 
 
 def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
     """Store the new keys and values of a call. Returns what this rank held before."""
-    past = store.shard if store.keys is not None else Shard(k[:, :, :0], v[:, :, :0], store.layout)
+    past = store.shard if store.kv is not None else Shard(KV(k[:, :, :0], v[:, :, :0]), store.layout)
     if call.split is None:
         store.take_shared(k, v)
     else:
@@ -198,9 +193,11 @@ def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalC
     if starts is not None and any(starts):
         start = None if call.start is None else call.start[rows]
     q, k, v = (x[rows] for x in (local.q, local.k, local.v))
-    shard = Shard(local.shard.k[rows], local.shard.v[rows], local.shard.layout)
+    shard = local.shard._replace(kv=local.shard.kv[rows])
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(shared, local.k, None, rows)
+    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(
+        shared, KV(local.k, local.v), None, rows
+    )
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
@@ -213,12 +210,12 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     low = max(low, store.layout.begin)  # positions that were dropped before a crop stay dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
-        k, v = (rearranged(x, store.layout, kept, mesh.ranks) for x in store.shard[:2])
-        store.replace(Shard(k, v, kept))
+        kv = store.shard.kv.map(lambda x: rearranged(x, store.layout, kept, mesh.ranks))
+        store.replace(Shard(kv, kept))
     elif low > store.layout.begin:
         gone = store.layout.below(mesh.ranks.rank, low)
         shard = store.shard
-        store.replace(Shard(shard.k[:, :, gone:], shard.v[:, :, gone:], shard.layout.cut(low, call.total)))
+        store.replace(Shard(shard.kv[:, :, gone:], shard.layout.cut(low, call.total)))
 
 
 @torch.no_grad()
@@ -233,10 +230,12 @@ def _extend(
     for summary in wanted.values():
         if call.split is None:
             recent = extend(
-                summary, store.shared, store.shard.k, store.layout, recent, call.starts, mesh.ranks
+                summary, store.shared, store.shard.kv.k, store.layout, recent, call.starts, mesh.ranks
             )
         else:
-            extend_split(summary, store.shared, k, past.layout, past.k, call.split, call.starts, mesh.ranks)
+            extend_split(
+                summary, store.shared, k, past.layout, past.kv.k, call.split, call.starts, mesh.ranks
+            )
     store.recent = None
     if call.split is None and wanted:
         store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]

@@ -18,7 +18,7 @@ running: ContextVar[Call | None] = ContextVar("running", default=None)  # the pr
 
 
 class ShardStore(KVStore):
-    """A KVStore that holds some of a sequence's positions. The other positions are stored on other ranks.
+    """A KVStore that holds some of a sequence's positions. Other ranks hold the other positions.
 
     length: number of positions on this rank. total: number of positions on all ranks.
     layout: which rank holds which positions; it is the same on every rank.
@@ -42,8 +42,8 @@ class ShardStore(KVStore):
     @property
     def shard(self) -> Shard:
         """The keys and values on this rank, with the layout."""
-        assert self.keys is not None and self.values is not None
-        return Shard(self.keys, self.values, self.layout)
+        assert self.kv is not None
+        return Shard(self.kv, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
         """Store this rank's part of new keys and values [B, Hkv, t, D] that every rank has. The layout is
@@ -67,8 +67,9 @@ class ShardStore(KVStore):
 
     def replace(self, shard: Shard) -> None:
         """Replace the stored keys and values by ``shard``."""
-        self._k, self._v, self.length = None, None, 0
-        self.append(shard.k, shard.v)
+        self._buffers = ()
+        self._resize(0)
+        self.extend(shard.kv)
         self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length
 

@@ -16,6 +16,7 @@ from ..attention.attend import DECODE_ROWS
 from ..attention.dense import Dense
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from ..attention.softmax import Softmax
 from . import hf
 from .bind import serve
 from .cache import KVStore
@@ -124,7 +125,7 @@ class _Run:
     """One layer of a patched model on a store of random keys."""
 
     def __init__(self, method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any):
-        self.phase, self.length, self.scale = phase, length, layer.head_dim**-0.5
+        self.phase, self.length, self.softmax = phase, length, Softmax(layer.head_dim**-0.5)
         period = method.cost(phase, length).period  # steps differ in cost, so a whole period is timed
         self.steps = 1 if phase == PREFILL else period if period > 1 else 4
         how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
@@ -144,9 +145,8 @@ class _Run:
         self.states = self.store.states
 
     def _attend(self, q: Tensor) -> None:
-        keys, values = self.store.keys, self.store.values
-        assert keys is not None and values is not None
-        self.call(LocalKeys(q, keys, values, scale=self.scale, store=self.store))
+        assert self.store.kv is not None
+        self.call(LocalKeys(q, self.store.kv, self.softmax, store=self.store))
 
     def _step(self, step: int) -> None:
         at = slice(self.length + step, self.length + step + 1)

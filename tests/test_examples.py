@@ -14,7 +14,9 @@ import farspan
 from farspan.attention import method as registry
 from farspan.attention.attend import attend
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import DECODE
+from farspan.attention.softmax import Softmax
 
 from .parallel.launch import ranks
 
@@ -48,7 +50,7 @@ def test_own_method_reads_the_keys_it_names(example: Any, starts: list[int]) -> 
     method = example("own_method")["ByNorm"](k=8, local=4)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 60, 16, generator=generator).double() for heads in (4, 2, 2))
-    keys = Keys(k=k, v=v, tq=2, scale=0.25, start=torch.tensor(starts) if any(starts) else None)
+    keys = Keys(kv=KV(k, v), tq=2, softmax=Softmax(0.25), start=torch.tensor(starts) if any(starts) else None)
     got, reads = attend(method, DECODE, q[:, :, -2:], keys)
     pairs = 0
     for b, first in enumerate(starts):

@@ -261,8 +261,14 @@ def test_stretching_is_advised_where_it_can_be_done(tiny_llama: Any) -> None:
     stretched = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     stretched["original_max_position_embeddings"] = 32
     cases = (
-        (tiny_llama(max_position_embeddings=64), "64 positions and does not understand later tokens: stretch them"),
-        (tiny_llama(max_position_embeddings=64, rope_parameters=stretched), "later tokens: shorten the text."),
+        (
+            tiny_llama(max_position_embeddings=64),
+            "64 positions and does not understand later tokens: stretch them",
+        ),
+        (
+            tiny_llama(max_position_embeddings=64, rope_parameters=stretched),
+            "later tokens: shorten the text.",
+        ),
         (learned, "64 positions and cannot read later tokens: shorten the text."),
     )
     for model, said in cases:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn.functional import pad
 
 from ..block_maxima import BlockMaxima
 from ..keys import Keys
+from ..kv import KV
 from ..ops.block_sparse import block_sparse
 from ..ops.scores import scores
 from ..received import attention_received
@@ -23,9 +23,9 @@ _PAIRS = 1 << 22  # of query and key held at a time
 def column_means(q: Tensor, keys: Keys, heads: Tensor) -> Tensor:
     """[B, n, Tk]: the mean of each column of the dense attention of query heads ``heads`` [n], over the
     queries of the call that see its key. q [B, H, Tq, D]."""
-    kv = heads // (q.shape[1] // keys.k.shape[1])
+    kv = heads // (q.shape[1] // keys.kv.num_kv_heads)
     k = keys.read_all_keys()[:, kv]  # a KV head for each, since what is received is summed over its group
-    own = Keys(k=k, v=k, tq=keys.tq, scale=keys.scale, softcap=keys.softcap)
+    own = Keys(kv=KV(k, k), tq=keys.tq, softmax=keys.softmax)
     return attention_received(q[:, heads], own, keys.length)[:, :, 0] / _queries_that_see(keys)
 
 
@@ -34,18 +34,18 @@ def column_means_of(q: Tensor, keys: Keys, heads: Tensor, index: BlockIndex, wan
     [B, n, Tk] (bool) alone; 0 at the others."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     means = torch.zeros(wanted.shape, dtype=wide, device=q.device)
-    k, group = keys.read_all_keys(), q.shape[1] // keys.k.shape[1]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+    keys.read_all_keys()
+    group = q.shape[1] // keys.kv.num_kv_heads
     for b, i in wanted.any(2).nonzero().tolist():
         h = heads[i : i + 1]
-        one, kv = q[b : b + 1, h], h // group
-        mine, its_k = of_heads(index, b, h, q.shape[1]), k[b : b + 1, kv]
-        lse = block_sparse(one, its_k, keys.v[b : b + 1, kv], mine, check=False, **how).lse[0, 0]
+        one, kv = q[b : b + 1, h], keys.kv[b : b + 1, h // group]
+        mine = of_heads(index, b, h, q.shape[1])
+        lse = block_sparse(one, kv, mine, keys.softmax, check=False).lse[0, 0]
         columns = wanted[b, i].nonzero()[:, 0]
         reads = HeadReads.of(mine, keys.past, keys.length)
         total = torch.zeros(len(columns), dtype=wide, device=q.device)
         for rows in _tiles(keys, len(columns)):
-            logits = scores(one[:, :, rows - keys.past], its_k[:, :, columns], **how)[0, 0, 0]
+            logits = scores(one[:, :, rows - keys.past], kv[:, :, columns].k, keys.softmax)[0, 0, 0]
             share = (logits - lse[rows - keys.past, None]).exp()
             total += share.masked_fill(~reads.pairs(rows, columns), 0).sum(0)
         means[b, i, columns] = total / _queries_that_see(keys)[columns]
@@ -76,11 +76,11 @@ def column_bound(blocks: BlockMaxima, heads: Tensor, keys: Keys) -> Tensor:
 
 def _queries_that_see(keys: Keys) -> Tensor:
     """[Tk]: the number of queries of the call that see each key."""
-    return torch.arange(keys.length, 0, -1, device=keys.k.device).clamp(max=keys.tq)
+    return torch.arange(keys.length, 0, -1, device=keys.kv.device).clamp(max=keys.tq)
 
 
 def _tiles(keys: Keys, columns: int) -> Iterator[Tensor]:
     """The positions of the call's queries, in tiles of a bounded number of pairs with ``columns`` keys."""
     step = max(1, _PAIRS // columns)
     for a in range(keys.past, keys.length, step):
-        yield torch.arange(a, min(a + step, keys.length), device=keys.k.device)
+        yield torch.arange(a, min(a + step, keys.length), device=keys.kv.device)

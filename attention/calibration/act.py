@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..errors import FarspanError
 from ..keys import Keys
+from ..kv import KV
 from ..method import LayerInfo
-from ..needs import Needs
+from ..needs import Inputs, Needs
 from ..ops.flash import flash
 from ..partial import add_sinks
 from ..selection import Rescaled
 from ..selection.rescaled import attend_rescaled
+from ..softmax import Softmax
 
 if TYPE_CHECKING:
     from ..calibrated.act import ACT
@@ -43,19 +45,21 @@ class HeadSearch:
         self._change: Tensor | None = None  # of the window's output, [1, H, T, D]
         self._effects: list[Tensor] = []  # [H] of each window
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
+    ) -> None:
         self._change = None
-        if how["window"] is not None or not self._served:
+        if softmax.window is not None or not self._served:
             return
         q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-        keys = Keys(k=k, v=v, tq=q.shape[2], scale=how["scale"], softcap=how["softcap"])
+        keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax)
         keys.prepared = self._method.prepare_prefill(q, keys)
         index = self._method.select_prefill(q, keys)
         assert isinstance(index, Rescaled)
-        plain = flash(q, k, v, scale=keys.scale, softcap=keys.softcap)
+        plain = flash(q, keys.kv, softmax)
         changed = attend_rescaled(q, keys, index, "auto")
-        if how["sinks"] is not None:
-            plain, changed = (add_sinks(part, how["sinks"]) for part in (plain, changed))
+        if softmax.sinks is not None:
+            plain, changed = (add_sinks(part, softmax.sinks) for part in (plain, changed))
         self._change = changed.out - plain.out
 
     def observe_grad(self, gradient: Tensor) -> None:

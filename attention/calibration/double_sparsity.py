@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..errors import FarspanError
 from ..method import LayerInfo
 from ..needs import Inputs, Needs
+from ..softmax import Softmax
 
 RANKINGS = ("q", "k", "qk")
 
@@ -25,7 +24,9 @@ class ChannelRanking:
         self._q: Tensor | float = 0.0  # [H, D]
         self._k: Tensor | float = 0.0  # [Hkv, D]
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, *, inputs: Inputs | None = None, **how: Any) -> None:
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
+    ) -> None:
         if inputs is not None:
             q, k = inputs.queries_before_rope, inputs.keys_before_rope
         self._q = self._q + q.double().abs().sum((0, 2)).cpu()

@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..needs import Needs
+from ..needs import Inputs, Needs
+from ..softmax import Softmax
 
 
 class Calibration(Protocol):
@@ -23,9 +24,11 @@ class Calibration(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D]; how: scale, softcap, window, sinks,
-        and, where ``needs`` name some, inputs (Inputs)."""
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
+    ) -> None:
+        """One window of the text: q [1, H, T, D], k, v [1, Hkv, T, D], and how the layer turns q k^T into
+        weights. inputs: where ``needs`` name some."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

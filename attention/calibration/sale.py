@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..errors import FarspanError
 from ..keys import Keys
+from ..kv import KV
 from ..method import LayerInfo
-from ..needs import Needs
+from ..needs import Inputs, Needs
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..partial import add_sinks
+from ..softmax import Softmax
 
 if TYPE_CHECKING:
     from ..sparse.sale import SALE
@@ -44,8 +46,10 @@ class ThresholdSearch:
         self._tau = torch.full((layer.num_heads,), start, dtype=torch.float64)
         self._seen: bool | None = None
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> None:
-        if how["window"] is not None:
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
+    ) -> None:
+        if softmax.window is not None:
             return  # a layer with a sliding window is not patched
         # Queries that read everything whatever the thresholds are do not count.
         skip = self._method.dense_below // self._method.block_q * self._method.block_q
@@ -53,16 +57,15 @@ class ThresholdSearch:
             self._seen = self._seen or False
             return
         self._seen = True
-        scaled = {"scale": how["scale"], "softcap": how["softcap"]}
-        keys = Keys(k=k, v=v, tq=q.shape[2], **scaled)
-        dense, sinks = flash(q, k, v, **scaled), how["sinks"]
+        keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax)
+        dense, sinks = flash(q, keys.kv, softmax), softmax.sinks
         if sinks is not None:
             dense = add_sinks(dense, sinks)
         largest, looking = self._method.estimate(q, keys), self._tau > 0
         while bool(looking.any()):
             index = self._method.with_thresholds(self._tau).keep(largest, keys)
             index = replace(index, counts=index.counts.masked_fill(~looking.to(q.device)[:, None], 0))
-            part = block_sparse(q, k, v, index, check=False, **scaled)
+            part = block_sparse(q, keys.kv, index, softmax, check=False)
             if sinks is not None:
                 part = add_sinks(part, sinks)
             off = (part.out.float() - dense.out.float())[0, :, skip:].abs().sum(-1).mean(-1).cpu()

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..partial import Partial
+from ..softmax import Softmax
 from . import launch
 
 _SHORTEST = 128  # keys: a shorter split costs more to start than to read
@@ -134,9 +135,9 @@ def store_rows(out, lse, at, keep, d, peak, total, acc, D: tl.constexpr):
     tl.store(lse + at, natural, mask=keep)
 
 
-def factors(scale: float, softcap: float | None) -> tuple[float, float]:
+def factors(softmax: Softmax) -> tuple[float, float]:
     """(inner, outer) of :func:`attend_tile`: logits in base 2."""
-    log2e = launch.LOG2E.value
+    scale, softcap, log2e = softmax.scale, softmax.softcap, launch.LOG2E.value
     return (scale * log2e, 1.0) if softcap is None else (scale / softcap, softcap * log2e)
 
 

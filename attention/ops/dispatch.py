@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Unsupported
+from ..kv import KV
 
 Run = Callable[..., Any]
 Impls = Mapping[str, Run]
@@ -90,22 +91,28 @@ def implementations() -> Iterator[set[tuple[str, str]]]:
         _ran.reset(token)
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> None:
-    """Refuse shapes that do not belong together: q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv],
-    start [B]."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
+    """Refuse shapes that do not belong together: q [B, H, Tq, D], kv of keys [B, Hkv, Tk, D] and values
+    [B, Hkv, Tk, Dv], start [B]."""
+    if not isinstance(kv, KV):
+        raise TypeError(f"{op} takes keys and values as one KV(k, v); got a {type(kv).__name__}.")
+    for x in (q, *kv.stored):
+        if x.dim() != 4:
+            sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
+            raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
+    shape = kv.shape
+    fits = q.shape[0] == shape[0] and q.shape[3] == kv.head_dim
+    for x in kv.stored:
+        fits = fits and x.shape[:3] == shape
+    if not fits:
+        raise ValueError(f"{op} got q {list(q.shape)} and {kv}, which do not fit together.")
+    if not q.dtype == kv.dtype == kv.value_dtype:
         raise ValueError(
-            f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {q.dim()}-D, {k.dim()}-D, {v.dim()}-D."
+            f"{op} takes q, k and v of one dtype; got {q.dtype}, {kv.dtype} and {kv.value_dtype}."
         )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if q.shape[1] % shape[1]:
         raise ValueError(
-            f"{op} got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, which do not fit together."
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{op} takes q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{op} needs a whole number of query heads per KV head; got {q.shape[1]} and {k.shape[1]}."
+            f"{op} needs a whole number of query heads per KV head; got {q.shape[1]} and {shape[1]}."
         )
     if start is not None and start.shape != (q.shape[0],):
         raise ValueError(

@@ -8,12 +8,12 @@ in float32 over tiles of queries and keys, so that memory stays bounded.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..kv import KV
 from ..partial import Partial, empty_partial, merge
+from ..softmax import Softmax
 from . import products
 from .torch_private import flash_attention_cpu, flash_attention_cuda
 
@@ -23,36 +23,35 @@ _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logi
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     causal: bool = False,
     mask: Tensor | None = None,
-    softcap: float | None = None,
     wide: bool = False,
 ) -> Partial:
-    """Attention of q [B, H, Tq, D] over k, v [B, H, Tk, D] (stride-0 head expansion welcome, no copy is
-    made).
+    """Attention of q [B, H, Tq, D] over the keys and values ``kv`` of as many heads [B, H, Tk] (views with
+    stride 0 are welcome, no copy is made).
 
     causal: row i sees keys 0 .. i (only for Tq = Tk). mask: boolean, broadcastable to [B, H, Tq, M], True =
     read, for the last M keys; every row reads those before. wide: the output in float32 (float64 for float64
     q), so that what is merged with it is rounded once.
     """
+    k, v = kv.dense()
+    scale, softcap = softmax.scale, softmax.softcap
     kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
     if q.shape[2] == 0 or k.shape[2] == 0:
         return empty_partial(q.to(kind), v.shape[-1])
     needs_grad = _needs_grad(q, k, v)
-    one_kind = not (causal and mask is not None)  # of hiding keys is all that products know
+    one_kind = not (causal and mask is not None)  # the products can only hide keys
     if q.device.type == "cpu" and not needs_grad and one_kind and products.serves(q, k, scale):
-        how: dict[str, Any] = {"scale": scale, "causal": causal, "mask": mask, "softcap": softcap}
         if not causal or softcap is not None:
-            return products.attend(q, k, v, dtype=kind, **how)
+            return products.attend(q, k, v, softmax, causal=causal, mask=mask, dtype=kind)
         if q.shape[2] > _FEW_KEYS and q.shape[3] >= products.NARROW:
             few = _FEW_KEYS
             q_few, k_few, v_few = (x[:, :, :few].to(kind) for x in (q, k, v))
             first = _cpu(q_few, k_few, v_few, scale, True, None)
-            rest = products.attend(q, k, v, first=few, dtype=kind, **how)
+            rest = products.attend(q, k, v, softmax, causal=True, mask=None, first=few, dtype=kind)
             return Partial(torch.cat([first.out, rest.out], 2), torch.cat([first.lse, rest.lse], 2))
     q, k, v = (x.to(kind) for x in (q, k, v))
     if mask is not None and mask.shape[-1] < k.shape[2]:
@@ -68,7 +67,7 @@ def attend(
             and q.shape[-1] <= 256
         ):
             return Partial(*flash_attention_cuda(q, k, v, causal=causal, scale=scale))
-    return math(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
+    return math(q, k, v, softmax, causal=causal, mask=mask)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -91,9 +90,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
     return Partial(out, lse)
 
 
-def math(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, softcap: float | None
-) -> Partial:
+def math(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> Partial:
     """The definition, tile by tile, in float32 (float64 for float64 inputs); differentiable, lse included."""
     tq, tk = q.shape[2], k.shape[2]
     rows_out: list[Partial] = []
@@ -106,7 +103,7 @@ def math(
             if causal and d > a:
                 below = torch.arange(c, d, device=q.device) <= torch.arange(a, b, device=q.device)[:, None]
                 tile = below if tile is None else tile & below
-            parts.append(_tile(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale, tile, softcap))
+            parts.append(_tile(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], softmax, tile))
         rows_out.append(merge(*parts))
     out = torch.cat([p.out for p in rows_out], 2)
     return Partial(out.to(q.dtype), torch.cat([p.lse for p in rows_out], 2))
@@ -116,11 +113,10 @@ def _cut(mask: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
     return (mask if mask.shape[-2] == 1 else mask[..., a:b, :])[..., c:d]
 
 
-def _tile(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
-) -> Partial:
+def _tile(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, mask: Tensor | None) -> Partial:
+    softcap = softmax.softcap
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
+    logits = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * softmax.scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kv import KV
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, read when triton was imported
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,7 +38,19 @@ def cannot_read(*tensors: Tensor, largest: int = 256) -> list[str]:
     return reasons
 
 
-def no_gradient(*tensors: Tensor) -> list[str]:
+def cannot_attend(q: Tensor, kv: KV) -> list[str]:
+    """Why the kernels cannot read these queries [..., D] against ``kv``: as for :func:`cannot_read`."""
+    reasons = []
+    if q.dtype not in DTYPES:
+        reasons.append(f"{q.dtype} is none of float16, bfloat16 and float32")
+    elif not q.dtype == kv.dtype == kv.value_dtype:  # a matrix product takes one type
+        reasons.append(f"the inputs differ in type: {q.dtype}, {kv.dtype}, {kv.value_dtype}")
+    if (width := max(kv.head_dim, kv.value_dim)) > 256:
+        reasons.append(f"heads of {width} are wider than 256")
+    return reasons
+
+
+def no_gradient(*tensors: Tensor | KV) -> list[str]:
     """Why autograd cannot go through a kernel that has no backward."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return ["this kernel has no backward and an input needs a gradient"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..partial import Partial
+from ..softmax import Softmax
 from .torch_private import cpu_has_amx, cpu_has_bf16_dots
 
 _ROWS, _KEYS = 256, 2048
@@ -47,15 +48,14 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    softmax: Softmax,
     *,
-    scale: float,
     causal: bool,
     mask: Tensor | None,
-    softcap: float | None,
     first: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Partial:
-    """The arguments and the result of ``kernel.attend``, for the rows from ``first`` on. dtype: of the
+    """``kernel.attend`` over plain k, v [B, H, Tk, D], for the rows from ``first`` on. dtype: of the
     output."""
     b, h, tq, _ = q.shape
     dv = v.shape[3]
@@ -68,7 +68,7 @@ def attend(
         for j in range(h):
             for a in range(first, tq, _ROWS):
                 z = min(a + _ROWS, tq)
-                rows = _Rows(q[i, j, a:z], scale, softcap, space)
+                rows = _Rows(q[i, j, a:z], softmax, space)
                 if above is not None:
                     rows.read(k[i, j, :z], v[i, j, :z], above[: z - a, : z - a])
                 else:
@@ -95,7 +95,8 @@ def _space() -> _Space:
 class _Rows:
     """The running softmax of some queries [R, D] of one head (arXiv 2205.14135), in base 2."""
 
-    def __init__(self, q: Tensor, scale: float, softcap: float | None, space: _Space):
+    def __init__(self, q: Tensor, softmax: Softmax, space: _Space):
+        scale, softcap = softmax.scale, softmax.softcap
         self.q, self.softcap, self.space = q, softcap, space
         self.scale, self.bend = (scale, 1.0) if softcap is None else (1.0, scale / softcap)
         self.peak: Tensor | None = None  # [R, 1] float32, largest logit so far, before the scale

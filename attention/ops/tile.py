@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kv import KV
+from ..softmax import Softmax
 from . import launch
 from .launch import LOG2E, tanh
 
@@ -151,9 +153,9 @@ def split(
 
 @triton.jit
 def attend(
-    acc, peak, total, q, position, last, k, v, head, k_stride, v_stride, blocks, order, first, count, tk,
+    acc, peak, total, q, position, last, kv, kv_stride, b, head, blocks, order, first, count, tk,
     window, scale, softcap, begin, stop,
-    EDGE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOAD: tl.constexpr, EDGE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of q [M, WIDE] at ``position`` [M] over the tiles begin .. stop of the slots.
@@ -168,9 +170,8 @@ def attend(
         read = None
         if EDGE:
             read = there & (key <= last)
-        s = tl.dot(
-            q, tl.trans(load_rows(k, head, key, k_stride, read, D, WIDE)), input_precision="ieee"
-        )  # [M, N]
+        keys = LOAD(kv, kv_stride, 0, b, head, 0, key.to(tl.int64), read, D, WIDE)
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [M, N]
         if softcap is not None:
             s = tanh(s * (scale / softcap))
         if EDGE:
@@ -185,7 +186,7 @@ def attend(
         p = tl.exp2(s * factor - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, 1)
-        value = load_rows(v, head, key, v_stride, read, DV, WIDE_V)
+        value = LOAD(kv, kv_stride, 1, b, head, 0, key.to(tl.int64), read, DV, WIDE_V)
         acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         peak = higher
         # One tile ahead: were they loaded where they are used, the compiler would spend its stages on the
@@ -223,9 +224,9 @@ ROWS_OF_A_TILE = {
 KEY = ["GROUP", "BLOCK_Q", "BLOCK_K", "D"]
 
 
-def geometry(q: Tensor, v: Tensor, counts: Tensor, block_q: int, block_k: int) -> dict[str, int]:
-    """The constants that the kernels of ``block_sparse`` are compiled for."""
-    d, dv = q.shape[-1], v.shape[-1]
+def geometry(q: Tensor, dv: int, counts: Tensor, block_q: int, block_k: int) -> dict[str, int]:
+    """The constants that the kernels of ``block_sparse`` are compiled for; dv: numbers of a value."""
+    d = q.shape[-1]
     return {
         "GROUP": q.shape[1] // counts.shape[1],
         "BLOCK_Q": block_q,
@@ -247,11 +248,11 @@ def query_tiles(heads: int, tq: int) -> Any:
     return grid
 
 
-def cannot_tile(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> list[str]:
+def cannot_tile(q: Tensor, kv: KV, softmax: Softmax) -> list[str]:
     """Why these kernels cannot serve the arguments."""
-    reasons = launch.cannot_read(q, k, v)
-    if scale <= 0:
-        reasons.append(f"the scale of the logits, {scale}, is not positive")
-    if softcap is not None and softcap <= 0:
-        reasons.append(f"the soft-cap, {softcap}, is not positive")
+    reasons = launch.cannot_attend(q, kv)
+    if softmax.scale <= 0:
+        reasons.append(f"the scale of the logits, {softmax.scale}, is not positive")
+    if softmax.softcap is not None and softmax.softcap <= 0:
+        reasons.append(f"the soft-cap, {softmax.softcap}, is not positive")
     return reasons

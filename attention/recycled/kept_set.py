@@ -14,7 +14,6 @@ from torch.nn.functional import max_pool1d
 from ..budget import topk_positions
 from ..gqa import group_scores
 from ..keys import Keys
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 
 
@@ -23,18 +22,20 @@ def enter(keys: Keys, position: int, size: int) -> None:
     is left; once all are replaced, in place of the oldest newcomer."""
     state = keys.state
     slots = size - 1 - (state["clock"].clamp(min=1) - 1) % size
-    sources = {} if keys.peers is not None else {"k": keys.k, "v": keys.v}
+    sources = {}
+    if keys.peers is None:
+        new = keys.kv[:, :, position : position + 1]
+        sources = {"k": new.k, "v": new.v}
     same = int(slots.view(-1)[0])
     if bool((slots == same).all()):
         state["tokens"][:, :, same] = position
         for name, source in sources.items():
-            state[name][:, :, same] = source[:, :, position]
+            state[name][:, :, same] = source[:, :, 0]
         return
-    slots = slots.to(keys.k.device)[..., None]  # [B, Hkv, 1]
+    slots = slots.to(keys.kv.device)[..., None]  # [B, Hkv, 1]
     state["tokens"].scatter_(2, slots, position)
     for name, source in sources.items():
-        new = source[:, :, position : position + 1]
-        state[name].scatter_(2, slots[..., None].expand_as(new), new)
+        state[name].scatter_(2, slots[..., None].expand_as(source), source)
 
 
 def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool: int) -> Tensor:
@@ -42,7 +43,7 @@ def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool:
     combined over the heads of a group and max-pooled over ``pool`` positions, highest first."""
     here, peers = keys.held(length), keys.peers
     k, places = keys.read_all_keys()[:, :, :here], keys.places()[:here]
-    logits = scores(q, k, scale=keys.scale, softcap=keys.softcap)
+    logits = scores(q, k, keys.softmax)
     valid = None if keys.start is None else (places >= keys.start[:, None])[:, None]  # [B, 1, N]
     ranked = group_scores(logits, valid, gqa_reduce, peers)[:, :, 0]
     if pool > 1:
@@ -64,7 +65,8 @@ def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tens
         "q": q[:, :, 0].clone(),
     }
     if keys.peers is None:
-        fresh |= {"k": gather_rows(keys.k, tokens), "v": gather_rows(keys.v, tokens)}
+        rows = keys.kv.gather(tokens)
+        fresh |= {"k": rows.k, "v": rows.v}
     if keys.starts is not None:
         # Rows with fewer keys than the set have no set yet: they go on reading everything.
         short = torch.tensor([length - first <= tokens.shape[2] for first in keys.starts])

@@ -12,6 +12,7 @@ from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..keys import Keys
+from ..kv import KV
 from ..method import AttentionMethod
 from ..selection import Index, TokenIndex
 from .kept_set import choose, enter, replace_sets
@@ -37,9 +38,8 @@ class Recycled(AttentionMethod):
     2404.14469), so that the neighbours of an attended key are read too; 1, the default, is the paper's plain
     top k.
 
-    The set's keys and values are stored side by side, so a recycled step reads k rows and nothing else (over
-    ranks, each reads its part of the set in place). This saves reads, not memory. A crop makes the next step
-    full.
+    The set's keys and values are stored side by side: a recycled step reads k rows alone (each rank its part,
+    in place). This saves reads, not memory. After a crop the next step is full.
     """
 
     name: ClassVar[str] = "recycled"
@@ -59,9 +59,7 @@ class Recycled(AttentionMethod):
         require(self, k=(1, None), stride=(1, None), qc=(1, None), s=(-1.0, 1.0))
         require(self, gqa_reduce=("sum", "max"), scope=("layer", "kv_head"))
         if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
-            raise SpecError(
-                f"recycled takes an odd number of positions for pool, at least 1; got {self.pool!r}."
-            )
+            raise SpecError(f"recycled takes an odd pool of at least 1 position; got {self.pool!r}.")
 
     @property
     def couples_heads(self) -> bool:
@@ -85,7 +83,10 @@ class Recycled(AttentionMethod):
         keys.state.clear()
         if keys.longest() > self.k:
             self._refresh(
-                q[:, :, -1:], keys, keys.length, torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+                q[:, :, -1:],
+                keys,
+                keys.length,
+                torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool),
             )
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
@@ -103,13 +104,13 @@ class Recycled(AttentionMethod):
         return TokenIndex(
             tokens=torch.stack(tokens, 2),
             full=whole.to(q.device) if bool(whole.any()) else None,
-            gathered=(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
+            gathered=KV(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
         )
 
     def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
         """Advance every row by one token, the ``length``-th. -> [B, Hkv] bool: which KV heads of which rows
         read everything."""
-        everything = torch.ones(q.shape[0], keys.k.shape[1], dtype=torch.bool)
+        everything = torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool)
         if length - min(keys.starts or [0]) <= self.k:
             keys.state.clear()
             return everything
@@ -138,7 +139,7 @@ class Recycled(AttentionMethod):
             return clock <= 0
         last = keys.state["q"]  # [B, H, D]
         cosine = torch.cosine_similarity(q[:, :, 0].float(), last.float(), dim=-1)
-        cosine = cosine.unflatten(1, (keys.k.shape[1], -1)).mean(-1).cpu()  # [B, Hkv]
+        cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
         if self.scope == "layer":
             cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
         return (compared & (cosine < self.s)) | (clock <= 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..causal import causal_mask, positions
 from ..keys import Keys
+from ..kv import KV
 from ..ops import kernel
 from ..ops.flash import flash
 from ..partial import Partial, empty_partial, merge
@@ -112,11 +113,11 @@ def _band(q: Tensor, keys: Keys, band: Band, impl: str) -> Partial:
     stride, near, far = band
     size = None if far is None else -((near - far) // stride)  # keys of the class that a query reads
     if size is not None and size < 1:
-        return empty_partial(q, keys.v.shape[3])
+        return empty_partial(q, keys.kv.value_dim)
     skip = near // stride  # keys of the class that are too near
     if stride == 1 and skip == 0:
-        return _class(q, keys.k, keys.v, size, keys, impl)
-    result = empty_partial(q, keys.v.shape[3])
+        return _class(q, keys.kv, size, keys, impl)
+    result = empty_partial(q, keys.kv.value_dim)
     for first in range(keys.past, min(keys.past + stride, keys.length)):  # the first query of a class
         rows = slice(first - keys.past, None, stride)
         before = first // stride - skip  # keys of the class before this one that are far enough
@@ -125,21 +126,20 @@ def _band(q: Tensor, keys: Keys, band: Band, impl: str) -> Partial:
         if mine.shape[2] == 0:
             continue
         upto = before + blind + mine.shape[2]
-        k, v = (x[:, :, first % stride :: stride][:, :, :upto] for x in (keys.k, keys.v))
-        part = _class(mine.contiguous(), k, v, size, keys, impl)
+        kv = keys.kv[:, :, first % stride :: stride][:, :, :upto]
+        part = _class(mine.contiguous(), kv, size, keys, impl)
         result.out[:, :, rows][:, :, blind:] = part.out.to(result.out.dtype)
         result.lse[:, :, rows][:, :, blind:] = part.lse
     return result
 
 
-def _class(q: Tensor, k: Tensor, v: Tensor, size: int | None, keys: Keys, impl: str) -> Partial:
-    return flash(q, k, v, window=size, scale=keys.scale, softcap=keys.softcap, impl=impl)
+def _class(q: Tensor, kv: KV, size: int | None, keys: Keys, impl: str) -> Partial:
+    return flash(q, kv, keys.softmax, window=size, impl=impl)
 
 
 def _sinks(q: Tensor, keys: Keys, index: Bands, sinks: int) -> Partial:
     """The first keys of the row, for the queries in none of whose bands they are."""
-    h, tq, hkv = q.shape[1], q.shape[2], keys.k.shape[1]
-    k, v = keys.k[:, :, :sinks], keys.v[:, :, :sinks]
+    h, tq, hkv = q.shape[1], q.shape[2], keys.kv.num_kv_heads
     far = max((keys.length if band.far is None else band.far) for band in index.bands)
     tile, parts = max(1, _PAIRS // (h // hkv * sinks)), []
     for a in range(0, tq, tile):
@@ -151,11 +151,9 @@ def _sinks(q: Tensor, keys: Keys, index: Bands, sinks: int) -> Partial:
             mask = mask.repeat(h // hkv, 1)[None, None]
         part = kernel.attend(
             kernel.fold_groups(q[:, :, a : a + tile], hkv),
-            k,
-            v,
+            keys.kv[:, :, :sinks],
+            keys.softmax,
             mask=mask,
-            scale=keys.scale,
-            softcap=keys.softcap,
         )
         parts.append(kernel.unfold_groups(part, h, len(rows)))
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))

@@ -42,7 +42,7 @@ class Selection(ABC):
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         """Attention of a decode call over those of the selected keys that this rank holds, and the pairs read
-        here. ``keys.k`` and ``keys.v`` are the keys held, ``keys.places()`` their positions, and
+        here. ``keys.kv`` has the keys and values held, ``keys.places()`` their positions, and
         ``keys.held(n)`` says how many of the first n positions they include. Where one device holds every
         key, this is ``run_decode``."""
         raise refusal("decode", self)

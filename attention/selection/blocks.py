@@ -92,9 +92,7 @@ class BlockIndex(Selection):
                 )
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
-        part = block_sparse(
-            q, keys.k, keys.v, self, check=False, scale=keys.scale, softcap=keys.softcap, impl=impl
-        )
+        part = block_sparse(q, keys.kv, self, keys.softmax, check=False, impl=impl)
         return part, self.head_pairs(q, keys, rows)
 
     def head_pairs(self, q: Tensor, keys: Keys, rows: range) -> Pairs:

@@ -25,11 +25,11 @@ class EveryKey(Selection):
     dense: ClassVar[bool] = True
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
-        part = flash(q, keys.k, keys.v, start=keys.start, scale=keys.scale, softcap=keys.softcap, impl=impl)
+        part = flash(q, keys.kv, keys.softmax, start=keys.start, impl=impl)
         return part, every_pair(q, keys, rows)
 
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
-        part = decode(q, keys.k, keys.v, start=keys.start, scale=keys.scale, softcap=keys.softcap, impl=impl)
+        part = decode(q, keys.kv, keys.softmax, start=keys.start, impl=impl)
         return part, every_pair(q, keys, range(keys.tq))
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:

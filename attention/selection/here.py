@@ -1,12 +1,10 @@
 """Decode attention over the keys that one rank holds: a stretch of the recent ones, or some behind a mask.
 
-``keys`` may hold every key (one device) or this rank's share of them: k, v [B, Hkv, N, D] are the keys held,
+``keys`` may hold every key (one device) or this rank's share of them: kv [B, Hkv, N] has the keys held,
 in the order of their positions.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +43,15 @@ def attend_recent(q: Tensor, keys: Keys, window: int | None) -> Partial:
 def attend_masked(q: Tensor, keys: Keys, a: int, b: int, seen: Tensor) -> Partial:
     """Attention of q [B, H, Tq, D] over rows a .. b - 1 of the keys held, where ``seen`` [Tq, b - a] or [B,
     Tq, b - a] is true."""
-    h, tq, hkv = q.shape[1], q.shape[2], keys.k.shape[1]
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
+    h, tq, hkv = q.shape[1], q.shape[2], keys.kv.num_kv_heads
     mask = (seen if seen.dim() == 3 else seen[None]).repeat(1, h // hkv, 1)[:, None]
-    part = kernel.attend(kernel.fold_groups(q, hkv), keys.k[:, :, a:b], keys.v[:, :, a:b], mask=mask, **how)
+    part = kernel.attend(kernel.fold_groups(q, hkv), keys.kv[:, :, a:b], keys.softmax, mask=mask)
     return kernel.unfold_groups(part, h, tq)
 
 
 def query_positions(keys: Keys) -> Tensor:
     """[Tq] int64, the positions of the call's queries."""
-    return torch.arange(keys.past, keys.length, device=keys.k.device)
+    return torch.arange(keys.past, keys.length, device=keys.kv.device)
 
 
 def count_visible(keys: Keys) -> Tensor:
@@ -62,7 +59,7 @@ def count_visible(keys: Keys) -> Tensor:
     return torch.tensor(
         [
             [max(0, keys.held(row + 1) - keys.held(first)) for row in range(keys.past, keys.length)]
-            for first in keys.starts or [0] * keys.k.shape[0]
+            for first in keys.starts or [0] * keys.kv.batch
         ]
     )
 
@@ -71,7 +68,7 @@ def _attend_all(q: Tensor, keys: Keys, a: int, b: int) -> Partial:
     """Attention over rows a .. b - 1 of the keys held, for every query alike: the queries of a group are
     heads of one call."""
     if a == b:
-        return empty_partial(q, keys.v.shape[-1])
+        return empty_partial(q, keys.kv.value_dim)
     batch, h, tq, d = q.shape
     start = None
     if keys.starts is not None:
@@ -79,10 +76,8 @@ def _attend_all(q: Tensor, keys: Keys, a: int, b: int) -> Partial:
         start = torch.tensor(at, device=q.device) if any(at) else None
     part = decode(
         q.reshape(batch, h * tq, 1, d),
-        keys.k[:, :, a:b],
-        keys.v[:, :, a:b],
+        keys.kv[:, :, a:b],
+        keys.softmax,
         start=start,
-        scale=keys.scale,
-        softcap=keys.softcap,
     )
     return Partial(part.out.reshape(batch, h, tq, -1), part.lse.reshape(batch, h, tq))

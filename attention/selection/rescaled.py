@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..keys import Keys
+from ..kv import KV
 from ..ops import kernel
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..partial import Partial, empty_partial, merge
+from ..softmax import Softmax
 from .base import Pairs, Selection
 from .blocks import BlockIndex
 from .every import EveryKey, every_pair
@@ -76,9 +78,9 @@ def attend_rescaled(q: Tensor, keys: Keys, index: Rescaled, impl: str) -> Partia
     give S the share f m where it had m, and R the rest. R is attended to by itself: nothing is subtracted, so
     nothing is lost where m is near 1.
     """
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
-    group = q.shape[1] // keys.k.shape[1]
-    result = empty_partial(q, keys.v.shape[3])
+    softmax = keys.softmax
+    group = q.shape[1] // keys.kv.num_kv_heads
+    result = empty_partial(q, keys.kv.value_dim)
     for b in range(q.shape[0]):
         scaled = index.keys[b, :, : keys.length]
         some = scaled.any(1)
@@ -86,14 +88,14 @@ def attend_rescaled(q: Tensor, keys: Keys, index: Rescaled, impl: str) -> Partia
         todo: list[tuple[Tensor, Tensor | None]] = [(plain, None)] if len(plain) else []
         todo += [(h[None], scaled[h]) for h in some.nonzero()[:, 0]]
         for heads, few in todo:
-            mine = q[b : b + 1, heads], keys.k[b : b + 1, heads // group], keys.v[b : b + 1, heads // group]
+            mine = q[b : b + 1, heads], keys.kv[b : b + 1, heads // group]
             read = None if index.read is None else of_heads(index.read, b, heads, q.shape[1])
             if few is not None:
-                part = _calibrated(*mine, few, read, index.factor, impl, how)
+                part = _calibrated(*mine, few, read, index.factor, impl, softmax)
             elif read is None:
-                part = flash(*mine, impl=impl, **how)
+                part = flash(*mine, softmax, impl=impl)
             else:
-                part = block_sparse(*mine, read, check=False, impl=impl, **how)
+                part = block_sparse(*mine, read, softmax, check=False, impl=impl)
             result.out[b, heads] = part.out[0].to(result.out.dtype)
             result.lse[b, heads] = part.lse[0].to(result.lse.dtype)
     return result
@@ -134,54 +136,51 @@ class HeadReads(NamedTuple):
 
 def _calibrated(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
     scaled: Tensor,
     read: BlockIndex | None,
     factor: float,
     impl: str,
-    how: dict[str, Any],
+    softmax: Softmax,
 ) -> Partial:
-    """One head, q [1, 1, Tq, D], k, v [1, 1, Tk, D], whose keys ``scaled`` [Tk] are scaled."""
+    """One head, q [1, 1, Tq, D], kv [1, 1, Tk], whose keys ``scaled`` [Tk] are scaled."""
     if read is None:
-        rest, less = _apart(q, k, v, scaled, impl, how)
+        rest, less = _apart(q, kv, scaled, impl, softmax)
     else:
-        rest, less = _apart_in_blocks(q, k, v, scaled, read, impl, how)
+        rest, less = _apart_in_blocks(q, kv, scaled, read, impl, softmax)
     alone = rest.lse == -torch.inf
     freed = torch.logaddexp(rest.lse, less.lse + _log(1 - factor)).masked_fill(alone, -torch.inf)
     kept = torch.where(alone, less.lse, less.lse + _log(factor))
     return merge(Partial(rest.out, freed), Partial(less.out, kept))
 
 
-def _apart(
-    q: Tensor, k: Tensor, v: Tensor, scaled: Tensor, impl: str, how: dict[str, Any]
-) -> tuple[Partial, Partial]:
+def _apart(q: Tensor, kv: KV, scaled: Tensor, impl: str, softmax: Softmax) -> tuple[Partial, Partial]:
     """Dense attention over the other keys and over the scaled ones.
 
     Without the scaled positions, queries and keys alike, what is left is causal attention of a shorter
     sequence; the queries at those positions, as few as they are, come on their own.
     """
-    past, device = k.shape[2] - q.shape[2], q.device
-    rows = torch.arange(past, k.shape[2], device=device)
+    past, device = kv.length - q.shape[2], q.device
+    rows = torch.arange(past, kv.length, device=device)
     few, other = (x.nonzero()[:, 0] for x in (scaled, ~scaled))
-    rest = empty_partial(q, v.shape[3])
-    others_k, others_v = k[:, :, other], v[:, :, other]
+    rest = empty_partial(q, kv.value_dim)
+    others = kv[:, :, other]
     mine = (~scaled[past:]).nonzero()[:, 0]
     if len(mine):
-        part = flash(q[:, :, mine], others_k, others_v, impl=impl, **how)
+        part = flash(q[:, :, mine], others, softmax, impl=impl)
         rest.out[:, :, mine], rest.lse[:, :, mine] = part.out.to(q.dtype), part.lse.to(rest.lse.dtype)
     if len(theirs := scaled[past:].nonzero()[:, 0]):
-        part = _masked(q[:, :, theirs], others_k, others_v, rows[theirs], other, HeadReads(past), how)
+        part = _masked(q[:, :, theirs], others, rows[theirs], other, HeadReads(past), softmax)
         rest.out[:, :, theirs], rest.lse[:, :, theirs] = part.out.to(q.dtype), part.lse.to(rest.lse.dtype)
-    return rest, _masked(q, k[:, :, few], v[:, :, few], rows, few, HeadReads(past), how)
+    return rest, _masked(q, kv[:, :, few], rows, few, HeadReads(past), softmax)
 
 
 def _apart_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, scaled: Tensor, read: BlockIndex, impl: str, how: dict[str, Any]
+    q: Tensor, kv: KV, scaled: Tensor, read: BlockIndex, impl: str, softmax: Softmax
 ) -> tuple[Partial, Partial]:
     """Attention over the other keys and over the scaled ones that ``read`` names. Blocks without a scaled key
     are read by block_sparse, the keys of the other blocks one by one."""
-    length, past, size = k.shape[2], k.shape[2] - q.shape[2], read.block_k
+    length, past, size = kv.length, kv.length - q.shape[2], read.block_k
     mine = HeadReads.of(read, past, length)
     blocks = mine.blocks
     assert blocks is not None
@@ -190,31 +189,23 @@ def _apart_in_blocks(
     counts = whole.sum(1)
     chosen = (~whole).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(counts.max()))]
     index = replace(read, blocks=chosen.int()[None, None], counts=counts.int()[None, None])
-    parts = [block_sparse(q, k, v, index, check=False, impl=impl, **how)]
+    parts = [block_sparse(q, kv, index, softmax, check=False, impl=impl)]
     rows = torch.arange(past, length, device=q.device)
     # Some query must read a key for it to be looked at.
     last = (blocks * torch.arange(1, len(blocks) + 1, device=q.device)[:, None]).amax(0) * read.block_q + past
     columns = torch.arange(length, device=q.device)
     columns = columns[(mixed & blocks.any(0))[columns // size] & (columns < last[columns // size])]
     for some in (columns[~scaled[columns]], columns[scaled[columns]]):
-        parts.append(_masked(q, k[:, :, some], v[:, :, some], rows, some, mine, how))
+        parts.append(_masked(q, kv[:, :, some], rows, some, mine, softmax))
     return merge(*parts[:2]), parts[2]
 
 
-def _masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    read: HeadReads,
-    how: dict[str, Any],
-) -> Partial:
+def _masked(q: Tensor, kv: KV, rows: Tensor, columns: Tensor, read: HeadReads, softmax: Softmax) -> Partial:
     """Queries at positions ``rows`` over the keys at ``columns``, as far as they read them."""
     parts, tile = [], max(1, _PAIRS // max(1, len(columns)))
     for a in range(0, len(rows), tile):
         mask = read.pairs(rows[a : a + tile], columns)[None, None]
-        parts.append(kernel.attend(q[:, :, a : a + tile], k, v, mask=mask, **how))
+        parts.append(kernel.attend(q[:, :, a : a + tile], kv, softmax, mask=mask))
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
 

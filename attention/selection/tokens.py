@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..causal import causal_mask
 from ..keys import Keys
+from ..kv import KV
 from ..ops.decode import decode
 from ..ops.gather_decode import gather_decode
 from ..partial import Partial
@@ -27,7 +28,7 @@ class TokenIndex(Selection):
             one, so that reading them is harmless, and are masked.
     counts: [B, Hs, Tq] int32, or None where all K entries count.
     full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
-    gathered: (k, v), each [B, Hs, K, D], the chosen rows already side by side in the order of ``tokens``,
+    gathered: keys and values [B, Hs, K], the chosen rows already side by side in the order of ``tokens``,
             where the method keeps them (Tq = 1 only); or None.
     """
 
@@ -36,7 +37,7 @@ class TokenIndex(Selection):
     tokens: Tensor
     counts: Tensor | None = None
     full: Tensor | None = None
-    gathered: tuple[Tensor, Tensor] | None = None
+    gathered: KV | None = None
 
     @staticmethod
     def ragged(
@@ -77,9 +78,7 @@ class TokenIndex(Selection):
 
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
         if self.full is None or not bool(self.full.any()):
-            part = gather_decode(
-                q, keys.k, keys.v, self, check=False, scale=keys.scale, softcap=keys.softcap, impl=impl
-            )
+            part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
             used = self.tokens.numel() if self.counts is None else total(self.counts)
             return part, used * (q.shape[1] // self.tokens.shape[1])
         if bool(self.full.all()):
@@ -90,16 +89,15 @@ class TokenIndex(Selection):
         """Rows of one call in different phases of a method: the rows that read every visible key are taken
         one at a time, in place."""
         h, hs = q.shape[1], self.tokens.shape[1]
-        group, hkv = h // hs, keys.k.shape[1]
-        how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap, "impl": impl}
-        part = gather_decode(q, keys.k, keys.v, self, check=False, **how)
+        group, hkv = h // hs, keys.kv.num_kv_heads
+        part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
         out, lse = part.out.clone(), part.lse.clone()
         pairs = int(torch.where(full, 0, self.number()).sum()) * group
         for b, s, t in full.nonzero().tolist():
             heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
             first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
             cut = (slice(b, b + 1), slice(kv, kv + 1), slice(first, end))
-            one = decode(q[b : b + 1, heads, t : t + 1], keys.k[cut], keys.v[cut], **how)
+            one = decode(q[b : b + 1, heads, t : t + 1], keys.kv[cut], keys.softmax, impl=impl)
             out[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype)
             lse[b : b + 1, heads, t : t + 1] = one.lse
             pairs += (end - first) * group
@@ -108,7 +106,7 @@ class TokenIndex(Selection):
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         here = self.localised(keys.places())
         group = q.shape[1] // self.tokens.shape[1]
-        part = gather_decode(q, keys.k, keys.v, here, check=False, scale=keys.scale, softcap=keys.softcap)
+        part = gather_decode(q, keys.kv, here, keys.softmax, check=False)
         if self.full is None:
             return part, total(here.number()) * group
         full = self.full.repeat_interleave(group, 1)  # [B, H, Tq]

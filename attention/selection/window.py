@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..keys import Keys
 from ..ops import kernel
 from ..ops.decode import decode
 from ..ops.flash import flash
-from ..ops.rows import gather_rows
 from ..partial import Partial, merge
 from .base import Pairs, Selection
 from .here import attend_masked, attend_recent, query_positions
@@ -67,23 +66,21 @@ class Window(Selection):
     def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
         """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
         set of keys."""
-        how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
         b, h, tq, _ = q.shape
-        local = op(q, keys.k, keys.v, window=self.size, start=keys.start, impl=impl, **how)
+        local = op(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
         sinks = min(self.sinks, keys.length)
         if sinks == 0 or keys.longest() <= self.size:
             return local
         first = torch.tensor(keys.starts or [0] * b, device=q.device)[:, None]
         places = first + torch.arange(sinks, device=q.device)  # [B, sinks]
         mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [B, Tq, sinks]
-        hkv = keys.k.shape[1]
+        hkv = keys.kv.num_kv_heads
         spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
         part = kernel.attend(
             kernel.fold_groups(q, hkv),
-            gather_rows(keys.k, spread),
-            gather_rows(keys.v, spread),
+            keys.kv.gather(spread),
+            keys.softmax,
             mask=mask.repeat(1, h // hkv, 1)[:, None],
-            **how,
         )
         return merge(local, kernel.unfold_groups(part, h, tq))
 

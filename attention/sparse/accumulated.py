@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..keys import Keys
-from ..ops.rows import gather_rows
 from ..ops.scores import scores
 from ..received import attention_received
 
@@ -19,7 +18,7 @@ def accumulated(keys: Keys, length: int, like: Tensor) -> Tensor:
     if old is None or old.shape[2] <= length:
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         room = length + max(64, length // 8)
-        new = torch.zeros(*keys.k.shape[:2], room, dtype=wide, device=like.device)
+        new = torch.zeros(*keys.kv.shape[:2], room, dtype=wide, device=like.device)
         if old is not None:
             new[..., : old.shape[2]] = old
         keys.state["scores"] = new
@@ -39,16 +38,16 @@ def accumulate(q: Tensor, keys: Keys, tokens: Tensor, counts: Tensor | None) -> 
     the first ``counts`` [B] count (None: all). -> their rows [B, Hkv, K, D], of the keys that are here."""
     sums = accumulated(keys, keys.length, q)
     if keys.peers is None:
-        rows = gather_rows(keys.k, tokens)
-        logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]  # [B, Hkv, G, K]
+        rows = keys.kv.gather(tokens).k
+        logits = scores(q, rows, keys.softmax)[:, :, :, 0]  # [B, Hkv, G, K]
     else:
         places = pad(keys.places(), (0, 1), value=keys.length)
         here = torch.searchsorted(places, tokens)
         elsewhere = places[here] != tokens
-        last = keys.k.shape[2] - 1
-        empty = keys.k.new_zeros(*tokens.shape, keys.k.shape[3])
-        rows = gather_rows(keys.k, here.clamp(max=last)) if last >= 0 else empty
-        logits = scores(q, rows, scale=keys.scale, softcap=keys.softcap)[:, :, :, 0]
+        last = keys.kv.length - 1
+        empty = q.new_zeros(*tokens.shape, keys.kv.head_dim)
+        rows = keys.kv.gather(here.clamp(max=last)).k if last >= 0 else empty
+        logits = scores(q, rows, keys.softmax)[:, :, :, 0]
         logits = keys.peers.sum(logits.masked_fill(elsewhere[:, :, None], 0))
     keys.summary_bytes += rows.numel() * rows.element_size()
     if counts is not None:

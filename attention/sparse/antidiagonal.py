@@ -78,9 +78,7 @@ class Antidiagonal(AttentionMethod):
         grid = Grid.of(keys, self.block, self.block)
         seen = torch.arange(keys.past, keys.length, self.stride) // self.stride + 1
         k = keys.read_all_keys()
-        shares = antidiagonal_shares(
-            q, k, seen, self.stride, self.block, scale=keys.scale, softcap=keys.softcap
-        )
+        shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
         shares = reduce_group(shares, self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         size = covering(shares, forced, self.mass)

@@ -11,7 +11,7 @@ from ..selection.ragged import counted_first
 
 def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
     """The keys that each decode query reads, one by one, the query's own first."""
-    device, length = keys.k.device, keys.longest()
+    device, length = keys.kv.device, keys.longest()
     ends = [length if band.far is None else min(band.far, length) for band in index.bands]
     near = torch.cat(
         [torch.arange(n, max(n, end), s) for (s, n, _), end in zip(index.bands, ends, strict=True)]
@@ -23,7 +23,7 @@ def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
     fresh = (distance >= 0) & ~index.hold(distance.clamp(min=0))  # [B or 1, Tq, sinks]
     chosen = torch.cat([(rows - near).expand(*fresh.shape[:2], -1), sinks.expand(*fresh.shape)], 2)
     read = torch.cat([rows - near >= first[:, None, None], fresh], 2)
-    shape = (keys.k.shape[0], keys.k.shape[1], keys.tq)
+    shape = (keys.kv.batch, keys.kv.num_kv_heads, keys.tq)
     tokens, counts = counted_first(chosen, read)
     return TokenIndex(
         tokens=tokens[:, None].expand(*shape, -1),

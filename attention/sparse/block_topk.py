@@ -78,7 +78,7 @@ class BlockTopK(AttentionMethod):
         grid = Grid.of(keys, self.block, self.block)
         means = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
         pooled = pool(q, self.block, mode="mean")  # [1, H, Nq, D]
-        logits = scores(pooled, means, scale=keys.scale, softcap=keys.softcap)  # [1, Hkv, G, Nq, Nk]
+        logits = scores(pooled, means, keys.softmax)  # [1, Hkv, G, Nq, Nk]
         # Only blocks before the own ones are ranked: those are read anyway, and may reach past it.
         ranked = group_scores(logits, (grid.cols < grid.first[:, None])[None], self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -35,9 +35,8 @@ class DHSA(AttentionMethod):
     it (the authors' density of 0.125 is of all keys of the prompt, for early queries too, about twice as many
     pairs), or ``k``. The score of a chunk of keys depends on ``select``:
 
-    "mean": a chunk is represented by the mean of its queries or keys times the square root of its length, and
-    the score is the product of two. In the paper all tokens of a chunk have its score, so the best tokens are
-    whole chunks.
+    "mean": a chunk is the mean of its queries or keys times the square root of its length, and the score is
+    the product of two. In the paper all tokens of a chunk have its score: the best tokens are whole chunks.
 
     "vertical_slash" (the authors' DHSA_vs_optimized, github.com/xiongsiheng/DHSA): the attention of the
     call's last ``block_q`` queries is summed per key (a column) and per distance of query and key (a
@@ -113,8 +112,9 @@ class DHSA(AttentionMethod):
         if self.select == "mean":
             chunks = keys.summary(*self.summaries)  # [1, Hkv, Nk, D]
             queries = pool(q, self.block_q, mode="length_normalised")  # [1, H, Nq, D]
-            scale = keys.scale / math.sqrt(self.block_q * self.block_k)  # of whole chunks, a mean logit
-            logits = scores(queries, chunks, scale=scale, softcap=keys.softcap)
+            # of whole chunks, a mean logit
+            scale = keys.softmax.scale / math.sqrt(self.block_q * self.block_k)
+            logits = scores(queries, chunks, replace(keys.softmax, scale=scale))
             ranked = group_scores(logits, before[None], self.gqa_reduce)
             always = (self.block_q + self.local - 2) // self.block_k + 3
             max_blocks = max(always, self._least, round(len(grid.cols) * (self.fraction or 0.0)))

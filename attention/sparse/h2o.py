@@ -11,8 +11,8 @@ from torch import Tensor
 from ..checks import require
 from ..cost import Cost, Queries
 from ..keys import Keys
+from ..kv import KV
 from ..method import AttentionMethod
-from ..ops.rows import gather_rows
 from ..ops.select import top_k
 from ..selection import Index, TokenIndex
 from .accumulated import accumulate, accumulate_all
@@ -85,7 +85,7 @@ class H2O(AttentionMethod):
         all_read = torch.tensor(full, device=q.device).expand(*lists[0].shape[:2], -1) if any(full) else None
         if all(count is None for count in used):
             one = keys.tq == 1 and keys.peers is None and not full[0]
-            gathered = (rows, gather_rows(keys.v, lists[0])) if one else None
+            gathered = KV(rows, keys.kv.gather(lists[0]).v) if one else None
             return TokenIndex(tokens=torch.stack(lists, 2), full=all_read, gathered=gathered)
         whole = torch.full((q.shape[0],), self.k, device=q.device)
         counts = torch.stack([whole if count is None else count for count in used], 1)[:, None]  # [B, 1, Tq]
@@ -109,7 +109,7 @@ class H2O(AttentionMethod):
     def _grown(self, keys: Keys, length: int) -> Tensor:
         """[B or 1, 1, 1] bool: rows with more keys than the budget."""
         start = 0 if keys.start is None else keys.start[:, None, None]
-        return torch.full((1, 1, 1), length, device=keys.k.device) - start > self.k
+        return torch.full((1, 1, 1), length, device=keys.kv.device) - start > self.k
 
     def _admit(self, keys: Keys, length: int) -> None:
         """The key that leaves the recent ones, since the ``length``-th key is new, joins the heavy hitters,
@@ -127,7 +127,7 @@ class H2O(AttentionMethod):
     def _kept(self, keys: Keys, length: int) -> tuple[Tensor, Tensor | None]:
         """What the ``length``-th query reads, tokens [B, Hkv, k], and how many of them count in each row [B],
         None where all do."""
-        heavy, device = keys.state["heavy"], keys.k.device
+        heavy, device = keys.state["heavy"], keys.kv.device
         recent = torch.arange(length - self.recent, length, device=device).expand(*heavy.shape[:2], -1)
         tokens = torch.cat([heavy, recent], 2)
         counts = [min(self.k, length - first) for first in keys.starts or [0] * heavy.shape[0]]

@@ -82,7 +82,7 @@ class Oracle(AttentionMethod):
         grid = Grid.of(keys, self.block, self.block)
         seen = torch.arange(keys.past, keys.length) + 1
         k, block = keys.read_all_keys(), self.block
-        shares = block_shares(q, k, seen, block, block, scale=keys.scale, softcap=keys.softcap)
+        shares = block_shares(q, k, seen, block, block, keys.softmax)
         shares = reduce_group(shares, self.gqa_reduce)  # [1, Hs, Nq, Nk]
         forced = grid.between(grid.first, grid.last)
         size = self._size(grid.last, keys.length)

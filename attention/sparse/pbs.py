@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -136,15 +136,14 @@ class PBS(AttentionMethod):
     def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor) -> Tensor:
         """[1, Hs, Nq, blocks in ``order``]: each head's share of its attention over the key blocks before
         ``first_own`` [Nq]."""
-        how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
         if self.select == "antidiagonal":
             per = self.block // self.stride
             k = gather_head_rows(keys.read_all_keys(), order)
             seen = (first_own * per).repeat_interleave(per)[: -(-q.shape[2] // self.stride)]
-            shares = antidiagonal_shares(q, k, seen, self.stride, self.block, **how)
+            shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
         else:
             means = keys.prepared["means"][:, :, : order.shape[2] // self.block]
             later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device)[:, None]
-            logits = scores(pool(q, self.block, mode="mean"), means, **how)
+            logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
             shares = torch.softmax(logits.masked_fill_(later, -torch.inf), -1).masked_fill_(later, 0)
         return reduce_group(shares, self.gqa_reduce)

@@ -73,7 +73,7 @@ class Quest(AttentionMethod):
         bounds = keys.summary(*self.summaries)  # [B, Hkv, P, 2 D]
         # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
         signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
-        logits = scores(signed, bounds, scale=keys.scale, softcap=keys.softcap)
+        logits = scores(signed, bounds, keys.softmax)
         first = 0 if keys.start is None else keys.start[:, None, None, None]
         rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
         own = (rows[None, None] - first) // self.page  # [B or 1, 1, Tq, 1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,16 +21,16 @@ def estimate_blocks(
     pass has read, [Nq, Nk] bool: the first one and those with the last ``local`` keys of a query block."""
     near = (grid.end - local).clamp(min=0) // grid.block_k
     summary = Int4Keys(grid.block_k)
-    k4 = summary.keys(keys.summary(summary), keys.k)
+    k4 = summary.keys(keys.summary(summary), keys.kv)
     lse = _first_pass(q, keys, grid, near, local)
-    how: dict[str, Any] = {"scale": keys.scale, "softcap": keys.softcap}
-    largest = int4_block_max(q, k4, lse, block_q=grid.block_q, q_bits=q_bits, **how)
+    largest = int4_block_max(q, k4, lse, keys.softmax, block_q=grid.block_q, q_bits=q_bits)
     return largest, grid.between(near, grid.last) | (grid.cols == 0)
 
 
 def _first_pass(q: Tensor, keys: Keys, grid: Grid, near: Tensor, local: int) -> Tensor:
     """The log-sum-exp m + log l [B, H, Tq] of the logits of queries q [B, H, Tq, D] over the first block of
     keys and the blocks from ``near`` [Nq] on, which hold the last ``local`` keys of each query block."""
+    softcap = keys.softmax.softcap
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     device, rows, block, size = q.device, q.shape[2], grid.block_q, grid.block_k
     first = max(0, keys.past + 1 - local) // size * size
@@ -53,10 +51,11 @@ def _first_pass(q: Tensor, keys: Keys, grid: Grid, near: Tensor, local: int) -> 
             [sink.expand(len(at), -1), (col - first).clamp_(max=keys.length - 1 - first) + size], 1
         )
         seen = torch.cat([sink.where(at > 0, keys.length), col], 1)[:, None] <= row[..., None]
-        tile = q[:, :, a : a + step].transpose(1, 2).to(wide) * keys.scale  # [B Hkv, n, G, block_q, D]
+        # [B Hkv, n, G, block_q, D]
+        tile = q[:, :, a : a + step].transpose(1, 2).to(wide) * keys.softmax.scale
         logits = tile.flatten(2, 3) @ k[:, place].to(wide).transpose(2, 3)
-        if keys.softcap is not None:
-            logits = logits.div_(keys.softcap).tanh_().mul_(keys.softcap)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
         logits = logits.unflatten(2, (-1, block)).masked_fill_(~seen[:, None], -torch.inf)
         parts.append(logits.logsumexp(-1))
     return torch.cat(parts, 1).transpose(1, 2).flatten(2)[..., :rows].reshape(batch, -1, rows)

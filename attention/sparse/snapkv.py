@@ -77,7 +77,7 @@ class SnapKV(AttentionMethod):
         full = None
         if "tokens" not in state:  # after a crop
             self._choose(q[:, :, :1], keys, keys.past + 1)
-            full = torch.zeros(q.shape[0], keys.k.shape[1], keys.tq, dtype=torch.bool, device=device)
+            full = torch.zeros(q.shape[0], keys.kv.num_kv_heads, keys.tq, dtype=torch.bool, device=device)
             full[:, :, 0] = True
         tokens, end = state["tokens"], int(state["end"][0])
         if end - min(keys.starts or [0]) <= self.k:
@@ -98,7 +98,7 @@ class SnapKV(AttentionMethod):
     def _choose(self, q: Tensor, keys: Keys, length: int) -> None:
         """Choose the k positions of the first ``length`` that stay, by queries q [B, H, n, D] of the last
         n."""
-        b, hkv = q.shape[0], keys.k.shape[1]
+        b, hkv = q.shape[0], keys.kv.num_kv_heads
         keys.state["end"] = torch.full((b,), length)
         before = length - self.window
         if length - min(keys.starts or [0]) <= self.k:

@@ -28,7 +28,7 @@ def a_shape(grid: Grid, w: int, sinks: int) -> Tensor:
 def same_for_all_heads(grid: Grid, read: Tensor, keys: Keys) -> BlockIndex:
     """An index of the blocks in ``read`` [Nq, Nk] (bool) for every head."""
     blocks, counts = by_threshold(read.float(), 0.5)
-    shape = keys.k.shape[:2]
+    shape = keys.kv.shape[:2]
     return BlockIndex(
         blocks=blocks.int().expand(*shape, -1, -1).contiguous(),
         counts=counts.expand(*shape, -1).contiguous(),

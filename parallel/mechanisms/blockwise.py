@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...attention.kv import KV
 from ...attention.ops import kernel
 from ...attention.ops.flash import flash
 from ...attention.partial import Partial, merge
+from ...attention.softmax import Softmax
 from .layout import Span
 
 _ROWS, _COLS = 512, 4096  # tile of the backward: at most 8 MiB of float32 logits per head
@@ -44,8 +46,7 @@ def blockwise(
     v: Tensor,
     keys: Sequence[Span],
     *,
-    scale: float,
-    softcap: float | None = None,
+    softmax: Softmax,
     starts: list[int] | None = None,
 ) -> Partial:
     """Causal attention of q [B, H, n, D] at the positions ``queries`` over k, v [B, Hkv, m, D] at ``keys``.
@@ -54,15 +55,15 @@ def blockwise(
     padding); rows before it give (0, -inf), as do rows that see no key, and no key before it is read.
     Differentiable in q, k and v through out and lse, without keeping any logits. out is in float32 (float64).
     """
-    return Partial(*_Blockwise.apply(q, k, v, tuple(queries), tuple(keys), scale, softcap, starts))
+    return Partial(*_Blockwise.apply(q, k, v, tuple(queries), tuple(keys), softmax, starts))
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-        queries, keys, scale, softcap, starts = how
+        queries, keys, softmax, starts = how
         total = nothing(q, v.shape[-1])
-        add(total, q, queries, k, v, keys, scale=scale, softcap=softcap, starts=starts)
+        add(total, q, queries, k, v, keys, softmax=softmax, starts=starts)
         ctx.save_for_backward(q, k, v, *total)
         ctx.how = how
         return total.out, total.lse
@@ -70,11 +71,10 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        queries, keys, scale, softcap, starts = ctx.how
+        queries, keys, softmax, starts = ctx.how
         gradient = Gradient.of(Partial(out, lse), dout, dlse)
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-        how = {"scale": scale, "softcap": softcap, "starts": starts}
-        add_gradients(dq, dk, dv, gradient, q, queries, k, v, keys, **how)
+        add_gradients(dq, dk, dv, gradient, q, queries, k, v, keys, softmax=softmax, starts=starts)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None for _ in ctx.how)
 
 
@@ -93,19 +93,18 @@ def add(
     v: Tensor,
     keys: Sequence[Span],
     *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
     starts: list[int] | None,
 ) -> None:
     """Merge the attention over one more set of keys into ``total``, in place; arguments as in
     :func:`blockwise`."""
     hkv = k.shape[1]
     for batch, rows, seen, causal in _pieces(q.shape[0], queries, keys, starts):
-        x, key, value = q[batch, :, rows], k[batch, :, seen], v[batch, :, seen]
+        x, kv = q[batch, :, rows], KV(k[batch, :, seen], v[batch, :, seen])
         if causal:
-            part = flash(x, key, value, scale=scale, softcap=softcap)
+            part = flash(x, kv, softmax)
         else:
-            folded = kernel.attend(kernel.fold_groups(x, hkv), key, value, scale=scale, softcap=softcap)
+            folded = kernel.attend(kernel.fold_groups(x, hkv), kv, softmax)
             part = kernel.unfold_groups(folded, x.shape[1], x.shape[2])
         before = Partial(total.out[batch, :, rows], total.lse[batch, :, rows])
         total.out[batch, :, rows], total.lse[batch, :, rows] = merge(before, part)
@@ -172,8 +171,7 @@ def add_gradients(
     v: Tensor,
     keys: Sequence[Span],
     *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
     starts: list[int] | None,
 ) -> None:
     """Add the gradients that one set of keys contributes, in place, in the dtype of dq, dk, dv (float32,
@@ -196,8 +194,7 @@ def add_gradients(
                 k[batch, :, there],
                 v[batch, :, there],
                 causal,
-                scale,
-                softcap,
+                softmax,
             )
 
 
@@ -210,8 +207,7 @@ def _tile_gradients(
     k: Tensor,
     v: Tensor,
     causal: bool,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
 ) -> None:
     hkv, (_, h, n, _) = k.shape[1], q.shape
     wide, end = dq.dtype, k.shape[2]
@@ -222,17 +218,17 @@ def _tile_gradients(
     for c in range(0, end, _COLS):
         d = min(c + _COLS, end)
         key, value = k[:, :, c:d].to(wide), v[:, :, c:d].to(wide)
-        logits = query @ key.transpose(-1, -2) * scale
+        logits = query @ key.transpose(-1, -2) * softmax.scale
         slope = None
-        if softcap is not None:
-            bent = torch.tanh(logits / softcap)
-            logits, slope = softcap * bent, 1 - bent * bent
+        if softmax.softcap is not None:
+            bent = torch.tanh(logits / softmax.softcap)
+            logits, slope = softmax.softcap * bent, 1 - bent * bent
         weights = torch.exp(logits - lse)
         if causal and d > end - n:
             above = torch.arange(c, d, device=q.device) > torch.arange(end - n, end, device=q.device)[:, None]
             weights = weights.masked_fill(above.repeat(h // hkv, 1), 0)
         dv[:, :, c:d] += weights.transpose(-1, -2) @ dout
-        dlogits = weights * (dout @ value.transpose(-1, -2) - delta) * scale
+        dlogits = weights * (dout @ value.transpose(-1, -2) - delta) * softmax.scale
         if slope is not None:
             dlogits *= slope
         dq += (dlogits @ key).reshape(q.shape)

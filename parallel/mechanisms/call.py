@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ...attention.kv import KV
+from ...attention.softmax import Softmax
 from ..group.mesh import Mesh
 from .layout import Layout, Split
 from .volume import Geometry
@@ -29,16 +31,15 @@ class Call(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The keys and values [B, Hkv, n, D] that this rank holds, and the layout of all ranks' keys."""
+    """The keys and values [B, Hkv, n] that this rank holds, and the layout of all ranks' keys."""
 
-    k: Tensor
-    v: Tensor
+    kv: KV
     layout: Layout
 
     def before(self, position: int, rank: int) -> Shard:
         """The part of the shard that lies before ``position``; ``rank`` is this rank."""
         n = self.layout.below(rank, position)
-        return Shard(self.k[:, :, :n], self.v[:, :, :n], self.layout.cut(0, position))
+        return Shard(self.kv[:, :, :n], self.layout.cut(0, position))
 
 
 @dataclass
@@ -60,8 +61,8 @@ class LocalCall:
     """This rank's part of one layer's prefill.
 
     q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what the rank has computed in this call. shard: all
-    keys and values that it holds, those of this call included. scale, softcap: how the model turns q k^T into
-    logits.
+    keys and values that it holds, those of this call included. softmax: how the layer turns q k^T into
+    weights.
     """
 
     q: Tensor
@@ -70,8 +71,7 @@ class LocalCall:
     shard: Shard
     call: Call
     mesh: Mesh
-    scale: float
-    softcap: float | None
+    softmax: Softmax
 
     @property
     def split(self) -> Split:
@@ -88,11 +88,6 @@ class LocalCall:
     def past(self) -> Shard:
         """The part of the shard that the rank held before the call."""
         return self.shard.before(self.call.past, self.rank)
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """scale and softcap, as keyword arguments of operations."""
-        return {"scale": self.scale, "softcap": self.softcap}
 
     @property
     def geometry(self) -> Geometry:

@@ -27,8 +27,8 @@ def decode(
         selection = Window(size=window)
     part, pairs = selection.run_decode_here(q, keys)
     visible = int(count_visible(keys).sum()) * q.shape[1]
-    shared_by = selection.loads_shared_by(q.shape[1], keys.k.shape[1])
-    reads = count_reads(q, keys.k, keys.v, pairs, visible, shared_by)
+    shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
+    reads = count_reads(q, keys.kv, pairs, visible, shared_by)
     return merge_ranks(part, q.dtype, keys.ranks), explained(reads, method, DECODE, keys, selection)
 
 

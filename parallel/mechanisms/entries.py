@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...attention.kv import KV
 from ...attention.summary import Summaries, Summary, by_start
 from ..group.comm import Ranks
 from .edges import Beyond, beyond
@@ -39,7 +40,8 @@ def extend(
         recent = torch.cat([gather_rows(k[:, :, a:b], layout, ranks, "open_block"), recent], 2)
         known = begin
     start = None if starts is None else torch.tensor(starts, device=k.device)
-    shared.get(summary, recent[:, :, begin - known :], start, begin)
+    new = recent[:, :, begin - known :]
+    shared.get(summary, KV(new, new), start, begin)  # of a KV, summaries read the keys alone
     return recent
 
 
@@ -88,7 +90,7 @@ def extend_split(
                 entries = summary.compute(keys[rows][:, :, begin : begin + count * size])
                 mine[i][rows, :, : entries.shape[2]] = entries
     every = ranks.all_gather(mine, "summaries")  # [P, chunks, B, Hkv, room, width]
-    buffer = shared.room(summary, k, split.end, done=split.end)
+    buffer = shared.room(summary, KV(k, k), split.end, done=split.end)
     for rank, chunks in enumerate(split.chunks):
         for i, chunk in enumerate(chunks):
             for block, count, _, rows in plan[chunk]:

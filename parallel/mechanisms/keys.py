@@ -18,7 +18,7 @@ from .layout import Layout
 
 @dataclass(kw_only=True)
 class ShardedKeys(Keys):
-    """The keys of a decode call: k, v [B, Hkv, N, D] are the N of ``total`` keys that this rank holds.
+    """The keys of a decode call: kv [B, Hkv, N] are the N of ``total`` keys that this rank holds.
 
     shared: the entries of block summaries of all keys, the same on every rank, so that a method which selects
     by them selects as on one device. ``summaries`` has what describes single keys, for this rank's keys
@@ -43,7 +43,7 @@ class ShardedKeys(Keys):
 
     @cached_property
     def _places(self) -> Tensor:
-        return self.layout.positions(self.ranks.rank, self.k.device)
+        return self.layout.positions(self.ranks.rank, self.kv.device)
 
     def places(self) -> Tensor:
         return self._places
@@ -51,14 +51,14 @@ class ShardedKeys(Keys):
     def some_rows(self, rows: slice, state: State) -> ShardedKeys:
         some = super().some_rows(rows, state)
         assert isinstance(some, ShardedKeys)
-        return dataclasses.replace(some, shared=SomeRows(self.shared, self.k, None, rows))
+        return dataclasses.replace(some, shared=SomeRows(self.shared, self.kv, None, rows))
 
     def summary(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            entries = self.summaries.get(summary, self.k, None)
+            entries = self.summaries.get(summary, self.kv, None)
         else:
             assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
-            entries = self.shared.room(summary, self.k, self.total)[
+            entries = self.shared.room(summary, self.kv, self.total)[
                 :, :, : count_entries(summary, self.total)
             ]
         self.summary_bytes += entries.numel() * entries.element_size()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention.partial import Partial, merge
+from ...attention.softmax import Softmax
 from ..group.autograd import exchange, gather
 from ..group.comm import Ranks
 from .blockwise import blockwise
@@ -23,8 +24,7 @@ def pass_q(
     split: Split,
     ranks: Ranks,
     *,
-    scale: float,
-    softcap: float | None = None,
+    softmax: Softmax,
     starts: list[int] | None = None,
     past: Layout | None = None,
     past_k: Tensor | None = None,
@@ -53,8 +53,7 @@ def pass_q(
         mine.real(k),
         mine.real(v),
         held_spans(split, past, me),
-        scale=scale,
-        softcap=softcap,
+        softmax=softmax,
         starts=starts,
     )
     out = _return(all_rows.back(part.out.to(out_dtype or q.dtype)), ranks)

@@ -15,6 +15,7 @@ from ...attention.attend import PREFILL_TILE, Reads, attend, count_reads, run_pr
 from ...attention.causal import causal_pairs
 from ...attention.dense import Dense
 from ...attention.keys import Keys
+from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial
 from ...attention.selection import EveryKey
@@ -90,23 +91,23 @@ def _dense(local: LocalCall, choice: Choice) -> tuple[Partial, Reads, Travel]:
     if travel.mechanism == "ulysses":
         return *_over_heads(_DENSE, local), travel
     past = local.past
+    past_k, past_v = past.kv.dense()
     if travel.mechanism == "gather":
-        keys, values = gather_all(k, v, past.k, past.v, past.layout, split, mesh.ranks)
+        keys, values = gather_all(k, v, past_k, past_v, past.layout, split, mesh.ranks)
         result = Result(q, v.shape[3])
         result.keep_in_graph(keys, values)
         for slot, (a, b) in split.slots(local.rank):
             visible = Keys(
-                k=keys[:, :, :b],
-                v=values[:, :, :b],
+                kv=KV(keys[:, :, :b], values[:, :, :b]),
                 tq=b - a,
+                softmax=local.softmax,
                 start=call.start,
                 starts=call.starts,
-                **local.how,
             )
             result.write(slice(None), slot, run_prefill(_DENSE, q[:, :, slot], visible, EveryKey()))
         return result.part, result.reads, travel
-    how: dict[str, Any] = {"starts": call.starts, "past": past.layout, "past_k": past.k, "past_v": past.v}
-    how |= local.how
+    how: dict[str, Any] = {"softmax": local.softmax, "starts": call.starts}
+    how |= {"past": past.layout, "past_k": past_k, "past_v": past_v}
     if travel.mechanism == "usp":
         assert mesh.ulysses is not None and mesh.ring is not None
         backend = mesh.config.backend
@@ -117,7 +118,7 @@ def _dense(local: LocalCall, choice: Choice) -> tuple[Partial, Reads, Travel]:
         part = {"ring": ring, "pass_q": pass_q}[travel.mechanism](q, k, v, split, mesh.ranks, **how)
     b, h = q.shape[:2]
     pairs = sum(causal_pairs(e - a, e, call.starts, b) for _, (a, e) in split.slots(local.rank)) * h
-    return part, count_reads(q, k, v, pairs, pairs, PREFILL_TILE * (h // k.shape[1])), travel
+    return part, count_reads(q, KV(k, v), pairs, pairs, PREFILL_TILE * (h // k.shape[1])), travel
 
 
 def _mechanism(local: LocalCall, choice: Choice) -> Travel:
@@ -148,10 +149,13 @@ def _splits_groups(method: AttentionMethod, local: LocalCall) -> str | None:
 def _over_heads(method: AttentionMethod, local: LocalCall) -> tuple[Partial, Reads]:
     """Ulysses: ``method`` runs as on one device, on this rank's heads."""
     call, past = local.call, local.past
+    past_k, past_v = past.kv.dense()
     counted: list[Reads] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        visible = Keys(k=k, v=v, tq=q.shape[2], start=call.start, starts=call.starts, **local.how)
+        visible = Keys(
+            kv=KV(k, v), tq=q.shape[2], start=call.start, starts=call.starts, softmax=local.softmax
+        )
         part, reads = attend(method, PREFILL, q, visible)
         counted.append(reads)
         return part
@@ -164,8 +168,8 @@ def _over_heads(method: AttentionMethod, local: LocalCall) -> tuple[Partial, Rea
         local.mesh.ranks,
         run,
         past=past.layout,
-        past_k=past.k,
-        past_v=past.v,
+        past_k=past_k,
+        past_v=past_v,
         with_lse=True,
         backend=local.mesh.config.backend,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...attention.partial import Partial
+from ...attention.softmax import Softmax
 from ..group.comm import Ranks
 from .blockwise import Gradient, add, add_gradients, nothing
 from .layout import Layout, Span, Split
@@ -29,8 +30,7 @@ def ring(
     split: Split,
     ranks: Ranks,
     *,
-    scale: float,
-    softcap: float | None = None,
+    softmax: Softmax,
     starts: list[int] | None = None,
     past: Layout | None = None,
     past_k: Tensor | None = None,
@@ -62,8 +62,7 @@ def ring(
         keys.sorted(v),
         blocks,
         ranks,
-        scale=scale,
-        softcap=softcap,
+        softmax=softmax,
         starts=starts,
     )
     return Partial(mine.back(part.out), mine.back(part.lse, -torch.inf))
@@ -91,14 +90,12 @@ def circulate(
     blocks: list[Block],
     ranks: Ranks,
     *,
-    scale: float,
-    softcap: float | None,
+    softmax: Softmax,
     starts: list[int] | None,
 ) -> Partial:
     """Attention of q [B, H, n, D] at ``queries`` over the blocks of all ranks; k, v [B, Hkv, rows, D] are
     this rank's."""
-    how = {"scale": scale, "softcap": softcap, "starts": starts}
-    return Partial(*_Ring.apply(q, k, v, queries, blocks, ranks, how))
+    return Partial(*_Ring.apply(q, k, v, queries, blocks, ranks, softmax, starts))
 
 
 class _Ring(torch.autograd.Function):
@@ -111,7 +108,8 @@ class _Ring(torch.autograd.Function):
         queries: tuple[Span, ...],
         blocks: list[Block],
         ranks: Ranks,
-        how: dict[str, Any],
+        softmax: Softmax,
+        starts: list[int] | None,
     ) -> tuple[Tensor, Tensor]:
         total = nothing(q, v.shape[-1])
         message = _message(k, v)
@@ -121,11 +119,12 @@ class _Ring(torch.autograd.Function):
             if step < ranks.size - 1:
                 arrived = _pass_on(message, _size(k, v, after), ranks, "ring")
             key, value = (x[:, :, : block.count] for x in _views(message, k, v, block))
-            add(total, q, queries, key, value, block.spans, **how)
+            add(total, q, queries, key, value, block.spans, softmax=softmax, starts=starts)
             if arrived:
                 message = arrived()
         ctx.save_for_backward(q, k, v, *total)
-        ctx.queries, ctx.blocks, ctx.ranks, ctx.how = queries, blocks, ranks, how
+        ctx.queries, ctx.blocks, ctx.ranks = queries, blocks, ranks
+        ctx.softmax, ctx.starts = softmax, starts
         return total.out, total.lse
 
     @staticmethod
@@ -147,7 +146,10 @@ class _Ring(torch.autograd.Function):
             key, value, dk, dv = (
                 x[:, :, : block.count] for m in (message, part) for x in _views(m, k, v, block)
             )
-            add_gradients(dq, dk, dv, gradient, q, ctx.queries, key, value, block.spans, **ctx.how)
+            add_gradients(
+                dq, dk, dv, gradient, q, ctx.queries, key, value, block.spans,
+                softmax=ctx.softmax, starts=ctx.starts,
+            )  # fmt: skip
             if step == 0:
                 own = part
             else:
@@ -159,7 +161,7 @@ class _Ring(torch.autograd.Function):
         if returning:
             own += returning()
         dk, dv = _views(own, k, v, _block(ctx.blocks, ranks, 0))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
 def _pass_on(message: Tensor, size: int, ranks: Ranks, name: str) -> Callable[[], Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...attention.attend import Reads, run_prefill
 from ...attention.keys import Keys, State
+from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial, empty_partial
 from ...attention.selection import Selection, Window, as_selection
@@ -34,7 +35,7 @@ class _ChunkKeys(Keys):
     complete: bool
 
     def summary(self, summary: Summary) -> Tensor:
-        entries = self.shared.room(summary, self.k, 0)[self.rows, :, : count_entries(summary, self.length)]
+        entries = self.shared.room(summary, self.kv, 0)[self.rows, :, : count_entries(summary, self.length)]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -94,7 +95,7 @@ def selected(
     whole = has_gradient or (method.needs.keys and window is None)
     if whole:
         past = local.past
-        keys, values = gather_all(k, v, past.k, past.v, past.layout, local.split, ranks)
+        keys, values = gather_all(k, v, *past.kv.dense(), past.layout, local.split, ranks)
     else:
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
@@ -105,9 +106,9 @@ def selected(
         for piece in pieces:
             first = _first(call, piece.batch)
             chunk = (first + piece.keys.past, first + piece.keys.length)
-            rows = [first] * piece.keys.k.shape[0]
+            rows = [first] * piece.keys.kv.batch
             wanted[piece.batch, :, : chunk[1]] |= piece.selection.needed(chunk, rows, k.shape[1], k.device)
-        fetch(wanted, local.shard.k, local.shard.v, local.shard.layout, keys, values, ranks)
+        fetch(wanted, *local.shard.kv.dense(), local.shard.layout, keys, values, ranks)
     result = Result(q, v.shape[3])
     result.reads.selection_bytes = prepare_bytes
     if has_gradient:
@@ -145,14 +146,13 @@ def _pieces(
     def view(batch: slice, end: int, tq: int, found: State) -> _ChunkKeys:
         first = _first(call, batch)
         return _ChunkKeys(
-            k=keys[batch, :, first:end],
-            v=values[batch, :, first:end],
+            kv=KV(keys[batch, :, first:end], values[batch, :, first:end]),
             tq=tq,
             shared=shared,
             rows=batch,
             complete=complete,
             prepared=found,
-            **local.how,
+            softmax=local.softmax,
         )
 
     prepared: dict[int, State] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...attention.softmax import Softmax
 from ..group.comm import Ranks
 from .layout import Layout, Split
 from .order import held_spans, order
@@ -24,8 +25,7 @@ def usp(
     ulysses: Ranks,
     ring: Ranks,
     *,
-    scale: float,
-    softcap: float | None = None,
+    softmax: Softmax,
     starts: list[int] | None = None,
     past: Layout | None = None,
     past_k: Tensor | None = None,
@@ -55,8 +55,7 @@ def usp(
         keys.sorted(v),
         blocks,
         ring,
-        scale=scale,
-        softcap=softcap,
+        softmax=softmax,
         starts=starts,
     )
     out = to_rows(queries.back(part.out.to(q.dtype)), ulysses, backend)

@@ -33,7 +33,7 @@ class KVStoreLayer(DynamicLayer):
     # transformers reads and sets these as plain attributes
     @property
     def keys(self) -> Tensor | None:
-        return self.store.keys
+        return None if self.store.kv is None else self.store.kv.k
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -41,7 +41,7 @@ class KVStoreLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self.store.values
+        return None if self.store.kv is None else self.store.kv.v
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -49,7 +49,7 @@ class KVStoreLayer(DynamicLayer):
 
     @property
     def is_initialized(self) -> bool:
-        return self.store.keys is not None
+        return self.store.kv is not None
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
@@ -72,7 +72,8 @@ class KVStoreLayer(DynamicLayer):
         key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self.store.append(key_states, value_states)
+        self.store.append(key_states, value_states)
+        return self.store.handles()
 
     def get_seq_length(self) -> int:
         return self.store.total

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from ...attention.errors import FarspanError
+from ...attention.softmax import Softmax
 from ..layer import Layer
 from ..layer_over_ranks import carrier
 from ..shard import running
@@ -53,13 +54,13 @@ def _attention_forward(
             f"{type(module).__name__} passes a position bias, which farspan does not serve: use a model "
             "without one."
         )
-    how: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
-    how["scale"] = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = Softmax(scale, softcap, sliding_window, s_aux)
     if not torch.is_autocast_enabled(query.device.type):
-        return layer(query, key, value, attention_mask, **how), None
+        return layer(query, key, value, attention_mask, softmax), None
     query, key, value = autocast(query, key, value)
     with torch.autocast(query.device.type, enabled=False):  # scores are in float32
-        return layer(query, key, value, attention_mask, **how), None
+        return layer(query, key, value, attention_mask, softmax), None
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
+from ...attention.kv import KV
 from ...attention.needs import Needs
+from ...attention.softmax import Softmax
 from ..layer import Layer
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE
@@ -15,30 +16,30 @@ from .models import ModelInfo
 
 
 def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
-    """Replace the layer of a patched attention module by ``attend(q, k, v, mask, scale=, softcap=, window=,
-    sinks=)`` -> [B, Tq, H, D]. Returns the undo step."""
+    """Replace the layer of a patched attention module by ``attend(q, k, v, mask, softmax)`` -> [B, Tq, H, D].
+    Returns the undo step."""
     layer = getattr(module, ATTRIBUTE)
     setattr(module, ATTRIBUTE, attend)
     return lambda: setattr(module, ATTRIBUTE, layer)
 
 
 def observe(info: ModelInfo, index: int, needs: Needs, observer: Callable[..., None]) -> Callable[[], None]:
-    """Call ``observer(q, k, v, scale=, softcap=, window=, sinks=)`` in every call of a patched layer without
-    a cache, with the tensors of the call. Where ``needs`` names inputs, the observer is also called with
-    ``inputs=``: queries and keys before RoPE in float32, hidden states in their dtype. Returns the undo
-    step."""
+    """Call ``observer(q, k, v, softmax)`` in every call of a patched layer without a cache, with the tensors
+    of the call. Where ``needs`` names inputs, the observer is also called with ``inputs=``: queries and keys
+    before RoPE in float32, hidden states in their dtype. Returns the undo step."""
     module = info.attention[index]
     layer: Layer = getattr(module, ATTRIBUTE)
     session = layer.session
     undo = feed_inputs(info.decoder, [(module, needs)], session) if needs.inputs else []
 
-    def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
+    def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
         if needs.inputs:
             assert session.given is not None, "the hook on the attention module has run"
-            observer(q, k, v, inputs=session.given.feed(q.float(), k.float(), None), **how)
+            own = session.given.feed(q.float(), KV(k.float(), v), None)
+            observer(q, k, v, softmax, inputs=own)
         else:
-            observer(q, k, v, **how)
-        return layer(q, k, v, mask, **how)
+            observer(q, k, v, softmax)
+        return layer(q, k, v, mask, softmax)
 
     setattr(module, ATTRIBUTE, observed)
 

@@ -193,12 +193,12 @@ def _compare(
     reached: set[int] = set()
     foreign: set[int] = set()
 
-    def watched(layer: Layer, q: Tensor, k: Tensor, *args: Any, **how: Any) -> Tensor:
+    def watched(layer: Layer, q: Tensor, k: Tensor, *args: Any) -> Tensor:
         reached.add(layer.index)
         store = None if session.stores is None else session.stores[layer.index]
         if info.kinds[layer.index] in (FULL, HYBRID) and not (store is not None and store.holds(k)):
             foreign.add(layer.index)
-        return layer(q, k, *args, **how)
+        return layer(q, k, *args)
 
     layers = {i: Layer(i, Dense(), Dense(), session) for i in info.attention}
     undo = install(info.model, info, layers, session, None)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.attention.kv import KV
 from farspan.attention.ops.decode import decode
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import top_k
 from farspan.attention.partial import Partial
 from farspan.attention.selection import TokenIndex
+from farspan.attention.softmax import Softmax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,7 +78,7 @@ def test_decode(tq: int, padded: bool) -> None:
     start = torch.tensor([0, 100], device="cuda") if padded else None
 
     def step(impl: str = "triton") -> Partial:
-        return decode(q, k, v, scale=SCALE, start=start, impl=impl)
+        return decode(q, KV(k, v), Softmax(SCALE), start=start, impl=impl)
 
     graph, result = captured(step)
     for seed in (1, 2):
@@ -94,10 +96,12 @@ def test_gather_decode_with_its_selection(tq: int) -> None:
     q, k, v = inputs(tq)
 
     def step() -> tuple[Partial, Tensor, Tensor]:
-        logits = scores(q, k, scale=SCALE, impl="triton")  # [B, Hkv, G, Tq, Tk]
+        logits = scores(q, k, Softmax(SCALE), impl="triton")  # [B, Hkv, G, Tq, Tk]
         ranked = torch.softmax(logits, -1).sum(2)
         tokens = top_k(ranked, 512, impl="triton")
-        part = gather_decode(q, k, v, TokenIndex(tokens=tokens), scale=SCALE, check=False, impl="triton")
+        part = gather_decode(
+            q, KV(k, v), TokenIndex(tokens=tokens), Softmax(SCALE), check=False, impl="triton"
+        )
         return part, tokens, ranked
 
     graph, (result, tokens, ranked) = captured(step)
@@ -108,7 +112,9 @@ def test_gather_decode_with_its_selection(tq: int) -> None:
         assert torch.equal(tokens, same)
         assert torch.equal(result.out, plain.out) and torch.equal(result.lse, plain.lse)
         assert torch.equal(tokens, top_k(ranked, 512, impl="eager"))
-        assert_close(result, gather_decode(q, k, v, TokenIndex(tokens=tokens), scale=SCALE, impl="eager"))
+        assert_close(
+            result, gather_decode(q, KV(k, v), TokenIndex(tokens=tokens), Softmax(SCALE), impl="eager")
+        )
 
 
 def test_ragged_counts_stay_on_the_device() -> None:
@@ -118,7 +124,7 @@ def test_ragged_counts_stay_on_the_device() -> None:
     index = TokenIndex(tokens=tokens, counts=counts)
 
     def step(impl: str = "triton") -> Partial:
-        return gather_decode(q, k, v, index, scale=SCALE, check=False, impl=impl)
+        return gather_decode(q, KV(k, v), index, Softmax(SCALE), check=False, impl=impl)
 
     graph, result = captured(step)
     counts.copy_(torch.tensor([[7, 299], [0, 300]], dtype=torch.int32)[..., None])

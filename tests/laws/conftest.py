@@ -41,7 +41,7 @@ def smollm2_layers(smollm2: tuple[Any, Any]) -> list[Data]:
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
     info, seen = hf.inspect_model(causal_lm), []
     with farspan.patch(causal_lm, "dense"), torch.no_grad():
-        undo = [hf.observe(info, i, Needs(), lambda q, k, v, **_: seen.append((q, k, v))) for i in (1, 20)]
+        undo = [hf.observe(info, i, Needs(), lambda q, k, v, _: seen.append((q, k, v))) for i in (1, 20)]
         causal_lm(ids, use_cache=False, logits_to_keep=1)
         for step in undo:
             step()

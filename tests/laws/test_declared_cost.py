@@ -13,8 +13,10 @@ import farspan
 from farspan.attention import method as registry
 from farspan.attention.cost import Cost, Queries
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.selection import Index, Window
+from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.quest import Quest
 
 from .tools import HKV, D, Data, H, Stream, every_method, sparse_settings
@@ -154,7 +156,7 @@ def test_the_methods_with_a_reach() -> None:
 def test_nothing_is_read_beyond_the_declared_reach(method: AttentionMethod) -> None:
     """By the mask: all that a query reads lies in a first and a last stretch, together no longer."""
     data, reach = Data.random(200), declared(method, PREFILL, 200).reach
-    index = method.select_prefill(data.q, Keys(k=data.k, v=data.v, tq=200, scale=data.scale))
+    index = method.select_prefill(data.q, Keys(kv=KV(data.k, data.v), tq=200, softmax=Softmax(data.scale)))
     mask = index.to_mask(200, 200)
     for t, row in enumerate(mask[0, 0].tolist()):
         gap = longest = 0

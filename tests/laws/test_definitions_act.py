@@ -16,11 +16,13 @@ from farspan.attention.block_maxima import BlockMaxima
 from farspan.attention.calibrated.act import ACT
 from farspan.attention.calibrated.columns import column_bound
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import PREFILL, LayerInfo
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.flash import flash
 from farspan.attention.selection import BlockIndex, Rescaled
 from farspan.attention.selection.rescaled import attend_rescaled
+from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.sale import SALE
 
 from . import naive_act
@@ -59,7 +61,7 @@ def peaked(seed: int = 0) -> Data:
 
 def call(method: ACT, data: Data, past: int, softcap: float | None = None, impl: str = "auto") -> Any:
     """(partial, sinks [H, N], index) of one call of the queries from ``past`` on."""
-    keys = Keys(k=data.k, v=data.v, tq=N - past, scale=SCALE, softcap=softcap)
+    keys = Keys(kv=KV(data.k, data.v), tq=N - past, softmax=Softmax(SCALE, softcap))
     q = data.q[:, :, past:]
     keys.prepared = method.prepare_prefill(q, keys)
     index = method.select_prefill(q, keys)
@@ -112,7 +114,7 @@ def test_dense(make: Any, past: int, softcap: float | None, beta: float, impl: s
     assert as_sets(sinks) == found
     assert any(found) or past > 0 or make is not planted, "the case has no sink"
     assert (part.out[0] - want).abs().max() < 1e-12
-    plain = flash(data.q[:, :, past:], data.k, data.v, scale=SCALE, softcap=softcap)
+    plain = flash(data.q[:, :, past:], KV(data.k, data.v), Softmax(SCALE, softcap))
     assert (part.lse - plain.lse).abs().max() < 1e-12, "the row sum is that of the attention calibrated"
     if beta < 1 and any(found):
         assert (part.out - plain.out)[0, [h for h in range(H) if found[h]]].abs().max() > 0.05
@@ -141,7 +143,7 @@ class Exact(SALE):
         largest = torch.zeros(1, H, nq, nk, dtype=torch.float64)
         for h in range(H):
             mask = read[0, h * read.shape[1] // H] & causal(keys.past)[0]
-            matrix = naive_act.probabilities(q[0, h], keys.k[0, h // G], SCALE, keys.softcap, mask)
+            matrix = naive_act.probabilities(q[0, h], keys.kv.k[0, h // G], SCALE, keys.softmax.softcap, mask)
             for n in range(nq):
                 for j in range(nk):
                     block = matrix[n * block_q : (n + 1) * block_q, j * block_k : (j + 1) * block_k]
@@ -185,9 +187,9 @@ def test_over_another_method(
 def test_the_bound_is_the_mean_of_the_maxima_over_queries(past: int, block_q: int, block_k: int) -> None:
     for data in (planted(), peaked(), Data.random(N)):
         q = data.q[:, :, past:]
-        keys = Keys(k=data.k, v=data.v, tq=N - past, scale=SCALE)
-        lse = flash(q, data.k, data.v, scale=SCALE).lse
-        largest = block_max(q, data.k, lse, scale=SCALE, block_q=block_q, block_k=block_k)
+        keys = Keys(kv=KV(data.k, data.v), tq=N - past, softmax=Softmax(SCALE))
+        lse = flash(q, KV(data.k, data.v), Softmax(SCALE)).lse
+        largest = block_max(q, data.k, lse, Softmax(SCALE), block_q=block_q, block_k=block_k)
         maxima = BlockMaxima(largest.log(), block_q, block_k)
         bound = column_bound(maxima, torch.arange(H), keys)[0]
         for h in range(H):
@@ -209,7 +211,7 @@ def test_a_row_of_sinks_alone_keeps_them() -> None:
     read = BlockIndex(blocks=blocks, counts=counts, block_q=8, block_k=8)
     sinks = torch.zeros(1, H, 32, dtype=torch.bool)
     sinks[:, ::2, 8:16] = True
-    keys = Keys(k=data.k, v=data.v, tq=32, scale=SCALE)
+    keys = Keys(kv=KV(data.k, data.v), tq=32, softmax=Softmax(SCALE))
     got = attend_rescaled(data.q, keys, Rescaled(read=read, keys=sinks, factor=0.3), "auto")
     mask = read.to_mask(32, 32)[0]
     for h in range(H):
@@ -225,7 +227,7 @@ def test_a_row_that_sinks_hold_almost_all_of_loses_nothing() -> None:
     data.q[..., 0] = 8.0
     data.k[..., 0] = 0
     data.k[:, :, 9, 0] = 24.0
-    keys = Keys(k=data.k, v=data.v, tq=64, scale=SCALE)
+    keys = Keys(kv=KV(data.k, data.v), tq=64, softmax=Softmax(SCALE))
     sinks = torch.zeros(1, H, 64, dtype=torch.bool)
     sinks[..., 9] = True
     got = attend_rescaled(data.q, keys, Rescaled(read=None, keys=sinks, factor=0.5), "auto")
@@ -242,7 +244,7 @@ def test_rows_of_a_batch_have_sinks_of_their_own() -> None:
     both = Data(*(torch.cat([getattr(one, x), getattr(two, x)]) for x in ("q", "k", "v")))
     both.k[1, :, 90] = both.k[1, :, 17]
     method = ACT(heads="all")
-    keys = Keys(k=both.k, v=both.v, tq=N, scale=SCALE)
+    keys = Keys(kv=KV(both.k, both.v), tq=N, softmax=Softmax(SCALE))
     part, _ = attend(method, PREFILL, both.q, keys)
     sinks = keys.prepared["act_sinks"]
     assert bool((sinks[0] != sinks[1]).any())
@@ -261,14 +263,17 @@ def test_gradients_are_those_of_the_definition() -> None:
     data = planted()
     keys_at = torch.zeros(1, H, N, dtype=torch.bool)
     keys_at[:, :5, [17, 60]] = True
-    for read in (None, over(SALE).select_prefill(data.q, Keys(k=data.k, v=data.v, tq=N, scale=SCALE))):
+    for read in (
+        None,
+        over(SALE).select_prefill(data.q, Keys(kv=KV(data.k, data.v), tq=N, softmax=Softmax(SCALE))),
+    ):
         grads = []
         mask = causal(0) if read is None else read.to_mask(N, N)[0]
         weight = torch.randn(H, N, D, generator=torch.Generator().manual_seed(2)).double()
         for fast in (True, False):
             q, k, v = (x.clone().requires_grad_() for x in (data.q, data.k, data.v))
             if fast:
-                keys = Keys(k=k, v=v, tq=N, scale=SCALE)
+                keys = Keys(kv=KV(k, v), tq=N, softmax=Softmax(SCALE))
                 out = attend_rescaled(q, keys, Rescaled(read=read, keys=keys_at, factor=0.4), "auto").out[0]
             else:
                 rows = mask.repeat_interleave(H // len(mask), 0)

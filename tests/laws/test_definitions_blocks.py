@@ -13,7 +13,9 @@ from torch import Tensor
 import farspan
 from farspan.attention.attend import attend
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import PREFILL, AttentionMethod, LayerInfo
+from farspan.attention.softmax import Softmax
 from farspan.attention.summary import Summaries
 
 from . import naive_blocks as naive
@@ -35,10 +37,9 @@ def assert_as_defined(
     start = None if data.starts is None else torch.tensor(data.starts)
     for a, z in zip([0, *cuts], cuts, strict=False):
         keys = Keys(
-            k=data.k[:, :, :z],
-            v=data.v[:, :, :z],
+            kv=KV(data.k[:, :, :z], data.v[:, :, :z]),
             tq=z - a,
-            scale=data.scale,
+            softmax=Softmax(data.scale),
             start=start,
             summaries=summaries,
         )

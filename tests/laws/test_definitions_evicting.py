@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import farspan
+from farspan.attention.kv import KV
 from farspan.attention.method import AttentionMethod
+from farspan.attention.softmax import Softmax
 
 from . import naive
 from .naive_evicting import H2ORow, SnapKVRow
@@ -146,7 +148,7 @@ def test_a_soft_cap_bends_the_attention_that_is_counted() -> None:
     from farspan.attention.received import attention_received
 
     data = Data.random(50, [0, 13])
-    keys = Keys(k=data.k, v=data.v, tq=30, scale=SCALE, softcap=2.0, start=torch.tensor([0, 13]))
+    keys = Keys(kv=KV(data.k, data.v), tq=30, softmax=Softmax(SCALE, 2.0), start=torch.tensor([0, 13]))
     got = attention_received(data.q[:, :, 20:], keys, 50).sum(2)
     for b, first in enumerate((0, 13)):
         want = torch.zeros(HKV, 50, dtype=torch.float64)

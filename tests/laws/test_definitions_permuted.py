@@ -14,8 +14,10 @@ from torch import Tensor
 
 import farspan
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.selection import BlockIndex
+from farspan.attention.softmax import Softmax
 
 from . import naive_pbs, naive_vertical_slash
 from .tools import HKV, D, Data, H, assert_same
@@ -27,7 +29,7 @@ CUTS = [[150], [64, 150], [37, 90, 150], [8, 150]]
 
 def asked(method: AttentionMethod, q: Tensor, k: Tensor, scale: float) -> BlockIndex | None:
     """What the method answers a call of queries q [H, Tq, D], the last of keys k [Hkv, n, D]."""
-    keys = Keys(k=k[None], v=k[None], tq=q.shape[1], scale=scale)
+    keys = Keys(kv=KV(k[None], k[None]), tq=q.shape[1], softmax=Softmax(scale))
     keys.prepared = method.prepare_prefill(q[None, :, -method.last_queries :], keys)
     index = method.select_prefill(q[None], keys)
     if index is None:

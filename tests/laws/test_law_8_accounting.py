@@ -188,7 +188,11 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
     def select(self: Any, q: Tensor, keys: Keys, original: Any = cls.select_prefill) -> Any:
         for a, b in (chunk for rank in prompt.chunks for chunk in rank if chunk[0] < chunk[1]):
             chunk = replace(
-                keys, k=keys.k[:, :, :b], v=keys.v[:, :, :b], tq=b - a, summaries=Summaries(), summary_bytes=0
+                keys,
+                kv=keys.kv[:, :, :b],
+                tq=b - a,
+                summaries=Summaries(),
+                summary_bytes=0,
             )
             original(self, q[:, :, a:b], chunk)
             found.chunks += chunk.summary_bytes

@@ -18,6 +18,7 @@ from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
+from farspan.attention.softmax import Softmax
 from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
@@ -280,15 +281,16 @@ class Stream:
         """Attention of the queries at self.length .. upto - 1."""
         new = slice(self.length, upto)
         q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
-        keys, values = self.store.append(k, v)
+        self.store.append(k, v)
+        assert self.store.kv is not None
         if self.fresh:
             self.store.summaries.clear()
         padding = None
         if self.data.starts is not None:
             starts = [min(first, upto) for first in self.data.starts]  # as a mask of these positions says
             padding = Padding(torch.tensor(starts), starts)
-        how: dict[str, Any] = {"scale": self.data.scale, "padding": padding, "impl": self.impl}
-        called = self.layer_call(LocalKeys(q, keys, values, store=self.store, **how))
+        softmax, how = Softmax(self.data.scale), {"padding": padding, "impl": self.impl}
+        called = self.layer_call(LocalKeys(q, self.store.kv, softmax, store=self.store, **how))
         self.reads.append(total_reads(called.done))
         return called.part(q, v.shape[3])
 

@@ -9,8 +9,10 @@ import torch
 
 from farspan.attention.causal import causal_mask
 from farspan.attention.errors import Unsupported
+from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.selection import BlockIndex
+from farspan.attention.softmax import Softmax
 
 from .test_block_sparse import random_blocks
 from .tools import make_qkv, oracle
@@ -74,7 +76,7 @@ def test_a_block_mask_of_torchs_own_making() -> None:
     index = BlockIndex.from_block_mask(made)
     assert torch.equal(index.to_mask(256, 256), causal_mask(256, 256, None, 1))
     q, k, v = make_qkv(2, 4, 2, 256, 256, 16)
-    got = block_sparse(q, k, v, BlockIndex.from_block_mask(made, batch=2, heads=2), scale=0.25)
+    got = block_sparse(q, KV(k, v), BlockIndex.from_block_mask(made, batch=2, heads=2), Softmax(0.25))
     truth = oracle(q, k, v, causal_mask(256, 256, None, 2), scale=0.25)
     assert (got.out - truth.out).abs().max() < 1e-5
 
@@ -91,7 +93,7 @@ def test_what_a_block_mask_cannot_say_is_refused() -> None:
         begun.to_block_mask(61, 80, 1)
     q, k, v = make_qkv(1, 1, 1, 64, 64, 16)
     with pytest.raises(Unsupported, match=r"flex implementation of block_sparse cannot run this.*reorders"):
-        block_sparse(q, k, v, ordered, scale=0.25, impl="flex")
+        block_sparse(q, KV(k, v), ordered, Softmax(0.25), impl="flex")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -102,7 +104,7 @@ def test_flex_gives_what_block_sparse_gives(device: str) -> None:
     truth = oracle(q, k, v, index.to_mask(tq, tk), scale=d**-0.5)
     moved = BlockIndex(blocks=index.blocks.to(device), counts=index.counts.to(device), block_q=64, block_k=64)
     try:
-        got = block_sparse(*(x.to(device) for x in (q, k, v)), moved, scale=d**-0.5, impl="flex")
+        got = block_sparse(q.to(device), KV(k.to(device), v.to(device)), moved, Softmax(d**-0.5), impl="flex")
     except Unsupported as refusal:
         assert refusal.reasons == ["on the CPU it is compiled, and there is no C++ compiler"]
         pytest.skip(str(refusal))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farspan.attention.errors import Unsupported
 from farspan.attention.ops.block_max import block_max
+from farspan.attention.softmax import Softmax
 
 from .tools import Run, brute_mask, every_run, make_qkv, oracle
 
@@ -75,7 +76,7 @@ def test_block_max(
     truth = _truth(probabilities, block_q, block_k, starts or [0, 0])
     if heads == "group":
         truth = truth.unflatten(1, (2, 2)).amax(2)
-    how: dict[str, Any] = {"scale": 0.3, "block_q": block_q, "block_k": block_k, "softcap": softcap}
+    how: dict[str, Any] = {"softmax": Softmax(0.3, softcap), "block_q": block_q, "block_k": block_k}
     start = None if starts is None else torch.tensor(starts)
     same = block_max(q, k, lse, **how, start=start, heads=heads, impl="reference")
     got = block_max(*map(run.to, (q, k, lse)), **how, start=run.to(start), heads=heads, impl=run.impl)
@@ -89,7 +90,7 @@ def test_block_max(
 @pytest.mark.parametrize(("block_q", "block_k"), [(300, 100), (64, 300), (129, 31)])
 def test_blocks_larger_than_a_tile(run: Run, block_q: int, block_k: int) -> None:
     q, k, lse, probabilities = _make(310, 330, 16, [0, 100], None, run.dtype)
-    start, how = torch.tensor([0, 100]), {"scale": 0.3, "block_q": block_q, "block_k": block_k}
+    start, how = torch.tensor([0, 100]), {"softmax": Softmax(0.3), "block_q": block_q, "block_k": block_k}
     got = block_max(*map(run.to, (q, k, lse)), **how, start=run.to(start), impl=run.impl).cpu()
     for row, first in enumerate([0, 100]):
         begin = max(0, first - 20)
@@ -107,14 +108,14 @@ def test_transposed_queries_and_lse(run: Run) -> None:
     q, k, lse, probabilities = _make(40, 63, 16, None, None, run.dtype)
     q = run.to(q.transpose(1, 2).contiguous()).transpose(1, 2)
     lse = run.to(lse.transpose(1, 2).contiguous()).transpose(1, 2)
-    got = block_max(q, run.to(k), lse, scale=0.3, block_q=16, block_k=16, impl=run.impl)
+    got = block_max(q, run.to(k), lse, Softmax(0.3), block_q=16, block_k=16, impl=run.impl)
     assert (got.cpu() - _truth(probabilities, 16, 16, [0, 0])).abs().max() < 2e-6
 
 
 def test_float64_stays_float64_and_carries_no_gradient() -> None:
     q, k, _ = make_qkv(1, 2, 1, 20, 20, 8, dtype=torch.float64)
     lse = torch.logsumexp((q @ k.transpose(-1, -2)).masked_fill(~brute_mask(20, 20, [0]), -torch.inf), -1)
-    how = {"scale": 1.0, "block_q": 4, "block_k": 4}
+    how: dict[str, Any] = {"softmax": Softmax(1.0), "block_q": 4, "block_k": 4}
     got = block_max(q.requires_grad_(), k, lse, **how, impl="eager")
     want = block_max(q, k, lse, **how, impl="reference")
     assert got.dtype == want.dtype == torch.float64
@@ -125,13 +126,13 @@ def test_float64_stays_float64_and_carries_no_gradient() -> None:
 def test_no_queries() -> None:
     q, k, lse, _ = _make(5, 9, 16, None, None, torch.float32)
     for impl in ("reference", "eager", "triton"):
-        got = block_max(q[:, :, :0], k, lse[:, :, :0], scale=1.0, block_q=4, block_k=4, impl=impl)
+        got = block_max(q[:, :, :0], k, lse[:, :, :0], Softmax(1.0), block_q=4, block_k=4, impl=impl)
         assert got.shape == (2, 4, 0, 3)
 
 
 def test_block_max_refuses() -> None:
     q, k, lse, _ = _make(5, 9, 16, None, None, torch.float32)
-    how: dict[str, Any] = {"scale": 1.0, "block_q": 4, "block_k": 4}
+    how: dict[str, Any] = {"softmax": Softmax(1.0), "block_q": 4, "block_k": 4}
     with pytest.raises(ValueError, match=r"lse \[B, H, Tq\] = \[2, 4, 5\], one per query; got \[2, 4, 4\]"):
         block_max(q, k, lse[:, :, 1:], **how)
     with pytest.raises(ValueError, match="queries among the keys; got Tq = 5 > Tk = 4"):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.partial import Partial
 from farspan.attention.selection import BlockIndex
+from farspan.attention.softmax import Softmax
 
 from .tools import (
     Run,
@@ -93,9 +95,10 @@ def test_block_sparse(case: tuple, run: Run) -> None:
         x[~read] = torch.nan
     how = {"scale": d**-0.5, "softcap": softcap}
     truth = oracle(q, k, v, mask, **how)
-    reference = block_sparse(q, k, v, index, impl="reference", **how)
+    given = KV(k, v), index, Softmax(**how)
+    reference = block_sparse(q, *given, impl="reference")
     assert_reference(reference, truth)
-    got = block_sparse(*run.to((q, k, v)), run.to(index), impl=run.impl, **how)
+    got = block_sparse(run.to(q), *run.to(given), impl=run.impl)
     assert_law_5(got, reference, truth)
 
 
@@ -110,7 +113,7 @@ def test_block_sparse_gradients(case: tuple) -> None:
     weight = torch.randn(b, h, tq, d, dtype=torch.float64)
     results = []
     for run in (
-        lambda q, k, v: block_sparse(q, k, v, index, impl="eager", **how),
+        lambda q, k, v: block_sparse(q, KV(k, v), index, Softmax(**how), impl="eager"),
         lambda q, k, v: oracle(q, k, v, mask, **how),
     ):
         leaf = [x.clone().requires_grad_() for x in leaves]
@@ -143,14 +146,16 @@ def test_block_sparse_gradients_in_low_precision(case: tuple, run: Run) -> None:
     weight = torch.randn(b, h, tq, d, generator=torch.Generator().manual_seed(1))
 
     def device_run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        return block_sparse(q, k, v, run.to(index), impl=run.impl, **how)
+        return block_sparse(q, KV(k, v), run.to(index), Softmax(**how), impl=run.impl)
 
     truth = _gradients(
         lambda q, k, v: oracle(q, k, v, mask, **how), [x.double() for x in leaves], weight.double(), seen
     )
-    same = _gradients(
-        lambda q, k, v: block_sparse(q, k, v, index, impl="reference", **how), leaves, weight, seen
-    )
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        return block_sparse(q, KV(k, v), index, Softmax(**how), impl="reference")
+
+    same = _gradients(reference, leaves, weight, seen)
     at = run.to((*leaves, weight, seen))
     got = _gradients(device_run, at[:3], *at[3:])
     for name, a, r, t in zip("qkv", got, same, truth, strict=True):
@@ -175,14 +180,14 @@ def test_block_sparse_gradients_only_where_asked() -> None:
     results = []
     for wanted in ((0, 1, 2), (0,), (1,), (2,)):
         leaf = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(leaves)]
-        part = block_sparse(*leaf, index, scale=0.25, impl="triton")
+        part = block_sparse(leaf[0], KV(*leaf[1:]), index, Softmax(0.25), impl="triton")
         part.out.sum().backward()  # dout is a stride-0 view, and there is no dlse
         results.append([x.grad for x in leaf])
         assert [x is not None for x in results[-1]] == [i in wanted for i in range(3)]
         for i in wanted:
             assert torch.equal(results[-1][i], results[0][i])
     leaf = [x.clone().requires_grad_() for x in leaves]
-    block_sparse(*leaf, index, scale=0.25, impl="triton").lse.sum().backward()
+    block_sparse(leaf[0], KV(*leaf[1:]), index, Softmax(0.25), impl="triton").lse.sum().backward()
     assert bool((leaf[2].grad == 0).all()), "the lse does not depend on the values"
 
 
@@ -192,7 +197,7 @@ def test_block_sparse_serves_a_strided_query(impl: str) -> None:
     index = random_blocks(2, 2, 63, 63, 16, 16, 2)
     q, k, v = make_qkv(2, 4, 2, 63, 63, 16)
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
-    plain, got = (block_sparse(x, k, v, index, scale=0.25, impl=impl) for x in (q, strided))
+    plain, got = (block_sparse(x, KV(k, v), index, Softmax(0.25), impl=impl) for x in (q, strided))
     assert torch.allclose(got.out, plain.out, atol=1e-6)
     assert torch.allclose(got.lse, plain.lse, atol=1e-6)
 
@@ -204,7 +209,7 @@ def test_block_sparse_gradcheck(order: bool) -> None:
     seen = index.to_mask(9, 11).repeat_interleave(2, 1).any(-1)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        part = block_sparse(q, k, v, index, scale=0.5, softcap=3.0, impl="eager")
+        part = block_sparse(q, KV(k, v), index, Softmax(0.5, 3.0), impl="eager")
         return part.out, part.lse[seen]
 
     assert torch.autograd.gradcheck(run, leaves)
@@ -233,11 +238,11 @@ def test_block_sparse_of_an_index_with_a_lead(impl: str, order: bool) -> None:
     q, k, v = make_qkv(1, 4, 2, 100, 130, 16)
     whole = random_blocks(1, 2, 100, 130, 16, 8, 5, order=order)
     for lead in (1, 13):
-        want = block_sparse(q, k, v, whole, scale=0.25, impl=impl)
-        got = block_sparse(q[:, :, lead:], k, v, replace(whole, lead=lead), scale=0.25, impl=impl)
+        want = block_sparse(q, KV(k, v), whole, Softmax(0.25), impl=impl)
+        got = block_sparse(q[:, :, lead:], KV(k, v), replace(whole, lead=lead), Softmax(0.25), impl=impl)
         assert torch.equal(got.lse, want.lse[:, :, lead:]) and torch.equal(got.out, want.out[:, :, lead:])
     with pytest.raises(ValueError, match="needs the lead of its index among the 3 keys before the queries"):
-        block_sparse(q, k[:, :, :103], v[:, :, :103], replace(whole, lead=5), scale=0.25)
+        block_sparse(q, KV(k[:, :, :103], v[:, :, :103]), replace(whole, lead=5), Softmax(0.25))
 
 
 def test_block_sparse_refuses_an_index_of_another_shape() -> None:
@@ -251,4 +256,4 @@ def test_block_sparse_refuses_an_index_of_another_shape() -> None:
     ]:
         index = BlockIndex(blocks=blocks, counts=counts, block_q=16, block_k=16)
         with pytest.raises(ValueError, match=r"block_sparse takes blocks \[B, Hkv or H, 3, M\]"):
-            block_sparse(q, k, v, index, scale=1.0)
+            block_sparse(q, KV(k, v), index, Softmax(1.0))

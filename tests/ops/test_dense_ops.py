@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from farspan.attention.errors import Unsupported
+from farspan.attention.kv import KV
 from farspan.attention.ops.decode import decode
 from farspan.attention.ops.flash import flash
+from farspan.attention.softmax import Softmax
 
 from .tools import (
     Run,
@@ -66,11 +68,12 @@ def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], run: Run
     q, k, v = make_qkv(b, h, hkv, tq, tk, d, dtype=run.dtype)
     how = {"scale": d**-0.5, "softcap": softcap}
     truth = oracle(q, k, v, brute_mask(tq, tk, starts or [0] * b, window=window), **how)
-    how |= {"window": window, "start": None if starts is None else torch.tensor(starts)}
-    reference = op(q, k, v, impl="reference", **how)
+    given = KV(k, v), Softmax(**how)
+    where = {"window": window, "start": None if starts is None else torch.tensor(starts)}
+    reference = op(q, *given, impl="reference", **where)
     assert reference.out.dtype == run.dtype
     assert_reference(reference, truth)
-    got = op(*run.to((q, k, v)), impl=run.impl, **how | {"start": run.to(how["start"])})
+    got = op(run.to(q), *run.to(given), impl=run.impl, window=window, start=run.to(where["start"]))
     assert_law_5(got, reference, truth)
 
 
@@ -79,9 +82,10 @@ def test_against_float64(op: Callable[..., Any], case: tuple[Any, ...], run: Run
 def test_padding_is_never_read(op: Callable[..., Any], case: tuple[Any, ...], impl: str) -> None:
     b, h, hkv, tq, tk, d, window, softcap, starts = case
     q, k, v = make_qkv(b, h, hkv, tq, tk, d, starts=starts)
-    how = {"scale": d**-0.5, "softcap": softcap, "window": window, "start": torch.tensor(starts)}
-    clean = op(q, k.nan_to_num(), v.nan_to_num(), impl=impl, **how)
-    poisoned = op(q, k, v, impl=impl, **how)
+    kv, softmax = KV(k, v), Softmax(d**-0.5, softcap)
+    how = {"window": window, "start": torch.tensor(starts)}
+    clean = op(q, kv.map(torch.nan_to_num), softmax, impl=impl, **how)
+    poisoned = op(q, kv, softmax, impl=impl, **how)
     assert torch.equal(poisoned.out, clean.out)
     assert torch.equal(poisoned.lse, clean.lse)
 
@@ -101,7 +105,8 @@ def test_gradients_are_those_of_the_definition(op: Callable[..., Any], case: tup
         return list(torch.autograd.grad((part.out * weight).sum() + part.lse[seen].cos().sum(), leaf))
 
     start = None if starts is None else torch.tensor(starts)
-    got = grads(lambda q, k, v: op(q, k, v, window=window, start=start, impl="eager", **how))
+    softmax = Softmax(**how)
+    got = grads(lambda q, k, v: op(q, KV(k, v), softmax, window=window, start=start, impl="eager"))
     assert_grads_equal(got, grads(lambda q, k, v: oracle(q, k, v, mask, **how)))
 
 
@@ -116,7 +121,7 @@ def test_gradients_in_float32_reach_every_input(op: Callable[..., Any]) -> None:
         part = run(*leaf)
         return [g.double() for g in torch.autograd.grad(part.out.square().sum() + part.lse.sin().sum(), leaf)]
 
-    got = grads(lambda q, k, v: op(q, k, v, scale=0.25), torch.float32)
+    got = grads(lambda q, k, v: op(q, KV(k, v), Softmax(0.25)), torch.float32)
     assert_grads_equal(got, grads(lambda q, k, v: oracle(q, k, v, mask, scale=0.25), torch.float64), 1e-5)
 
 
@@ -126,7 +131,7 @@ def test_rows_that_begin_after_the_last_key_are_empty(softcap: float | None) -> 
     q, k, v = make_qkv(2, 4, 2, 32, 32, 16, starts=[0, 32])
     for window in (None, 8):
         truth = oracle(q, k, v, brute_mask(32, 32, [0, 32], window=window), scale=0.25, softcap=softcap)
-        got = flash(q, k, v, scale=0.25, start=torch.tensor([0, 32]), window=window, softcap=softcap)
+        got = flash(q, KV(k, v), Softmax(0.25, softcap), start=torch.tensor([0, 32]), window=window)
         assert_reference(got, truth)
 
 
@@ -136,7 +141,7 @@ def test_a_strided_query_is_served() -> None:
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
     for op in (flash, decode):
-        plain, got = op(q, k, v, scale=0.25), op(strided, k, v, scale=0.25)
+        plain, got = (op(x, KV(k, v), Softmax(0.25)) for x in (q, strided))
         assert torch.allclose(got.out, plain.out, atol=1e-6)
         assert torch.allclose(got.lse, plain.lse, atol=1e-6)
 
@@ -148,8 +153,9 @@ def test_decode_of_strided_views_is_the_same_twice(run: Run) -> None:
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
     assert not views[0].is_contiguous()
     start = run.to(torch.tensor([0, 130]))
-    want = decode(*plain, scale=0.25, start=start, impl=run.impl)
-    got, again = (decode(*views, scale=0.25, start=start, impl=run.impl) for _ in range(2))
+    want, got, again = (
+        decode(x[0], KV(*x[1:]), Softmax(0.25), start=start, impl=run.impl) for x in (plain, views, views)
+    )
     assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse)
     assert torch.allclose(got.out, want.out, atol=4 * torch.finfo(run.dtype).eps)
     assert torch.allclose(got.lse, want.lse, atol=1e-5)
@@ -159,7 +165,7 @@ def test_decode_of_strided_views_is_the_same_twice(run: Run) -> None:
 def test_decode_of_rows_that_have_not_begun_is_empty(run: Run) -> None:
     q, k, v = make_qkv(2, 4, 2, 1, 300, 16, dtype=run.dtype, starts=[300, 7])
     start = run.to(torch.tensor([300, 7]))
-    got = decode(*run.to((q, k, v)), scale=0.25, start=start, impl=run.impl)
+    got = decode(run.to(q), run.to(KV(k, v)), Softmax(0.25), start=start, impl=run.impl)
     assert bool((got.out[0] == 0).all()) and bool((got.lse[0] == -torch.inf).all())
     assert bool(got.out[1].isfinite().all()) and bool(got.lse[1].isfinite().all())
 
@@ -168,8 +174,8 @@ def test_more_splits_than_a_row_has_keys() -> None:
     """A padded row of 3 keys leaves most of its splits empty."""
     q, k, v = make_qkv(2, 4, 2, 1, 1021, 16, starts=[0, 1018])
     start = torch.tensor([0, 1018])
-    whole = decode(q, k, v, scale=0.25, start=start, impl="triton")
-    alone = decode(q[1:], k[1:, :, 1018:], v[1:, :, 1018:], scale=0.25, impl="triton")
+    whole = decode(q, KV(k, v), Softmax(0.25), start=start, impl="triton")
+    alone = decode(q[1:], KV(k[1:, :, 1018:], v[1:, :, 1018:]), Softmax(0.25), impl="triton")
     assert torch.allclose(whole.out[1:], alone.out, atol=1e-6)
     assert torch.allclose(whole.lse[1:], alone.lse, atol=1e-6)
 
@@ -179,8 +185,8 @@ def test_values_may_be_of_another_width_than_keys() -> None:
     q, k, v = make_qkv(1, 4, 2, 1, 150, 192, dtype=torch.float16)
     v = v[..., :128]
     truth = oracle(q, k, v, brute_mask(1, 150, [0]), scale=0.07)
-    reference = decode(q, k, v, scale=0.07, impl="reference")
-    assert_law_5(decode(q, k, v, scale=0.07, impl="triton"), reference, truth)
+    reference = decode(q, KV(k, v), Softmax(0.07), impl="reference")
+    assert_law_5(decode(q, KV(k, v), Softmax(0.07), impl="triton"), reference, truth)
 
 
 def test_splits_fill_whole_waves_of_the_device() -> None:
@@ -198,7 +204,7 @@ def test_splits_fill_whole_waves_of_the_device() -> None:
 def test_bad_shapes_are_refused_in_a_sentence(op: Callable[..., Any]) -> None:
     q, k, v = make_qkv(2, 4, 2, 5, 9, 8, roomy=False)
     name = op.__name__
-    for bad, message in [
+    for (query, *kv), message in [
         ((q[0], k, v), rf"{name} takes q \[B, H, Tq, D\].*got 3-D"),
         ((q, k, v[:, :, :5]), f"{name} got q .* do not fit together"),
         ((q[:1], k, v), "do not fit together"),
@@ -207,20 +213,22 @@ def test_bad_shapes_are_refused_in_a_sentence(op: Callable[..., Any]) -> None:
         ((q, k[:, :, :3], v[:, :, :3]), "queries among the keys; got Tq = 5 > Tk = 3"),
     ]:
         with pytest.raises(ValueError, match=message):
-            op(*bad, scale=1.0)
+            op(query, KV(*kv), Softmax(1.0))
     with pytest.raises(ValueError, match=r"start \[B\] = \[2\].*got \[1\]"):
-        op(q, k, v, scale=1.0, start=torch.tensor([0]))
+        op(q, KV(k, v), Softmax(1.0), start=torch.tensor([0]))
     with pytest.raises(
         Unsupported, match="no implementation 'nonsense': it has eager, reference, triton and auto"
     ):
-        op(q, k, v, scale=1.0, impl="nonsense")
+        op(q, KV(k, v), Softmax(1.0), impl="nonsense")
+    with pytest.raises(TypeError, match=r"as one KV\(k, v\); got a Tensor"):
+        op(q, k, Softmax(1.0))
 
 
 @pytest.mark.parametrize("op", [flash, decode])
 def test_an_empty_window_is_refused(op: Callable[..., Any]) -> None:
     q, k, v = make_qkv(1, 4, 2, 5, 9, 8, roomy=False)
     with pytest.raises(ValueError, match="window of at least 1"):
-        op(q, k, v, scale=1.0, window=0)
+        op(q, KV(k, v), Softmax(1.0), window=0)
 
 
 @pytest.mark.parametrize("op", [flash, decode])
@@ -229,4 +237,5 @@ def test_values_may_be_narrower_than_keys(op: Callable[..., Any], dtype: torch.d
     q, k, v = make_qkv(1, 4, 2, 5, 63, 32, dtype=dtype)
     v = v[..., :16]
     truth = oracle(q, k, v, brute_mask(5, 63, [0]), scale=0.2)
-    assert_law_5(op(q, k, v, scale=0.2), op(q, k, v, scale=0.2, impl="reference"), truth)
+    got, reference = (op(q, KV(k, v), Softmax(0.2), impl=impl) for impl in ("eager", "reference"))
+    assert_law_5(got, reference, truth)

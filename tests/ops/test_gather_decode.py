@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from farspan.attention.errors import Unsupported
+from farspan.attention.kv import KV
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.selection import TokenIndex
+from farspan.attention.softmax import Softmax
 
 from .tools import Run, assert_law_5, assert_reference, every_run, make_qkv, oracle
 
@@ -57,9 +59,10 @@ def test_gather_decode(
     poison(v, mask)
     how = {"scale": d**-0.5, "softcap": softcap}
     truth = oracle(q, k, v, mask, **how)
-    reference = gather_decode(q, k, v, index, impl="reference", **how)
+    given = KV(k, v), index, Softmax(**how)
+    reference = gather_decode(q, *given, impl="reference")
     assert_reference(reference, truth)
-    got = gather_decode(*run.to((q, k, v)), run.to(index), impl=run.impl, **how)
+    got = gather_decode(run.to(q), *run.to(given), impl=run.impl)
     assert_law_5(got, reference, truth)
 
 
@@ -73,15 +76,15 @@ def test_rows_gathered_beforehand_are_the_rows_read(per_head: bool, run: Run) ->
     spread = index.tokens[:, :, 0, :, None].expand(-1, -1, -1, 16)
     rows = tuple(x.gather(2, spread) for x in of_list)
     past = torch.arange(150) >= index.counts[:, :, 0, None]
-    beside = TokenIndex(tokens=index.tokens, counts=index.counts, gathered=(rows[0], rows[1]))
-    plain = gather_decode(*run.to((q, k, v)), run.to(index), scale=0.25, impl=run.impl)
-    nowhere = torch.full_like(k, torch.nan)
-    got = gather_decode(*run.to((q, nowhere, nowhere)), run.to(beside), scale=0.25, impl=run.impl)
+    beside = TokenIndex(tokens=index.tokens, counts=index.counts, gathered=KV(*rows))
+    plain = gather_decode(run.to(q), run.to(KV(k, v)), run.to(index), Softmax(0.25), impl=run.impl)
+    nowhere = run.to(torch.full_like(k, torch.nan))
+    got = gather_decode(run.to(q), KV(nowhere, nowhere), run.to(beside), Softmax(0.25), impl=run.impl)
     assert torch.equal(got.out, plain.out) and torch.equal(got.lse, plain.lse)
     if run.impl == "triton":  # eager's entries past the count repeat a counted one; the kernel loads none
         for x in rows:
             x[past] = torch.nan
-        again = gather_decode(*run.to((q, nowhere, nowhere)), run.to(beside), scale=0.25, impl=run.impl)
+        again = gather_decode(run.to(q), KV(nowhere, nowhere), run.to(beside), Softmax(0.25), impl=run.impl)
         assert torch.equal(again.out, got.out) and torch.equal(again.lse, got.lse)
 
 
@@ -94,13 +97,13 @@ def test_a_row_that_reads_nothing_is_empty(run: Run) -> None:
         counts = torch.tensor([[[n, 0], [0, 3]]], dtype=torch.int32)
         some = TokenIndex(tokens=index.tokens, counts=counts)
         truth = oracle(q, k, v, some.to_mask(2, 400), scale=0.25)
-        reference = gather_decode(q, k, v, some, scale=0.25, impl="reference")
-        got = gather_decode(*run.to((q, k, v)), run.to(some), scale=0.25, impl=run.impl)
+        reference = gather_decode(q, KV(k, v), some, Softmax(0.25), impl="reference")
+        got = gather_decode(run.to(q), run.to(KV(k, v)), run.to(some), Softmax(0.25), impl=run.impl)
         assert_law_5(got, reference, truth)
         none = TokenIndex(tokens=index.tokens, counts=torch.zeros_like(counts))
         empty = [torch.full_like(x, torch.nan) for x in (k, v)]
         if run.impl == "triton":
-            got = gather_decode(*run.to((q, *empty)), run.to(none), scale=0.25, impl=run.impl)
+            got = gather_decode(run.to(q), run.to(KV(*empty)), run.to(none), Softmax(0.25), impl=run.impl)
             assert bool((got.lse == -torch.inf).all()) and bool((got.out == 0).all())
 
 
@@ -111,11 +114,11 @@ def test_strided_views_and_the_same_twice(run: Run) -> None:
     index = random_tokens(2, 1, 3, 200, 150, ragged=True)
     plain = TokenIndex(tokens=index.tokens.repeat(1, 2, 1, 1), counts=index.counts.repeat(1, 2, 1))
     spread = TokenIndex(tokens=index.tokens.expand(2, 2, -1, -1), counts=index.counts.expand(2, 2, -1))
-    want = gather_decode(*run.to((q, k, v)), run.to(plain), scale=0.25, impl=run.impl)
+    want = gather_decode(run.to(q), run.to(KV(k, v)), run.to(plain), Softmax(0.25), impl=run.impl)
     views = [run.to(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in (q, k, v)]
     assert not any(x.is_contiguous() for x in views)
-    got = gather_decode(*views, run.to(spread), scale=0.25, impl=run.impl)
-    again = gather_decode(*views, run.to(spread), scale=0.25, impl=run.impl)
+    got = gather_decode(views[0], KV(*views[1:]), run.to(spread), Softmax(0.25), impl=run.impl)
+    again = gather_decode(views[0], KV(*views[1:]), run.to(spread), Softmax(0.25), impl=run.impl)
     assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse)
     assert torch.allclose(got.out, want.out, atol=4 * torch.finfo(run.dtype).eps)
     assert torch.allclose(got.lse, want.lse, atol=1e-5)
@@ -125,10 +128,10 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
     q, k, v = make_qkv(1, 4, 2, 2, 20, 16, roomy=False)
     index = random_tokens(1, 2, 2, 20, 4, ragged=False)
     with pytest.raises(Unsupported, match="no backward"):
-        gather_decode(q.requires_grad_(), k, v, index, scale=1.0, impl="triton")
-    beside = TokenIndex(tokens=index.tokens, gathered=(k[:, :, :4], v[:, :, :4]))
+        gather_decode(q.requires_grad_(), KV(k, v), index, Softmax(1.0), impl="triton")
+    beside = TokenIndex(tokens=index.tokens, gathered=KV(k[:, :, :4], v[:, :, :4]))
     with pytest.raises(Unsupported, match="those of one query, not of 2"):
-        gather_decode(q.detach(), k, v, beside, scale=1.0, impl="triton")
+        gather_decode(q.detach(), KV(k, v), beside, Softmax(1.0), impl="triton")
 
 
 def test_gather_decode_refuses_an_index_of_another_shape() -> None:
@@ -136,4 +139,4 @@ def test_gather_decode_refuses_an_index_of_another_shape() -> None:
     for shape in [(1, 3, 2, 4), (1, 2, 1, 4), (2, 2, 2, 4)]:
         index = TokenIndex(tokens=torch.zeros(shape, dtype=torch.long))
         with pytest.raises(ValueError, match=r"gather_decode takes an index \[B, Hkv or H, Tq, K\]"):
-            gather_decode(q, k, v, index, scale=1.0)
+            gather_decode(q, KV(k, v), index, Softmax(1.0))

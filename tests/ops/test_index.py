@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from farspan.attention.causal import causal_mask, causal_pairs
+from farspan.attention.kv import KV
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.selection import BlockIndex, TokenIndex, Window
+from farspan.attention.softmax import Softmax
 
 from .tools import brute_mask
 
@@ -159,7 +161,7 @@ def test_a_block_index_that_cannot_be_is_refused(blocks: list[int], counts: int,
     )
     q = torch.randn(1, 1, 100, 8)
     with pytest.raises(ValueError, match=message):
-        block_sparse(q, q, q, index, scale=1.0)
+        block_sparse(q, KV(q, q), index, Softmax(1.0))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_a_token_index_that_cannot_be_is_refused(tokens: list[int], counts: int 
     )
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 9, 8)
     with pytest.raises(ValueError, match=message):
-        gather_decode(q, k, k, index, scale=1.0)
+        gather_decode(q, KV(k, k), index, Softmax(1.0))
 
 
 def test_entries_past_the_count_may_be_anything() -> None:
@@ -207,7 +209,7 @@ def test_a_key_order_that_is_no_permutation_is_refused(change: str) -> None:
     )  # fmt: skip
     q = torch.randn(1, 1, 40, 8)
     with pytest.raises(ValueError, match="every one of 40 positions once"):
-        block_sparse(q, q, q, index, scale=1.0)
+        block_sparse(q, KV(q, q), index, Softmax(1.0))
 
 
 def test_an_index_of_the_wrong_kind_is_refused() -> None:
@@ -225,17 +227,17 @@ def test_an_index_of_the_wrong_kind_is_refused() -> None:
         ({"blocks": torch.tensor([[[0, 1]]])}, r"takes blocks \[B, Hkv or H, Nq, M\]; got \[1, 1, 2\]"),
     ]:
         with pytest.raises(ValueError, match=message):
-            block_sparse(q, k, k, BlockIndex(**(good | change)), scale=1.0)
+            block_sparse(q, KV(k, k), BlockIndex(**(good | change)), Softmax(1.0))
     with pytest.raises(ValueError, match="queries among the keys; got Tq = 40 > Tk = 20"):
-        block_sparse(q, k[:, :, :20], k[:, :, :20], BlockIndex(**good), scale=1.0)
+        block_sparse(q, KV(k[:, :, :20], k[:, :, :20]), BlockIndex(**good), Softmax(1.0))
     with pytest.raises(ValueError, match="q, k and v of one dtype"):
-        block_sparse(q, k.half(), k.half(), BlockIndex(**good), scale=1.0)
+        block_sparse(q, KV(k.half(), k.half()), BlockIndex(**good), Softmax(1.0))
 
 
 def test_an_index_of_no_token_reads_nothing() -> None:
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 9, 8)
     for impl in ("reference", "eager"):
         part = gather_decode(
-            q, k, k, TokenIndex(tokens=torch.zeros(1, 2, 1, 0, dtype=torch.long)), scale=1.0, impl=impl
+            q, KV(k, k), TokenIndex(tokens=torch.zeros(1, 2, 1, 0, dtype=torch.long)), Softmax(1.0), impl=impl
         )
         assert bool((part.lse == -torch.inf).all()) and bool((part.out == 0).all())

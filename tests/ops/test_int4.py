@@ -11,6 +11,7 @@ from torch import Tensor
 from farspan.attention.errors import Unsupported
 from farspan.attention.ops.int4_scores import Int4, int4_block_max, int4_scores, quantise_int4
 from farspan.attention.ops.scores import scores
+from farspan.attention.softmax import Softmax
 
 from .tools import Run, every_run, make_qkv
 
@@ -119,7 +120,7 @@ def test_scores_estimate_the_logits() -> None:
     """The means carry what all keys of a block share: without them four bits would lose the rest in it."""
     k = _keys(2, 200, 64, None, torch.float32)
     q = torch.randn(2, 4, 3, 64, generator=torch.Generator().manual_seed(3))
-    exact = scores(q, k, scale=0.125)
+    exact = scores(q, k, Softmax(0.125))
     error = int4_scores(q, quantise_int4(k, 32), scale=0.125) - exact
     assert error.std() < 0.15 and exact.std() > 5
 
@@ -188,7 +189,7 @@ def test_block_max(
         q[row, :, : max(0, first - (t - tq))] = torch.nan
         offset[row, :, : max(0, first - (t - tq))] = torch.nan
         k4.packed[row, :, :first], k4.scale[row, :, :first] = 99, torch.nan
-    how: dict[str, Any] = {"scale": 0.3, "block_q": block_q, "softcap": softcap, "q_bits": q_bits}
+    how: dict[str, Any] = {"softmax": Softmax(0.3, softcap), "block_q": block_q, "q_bits": q_bits}
     same = int4_block_max(q, k4, offset, **how, impl="reference")
     got = int4_block_max(run.to(q), run.to(k4), run.to(offset), **how, impl=run.impl).cpu()
     assert got.dtype == torch.float32 and got.shape == truth.shape
@@ -203,7 +204,7 @@ def test_later_keys_do_not_matter(impl: str) -> None:
     """Queries that lie before a store's last keys' blocks: NaN in what is written later changes nothing."""
     k4 = quantise_int4(_keys(1, 96, 16, None, torch.float32), 16)
     q, offset = torch.randn(1, 4, 96, 16), torch.zeros(1, 4, 96)
-    how: dict[str, Any] = {"scale": 0.3, "block_q": 16, "impl": impl}
+    how: dict[str, Any] = {"softmax": Softmax(0.3), "block_q": 16, "impl": impl}
     want = int4_block_max(q, k4, offset, **how)[:, :, :3, :3]
     k4.scale[:, :, 48:], k4.mean[:, :, 3:] = torch.nan, torch.nan
     assert torch.equal(int4_block_max(q, k4, offset, **how)[:, :, :3, :3], want)
@@ -223,8 +224,8 @@ def test_views(impl: str) -> None:
     roomy = Int4(**view, block=16)
     q = torch.randn(2, 40, 4, 16).transpose(1, 2)
     offset = torch.randn(2, 40, 4).transpose(1, 2)
-    got = int4_block_max(q, roomy, offset, scale=1.0, block_q=16, impl=impl)
-    want = int4_block_max(q.contiguous(), k4, offset.contiguous(), scale=1.0, block_q=16, impl="reference")
+    got = int4_block_max(q, roomy, offset, Softmax(1.0), block_q=16, impl=impl)
+    want = int4_block_max(q.contiguous(), k4, offset.contiguous(), Softmax(1.0), block_q=16, impl="reference")
     some = want > -torch.inf
     assert torch.equal(got > -torch.inf, some) and (got - want)[some].abs().max() < 1e-4
     got = int4_scores(q[:, :, -2:], roomy, impl=impl)
@@ -237,7 +238,7 @@ def test_float64() -> None:
     assert torch.equal(k4.packed, want.packed) and (k4.mean - want.mean).abs().max() < 1e-13
     for bits in (None, 8, 4):
         one, two = (
-            int4_block_max(q, want, q[..., 0], scale=1.0, block_q=8, q_bits=bits, impl=impl)
+            int4_block_max(q, want, q[..., 0], Softmax(1.0), block_q=8, q_bits=bits, impl=impl)
             for impl in ("eager", "reference")
         )
         some = two > -torch.inf
@@ -254,7 +255,7 @@ def test_refusals() -> None:
         quantise_int4(k, 32, start=torch.zeros(3))
     k4 = quantise_int4(k, 32)
     q, offset = torch.randn(2, 4, 6, 16), torch.zeros(2, 4, 6)
-    how: dict[str, Any] = {"scale": 1.0, "block_q": 64}
+    how: dict[str, Any] = {"softmax": Softmax(1.0), "block_q": 64}
     with pytest.raises(ValueError, match=r"q \[2, 4, 6, 8\] and four-bit keys \[2, 2, 20, 16\]"):
         int4_scores(q[..., :8], k4)
     with pytest.raises(ValueError, match=r"q \[2, 3, 6, 16\] and four-bit keys"):
@@ -266,11 +267,11 @@ def test_refusals() -> None:
     ):
         int4_block_max(q, k4, offset[..., 1:], **how)
     with pytest.raises(ValueError, match="at least 1 query; got 0"):
-        int4_block_max(q, k4, offset, scale=1.0, block_q=0)
+        int4_block_max(q, k4, offset, Softmax(1.0), block_q=0)
     with pytest.raises(ValueError, match=r"4 or 8 bits, or not at all \(None\); got 6"):
         int4_block_max(q, k4, offset, **how, q_bits=6)
     with pytest.raises(ValueError, match="scale above 0; got 0"):
-        int4_block_max(q, k4, offset, scale=0, block_q=64)
+        int4_block_max(q, k4, offset, Softmax(0), block_q=64)
 
 
 def test_triton_says_what_it_cannot() -> None:

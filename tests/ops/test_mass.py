@@ -8,6 +8,7 @@ from torch import Tensor
 
 from farspan.attention.causal import causal_mask
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.mass import block_reads, mass_recall, recall, sample_rows
 from farspan.attention.selection import (
     Band,
@@ -19,6 +20,7 @@ from farspan.attention.selection import (
     TokenIndex,
     Window,
 )
+from farspan.attention.softmax import Softmax
 
 from .tools import brute_mask, make_qkv
 
@@ -135,7 +137,7 @@ def test_recall_is_the_share_of_the_true_softmax(
     q = 2 * q  # peaked enough for the soft-cap to matter
     index, mask = build(kind, hs, tq, tk, starts)
     start = None if starts is None else torch.tensor(starts)
-    keys = Keys(k=k, v=v, tq=tq, scale=0.5, start=start, softcap=softcap)
+    keys = Keys(kv=KV(k, v), tq=tq, softmax=Softmax(0.5, softcap), start=start)
     clean = torch.where(torch.isnan(k), 0.0, k)  # the padding holds NaN
     want = oracle(q, clean, mask, starts or [0], 0.5, softcap)
     for rows in (torch.arange(tq), sample_rows(tq, 4), torch.tensor([tq - 1, 0])):
@@ -151,7 +153,7 @@ def test_recall_is_the_share_of_the_true_softmax(
 
 def test_recall_in_tiles_is_recall_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = make_qkv(2, H, HKV, 30, 70, D)
-    keys = Keys(k=k, v=v, tq=30, scale=0.3)
+    keys = Keys(kv=KV(k, v), tq=30, softmax=Softmax(0.3))
     mask = torch.rand(2, H, 30, 70, generator=torch.Generator().manual_seed(0)) < 0.3
     whole = recall(q, keys, torch.arange(30), mask)
     monkeypatch.setattr("farspan.attention.mass._CPU", 7 * 2 * H * 70)
@@ -161,7 +163,7 @@ def test_recall_in_tiles_is_recall_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_recall_of_16_bit_inputs_is_exact_for_them() -> None:
     q, k, v = (x.bfloat16() for x in make_qkv(1, H, HKV, 25, 60, D, roomy=False))
     mask = causal_mask(25, 60, None, 1) & (torch.arange(60) % 3 == 0)
-    got = recall(q, Keys(k=k, v=v, tq=25, scale=0.5), torch.arange(25), mask)
+    got = recall(q, Keys(kv=KV(k, v), tq=25, softmax=Softmax(0.5)), torch.arange(25), mask)
     torch.testing.assert_close(got.double(), oracle(q, k, mask, [0], 0.5, None), rtol=0, atol=2e-6)
 
 
@@ -204,7 +206,7 @@ def test_nothing_of_the_size_of_all_pairs_is_made() -> None:
     order = torch.arange(n).view(-1, block).flip(1).flatten().expand(1, 1, n)
     index = BlockIndex(blocks=blocks, counts=counts, block_q=block, block_k=block, key_order=order)
     k = torch.zeros(1, 1, n, 4)  # every key the same: the share is a count
-    keys = Keys(k=k, v=k, tq=n, scale=1.0)
+    keys = Keys(kv=KV(k, k), tq=n, softmax=Softmax(1.0))
     rows = sample_rows(n, 4)
     got = mass_recall(torch.zeros(1, 1, n, 4), keys, index, rows)[0, 0]
     own = torch.tensor([int(row) % block + 1 for row in rows])

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.attention.kv import KV
 from farspan.attention.ops import kernel, products
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.ops.flash import flash
 from farspan.attention.ops.reference import masked_attention
 from farspan.attention.partial import Partial
+from farspan.attention.softmax import Softmax
 
 from .test_block_sparse import random_blocks
 from .tools import assert_law_5, make_qkv, oracle
@@ -47,7 +49,7 @@ def check(got: Partial, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **how: An
 def test_every_key(tq: int, tk: int, d: int, softcap: float | None, sharpness: float) -> None:
     q, k, v = inputs(tq, tk, d, sharpness)
     how = {"scale": d**-0.5, "softcap": softcap}
-    got = products.attend(q, k, v, causal=False, mask=None, **how)
+    got = products.attend(q, k, v, Softmax(**how), causal=False, mask=None)
     check(got, q, k, v, torch.ones(1, 1, tq, tk, dtype=torch.bool), **how)
 
 
@@ -56,7 +58,7 @@ def test_every_key(tq: int, tk: int, d: int, softcap: float | None, sharpness: f
 def test_causal(t: int, first: int, softcap: float | None) -> None:
     q, k, v = inputs(t, t, 64)
     how = {"scale": 0.125, "softcap": softcap}
-    got = products.attend(q, k, v, causal=True, mask=None, first=first, **how)
+    got = products.attend(q, k, v, Softmax(**how), causal=True, mask=None, first=first)
     mask = torch.ones(t, t, dtype=torch.bool).tril()[None, None]
     check(got, q[:, :, first:], k, v, mask[:, :, first:], **how)
 
@@ -67,7 +69,7 @@ def test_a_mask_of_the_last_keys(late: int) -> None:
     q, k, v = inputs(200, 513, 64)
     tail = torch.rand(1, 2, 200, late, generator=torch.Generator().manual_seed(0)) < 0.3
     tail[:, :, 7] = False
-    got = products.attend(q, k, v, scale=0.125, causal=False, mask=tail, softcap=None)
+    got = products.attend(q, k, v, Softmax(0.125), causal=False, mask=tail)
     whole = torch.cat([torch.ones(1, 2, 200, 513 - late, dtype=torch.bool), tail], -1)
     check(got, q, k, v, whole, scale=0.125)
 
@@ -79,7 +81,7 @@ def test_both_kernels_give_the_causal_rows_they_are_best_at(monkeypatch: pytest.
     attend = products.attend
     monkeypatch.setattr(products, "attend", lambda *a, **how: taken.append(how["first"]) or attend(*a, **how))
     q, k, v = inputs(700, 700, 96)
-    got = flash(q, k, v, scale=0.1)
+    got = flash(q, KV(k, v), Softmax(0.1))
     assert taken == [300]
     check(got, q, k, v, torch.ones(700, 700, dtype=torch.bool).tril()[None, None], scale=0.1)
 
@@ -94,7 +96,7 @@ def test_block_sparse_runs_on_products(order: bool, monkeypatch: pytest.MonkeyPa
     )
     q, k, v = make_qkv(1, 8, 2, 260, 1021, 64, dtype=torch.bfloat16)
     index = random_blocks(1, 2, 260, 1021, 64, 64, 12, order=order)
-    got = block_sparse(q, k, v, index, scale=0.125)
+    got = block_sparse(q, KV(k, v), index, Softmax(0.125))
     assert calls and set(calls) <= {256, 16}, "the heads of a group are rows of one tile"
     check(got, q, k, v, index.to_mask(260, 1021), scale=0.125)
 
@@ -103,10 +105,10 @@ def test_block_sparse_runs_on_products(order: bool, monkeypatch: pytest.MonkeyPa
 def test_keys_of_any_layout(heads_last: bool) -> None:
     q, k, v = make_qkv(1, 8, 2, 260, 1021, 64, dtype=torch.bfloat16)
     index = random_blocks(1, 2, 260, 1021, 64, 64, 12)
-    want = block_sparse(q, k, v, index, scale=0.125)
+    want = block_sparse(q, KV(k, v), index, Softmax(0.125))
     if heads_last:
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    got = block_sparse(q, k, v, index, scale=0.125)
+    got = block_sparse(q, KV(k, v), index, Softmax(0.125))
     assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
 
 
@@ -124,8 +126,8 @@ def test_what_is_kept_between_calls_outlives_inference_mode() -> None:
     index = random_blocks(1, 2, 260, 1021, 64, 64, 12)
     products._space.cache_clear()
     with torch.inference_mode():
-        inside = block_sparse(q, k, v, index, scale=0.125)
-    assert torch.equal(block_sparse(q, k, v, index, scale=0.125).out, inside.out)
+        inside = block_sparse(q, KV(k, v), index, Softmax(0.125))
+    assert torch.equal(block_sparse(q, KV(k, v), index, Softmax(0.125)).out, inside.out)
     leaf = q.clone().requires_grad_()
-    block_sparse(leaf, k, v, index, scale=0.125).out.sum().backward()
+    block_sparse(leaf, KV(k, v), index, Softmax(0.125)).out.sum().backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farspan.attention.ops.scores import scores
+from farspan.attention.softmax import Softmax
 
 from .tools import Run, every_run, make_qkv
 
@@ -20,7 +21,7 @@ def test_scores(t: int, n: int, d: int, run: Run) -> None:
     truth = torch.einsum("bngtd,bnkd->bngtk", q.double().view(2, 2, 2, t, d), k.double()) * 0.3
     errors = {}
     for impl, a, b in ((run.impl, run.to(q), run.to(k)), ("reference", q, k)):
-        got = scores(a, b, scale=0.3, impl=impl)
+        got = scores(a, b, Softmax(0.3), impl=impl)
         assert got.dtype == torch.float32 and got.shape == truth.shape
         errors[impl] = (got.cpu() - truth).abs().max()
     assert errors["reference"] <= 1e-5 * max(1, d / 64)
@@ -30,8 +31,8 @@ def test_scores(t: int, n: int, d: int, run: Run) -> None:
 @every_run()
 def test_softcap(run: Run) -> None:
     q, k, _ = make_qkv(1, 2, 1, 3, 70, 32, dtype=run.dtype)
-    plain = scores(run.to(q), run.to(k), scale=0.3, impl=run.impl)
-    bent = scores(run.to(q), run.to(k), scale=0.3, softcap=2.0, impl=run.impl)
+    plain = scores(run.to(q), run.to(k), Softmax(0.3), impl=run.impl)
+    bent = scores(run.to(q), run.to(k), Softmax(0.3, 2.0), impl=run.impl)
     assert (bent - 2 * torch.tanh(plain / 2)).abs().max() <= 1e-6
     assert float(plain.abs().max()) > 2 > float(bent.abs().max())
 

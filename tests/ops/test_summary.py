@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
+from farspan.attention.softmax import Softmax
 from farspan.attention.summary import BlockPool, Channels, Summaries, Summary
 
 SUMMARIES: dict[str, Summary] = {
@@ -38,7 +40,7 @@ def from_scratch(summary: Summary, k: Tensor, start: list[int] | None) -> list[T
 
 
 def check(kept: Summaries, summary: Summary, k: Tensor, start: list[int] | None) -> None:
-    entries = kept.get(summary, k, None if start is None else torch.tensor(start))
+    entries = kept.get(summary, KV(k, k), None if start is None else torch.tensor(start))
     assert entries.shape[2] == -(-k.shape[2] // (summary.block or 1))
     for b, want in enumerate(from_scratch(summary, k, start)):
         # labels stand where their keys stand; blocks, those of one key too, are counted from the row's start
@@ -103,7 +105,7 @@ def test_only_new_entries_are_computed() -> None:
 
     kept, summary, k = Summaries(), Counted(8), torch.randn(1, 2, 100, 4)
     for length in (50, 51, 56, 57, 57, 90):
-        kept.get(summary, k[:, :, :length], None)
+        kept.get(summary, KV(k, k)[:, :, :length], None)
     assert asked == [50, 3, 8, 1, 34]
 
 
@@ -112,11 +114,11 @@ def test_a_row_of_a_batch_sees_what_it_would_see_alone(name: str) -> None:
     """Keys.row reads the batch's summaries; a row alone makes its own."""
     torch.manual_seed(0)
     k, start = torch.randn(3, 2, 61, 16), [0, 13, 58]
-    batch = Keys(k=k, v=k, tq=20, scale=1.0, start=torch.tensor(start))
+    batch = Keys(kv=KV(k, k), tq=20, softmax=Softmax(1.0), start=torch.tensor(start))
     for b, first in enumerate(start):
         row = batch.row(b)
-        alone = Keys(k=k[b : b + 1, :, first:], v=k[b : b + 1, :, first:], tq=row.tq, scale=1.0)
+        alone = Keys(kv=KV(k[b : b + 1, :, first:], k[b : b + 1, :, first:]), tq=row.tq, softmax=Softmax(1.0))
         assert row.tq == min(20, 61 - first)
-        assert torch.equal(row.k, alone.k)
+        assert torch.equal(row.kv.k, alone.kv.k)
         assert torch.equal(row.summary(SUMMARIES[name]), alone.summary(SUMMARIES[name]))
         assert row.summary_bytes == alone.summary_bytes

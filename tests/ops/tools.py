@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.attention.kv import KV
 from farspan.attention.partial import Partial
 
 
@@ -24,9 +25,11 @@ class Run:
         return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
 
     def to(self, x: Any) -> Any:
-        """A tensor, or whatever holds tensors in its fields (an index), on the run's device."""
+        """A tensor, or whatever holds tensors (an index, keys and values), on the run's device."""
         if isinstance(x, Tensor):
             return x.to(self.device)
+        if isinstance(x, KV):
+            return x.map(self.to)
         if is_dataclass(x):
             return type(x)(**{f.name: self.to(getattr(x, f.name)) for f in fields(x)})
         return type(x)(self.to(one) for one in x) if isinstance(x, tuple) else x

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.attention.errors import FarspanError, Unsupported
+from farspan.attention.kv import KV
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import Partial
+from farspan.attention.softmax import Softmax
 from farspan.parallel.group.autograd import gather
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms import ring as ring_module
@@ -149,10 +151,10 @@ class Mechanism:
             start = torch.tensor(starts)
 
             def run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-                return flash(q, k, v, start=start, **case.how)
+                return flash(q, KV(k, v), Softmax(**case.how), start=start)
 
             return Partial(*ulysses(q, k, v, split, self.ranks, run, **options))
-        options |= {"starts": starts if any(starts) else None, **case.how}
+        options |= {"starts": starts if any(starts) else None, "softmax": Softmax(**case.how)}
         if self.name == "usp":
             return Partial(*usp(q, k, v, split, self.across, self.along, **options))
         return {"ring": ring, "pass_q": pass_q}[self.name](q, k, v, split, self.ranks, **options)

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 import farspan
 from farspan.attention.errors import FarspanError
+from farspan.attention.kv import KV
 from farspan.attention.ops.flash import flash
 from farspan.attention.partial import empty_partial
 from farspan.attention.selection import Window
+from farspan.attention.softmax import Softmax
 from farspan.cli.app import app
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms.decode import merge_ranks
@@ -94,12 +96,12 @@ def sent(group: Any, heads: int, kv_heads: int, dim: int, new: int, past: int, b
 
     gather_all(k, v, old_k, old_v, layout, split, ranks)
     count("gather")
-    ring(q, k, v, split, ranks, scale=1.0, **stored)
+    ring(q, k, v, split, ranks, softmax=Softmax(1.0), **stored)
     count("ring")
     if not unsupported(heads, kv_heads, ranks.size):
-        ulysses(q, k, v, split, ranks, lambda q, k, v: flash(q, k, v, scale=1.0), **stored)
+        ulysses(q, k, v, split, ranks, lambda q, k, v: flash(q, KV(k, v), Softmax(1.0)), **stored)
         count("ulysses")
-    pass_q(q, k, v, split, ranks, scale=1.0, **stored)
+    pass_q(q, k, v, split, ranks, softmax=Softmax(1.0), **stored)
     count("pass_q")
     merge_ranks(empty_partial(q[:, :, :1]), q.dtype, ranks)
     count("decode")
@@ -156,7 +158,7 @@ def sent_by_usp(group: Any, new: int) -> int:
     a, b = Ranks(inner), Ranks(outer)
     split = usp_split(0, new, 2, 2)
     q, k, v = (torch.randn(1, h, split.rows, 8).bfloat16() for h in (8, 2, 2))
-    usp(q, k, v, split, a, b, scale=1.0)
+    usp(q, k, v, split, a, b, softmax=Softmax(1.0))
     return sum(a.sent.values()) + sum(b.sent.values())
 
 

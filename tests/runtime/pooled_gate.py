@@ -21,6 +21,7 @@ from farspan.attention.needs import Needs
 from farspan.attention.ops.pool import pool
 from farspan.attention.ops.scores import scores
 from farspan.attention.selection import Index, TokenIndex
+from farspan.attention.softmax import Softmax
 from farspan.attention.summary import BlockPool, Summaries, Summary
 
 BLOCK = 8
@@ -79,7 +80,7 @@ class PooledGate(AttentionMethod):
 
     def _scores(self, q: Tensor, means: Tensor) -> Tensor:
         assert self.gate is not None
-        return scores(q @ self.gate.q.T.to(q), means @ self.gate.k.T.to(q), scale=1.0)
+        return scores(q @ self.gate.q.T.to(q), means @ self.gate.k.T.to(q), Softmax(1.0))
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         assert keys.inputs.hidden_states.shape[1] == q.shape[2]

@@ -398,7 +398,9 @@ def test_a_class_of_which_no_copy_can_be_made_is_taken_as_it_is(monkeypatch):
     assert trial.try_out(inspect_model(model)) is None
     check(model)
     monkeypatch.setattr(releases, "TESTED", ("5.20",))
-    with pytest.warns(UserWarning, match=r"any tested \(up to 5\.20\), and no small copy of Odd could be run"):
+    with pytest.warns(
+        UserWarning, match=r"any tested \(up to 5\.20\), and no small copy of Odd could be run"
+    ):
         farspan.patch(model).remove()
 
 

@@ -192,7 +192,7 @@ def test_a_recipe_with_the_wrong_tensors():
     refused(
         FarspanError,
         lambda m: farspan.patch(m, spec, recipe=short),
-        "channels for layer 2",
+        "channels of layer 2",
         "farspan calibrate",
     )
     thin = dataclasses.replace(right, tensors={k: v[:1] for k, v in right.tensors.items()})

@@ -14,6 +14,7 @@ import farspan
 from farspan import FarspanError, Recipe
 from farspan.attention.calibrated.act import ACT
 from farspan.attention.calibration.act import HeadSearch
+from farspan.attention.softmax import Softmax
 from farspan.runtime import hf
 
 from ..laws import naive_act
@@ -34,12 +35,12 @@ def nll_with(model: Any, ids: Tensor, layer: int, head: int, size: float) -> flo
     the definition."""
     info = hf.inspect_model(model)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
         out = []
         causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
         for h in range(q.shape[1]):
             kv = h * k.shape[1] // q.shape[1]
-            plain = naive_act.probabilities(q[0, h], k[0, kv], how["scale"], how["softcap"], causal)
+            plain = naive_act.probabilities(q[0, h], k[0, kv], softmax.scale, softmax.softcap, causal)
             if h == head:
                 new = naive_act.calibrated(plain, naive_act.sinks(plain, 0.05), 0.4)
                 plain = plain + size * (new - plain)

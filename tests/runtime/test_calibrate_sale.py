@@ -30,7 +30,7 @@ def seen_by_layer(model: Any, ids: Tensor) -> dict[int, list[tuple[Tensor, Tenso
     seen: dict[int, list[Any]] = {i: [] for i in info.attention}
     with farspan.patch(model, "dense"), torch.no_grad():
         undo = [
-            hf.observe(info, i, Needs(), lambda q, k, v, i=i, **_: seen[i].append((q[0], k[0], v[0])))
+            hf.observe(info, i, Needs(), lambda q, k, v, _, i=i: seen[i].append((q[0], k[0], v[0])))
             for i in info.attention
         ]
         for a in range(0, ids.shape[1], WINDOW):

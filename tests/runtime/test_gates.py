@@ -227,7 +227,7 @@ def test_gradients_reach_the_gate(model: Any) -> None:
     with farspan.patch(model, PooledGate()) as patched:
         given: list[Inputs] = []
         info = hf.inspect_model(model)
-        undo = hf.observe(info, 1, PooledGate.needs, lambda q, k, v, inputs, **_: given.append(inputs))
+        undo = hf.observe(info, 1, PooledGate.needs, lambda q, k, v, _, inputs: given.append(inputs))
         logits(model, prompt(1, 40), use_cache=False)
         undo()
         gate = gates_of(patched)[1]
@@ -287,7 +287,7 @@ def test_other_architectures(name: str) -> None:
     info = hf.inspect_model(model)
     with farspan.patch(model, "dense"), pytest.MonkeyPatch.context() as patching:
         keep = [
-            hf.observe(info, i, PooledGate.needs, lambda *_, inputs, **how: fed.append(inputs))
+            hf.observe(info, i, PooledGate.needs, lambda *_, inputs: fed.append(inputs))
             for i in info.attention
         ]
         patching.setattr(apart, "apply_rotary_pos_emb", spy)

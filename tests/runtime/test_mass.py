@@ -49,7 +49,17 @@ def recorded(*specs):
                     causal = (cols <= rows) & (cols >= first[:, None, None])  # [B, Tq, Tk]
                     mask = as_selection(index, phase).to_mask(tq, keys.length, keys.start, b)
                     mask = mask & causal[:, None]
-                    seen.append((phase, q.clone(), keys.k.clone(), keys.scale, keys.softcap, causal, mask))
+                    seen.append(
+                        (
+                            phase,
+                            q.clone(),
+                            keys.kv.k.clone(),
+                            keys.softmax.scale,
+                            keys.softmax.softcap,
+                            causal,
+                            mask,
+                        )
+                    )
                     return index
 
                 patching.setattr(cls, f"select_{phase}", select)
@@ -221,7 +231,9 @@ def test_over_ranks_it_is_refused(monkeypatch):
     mesh, model = Mesh(), shared("llama")
     before = snapshot(model)
     monkeypatch.setattr(patch_module.hf, "join_ranks", lambda *_: mesh)
-    with pytest.raises(FarspanError, match="given for a model over 2 ranks, and attention mass is measured on one"):
+    with pytest.raises(
+        FarspanError, match="given for a model over 2 ranks, and attention mass is measured on one"
+    ):
         farspan.patch(model, "dense", parallel="auto", measure_mass=True)
     assert mesh.closed and snapshot(model) == before
 

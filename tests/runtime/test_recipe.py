@@ -168,7 +168,7 @@ def test_the_calibrated_channels_choose_the_keys(monkeypatch):
 
     def spy(self, q, keys):
         index = select(self, q, keys)
-        chosen.append((q.clone(), keys.k.clone(), index))
+        chosen.append((q.clone(), keys.kv.k.clone(), index))
         return index
 
     monkeypatch.setattr(DoubleSparsity, "select_decode", spy)

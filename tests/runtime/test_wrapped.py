@@ -369,5 +369,7 @@ def test_attention_dropout_is_refused_while_training():
     model = make("llama", attention_dropout=0.1)
     with farspan.patch(model):
         logits(model, prompt())
-        with pytest.raises(farspan.FarspanError, match=r"attention_dropout is 0\.1, and farspan has no attention dropout"):
+        with pytest.raises(
+            farspan.FarspanError, match=r"attention_dropout is 0\.1, and farspan has no attention dropout"
+        ):
             model.train()(prompt())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL
 from farspan.attention.ops.reference import masked_attention
 from farspan.attention.partial import merge
@@ -25,6 +26,7 @@ from farspan.attention.selection import (
     Window,
     as_selection,
 )
+from farspan.attention.softmax import Softmax
 
 H, HKV, D = 6, 2, 8
 
@@ -53,7 +55,7 @@ def data(tq: int, tk: int, starts: list[int] | None) -> tuple[Tensor, Keys]:
     q = torch.randn(b, H, tq, D, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(b, HKV, tk, D, generator=generator, dtype=torch.float64) for _ in range(2))
     start = None if starts is None else torch.tensor(starts)
-    return q, Keys(k=k, v=v, tq=tq, scale=0.4, softcap=5.0, start=start)
+    return q, Keys(kv=KV(k, v), tq=tq, softmax=Softmax(0.4, 5.0), start=start)
 
 
 def tokens(heads: int, tq: int, tk: int, starts: list[int] | None, full: str) -> TokenIndex:
@@ -92,7 +94,7 @@ def test_parts_of_the_keys_add_up_to_decode(
     q, keys = data(tq, tk, starts)
     selection = DECODES[name](tq, tk, starts)
     mask = selection.to_mask(tq, tk, keys.start, q.shape[0])
-    want = masked_attention(q, keys.k, keys.v, mask, scale=keys.scale, softcap=keys.softcap)
+    want = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0)
     whole, pairs = selection.run_decode(q, keys, "auto")
     assert pairs == int(mask.sum()) * (H // mask.shape[1]) * (q.shape[0] // mask.shape[0])
     held: list[Keys] = [keys]
@@ -101,11 +103,9 @@ def test_parts_of_the_keys_add_up_to_decode(
         at.append(torch.arange(0))
         held = [
             SomeKeys(
-                k=keys.k[:, :, x],
-                v=keys.v[:, :, x],
+                kv=keys.kv[:, :, x],
                 tq=tq,
-                scale=0.4,
-                softcap=5.0,
+                softmax=keys.softmax,
                 start=keys.start,
                 at=x,
                 total=tk,
@@ -151,7 +151,7 @@ def test_prefill_reads_the_keys_needed_and_counts_the_pairs(name: str) -> None:
     assert selection.reads_every_key == (name in ("every", "rescaled"))
     part, pairs = selection.run_prefill(q, keys, range(3, 12), "auto")
     assert pairs == int(mask[:, :, 3:12].sum()) * (H // mask.shape[1])
-    lse = masked_attention(q, keys.k, keys.v, mask, scale=keys.scale, softcap=keys.softcap).lse
+    lse = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0).lse
     assert (part.lse - lse)[lse > -torch.inf].abs().max() < 1e-12
     needed = selection.needed((tk - tq, tk), [0], HKV, torch.device("cpu"))
     assert needed.shape == (1, HKV, tk)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...kv import KV
+from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
@@ -16,11 +18,10 @@ def block_max(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    softmax: Softmax,
     *,
-    scale: float,
     block_q: int,
     block_k: int,
-    softcap: float | None = None,
     start: Tensor | None = None,
     heads: str = "each",
     impl: str = "auto",
@@ -29,7 +30,7 @@ def block_max(
     selection is trained towards (SeerAttention, arXiv:2410.13276; per group in -R, arXiv:2506.08889).
 
     q [B, H, Tq, D] are the last Tq positions of k [B, Hkv, Tk, D]; lse [B, H, Tq] is their dense attention's,
-    from ``flash`` with the same scale, softcap and start. -> [B, H, Nq, Nk] float32 (float64 for float64
+    from ``flash`` with the same softmax and start. -> [B, H, Nq, Nk] float32 (float64 for float64
     inputs) with Nq = ceil(Tq / block_q), Nk = ceil(Tk / block_k): the maximum of exp(logit - lse) over the
     visible pairs of each block, 0 where there is none. heads="group": the maximum over the query heads of a
     group too, [B, Hkv, Nq, Nk].
@@ -39,7 +40,7 @@ def block_max(
     Nothing of size Tq x Tk is made. The result carries no gradient. Raises ValueError for shapes that do not
     fit.
     """
-    check_qkv("block_max", q, k, k, start)
+    check_qkv("block_max", q, KV(k, k), start)
     if q.shape[2] > k.shape[2]:
         raise ValueError(
             f"block_max needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {k.shape[2]}."
@@ -59,10 +60,10 @@ def block_max(
         q,
         k,
         lse,
-        scale=scale,
+        scale=softmax.scale,
         block_q=block_q,
         block_k=block_k,
-        softcap=softcap,
+        softcap=softmax.softcap,
         start=start,
         heads=heads,
     )

@@ -255,7 +255,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv of the gradients of out and lse (None: zero). keys: dk and dv are wanted."""
     (b, h, tq, _), hs, hkv, tk = q.shape, counts.shape[1], k.shape[1], k.shape[2]
-    sizes = geometry(q, v, counts, block_q, block_k)
+    sizes = geometry(q, v.shape[-1], counts, block_q, block_k)
     wide = max(sizes["WIDE"], sizes["WIDE_V"])
     dout = torch.zeros_like(out) if dout is None else dout
     if dout.stride(-1) != 1:  # an expanded gradient would be read number by number

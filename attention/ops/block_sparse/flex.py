@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..torch_private import refuse_uncompiled
 
 if TYPE_CHECKING:
     from ...selection import BlockIndex
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> list[str]:
+def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
     reasons = index.not_in_a_block_mask()
     if q.dtype == torch.float64:
         reasons.append("FlexAttention has no float64")
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv)):
             reasons.append("FlexAttention has no backward on the CPU")
         if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             reasons.append("on the CPU it is compiled, and there is no C++ compiler")
@@ -43,18 +43,17 @@ def unsupported(
     return reasons
 
 
-def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> Partial:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    mask = index.to_block_mask(q.shape[2], k.shape[2], q.shape[1], transposed=needs_grad)
+def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
+    mask = index.to_block_mask(q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {
-        "score_mod": _bend(softcap),
+        "score_mod": _bend(softmax.softcap),
         "block_mask": mask,
-        "scale": scale,
-        "enable_gqa": q.shape[1] != k.shape[1],
+        "scale": softmax.scale,
+        "enable_gqa": q.shape[1] != kv.num_kv_heads,
     }
     flex = compiled()
+    k, v = kv.dense()
     if q.device.type == "cpu":
         out = flex(q, k.contiguous(), v.contiguous(), **how)
         return Partial(out, torch.full(q.shape[:3], torch.nan))

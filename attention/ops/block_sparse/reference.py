@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..reference import masked_attention
 
 if TYPE_CHECKING:
     from ...selection import BlockIndex
 
 
-def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> Partial:
-    return masked_attention(q, k, v, index.to_mask(q.shape[2], k.shape[2]), scale=scale, softcap=softcap)
+def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+    mask = index.to_mask(q.shape[2], kv.length)
+    return masked_attention(q, *kv.dense(), mask, scale=softmax.scale, softcap=softmax.softcap)

@@ -12,14 +12,16 @@ The backward is in backward.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial, empty_partial
+from ...softmax import Softmax
 from ..launch import finish
 from ..tile import (
     KEY,
@@ -41,21 +43,21 @@ if TYPE_CHECKING:
     from ...selection import BlockIndex
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> list[str]:
-    return cannot_tile(q, k, v, scale, softcap)
+def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
+    return cannot_tile(q, kv, softmax)
 
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, blocks, counts, start, order, q_stride, k_stride, v_stride, out_stride,
+    q, kv, out, lse, blocks, counts, start, order, q_stride, kv_stride, out_stride,
     hs_heads, kv_heads, tq, tk, nq, m, scale, softcap,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
+    LOAD: tl.constexpr,
+    FORMAT: tl.constexpr,  # only a key of the tuning
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, kv, hs, head, row, valid, top, last, first, blocks, count = query_tile(
+    b, kv_head, hs, head, row, valid, top, last, first, blocks, count = query_tile(
         tl.program_id(0), blocks, counts, start, hs_heads, kv_heads, tq, tk, nq, m,
         GROUP, BLOCK_Q, BLOCK_K, ROWS, FOLD,
     )  # fmt: skip
@@ -63,20 +65,19 @@ def _forward(
         order += (b * hs_heads + hs) * tk
     slot_count, middle, stop = split(blocks, count, order, first, top, last, BLOCK_K, BLOCK_N)
     query = load_rows(q + b * q_stride[0], head, row, q_stride, valid, D, WIDE)
-    k += b * k_stride[0]
-    v += b * v_stride[0]
     acc = tl.zeros((ROWS * FOLD, WIDE_V), tl.float32)
     peak = tl.full((ROWS * FOLD,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS * FOLD,), tl.float32)
     position = row + (tk - tq)
     if order is None:
         acc, peak, total = attend(
-            acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, blocks, order, first,
-            slot_count, tk, None, scale, softcap, 0, middle, False, BLOCK_K, BLOCK_N, D, DV, WIDE, WIDE_V,
+            acc, peak, total, query, position, last, kv, kv_stride, b, kv_head, blocks, order, first,
+            slot_count, tk, None, scale, softcap, 0, middle, LOAD, False, BLOCK_K, BLOCK_N, D, DV, WIDE,
+            WIDE_V,
         )  # fmt: skip
     acc, peak, total = attend(
-        acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, blocks, order, first,
-        slot_count, tk, None, scale, softcap, middle, stop, True, BLOCK_K, BLOCK_N, D, DV, WIDE, WIDE_V,
+        acc, peak, total, query, position, last, kv, kv_stride, b, kv_head, blocks, order, first,
+        slot_count, tk, None, scale, softcap, middle, stop, LOAD, True, BLOCK_K, BLOCK_N, D, DV, WIDE, WIDE_V,
     )  # fmt: skip
     acc, natural = finish(acc, peak, total)
     store_rows(out + b * out_stride[0], head, row, out_stride, valid, acc, DV, WIDE_V)
@@ -86,43 +87,64 @@ def _forward(
 # 128 rows are two warpgroups of 64; a third stage keeps the next keys on their way during the softmax.
 _run_forward = sized(
     triton.heuristics(ROWS_OF_A_TILE)(_forward),
-    KEY,
+    [*KEY, "FORMAT"],
     half=[config(128, 64, 8, 3), config(128, 128, 8, 3), config(64, 64, 4, 3)],
     wide_half=[config(128, 32, 8, 3), config(64, 32, 4, 3)],
     single=[config(32, 16, 8, 1)],
 )
 
 
-def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, scale: float, softcap: float | None
-) -> Partial:
-    if q.numel() == 0 or v.numel() == 0:
-        return empty_partial(q, v.shape[-1])
-    how = (float(scale), softcap, index.block_q, index.block_k)
-    blocks, counts = index.blocks.contiguous(), index.counts.contiguous()
-    order = None if index.key_order is None else index.key_order.contiguous()
-    start = None if index.start is None else index.start.to(q.device)
-    return Partial(*_BlockSparse.apply(q, k, v, blocks, counts, start, order, how))
+def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+    if q.numel() == 0 or kv.length * kv.value_dim == 0:
+        return empty_partial(q, kv.value_dim)
+    lists = _Lists(
+        index.blocks.contiguous(),
+        index.counts.contiguous(),
+        None if index.start is None else index.start.to(q.device),
+        None if index.key_order is None else index.key_order.contiguous(),
+        index.block_q,
+        index.block_k,
+    )
+    if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
+        return Partial(*_BlockSparse.apply(q, *kv.dense(), lists, softmax))  # the backward reads plain rows
+    return _attend(q, kv, lists, softmax)
+
+
+class _Lists(NamedTuple):
+    """What the kernels read of a BlockIndex."""
+
+    blocks: Tensor
+    counts: Tensor
+    start: Tensor | None
+    order: Tensor | None
+    block_q: int
+    block_k: int
+
+
+def _attend(q: Tensor, kv: KV, lists: _Lists, softmax: Softmax) -> Partial:
+    blocks, counts, start, order, block_q, block_k = lists
+    (b, h, tq, _), hs, dv = q.shape, counts.shape[1], kv.value_dim
+    sizes = geometry(q, dv, counts, block_q, block_k)
+    if start is None:
+        out = q.new_empty(b, h, tq, dv)
+        lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
+    else:  # queries in the padding belong to no block
+        out, lse = empty_partial(q, dv)
+    _run_forward(q.dtype, max(sizes["WIDE"], sizes["WIDE_V"]))[query_tiles(b * hs, tq)](
+        q, kv.stored, out, lse, blocks, counts, start, order,
+        q.stride(), kv.strides(), out.stride(),
+        hs, kv.num_kv_heads, tq, kv.length, counts.shape[2], blocks.shape[3], float(softmax.scale),
+        softmax.softcap, LOAD=kv.load_function(), FORMAT=kv.format, **sizes,
+    )  # fmt: skip
+    return Partial(out, lse)
 
 
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, blocks, counts, start, order, how):
-        scale, softcap, block_q, block_k = how
-        (b, h, tq, _), hs, tk = q.shape, counts.shape[1], k.shape[2]
-        sizes = geometry(q, v, counts, block_q, block_k)
-        if start is None:
-            out = q.new_empty(b, h, tq, v.shape[-1])
-            lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
-        else:  # queries in the padding belong to no block
-            out, lse = empty_partial(q, v.shape[-1])
-        _run_forward(q.dtype, max(sizes["WIDE"], sizes["WIDE_V"]))[query_tiles(b * hs, tq)](
-            q, k, v, out, lse, blocks, counts, start, order,
-            q.stride(), k.stride(), v.stride(), out.stride(),
-            hs, k.shape[1], tq, tk, counts.shape[2], blocks.shape[3], scale, softcap, **sizes,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, blocks, counts, start, order, out, lse)
-        ctx.how = how
+    def forward(ctx, q, k, v, lists, softmax):
+        out, lse = _attend(q, KV(k, v), lists, softmax)
+        ctx.save_for_backward(q, k, v, *lists[:4], out, lse)
+        ctx.how = float(softmax.scale), softmax.softcap, lists.block_q, lists.block_k
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -135,4 +157,4 @@ class _BlockSparse(torch.autograd.Function):
             *ctx.saved_tensors, dout, dlse, scale=scale, softcap=softcap, block_q=block_q, block_k=block_k,
             keys=wanted[1] or wanted[2],
         )  # fmt: skip
-        return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *[None] * 5
+        return *(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), None, None

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
@@ -15,26 +17,24 @@ IMPLS: Impls = {
 
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     window: int | None = None,
-    softcap: float | None = None,
     start: Tensor | None = None,
     impl: str = "auto",
 ) -> Partial:
     """Causal attention of the newest Tq queries (few) over all Tk keys, read once and never expanded to query
     heads.
 
-    Same meaning of every argument as ``flash``: q [B, H, Tq, D], k, v [B, Hkv, Tk, D], queries at the last Tq
+    Same meaning of every argument as ``flash``: q [B, H, Tq, D], kv [B, Hkv, Tk], queries at the last Tq
     positions.
     """
-    check_qkv("decode", q, k, v, start)
-    if q.shape[2] > k.shape[2]:
+    check_qkv("decode", q, kv, start)
+    if q.shape[2] > kv.length:
         raise ValueError(
-            f"decode needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {k.shape[2]}."
+            f"decode needs the queries among the keys; got Tq = {q.shape[2]} > Tk = {kv.length}."
         )
     if window is not None and window < 1:
         raise ValueError(f"decode needs a window of at least 1 key; got {window}.")
-    return run("decode", IMPLS, impl, q, k, v, scale=scale, window=window, softcap=softcap, start=start)
+    return run("decode", IMPLS, impl, q, kv, softmax, window=window, start=start)

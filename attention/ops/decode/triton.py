@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from .. import launch
 from ..combine import (
     attend_tile,
@@ -36,50 +38,51 @@ from ..combine import (
 )
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> list[str]:
-    return launch.cannot_read(q, k, v) + launch.no_gradient(q, k, v)
+def unsupported(q: Tensor, kv: KV, softmax: Softmax, **_: Any) -> list[str]:
+    return launch.cannot_attend(q, kv) + launch.no_gradient(q, kv)
 
 
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     window: int | None,
-    softcap: float | None,
     start: Tensor | None,
 ) -> Partial:
     b, h, tq, d = q.shape
-    hkv, tk, dv = k.shape[1], k.shape[2], v.shape[3]
+    hkv, tk, dv = kv.num_kv_heads, kv.length, kv.value_dim
     group = h // hkv
     rows = tile_rows(group * tq, q.element_size())
     tiles = triton.cdiv(group * tq, rows)
     seen = tk if window is None else min(tk, window + tq - 1)
     splits = number_of_splits(tiles * b * hkv, seen, q.device)
     outs, lses = scratch(q, dv, splits)
-    inner, outer = factors(scale, softcap)
+    inner, outer = factors(softmax)
     _decode[(tiles, splits, b * hkv)](
-        q, k, v, start, outs, lses,
-        *q.stride(), *k.stride(), *v.stride(), 0 if start is None else start.stride(0),
+        q, kv.stored, start, outs, lses,
+        *q.stride(), kv.strides(), 0 if start is None else start.stride(0),
         b, hkv, tq, tk, tk if window is None else window, inner, outer,
         GROUP=group, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
         ROWS=rows, KEYS=tile_keys(d, dv, q.element_size()),
-        SEVERAL=tq > 1, PADDED=start is not None, SOFTCAP=softcap is not None, LONG=seen // splits >= 1024,
+        SEVERAL=tq > 1, PADDED=start is not None, SOFTCAP=softmax.softcap is not None,
+        LOAD=kv.load_function(), LONG=seen // splits >= 1024, FORMAT=kv.format,
     )  # fmt: skip
     return combine(outs, lses, q.dtype)
 
 
-@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SOFTCAP", "LONG"])
+@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SOFTCAP", "LONG", "FORMAT"])
 @triton.jit(do_not_specialize=["b", "tq", "tk", "window"])
 def _decode(
-    q, k, v, start, out, lse,
-    sqb, sqh, sqt, sqd, skb, skh, skt, skd, svb, svh, svt, svd, ss,
+    q, kv, start, out, lse,
+    sqb, sqh, sqt, sqd, skv, ss,
     b, hkv, tq, tk, window, inner, outer,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
     SEVERAL: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
+    LOAD: tl.constexpr,
     LONG: tl.constexpr,  # only a key of the tuning: a short split's best configuration is not a long one's
+    FORMAT: tl.constexpr,  # likewise
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (query, head of the group)
     split, of = tl.program_id(1), tl.num_programs(1)
@@ -102,19 +105,14 @@ def _decode(
     d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, KEYS)
     rows = q + batch.to(tl.int64) * sqb + qhead.to(tl.int64) * sqh + query.to(tl.int64) * sqt
     queries = tl.load(rows[:, None] + d[None, :] * sqd, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-    k += batch.to(tl.int64) * skb + head.to(tl.int64) * skh
-    v += batch.to(tl.int64) * svb + head.to(tl.int64) * svh
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
     for begin in range(lo, hi, KEYS):
-        inside = (n < hi - begin)[:, None]
+        inside = n < hi - begin
         # The tile's place in int64, the offsets inside it in int32: cheap, and safe past 2^31 elements.
-        kt, vt = k + tl.cast(begin, tl.int64) * skt, v + tl.cast(begin, tl.int64) * svt
-        key = tl.load(kt + n[:, None] * skt + d[None, :] * skd, mask=inside & (d < D)[None, :], other=0.0)
-        value = tl.load(
-            vt + n[:, None] * svt + dv[None, :] * svd, mask=inside & (dv < DV)[None, :], other=0.0
-        )
+        key = LOAD(kv, skv, 0, batch, head, begin, n, inside, D, BD)
+        value = LOAD(kv, skv, 1, batch, head, begin, n, inside, DV, BDV)
         place = begin + n[None, :]
         valid = place < hi
         if SEVERAL:

@@ -6,57 +6,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial, merge
+from ...softmax import Softmax
 from .. import kernel
 from ..padding import by_row
 
 
 def flash(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     window: int | None,
-    softcap: float | None,
     start: Tensor | None,
 ) -> Partial:
     if start is None:
-        return _rows(q, k, v, scale, window, softcap)
-    return by_row(q, k, v, start, lambda _, q, k, v: _rows(q, k, v, scale, window, softcap))
+        return _rows(q, kv, softmax, window)
+    return by_row(q, kv, start, lambda _, q, kv: _rows(q, kv, softmax, window))
 
 
-def _rows(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Partial:
-    tq, tk = q.shape[2], k.shape[2]
+def _rows(q: Tensor, kv: KV, softmax: Softmax, window: int | None) -> Partial:
+    tq, tk = q.shape[2], kv.length
     if window is not None and window < tk:
-        return _banded(q, k, v, scale, window, softcap)
+        return _banded(q, kv, softmax, window)
     past = tk - tq
-    square = _square(q, k[:, :, past:], v[:, :, past:], scale, softcap)
+    square = _square(q, kv[:, :, past:], softmax)
     if past == 0:
         return square
-    hkv = k.shape[1]
-    before = kernel.attend(
-        kernel.fold_groups(q, hkv), k[:, :, :past], v[:, :, :past], scale=scale, softcap=softcap
-    )
+    before = kernel.attend(kernel.fold_groups(q, kv.num_kv_heads), kv[:, :, :past], softmax)
     return merge(kernel.unfold_groups(before, q.shape[1], tq), square)
 
 
-def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Partial:
+def _square(q: Tensor, kv: KV, softmax: Softmax) -> Partial:
     """Causal self-attention of equal lengths. KV heads are shared by stride-0 views, one batch entry per KV
     head."""
     b, h, t, d = q.shape
-    hkv, group = k.shape[1], q.shape[1] // k.shape[1]
+    hkv, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
     if group == 1:
-        return kernel.attend(q, k, v, scale=scale, causal=True, softcap=softcap)
+        return kernel.attend(q, kv, softmax, causal=True)
     folded = q.reshape(b, hkv, group, t, d)
-    parts = [  # k and v of one batch row: [Hkv, 1 -> G, T, D] without a copy
-        kernel.attend(
-            folded[i], _share(k[i], group), _share(v[i], group), scale=scale, causal=True, softcap=softcap
-        )
-        for i in range(b)
-    ]
+    kv = kv.map(lambda x: x[:, :, None].expand(-1, -1, group, -1, -1))  # no copy
+    parts = [kernel.attend(folded[i], kv[i], softmax, causal=True) for i in range(b)]
     if b == 1:
         return Partial(parts[0].out.reshape(b, h, t, -1), parts[0].lse.reshape(b, h, t))
     return Partial(
@@ -65,11 +56,7 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
     )
 
 
-def _share(x: Tensor, group: int) -> Tensor:
-    return x[:, None].expand(-1, group, -1, -1)
-
-
-def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float | None) -> Partial:
+def _banded(q: Tensor, kv: KV, softmax: Softmax, window: int) -> Partial:
     """Sliding window in O(Tq * window): each tile of queries meets only the keys that some of its rows can
     see.
 
@@ -80,7 +67,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap:
                        . x x x . .
                        . . x x x .
     """
-    h, tq, tk, hkv = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
+    h, tq, tk, hkv = q.shape[1], q.shape[2], kv.length, kv.num_kv_heads
     past, tile = tk - tq, max(64, min(window, 1024))
     parts = []
     for a in range(0, tq, tile):
@@ -90,9 +77,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap:
         cols = torch.arange(lo, hi, device=q.device)[None]
         band = ((cols <= rows) & (cols > rows - window)).repeat(h // hkv, 1)  # [G * tile, keys]
         folded = kernel.fold_groups(q[:, :, a:b], hkv)
-        part = kernel.attend(
-            folded, k[:, :, lo:hi], v[:, :, lo:hi], scale=scale, mask=band[None, None], softcap=softcap
-        )
+        part = kernel.attend(folded, kv[:, :, lo:hi], softmax, mask=band[None, None])
         parts.append(kernel.unfold_groups(part, h, b - a))
     if len(parts) == 1:
         return parts[0]

@@ -5,23 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...causal import causal_mask, positions
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..reference import masked_attention
 
 
 def flash(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     window: int | None,
-    softcap: float | None,
     start: Tensor | None,
 ) -> Partial:
-    b, tq, tk = q.shape[0], q.shape[2], k.shape[2]
+    b, tq, tk = q.shape[0], q.shape[2], kv.length
     mask = causal_mask(tq, tk, start, b, q.device)
     if window is not None:
         rows, cols = positions(tq, tk, q.device)
         mask = mask & (cols > rows - window)
-    return masked_attention(q, k, v, mask, scale=scale, softcap=softcap)
+    return masked_attention(q, *kv.dense(), mask, scale=softmax.scale, softcap=softmax.softcap)

@@ -18,38 +18,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial, empty_partial
+from ...softmax import Softmax
 from .. import launch
 from ..launch import finish
 from ..tile import attend, cannot_tile, config, fold, load_rows, sized, store_rows
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, **_: Any
-) -> list[str]:
-    return cannot_tile(q, k, v, scale, softcap) + launch.no_gradient(q, k, v)
+def unsupported(q: Tensor, kv: KV, softmax: Softmax, **_: Any) -> list[str]:
+    return cannot_tile(q, kv, softmax) + launch.no_gradient(q, kv)
 
 
 def better_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None,
-    softcap: float | None,
-    start: Tensor | None,
-    **_: Any,
+    q: Tensor, kv: KV, softmax: Softmax, *, window: int | None, start: Tensor | None, **_: Any
 ) -> bool:
     """Plain causal attention is what torch's own FlashAttention does best, lse included."""
-    plain = window is None and softcap is None and start is None and q.shape[2] == k.shape[2]
-    return plain and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
+    plain = window is None and softmax.softcap is None and start is None and q.shape[2] == kv.length
+    return plain and type(kv) is KV and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
 
 
 @triton.jit
 def _flash(
-    q, k, v, out, lse, start, q_stride, k_stride, v_stride, out_stride, heads, tq, tk,
+    q, kv, out, lse, start, q_stride, kv_stride, out_stride, heads, tq, tk,
     window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
+    LOAD: tl.constexpr,
+    FORMAT: tl.constexpr,  # only a key of the tuning
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (GROUP + FOLD - 1) // FOLD
@@ -58,13 +53,13 @@ def _flash(
     # (they read the most, and should not be the last to end).
     pid = tl.program_id(0)
     chunk, tile = pid % chunks, tiles - 1 - pid // chunks % tiles
-    kv = pid // (chunks * tiles)
     kv_heads = heads // GROUP
-    b, kv = (kv // kv_heads).to(tl.int64), kv % kv_heads
+    kv_head = pid // (chunks * tiles)
+    b, kv_head = (kv_head // kv_heads).to(tl.int64), kv_head % kv_heads
 
     r = tl.arange(0, ROWS * FOLD)
     member = chunk * FOLD + r // ROWS
-    head, row = kv * GROUP + member, tile * ROWS + r % ROWS
+    head, row = kv_head * GROUP + member, tile * ROWS + r % ROWS
     valid = (member < GROUP) & (row < tq)
     past = tk - tq
     position = past + row
@@ -84,23 +79,21 @@ def _flash(
     middle = tl.maximum(tl.maximum(lowest + 1 - first, 0) // BLOCK_N, left)
 
     query = load_rows(q + b * q_stride[0], head, row, q_stride, valid, D, WIDE)
-    k += b * k_stride[0]
-    v += b * v_stride[0]
     acc = tl.zeros((ROWS * FOLD, WIDE_V), tl.float32)
     peak = tl.full((ROWS * FOLD,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS * FOLD,), tl.float32)
     if window is not None:
         acc, peak, total = attend(
-            acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, None, None, first, count,
-            tk, window, scale, softcap, 0, left, True, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
+            acc, peak, total, query, position, last, kv, kv_stride, b, kv_head, None, None, first, count,
+            tk, window, scale, softcap, 0, left, LOAD, True, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
         )  # fmt: skip
     acc, peak, total = attend(
-        acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, None, None, first, count,
-        tk, None, scale, softcap, left, middle, False, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
+        acc, peak, total, query, position, last, kv, kv_stride, b, kv_head, None, None, first, count,
+        tk, None, scale, softcap, left, middle, LOAD, False, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
     )  # fmt: skip
     acc, peak, total = attend(
-        acc, peak, total, query, position, last, k, v, kv, k_stride, v_stride, None, None, first, count,
-        tk, None, scale, softcap, middle, stop, True, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
+        acc, peak, total, query, position, last, kv, kv_stride, b, kv_head, None, None, first, count,
+        tk, None, scale, softcap, middle, stop, LOAD, True, 0, BLOCK_N, D, DV, WIDE, WIDE_V,
     )  # fmt: skip
     acc, natural = finish(acc, peak, total)
     store_rows(out + b * out_stride[0], head, row, out_stride, valid, acc, DV, WIDE_V)
@@ -114,7 +107,7 @@ def _tile(args: dict[str, Any]) -> tuple[int, int]:
 # 128 rows are two warpgroups of 64; a third stage keeps the next keys on their way during the softmax.
 _kernel = sized(
     triton.heuristics({"ROWS": lambda args: _tile(args)[0], "FOLD": lambda args: _tile(args)[1]})(_flash),
-    key=["GROUP", "D"],
+    key=["GROUP", "D", "FORMAT"],
     half=[config(128, 64, 8, 3), config(128, 128, 8, 3), config(64, 64, 4, 3)],
     wide_half=[config(128, 32, 8, 3), config(64, 32, 4, 3)],
     single=[config(32, 16, 8, 1)],
@@ -123,17 +116,15 @@ _kernel = sized(
 
 def flash(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
+    softmax: Softmax,
     *,
-    scale: float,
     window: int | None,
-    softcap: float | None,
     start: Tensor | None,
 ) -> Partial:
     b, h, tq, d = q.shape
-    dv, group = v.shape[-1], h // k.shape[1]
-    if q.numel() == 0 or v.numel() == 0:
+    dv, group = kv.value_dim, h // kv.num_kv_heads
+    if q.numel() == 0 or kv.length * dv == 0:
         return empty_partial(q, dv)
     out = q.new_empty(b, h, tq, dv)
     lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
@@ -141,12 +132,13 @@ def flash(
 
     def grid(args: dict[str, Any]) -> tuple[int]:
         tiles, chunks = -(-tq // args["ROWS"]), -(-group // args["FOLD"])
-        return (b * k.shape[1] * tiles * chunks,)
+        return (b * kv.num_kv_heads * tiles * chunks,)
 
     start = None if start is None else start.to(q.device)
     _kernel(q.dtype, wide)[grid](
-        q, k, v, out, lse, start, q.stride(), k.stride(), v.stride(), out.stride(), h, tq, k.shape[2],
-        window, float(scale), softcap,
+        q, kv.stored, out, lse, start, q.stride(), kv.strides(), out.stride(), h, tq, kv.length, window,
+        float(softmax.scale), softmax.softcap,
         GROUP=group, D=d, DV=dv, WIDE=launch.wide(d), WIDE_V=launch.wide(dv),
+        LOAD=kv.load_function(), FORMAT=kv.format,
     )  # fmt: skip
     return Partial(out, lse)

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
 
@@ -20,29 +22,27 @@ IMPLS: Impls = {
 
 def gather_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kv: KV,
     index: TokenIndex,
+    softmax: Softmax,
     *,
-    scale: float,
-    softcap: float | None = None,
     check: bool = True,
     impl: str = "auto",
 ) -> Partial:
-    """Attention of q [B, H, Tq, D] over the keys that ``index`` names in k, v [B, Hkv, Tk, D].
+    """Attention of q [B, H, Tq, D] over the keys that ``index`` names in kv [B, Hkv, Tk].
 
-    The index holds only keys that are visible to its query; nothing else of k and v is read. ``index.full``
+    The index holds only keys that are visible to its query; nothing else of kv is read. ``index.full``
     is not looked at: rows that read everything belong to ``decode``. check=False
     spares the look at the index (on CUDA, a wait for the device) where its maker vouches for it.
     Raises ValueError for shapes that do not fit and for an index with a token twice or out of range.
     """
-    check_qkv("gather_decode", q, k, v, None)
+    check_qkv("gather_decode", q, kv, None)
     b, hs, tq = index.tokens.shape[:3]
-    if b != q.shape[0] or tq != q.shape[2] or hs not in (q.shape[1], k.shape[1]):
+    if b != q.shape[0] or tq != q.shape[2] or hs not in (q.shape[1], kv.num_kv_heads):
         raise ValueError(
-            f"gather_decode takes an index [B, Hkv or H, Tq, K] for q {list(q.shape)} and k {list(k.shape)}; "
+            f"gather_decode takes an index [B, Hkv or H, Tq, K] for q {list(q.shape)} and {kv}; "
             f"got {list(index.tokens.shape)}."
         )
     if check:
-        index.check(k.shape[2])
-    return run("gather_decode", IMPLS, impl, q, k, v, index, scale=scale, softcap=softcap)
+        index.check(kv.length)
+    return run("gather_decode", IMPLS, impl, q, kv, index, softmax)

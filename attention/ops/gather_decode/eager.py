@@ -7,28 +7,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial, empty_partial
+from ...softmax import Softmax
 from .. import kernel
-from ..rows import gather_rows
 
 if TYPE_CHECKING:
     from ...selection import TokenIndex
 
 
-def gather_decode(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, scale: float, softcap: float | None
-) -> Partial:
+def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:
     b, h, tq, d = q.shape
-    hkv = k.shape[1]
+    hkv = kv.num_kv_heads
     hs, n = index.tokens.shape[1], index.tokens.shape[3]
     if n == 0:
-        return empty_partial(q, v.shape[-1])
-    if index.gathered is not None:
-        key, value = index.gathered
-    else:
+        return empty_partial(q, kv.value_dim)
+    rows_read = index.gathered
+    if rows_read is None:
         # [B, Hs, Tq, K] -> rows per KV head, in the order (heads of the group, queries, K)
-        tokens = index.tokens.reshape(b, hkv, -1)
-        key, value = gather_rows(k, tokens), gather_rows(v, tokens)
+        rows_read = kv.gather(index.tokens.reshape(b, hkv, -1))
     mask = None
     if index.counts is not None:
         mask = torch.arange(n, device=q.device) < index.counts[..., None]  # [B, Hs, Tq, K]
@@ -38,9 +35,8 @@ def gather_decode(
     else:
         rows = q.reshape(b * hkv, (h // hkv) * tq, 1, d)
         mask = None if mask is None else mask.reshape(b * hkv, (h // hkv) * tq, 1, n)
-    key = key.reshape(b * hkv, -1, n, d)
-    value = value.reshape(b * hkv, -1, n, v.shape[-1])
-    part = kernel.attend(rows, key, value, scale=scale, mask=mask, softcap=softcap)
+    rows_read = rows_read.map(lambda x: x.reshape(b * hkv, -1, n, x.shape[3]))
+    part = kernel.attend(rows, rows_read, softmax, mask=mask)
     if hs == hkv:
         out = part.out.reshape(b, hkv, tq, h // hkv, -1).transpose(2, 3)
         lse = part.lse.reshape(b, hkv, tq, h // hkv).transpose(2, 3)

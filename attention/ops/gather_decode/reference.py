@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from ..reference import masked_attention
 
 if TYPE_CHECKING:
     from ...selection import TokenIndex
 
 
-def gather_decode(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, scale: float, softcap: float | None
-) -> Partial:
+def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:
     index = replace(index, full=None)
-    return masked_attention(q, k, v, index.to_mask(q.shape[2], k.shape[2]), scale=scale, softcap=softcap)
+    mask = index.to_mask(q.shape[2], kv.length)
+    return masked_attention(q, *kv.dense(), mask, scale=softmax.scale, softcap=softmax.softcap)

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kv import KV
 from ...partial import Partial
+from ...softmax import Softmax
 from .. import launch
 from ..combine import (
     attend_tile,
@@ -37,51 +39,49 @@ if TYPE_CHECKING:
     from ...selection import TokenIndex
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, scale: float, softcap: float | None
-) -> list[str]:
-    k, v = (k, v) if index.gathered is None else index.gathered
-    reasons = launch.cannot_read(q, k, v) + launch.no_gradient(q, k, v)
+def unsupported(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> list[str]:
+    kv = kv if index.gathered is None else index.gathered
+    reasons = launch.cannot_attend(q, kv) + launch.no_gradient(q, kv)
     if index.gathered is not None and q.shape[2] != 1:
         reasons.append(f"rows gathered beforehand are those of one query, not of {q.shape[2]}")
     return reasons
 
 
-def gather_decode(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, scale: float, softcap: float | None
-) -> Partial:
+def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:
     b, h, tq, d = q.shape
-    dv, hs, count = v.shape[3], index.tokens.shape[1], index.tokens.shape[3]
+    dv, hs, count = kv.value_dim, index.tokens.shape[1], index.tokens.shape[3]
     if index.gathered is not None:
-        k, v = index.gathered  # [B, Hs, K, D]: row n of the list is row n here
+        kv = index.gathered  # [B, Hs, K]: row n of the list is row n here
     heads = h // hs  # query heads that share a list
     rows = tile_rows(heads, q.element_size())
     tiles = triton.cdiv(heads, rows)
     splits = number_of_splits(tiles * tq * b * hs, count, q.device)
     outs, lses = scratch(q, dv, splits)
-    inner, outer = factors(scale, softcap)
+    inner, outer = factors(softmax)
     counts = index.counts
     _gather_decode[(tiles * tq, splits, b * hs)](
-        q, k, v, index.tokens, counts, outs, lses,
-        *q.stride(), *k.stride(), *v.stride(), *index.tokens.stride(),
+        q, kv.stored, index.tokens, counts, outs, lses,
+        *q.stride(), kv.strides(), *index.tokens.stride(),
         *((0, 0, 0) if counts is None else counts.stride()),
         b, hs, tq, count, inner, outer,
-        HEADS=heads, PER_KV=hs // k.shape[1], D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
+        HEADS=heads, PER_KV=hs // kv.num_kv_heads, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
         ROWS=rows, KEYS=tile_keys(d, dv, q.element_size()),
-        RAGGED=counts is not None, GATHERED=index.gathered is not None, SOFTCAP=softcap is not None,
+        RAGGED=counts is not None, GATHERED=index.gathered is not None,
+        SOFTCAP=softmax.softcap is not None, LOAD=kv.load_function(), FORMAT=kv.format,
     )  # fmt: skip
     return combine(outs, lses, q.dtype)
 
 
-@launch.tuned(configs(3), key=["HEADS", "D", "DV", "ROWS", "GATHERED", "SOFTCAP"])
+@launch.tuned(configs(3), key=["HEADS", "D", "DV", "ROWS", "GATHERED", "SOFTCAP", "FORMAT"])
 @triton.jit(do_not_specialize=["b", "tq", "count"])
 def _gather_decode(
-    q, k, v, tokens, counts, out, lse,
-    sqb, sqh, sqt, sqd, skb, skh, skt, skd, svb, svh, svt, svd, stb, sth, stt, stk, scb, sch, sct,
+    q, kv, tokens, counts, out, lse,
+    sqb, sqh, sqt, sqd, skv, stb, sth, stt, stk, scb, sch, sct,
     b, hs, tq, count, inner, outer,
     HEADS: tl.constexpr, PER_KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    RAGGED: tl.constexpr, GATHERED: tl.constexpr, SOFTCAP: tl.constexpr,
+    RAGGED: tl.constexpr, GATHERED: tl.constexpr, SOFTCAP: tl.constexpr, LOAD: tl.constexpr,
+    FORMAT: tl.constexpr,  # only a key of the tuning
 ):  # fmt: skip
     query, tile = tl.program_id(0) % tq, tl.program_id(0) // tq
     split, of = tl.program_id(1), tl.num_programs(1)
@@ -102,8 +102,7 @@ def _gather_decode(
     rows = q + batch * sqb + qhead * sqh + query.to(tl.int64) * sqt
     queries = tl.load(rows[:, None] + d[None, :] * sqd, mask=keep[:, None] & (d < D)[None, :], other=0.0)
     tokens += batch * stb + head * sth + query.to(tl.int64) * stt
-    k += batch * skb + head // PER_KV * skh
-    v += batch * svb + head // PER_KV * svh
+    kv_head = head // PER_KV
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
@@ -118,12 +117,8 @@ def _gather_decode(
         ahead = following.to(tl.int64)
         if not GATHERED:
             ahead = tl.load(tokens + ahead * stk, mask=following < hi, other=0).to(tl.int64)
-        key = tl.load(
-            k + place[:, None] * skt + d[None, :] * skd, mask=inside[:, None] & (d < D)[None, :], other=0.0
-        )
-        value = tl.load(
-            v + place[:, None] * svt + dv[None, :] * svd, mask=inside[:, None] & (dv < DV)[None, :], other=0.0
-        )
+        key = LOAD(kv, skv, 0, batch, kv_head, 0, place, inside, D, BD)
+        value = LOAD(kv, skv, 1, batch, kv_head, 0, place, inside, DV, BDV)
         peak, total, acc = attend_tile(
             queries, key, value, inside[None, :], peak, total, acc, inner, outer, SOFTCAP
         )  # fmt: skip

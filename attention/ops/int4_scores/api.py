@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 from .storage import Int4
@@ -67,10 +68,9 @@ def int4_block_max(
     q: Tensor,
     k4: Int4,
     row_offset: Tensor,
+    softmax: Softmax,
     *,
-    scale: float,
     block_q: int,
-    softcap: float | None = None,
     q_bits: int | None = 8,
     impl: str = "auto",
 ) -> Tensor:
@@ -98,8 +98,8 @@ def int4_block_max(
         raise ValueError(f"int4_block_max needs blocks of at least 1 query; got {block_q}.")
     if q_bits not in (4, 8, None):
         raise ValueError(f"int4_block_max rounds queries to 4 or 8 bits, or not at all (None); got {q_bits}.")
-    if scale <= 0:
-        raise ValueError(f"int4_block_max needs a scale above 0; got {scale}.")
+    if softmax.scale <= 0:
+        raise ValueError(f"int4_block_max needs a scale above 0; got {softmax.scale}.")
     return run(
         "int4_block_max",
         BLOCK_IMPLS,
@@ -107,9 +107,9 @@ def int4_block_max(
         q,
         k4,
         row_offset,
-        scale=scale,
+        scale=softmax.scale,
         block_q=block_q,
-        softcap=softcap,
+        softcap=softmax.softcap,
         q_bits=q_bits,
     )
 

@@ -1,0 +1,146 @@
+"""Keys and values in the format they are stored in.
+
+Stores, ``Keys`` and operations pass keys and values as one ``KV``. This class is the plain format. Another
+format is a subclass in a file of its own, which overrides what its docstring lists, and one load function for
+the Triton kernels (``ops/load.py`` has the plain one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .ops.rows import gather_rows
+
+
+class KV:
+    """Keys k [B, Hkv, T, D] and values v [B, Hkv, T, Dv], stored as they are.
+
+    stored: the tensors that hold them, each [B, Hkv, T, any], those of the keys first. An index or a view is
+    the same index or view of each of them; nothing is copied where torch copies nothing.
+
+    Another format overrides ``format`` (its name), ``key_parts`` (how many of ``stored`` hold keys),
+    ``encode``, ``k``, ``v`` and ``load_function``; also ``dtype``, ``value_dtype``, ``head_dim`` and
+    ``value_dim`` where they differ from those of the stored tensors. A gradient in k and v needs a format
+    whose ``encode``, ``k`` and ``v`` are differentiable.
+    """
+
+    __slots__ = ("stored",)
+    format: ClassVar[str] = "plain"
+    key_parts: ClassVar[int] = 1
+
+    def __init__(self, *stored: Tensor) -> None:
+        self.stored = stored
+
+    @classmethod
+    def encode(cls, k: Tensor, v: Tensor) -> Self:
+        """Plain keys and values, in this format."""
+        return cls(k, v)
+
+    @property
+    def k(self) -> Tensor:
+        """The keys as plain numbers [B, Hkv, T, D]."""
+        return self.stored[0]
+
+    @property
+    def v(self) -> Tensor:
+        """The values as plain numbers [B, Hkv, T, Dv]."""
+        return self.stored[1]
+
+    @staticmethod
+    def load_function() -> Any:
+        """The Triton function that loads rows in this format; see ``ops/load.py``."""
+        from .ops.load import load_plain
+
+        return load_plain
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of ``k``."""
+        return self.stored[0].dtype
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The type of ``v``."""
+        return self.stored[self.key_parts].dtype
+
+    @property
+    def head_dim(self) -> int:
+        """D, the numbers of a key."""
+        return self.stored[0].shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, the numbers of a value."""
+        return self.stored[self.key_parts].shape[3]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Plain keys and values, for what must have them."""
+        return self.k, self.v
+
+    def gather(self, rows: Tensor) -> Self:
+        """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
+        return self.map(lambda x: gather_rows(x, rows))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """``change`` of each stored tensor, which keeps the last dimension as it is."""
+        return type(self)(*map(change, self.stored))
+
+    def __getitem__(self, index: Any) -> Self:
+        """The part at ``index`` of the first three dimensions (rows, KV heads, positions), four-dimensional
+        again."""
+        return type(self)(*[x[index] for x in self.stored])
+
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """The strides of each stored tensor."""
+        return tuple([x.stride() for x in self.stored])
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, Hkv, T]."""
+        return self.stored[0].shape[:3]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.stored[0].shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.stored[0].shape[1]
+
+    @property
+    def length(self) -> int:
+        """T, the number of positions."""
+        return self.stored[0].shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored[0].device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient may flow back into keys or values."""
+        return any(x.requires_grad for x in self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values as they are stored."""
+        return sum(x.numel() * x.element_size() for x in self.stored)
+
+    @property
+    def key_nbytes(self) -> int:
+        """Bytes of all keys as they are stored."""
+        return sum(x.numel() * x.element_size() for x in self.stored[: self.key_parts])
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one key and its value, of one KV head, as they are stored."""
+        return sum(x.shape[3] * x.element_size() for x in self.stored)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(str(list(x.shape)) for x in self.stored)})"
