@@ -70,7 +70,7 @@ def install(
 
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
-    def begin_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with stopping_all_ranks(session.mesh):
             return (
                 None
@@ -78,7 +78,7 @@ def install(
                 else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds))
             )
 
-    before = info.decoder.register_forward_pre_hook(Hook(begin_call), with_kwargs=True)
+    before = info.decoder.register_forward_pre_hook(Hook(pre_hook), with_kwargs=True)
     after = info.decoder.register_forward_hook(Hook(lambda *_: session.end_call()), always_call=True)
     undo += [before.remove, after.remove]
     return undo
