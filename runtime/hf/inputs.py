@@ -23,6 +23,7 @@ from ...attention.needs import Needs
 from ..inputs import Given
 from ..layer import Session
 from .hooks import Hook
+from .transformers_private import source_of
 
 _BY_LENGTH = ("dynamic", "longrope")  # types of RoPE whose angles depend on the length of the call
 
@@ -102,10 +103,10 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
 
 def _conditional(forward: Callable[..., Any]) -> bool:
     """Whether a forward applies RoPE inside a conditional branch."""
-    try:
-        source = inspect.cleandoc("\n" + inspect.getsource(forward))
-    except (OSError, TypeError):
+    source = source_of(forward)
+    if source is None:
         return False
+    source = inspect.cleandoc("\n" + source)
     body = re.search(r"^( +)\S", source[source.index(":\n") :], re.MULTILINE)
     call = re.search(r"^( +).*apply_rotary_pos_emb\(", source, re.MULTILINE)
     return body is not None and call is not None and len(call[1]) > len(body[1])

@@ -100,10 +100,10 @@ def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) ->
         attention = info.attention[index]
         place_beside(entry.mixer, attention)
         for parent in list(info.decoder.modules()):
-            for name, child in list(parent._modules.items()):
+            for name, child in list(parent.named_children()):
                 if child is attention:
-                    parent._modules[name] = entry.mixer
-                    undo.append(partial(parent._modules.__setitem__, name, attention))
+                    setattr(parent, name, entry.mixer)
+                    undo.append(partial(setattr, parent, name, attention))
         undo.append(
             replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
         )

@@ -47,12 +47,13 @@ def calls_attention_interface(forward: Callable[..., Any]) -> bool | None:
     """Whether a module's ``forward`` calls attention by the name in its config, read from its source; None
     where the source is not available. transformers has no public function for this: ``AttentionInterface`` is
     a table of functions, and a module looks its function up while it runs."""
-    source = _source(forward)
+    source = source_of(forward)
     return None if source is None else "attention_interface" in source
 
 
 @functools.cache
-def _source(forward: Callable[..., Any]) -> str | None:
+def source_of(forward: Callable[..., Any]) -> str | None:
+    """The source text of a function; None where it is not available."""
     try:
         return inspect.getsource(forward)
     except (OSError, TypeError):
