@@ -1,8 +1,8 @@
-"""Calibrate a method on a text, save the recipe, and use it again later.
+"""Calibrate a method on a text, save the recipe, and use the recipe again later.
 
     python examples/calibrate.py [MODEL] [FOLDER]
 
-FOLDER is where the recipe is kept [default: recipe].
+FOLDER is the folder of the recipe [default: recipe].
 """
 
 import sys
@@ -14,9 +14,8 @@ import farspan
 def main(name: str = "smollm2-135m", folder: str = "recipe") -> None:
     model, tokenizer = farspan.load(name)
     if not Path(folder).exists():
-        text = (
-            Path(__file__).with_name("own_method.py").read_text(encoding="utf-8")
-        )  # any text like your prompts
+        # The text should be like your prompts. This example takes a file that is here anyway.
+        text = Path(__file__).with_name("own_method.py").read_text(encoding="utf-8")
         recipe = farspan.calibrate(model, tokenizer, text, method="double_sparsity", tokens=512, window=256)
         recipe.save(folder)
     inputs = tokenizer("The quick brown fox jumps over the lazy dog. " * 60, return_tensors="pt")

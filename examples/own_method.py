@@ -1,4 +1,4 @@
-"""A method of your own in your own file: being defined registers it, and every law and report applies to it.
+"""Write a method of your own in your own file. The definition of the class registers the method by its name.
 
 python examples/own_method.py [MODEL]
 """
@@ -19,8 +19,8 @@ from farspan.attention.selection import Index, TokenIndex
 
 @dataclass(frozen=True, kw_only=True)
 class ByNorm(AttentionMethod):
-    """Decode reads the ``k`` keys of the smallest norm, which often get the most attention (2406.11430),
-    and the ``local`` newest keys. Prefill is dense."""
+    """A decode step reads the ``k`` keys of the smallest norm and the ``local`` newest keys. Keys of a small
+    norm often get the most attention (arXiv 2406.11430). Prefill is dense."""
 
     name: ClassVar[str] = "by_norm"
     title: ClassVar[str] = "Keys of the smallest norm"
@@ -33,21 +33,22 @@ class ByNorm(AttentionMethod):
         require(self, k=(1, None), local=(1, None))
 
     def reads(self, queries: Queries) -> Cost:
-        """What `farspan plan` counts with: k + local keys, and every raw key for its norm."""
+        """The declared cost, which `farspan plan` uses: k + local keys are read, and all keys for their
+        norm."""
         if self.k + self.local >= queries.length:
             return queries.cost()
         keys = queries.seen.clamp(max=self.k + self.local)
         return queries.cost(keys, selection=queries.raw_keys(queries.length))
 
     def select_decode(self, q: torch.Tensor, keys: Keys) -> Index:
-        """q [B, H, Tq, D] -> the positions each KV head reads, [B, Hkv, Tq, M] ascending, of which the first
-        ``counts`` are read."""
+        """For the queries q [B, H, Tq, D], the positions that each KV head reads: [B, Hkv, Tq, M], ascending.
+        The first ``counts`` of them are read. None means that every key is read."""
         if self.k + self.local >= keys.longest():
-            return None  # everything is within the budget
+            return None  # the budget covers every key
         norms = keys.read_all_keys().norm(dim=-1)[:, :, None]  # [B, Hkv, 1, Tk]
-        rows = torch.arange(keys.past, keys.length)[:, None]  # the queries' own positions, [Tq, 1]
+        rows = torch.arange(keys.past, keys.length)[:, None]  # the positions of the queries, [Tq, 1]
         places = torch.arange(keys.length)
-        first = 0 if keys.start is None else keys.start[:, None, None, None]  # where each padded row begins
+        first = 0 if keys.start is None else keys.start[:, None, None, None]  # where each row begins
         hidden = (places > rows - self.local) | (places < first)  # later, local, or padding
         smallest, best = norms.masked_fill(hidden, torch.inf).topk(self.k, largest=False)
         best = best.where(smallest < torch.inf, -1)  # a short row of a padded batch has fewer than k

@@ -1,4 +1,4 @@
-"""Patch a pretrained model, generate, read the report, and take the patch off again.
+"""Patch a pretrained model, generate, print the report, and remove the patch.
 
     python examples/patch_a_model.py [MODEL]
 
@@ -22,7 +22,7 @@ def main(name: str = "smollm2-135m") -> None:
     inputs = tokenizer(text, return_tensors="pt")
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     before = model.generate(**inputs, **settings)
-    # Prefill reads the blocks that matter, decode reads 256 keys. Layer 0 stays dense.
+    # Prefill reads the blocks with the most estimated attention, decode reads 256 keys. Layer 0 is dense.
     with farspan.patch(model, "antidiagonal + quest:k=256", layers={0: "dense"}) as patched:
         sparse = model.generate(**inputs, **settings)
         print(patched.report())

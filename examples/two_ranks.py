@@ -1,8 +1,8 @@
-"""One prompt over several ranks: the same patch, with `parallel="auto"`, under a launcher.
+"""Run one prompt over several ranks: the same patch with `parallel="auto"`, started by a launcher.
 
     torchrun --nproc-per-node 2 examples/two_ranks.py [MODEL]
 
-Every rank holds the whole model and its share of the prompt's keys, and every rank returns the same tokens.
+Every rank holds the whole model and a part of the prompt's keys. Every rank returns the same tokens.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Methods bound to the layers of a model, with the recipes that they need."""
+"""Bind methods to the layers of a model, with the recipes that they need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .recipe import Recipe
 def check_recipe(
     recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
 ) -> None:
-    """Raise FarspanError for one recipe for several methods, and for one that no method takes."""
+    """Raise FarspanError for a recipe that several methods need, and for a recipe that no method needs."""
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
@@ -27,13 +27,13 @@ def check_recipe(
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
         raise FarspanError(
-            f"{' and '.join(lack)} need a recipe each, and recipe= is one: name each in its spec, as "
+            f"recipe= names one recipe, but {' and '.join(lack)} need one each: name each in its spec, as "
             f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
         )
     if not need:
         names = sorted({method.name for method in methods if method.selective}) or ["dense"]
         raise FarspanError(
-            f"A recipe was given that no method takes: {' and '.join(names)} needs none; leave it out."
+            f"A recipe was given, but no method needs one ({' and '.join(names)}): leave recipe out."
         )
 
 
@@ -43,12 +43,13 @@ def bind(
     recipe: Recipe | str | Path | None,
     geometry: dict[str, Any],
 ) -> tuple[AttentionMethod, AttentionMethod, dict[str, str]]:
-    """Both methods as ``layer`` runs them, and by phase why one leaves it dense."""
+    """(prefill method, decode method, reasons), both methods bound to ``layer``. reasons: by phase, why the
+    layer stays dense."""
     bound: list[AttentionMethod] = []
     reasons: dict[str, str] = {}
     for phase, method in zip((PREFILL, DECODE), methods, strict=True):
         if bound and method is methods[0] and not reasons:
-            bound.append(bound[0])  # a gate of both phases has its parameters once
+            bound.append(bound[0])  # both phases share the parameters of a gate
             continue
         served = serve(method, layer, recipe, geometry)
         if served is None:
@@ -58,7 +59,8 @@ def bind(
 
 
 def weighed(method: AttentionMethod) -> tuple[object, ...]:
-    """A method with the weights that a recipe has given it: equal texts of this mean equal methods."""
+    """A value that describes a method and its weights. Two methods are equal if the texts of their values
+    are."""
     weights = [
         x.tolist() if isinstance(x, Tensor) else weighed(x)
         for x in vars(method).values()
@@ -72,12 +74,15 @@ def weighed(method: AttentionMethod) -> tuple[object, ...]:
 def serve(
     method: AttentionMethod, layer: LayerInfo, recipe: Recipe | str | Path | None, geometry: dict[str, Any]
 ) -> AttentionMethod | None:
-    """``method`` as ``layer`` runs it, its weights taken from the recipe; None where it leaves the layer
-    dense."""
+    """``method`` bound to ``layer``, with its weights from the recipe; None where it leaves the layer dense.
+
+    Raises Unsupported for a method that decides for all heads of a layer, where tensor parallelism shards
+    them.
+    """
     if method.couples_heads and layer.tp_size > 1:
         raise Unsupported(
-            f"farspan cannot run {method} on a model whose heads are shared out by tensor parallelism",
-            ["it decides for all heads of a layer together, and each rank holds only some of them"],
+            f"farspan cannot run {method} on a model whose heads are sharded by tensor parallelism",
+            ["it makes one decision for all heads of a layer, and each rank has only some of them"],
         )
     inner = None
     if method.over is not None:
@@ -94,10 +99,10 @@ def learned(
     within: str = "",
 ) -> LayerInfo:
     """``layer`` with the tensors of the recipe that ``method`` needs; unchanged for a method that needs none.
-    within: the name of the method that goes over it, if one does."""
+    within: the name of the method whose ``over`` is ``method``; "" where there is none."""
     if not method.needs.recipe:
         return layer
-    source = method.recipe or recipe  # its own comes first: two methods may need one each
+    source = method.recipe or recipe  # the recipe in the spec comes first: two methods may need one each
     if source is None:
         own = f"{method.name}:recipe=PATH"
         how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"

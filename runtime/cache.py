@@ -1,4 +1,4 @@
-"""KVStore: a layer's keys and values in buffers with room to grow, and what methods keep beside them."""
+"""KVStore: the keys and values of a layer in growing buffers, with the summaries and states of methods."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .state import States
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """For tensors that outlive the call: were they born as inference tensors, nothing could update them
-    later."""
+    """A context for tensors that are used after the call. It makes no inference tensors, since these cannot
+    be updated outside inference mode."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -26,32 +26,30 @@ def lasting() -> Iterator[None]:
 
 
 class KVStore:
-    """Keys and values [B, Hkv, T] of one layer, appended in place.
+    """Keys and values [B, Hkv, T] of one layer, appended in place and stored in ``format``.
 
-    The buffers grow geometrically (an eighth at a time, so an append copies the past once in many tokens, not
-    at each one). Beside the rows live the summaries that methods declare, extended on append, and each
-    method's state; both follow every change of the rows. Nothing here knows transformers: ``hf.py`` makes it
-    a cache layer.
+    The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
+    The store also keeps the summaries that methods declare, which are extended on append, and the state of
+    each method. Both follow every change of the batch rows. This class does not use transformers;
+    ``hf/cache.py`` makes a cache layer of it.
     """
 
-    format: type[KV] = KV  # in which a new store keeps what it is given
+    format: type[KV] = KV  # the format in which a new store keeps keys and values
 
     def __init__(self) -> None:
-        self._buffers: tuple[Tensor, ...] = ()  # [B, Hkv, room, any] each, those of ``KV.stored``
-        self._kv: KV | None = None  # the buffers up to ``length``, once somebody has asked
+        self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
+        self._kv: KV | None = None  # the buffers up to ``length``; made on first use
         self._handles: tuple[Tensor, Tensor] | None = None
         self.length = 0
         self.summaries = Summaries()
         self.states = States()
-        self.positions = Positions()  # filled only where a method needs keys before RoPE
-        self._starts: list[int] | None = (
-            None  # where rows begin, as far as the first ``_known`` positions say
-        )
+        self.positions = Positions()  # kept only where a method needs keys before RoPE
+        self._starts: list[int] | None = None  # where rows begin, by a mask of the first ``_known`` positions
         self._known = 0
 
     @property
     def total(self) -> int:
-        """Positions of the sequence so far; as many as there are rows, if all of them are here."""
+        """Number of positions of the sequence so far; here it is ``length``, over ranks it is larger."""
         return self.length
 
     @property
@@ -69,7 +67,7 @@ class KVStore:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
         end = self.length + new.length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
-            # Autograd keeps earlier views alive: join instead of writing in place.
+            # Autograd keeps earlier views, so the tensors are joined and not written in place.
             parts = [part.stored for part in (self.kv, new) if part is not None]
             self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
             self._resize(end)
@@ -82,24 +80,25 @@ class KVStore:
         self._resize(end)
 
     def _resize(self, length: int) -> None:
-        """Hold the first ``length`` positions of the buffers."""
+        """Set the number of stored positions to ``length``."""
         self.length, self._kv, self._handles = length, None, None
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         b, h, _, d = like.shape
         with torch.inference_mode(
             False
-        ):  # a buffer born in inference mode could not be written to outside it
+        ):  # a buffer that is made in inference mode could not be written outside it
             buffer = torch.empty(b, h, need + max(256, need // 8), d, dtype=like.dtype, device=like.device)
         if old is not None:
             buffer[:, :, : self.length] = old[:, :, : self.length]
         return buffer
 
     def handles(self) -> tuple[Tensor, Tensor]:
-        """Keys [B, Hkv, T, D] and values for whoever takes tensors, and by which ``holds`` knows this store.
+        """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] as tensors, by which ``holds`` identifies this
+        store.
 
-        In the plain format they are the stored ones. In another one they have the shape alone, no memory and
-        no contents: decoding all keys at every step would cost more than attention.
+        In the plain format they are views of the stored tensors. In other formats they have the right shape,
+        but no memory and no contents, because decoding all keys at every step would cost more than attention.
         """
         kv = self.kv
         assert kv is not None, "the store is empty"
@@ -111,17 +110,17 @@ class KVStore:
         return self._handles
 
     def holds(self, k: Tensor) -> bool:
-        """Whether ``k`` is this store's own view of its keys."""
+        """Whether ``k`` is the tensor of keys that this store has returned."""
         if not self._buffers or k.shape[2] != self.length:
             return False
         return k.data_ptr() == (self._handles or self._buffers)[0].data_ptr()
 
     def align(self, starts: list[int] | None, length: int) -> None:
-        """Say where rows begin, by a mask of the first ``length`` positions: at ``length`` those without a
-        token.
+        """Set the positions at which rows begin, by a mask of the first ``length`` positions. The start of a
+        row without a token is ``length``.
 
-        A row begins once, when its first token comes. Where a mask says something else than the ones before,
-        what was made by those is dropped: the state of the rows that differ, and all summaries.
+        The start of a row is fixed by its first token. Where a later mask gives another start, the state of
+        these rows and all summaries are dropped, because they were made with the earlier start.
         """
         starts = [0] * self._rows() if starts is None else starts
         if self._starts is not None:
@@ -136,8 +135,7 @@ class KVStore:
         self.summaries.clear()
 
     def crop(self, count: int) -> None:
-        """Drop the newest ``count`` positions; methods' state is dropped with them, and nothing changes for
-        0."""
+        """Drop the newest ``count`` positions and the state of every method. A count of 0 changes nothing."""
         if count > 0:
             self._resize(max(0, self.length - count))
             self.summaries.crop(self.length)
@@ -145,14 +143,14 @@ class KVStore:
             self._forget_since(self.total)
 
     def _forget_since(self, length: int) -> None:
-        """Drop what later positions than the first ``length`` have said."""
+        """Drop the states, and the starts of rows that begin after the first ``length`` positions."""
         self.states.clear()
         if self._starts is not None:
             self._known = min(self._known, length)
             self._starts = [min(first, length) for first in self._starts]
 
     def reset(self) -> None:
-        """Empty the store; its buffers are released."""
+        """Empty the store and release its buffers."""
         self._buffers, self._starts = (), None
         self._resize(0)
         self.summaries.clear()
@@ -160,18 +158,18 @@ class KVStore:
         self.positions.clear()
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i become what row ``rows[i]`` was (beam search)."""
+        """Replace batch row i by row ``rows[i]`` (beam search)."""
         if rows.numel() != self._rows() or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
             with lasting():
                 self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the rows that ``rows`` (positions or a boolean mask) names."""
+        """Keep only the batch rows in ``rows``, which is a list of row numbers or a boolean mask."""
         index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         self.reorder(index)
 
     def repeat(self, times: int) -> None:
-        """Repeat each row ``times`` times, side by side."""
+        """Repeat each batch row ``times`` times. The copies of a row are neighbours."""
         rows = torch.arange(self._rows()).repeat_interleave(times)
         if times > 1:
             self.reorder(rows)

@@ -1,4 +1,4 @@
-"""Offline calibration: a method learns of a model's layers what it needs, on text the user names."""
+"""Offline calibration: compute the tensors that a method needs for a model, on a text of the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
 from . import hf
-from .heads import read_with_gradients
+from .gradient_calibration import read_with_gradients
 from .patch import patch
 from .recipe import Recipe
 
@@ -30,32 +30,35 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Recipe:
-    """Let ``method`` learn from the first ``tokens`` tokens of ``text``, in windows of ``window`` tokens.
+    """Calibrate ``method`` on the first ``tokens`` tokens of ``text``, in windows of ``window`` tokens.
 
-    What it learns, and what ``options`` it takes, is its own: double_sparsity ranks channels (by=), sale
-    finds thresholds (error=, start=), act chooses heads (sure=); see their ``calibration``.
-    ``progress(done, total)`` is called after each window.
+    options: those of the method's ``calibration``. double_sparsity ranks channels (by=), sale finds
+    thresholds (error=, start=), act chooses heads (sure=).
+    progress: called as ``progress(done, total)``, in tokens, after each window.
 
-    Returns a Recipe with ``layers.<i>.<name>`` tensors. Raises FarspanError for a method that is not
-    calibrated, for options it does not take, and for a text that is too short to learn from (under 64
-    tokens).
+    Returns a Recipe with tensors ``layers.<i>.<name>``. Raises FarspanError for a method that has no
+    calibration, for options that it does not take, for tokens or window below 64, and for a text of fewer
+    than 64 tokens.
     """
     learns = parse_method(method)
     if tokens < 64 or window < 64:
         raise FarspanError(
-            f"Calibration needs at least 64 tokens in a window; got tokens={tokens}, window={window}."
+            f"Calibration needs windows of at least 64 tokens; got tokens={tokens}, window={window}. Give at "
+            "least 64 for both."
         )
     info = hf.inspect_model(model)
     if info.weights_mesh is not None:
         raise FarspanError(
-            "A model is calibrated before its heads are shared out by tensor parallelism: calibrate it "
-            "whole, and give all ranks the recipe."
+            "The heads of this model are sharded by tensor parallelism: calibrate the whole model in one "
+            "process, and pass the recipe on all ranks."
         )
     _check_options(learns, options)
     layers = {i: learns.calibration(info.layer_info(i), **options) for i in info.attention}
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
     if ids.shape[1] < 64:
-        raise FarspanError(f"The calibration text has {ids.shape[1]} tokens; at least 64 are needed.")
+        raise FarspanError(
+            f"The calibration text has {ids.shape[1]} tokens; at least 64 are needed. Give a longer text."
+        )
     total = ids.shape[1]
     pieces = [ids[:, a : a + window].to(model.device) for a in range(0, total, window)]
 
@@ -79,10 +82,10 @@ def calibrate(
 
 
 def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
-    """Raises FarspanError for options that the calibration of ``method`` does not have."""
+    """Raise FarspanError for options that the calibration of ``method`` does not have."""
     parameters = inspect.signature(method.calibration).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return  # it looks at them itself
+        return  # the calibration checks them
     takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     unknown = [name for name in options if name not in takes]
     if unknown:
@@ -95,7 +98,7 @@ def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _observed(info: hf.ModelInfo, layers: Mapping[int, Calibration]) -> Iterator[None]:
-    """Let each layer's calibration see every call of its attention."""
+    """Pass the tensors of every attention call of a layer to the layer's calibration."""
     undo = [hf.observe(info, i, layer.needs, layer.observe) for i, layer in layers.items()]
     try:
         yield

@@ -1,6 +1,7 @@
-"""From which length on a method is faster than dense attention: what `tune` measured, kept and looked up.
+"""The crossovers that `tune` has measured: the lengths from which a method is faster than dense attention.
 
-The figures belong to a device, its threads, a torch version, a dtype and a geometry.
+They are saved in a file and read again. A measurement holds for one device with its number of threads, one
+version of torch, one dtype and one geometry.
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ from .writable import check_writable
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One method in one phase: seconds at each length beside dense attention, and where it begins to win."""
+    """The measured times of one method in one phase.
+
+    layer: num_heads, num_kv_heads and head_dim. lengths: numbers of keys. dense, seconds: at each length, the
+    seconds of dense attention and of the method.
+    """
 
     method: str
     phase: str
-    layer: dict[str, int]  # num_heads, num_kv_heads, head_dim
+    layer: dict[str, int]
     lengths: list[int]
     dense: list[float]
     seconds: list[float]
 
     @property
     def crossover(self) -> int | None:
-        """The least measured length from which the method is faster at every longer one; None: there is
-        none."""
+        """The smallest measured length from which the method is faster at every measured length; None where
+        there is none."""
         found = None
         for length, dense, seconds in zip(self.lengths, self.dense, self.seconds, strict=True):
             if seconds >= dense:
@@ -52,9 +57,10 @@ class Measured:
 def crossovers(
     methods: Mapping[str, AttentionMethod], layer: LayerInfo, model: Any, setting: int | str | None
 ) -> dict[str, float]:
-    """By phase, the number of keys from which the layer's method is used: ``patch``'s crossover= worked out.
+    """By phase, the number of keys from which the method of the layer is used. setting: ``crossover`` of
+    ``patch``.
 
-    Raises FarspanError for a setting that is none, and where "auto" finds nothing measured.
+    Raises FarspanError for a setting that is not allowed, and for "auto" where nothing was measured.
     """
     if setting is None:
         return {}
@@ -71,13 +77,14 @@ def crossovers(
         if entry is None:
             shape = f"{layer.num_heads}/{layer.num_kv_heads} heads of {layer.head_dim} in {_dtype(model)}"
             raise FarspanError(
-                f"The crossover of {method} in {phase} was never measured on {device_name(model.device)} for "
-                f"{shape}: run 'farspan tune --methods \"{method}\"' with this model, or give a number."
+                f'crossover="auto" was given, but {method} in {phase} was never measured on '
+                f"{device_name(model.device)} for {shape}: run 'farspan tune --methods \"{method}\"' with "
+                "this model, or give a number."
             )
         try:
             crossover = Measured(**entry).crossover
         except TypeError:
-            text = f"{_file()} holds no crossovers; delete it and run 'farspan tune' again."
+            text = f"{_file()} holds no crossovers: delete it and run 'farspan tune' again."
             raise FarspanError(text) from None
         found[phase] = math.inf if crossover is None else float(crossover)
     return found
@@ -114,21 +121,22 @@ def _read() -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise FarspanError(
-            f"{path} cannot be read ({error}); delete it and run 'farspan tune' again."
+            f"{path} cannot be read ({error}): delete it and run 'farspan tune' again."
         ) from None
     if not isinstance(kept, dict):
-        raise FarspanError(f"{path} holds no crossovers; delete it and run 'farspan tune' again.")
+        raise FarspanError(f"{path} holds no crossovers: delete it and run 'farspan tune' again.")
     return kept
 
 
 def check_kept() -> None:
-    """Raises FarspanError where the file in the user's cache folder cannot be read, or not be written."""
-    check_writable(_file().parent, "set FARSPAN_CACHE to a folder that can")
+    """Raise FarspanError where the file in the user's cache folder cannot be read or written."""
+    check_writable(_file().parent, "set FARSPAN_CACHE to a folder that can be written")
     _read()
 
 
 def keep(measured: list[Measured], model: Any) -> Path:
-    """Add to the file in the user's cache folder; processes that tune at the same time lose nothing."""
+    """Add the measurements to the file in the user's cache folder and return its path. A lock keeps those of
+    processes that do this at the same time."""
     from filelock import FileLock
 
     path = _file()
@@ -141,5 +149,8 @@ def keep(measured: list[Measured], model: Any) -> Path:
                 out.write(text)
             os.replace(out.name, path)
     except OSError as error:
-        raise FarspanError(f"The crossovers cannot be kept in {path.parent} ({error.strerror}).") from None
+        raise FarspanError(
+            f"The crossovers cannot be saved in {path.parent} ({error.strerror}): set FARSPAN_CACHE to a "
+            "folder that can be written."
+        ) from None
     return path

@@ -1,4 +1,4 @@
-"""What farspan runs on: versions, devices, and whether a small model computes the same under it."""
+"""Examine the installation: versions, devices, and whether a small model computes the same under farspan."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "gguf", "trit
 
 
 def examine(model: str | None = None) -> dict[str, Any]:
-    """Versions, tested releases, devices, the cache folder, and a trial: a small copy of a model, patched
-    against unpatched. ``faults`` has one clause for each thing that is wrong.
+    """Versions, tested releases, devices, the cache folder, and a trial, which runs a small copy of a model
+    patched and unpatched. ``faults`` has one entry for each fault found.
 
-    model: whose class and config the trial is of (an alias, a local folder or a hub id); a Llama by default.
-    Raises FarspanError where it cannot be found or read.
+    model: an alias, a local folder or a hub id, whose class and config the trial uses; a Llama by default.
+    Raises FarspanError where the model cannot be found or read.
     """
     needs = _needs()
     packages = [
@@ -55,7 +55,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
 
 
 def _needs() -> dict[str, Any]:
-    """What farspan's own metadata asks of each package, without its extras."""
+    """The versions of each package that farspan's metadata requires, without extras."""
     found = map(Requirement, metadata.requires("farspan") or [])
     return {one.name: one.specifier for one in found if one.marker is None}
 
@@ -85,13 +85,13 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _trial(model: Any) -> dict[str, Any]:
-    """The class that was tried, how long that took, and every fault."""
+    """The class of the trial, its seconds, and every fault."""
     start = time.perf_counter()
     try:
         found = try_out(inspect_model(model))
-        reasons = ["no small copy of it runs by itself"] if found is None else list(found.reasons)
+        reasons = ["no small copy of it runs unpatched"] if found is None else list(found.reasons)
     except Unsupported as error:
         reasons = error.reasons
     kind = type(model).__name__
-    faults = [f"farspan cannot be shown to serve {kind}: {'; '.join(reasons)}"] if reasons else []
+    faults = [f"the trial could not show that farspan serves {kind}: {'; '.join(reasons)}"] if reasons else []
     return {"model": kind, "seconds": time.perf_counter() - start, "faults": faults}

@@ -1,4 +1,4 @@
-"""What a patched attention module was given in a call, and what methods are fed of it."""
+"""The inputs of a patched attention module, and the part of them that methods are fed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from .cache import KVStore
 
 @dataclass(frozen=True)
 class Given:
-    """What the attention module of the running layer was called with.
+    """The inputs with which the attention module of the present layer was called.
 
-    hidden: [B, T, hidden]. positions: [B or 1, T], by which its queries and keys were rotated; None, like
-    ``undo``, where RoPE need not or cannot be undone because the layer has none.
+    needs: what the methods of the layer declare.
+    hidden: hidden states [B, T, hidden].
+    positions: [B or 1, T], the positions by which queries and keys were rotated.
+    undo: the function that undoes RoPE. positions and undo are None where no method needs RoPE undone, or
+    where the layer has no RoPE.
     """
 
     needs: Needs
@@ -25,8 +28,8 @@ class Given:
     undo: Undo | None = None
 
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
-        """The inputs of a call with queries q [B, H, Tq, D] over kv [B, Hkv, Tk]. store: the one that holds
-        kv; None where kv are the call's own keys and values."""
+        """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
+        [B, Hkv, Tk]. store: the store that holds kv; None where kv is all of this call."""
         total, tq = kv.length, q.shape[2]
         places = None
         if self.positions is not None:

@@ -1,5 +1,4 @@
-"""One prompt's prefill, looked at: what a method read of the true attention, layer by layer and block by
-block."""
+"""Inspect the prefill of one prompt: what a method read of the true attention, by layer and block."""
 
 from __future__ import annotations
 
@@ -26,19 +25,22 @@ from .patch import patch, resolve
 from .recipe import Recipe
 from .report import Report
 
-LAYERS, HEADS = 4, 6  # that are drawn where none are named
+LAYERS, HEADS = 4, 6  # number of layers and heads in pictures where the caller names none
 BLOCK = 64  # tokens; a shorter prompt is one block
-BLOCKS = 4096  # of a picture's side, at most
+BLOCKS = 4096  # the most blocks along one side of a picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPicture:
-    """What some query heads of one layer attended to and read, in blocks of ``block`` queries and keys.
+    """The attention of some query heads of one layer and what they read, in blocks of ``block`` queries and
+    keys.
 
-    attention [heads, N, N] float32: the largest causal attention probability of each block (``block_max``).
-    read [heads, N, N] float32: the share of the block's visible (query, key) pairs that was read, by the
-    keys' own positions, whatever order the method has put them in. Both are 0 where nothing is visible.
-    density, recall: of each head, the share of visible pairs read, and of the true attention (sampled rows).
+    attention [heads, N, N] float32: the largest causal attention probability in each block (``block_max``).
+    read [heads, N, N] float32: the fraction of the visible (query, key) pairs of each block that was read.
+    Keys are at their original positions, also where the method reorders them. attention and read are 0 in
+    blocks without a visible pair.
+    density: for each head, the fraction of the visible pairs that was read.
+    recall: for each head, the fraction of the true attention that was read, on sampled queries.
     """
 
     layer: int
@@ -53,8 +55,8 @@ class LayerPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A prefill of ``length`` tokens by ``method``: the report of all layers, measured, and the pictures of
-    some."""
+    """A prefill of ``length`` tokens by ``method``: the report of all layers with measured values, and the
+    pictures of some layers."""
 
     method: str
     length: int
@@ -73,32 +75,38 @@ def inspect(
     rows: int = ROWS,
     recipe: Recipe | str | Path | None = None,
 ) -> Inspection:
-    """Run one prompt's prefill under the prefill method of ``spec`` and look at what it read.
+    """Run the prefill of one prompt under the prefill method of ``spec``, and return what it read.
 
-    inputs: token ids [1, T], or a mapping with ``input_ids``. layers, heads (query heads): which to make
-    pictures of, in blocks of ``block`` tokens; where none are named, up to 4 layers and 6 heads, evenly
-    spread. rows: queries per layer on which the recall of attention mass is measured, evenly spread. Nothing
-    of size T x T is made; the pictures' true attention costs as much as dense attention of their heads.
+    inputs: token ids [1, T], or a mapping with ``input_ids``.
+    layers, heads: the layers and query heads to make pictures of. By default up to 4 layers and 6 heads are
+    taken, evenly spaced.
+    block: tokens along each side of a block of the pictures.
+    rows: number of queries per layer on which the recall of attention mass is measured, evenly spaced.
 
-    Raises SpecError for a spec without a prefill, FarspanError for layers, heads and blocks that there are
-    not and for a batch, and what ``patch`` raises.
+    No tensor of size T x T is made. The true attention of the pictures costs as much as dense attention of
+    their heads.
+
+    Raises SpecError for a spec without a prefill method. Raises FarspanError for layers, heads or blocks that
+    do not exist, and for a batch of several rows. Raises what ``patch`` raises.
     """
     ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
-        raise FarspanError(f"inspect takes the ids of one prompt, [1, T]; got {list(ids.shape)}.")
+        raise FarspanError(
+            f"inspect takes the ids of one prompt, [1, T] with at least one token; got {list(ids.shape)}."
+        )
     length = ids.shape[1]
     size = whole_number(block)
     if size is None or not 1 <= size <= max(length, BLOCK) or -(-length // size) > BLOCKS:
         raise FarspanError(
-            f"A picture of {length} tokens has blocks of {-(-length // BLOCKS)} to {length} tokens; got "
+            f"A picture of {length} tokens can have blocks of {-(-length // BLOCKS)} to {length} tokens; got "
             f"{block!r}."
         )
     block = size
     method, decode = resolve(spec)
     if decode.selective and not method.selective:
         raise SpecError(
-            f"inspect looks at a prefill, and {decode.name} leaves prefill dense: give a method that has one "
-            "(farspan methods lists them)."
+            f"inspect shows a prefill, but {decode.name} leaves prefill dense: give a method that has a "
+            "prefill (farspan methods lists them)."
         )
     info = hf.inspect_model(model)
     chosen = _layers(info, layers)
@@ -109,7 +117,7 @@ def inspect(
     def observe(layer: int, q: Tensor, keys: Keys, selection: Selection) -> None:
         seen[layer] = _look(q, keys, selection, drawn, block)
 
-    takes = None if decode.needs.recipe and not method.needs.recipe else recipe  # a decode's own is left out
+    takes = None if decode.needs.recipe and not method.needs.recipe else recipe  # not the decode method's
     with patch(model, prefill=method, measure_mass=rows, recipe=takes) as patched:
         patched.watch({layer: partial(observe, layer) for layer in chosen})
         with torch.no_grad():
@@ -137,7 +145,7 @@ def inspect(
 
 
 def _look(q: Tensor, keys: Keys, selection: Selection, heads: list[int], block: int) -> tuple[Tensor, Tensor]:
-    """The true attention and what was read, [heads, N, N] each."""
+    """(true attention, fraction read), [heads, N, N] each."""
     number = torch.tensor(heads, device=q.device)
     hkv, length = keys.kv.num_kv_heads, keys.length
     some, kv = q[:, number], keys.kv[:, number * hkv // q.shape[1]]
@@ -151,20 +159,22 @@ def _layers(info: hf.ModelInfo, layers: Sequence[int] | None) -> list[int]:
     served = [i for i in info.attention if info.kinds[i] != hf.SLIDING]
     if not served:
         raise FarspanError(
-            "Every attention layer of this model keeps its own sliding window: nothing selects."
+            "Every attention layer of this model has the model's own sliding window, so no method selects "
+            "there: inspect another model."
         )
     if layers is None:
         return [served[i] for i in _within(None, "layer", range(len(served)), LAYERS)]
     chosen = _within(layers, "layer", range(len(info.kinds)), LAYERS)
     for layer in chosen:
         if layer not in served:
-            why = "keeps its own sliding window" if layer in info.attention else "has no attention"
-            raise FarspanError(f"Layer {layer} {why}, so no method selects there; give another layer.")
+            why = "has the model's own sliding window" if layer in info.attention else "has no attention"
+            raise FarspanError(f"Layer {layer} {why}, so no method selects there: give another layer.")
     return chosen
 
 
 def _within(given: Sequence[int] | None, what: str, known: range, most: int) -> list[int]:
-    """The numbers given, each once, ascending; without any, at most ``most`` of ``known``, evenly spread."""
+    """The given numbers, each once, ascending. For None, at most ``most`` numbers of ``known``, evenly
+    spaced."""
     if given is None:
         n, m = len(known), min(len(known), most)
         return sorted({round(i * (n - 1) / max(m - 1, 1)) for i in range(m)})
@@ -172,7 +182,9 @@ def _within(given: Sequence[int] | None, what: str, known: range, most: int) -> 
     for one in given:
         number = whole_number(one)
         if number is None or number not in known:
-            raise FarspanError(f"There is no {what} {one}: the model has {what}s 0 to {known[-1]}.")
+            raise FarspanError(
+                f"There is no {what} {one}: the model has {what}s 0 to {known[-1]}, name one of these."
+            )
         chosen.add(number)
     if not chosen:
         raise FarspanError(f"No {what} was given; name at least one, from 0 to {known[-1]}.")

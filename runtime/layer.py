@@ -1,4 +1,4 @@
-"""A patched layer: what transformers calls, and the layer's part of the report."""
+"""A patched layer: the function that transformers calls, and the layer's part of the report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .session import Session, Unique
 from .shard import ShardStore
 
 NO_CACHE = "no KV cache, so every call is a prefill"
-FOREIGN = "keys that are not the cache's own"
+FOREIGN = "keys that are not those of the cache"
 UNEXPECTED = frozenset({NO_CACHE, FOREIGN})
 
 
@@ -39,16 +39,23 @@ def _below(keys: float) -> str:
 
 @dataclass
 class Layer(Unique):
-    """Attention of one layer of a patched model."""
+    """The attention of one layer of a patched model.
+
+    left_dense: by phase, why the method of the phase leaves this layer dense.
+    from_keys: by phase, the crossover; rows with fewer keys are read densely.
+    measure: number of queries of a prefill call on which attention mass is measured; 0 measures nothing.
+    observer: called after every selection of a layer that is measured.
+    phases: the report of each phase.
+    """
 
     index: int
     prefill: AttentionMethod
     decode: AttentionMethod
     session: Session
-    left_dense: Mapping[str, str] = field(default_factory=dict)  # by phase, why its method leaves it dense
-    from_keys: dict[str, float] = field(default_factory=dict)  # by phase, fewer keys are read densely
-    measure: int = 0  # query rows of a prefill call on which the attention that is read is measured
-    observer: Observer | None = None  # with ``measure``, called after every selection
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    from_keys: dict[str, float] = field(default_factory=dict)
+    measure: int = 0
+    observer: Observer | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,11 +69,11 @@ class Layer(Unique):
 
     @property
     def needs(self) -> Needs:
-        """What the methods of both phases need."""
+        """The needs of the methods of both phases."""
         return self.prefill.needs | self.decode.needs
 
     def clear_report(self) -> None:
-        """Start counting anew."""
+        """Set the counts of this layer to zero."""
         self.phases = {
             phase: PhaseReport(
                 str(method), lookahead=method.lookahead, measured=Measured() if self.measure else None
@@ -91,21 +98,21 @@ class Layer(Unique):
         call = self.session.call or carried(mask)
         if call is not None and mask is None:
             raise FarspanError(
-                f"The attention mask was dropped on its way to layer {self.index}, as accelerate's own "
-                "context parallelism drops it: leave cp_size out of the Accelerator's ParallelismConfig, and "
-                "let patch(parallel=...) alone spread the sequence."
+                f"Layer {self.index} was called without the attention mask, which accelerate's own context "
+                "parallelism removes: leave cp_size out of the Accelerator's ParallelismConfig, so that only "
+                "patch(parallel=...) shards the sequence."
             )
         if call is not None and mask is not None and mask.dim() > 2 and mask.numel() > 1:
             raise FarspanError(
-                f"Layer {self.index} was given a {mask.dim()}-D attention mask of the model's own "
-                "making, which cannot be spread over ranks: leave parallel out, in one process."
+                f"Layer {self.index} was called with a {mask.dim()}-D attention mask that the model makes "
+                "itself, which cannot be sharded over ranks: patch without parallel in one process."
             )
         if call is not None:
             part = self._over_ranks(q, k, v, call, softmax)
         elif self.session.mesh is not None:
             raise FarspanError(
-                f"Layer {self.index} of a model that is spread over ranks was called outside a call of its "
-                "decoder; gradient checkpointing needs use_reentrant=False."
+                f"Layer {self.index} of a model that is patched over ranks was called outside a call of its "
+                "decoder: call the whole model, and set use_reentrant=False for gradient checkpointing."
             )
         else:
             part = self._here(q, k, v, mask, softmax)
@@ -121,7 +128,7 @@ class Layer(Unique):
         mask: Tensor | None,
         softmax: Softmax,
     ) -> Partial:
-        """On one device: every key is in k and v, or in the layer's store."""
+        """Attention on one device, where all keys are in k and v or in the layer's store."""
         total, session = k.shape[2], self.session
         padding = session.padding(mask, q.shape[0], total)
         store = None if session.stores is None else session.stores[self.index]
@@ -152,7 +159,7 @@ class Layer(Unique):
         call: Call,
         softmax: Softmax,
     ) -> Partial:
-        """Over ranks: q, k and v are of this rank's tokens; other keys are on other ranks."""
+        """Attention over ranks: q, k and v belong to this rank's tokens; other ranks hold other keys."""
         mesh = self.session.mesh
         assert mesh is not None
         store = None if self.session.stores is None else self.session.stores[self.index]
@@ -167,26 +174,26 @@ class Layer(Unique):
         for run, _, _, _, travel in called.done:
             assert travel is not None
             self.phases[run.phase].moved(travel)
-        if called.done:  # what on_prefill_end has sent
+        if called.done:  # the bytes that on_prefill_end has sent
             self.phases[called.done[-1].run.phase].sent_bytes += source.newly_sent()
         self._report(called, q, None if kept else NO_CACHE)
         return called.part(q, v.shape[3])
 
     def _trains(self, q: Tensor) -> bool:
-        """Whether a loss flows back through what the method has selected by a prompt's last queries."""
+        """Whether a gradient flows through a selection that was made by the last queries of a prompt."""
         return q.requires_grad and is_grad_enabled() and self.prefill.lookahead.is_prompt
 
     def _flag_training(self) -> None:
         sentence = (
-            f"{self.prefill} selects by a prompt's last queries, so a loss over the prompt's own tokens has "
-            "seen what comes after them: train under another prefill method."
+            f"{self.prefill} selects by a prompt's last queries, so a loss over the tokens of the prompt "
+            "depends on later tokens: train under another prefill method."
         )
         if self.session.strict:
             raise FarspanError(f"{sentence} (strict=True)")
         warnings.warn(sentence, stacklevel=3)
 
     def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
-        """Say so where logits are asked for that later tokens, padding among them, have had a part in."""
+        """Give a notice where the caller gets logits that depend on later tokens, including padding."""
         if not self.session.scoring:
             return
         ahead = self.prefill.lookahead.tokens
@@ -196,11 +203,12 @@ class Layer(Unique):
             return  # every key was read, or nothing but decode steps ran
         later = "all later tokens" if ahead == math.inf else f"up to {ahead:.0f} later tokens"
         self.session.notice(
-            f"more logits than the last were asked for, as in scoring, and {self.prefill} selects by {later}",
-            f"Logits of more than the last position were asked for, and {self.prefill} selects the keys of a "
-            f"position by {later}, padding without a mask included: likelihoods change with what follows. "
-            "Score under dense or another method whose lookahead is 0 (`farspan methods --json`), or one "
-            "token at a time on the cache.",
+            f"logits of more than the last position were returned, as in scoring, and {self.prefill} selects "
+            f"by {later}",
+            f"Logits of more than the last position were returned, and {self.prefill} selects the keys of a "
+            f"position by {later}, so likelihoods depend on later tokens, including padding without a mask. "
+            "To score a text, use dense or another method whose lookahead is 0 (`farspan methods --json`), "
+            "or one token at a time on the cache.",
         )
 
     def _meter(self, phase: str) -> Meter | None:
@@ -208,8 +216,8 @@ class Layer(Unique):
         return None if measured is None else Meter(measured, phase, self.measure, self.observer)
 
     def _report(self, called: Called, q: Tensor, foreign: str | None) -> None:
-        """Take a call into the report, with why every key was read where the method would have chosen.
-        foreign: why the keys are not the cache's, None where they are."""
+        """Add a call to the report, with the reason where every key was read instead of a selection.
+        foreign: why the keys are not those of the cache; None where they are."""
         done = called.done
         self._flag_scoring(done, q)
         if called.prefill_end_bytes:
@@ -229,10 +237,10 @@ class Layer(Unique):
             report.add(total, queries, [op for x in mine for op in x.ran])
             if self.session.strict and total.reason in UNEXPECTED:
                 raise FarspanError(
-                    f"Layer {self.index} cannot run {self.decode} and strict=True forbids dense attention "
-                    f"instead: {total.reason}."
+                    f"Layer {self.index} cannot run {self.decode} ({total.reason}), and strict=True forbids "
+                    "dense attention in its place: pass a cache, or leave strict out."
                 )
 
     def _lost(self, run: Run) -> bool:
-        """Whether the decode method would have selected in ``run``, had its keys been the cache's."""
+        """Whether the decode method would select in ``run`` if the keys were those of the cache."""
         return self.decode.selective and not self.layer_call.method(run).selective

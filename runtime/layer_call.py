@@ -1,8 +1,7 @@
-"""One call of one layer: which rows are in which phase, what each of them reads, and what is counted.
+"""One call of one layer: find the phase of each row, select, attend and count.
 
-``LayerCall`` is used by a patched layer on one device and over ranks, by ``tune`` and by the tests of the
-laws. Where the keys are is known to a ``KeySource`` alone: ``LocalKeys`` here, ``KeysOverRanks`` in
-layer_over_ranks.py.
+A patched layer (on one device or over ranks), ``tune`` and the tests of the laws all use ``LayerCall``. A
+``KeySource`` gives it the keys: ``LocalKeys`` in this file, ``KeysOverRanks`` in layer_over_ranks.py.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ _DENSE = Dense()
 
 
 class KeySource(Protocol):
-    """Where the keys of one call of a layer are, and how its queries reach them.
+    """The keys of one layer call, wherever they are stored.
 
-    q: [B, H, n, D], the queries of the call that this process has.
-    past, total: positions of the sequence before the call, and after it.
-    starts, ends: where rows begin and end, None where no row is padded on the left, on the right.
-    short: whether the call is a decode step for rows that have keys from before.
-    kept: whether the keys outlive the call. Only then a prefill sets up state for later decode steps.
-    states: what methods keep of the rows over time.
+    q: [B, H, n, D], the queries of the call in this process.
+    past, total: number of positions of the sequence before and after the call.
+    starts, ends: the positions at which rows begin and end; None where no row is padded on the left (starts)
+    or on the right (ends).
+    short: whether the call is a decode step for rows that have keys from earlier calls.
+    kept: whether a cache keeps the keys. Only then a prefill sets up state for later decode steps.
+    states: the state of each method, by row.
     """
 
     q: Tensor
@@ -54,11 +54,11 @@ class KeySource(Protocol):
     states: States
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
-        """Called first, with the methods of both phases: store what is new and bring summaries up to date."""
+        """Store the new keys and update the summaries of both methods. It is called before anything else."""
         ...
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
-        """The keys of some rows, as a decode method sees them that serves the call's last ``tq`` queries."""
+        """The keys of some rows, for the last ``tq`` queries of the call."""
         ...
 
     def last_queries(self, count: int) -> Tensor:
@@ -68,15 +68,15 @@ class KeySource(Protocol):
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
     ) -> tuple[Partial, Reads, Travel | None]:
-        """Attention of the rows of ``run`` over what ``method`` selects, what that read, and, over ranks, how
-        data moved."""
+        """Attention of the rows of ``run`` over the keys that ``method`` selects. Returns the Partial, the
+        counts of what was read, and over ranks the data that moved (None on one device)."""
         ...
 
 
 class Called(NamedTuple):
-    """What one call of a layer gives.
+    """The result of one layer call.
 
-    done: one entry for each run of rows. prefill_end_bytes: bytes that the decode method has read in
+    done: one entry for each run of rows. prefill_end_bytes: bytes that the decode method read in
     ``on_prefill_end``.
     """
 
@@ -84,15 +84,15 @@ class Called(NamedTuple):
     prefill_end_bytes: int
 
     def part(self, q: Tensor, value_dim: int) -> Partial:
-        """The attention of all rows of the queries q [B, H, n, D]; (0, -inf) in rows without a token."""
+        """The attention of the queries q [B, H, n, D] of all rows; (0, -inf) in rows without a token."""
         return joined(self.done, q, value_dim)
 
 
 class LayerCall:
-    """How a layer attends: by ``prefill`` in one phase and by ``decode`` in the other, row by row.
+    """The attention of a layer: each row is served by ``prefill`` or by ``decode``, according to its phase.
 
-    from_keys: by phase, rows with fewer keys are read densely. It has no state of its own, so that threads
-    may call it at the same time.
+    from_keys: by phase, the crossover; rows with fewer keys are read densely. A LayerCall has no state, so
+    several threads may call it at the same time.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LayerCall:
     ) -> None:
         self.prefill, self.decode = prefill, decode
         self.from_keys = {} if from_keys is None else from_keys
-        self._kept_as = str(decode)  # the name of its state; only decode methods keep state
+        self._kept_as = str(decode)  # the name of the state; only decode methods keep state
         self._sets_up = type(decode).on_prefill_end is not AttentionMethod.on_prefill_end
 
     def method(self, run: Run) -> AttentionMethod:
@@ -113,8 +113,8 @@ class LayerCall:
         return self.decode if run.phase == DECODE else self.prefill
 
     def __call__(self, source: KeySource, probe_of: Callable[[str], Probe | None] | None = None) -> Called:
-        """Attention of ``source.q`` over the keys of ``source``. probe_of: the probe of a phase, where the
-        call is measured."""
+        """Attention of ``source.q`` over the keys of ``source``. probe_of: returns the probe of a phase; None
+        where the call is not measured."""
         source.begin(self.prefill, self.decode)
         states = source.states
         rows = served(
@@ -143,7 +143,8 @@ class LayerCall:
             return Called(done, self._end_prefill(source, rows.ended))
 
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
-        """Let the decode method set up the state of rows whose prefill has run. -> bytes that it has read."""
+        """Call the decode method's ``on_prefill_end`` for the rows whose prefill has run, so that it sets up
+        their state. Returns the bytes that it read."""
         tokens, wanted = source.total - source.past, self.decode.observation_window
         count = tokens if wanted is None else min(wanted, tokens)
         last = source.last_queries(count) if self._sets_up else None
@@ -158,12 +159,14 @@ class LayerCall:
 
 
 class LocalKeys:
-    """The keys of a call that are all on this device: kv [B, Hkv, Tk]; q [B, H, Tq, D] are the queries of the
-    last Tq positions.
+    """The keys and values kv [B, Hkv, Tk] of a call on one device. q [B, H, Tq, D]: the queries of the last
+    Tq positions.
 
-    padding: where rows begin. ends: where they end. store: the one that holds kv, None where no store
-    does: then the call is a prefill, whatever its length. impl: which implementation of operations.
-    fed: what the methods are fed besides.
+    padding: the positions at which rows begin. ends: the positions at which rows end.
+    store: the store that holds kv; None where no store holds it. Without a store the call is a prefill,
+    whatever its length.
+    impl: the implementation of the operations.
+    fed: the inputs that methods declare besides q and kv.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where the keys of a layer's call are when its sequence is sharded over ranks."""
+"""The key source of a layer call whose sequence is sharded over ranks."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ _DENSE = Dense()
 
 
 def carrier(call: Call, device: torch.device) -> Tensor:
-    """A mask of one number that takes ``call`` along to every layer, also when gradient checkpointing runs a
-    layer again in backward."""
+    """A mask of one element that carries ``call`` to every layer. It also reaches a layer that gradient
+    checkpointing runs again in the backward pass."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     setattr(mask, _CALL, call)
     return mask
 
 
 def carried(mask: Tensor | None) -> Call | None:
-    """The call that came with the mask."""
+    """The call that the mask carries; None without one."""
     return getattr(mask, _CALL, None)
 
 
 class KeysOverRanks:
-    """The keys of a call of a layer whose sequence is sharded over ranks (a ``KeySource``).
+    """The keys of a layer call whose sequence is sharded over ranks (a ``KeySource``).
 
-    q [B, H, n, D], k, v [B, Hkv, n, D]: this rank's part of the call's tokens (``call.split``), or, without a
-    split, all of them, the same on every rank. ends: where rows end. kept: whether ``store`` outlives the
-    call.
+    q [B, H, n, D], k, v [B, Hkv, n, D]: this rank's part of the call's tokens, by ``call.split``. Without a
+    split they are all tokens, the same on every rank.
+    ends: the positions at which rows end; None without padding on the right.
+    kept: whether ``store`` belongs to a cache, so that later calls read it.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class KeysOverRanks:
         self.past, self.total, self.starts = call.past, call.total, call.starts
         self.short = call.split is None and call.past > 0
         self.states = store.states
-        self._local: LocalCall | None = None  # of a call that is split
+        self._local: LocalCall | None = None  # for a call that is split
         self._sent = mesh.sent()
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
-        """Store the new keys and values; bring the block summaries up to date that a method selects by."""
+        """Store the new keys and values, and update the block summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         past = _take(self.k, self.v, store, call)
         asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
@@ -88,7 +89,7 @@ class KeysOverRanks:
             self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.softmax)
 
     def newly_sent(self) -> int:
-        """Bytes that this rank has sent since the last time this was called."""
+        """Bytes that this rank has sent since the previous call of ``newly_sent``."""
         before, self._sent = self._sent, self.mesh.sent()
         return self._sent - before
 
@@ -116,7 +117,7 @@ class KeysOverRanks:
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
     ) -> tuple[Partial, Reads, Travel | None]:
-        """As ``KeySource.attend``. A call over ranks is not measured, so there is no ``probe``."""
+        """See ``KeySource.attend``. A call over ranks is not measured, so ``probe`` is None."""
         if self._local is not None:
             part, reads, travel = prefill(method, *_some_rows(self._local, self.store.shared, run.rows), None)
         elif run.phase == DECODE:
@@ -124,7 +125,7 @@ class KeysOverRanks:
             part, reads = decode(method, q, self.keys(run.rows, state, q.shape[2]), None)
             size = (self.mesh.ranks.size - 1) * _partial_bytes(q, self.v.shape[3])
             travel = Travel("decode", "one collective of partial results a layer", dense_bytes=size)
-        else:  # every key of these rows has just been computed here
+        else:  # the keys of these rows are all of this call, and every rank has computed them
             here = LocalKeys(
                 self.q,
                 KV(self.k, self.v),
@@ -146,7 +147,7 @@ def window_over_ranks(
     mesh: Mesh,
     softmax: Softmax,
 ) -> Partial:
-    """Attention of a layer with the model's own sliding window; arguments as in ``KeysOverRanks``."""
+    """Attention of a layer with the model's own sliding window. Arguments: see ``KeysOverRanks``."""
     window = softmax.window
     assert window is not None
     store.window = window
@@ -165,7 +166,7 @@ def window_over_ranks(
 
 
 def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
-    """Store the new keys and values of a call. -> what this rank held before."""
+    """Store the new keys and values of a call. Returns what this rank held before."""
     past = store.shard if store.kv is not None else Shard(KV(k[:, :, :0], v[:, :, :0]), store.layout)
     if call.split is None:
         store.take_shared(k, v)
@@ -176,7 +177,7 @@ def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
 
 
 def _padding_within(call: Call) -> Padding:
-    """Where rows begin, counted from the call's first token."""
+    """The starts of the rows, counted from the first token of the call."""
     if call.start is None or call.starts is None:
         return Padding()
     starts = [max(first - call.past, 0) for first in call.starts]
@@ -184,7 +185,7 @@ def _padding_within(call: Call) -> Padding:
 
 
 def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalCall, Summaries]:
-    """The local call, and the entries of all keys, of some rows of the batch."""
+    """The local call and the summaries of all keys, for some rows of the batch."""
     if _are_all(rows, local.q):
         return local, shared
     call, start = local.call, None
@@ -200,11 +201,13 @@ def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalC
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
-    """Drop what lies before the window, in whole blocks, and deal what is left of a prompt out anew: its end
-    was computed by few ranks. Assisted decoding may take back a few tokens, so their windows are kept,
-    too."""
+    """Drop whole blocks of positions before the window.
+
+    After a prompt, the rest is laid out block-cyclically again, since few ranks have computed its end.
+    DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens.
+    """
     low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
-    low = max(low, store.layout.begin)  # after a crop, what was dropped before stays dropped
+    low = max(low, store.layout.begin)  # positions that were dropped before a crop stay dropped
     if call.split is not None:
         kept = Layout.empty(mesh.ranks.size).block_cyclic(low, call.total, store.block)
         kv = store.shard.kv.map(lambda x: rearranged(x, store.layout, kept, mesh.ranks))
@@ -219,7 +222,7 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
 def _extend(
     asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
 ) -> None:
-    """Bring those of the summaries ``asked`` up to date that are of blocks."""
+    """Update those of the declared summaries ``asked`` that are kept for each block."""
     wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
@@ -239,10 +242,10 @@ def _extend(
 
 
 def _are_all(rows: slice, x: Tensor) -> bool:
-    """Whether these are all rows of a batch like x [B, ...]."""
+    """Whether ``rows`` names all rows of x [B, ...]."""
     return rows.stop - rows.start == x.shape[0]
 
 
 def _partial_bytes(q: Tensor, value_dim: int) -> int:
-    """What a rank's partial of q [B, H, Tq, D] takes on its way."""
+    """Bytes of one rank's Partial of the queries q [B, H, Tq, D]."""
     return q[..., 0].numel() * (value_dim * q.element_size() + torch.finfo(torch.float32).bits // 8)

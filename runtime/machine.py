@@ -1,4 +1,4 @@
-"""The machine that times were taken on: what a figure of speed belongs to."""
+"""The names of this machine's processor and GPU, which are recorded with every measured time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
+    """The name of the processor, from the operating system."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -19,7 +19,7 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many threads torch gives it."""
+    """The name of the GPU, or the name of the processor with the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()} ({torch.get_num_threads()} threads)"

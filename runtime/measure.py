@@ -1,5 +1,5 @@
-"""Measuring while a patched model runs: how much true attention was read, and what selection cost in
-seconds."""
+"""Measure a patched model while it runs: the fraction of the true attention that was read, and the seconds of
+the selection."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ from ..attention.method import DECODE
 from ..attention.ops.dispatch import implementations
 from ..attention.selection import Selection
 
-ROWS = 16  # of a layer and call that measure_mass=True samples
+ROWS = 16  # number of queries that measure_mass=True samples, for each layer and call
 
 Observer = Callable[[Tensor, Keys, Selection], None]
 
 
 @dataclass
 class Measured:
-    """What was measured of one layer in one phase, summed over calls.
+    """The measured values of one layer in one phase, summed over calls.
 
-    rows: query rows sampled; mass [H]: the share of the true attention of each that was read, summed over
-    them, by query head. Seconds are of the clock, a device's queue drained.
+    rows: number of sampled queries.
+    mass [H]: for each query head, the fraction of the true attention that was read, summed over the sampled
+    queries.
+    selection_seconds, attention_seconds: wall-clock seconds of the selection and of the attention over the
+    selected keys. The device is synchronised before and after.
     """
 
     rows: int = 0
     mass: list[float] = field(default_factory=list)
-    selection_seconds: float = 0.0  # of choosing what to read
-    attention_seconds: float = 0.0  # of reading it
+    selection_seconds: float = 0.0
+    attention_seconds: float = 0.0
 
     @property
     def head_recall(self) -> list[float] | None:
-        """Mean share by query head; None before the first row."""
+        """The mean fraction for each query head; None before the first sampled query."""
         return [mass / self.rows for mass in self.mass] if self.rows else None
 
     @property
     def recall(self) -> float | None:
-        """Mean share over heads and rows; None before the first row."""
+        """The mean fraction over heads and queries; None before the first sampled query."""
         heads = self.head_recall
         return sum(heads) / len(heads) if heads else None
 
     def add(self, shares: Tensor) -> None:
-        """Take in the shares [B, H, R] of a call's rows; NaN where a row is padding."""
+        """Add the fractions [B, H, R] of the sampled queries of a call; NaN where a query is padding."""
         counted = ~shares[:, 0].isnan()
         mass = shares.double().nansum((0, 2)).tolist()
         self.rows += int(counted.sum())
         self.mass = [a + b for a, b in zip(self.mass or [0.0] * len(mass), mass, strict=True)]
 
     def snapshot(self) -> Measured:
-        """A copy that counts no further."""
+        """A copy; later calls do not change it."""
         return replace(self, mass=list(self.mass))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The values as JSON-compatible values."""
         return {
             "mass_recall": self.recall,
             "mass_recall_by_head": self.head_recall,
@@ -73,10 +76,10 @@ class Measured:
 
 @dataclass
 class Meter:
-    """Looks on at the calls of one layer in one phase (a ``Probe``), into ``measured``.
+    """A ``Probe`` that measures the calls of one layer in one phase and adds the values to ``measured``.
 
-    rows: how many queries of a prefill call are sampled (``sample_rows``); at decode all are. observer:
-    called after every selection, for a padded batch row by row.
+    rows: number of queries of a prefill call that are sampled (``sample_rows``); at decode all are.
+    observer: called after every selection; in a padded batch, once for each row.
     """
 
     measured: Measured
@@ -95,20 +98,21 @@ class Meter:
 
     def on_select(self, q: Tensor, keys: Keys, selection: Selection) -> None:
         count = keys.tq if self.phase == DECODE else self.rows
-        with implementations():  # what measures is no part of what the call ran
+        with implementations():  # the operations of the measurement are not counted for the call
             self.measured.add(mass_recall(q, keys, selection, sample_rows(keys.tq, count)))
             if self.observer is not None:
                 self.observer(q, keys, selection)
 
 
 def rows_to_measure(measure_mass: bool | int) -> int:
-    """How many rows of a prefill call the option asks for; 0: nothing is measured. Raises FarspanError."""
+    """The number of queries of a prefill call that the option samples; 0: nothing is measured. Raises
+    FarspanError for a value that is not allowed."""
     if isinstance(measure_mass, bool):
         return ROWS if measure_mass else 0
     rows = whole_number(measure_mass)
     if rows is None or rows < 1:
         raise FarspanError(
-            f"measure_mass is True or a number of query rows per layer and call, at least 1; got "
+            f"measure_mass is True, False or a number of queries per layer and call, at least 1; got "
             f"{measure_mass!r}."
         )
     return rows

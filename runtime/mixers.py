@@ -1,4 +1,4 @@
-"""Mixers of a patched model, and what the report says of them."""
+"""The mixers of a patched model, and their entries in the report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..attention.hybrid.mixer import Mixer
 
 @dataclass
 class MixerReport:
-    """What a mixer did in one layer: it reads a state of ``state_bytes`` a row, and no pairs of query and
-    key."""
+    """The calls of a mixer in one layer. A mixer reads no (query, key) pairs; it reads a state of
+    ``state_bytes`` for each row."""
 
     layer: int
     mixer: str
@@ -33,11 +33,11 @@ class Mixed:
         self.clear_report()
 
     def clear_report(self) -> None:
-        """Start counting anew."""
+        """Set the counts to zero."""
         self.report = MixerReport(self.index, self.mixer.name, self.mixer.state_bytes)
 
     def count(self, hidden: Tensor) -> None:
-        """Take in a call of hidden states [B, T, hidden]."""
+        """Count a call with hidden states [B, T, hidden]."""
         self.report.calls += 1
         self.report.tokens += hidden.shape[0] * hidden.shape[1]
 
@@ -45,10 +45,12 @@ class Mixed:
 def mixed_layers(
     mixers: Mapping[int, Any], count: int, attention: Mapping[int, Any], hidden_size: int
 ) -> dict[int, Mixed]:
-    """Mixers by layer, checked. count: layers of the model; attention: those that have an attention module.
+    """Check the mixers and return them by layer.
 
-    Raises SpecError for a layer that there is not, or that has no attention, and for what is no Mixer of the
-    model's hidden size.
+    count: number of layers of the model. attention: the attention modules by layer.
+
+    Raises SpecError for a layer that does not exist or has no attention, for a module that is not a Mixer or
+    has another hidden size than the model, and for one module in two layers.
     """
     found: dict[int, Mixed] = {}
     for name, mixer in mixers.items():
@@ -57,9 +59,11 @@ def mixed_layers(
             raise SpecError(f"mixers= takes layer numbers from 0 to {count - 1}; got {name!r}.")
         index = number % count
         if index in found:
-            raise SpecError(f"mixers= names layer {index} twice: keep one of them.")
+            raise SpecError(f"mixers= names layer {index} twice: give one mixer for each layer.")
         if index not in attention:
-            raise SpecError(f"mixers= cannot replace the attention of layer {index}: it has none.")
+            raise SpecError(
+                f"mixers= names layer {index}, which has no attention: name a layer that has attention."
+            )
         if not isinstance(mixer, Mixer):
             raise SpecError(
                 f"mixers= takes modules that are a farspan.attention.hybrid.mixer.Mixer; got a "
@@ -67,12 +71,12 @@ def mixed_layers(
             )
         if mixer.hidden_size != hidden_size:
             raise SpecError(
-                f"The mixer {mixer.name} for layer {index} has hidden_size {mixer.hidden_size}, the model "
-                f"{hidden_size}."
+                f"The mixer {mixer.name} for layer {index} has hidden_size {mixer.hidden_size}, but the "
+                f"model has {hidden_size}: make the mixer with hidden_size={hidden_size}."
             )
         if any(mixer is other.mixer for other in found.values()):
             raise SpecError(
-                f"mixers= has one module for two layers, {index} among them: give each layer its own module."
+                f"mixers= gives layer {index} the module of another layer: give each layer its own module."
             )
         found[index] = Mixed(index, mixer)
     return found

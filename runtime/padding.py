@@ -1,4 +1,4 @@
-"""Where the rows of a batch begin and end, by the attention mask or the positions of a call.
+"""Find where the rows of a batch begin and end, by the attention mask or the positions of a call.
 
 mask 0 0 1 1 1 1: padding on the left, begins at 2
 mask 1 1 1 1 0 0: padding on the right, ends at 4
@@ -15,15 +15,19 @@ from torch import Tensor
 from ..attention.errors import FarspanError
 
 _HINT = (
-    "Where generate() is given no mask, it makes one with a zero at every pad token of the prompt: pass "
-    "attention_mask=torch.ones_like(input_ids) then."
+    "If generate() is called without a mask, it sets the mask to 0 at every pad token of the prompt: pass "
+    "attention_mask=torch.ones_like(input_ids) in this case."
 )
 
 
 @dataclass
 class Padding:
-    """Where rows begin: ``start`` [B] on the device and ``starts`` on the host, both None where no row is
-    padded on the left. ends: where rows end, None where no row is padded on the right."""
+    """The padding of the rows of a batch.
+
+    start, starts: the positions at which rows begin, [B] on the device and a list on the host; None where no
+    row is padded on the left. ends: the positions at which rows end; None where no row is padded on the
+    right.
+    """
 
     start: Tensor | None = None
     starts: list[int] | None = None
@@ -31,8 +35,8 @@ class Padding:
 
 
 def read_padding(mask: Tensor) -> Padding:
-    """Where the rows of a 2-D mask [B, T] begin and end; a row without a token begins at T. Raises
-    FarspanError for zeros between ones."""
+    """The padding of a 2-D mask [B, T]. A row without a token begins at T. Raises FarspanError for zeros
+    between ones."""
     mask = mask.bool()
     if bool(mask.all()):
         return Padding()
@@ -43,8 +47,8 @@ def read_padding(mask: Tensor) -> Padding:
     holes = (real > 0) & (end - start != real)
     if bool(holes.any()):
         raise FarspanError(
-            f"The attention mask has zeros between ones in row {int(holes.nonzero()[0])}: farspan serves "
-            "padding on the left of a row, and on the right where every logit is asked for, not holes. "
+            f"The attention mask has zeros between ones in row {int(holes.nonzero()[0])}; farspan serves "
+            "padding on the left of a row, and on the right where the logits of every position are returned. "
             f"{_HINT}"
         )
     starts, ends = start.tolist(), end.tolist()
@@ -53,9 +57,11 @@ def read_padding(mask: Tensor) -> Padding:
 
 
 def ends_by_positions(positions: Tensor, past: int) -> list[int] | None:
-    """Where rows end, by positions [B, T] that count up by one and then stand still, as those of padding on
-    the right do; ``past`` positions came before. None where no row does."""
-    steps = (positions.diff(dim=1) == 1).long().cumprod(1).sum(1)  # by which each row counts up at first
+    """The positions at which rows end, by position ids [B, T]. In padding on the right, the ids no longer
+    count up by one, but repeat the last id. ``past`` positions came before. None where no row has such
+    padding."""
+    # how often a row counts up at its beginning
+    steps = (positions.diff(dim=1) == 1).long().cumprod(1).sum(1)
     places = torch.arange(positions.shape[1], device=positions.device)
     still = ((positions == positions[:, -1:]) | (places <= steps[:, None])).all(1) & (steps > 0)
     end = torch.where(still, steps + 1, positions.shape[1])
@@ -63,10 +69,11 @@ def ends_by_positions(positions: Tensor, past: int) -> list[int] | None:
     return ends if min(ends) < past + positions.shape[1] else None
 
 
-def refuse_right_padding(ends: list[int], told: str, why: str) -> FarspanError:
-    """The error of a call that cannot have padding on the right. told: what says that there is some."""
+def refuse_right_padding(ends: list[int], evidence: str, why: str) -> FarspanError:
+    """The error for a call that cannot have padding on the right. evidence: how the padding was found. why:
+    why the call cannot have it."""
     row = ends.index(min(ends))
     return FarspanError(
-        f"{told} in row {row} (padding on the right), and {why}: pad on the left "
+        f"{evidence} in row {row} (padding on the right), and {why}: pad on the left "
         f"(tokenizer.padding_side = 'left'). {_HINT}"
     )

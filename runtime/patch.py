@@ -1,4 +1,4 @@
-"""patch(): swap a model's attention, reversibly."""
+"""patch(): replace a model's attention, reversibly."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
 from .bind import bind, check_recipe, weighed
+from .chunking import Chunking
 from .crossover import crossovers
-from .cuts import Chunking
 from .layer import Layer
 from .measure import Observer, rows_to_measure
 from .mixers import Mixed, mixed_layers
@@ -52,53 +52,58 @@ def patch(
     measure_mass: bool | int = False,
     mixers: Mapping[int, Mixer] | None = None,
 ) -> Patched:
-    """Let ``model`` attend by a method; ``generate`` and plain calls go on working as they are.
+    """Replace the attention of ``model`` by a method. ``generate`` and plain calls work as before.
 
-    spec: a method object, ``"name:par=value,..."``, or ``"PREFILL + DECODE"``, two of them, one per phase.
-    One method serves the phases it has; the other phase is dense. Nothing at all means dense, on farspan's
+    spec: a method object, ``"name:par=value,..."``, or two methods ``"PREFILL + DECODE"``, one per phase.
+    A phase that the method does not have is dense. Without a spec both phases are dense, on farspan's
     storage.
-    prefill, decode: the same by phase, instead of ``spec``.
-    layers: other specs for single layers, by number (negative counts from the end).
-    strict: raise FarspanError where a layer would silently read everything for want of a cache, and for a
-    method that no layer runs (its own ``dense_layers``, or a recipe of act that chooses no head).
-    prefill_chunk: tokens per prefill step (rounded up to what the methods' blocks need); bounds memory on
-    long prompts. No cut falls inside a block of queries of any row: a left-padded batch is cut as far as
-    its rows begin at whole blocks of each other, and what follows runs in one call, with a warning. Not
-    used, with a warning, on a model whose recurrent layers do not continue exactly. A call that needs
-    gradients, keeps no cache, or has tensors besides those of its tokens stays whole; the report says so.
-    recipe: a saved calibration, for methods that need one and name none of their own (``sale:recipe=PATH``).
-    crossover: run a method densely while there are fewer keys than this; "auto" takes the number that
-    ``farspan tune`` measured on this device. In a padded batch each row goes by its own number of keys. Such
-    calls are in the report with their reason. A decode method that remembers the prompt (snapkv, h2o,
-    recycled) begins anew where generation crosses it.
-    parallel: a ContextParallel, or "auto", spreads the sequence and its KV cache over the ranks of a launcher
-    (torchrun, accelerate, deepspeed); a torch DeviceMesh or accelerate's Accelerator names the ranks. Every
-    rank makes the same calls and gets the same tokens; docs/MULTI_GPU.md.
-    measure_mass: measure at every call, on 16 of its queries (a number: on so many; at decode on all), the
-    share of the true attention that the keys read hold, and the seconds of selection; ``report`` has them.
-    Calls are slower for it. One device alone can measure.
+    prefill, decode: the specs of the two phases, instead of ``spec``.
+    layers: other specs for single layers, by layer number (a negative number counts from the last layer).
+    strict: raise FarspanError where a layer would read every key because the call keeps no cache, and for a
+    method that no layer runs (because of its ``dense_layers``, or of an act recipe that chooses no head).
+    prefill_chunk: tokens per prefill step, rounded up to whole blocks of the methods. It limits the memory
+    that long prompts need. No cut falls inside a block of queries of any row: a left-padded batch is cut up
+    to the first row that does not begin at a whole block, and the rest runs in one call, with a warning.
+    It is not used, with a warning, on a model whose recurrent layers do not continue exactly. A call is not
+    cut if it needs gradients, keeps no cache, or has tensors that do not lie along its tokens; the report
+    says so.
+    recipe: a saved calibration for methods that need one and do not name it in their spec
+    (``sale:recipe=PATH``).
+    crossover: use dense attention while there are fewer keys than this number. "auto" takes the number that
+    ``farspan tune`` measured on this device. In a padded batch, each row's own number of keys counts. The
+    report lists such calls as fallbacks. The state of a decode method (snapkv, h2o, recycled) starts empty
+    where generation crosses this number.
+    parallel: a ContextParallel or "auto" shards the sequence and its KV cache over the ranks of a launcher
+    (torchrun, accelerate, deepspeed). A torch DeviceMesh or accelerate's Accelerator names the ranks. Every
+    rank makes the same calls and gets the same tokens; see docs/MULTI_GPU.md.
+    measure_mass: measure in every call which fraction of the true attention falls on the keys read, and how
+    many seconds the selection takes. True samples 16 queries of a prefill call; a number sets another count;
+    at decode every query is measured. The values are in ``report``. Calls become slower. It works on one
+    device only.
+    mixers: ``Mixer`` modules by layer number. They replace the attention of the layer until ``remove``, and
+    are moved to its device. The cache holds their state instead of keys. The state cannot be cropped.
 
-    mixers: modules (``Mixer``) by layer number that take the place of the layer's attention until ``remove``;
-    they are moved to its device. The cache holds their state instead of keys, which no call can crop.
+    Returns Patched, a context manager that removes the patch at its end.
 
-    Returns Patched, a context manager that undoes itself. Raises SpecError for a bad spec, Unsupported (with
-    reasons, before anything is changed) for a model that cannot be served: by its config, or because a small
-    copy of it computes something else under farspan (tried once in a process for a class that farspan's tests
-    do not cover, and for every class under an untested release of transformers). FarspanError for one that
-    is patched already.
+    Raises SpecError for a bad spec, and FarspanError for a model that is patched already. Raises Unsupported,
+    with the reasons and before anything is changed, for a model that farspan cannot serve: its config rules
+    it out, or a small copy of it computes something else under farspan. The copy is run once in a process,
+    for a class that farspan's tests do not cover or under an untested release of transformers.
     """
     methods = resolve(spec, prefill, decode)
     info = hf.inspect_model(model)
     if hf.is_patched(model):
-        raise FarspanError("This model is patched already: call remove() on that patch first.")
-    trial = hf.accept(info)
+        raise FarspanError(
+            "This model is patched already: call remove() on the first patch, then patch again."
+        )
+    trial = hf.check_by_trial(info)
     mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
-    untouched |= {i: f"the mixer {one.mixer.name} stands in its place" for i, one in mixed.items()}
+    untouched |= {i: f"the mixer {one.mixer.name} replaces its attention" for i, one in mixed.items()}
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
@@ -108,8 +113,8 @@ def patch(
         raise Unsupported(
             f"farspan cannot run {' and '.join(selective)} on {type(model).__name__}",
             [
-                "every attention layer of it keeps its own sliding window or has a mixer, so no layer is "
-                "left to patch"
+                "each of its attention layers has the model's own sliding window or a mixer, so there is no "
+                "layer to patch"
             ],
         )
     if trial.foreign_keys:
@@ -131,14 +136,14 @@ def patch(
     block_multiple = math.lcm(*(m.block_multiple for pair in chosen for m in pair))
     if chunk is not None and not hf.continues_exactly(info):
         warnings.warn(
-            f"prefill_chunk is not used: the layers of {type(model).__name__} that are not attention do not "
-            "continue a prompt exactly where it is cut, in this release of transformers.",
+            f"prefill_chunk is not used: in this release of transformers, layers of {type(model).__name__} "
+            "without attention compute something else for a prompt in chunks than for the whole prompt.",
             stacklevel=2,
         )
         chunk = None
     chunking = None
     if chunk is not None:
-        # A step of DECODE_ROWS tokens or fewer would be taken for decode.
+        # A step of DECODE_ROWS tokens or fewer would be a decode step.
         tokens = -(-max(chunk, DECODE_ROWS + 1) // block_multiple) * block_multiple
         by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
@@ -147,21 +152,21 @@ def patch(
     if mesh is not None and mixed:
         mesh.close()
         raise FarspanError(
-            f"The state of a mixer is not passed between ranks, and this model is spread over {mesh.size}: "
-            "leave mixers out, or patch without parallel in one process."
+            f"mixers= was given for a model over {mesh.size} ranks, and the state of a mixer is not passed "
+            "between ranks: leave mixers out, or patch without parallel in one process."
         )
     if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
         mesh.close()
         fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
         raise FarspanError(
             f"{' and '.join(fed)} needs queries or keys before RoPE or hidden states, which are not passed "
-            f"between ranks, and this model is spread over {mesh.size}: leave parallel out, in one process."
+            f"between the {mesh.size} ranks of this model: patch without parallel in one process."
         )
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(
-            f"Attention mass is measured on one device, and this model is spread over {mesh.size} ranks: "
-            "leave out measure_mass, or patch without parallel in one process."
+            f"measure_mass was given for a model over {mesh.size} ranks, and attention mass is measured on "
+            "one device only: leave measure_mass out, or patch without parallel in one process."
         )
     notices = Notices()
     session = Session(strict, mesh, notices)
@@ -177,7 +182,7 @@ def patch(
             {
                 "the model": f"{type(model).__name__} {info.geometry}",
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
-                "the share of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
+                "the shard of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
                 "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),
                 "the version of farspan": version("farspan"),
@@ -193,7 +198,7 @@ def patch(
 
 
 class Patched:
-    """A patch in place. As a context manager it removes itself on leaving."""
+    """A patch of one model. As a context manager it is removed at the end of the ``with`` block."""
 
     def __init__(
         self,
@@ -217,7 +222,7 @@ class Patched:
         self._sent_before = self._sent()
 
     def modules(self) -> dict[int, dict[str, nn.Module]]:
-        """The modules of methods that own parameters (gates): by layer, by the name of the method."""
+        """The modules of methods that own parameters (gates), by layer and by the name of the method."""
         found: dict[int, dict[str, nn.Module]] = {}
         for index, layer in self._layers.items():
             for method in layer.methods.values():
@@ -226,8 +231,11 @@ class Patched:
         return found
 
     def recipe(self, method: str, **settings: Any) -> Recipe:
-        """The weights of the modules of the method ``method``, as they are now, for ``patch(recipe=...)``.
-        settings: how they were made, for the record. Raises FarspanError where it owns none."""
+        """A recipe of the present weights of the modules of ``method``, for ``patch(recipe=...)``.
+
+        settings: how the weights were made; they are saved with the recipe. Raises FarspanError where no
+        layer runs a method of this name that owns a module.
+        """
         gates = {index: named[method] for index, named in self.modules().items() if method in named}
         if not gates:
             raise FarspanError(
@@ -237,15 +245,15 @@ class Patched:
         return Recipe.of_modules(method, gates, self._geometry, settings)
 
     def report(self, *, measure_mass: bool = False) -> Report:
-        """What has been read since the patch, or since ``reset_report``; measured too, where the patch
-        measures.
+        """What each layer has read since the patch, or since ``reset_report``.
 
-        measure_mass: insist on it. Raises FarspanError where the patch was made without.
+        measure_mass: whether to require the recall of attention mass. It is in the report of every patch that
+        was made with measure_mass; for other patches this raises FarspanError.
         """
         if measure_mass and not all(layer.measure for layer in self._layers.values()):
             raise FarspanError(
-                "This patch has measured no attention mass: patch the model with measure_mass=True, then ask "
-                "for the report."
+                "This patch has measured no attention mass: patch the model with measure_mass=True, and call "
+                "the model before report(measure_mass=True)."
             )
         layers = [
             LayerReport(i, {phase: p.snapshot() for phase, p in layer.phases.items()})
@@ -258,12 +266,13 @@ class Patched:
         return Report(self._name, layers, untouched, traffic, dict(self._notices), mixers)
 
     def watch(self, observers: Mapping[int, Observer]) -> None:
-        """Call ``observer(q, keys, index)`` after every selection of its layer; for patches that measure."""
+        """Call ``observer(q, keys, selection)`` after every selection of a layer. observers: by layer. The
+        patch must have been made with measure_mass."""
         for index, observer in observers.items():
             self._layers[index].observer = observer
 
     def reset_report(self) -> None:
-        """Start counting anew."""
+        """Set all counts of the report to zero."""
         for layer in self._layers.values():
             layer.clear_report()
         for mixer in self._mixed.values():
@@ -272,18 +281,18 @@ class Patched:
         self._sent_before = self._sent()
 
     def _sent(self) -> Counter[str]:
-        """Bytes that this rank has ever sent, by collective."""
+        """All bytes that this rank has sent so far, by collective."""
         groups = [] if self._mesh is None else self._mesh.watch.groups
         return sum((ranks.sent for ranks in groups), Counter())
 
     def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError the second time.
+        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError if it is removed.
 
-        What was changed on ``model.config`` while patched stays changed, an attention implementation among
-        it. A model that shares the config sees the changes from now on.
+        What the caller changed on ``model.config`` after patching stays changed, including an attention
+        implementation. If another model shares the config, the changes apply to it from now on.
         """
         if self._undo is None:
-            raise FarspanError("This patch has been removed already.")
+            raise FarspanError("This patch is removed already: call remove() once, or use a with block.")
         undo, self._undo = self._undo, None
         for step in reversed(undo):
             step()
@@ -299,9 +308,13 @@ class Patched:
 def resolve(
     spec: Spec | None, prefill: Spec | None = None, decode: Spec | None = None
 ) -> tuple[AttentionMethod, AttentionMethod]:
-    """The (prefill, decode) methods that a spec stands for. Raises SpecError."""
+    """The (prefill, decode) methods of a spec, or of a spec for each phase. Raises SpecError for a bad
+    spec."""
     if spec is not None and (prefill is not None or decode is not None):
-        raise SpecError("Give one spec for both phases, or prefill= and decode=, not all of them.")
+        raise SpecError(
+            "A spec was given together with prefill= or decode=: give one spec for both phases, or prefill= "
+            "and decode= alone."
+        )
     if isinstance(spec, str) and " + " in spec:
         parts = spec.split(" + ")
         if len(parts) != 2:
@@ -320,7 +333,10 @@ def resolve(
     for phase, given in ((PREFILL, prefill), (DECODE, decode)):
         method = dense if given is None else parse_method(given)
         if phase not in method.phases:
-            raise SpecError(f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}.")
+            raise SpecError(
+                f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}. Give a "
+                f"method that has {phase} (farspan methods lists them)."
+            )
         chosen.append(method)
     return chosen[0], chosen[1]
 
@@ -332,7 +348,7 @@ def _per_layer(
     untouched: Mapping[int, str],
 ) -> list[tuple[AttentionMethod, AttentionMethod]]:
     chosen = [methods] * count
-    given: dict[int, object] = {}  # by layer, the number it was named by
+    given: dict[int, object] = {}  # by layer, the number that the caller named it by
     for name, spec in overrides.items():
         number = whole_number(name)
         if number is None or not -count <= number < count:
@@ -340,25 +356,28 @@ def _per_layer(
         index = number % count
         if index in given:
             raise SpecError(
-                f"layers= names layer {index} twice, as {given[index]!r} and {name!r}: keep one of them."
+                f"layers= names layer {index} twice, as {given[index]!r} and {name!r}: name it once."
             )
         given[index], chosen[index] = name, resolve(spec)
         reason = untouched.get(index)
         if reason and any(m.selective for m in chosen[index]):
-            raise SpecError(f"layers= cannot give layer {name} a method: {reason}.")
+            raise SpecError(
+                f"layers= cannot give layer {name} a method: {reason}. Leave this layer out of layers=."
+            )
     return chosen
 
 
 def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
-    """Refuse a decode method where every call is a prefill; a method of both phases runs as that."""
+    """Raise Unsupported for a decode method on a model in which every call is a prefill. A method of both
+    phases is allowed: its prefill runs."""
     dense = Dense()
     never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
     if never:
         raise Unsupported(
             f"farspan cannot run {' and '.join(never)} at decode on {model}",
             [
-                "its attention is given keys that are not the cache's own, so every call is a prefill: "
-                "choose a prefill method or dense"
+                "its attention is called with keys that are not those of the cache, so every call is a "
+                "prefill: choose a prefill method or dense"
             ],
         )
 
@@ -371,6 +390,6 @@ def _check_all_run(
         for method in {str(chosen[i][place]): chosen[i][place] for i in served}.values():
             if not any(chosen[i][place] == method and served[i][place].name == method.name for i in served):
                 raise FarspanError(
-                    f"No layer of this model runs {method}, as its own parameters or its recipe have it, and "
+                    f"No layer of this model runs {method}, because of its parameters or its recipe, and "
                     "strict=True forbids that: change them, or leave strict out."
                 )

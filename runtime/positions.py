@@ -11,24 +11,24 @@ from ..attention.errors import FarspanError
 
 
 class Positions:
-    """Position ids [B, T] of a store's keys, kept only where a method needs keys before RoPE: 4 bytes a key,
-    where keys and values of 8 heads of 128 take 4,096."""
+    """Position ids [B, T] of a store's keys, kept only where a method needs keys before RoPE. They take 4
+    bytes for each key; keys and values of 8 heads of 128 in bfloat16 take 4,096."""
 
     def __init__(self) -> None:
         self._ids: Tensor | None = None  # [B, room] int32
         self.length = 0
 
     def append(self, ids: Tensor, total: int) -> Tensor:
-        """Take in the ids [B, n] of keys that bring the store to ``total``; a store that has them already
-        keeps its own. -> [B, total].
+        """Store the ids [B, n] of the keys that extend the store to ``total`` positions. Ids of the same
+        positions are replaced. Returns all ids [B, total].
 
-        Raises FarspanError where earlier keys came without their ids.
+        Raises FarspanError where earlier keys were appended without their ids.
         """
         past = total - ids.shape[1]
         if self.length < past:
             raise FarspanError(
-                f"This cache holds {past} tokens of a call whose method needed no keys before RoPE, so the "
-                "positions of its keys are not known: start a new cache under this patch."
+                f"This cache holds {past} tokens from calls whose method needed no keys before RoPE, so the "
+                "positions of these keys are not known: start a new cache under this patch."
             )
         if self._ids is None or self._ids.shape[1] < total:
             with torch.inference_mode(False):
@@ -41,7 +41,7 @@ class Positions:
         return self._ids[:, :total]
 
     def crop(self, length: int) -> None:
-        """Forget the ids of keys at or after ``length``."""
+        """Drop the ids of keys at or after ``length``."""
         self.length = min(self.length, length)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:

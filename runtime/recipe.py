@@ -1,4 +1,4 @@
-"""Recipes: what a method learned of a model, saved as JSON beside safetensors."""
+"""Recipes: the tensors that a method has learned for a model, saved as safetensors with a JSON file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Tensors a method needs for a model, by name: ``layers.<index>.<name>``.
+    """The tensors that a method needs for a model, by name: ``layers.<index>.<name>``.
 
-    geometry: the architecture and sizes it was made for. settings: how it was made (text, tokens, ranking,
-    versions).
+    geometry: the architecture and the sizes of the model that the recipe was made for.
+    settings: how the recipe was made (tokens, ranking, versions).
     """
 
     method: str
@@ -37,7 +37,7 @@ class Recipe:
         geometry: Mapping[str, Any],
         settings: Mapping[str, Any],
     ) -> Recipe:
-        """A recipe of the parameters and buffers of a method's modules, by layer; they are copied."""
+        """A recipe of a copy of the parameters and buffers of a method's modules. modules: by layer."""
         tensors = {
             f"layers.{index}.{name}": x.detach().cpu().clone()
             for index, module in modules.items()
@@ -46,8 +46,8 @@ class Recipe:
         return Recipe(method=method, geometry=dict(geometry), settings=dict(settings), tensors=tensors)
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder with recipe.json and recipe.safetensors. Raises FarspanError where it cannot be
-        written."""
+        """Write recipe.json and recipe.safetensors to the folder ``path`` and return the folder. Raises
+        FarspanError where the folder cannot be written."""
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -64,12 +64,15 @@ class Recipe:
             )
             (folder / "recipe.json").write_text(json.dumps(about, indent=2) + "\n")
         except (OSError, RuntimeError) as error:
-            raise FarspanError(f"The recipe could not be written to {folder}: {error}.") from error
+            raise FarspanError(
+                f"The recipe could not be written to {folder} ({error}): give a folder that can be written."
+            ) from error
         return folder
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
-        """Read a folder that ``save`` wrote. Raises FarspanError where there is none."""
+        """Read a folder that ``save`` wrote. Raises FarspanError where it holds no recipe, or a recipe that
+        cannot be read."""
         folder = Path(path)
         try:
             stamp = (folder / "recipe.json").stat().st_mtime_ns
@@ -80,14 +83,18 @@ class Recipe:
         return _load(folder, stamp)
 
     def for_layer(self, method: str, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
-        """``layer`` with this recipe's tensors. Raises FarspanError for another method's or another model's
-        recipe."""
+        """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for
+        another method or another model."""
         if method != self.method:
-            raise FarspanError(f"This recipe is for {self.method}, not for {method}.")
+            raise FarspanError(
+                f"This recipe is for {self.method}, not for {method}: give a recipe made for {method}."
+            )
         other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
         if other:
             wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
-            raise FarspanError(f"This recipe was made for another model: {wrong}.")
+            raise FarspanError(
+                f"This recipe was made for another model: {wrong}. Make one with 'farspan calibrate'."
+            )
         prefix = f"layers.{layer.index}."
         weights = {
             name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
@@ -104,7 +111,8 @@ def _load(folder: Path, stamp: int) -> Recipe:
         tensors = load_file(folder / "recipe.safetensors")
         if about["format"] != FORMAT:
             raise FarspanError(
-                f"The recipe at {folder} has format {about['format']}; this farspan reads format {FORMAT}."
+                f"The recipe at {folder} has format {about['format']}; this farspan reads format {FORMAT}: "
+                "make it again with 'farspan calibrate'."
             )
         return Recipe(
             method=about["method"], geometry=about["geometry"], settings=about["settings"], tensors=tensors
@@ -112,4 +120,6 @@ def _load(folder: Path, stamp: int) -> Recipe:
     except FarspanError:
         raise
     except Exception as error:
-        raise FarspanError(f"The recipe at {folder} cannot be read: {error}.") from error
+        raise FarspanError(
+            f"The recipe at {folder} cannot be read ({error}): make it again with 'farspan calibrate'."
+        ) from error

@@ -1,4 +1,4 @@
-"""Proof that it ran: what each layer read, against what dense attention would have read."""
+"""The report of a patched model: what each layer read, and what dense attention would have read."""
 
 from __future__ import annotations
 
@@ -18,39 +18,43 @@ from .table import Table
 
 @dataclass
 class PhaseReport:
-    """What one layer did in one phase, summed over calls.
+    """What one layer read in one phase, summed over calls. Over ranks, the counts are those of one rank.
 
-    pairs / causal_pairs: (query head, key) pairs read, and those dense attention would read; their ratio is
-    ``density``. kv_bytes / dense_bytes: bytes of K and V loaded, and those dense attention would load;
-    selection_bytes come on top. fallbacks: calls that read every visible key although the method is
-    selective, by reason. Over ranks, all of this speaks of one rank; sent_bytes / dense_sent_bytes: bytes of
-    attention that it sent, and those of dense attention by its formula. measured: what a patch with
-    measure_mass has measured besides; None without.
+    pairs: (query head, key) pairs read. causal_pairs: the pairs that dense attention would read. Their ratio
+    is ``density``.
+    kv_bytes: bytes of K and V read. dense_bytes: the bytes that dense attention would read.
+    selection_bytes: bytes read to select the keys, in addition to kv_bytes.
+    sent_bytes: bytes that this rank sent for attention. dense_sent_bytes: the bytes that dense attention
+    would send, by a formula.
+    mechanisms: how data moved between ranks, with the reason for each mechanism.
+    implementations: by operation, the implementations that ran.
+    fallbacks: by reason, the number of calls that read every visible key although the method is selective.
+    measured: attention mass and seconds of a patch with measure_mass; None without it.
     """
 
     method: str
-    lookahead: Lookahead = field(default_factory=Lookahead)  # as the method declares it
+    lookahead: Lookahead = field(default_factory=Lookahead)  # the one that the method declares
     calls: int = 0
     queries: int = 0
-    pairs: Any = 0  # while counting, a tensor on a device that nobody need wait for
+    pairs: Any = 0  # while counting, a tensor on the device, so that no call waits for it
     causal_pairs: int = 0
     kv_bytes: Any = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
-    sent_bytes: int = 0  # to other ranks
+    sent_bytes: int = 0
     dense_sent_bytes: int = 0
-    mechanisms: dict[str, str] = field(default_factory=dict)  # how data moved between ranks, and why so
-    implementations: dict[str, list[str]] = field(default_factory=dict)  # of each operation that ran
+    mechanisms: dict[str, str] = field(default_factory=dict)
+    implementations: dict[str, list[str]] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
     measured: Measured | None = None
 
     @property
     def density(self) -> float | None:
-        """Share of the visible keys that was read; None before the first call."""
+        """The fraction of the causal pairs that was read; None before the first call."""
         return self.pairs / self.causal_pairs if self.causal_pairs else None
 
     def add(self, reads: Reads, queries: int, ran: Iterable[tuple[str, str]]) -> None:
-        """Take in one call; ran: its (operation, implementation) pairs."""
+        """Add one call. ran: the (operation, implementation) pairs of the call."""
         self.calls += 1
         self.queries += queries
         for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
@@ -63,13 +67,13 @@ class PhaseReport:
             self.fallbacks[reads.reason] += 1
 
     def moved(self, travel: Travel) -> None:
-        """Take in how one call moved data between ranks."""
+        """Add the data that one call moved between ranks."""
         self.sent_bytes += travel.sent
         self.dense_sent_bytes += travel.dense_bytes
         self.mechanisms[travel.mechanism] = travel.why
 
     def snapshot(self) -> PhaseReport:
-        """A copy that counts no further, in plain numbers."""
+        """A copy in plain numbers; later calls do not change it."""
         return replace(
             self,
             pairs=int(self.pairs),
@@ -81,7 +85,7 @@ class PhaseReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; what was measured among the rest."""
+        """All fields as JSON-compatible values, with the measured values at the same level."""
         known = asdict(replace(self, measured=None)) | {
             "lookahead": str(self.lookahead),
             "fallbacks": dict(self.fallbacks),
@@ -93,7 +97,7 @@ class PhaseReport:
 
 @dataclass
 class LayerReport:
-    """One layer, by phase."""
+    """The reports of one layer by phase."""
 
     layer: int
     phases: dict[str, PhaseReport]
@@ -106,15 +110,19 @@ class Report:
     model: str
     layers: list[LayerReport]
     untouched: dict[int, str] = field(default_factory=dict)  # layers that are not patched, with the reason
-    traffic: dict[str, int] = field(default_factory=dict)  # every byte that this rank has sent, by collective
-    notices: dict[str, int] = field(default_factory=dict)  # what was not done in calls of the model, and why
-    mixers: list[MixerReport] = field(default_factory=list)  # layers without attention, which read no pairs
+    traffic: dict[str, int] = field(default_factory=dict)  # by collective, all bytes that this rank has sent
+    notices: dict[str, int] = field(default_factory=dict)  # by notice, the number of calls that it is about
+    mixers: list[MixerReport] = field(default_factory=list)  # of layers whose attention a mixer replaces
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals over layers: densities per phase (None where the phase did not run), bytes, fallbacks, how
-        data moved between ranks, implementation, notices; of a patch that measures, the mean recall of
-        attention mass per phase, and seconds of selection and of attention."""
+        """Totals over all layers.
+
+        They are the density of each phase (None where the phase did not run), bytes, fallbacks, the
+        mechanisms that moved data between ranks, the implementation and the notices. A patch with
+        measure_mass adds, for each phase, the mean recall of attention mass and the seconds of selection and
+        of attention.
+        """
         totals: dict[str, Any] = {}
         for phase in (PREFILL, DECODE):
             done = [layer.phases[phase] for layer in self.layers]
@@ -142,7 +150,7 @@ class Report:
         return totals
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """The whole report as JSON-compatible values."""
         return {
             "model": self.model,
             "summary": self.summary,
@@ -163,16 +171,17 @@ class Report:
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """A table of what each method read, and sentences on what else happened; the table is at most `width`
-        cells wide where that is given."""
+        """A table of what each method read, followed by sentences on totals, fallbacks and notices.
+
+        width: the largest width of the table in terminal cells; None sets no limit.
+        """
         measured = any(p.measured is not None for layer in self.layers for p in layer.phases.values())
         totals = self.summary
         lines = [f"{self.model}: what attention read"]
         lines += [line for row in self._table(measured).lines(width) for line in row]
         lines.append(
             f"total: {as_bytes(totals['kv_bytes_read'])} of K and V for {as_bytes(totals['kv_bytes_dense'])} "
-            "dense, "
-            f"{as_bytes(totals['selection_bytes'])} to select; implementation: "
+            f"dense, {as_bytes(totals['selection_bytes'])} to select; implementation: "
             f"{totals['implementation'] or 'none ran'}"
         )
         for phase in (PREFILL, DECODE) if measured else ():
@@ -216,7 +225,8 @@ class Report:
         return table
 
     def _grouped(self) -> list[tuple[str, str, PhaseReport, float | None]]:
-        """Layers that ran the same method in a phase, summed, and the mean recall of attention mass."""
+        """(layers, phase, sum, mean recall of attention mass) of the layers that ran one method in a
+        phase."""
         groups: dict[tuple[str, str], tuple[list[int], PhaseReport, list[float]]] = {}
         for phase in (PREFILL, DECODE):
             for layer in self.layers:
@@ -234,7 +244,8 @@ class Report:
 
 
 def _implementation(phases: Iterable[PhaseReport]) -> str:
-    """ "eager" where every operation ran so, else what ran each: "block_sparse triton, scores eager"."""
+    """The one implementation that ran, such as "eager"; where operations differ, the implementation of each,
+    such as "block_sparse triton, scores eager"."""
     ran = {(op, impl) for p in phases for op, impls in p.implementations.items() for impl in impls}
     names = sorted({impl for _, impl in ran})
     return names[0] if len(names) == 1 else ", ".join(f"{op} {impl}" for op, impl in sorted(ran))

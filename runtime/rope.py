@@ -1,9 +1,9 @@
-"""Stretching a model's positions before it is loaded: YaRN and NTK-scaled rotary embeddings.
+"""Stretch a model's positions before it is loaded: YaRN and NTK-scaled rotary embeddings.
 
-Only the configuration is changed, in the form transformers itself reads (`rope_parameters`), so a stretched
-model can be saved and reloaded. The factor is fixed before the first token: transformers' own
-`rope_type="dynamic"` recomputes the frequencies while the sequence grows, so that keys already cached, and
-the chunks of one prompt, disagree.
+Only the configuration is changed, in the form that transformers reads (`rope_parameters`), so a stretched
+model can be saved and loaded again. The factor is fixed before the first token. transformers' own
+`rope_type="dynamic"` changes the frequencies while the sequence grows, so that cached keys, and the chunks of
+one prompt, are rotated by different frequencies.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from ..attention.errors import FarspanError, Unsupported
 
 KINDS = ("yarn", "dynamic")
-# A stretch below this is a factor, from it on a target length in tokens: nobody stretches 256-fold.
+# A number below this is a factor; other numbers are a target length in tokens. No factor is as large as 256.
 SMALLEST_TARGET = 256
 
 
 def parse_rope(rope: str) -> tuple[str, float]:
-    """Split "yarn:4" or "dynamic:32768" into kind and number (a factor, or a target length from 256 on).
+    """Split "yarn:4" or "dynamic:32768" into kind and number: a factor below 256, a target length otherwise.
 
     Raises:
         FarspanError: the kind is unknown, or the number is missing or not above 1.
@@ -31,30 +31,31 @@ def parse_rope(rope: str) -> tuple[str, float]:
         'or a target length such as "yarn:32768"'
     )
     if kind not in KINDS:
-        raise FarspanError(f"Unknown rope stretching {rope!r}: it is {' or '.join(KINDS)}; {usage}.")
+        raise FarspanError(f"Unknown rope stretching {rope!r}; its kinds are {' and '.join(KINDS)}: {usage}.")
     try:
         value = float(number)
     except ValueError:
-        raise FarspanError(f"The rope stretching {rope!r} has no number after the colon; {usage}.") from None
+        raise FarspanError(f"The rope stretching {rope!r} has no number after the colon: {usage}.") from None
     if not 1.0 < value < 1e9:
-        raise FarspanError(f"The rope stretching {rope!r} must be above 1; {usage}.")
+        raise FarspanError(f"The number of the rope stretching {rope!r} must be above 1: {usage}.")
     return kind, value
 
 
 def stretch(config: Any, rope: str) -> None:
-    """Rewrite a transformers configuration (of a multimodal model: its text part) for more positions.
+    """Change a transformers configuration (for a multimodal model, its text config) to have more positions.
 
-    With M its positions and s the factor (target length / M), `max_position_embeddings` becomes s·M and
+    With M the number of positions and s the factor (target length / M), `max_position_embeddings` becomes s·M
+    and
 
     - "yarn": `rope_type="yarn"` with factor s over M positions, theta kept (YaRN, arXiv 2309.00071).
     - "dynamic": NTK-aware scaling with s fixed at the target length, theta · s^(d / (d − 2)) for d rotated
       dimensions (the same paper, section 3.1; transformers' "dynamic" at sequence length s·M, factor 1).
 
-    Where layer types have their own rotary embedding (Gemma 3), only full attention is stretched: a sliding
-    window never sees a distance it was not trained on.
+    Where each layer type has its own rotary embedding (Gemma 3), only that of full attention is stretched,
+    because distances within a sliding window do not grow.
 
     Raises:
-        FarspanError: `rope` cannot be read, or asks for no more positions than the model has.
+        FarspanError: `rope` cannot be read, or its target is not above the positions of the model.
         Unsupported: the model has no rotary embedding, or one that is stretched already.
     """
     kind, value = parse_rope(rope)
@@ -76,8 +77,8 @@ def stretch(config: Any, rope: str) -> None:
     target = round(value) if value >= SMALLEST_TARGET else round(value * original)
     if target <= original:
         raise FarspanError(
-            f"rope={rope!r} asks for {target} positions, but {name} already has {original}; "
-            "ask for more, or leave rope out."
+            f"rope={rope!r} means {target} positions, but {name} already has {original}: "
+            "give a larger number, or leave rope out."
         )
     factor = target / original
     stretched = dict(entry)
@@ -92,7 +93,7 @@ def stretch(config: Any, rope: str) -> None:
 
 
 def can_stretch(config: Any) -> bool:
-    """Whether ``stretch`` gives the config more positions; the config stays as it is."""
+    """Whether ``stretch`` can give this config more positions. The config is not changed."""
     try:
         stretch(copy.deepcopy(config), "yarn:2")
     except FarspanError:

@@ -1,8 +1,8 @@
-"""Which rows of a batch one call of a layer serves at once, and which apart.
+"""Divide the rows of a batch into the runs that one layer call serves together.
 
-A row of a padded batch gives what it gives alone. So each row has its own phase: in a short call on a cache
-that is not empty, a row decodes if it has keys from before, and is at its prefill if it begins in this call.
-A row that has no token yet is not served; its queries are padding.
+The result of a row in a padded batch is its result alone. So each row has its own phase. In a short call on a
+cache that is not empty, a row with keys from earlier calls decodes, and a row that begins in this call is in
+prefill. A row without a token so far is not served, because its queries are padding.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Kind = TypeVar("Kind")
 
 
 class Run(NamedTuple):
-    """Neighbouring rows that are served at once. below: they have fewer keys than the crossover, and are
-    served by dense attention."""
+    """Neighbouring rows that are served together. below: whether they have fewer keys than the crossover, so
+    that dense attention serves them."""
 
     rows: slice
     phase: str
@@ -36,8 +36,11 @@ class Run(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a run gives: its attention, what that read, which (operation, implementation) pairs ran, and how
-    data moved over ranks."""
+    """The result of a run.
+
+    part: its attention. reads: the counts of what it read. ran: the (operation, implementation) pairs.
+    travel: over ranks, the data that moved.
+    """
 
     run: Run
     part: Partial
@@ -47,8 +50,8 @@ class Done(NamedTuple):
 
 
 class Served(NamedTuple):
-    """The rows of one call. runs: those that attend. ended: those whose prefill has run when the call ends,
-    for the decode method's ``on_prefill_end``."""
+    """The rows of one call. runs: the rows that attend. ended: the rows whose prefill ends with the call, for
+    which the decode method's ``on_prefill_end`` is called."""
 
     runs: list[Run]
     ended: list[slice]
@@ -65,12 +68,13 @@ def served(
     crossover: Mapping[str, float],
     groups: list[range],
 ) -> Served:
-    """The rows of a call that takes the sequence from ``past`` to ``total`` positions.
+    """The runs of a call that extends the sequence from ``past`` to ``total`` positions.
 
-    starts: where rows begin; None: at 0, all of them. ends: where rows end that are padded on the right.
-    short: the call is a decode step for rows that have keys. crossover: by phase, how many keys a row needs
-    for the method. groups: rows whose state is one value; no run, and no entry of ``ended``, spans two of
-    them.
+    starts: the positions at which rows begin; None: all at 0.
+    ends: the positions at which rows end; None: no row is padded on the right.
+    short: whether the call is a decode step for rows that have keys.
+    crossover: by phase, the number of keys from which a row is served by the method.
+    groups: the rows whose state is stored together. No run and no entry of ``ended`` spans two groups.
     """
     holder = [place for place, group in enumerate(groups) for _ in group]
     kinds: list[tuple[str, bool, int] | None] = []
@@ -80,7 +84,7 @@ def served(
         below = (ends[row] if ends else total) - first < crossover.get(phase, 0)
         begun = first < total
         kinds.append((phase, below, holder[row] if phase == DECODE else 0) if begun else None)
-        # In a long call rows without a token end with the others, so that the batch stays one group.
+        # In a long call, rows without a token end with the other rows, so that the batch stays one group.
         ended.append(holder[row] if phase == PREFILL and (begun or not short) else None)
     if not any(kinds):
         return Served([], [])
@@ -91,7 +95,7 @@ def served(
 
 
 def _neighbours(kinds: Sequence[Kind | None]) -> list[tuple[Kind, slice]]:
-    """Neighbouring rows of one kind; those of None are left out."""
+    """(kind, rows) of neighbouring rows of one kind, without the rows whose kind is None."""
     found, at = [], 0
     for kind, rows in groupby(kinds):
         begin, at = at, at + len(list(rows))
@@ -101,7 +105,7 @@ def _neighbours(kinds: Sequence[Kind | None]) -> list[tuple[Kind, slice]]:
 
 
 def joined(done: list[Done], q: Tensor, value_dim: int) -> Partial:
-    """One Partial of all runs of a call of queries q [B, H, Tq, D]; (0, -inf) in rows that are in no run."""
+    """The Partials of all runs as one, for the queries q [B, H, Tq, D]; (0, -inf) in rows without a run."""
     if len(done) == 1 and done[0].run.size == q.shape[0]:
         return done[0].part
     whole = empty_partial(q, value_dim)
@@ -111,7 +115,7 @@ def joined(done: list[Done], q: Tensor, value_dim: int) -> Partial:
 
 
 def total_reads(done: Iterable[Done]) -> Reads:
-    """What all runs have read, with the first reason that one of them gives."""
+    """The sum of what all runs have read, with the first fallback reason among them."""
     total = Reads()
     for _, _, reads, *_ in done:
         total += reads

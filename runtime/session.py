@@ -1,4 +1,5 @@
-"""What the layers of one patched model share during a call, and what marks a patch as one model's own."""
+"""The Session: what the layers of one patched model share during a call. Unique: a base for parts of a
+patch."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ from .padding import Padding, read_padding
 
 
 class Stores(Protocol):
-    """The stores of the running call, by layer."""
+    """The stores of the present call by layer."""
 
     def __getitem__(self, index: int) -> KVStore | None: ...
 
 
 class Unique:
-    """A part of a patch, which belongs to one model. Copying or pickling it raises FarspanError."""
+    """A base class for parts of a patch, which belong to one model. Copying or pickling one raises
+    FarspanError."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise FarspanError(
@@ -37,8 +39,8 @@ class Unique:
 
 
 class Notices(Counter[str]):
-    """What was not done in calls of a patched model, and why, by number of calls. warned: the reasons that a
-    warning was given of."""
+    """For each notice (what a call did not do, and why), the number of calls. warned: the notices for which a
+    warning was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,37 +48,38 @@ class Notices(Counter[str]):
 
 
 class Session(threading.local):
-    """What the layers of one patched model share during a forward call; threads may call it at the same
-    time."""
+    """What the layers of one patched model share during a forward call. Each thread has its own values, so
+    several threads may call the model at the same time."""
 
     def __init__(self, strict: bool, mesh: Mesh | None = None, notices: Notices | None = None) -> None:
         self.strict = strict
         self.mesh = mesh
-        self.notices = Notices() if notices is None else notices  # of all threads, for the report
-        self.call: Call | None = None  # of a mesh, while the decoder runs
-        self.output: Tensor | None = None  # of a mesh, what the last call has given
-        self.rows: int | None = None  # how many last positions the caller wants; None: all
-        self.scoring = False  # whether logits of more than the last position are wanted
-        self.off = False  # whether the running call is the model's own, since it was set to another attention
-        self.positions: Tensor | None = None  # of the whole call, while a part of it runs
-        self.given: Given | None = None  # of the running attention module, where needed
-        self.turns: dict[tuple[int, str], Any] = {}  # last calls of rotary embeddings
-        self.cached = False  # whether the running call keeps its keys
+        self.notices = Notices() if notices is None else notices  # for the report; shared by all threads
+        self.call: Call | None = None  # the call over ranks, while the decoder runs
+        self.output: Tensor | None = None  # over ranks, the last position of the last call's hidden states
+        self.logits_to_keep: int | None = None  # number of last positions with logits; None: all positions
+        self.scoring = False  # whether the call returns logits of more than the last position
+        self.off = False  # whether the model was set to another attention, so that farspan does nothing
+        self.positions: Tensor | None = None  # the positions of the whole call, while a part of it runs
+        # the inputs of the present attention module, where a method needs them
+        self.given: Given | None = None
+        self.rotary_calls: dict[tuple[int, str], Any] = {}  # the last calls of rotary embeddings
+        self.cached = False  # whether the call keeps its keys in a cache
         self.stores: Stores | None = None
-        self.ends: list[int] | None = None  # where rows of the running call end, if some have padding behind
-        self._padding: tuple[int, Padding] | None = None  # of the running call, and up to which position
-        self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: each kind of layer has its mask
-        self._noticed: set[str] = set()  # in the running call
+        self.ends: list[int] | None = None  # where rows end; None without padding on the right
+        self._padding: tuple[int, Padding] | None = None  # (number of positions, their padding) of the call
+        self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: kinds of layers have own masks
+        self._noticed: set[str] = set()  # the notices of the present call
 
-    def begin(self, stores: Stores | None, padding: Padding, total: int) -> None:
-        """A call begins that takes the sequence to ``total`` positions, and keeps its keys in ``stores``."""
-        self.end()
+    def begin_call(self, stores: Stores | None, padding: Padding, total: int) -> None:
+        """Begin a call that extends the sequence to ``total`` positions and keeps its keys in ``stores``."""
+        self.end_call()
         self.cached, self.stores, self.ends = stores is not None, stores, padding.ends
         self._padding = total, padding
 
     def notice(self, reason: str, warning: str | None = None) -> None:
-        """Take into the report, once for each call, what was not done in it; ``warning`` is given once for
-        each patch, by the first of several ranks."""
+        """Count ``reason`` in the report, once for each call. ``warning`` is given once for each patch, over
+        ranks by rank 0 only."""
         if reason in self._noticed:
             return
         self._noticed.add(reason)
@@ -87,33 +90,37 @@ class Session(threading.local):
             warnings.warn(warning, stacklevel=3)
 
     def ends_below(self, total: int) -> list[int] | None:
-        """Where rows end among the first ``total`` positions; None where no padding follows them."""
+        """The positions at which rows end among the first ``total`` positions; None where none of these is
+        padding on the right."""
         if self.ends is None or min(self.ends) >= total:
             return None
         return [min(end, total) for end in self.ends]
 
     def padding(self, mask: Tensor | None, batch: int, length: int) -> Padding:
-        """Read a 2-D mask [B, Tk], True where a token is. Worked out once for all the layers that are given
-        it."""
+        """The padding of a 2-D mask [B, Tk], which is True at tokens. It is computed once for all layers that
+        are called with the same mask."""
         if mask is None:
             return Padding()
         if mask.dim() != 2:
-            raise FarspanError(f"farspan takes a 2-D attention mask for padding; got a {mask.dim()}-D one.")
+            raise FarspanError(
+                "farspan takes a 2-D attention mask (rows, positions), which marks padding; got a "
+                f"{mask.dim()}-D one."
+            )
         if self._padding is not None and mask.shape == (batch, self._padding[0]) and length == mask.shape[1]:
             return self._padding[1]
         if id(mask) not in self._paddings:
             self._paddings[id(mask)] = mask, read_padding(mask)
         if mask.shape != (batch, length):
             raise FarspanError(
-                f"The attention mask covers {list(mask.shape)} (rows, positions), the keys are "
-                f"{[batch, length]}: pass a mask "
-                "with one entry for every token, cached ones included."
+                f"The attention mask has the shape {list(mask.shape)} (rows, positions), and the keys have "
+                f"{[batch, length]}: pass a mask with one entry for every token, including cached tokens."
             )
         return self._paddings[id(mask)][1]
 
     @contextmanager
     def part_of(self, positions: Tensor) -> Iterator[None]:
-        """Around calls that run parts of one with these ``positions``; a part may have parts itself."""
+        """A context in which the parts of one call run. positions: those of the whole call. It may be nested:
+        a part may run in parts."""
         before = self.positions
         self.positions = positions if before is None else before
         try:
@@ -121,7 +128,7 @@ class Session(threading.local):
         finally:
             self.positions = before
 
-    def end(self) -> None:
-        """Forget the call."""
+    def end_call(self) -> None:
+        """End the call and drop its values."""
         self.cached, self.stores, self.ends = False, None, None
         self._padding, self._paddings, self._noticed = None, {}, set()

@@ -1,4 +1,4 @@
-"""ShardStore: the part of a layer's KV cache that one rank holds."""
+"""ShardStore: the part of a layer's KV cache that is stored on one rank."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..parallel.mechanisms.call import Call, Shard
 from ..parallel.mechanisms.layout import Layout, Split
 from .cache import KVStore
 
-running: ContextVar[Call | None] = ContextVar("running", default=None)  # the call over ranks that runs now
+running: ContextVar[Call | None] = ContextVar("running", default=None)  # the present call over ranks
 
 
 class ShardStore(KVStore):
-    """A KVStore that holds some of a sequence's positions; other ranks hold the others.
+    """A KVStore that holds some of a sequence's positions. Other ranks hold the other positions.
 
-    length: how many positions are here; total: how many there are on all ranks.
-    layout: which rank holds which positions; the same on every rank.
-    shared: the block summaries of all keys, whole on every rank.
-    recent: the last few keys [B, Hkv, t, D], from which the entry of a block that is still open is computed.
-    window: of a layer with a sliding window; positions before the window are dropped.
+    length: number of positions on this rank. total: number of positions on all ranks.
+    layout: which rank holds which positions; it is the same on every rank.
+    shared: block summaries of all keys; every rank has all of them.
+    recent: the last keys [B, Hkv, t, D], from which the summary of an incomplete block is computed.
+    window: the size of a layer's sliding window, None without one; older positions are dropped.
     """
 
     def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
@@ -41,21 +41,21 @@ class ShardStore(KVStore):
 
     @property
     def shard(self) -> Shard:
-        """The keys and values that this rank holds."""
+        """The keys and values on this rank, with the layout."""
         assert self.kv is not None
         return Shard(self.kv, self.layout)
 
     def take_shared(self, k: Tensor, v: Tensor) -> None:
-        """Store this rank's part of the new keys and values [B, Hkv, t, D], which every rank has. Each block
-        of positions goes to the rank that holds fewest."""
+        """Store this rank's part of new keys and values [B, Hkv, t, D] that every rank has. The layout is
+        block-cyclic: each block goes to the rank that holds the fewest positions."""
         begin, end = self.total, self.total + k.shape[2]
         layout = self.layout.block_cyclic(begin, end, self.block)
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
-        """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without its
-        padding."""
+        """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without the padding
+        of the split."""
         rank = self.ranks.rank
         layout = self.layout.extended(split.layout())
         self._take(split.real(k, rank), split.real(v, rank), layout, split.end)
@@ -66,7 +66,7 @@ class ShardStore(KVStore):
         assert self.layout.count(self.ranks.rank) == self.length
 
     def replace(self, shard: Shard) -> None:
-        """Hold ``shard`` instead of what was held so far."""
+        """Replace the stored keys and values by ``shard``."""
         self._buffers = ()
         self._resize(0)
         self.extend(shard.kv)
@@ -83,8 +83,8 @@ class ShardStore(KVStore):
             return
         if self.window is not None and self.layout.begin > max(0, self.total - count - self.window + 1):
             raise FarspanError(
-                f"A layer with a sliding window of {self.window} tokens has dropped what it would need to go "
-                f"back by {count} of {self.total} tokens."
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because a layer with a "
+                f"sliding window of {self.window} tokens has dropped the older ones: start a new cache."
             )
         self._total = max(0, self.total - count)
         here = self.layout.below(self.ranks.rank, self.total)
@@ -103,7 +103,7 @@ class ShardStore(KVStore):
         self.recent = None
 
     def holds(self, k: Tensor) -> bool:
-        return False  # k is the call's own; the rows here are read by position
+        return False  # k is computed in the call; the stored keys are read by position
 
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         super()._map(change, rows)

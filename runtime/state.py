@@ -1,4 +1,4 @@
-"""The state that methods keep over time, by batch rows."""
+"""The state that methods keep of the rows of a batch between calls."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..attention.keys import State
 
 @dataclass(eq=False)
 class _Group:
-    """Neighbouring rows whose state is one value. states: by method, its state. seen: by method, how many
-    positions its last call knew."""
+    """Neighbouring rows whose state is stored together. states: by method. seen: by method, the number of
+    positions of the sequence after its last call."""
 
     rows: range
     states: dict[str, State] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
     def of(self, rows: Sequence[int], at: int) -> _Group:
-        """A group that holds the state of ``rows``, any of this group's in any order, as the rows from ``at``
-        on."""
+        """A group of the rows from ``at`` on, with the state of ``rows``: rows of this group, in any
+        order."""
         local = torch.tensor([row - self.rows.start for row in rows])
         states = {
             name: {key: x.index_select(0, local.to(x.device)) for key, x in state.items()}
@@ -34,23 +34,24 @@ class _Group:
 class States:
     """The state of each method, by groups of neighbouring rows.
 
-    All rows are one group until some of them are served apart, or lose their state. The tensors of different
-    groups may have different sizes, so groups stay apart as long as any state is kept.
+    At first all rows are one group. A group is split when some of its rows are served separately or lose
+    their state. States of different groups may differ in size, so groups are not joined again while any state
+    is stored.
     """
 
     def __init__(self) -> None:
         self._groups: list[_Group] = []
 
     def groups(self, batch: int) -> list[range]:
-        """Which of the ``batch`` rows have their state in one value."""
+        """The groups of the ``batch`` rows."""
         if not any(state for group in self._groups for state in group.states.values()):
             self._groups = [_Group(range(batch))]
         return [group.rows for group in self._groups]
 
     def of(self, name: str, rows: slice, past: int, total: int) -> State:
-        """The state of the method ``name`` for neighbouring rows of one group, at a call that takes the
-        sequence from ``past`` to ``total`` positions. Empty if positions were appended since the method's
-        last call."""
+        """The state of the method ``name`` for neighbouring rows of one group, in a call that extends the
+        sequence from ``past`` to ``total`` positions. It is empty if positions were appended since the last
+        call of the method."""
         group = self._apart(range(rows.start, rows.stop))
         if group.seen.get(name) not in (past, total):
             group.states.pop(name, None)
@@ -58,17 +59,17 @@ class States:
         return group.states.setdefault(name, {})
 
     def drop(self, rows: Iterable[int]) -> None:
-        """Forget the state of some rows, of every method."""
+        """Drop the state of some rows, for every method."""
         for row in rows:
             if self._groups:
                 self._apart(range(row, row + 1)).states.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop the state of all rows."""
         self._groups = []
 
     def map_rows(self, rows: Sequence[int]) -> None:
-        """Let row i become what row ``rows[i]`` was."""
+        """Give row i the state that row ``rows[i]`` had."""
         groups, at = [], 0
         for group, some in groupby(rows, key=self._holder):
             if group is not None:
@@ -80,9 +81,9 @@ class States:
         return next((group for group in self._groups if row in group.rows), None)
 
     def _apart(self, rows: range) -> _Group:
-        """The group of exactly these rows, cut out of the one that holds them."""
+        """The group of exactly these rows; the group that contains them is split where needed."""
         holder = self._holder(rows.start)
-        assert holder is not None and rows.stop <= holder.rows.stop, "rows are served by groups"
+        assert holder is not None and rows.stop <= holder.rows.stop, "a run lies in one group"
         if holder.rows == rows:
             return holder
         edges = (holder.rows.start, rows.start, rows.stop, holder.rows.stop)

@@ -1,7 +1,7 @@
-"""Tables as text for a terminal, a pipe or a log: every table that a command prints.
+"""Tables as text for a terminal, a pipe or a log. Every table that a command prints is made here.
 
-No number is cut or broken, and no word is. A row that is too wide for the terminal takes several lines, of
-which the first is its first cell:
+No number and no word is cut or broken. A row that is too wide for the terminal takes several lines. The first
+line then holds the first cell:
 
     method                 length    n  score  read %       method
     ─────────────────────────────────────────────────         length    n  score  read %
@@ -22,8 +22,8 @@ _GAP = _INDENT = "  "
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """The lines of `text`, broken at spaces and between the parts of a method's name (after a comma or
-    a colon that a letter follows). A part wider than `width` stays whole: its line is longer."""
+    """The lines of `text`, broken at spaces and between the parts of a method's name, which follow a comma or
+    a colon and begin with a letter. A part that is wider than `width` is not broken; its line is longer."""
     lines = []
     for paragraph in text.split("\n"):
         line, *rest = _BREAKS.split(paragraph)
@@ -38,11 +38,11 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 class Table:
-    """Rows of cells under `columns`; the first cell names its row.
+    """Rows of cells under `columns`. The first cell of a row is its name.
 
-    numbers_from: the first of the columns that hold numbers, which are set to the right and never broken;
-    None where no column does. Cells of text are broken as `wrap` breaks them, the first cell only where it is
-    wider than the terminal.
+    numbers_from: the first column of numbers; the columns after it hold numbers too. None: no column does.
+    Numbers are aligned to the right and never broken. Cells of text are broken by `wrap`, the first cell only
+    where it is wider than the terminal.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Table:
         self._rules: set[int] = set()  # the rows with a rule above them
 
     def add_row(self, *cells: str) -> None:
-        """Add a row: a cell for each column. Raises ValueError for any other number of cells."""
+        """Add a row with one cell for each column. Raises ValueError for another number of cells."""
         if len(cells) != len(self.columns):
             raise ValueError(f"a row of {len(cells)} cells for {len(self.columns)} columns")
         self.rows.append(cells)
 
     def add_section(self) -> None:
-        """Part the rows so far from those that follow."""
+        """Draw a line between the rows so far and the rows that follow."""
         self._rules.add(len(self.rows))
 
     def text(self, width: int | None = None) -> str:
-        """Title, columns, rows and caption as lines of at most `width` cells; None: each row on one line."""
+        """Title, columns, rows and caption, in lines of at most `width` cells. None: each row is one line."""
         head, *rows = self.lines(width)
         size = max(cell_len(line) for lines in (head, *rows) for line in lines)
         limit = width or max(size, 80)
@@ -76,12 +76,12 @@ class Table:
         return "\n".join(lines)
 
     def lines(self, width: int | None = None) -> list[list[str]]:
-        """The lines of the columns' names, then those of each row."""
+        """The lines of the column names, followed by the lines of each row."""
         bands = self._bands(width)
         return [list(self._lines(cells, bands)) for cells in (self.columns, *self.rows)]
 
     def _bands(self, width: int | None) -> list[dict[int, int]]:
-        """The columns of each line of a row, with their widths."""
+        """For each line of a row, the columns in it with their widths."""
         columns = list(enumerate(zip(self.columns, *self.rows, strict=True)))
         most = [max(_width(cell) for cell in cells) for _, cells in columns]
         least = [
@@ -119,7 +119,8 @@ class Table:
 
 
 def _spread(columns: Sequence[int], least: Sequence[int], most: Sequence[int], room: int) -> dict[int, int]:
-    """Widths from `least` to `most` within the room; the smallest wishes are met first."""
+    """Widths between `least` and `most` that fit into `room`. Columns that need the fewest cells to reach
+    `most` are widened first."""
     widths = {i: least[i] for i in columns}
     spare = max(0, room - sum(widths.values()) - len(_GAP) * (len(widths) - 1))
     wishes = sorted(columns, key=lambda i: most[i] - least[i])
@@ -135,5 +136,5 @@ def _width(cell: str) -> int:
 
 
 def _least(cell: str) -> int:
-    """The width of the widest part that is never broken."""
+    """The width of the widest part that `wrap` does not break."""
     return max(map(cell_len, wrap(cell, 0)))

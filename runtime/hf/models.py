@@ -1,4 +1,4 @@
-"""Which models can be served: their decoder and attention modules, or every reason why not."""
+"""Inspect a model: its decoder and attention modules, or every reason why farspan cannot serve it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
 
 @dataclass
 class ModelInfo:
-    """What patching needs to know of a model: its decoder, and its attention modules by layer."""
+    """The parts of a model that patching uses: its decoder, and its attention modules by layer.
+
+    kinds: the type of each layer, such as "full_attention".
+    """
 
     model: nn.Module
     decoder: nn.Module
@@ -38,7 +41,7 @@ class ModelInfo:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What a recipe must match: architecture and sizes, of the whole model."""
+        """The architecture and sizes of the whole model, which a recipe must match."""
         first = self._whole(min(self.attention))
         return {
             "model_type": self.config.model_type,
@@ -51,7 +54,7 @@ class ModelInfo:
         }
 
     def layer_info(self, index: int) -> LayerInfo:
-        """Head counts and size of one layer; under tensor parallelism of this rank's share of it."""
+        """Number of heads and head size of one layer; under tensor parallelism, of the heads on this rank."""
         whole = self._whole(index)
         if self.weights_mesh is None or self._heads[index] == (whole.num_heads, whole.num_kv_heads):
             return whole
@@ -74,7 +77,7 @@ class ModelInfo:
 
     @cached_property
     def weights_mesh(self) -> DeviceMesh | None:
-        """The mesh over which tensor parallelism has shared out the layers' weights, if it has."""
+        """The device mesh over which tensor parallelism shards the weights; None without it."""
         return weights_mesh(self.model)
 
     @cached_property
@@ -93,19 +96,20 @@ class ModelInfo:
         return Unsupported(
             f"farspan cannot patch {type(self.model).__name__}",
             [
-                f"tensor parallelism over {shares} ranks does not divide its {whole.num_heads} query and "
-                f"{whole.num_kv_heads} KV heads"
+                f"its {whole.num_heads} query heads and {whole.num_kv_heads} KV heads do not divide by the "
+                f"{shares} ranks of tensor parallelism"
             ],
         )
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether some layer of the model carries a patch."""
+    """Whether some layer of the model is patched."""
     return any(ATTRIBUTE in vars(m) for m in model.modules())
 
 
 def inspect_model(model: Any) -> ModelInfo:
-    """Find what patching needs, or raise Unsupported with every reason why this model cannot be served."""
+    """Find the parts of a model that patching uses. Raises Unsupported, with every reason, for a model that
+    farspan cannot serve."""
     if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
         raise Unsupported(
             f"farspan cannot patch a {type(model).__name__}",
@@ -116,30 +120,30 @@ def inspect_model(model: Any) -> ModelInfo:
     if not isinstance(config, PreTrainedConfig):
         raise Unsupported(
             f"farspan cannot patch {type(model).__name__}",
-            [f"its get_decoder() gives a {type(decoder).__name__}, not a transformers decoder with a config"],
+            [f"its get_decoder() returns a {type(decoder).__name__} without a transformers config"],
         )
     settings = layer_configs(config)
 
-    def asks(name: str) -> bool:
+    def is_set(name: str) -> bool:
         return any(_is_set(getattr(one, name, None)) for one in settings)
 
     reasons = []
-    if asks("is_encoder_decoder"):
+    if is_set("is_encoder_decoder"):
         reasons.append("encoder-decoder models are not causal LMs")
-    if asks("kv_lora_rank"):
-        reasons.append("latent attention (MLA) does not attend to the keys and values a cache holds")
-    if asks("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
-        reasons.append("layers that share another layer's keys are not served")
+    if is_set("kv_lora_rank"):
+        reasons.append("latent attention (MLA) does not attend to the keys and values of a cache")
+    if is_set("num_kv_shared_layers") or any(_reuses_keys(one) for one in settings):
+        reasons.append("layers that use another layer's keys are not served")
     if any(getattr(getattr(m, "config", None), "output_attentions", False) for m in (model, decoder)):
-        reasons.append("its config asks for output_attentions, and farspan never makes attention weights")
+        reasons.append("its config sets output_attentions, and farspan never computes attention weights")
     if not all(_is_causal_config(one) for one in settings):
         reasons.append("its attention is bidirectional")
     modules = [m for m in decoder.modules() if _is_attention(m)]
     attention = {m.layer_idx: m for m in modules}
     if not attention:
-        reasons.append("no module of it calls attention through transformers' AttentionInterface")
+        reasons.append("none of its modules calls attention through transformers' AttentionInterface")
     if not all(map(_is_causal, modules)):
-        reasons.append("some of its attention is not causal (an encoder's, or cross-attention)")
+        reasons.append("some of its attention is not causal (an encoder or cross-attention)")
     elif len(attention) < len(modules):
         reasons.append("some of its layers have more than one attention module")
     kinds: list[str] = []
@@ -153,7 +157,8 @@ def inspect_model(model: Any) -> ModelInfo:
 
 
 def without_head(decoder: Any) -> Any:
-    """The part that gives hidden states; `get_decoder` gives a CausalLM for Mllama's text and Kosmos-2.5."""
+    """The part of a decoder that returns hidden states. For the text models of Mllama and Kosmos-2.5,
+    `get_decoder` returns a CausalLM with a head."""
     if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
         inner = [part for part in decoder.children() if isinstance(part, PreTrainedModel)]
         if len(inner) == 1:
@@ -162,14 +167,15 @@ def without_head(decoder: Any) -> Any:
 
 
 def place_beside(module: nn.Module, other: nn.Module) -> None:
-    """Move ``module`` to the device of ``other``'s weights, where they are on one; dtypes stay."""
+    """Move ``module`` to the device of the weights of ``other``, if they are all on one device. The dtypes
+    do not change."""
     devices = {p.device for p in other.parameters() if p.device.type != "meta"}
     if len(devices) == 1:
         module.to(devices.pop())
 
 
 def _inside(wrapper: Any) -> str:
-    """Where the model is in what DistributedDataParallel, DeepSpeed or others have put around it."""
+    """A hint where the model is inside a wrapper of DistributedDataParallel, DeepSpeed or others; else ""."""
     inner = getattr(wrapper, "module", None)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "get_decoder"):
         return ""
@@ -177,26 +183,26 @@ def _inside(wrapper: Any) -> str:
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """The config, or one for each layer where settings differ from layer to layer (then the config itself
-    refuses to be asked for them)."""
+    """The config alone; or one config for each layer where settings differ between layers, since such a
+    config does not return these settings itself."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def _reuses_keys(config: Any) -> bool:
-    """Whether a layer reads another's keys. The layer that gives them says "store", even where no layer reads
-    them (Gemma 4 in transformers 5.24)."""
+    """Whether some layer reuses the keys of another layer. The mode of the other layer is "store", also where
+    no layer reuses its keys (Gemma 4 in transformers 5.24)."""
     modes = getattr(config, "kv_sharing_modes", None) or ()
     return any(str(mode).startswith("reuse") for mode in modes)
 
 
 def _is_set(value: Any) -> bool:
-    """Whether a config asks for something here; a list does where one of its entries does."""
+    """Whether a setting is true; for a list, whether one of its entries is."""
     return any(map(_is_set, value)) if isinstance(value, list | tuple) else bool(value)
 
 
 def _is_causal_config(config: Any) -> bool:
-    """Whether text is causal. "vision": image tokens alone see each other, and calls with images are refused
-    by the mask function."""
+    """Whether attention between text tokens is causal. With "vision", only image tokens attend to later
+    tokens, and the mask function refuses calls with images."""
     both_ways = getattr(config, "use_bidirectional_attention", None)
     return bool(getattr(config, "is_causal", True)) and both_ways in (None, False, "vision")
 
@@ -208,7 +214,7 @@ def _is_attention(module: nn.Module) -> bool:
 def calls_attention(module: nn.Module) -> bool:
     """Whether a module calls attention through transformers' AttentionInterface."""
     calls = calls_attention_interface(type(module).forward)
-    if calls is None:  # a class without source at hand
+    if calls is None:  # the source of the class is not available
         return type(module).__name__.endswith("Attention") and hasattr(module, "num_key_value_groups")
     return calls
 
@@ -218,34 +224,34 @@ def _is_causal(module: nn.Module) -> bool:
 
 
 def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
-    """The ranks that ``parallel`` asks for, or None where there is one process; refuses what cannot be spread
-    over them."""
+    """The mesh of ranks for ``parallel``; None in one process. Raises Unsupported for a model whose sequence
+    cannot be sharded."""
     reasons = [
-        f"layers of type {kind!r} carry a state along the sequence, which is not passed between ranks"
+        f"layers of type {kind!r} have a recurrent state, which is not passed between ranks"
         for kind in sorted({k for k in info.kinds if k not in (FULL, SLIDING)})
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
-        reasons.append("its decoder takes no position_ids, so it cannot be given a part of the sequence")
+        reasons.append("its decoder takes no position_ids, so it cannot compute a part of the sequence")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        reasons.append("device_map has spread its layers over devices; give each rank one device")
+        reasons.append("device_map has put its layers on several devices; give each rank one device")
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         reasons.append(
-            "its weights are sharded by DeepSpeed ZeRO-3, which gathers them layer by layer on its own "
-            "schedule; use ZeRO-2 or less, torch's FSDP2 (fully_shard), or transformers' tensor parallelism "
-            "on a (cp, tp) mesh"
+            "its weights are sharded by DeepSpeed ZeRO-3, which gathers them on a schedule that farspan does "
+            "not control; use ZeRO-2 or less, torch's FSDP2 (fully_shard), or transformers' tensor "
+            "parallelism on a (cp, tp) mesh"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     if device is None:
-        reasons.append("its weights are offloaded")
+        reasons.append("its weights are offloaded; load them onto one device of each rank")
     if reasons or device is None:
-        raise Unsupported(f"farspan cannot spread {type(model).__name__} over ranks", reasons)
+        raise Unsupported(f"farspan cannot run {type(model).__name__} over ranks", reasons)
     if info.weights_mesh is None:
         return join(parallel, device)
     return _join_beside(info.weights_mesh, parallel, device)
 
 
 def _join_beside(weights: DeviceMesh, parallel: Any, device: torch.device) -> Mesh | None:
-    """As ``join``, where other ranks have other shares of the heads: those never share this rank's
+    """See ``join``; for a model under tensor parallelism. Ranks that have different heads never share a
     sequence."""
     config = ContextParallel() if parallel == "auto" else parallel
     if isinstance(config, ContextParallel) and config.mesh is None:
@@ -253,8 +259,8 @@ def _join_beside(weights: DeviceMesh, parallel: Any, device: torch.device) -> Me
         if along is None:
             if config.size not in (None, 1):
                 raise FarspanError(
-                    f"ContextParallel(size={config.size}), but tensor parallelism takes all "
-                    f"{weights.size()} ranks of the job: start {config.size} times as many."
+                    f"ContextParallel(size={config.size}) was given, but tensor parallelism uses all "
+                    f"{weights.size()} ranks of the job: start {config.size} times as many processes."
                 )
             return None
         config = dataclasses.replace(config, mesh=along)
@@ -265,7 +271,7 @@ def _join_beside(weights: DeviceMesh, parallel: Any, device: torch.device) -> Me
     if len(peers.intersection(map(mesh.ranks.global_rank, range(mesh.size)))) > 1:
         mesh.close()
         raise FarspanError(
-            "parallel= gives a sequence to ranks that have different shares of the model's heads by tensor "
-            'parallelism: the dimensions "cp" and "tp" of a mesh cross each other.'
+            "parallel= shards a sequence over ranks that have different heads of the model under tensor "
+            'parallelism: take the ranks along the dimension "cp" of a ("cp", "tp") mesh.'
         )
     return mesh

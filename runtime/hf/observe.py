@@ -1,4 +1,4 @@
-"""Watching the queries and keys of a patched model, for calibration."""
+"""Observe the queries and keys of a patched model, for calibration."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .models import ModelInfo
 
 
 def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
-    """Let ``attend(q, k, v, mask, softmax)`` -> [B, Tq, H, D] stand for the layer of a patched attention
-    module. Returns the undo step."""
+    """Replace the layer of a patched attention module by ``attend(q, k, v, mask, softmax)`` -> [B, Tq, H, D].
+    Returns the undo step."""
     layer = getattr(module, ATTRIBUTE)
     setattr(module, ATTRIBUTE, attend)
     return lambda: setattr(module, ATTRIBUTE, layer)
 
 
 def observe(info: ModelInfo, index: int, needs: Needs, observer: Callable[..., None]) -> Callable[[], None]:
-    """Call ``observer(q, k, v, softmax)`` with what a patched layer's attention is given, uncached; with
-    ``inputs=`` besides, where ``needs`` name some: queries and keys before RoPE in
-    float32, hidden states as they are. Returns the undo step."""
+    """Call ``observer(q, k, v, softmax)`` in every call of a patched layer without a cache, with the tensors
+    of the call. Where ``needs`` names inputs, the observer is also called with ``inputs=``: queries and keys
+    before RoPE in float32, hidden states in their dtype. Returns the undo step."""
     module = info.attention[index]
     layer: Layer = getattr(module, ATTRIBUTE)
     session = layer.session

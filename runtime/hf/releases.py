@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that farspan supports, and which ones the tests ran on.
+"""The differences between the releases of transformers that farspan supports, and the tested releases.
 
 | since | what changed | used by |
 |---|---|---|
@@ -6,7 +6,7 @@
 | 5.24 | `forward` takes `cache=`; `past_key_values=` still works there, with a FutureWarning | `cache_name` |
 | 5.24 | outputs carry `.cache`; `.past_key_values` reads it | `returned_cache` |
 | 5.24 | `Cache.update` passes the attention's keyword arguments on to the layer | `KVStoreLayer.update` |
-| 5.24 | cache layers no longer have a `dtype` | nobody; ours never read it |
+| 5.24 | cache layers no longer have a `dtype` | nothing; farspan's cache layers never read it |
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 TESTED = ("5.21", "5.22", "5.23", "5.24")
 """Releases (major.minor, oldest first) on which the tests passed; tests/releases.py reads it."""
 
-# Classes of transformers that the tests patch and compare with the unpatched model, each in every phase.
+# Model classes of transformers that the tests patch and compare with the unpatched model, in every phase.
 ARCHITECTURES = frozenset(
     {
         "FalconH1ForCausalLM",
@@ -45,11 +45,12 @@ ARCHITECTURES = frozenset(
 )
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward may call its cache. The newer name comes first: where both are given, it counts."""
+"""The names that a forward may have for its cache, the newer one first. Where both are given, the newer one
+applies."""
 
 
 def installed() -> str:
-    """The installed transformers, such as "5.24.0"."""
+    """The version of the installed transformers, such as "5.24.0"."""
     return version("transformers")
 
 
@@ -58,14 +59,14 @@ def newer_than_tested(release: str | None = None) -> bool:
     return _minor(release or installed()) > _minor(TESTED[-1])
 
 
-def wanted() -> str:
-    """What pip is asked for to get a tested release."""
+def tested_requirement() -> str:
+    """The requirement by which pip installs a tested release of transformers."""
     major, minor = _minor(TESTED[-1])
     return f"transformers>={TESTED[0]},<{major}.{minor + 1}"
 
 
 def is_tested(kind: type) -> bool:
-    """Whether the tests cover a class of models: transformers' own, not another author's of that name."""
+    """Whether the tests cover a model class. It must be transformers' own class, not one of the same name."""
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in ARCHITECTURES
 
 
@@ -75,7 +76,7 @@ def _minor(release: str) -> tuple[int, int]:
 
 
 def cache_name(module: Any) -> str:
-    """The name by which the forward of a model or decoder takes its cache."""
+    """The name of the cache argument of the forward of a model or decoder."""
     return _cache_name(type(module).forward)
 
 
@@ -87,7 +88,7 @@ def _cache_name(forward: Callable[..., Any]) -> str:
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among a call's keyword arguments, under either name; None without one."""
+    """The cache in the keyword arguments of a call, under either name; None without one."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
@@ -97,6 +98,6 @@ def with_cache(module: Any, past: Any) -> dict[str, Any]:
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache in what a model's call or ``generate`` returned; None without one."""
+    """The cache in the output of a model's call or of ``generate``; None without one."""
     found = (getattr(output, name, None) for name in CACHE_NAMES)
     return next((past for past in found if past is not None), None)

@@ -1,4 +1,5 @@
-"""RoPE whose frequencies depend on the length of a call (dynamic NTK, longrope), for calls run in parts."""
+"""RoPE whose frequencies depend on the length of a call (dynamic NTK, longrope), for calls that run in
+parts."""
 
 from __future__ import annotations
 
@@ -14,18 +15,19 @@ from .hooks import replace_forward
 
 
 def follow_length(decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
-    """Let the rotary embeddings take the length of a call from ``session.positions``, where that is set.
+    """Make the rotary embeddings use the length of the whole call, by ``session.positions`` where it is set.
 
-    They take it from the largest position that they are given, so a chunk of a prompt, or a rank's share of
-    it, would be rotated by other frequencies than the whole prompt. Returns the undo steps.
+    A rotary embedding takes the length from the largest position that it is called with. So a chunk of a
+    prompt, or the part of one rank, would be rotated by other frequencies than the whole prompt. Returns the
+    undo steps.
     """
     return [replace_forward(m, partial(_forward, session)) for m in decoder.modules() if _scaled(m)]
 
 
 def _scaled(module: nn.Module) -> bool:
-    """Whether this is a rotary embedding of another type than the default one, for some kind of layer.
+    """Whether this is a rotary embedding that has another type than "default" for some kind of layer.
 
-    Which types depend on the length is left to the module: PhiMoE makes every scaled type depend on it.
+    Which types depend on the length differs between models: in PhiMoE every scaled type does.
     """
     types = getattr(module, "rope_type", None)
     return any(x not in (None, "default") for x in (types.values() if isinstance(types, dict) else [types]))
@@ -34,13 +36,13 @@ def _scaled(module: nn.Module) -> bool:
 def _forward(
     session: Session, original: Callable[..., Any], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The embeddings of ``position_ids`` [..., T], worked out with the whole call's last position beside
-    them."""
+    """The embeddings of ``position_ids`` [..., T], computed together with the last position of the whole
+    call."""
     whole = session.positions
     if whole is None:
         return original(x, position_ids, *args, **kwargs)
-    if whole.dim() == position_ids.dim() == 3:  # M-RoPE: the text's own positions may come before its axes
+    if whole.dim() == position_ids.dim() == 3:  # M-RoPE: text positions may come before those of the axes
         whole = whole[-position_ids.shape[0] :]
     last = whole.amax().to(position_ids).expand(*position_ids.shape[:-1], 1)
-    out = original(x, torch.cat([position_ids, last], -1), *args, **kwargs)  # of [..., T + 1, D]
+    out = original(x, torch.cat([position_ids, last], -1), *args, **kwargs)  # [..., T + 1, D] each
     return out[..., :-1, :] if isinstance(out, Tensor) else tuple(part[..., :-1, :] for part in out)

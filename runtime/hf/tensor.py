@@ -1,6 +1,6 @@
-"""Tensor parallelism: which share of each layer's heads this rank has, and which ranks have the others.
+"""Tensor parallelism: which heads of each layer this rank has, and which ranks have the other heads.
 
-transformers and torch lay such weights out as DTensors; the dimension of their mesh is called "tp".
+transformers and torch store such weights as DTensors. The dimension of their device mesh is called "tp".
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TENSOR = "tp"
 
 
 def weights_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh over which the model's weights are shared out by tensor parallelism; None where they are not.
+    """The device mesh over which tensor parallelism shards the model's weights; None where it does not.
 
-    Raises Unsupported where it cannot be told which dimension of it is the tensor-parallel one.
+    Raises Unsupported where no dimension of the mesh is called "tp".
     """
     if not any(hasattr(p, "placements") for p in model.parameters()):
         return None
@@ -30,25 +30,25 @@ def weights_mesh(model: nn.Module) -> DeviceMesh | None:
 
     managed = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in managed:
-        module.reshard()  # weights it has gathered and kept no longer know of its own dimensions
+        module.reshard()  # weights that FSDP has gathered no longer name the dimensions of its mesh
     parameters: list[Any] = [p for p in model.parameters() if hasattr(p, "placements")]
     named = [p.device_mesh for p in parameters if TENSOR in (p.device_mesh.mesh_dim_names or ())]
     if named:
         return max(named, key=lambda mesh: mesh.ndim)
     if managed and all(sum(not x.is_replicate() for x in p.placements) <= 1 for p in parameters):
-        return None  # FSDP gives every module its whole weights while it runs
+        return None  # only FSDP shards the weights, and it gathers them whole while a module runs
     raise Unsupported(
         f"farspan cannot patch {type(model).__name__}",
         [
-            "its weights are shared out over a device mesh none of whose dimensions is called "
-            f'"{TENSOR}": name the one of tensor parallelism so'
+            "its weights are sharded over a device mesh that has no dimension called "
+            f'"{TENSOR}": give this name to the dimension of tensor parallelism'
         ],
     )
 
 
 def same_share(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Of the weights' mesh, the dimension along which ranks have the same share of the heads; None where no
-    other rank has. Raises FarspanError where the mesh does not tell."""
+    """The dimension of the weights' mesh along which all ranks have the same heads; None where no other rank
+    has the heads of this one. Raises FarspanError where the mesh does not show this."""
     names = mesh.mesh_dim_names or ()
     others = [name for i, name in enumerate(names) if name != TENSOR and mesh.size(i) > 1]
     if len(others) == 1:
@@ -56,18 +56,18 @@ def same_share(mesh: DeviceMesh) -> DeviceMesh | None:
     if not others and mesh.size() == torch.distributed.get_world_size():
         return None
     raise FarspanError(
-        "The model's weights are shared out by tensor parallelism, and their mesh does not tell which ranks "
-        'are to share a sequence: pass parallel= a torch DeviceMesh with the dimensions "cp" and '
+        "The model's weights are sharded by tensor parallelism, and their mesh does not show which ranks "
+        'share a sequence: set parallel= to a torch DeviceMesh with the dimensions "cp" and '
         f'"{TENSOR}".'
     )
 
 
 def count_heads(model: Any, config: Any, modules: dict[int, nn.Module]) -> dict[int, tuple[int, int]]:
-    """(query heads, KV heads) by layer, as this rank computes them; every rank that shares the weights calls
-    it.
+    """By layer, the (number of query heads, number of KV heads) that this rank computes. Every rank of the
+    weights' mesh must call this function.
 
-    Found with a forward call of one token: the layout of the weights does not tell, since some plans leave a
-    projection's output shared out and others gather it.
+    The numbers are found by a forward call of one token. The layout of the weights does not show them,
+    because some plans leave the output of a projection sharded and others gather it.
     """
     found: dict[int, tuple[int, int]] = {}
 

@@ -1,4 +1,4 @@
-"""Small copies of a model: its class and its kinds of layers, few and narrow, with random weights."""
+"""Small copies of a model: the same class and kinds of layers, but few, narrow layers and random weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .models import ModelInfo, without_head
 from .transformers_private import reset_attention
 
 VOCAB = 128
-TOKENS = range(3, 64)  # of which calls are made: none of them is special
+TOKENS = range(3, 64)  # the tokens of calls; no special token is among them
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_HEAD_DIM, _KV_HEADS, _GROUP = 16, 2, 8  # at most
-_LARGEST = 20_000_000  # parameters; above, a copy is neither quick to make nor to run
+_HEAD_DIM, _KV_HEADS, _GROUP = 16, 2, 8  # the largest values in a copy
+_LARGEST = 20_000_000  # parameters; a larger copy takes too long to make and to run
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """What sizes that depend on each other are multiplied with."""
+    """The factors by which sizes that depend on each other are multiplied."""
 
     width: Fraction = Fraction(1)
     heads: Fraction = Fraction(1)
@@ -44,7 +44,7 @@ def _most(limit: int) -> Callable[[int, _Scale], int]:
     return lambda n, _: min(n, limit)
 
 
-# By a setting's whole name; the first that fits counts.
+# (pattern of the whole name of a setting, its change). The first pattern that fits applies.
 _RULES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (r".*vocab_size.*", _most(VOCAB)),
     (r".*token_(id|index)", _most(VOCAB - 1)),
@@ -64,11 +64,11 @@ _RULES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
 
 
 def small_copies(info: ModelInfo) -> Iterator[PreTrainedModel]:
-    """Models of the class of ``info.model`` on the CPU in float32, the likelier to run first; none where
-    none can be made.
+    """Yield small models of the class of ``info.model``, on the CPU in float32; nothing where none can be
+    made. The one that is more likely to run comes first.
 
-    Only classes and configs are used, no weights: the model itself may lie on any device. Where there is more
-    around the decoder than a head (a multimodal model), they are of the decoder's class.
+    Only the class and the config are used, not the weights, so the model may be on any device. For a
+    multimodal model, the copies are of the class of the decoder.
     """
     original = owner(info)
     if original.config.get_text_config(decoder=True) is not original.config:
@@ -80,24 +80,25 @@ def small_copies(info: ModelInfo) -> Iterator[PreTrainedModel]:
                 size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
             if size <= _LARGEST:
                 yield kind(config).float().eval()
-        except Exception:  # whatever a class of any author raises on sizes it was not made for
+        except Exception:  # a class of any author may raise anything at such small sizes
             continue
 
 
 def owner(info: ModelInfo) -> Any:
-    """The model as transformers knows it, without what peft or others have put around it."""
+    """The transformers model that contains the decoder, without the wrappers of peft or others."""
     around = (m for m in info.model.modules() if isinstance(m, PreTrainedModel))
     return next((m for m in around if without_head(m.get_decoder()) is info.decoder), info.decoder)
 
 
 def own_class(module: Any) -> type[Any]:
-    """The class of a module as its author wrote it: fully_shard (FSDP) puts one of its own before it."""
+    """The class of a module as its author wrote it. fully_shard (FSDP) makes a subclass of it."""
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, sharded))
 
 
 def _layers(info: ModelInfo) -> int:
-    """The fewest first layers that have one of each kind: what alternates by number goes on doing so."""
+    """The smallest number of first layers that include every kind of layer, so that kinds that alternate by
+    layer number still do so."""
     kinds = [(kind, type(info.attention.get(i))) for i, kind in enumerate(info.kinds)]
     return max(2, *(kinds.index(kind) + 1 for kind in kinds)) if len(kinds) > 1 else 1
 
@@ -121,7 +122,7 @@ def shrink(config: Any, layers: int, head_dim: int) -> Any:
         if getattr(small, name, None) is not None:
             setattr(small, name, token)
     if getattr(small, "initializer_range", None):
-        small.initializer_range = 0.2  # wide enough that attention is far from flat, so that faults show
+        small.initializer_range = 0.2  # large, so that attention is not nearly uniform and faults show
     kept = {int(i): own for i, own in overrides.items() if int(i) < layers}
     if kept:
         small.per_layer_config = {i: _smaller("", own, scale) for i, own in kept.items()}
@@ -144,7 +145,7 @@ def _scale(config: Any, most: int) -> _Scale:
 def _smaller(name: str, value: Any, scale: _Scale) -> Any:
     if isinstance(value, dict):
         return {key: _smaller(str(key), inner, scale) for key, inner in value.items()}
-    if name in ("short_factor", "long_factor"):  # of RoPE, one for each pair of channels
+    if name in ("short_factor", "long_factor"):  # lists of RoPE, one number for each pair of channels
         return value[: int(len(value) * scale.head_dim)]
     if isinstance(value, list | tuple):
         return type(value)(_smaller(name, inner, scale) for inner in value)
@@ -155,7 +156,7 @@ def _smaller(name: str, value: Any, scale: _Scale) -> Any:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What runs inside leaves nothing behind: random numbers, warnings and settings are as they were."""
+    """A context after which the random state, warnings and settings are what they were before."""
     level, dtype = transformers_logging.get_verbosity(), torch.get_default_dtype()
     with (
         torch.random.fork_rng(devices=[]),

@@ -1,7 +1,8 @@
-"""What farspan uses of transformers beyond its documented API. No other module names it.
+"""Everything that farspan uses of transformers beyond its documented API. No other module uses it directly.
 
-Names with a leading underscore, undocumented attributes and functions, and what is read from the source or
-the closure of a function. tests/test_private_apis.py checks each of them in the installed release.
+These are names with a leading underscore, undocumented attributes and functions, and facts that are read from
+the source or the closure of a function. tests/test_private_apis.py checks each of them in the installed
+release.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from transformers.masking_utils import causal_mask_function, find_packed_sequenc
 ATTENTION = "_attn_implementation_internal"
 """The attribute of a config that holds the name of its attention implementation.
 
-The public ``set_attn_implementation`` belongs to models and changes every part of one. A patch sets the copy
-of one config, compares and restores it."""
+The public ``set_attn_implementation`` is a method of models and changes every part of a model. A patch sets,
+compares and restores the name in one config."""
 
 
 def attention_of(config: Any) -> str | None:
-    """The name of the attention implementation that a config asks for; None for transformers' default, and
-    for what is no config. The public API only sets it."""
+    """The name of the attention implementation in a config; None for transformers' default, and for an object
+    that is not a config. The public API can only set the name."""
     return getattr(config, ATTENTION, None)
 
 
 def set_attention(config: Any, name: str | None) -> None:
-    """Name the attention implementation of this config alone; the configs inside it keep theirs."""
+    """Set the attention implementation of this config only, not of the configs inside it."""
     setattr(config, ATTENTION, name)
 
 
@@ -43,15 +44,16 @@ def reset_attention(config: Any) -> None:
 
 
 def calls_attention_interface(forward: Callable[..., Any]) -> bool | None:
-    """Whether the source of a module's ``forward`` calls attention by the name in its config; None where
-    there is no source at hand. transformers has no public way to ask: ``AttentionInterface`` is a table of
-    functions, and a module looks its function up while it runs."""
-    source = _source(forward)
+    """Whether a module's ``forward`` calls attention by the name in its config, read from its source; None
+    where the source is not available. transformers has no public function for this: ``AttentionInterface`` is
+    a table of functions, and a module looks its function up while it runs."""
+    source = source_of(forward)
     return None if source is None else "attention_interface" in source
 
 
 @functools.cache
-def _source(forward: Callable[..., Any]) -> str | None:
+def source_of(forward: Callable[..., Any]) -> str | None:
+    """The source text of a function; None where it is not available."""
     try:
         return inspect.getsource(forward)
     except (OSError, TypeError):
@@ -62,14 +64,14 @@ def _source(forward: Callable[..., Any]) -> str | None:
 
 
 def is_causal_mask(mask_function: Callable[..., Any]) -> bool:
-    """Whether this is transformers' causal mask function. The public API passes it to mask functions and
-    offers no name for it."""
+    """Whether this is transformers' causal mask function. The public API passes it to mask functions and has
+    no name for it."""
     return mask_function is causal_mask_function
 
 
 def is_sliding_window_mask(mask_function: Callable[..., Any]) -> bool:
-    """Whether this is the causal mask function of a sliding window: the conjunction of a window and
-    causality, and of nothing else. transformers makes it as a closure, which carries no public mark."""
+    """Whether this is the mask function of a causal sliding window, which is the conjunction of exactly two
+    mask functions. transformers makes it as a closure without a public name."""
     parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     pair = next((p for p in parts if isinstance(p, tuple)), ())
     names = {getattr(p, "__qualname__", "").split(".")[0] for p in pair}
@@ -81,8 +83,8 @@ def is_sliding_window_mask(mask_function: Callable[..., Any]) -> bool:
 
 
 def finds_packed_sequences(positions: Tensor) -> bool:
-    """Whether transformers takes positions [B, T] for several sequences packed into one row. It decides so
-    inside its mask functions, without a public way to ask."""
+    """Whether transformers finds several packed sequences in one row of positions [B, T]. It does this inside
+    its mask functions; there is no public function for it."""
     return find_packed_sequence_indices(positions) is not None
 
 
@@ -92,30 +94,32 @@ def finds_packed_sequences(positions: Tensor) -> bool:
 def layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """The type of each decoder layer, such as "full_attention", and the arguments of its cache layer.
 
-    config: of the decoder. Configs list ``layer_types`` only where layers differ, and with other names.
+    config: the config of the decoder. The public ``layer_types`` of a config exists only where layers differ,
+    and has other names.
     """
     return get_layer_types_and_kwargs(config)
 
 
 def replicated_layer(cache: Any) -> Any:
-    """The class (or function) by which a cache makes the layers that it lacks; None where it has all. The
-    public API sets it once, when the cache is made."""
+    """The class (or function) by which a cache makes missing layers; None where no layer is missing. In the
+    public API it is set once, when the cache is made."""
     return getattr(cache, "layer_class_to_replicate", None)
 
 
 def replicate_layer(cache: Any, make: Callable[..., Any]) -> None:
-    """Let a cache make the layers that it lacks by ``make``."""
+    """Set ``make`` as the class (or function) by which a cache makes missing layers."""
     cache.layer_class_to_replicate = make
 
 
 def is_offloading(cache: Any) -> bool:
-    """Whether a cache keeps its layers in another memory between their turns; said only to its maker."""
+    """Whether a cache moves its layers to another memory while they are not used. In the public API this is
+    an argument of the constructor only."""
     return bool(getattr(cache, "offloading", False))
 
 
 def caches_nothing(layer: Any) -> bool:
-    """Whether this is the cache layer of a layer without a cache. Its class is not in every supported
-    release, so it is known by its name."""
+    """Whether this is the cache layer of a layer without a cache. Its class does not exist in every supported
+    release, so its name is compared."""
     return type(layer).__name__ == "DummyLayer"
 
 
@@ -123,6 +127,6 @@ def caches_nothing(layer: Any) -> bool:
 
 
 def default_generation_settings() -> dict[str, Any]:
-    """What ``generate`` takes for settings that nobody gives. The public ``GenerationConfig()`` has None for
-    them."""
+    """The defaults that ``generate`` uses for settings that are not set. The public ``GenerationConfig()``
+    has None for them."""
     return GenerationConfig._get_default_generation_params()

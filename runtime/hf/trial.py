@@ -1,8 +1,8 @@
-"""Trying a model out: a short run of a small copy of it, patched against unpatched.
+"""The trial of a model: a short run of a small copy of it, patched and unpatched.
 
-Whether a model can be served is read from its config and its source text first (models.py); only a run tells
-whether its decoder takes our cache, its masks and attention modules are what they look like, and nothing of
-that has changed in a new release of transformers.
+models.py first decides by config and source whether a model can be served. Only a run shows that the decoder
+accepts farspan's cache, that masks and attention modules work as expected, and that a new release of
+transformers has changed none of this.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from .interface import ATTRIBUTE
 from .models import FULL, HYBRID, SLIDING, ModelInfo, inspect_model
 from .tiny import TOKENS, alone, own_class, owner, small_copies
 
-_PROMPT = DECODE_ROWS + 8  # tokens: longer than a decode step, and than the copy's sliding windows
-_PIECES = (0, 20, 40, 60)  # where a prompt is cut, to see whether its layers continue exactly
-_ROUNDING = 8  # times the effect of rounding; up to 2 was seen where nothing was wrong, else above 1,000
-_LONGEST = 200  # characters of an error of the model's own that are quoted
+_PROMPT = DECODE_ROWS + 8  # tokens; more than a decode step and than the sliding windows of the copy have
+_PIECES = (0, 20, 40, 60)  # the cuts of a prompt, for the test that layers continue exactly
+_ROUNDING = 8  # allowed multiple of the effect of rounding; correct models had up to 2, faults above 1,000
+_LONGEST = 200  # characters of an error of the model that are quoted
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run has shown. reasons: why the model cannot be served. foreign_keys: attention is given keys
-    that are not the cache's own, so no call of it is a decode step."""
+    """The result of a trial. reasons: why the model cannot be served; empty where it can. foreign_keys:
+    whether attention is called with keys that are not those of the cache, so that every call is a prefill."""
 
     reasons: tuple[str, ...] = ()
     foreign_keys: bool = False
 
 
-def accept(info: ModelInfo) -> Trial:
-    """Try out a model whose class the tests do not cover, or any under an untested release of transformers.
+def check_by_trial(info: ModelInfo) -> Trial:
+    """Run the trial of a model whose class the tests do not cover, or of any model under an untested release
+    of transformers.
 
-    Raises Unsupported, with reasons, where the small copy fails or computes something else. A model of which
-    no small copy runs by itself is taken as it is, under an untested release with a warning.
+    Raises Unsupported, with reasons, where the small copy fails or computes something else under farspan.
+    Where no small copy runs unpatched, the model is accepted; an untested release then gives a warning.
     """
     newer, kind = releases.newer_than_tested(), type(info.model).__name__
     if not newer and releases.is_tested(own_class(owner(info))):
@@ -60,15 +61,15 @@ def accept(info: ModelInfo) -> Trial:
     if trial is None:
         if newer:
             warnings.warn(
-                f"{untested}, and {kind} could not be tried out: install {releases.wanted()!r} if its "
-                "results look wrong.",
+                f"{untested}, and no small copy of {kind} could be run to check it: install "
+                f"{releases.tested_requirement()!r} if its results look wrong.",
                 stacklevel=3,
             )
         return Trial()
     if trial.reasons and newer:
         raise Unsupported(
             f"farspan cannot patch {kind}",
-            [*trial.reasons, f"{untested}, so install {releases.wanted()!r}"],
+            [*trial.reasons, f"{untested}, so install {releases.tested_requirement()!r}"],
         )
     if trial.reasons:
         raise Unsupported(f"farspan cannot patch {kind}", trial.reasons)
@@ -76,16 +77,16 @@ def accept(info: ModelInfo) -> Trial:
 
 
 def try_out(info: ModelInfo) -> Trial | None:
-    """Run a small copy of the model patched (dense) and unpatched; None where no copy runs by itself. Done
-    once in a process for a class and a config."""
+    """Run a small copy of the model, patched (dense) and unpatched; None where no copy runs unpatched. The
+    result is kept in the process for each class and config."""
     return _once(_try_out, info)
 
 
 def continues_exactly(info: ModelInfo) -> bool:
-    """Whether a prompt given in pieces is the prompt given whole, as far as the model's own code goes.
+    """Whether the model computes the same for a prompt in several calls as for the whole prompt in one call.
 
-    Attention continues exactly. What else a layer has (a recurrence, a convolution) is tried out on a small
-    copy, once in a process for a class and a config; where no copy runs the answer is no.
+    Attention does. Other layers (a recurrence, a convolution) are tested on a small copy; the result is kept
+    in the process for each class and config. Where no copy runs, the answer is False.
     """
     attention = {FULL, SLIDING}.issuperset(info.kinds) and len(info.attention) == len(info.kinds)
     return attention or _once(_continues, info)
@@ -97,7 +98,7 @@ _done: dict[tuple[Any, ...], Any] = {}
 def _once(find: Callable[[ModelInfo], Any], info: ModelInfo) -> Any:
     try:
         key = (find, own_class(owner(info)), repr(owner(info).config.to_dict()))
-    except Exception:  # a config of any author
+    except Exception:  # a config of any author may raise anything
         return find(info)
     if key not in _done:
         _done[key] = find(info)
@@ -109,12 +110,12 @@ def _try_out(info: ModelInfo) -> Trial | None:
         ids, mask = _batch(_PROMPT + 2)
         for small in small_copies(info):
             try:
-                fresh = copy.deepcopy(small)  # some models remember their last call
+                fresh = copy.deepcopy(small)  # some models keep state of their last call
                 copied, expected = inspect_model(fresh), _outputs(small, ids, mask)
                 rounding = _rounding(small, lambda model: _steps(model, ids, mask), expected[0])
                 if not math.isfinite(rounding):
                     continue
-            except Exception:  # whatever a class of any author raises on sizes it was not made for
+            except Exception:  # a class of any author may raise anything at such small sizes
                 continue
             return _compare(copied, ids, mask, expected, rounding)
     return None
@@ -142,13 +143,13 @@ def _batch(length: int) -> tuple[Tensor, Tensor]:
 
 
 def run(model: Any, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
-    """Logits (or hidden states) [B, T, ...] of a sequence given in pieces, zero at padding."""
+    """Logits (or hidden states) [B, T, ...] of a sequence in several calls, from cut to cut; 0 at padding."""
     cache, parts = None, []
     for a, b in itertools.pairwise(cuts):
         how = {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b], "use_cache": True}
         output = model(**how, **releases.with_cache(model, cache))
         if cache is None and releases.returned_cache(output) is None:
-            # RecurrentGemma gives back no cache of its own making: it is handed one.
+            # RecurrentGemma does not return the cache that it makes, so it is called with one.
             cache = DynamicCache(config=model.config)
             output = model(**how, **releases.with_cache(model, cache))
         given_back = releases.returned_cache(output)
@@ -162,8 +163,8 @@ def _steps(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _outputs(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of a prompt and two decode steps, and the tokens of ``generate`` (the prompt's own of a
-    model without)."""
+    """The logits of a prompt and two decode steps, and the tokens of ``generate``; for a model without
+    ``generate``, the tokens of the prompt."""
     logits = _steps(model, ids, mask)
     if not model.can_generate():
         return logits, ids
@@ -172,13 +173,13 @@ def _outputs(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest value of ``b``."""
+    """The largest difference, divided by the largest absolute value of ``b``."""
     return float((a - b).abs().max() / b.abs().max())
 
 
 def _rounding(model: Any, outputs: Callable[[Any], Tensor], expected: Tensor) -> float:
-    """How far outputs may differ by rounding: found by changing every weight by half a unit of its last
-    place."""
+    """The allowed difference by rounding: a multiple of the difference that a random change of every weight
+    by about half a unit in its last place makes."""
     changed = copy.deepcopy(model)
     for weight in changed.parameters():
         weight.mul_(1 + torch.randn_like(weight) * torch.finfo(weight.dtype).eps / 2)
@@ -206,16 +207,16 @@ def _compare(
             setattr(module, ATTRIBUTE, functools.partial(watched, layers[index]))
         logits, tokens = _outputs(info.model, ids, mask)
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST]
-        return Trial((f"a short call of a small copy of it fails under farspan ({said})",))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:_LONGEST]
+        return Trial((f"a short call of a small copy of it fails under farspan ({reason})",))
     finally:
         for step in reversed(undo):
             step()
     reasons = []
     if left := sorted(set(layers) - reached):
-        reasons.append(f"attention of layers {left} of a small copy of it does not reach farspan")
+        reasons.append(f"layers {left} of a small copy of it do not call farspan's attention")
     if not (off := _difference(logits, expected[0])) <= rounding:
-        reasons.append(f"a small copy of it computes other logits under farspan (off by {off:.0%})")
+        reasons.append(f"a small copy of it computes other logits under farspan (a difference of {off:.0%})")
     elif not torch.equal(tokens, expected[1]):
         reasons.append("a small copy of it generates other tokens under farspan")
     return Trial(tuple(reasons), bool(foreign))

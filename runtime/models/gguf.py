@@ -1,4 +1,4 @@
-"""GGUF files: dequantised once into a folder that transformers loads like any other."""
+"""GGUF files: converted once to a folder in the format that transformers loads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _GPT2_SPLITS = (None, "default", "gpt-2", "gpt2")
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a GGUF says about itself.
+    """The header of a GGUF file.
 
-    pre_tokenizer names the way a text is split into words, such as "qwen2". add_bos says that a text begins
-    with the BOS token, rope_scaled that the rotary positions are stretched.
+    pre_tokenizer: the name of the rule that splits a text into words, such as "qwen2". add_bos: whether a
+    text begins with the BOS token. rope_scaled: whether the rotary positions are stretched. weights: number
+    of weights.
     """
 
     architecture: str
@@ -35,17 +36,19 @@ class Header:
 
     @property
     def converted(self) -> int:
-        """About how many bytes the converted folder takes."""
+        """The approximate number of bytes of the converted folder."""
         return 2 * self.weights + (64 << 20)
 
 
 def check_gguf(file: Path) -> None:
-    """Raises FarspanError for a file that cannot be read or is no GGUF."""
+    """Raise FarspanError for a file that cannot be read or is not a GGUF."""
     try:
         with file.open("rb") as opened:
             magic = opened.read(4)
     except OSError as error:
-        raise FarspanError(f"Could not read {str(file)!r}: {error.strerror}.") from error
+        raise FarspanError(
+            f"Could not read {str(file)!r} ({error.strerror}): give a file that this user may read."
+        ) from error
     if magic != b"GGUF":
         raise FarspanError(
             f"{str(file)!r} is not a GGUF file; give a GGUF file, a model's folder, a hub id or an alias."
@@ -75,7 +78,7 @@ def read_header(file: Path) -> Header:
             rope_scaled=scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors),
             weights=sum(int(tensor.n_elements) for tensor in reader.tensors),
         )
-    except Exception as error:  # whatever numpy and gguf meet in bytes that mean something else
+    except Exception as error:  # numpy and gguf may raise anything on damaged bytes
         raise FarspanError(
             f"{str(file)!r} is a damaged GGUF file ({_first_line(error)}); download it again."
         ) from error
@@ -95,14 +98,14 @@ def convert(file: Path, header: Header, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except FarspanError:
         raise
-    except Exception as error:  # transformers' reader raises whatever it meets
+    except Exception as error:  # transformers' reader may raise anything
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _DISK_ERRORS:
             raise
         raise FarspanError(
             f"transformers cannot read {what}: {_first_line(error)}. Give the model's published folder or "
             "hub id instead."
         ) from error
-    # The class that takes tokenizer.json as it stands, where an architecture's own would change it.
+    # This class loads tokenizer.json unchanged; the tokenizer class of an architecture may change it.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend"}
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -114,10 +117,12 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with contextlib.ExitStack() as stack:
-        # transformers also reads a tokenizer or an adapter that lies beside the file: here it lies alone.
+        # transformers also reads a tokenizer or an adapter in the folder of the file, so the file is linked
+        # into a folder of its own.
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         (Path(folder) / file.name).symlink_to(file.resolve())
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # a progress bar without a switch
+        # a progress bar that cannot be disabled
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -128,14 +133,14 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
         )
     if missing := sorted(loading["missing_keys"]):
         raise FarspanError(
-            f"{what} lacks {len(missing)} weights, {missing[0]} among them. Give a file with all of them "
-            "(llama-gguf-split --merge joins a split one)."
+            f"{what} lacks {len(missing)} weights, such as {missing[0]}. Give a file with all weights "
+            "(llama-gguf-split --merge joins the files of a split GGUF)."
         )
     config = model.config.get_text_config()
     if header.rope_scaled and _plain_rope(config.rope_parameters):
         raise FarspanError(
-            f"{what} stretches its rotary positions, which transformers' reader leaves out. Give the model's "
-            "published folder or hub id instead."
+            f"{what} has stretched rotary positions, which transformers' reader does not read. Give the "
+            "model's published folder or hub id instead."
         )
     _complete(tokenizer, header, what)
     if limit := getattr(config, "max_position_embeddings", None):
@@ -144,17 +149,18 @@ def _read(file: Path, what: str, header: Header) -> tuple[Any, Any]:
 
 
 def _plain_rope(parameters: dict[str, Any] | None) -> bool:
-    """Whether no kind of layer has stretched positions; parameters are one kind's, or one dict a kind."""
+    """Whether no kind of layer has stretched positions. parameters: those of all layers, or a dict for each
+    kind of layer."""
     kinds = [kind for kind in (parameters or {}).values() if isinstance(kind, dict)] or [parameters or {}]
     return all(kind.get("rope_type", "default") == "default" for kind in kinds)
 
 
 def _complete(tokenizer: Any, header: Header, what: str) -> None:
-    """Add what transformers' readers leave out of a tokenizer."""
+    """Add the parts of a tokenizer that transformers' reader does not read."""
     from tokenizers import normalizers, pre_tokenizers, processors
 
     backend, name = tokenizer.backend_tokenizer, header.pre_tokenizer
-    if name == "smollm":  # each digit alone, then GPT-2's way; the reader knows the second half only
+    if name == "smollm":  # single digits, then GPT-2's rule; the reader sets only GPT-2's rule
         digits = pre_tokenizers.Digits(individual_digits=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -162,12 +168,13 @@ def _complete(tokenizer: Any, header: Header, what: str) -> None:
         backend.normalizer = normalizers.NFC()
     elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and name not in _GPT2_SPLITS:
         warnings.warn(
-            f"{what} splits text in the way of {name!r}, which transformers' reader does not know; farspan "
-            "splits it as GPT-2 does, so some tokens may differ from the published model's.",
+            f"{what} splits text by the rule {name!r}, which transformers' reader does not know. farspan "
+            "splits text as GPT-2 does, so some tokens may differ from those of the published model.",
             stacklevel=2,
         )
     bos = tokenizer.bos_token
-    if header.add_bos and bos and tokenizer.bos_token_id not in tokenizer("a")["input_ids"]:  # 5.21's reader
+    # transformers 5.21 does not add it
+    if header.add_bos and bos and tokenizer.bos_token_id not in tokenizer("a")["input_ids"]:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos}:0 $A:0",
             pair=f"{bos}:0 $A:0 {bos}:1 $B:1",

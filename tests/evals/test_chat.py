@@ -59,7 +59,7 @@ def test_a_tokenizer_without_a_chat_format(smollm2_tokenizer):
     text = smollm2_tokenizer("Hello there").input_ids
     assert encode_prompt(bare, "Hello there").tolist() == [text]
     assert choose_chat(bare, False) is bare and choose_chat(bare, None) is bare
-    with pytest.raises(FarspanError, match="no chat template; leave --chat out, or use --no-chat"):
+    with pytest.raises(FarspanError, match="no chat template: leave --chat out, or use --no-chat"):
         encode_prompt(bare, "Hello there", chat=True)
 
 
@@ -86,7 +86,7 @@ def test_a_template_that_refuses_one_message_ends_in_the_same_sentence(smollm2_t
     picky = "{% if messages[0]['content'] | length > 9 %}{{ raise_exception('too long') }}{% endif %}ok"
     tokenizer = with_template(smollm2_tokenizer, picky)
     assert encode_prompt(tokenizer, "short").tolist() == [smollm2_tokenizer("ok").input_ids]
-    with pytest.raises(FarspanError, match=r"cannot be applied \(too long\); use --no-chat"):
+    with pytest.raises(FarspanError, match=r"cannot be applied \(too long\): use --no-chat"):
         encode_prompt(tokenizer, "a long message")
 
 

@@ -155,7 +155,11 @@ def test_a_prompt_shorter_than_a_block(model, ids):
         ({"block": 0}, FarspanError, "blocks of 1 to 150 tokens; got 0"),
         ({"block": 151}, FarspanError, "blocks of 1 to 150 tokens; got 151"),
         ({"spec": "quest:k=16"}, SpecError, "quest leaves prefill dense"),
-        ({"ids": torch.ones(2, 9, dtype=torch.long)}, FarspanError, r"one prompt, \[1, T\]; got \[2, 9\]"),
+        (
+            {"ids": torch.ones(2, 9, dtype=torch.long)},
+            FarspanError,
+            r"one prompt, \[1, T\] with at least one token; got \[2, 9\]",
+        ),
     ],
 )
 def test_what_cannot_be_looked_at(model, ids, how, kind, says):
@@ -304,7 +308,7 @@ def test_blue_is_read_red_is_missed_and_deeper_is_more():
         (["--layers", "6"], ["There is no layer 6", "layers 0 to 5"]),
         (["--heads", "1,9"], ["There is no head 9", "heads 0 to 7"]),
         (["--layers", "first"], ["--layers takes whole numbers from 0 on", "'first'"]),
-        (["--recipe", "/no/such"], ["A recipe was given that no method takes: pbs"]),
+        (["--recipe", "/no/such"], ["A recipe was given, but no method needs one (pbs)"]),
         (["--method", "sale"], ["sale needs a calibration recipe"]),
         (
             ["--method", "sale", "--recipe", "/no/such"],

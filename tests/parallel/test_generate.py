@@ -236,7 +236,7 @@ def test_selected_keys_alone_travel(world: World):
 
 @pytest.mark.parametrize("name", small_models.RECURRENT)
 def test_recurrent_layers_are_refused(name: str):
-    with pytest.raises(Unsupported, match="carry a state along the sequence"):
+    with pytest.raises(Unsupported, match="have a recurrent state"):
         farspan.patch(small_models.shared(name), parallel="auto")
 
 
@@ -269,7 +269,7 @@ def outside(group: Any) -> list[str]:
 def test_a_spread_cache_outside_its_patch(world: World):
     for same, unpatched, alone in world.run(outside, 2):
         assert same == "True"
-        assert "not patched with them now" in unpatched
+        assert "not patched over these ranks" in unpatched
         assert "parallel=" in alone
 
 

@@ -82,7 +82,7 @@ def test_padding_on_the_right_that_would_select_is_refused(world: World):
     for done in world.run(answered_over_ranks, 2, calls):
         for said, part in zip(done, told, strict=True):
             assert isinstance(said, str) and part in said
-            assert f"over ranks the padding would have a part in what {BLOCKS} selects" in said
+            assert f"over ranks the padding would change what {BLOCKS} selects" in said
 
 
 def test_another_dtype_on_a_rank(world: World):

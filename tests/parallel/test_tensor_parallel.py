@@ -259,14 +259,14 @@ def test_what_is_refused(folder: Path, world: World):
     expected = {
         "not told": 'a torch DeviceMesh with the dimensions "cp" and "tp"',
         "not told the size": 'a torch DeviceMesh with the dimensions "cp" and "tp"',
-        "crossed": "different shares of the model's heads",
-        "mixed": "different shares of the model's heads",
-        "coupled heads": "it decides for all heads of a layer together",
-        "coupled heads, no mesh": "it decides for all heads of a layer together",
-        "unnamed": "none of whose dimensions is called",
-        "uneven": "over 4 ranks does not divide its 4 query and 2 KV heads",
-        "all ranks": "tensor parallelism takes all 4 ranks of the job: start 2 times as many",
-        "calibration": "before its heads are shared out",
+        "crossed": "different heads of the model",
+        "mixed": "different heads of the model",
+        "coupled heads": "it makes one decision for all heads of a layer",
+        "coupled heads, no mesh": "it makes one decision for all heads of a layer",
+        "unnamed": "has no dimension called",
+        "uneven": "its 4 query heads and 2 KV heads do not divide by the 4 ranks",
+        "all ranks": "tensor parallelism uses all 4 ranks of the job: start 2 times as many",
+        "calibration": "The heads of this model are sharded by tensor parallelism",
         "alone": "37 logits",
     }
     for rank, found in enumerate(world.run(refused, 4, folder)):

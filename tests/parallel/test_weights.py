@@ -123,7 +123,7 @@ def test_device_map_over_devices(tmp_path: Path):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=PLACES, offload_folder=tmp_path / "weights"
     )
-    with pytest.raises(Unsupported, match="device_map has spread its layers over devices"):
+    with pytest.raises(Unsupported, match="device_map has put its layers on several devices"):
         farspan.patch(model, parallel="auto")
 
 

@@ -77,7 +77,7 @@ def test_f07_gemma4_without_shared_layers_is_served_exactly(both_ways):
 
 def test_f07_gemma4_that_shares_keys_or_looks_both_ways_is_refused():
     shared = gemma4_text(num_kv_shared_layers=2)
-    unpatchable(build(hf.Gemma4ForCausalLM, shared), "share another layer's keys")
+    unpatchable(build(hf.Gemma4ForCausalLM, shared), "use another layer's keys")
     both = gemma4_text(use_bidirectional_attention="all")
     unpatchable(build(hf.Gemma4ForCausalLM, both), "its attention is bidirectional")
 
@@ -181,7 +181,7 @@ def test_f09_a_decoder_that_is_none_is_refused():
     special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}
     sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = hf.ModernBertDecoderConfig(**sizes, num_attention_heads=4, **special)
-    unpatchable(build(hf.ModernBertDecoderForCausalLM, config), r"get_decoder\(\) gives a Linear")
+    unpatchable(build(hf.ModernBertDecoderForCausalLM, config), r"get_decoder\(\) returns a Linear")
 
 
 def test_f09_a_config_with_settings_of_single_layers_is_read_layer_by_layer():
@@ -229,7 +229,7 @@ def test_f17_a_decode_method_that_could_never_run_is_refused_at_patch():
     sizes |= {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}
     model = build(hf.JetMoeForCausalLM, hf.JetMoeConfig(**SPECIAL, **sizes))
     for spec in (SPARSE, f"block_topk:k=16,block=8 + {SPARSE}", "recycled:k=16"):
-        unpatchable(model, r"at decode on JetMoe.*not the cache's own.*prefill method or dense", spec)
+        unpatchable(model, r"at decode on JetMoe.*not those of the cache.*prefill method or dense", spec)
     unpatchable(model, "at decode", farspan.parse_method(SPARSE))
     batch = padded((60, 41))
     tokens = decode(model, batch)
@@ -398,7 +398,9 @@ def test_a_class_of_which_no_copy_can_be_made_is_taken_as_it_is(monkeypatch):
     assert trial.try_out(inspect_model(model)) is None
     check(model)
     monkeypatch.setattr(releases, "TESTED", ("5.20",))
-    with pytest.warns(UserWarning, match=r"any tested \(up to 5\.20\), and Odd could not be tried"):
+    with pytest.warns(
+        UserWarning, match=r"any tested \(up to 5\.20\), and no small copy of Odd could be run"
+    ):
         farspan.patch(model).remove()
 
 
@@ -445,7 +447,7 @@ def interface_is_renamed(original):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("create_causal_mask", mask_is_lost, r"computes other logits under farspan \(off by \d+%\)"),
+        ("create_causal_mask", mask_is_lost, r"computes other logits under farspan \(a difference of \d+%\)"),
         ("ALL_ATTENTION_FUNCTIONS", interface_is_renamed, r"fails under farspan \(attention functions take"),
     ],
 )

@@ -163,7 +163,9 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(name):
 def test_a_model_of_sliding_layers_only_refuses_to_be_selective(name, spec):
     model = shared(name)
     before = snapshot(model)
-    with pytest.raises(farspan.Unsupported, match="every attention layer of it keeps its own sliding window"):
+    with pytest.raises(
+        farspan.Unsupported, match="each of its attention layers has the model's own sliding window"
+    ):
         farspan.patch(model, spec)
     assert snapshot(model) == before
 

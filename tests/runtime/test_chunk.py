@@ -18,7 +18,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 import farspan
 from farspan.attention.errors import FarspanError
 from farspan.runtime.hf import returned_cache, with_cache
-from farspan.runtime.hf.chunk import _joined
+from farspan.runtime.hf.chunked_prefill import _joined
 from farspan.runtime.hf.decoder_over_ranks import foreign_tensors
 
 CHUNK = 24
@@ -131,9 +131,9 @@ def test_f13_gradients_are_those_of_the_whole_call(name, training):
     with farspan.patch(model, "dense", prefill_chunk=CHUNK) as patched:
         got = gradients(model, ids)
         assert patched.report().notices == {
-            "prefill_chunk left it whole: it needs gradients (torch.no_grad() avoids that)": 1
+            "prefill_chunk did not cut it: it needs gradients (torch.no_grad() avoids that)": 1
         }
-        assert "in 1 calls of the model: prefill_chunk left it whole" in str(patched.report())
+        assert "in 1 calls of the model: prefill_chunk did not cut it" in str(patched.report())
         patched.reset_report()
         logits(model.eval(), ids)  # without gradients it is cut
         assert patched.report().notices == {}
@@ -204,7 +204,7 @@ def test_f11_a_call_with_foreign_tensors_is_left_whole_and_says_so():
     assert close(model.lm_head(hidden), want)
     assert report.layers[0].phases["prefill"].calls == 1
     [notice] = report.to_dict()["notices"]
-    assert notice == "prefill_chunk left it whole: mm_encoder_outputs may not lie along the tokens"
+    assert notice == "prefill_chunk did not cut it: mm_encoder_outputs may not lie along the tokens"
 
 
 # --- f10: what the decoder's output holds -------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_f10_outputs_are_joined_along_the_tokens_or_refused():
     assert torch.equal(first, torch.cat([a, b], 1)) and none is None
     assert _joined("x", ["before", "after"], sizes) == "after"
     for parts in ([a, a], [a[0, 0, 0], b[0, 0, 0]], [(a, b), (b, b)]):
-        with pytest.raises(FarspanError, match=r"cannot join the output 'x'.*without prefill_chunk"):
+        with pytest.raises(FarspanError, match=r"The output 'x' of the chunks.*without prefill_chunk"):
             _joined("x", parts, sizes)
 
 
@@ -262,4 +262,4 @@ def test_a_long_call_without_a_cache_is_left_whole_and_says_so():
     with farspan.patch(model, "dense", prefill_chunk=CHUNK) as patched:
         logits(model, ids, use_cache=False)
         logits(model, ids[:, :30], use_cache=False)  # short enough anyway
-    assert patched.report().summary["notices"] == {"prefill_chunk left it whole: it keeps no KV cache": 1}
+    assert patched.report().summary["notices"] == {"prefill_chunk did not cut it: it keeps no KV cache": 1}

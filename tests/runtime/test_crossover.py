@@ -143,7 +143,7 @@ def test_auto_without_a_measurement_is_refused(model: Any, cache: Path) -> None:
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
     key = crossover._key("quest:k=16,dense_layers=0", "decode", GEOMETRY, model)
     (cache / "crossover.json").write_text(json.dumps({key: {"method": "quest"}}))
-    with pytest.raises(farspan.FarspanError, match=r"crossover.json holds no crossovers; delete it"):
+    with pytest.raises(farspan.FarspanError, match=r"crossover.json holds no crossovers: delete it"):
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
     (cache / "crossover.json").write_text("not json")
     with pytest.raises(farspan.FarspanError, match=r"crossover.json cannot be read .*delete it"):

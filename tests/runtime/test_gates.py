@@ -260,7 +260,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with farspan.patch(model, "dense"):
         feed = Feed(model, prompt(1, 60), torch.ones(1, 60, dtype=torch.long))
         feed(40)
-    with farspan.patch(model, PooledGate()), pytest.raises(FarspanError, match="positions of its keys"):
+    with farspan.patch(model, PooledGate()), pytest.raises(FarspanError, match="positions of these keys"):
         feed(1)
     stretched = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     longer = make("llama", rope_parameters=stretched)

@@ -84,7 +84,7 @@ def test_bos_is_added_where_the_file_says_so(tmp_path, cache, add_bos):
 
 
 def test_unknown_splitting_is_said(tmp_path, cache):
-    with pytest.warns(UserWarning, match="splits text in the way of 'chatglm-bpe'"):
+    with pytest.warns(UserWarning, match="splits text by the rule 'chatglm-bpe'"):
         load(write_gguf(tmp_path / "tiny.gguf", tiny_model(), pre="chatglm-bpe"))
 
 
@@ -154,7 +154,7 @@ def test_weights_that_are_not_in_the_file(tmp_path, cache):
 
 def test_stretched_positions_that_the_reader_drops(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), rope_scaling="yarn")
-    assert_refused(path, cache, "stretches its rotary positions, which transformers' reader leaves out")
+    assert_refused(path, cache, "has stretched rotary positions, which transformers' reader does not read")
 
 
 def test_no_space(tmp_path, cache, monkeypatch):

@@ -22,7 +22,7 @@ from farspan.attention.spec import methods
 PROMPT = "pbs:mass=0.3,block=8,segment=16"
 BLOCKS = "block_topk:k=32,block=8"
 IDS = torch.randint(3, 128, (1, 90), generator=torch.Generator().manual_seed(0))
-SENTENCE = "Logits of more than the last position were asked for"
+SENTENCE = "Logits of more than the last position were returned"
 
 # One spec of every method that serves prefill, sparse at 90 tokens, and how many later tokens it looks at.
 AHEAD = {

@@ -215,7 +215,7 @@ def test_rows_that_there_cannot_be(value):
     model = shared("llama")
     before = snapshot(model)
     with pytest.raises(
-        FarspanError, match=r"measure_mass is True or a number of query rows.*at least 1; got"
+        FarspanError, match=r"measure_mass is True, False or a number of queries.*at least 1; got"
     ):
         farspan.patch(model, "dense", measure_mass=value)
     assert snapshot(model) == before
@@ -231,7 +231,9 @@ def test_over_ranks_it_is_refused(monkeypatch):
     mesh, model = Mesh(), shared("llama")
     before = snapshot(model)
     monkeypatch.setattr(patch_module.hf, "join_ranks", lambda *_: mesh)
-    with pytest.raises(FarspanError, match="measured on one device, and this model is spread over 2 ranks"):
+    with pytest.raises(
+        FarspanError, match="given for a model over 2 ranks, and attention mass is measured on one"
+    ):
         farspan.patch(model, "dense", parallel="auto", measure_mass=True)
     assert mesh.closed and snapshot(model) == before
 

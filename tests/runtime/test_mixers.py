@@ -295,31 +295,31 @@ def test_bad_input() -> None:
         ({3: mixer}, "from 0 to 2; got 3"),
         ({"x": mixer}, "got 'x'"),
         ({1: mixer, -2: Ema(64)}, "layer 1 twice"),
-        ({1: mixer, 2: mixer}, "one module for two layers"),
+        ({1: mixer, 2: mixer}, "gives layer 2 the module of another layer"),
         ({1: nn.Linear(64, 64)}, "got a Linear for layer 1"),
-        ({1: Ema(32)}, "hidden_size 32, the model 64"),
+        ({1: Ema(32)}, "hidden_size 32, but the model has 64"),
     ):
         with pytest.raises(SpecError, match=says):
             farspan.patch(model, mixers=mixers)
-    with pytest.raises(Unsupported, match="or has a mixer, so no layer is left"):
+    with pytest.raises(Unsupported, match="or a mixer, so there is no layer to patch"):
         farspan.patch(model, "quest", mixers={i: Ema(64) for i in range(3)})
     with pytest.raises(SpecError, match="cannot give layer 1 a method: the mixer ema"):
         farspan.patch(model, mixers={1: mixer}, layers={1: "quest"})
-    with pytest.raises(SpecError, match="it has none"):
+    with pytest.raises(SpecError, match="names layer 0, which has no attention"):
         farspan.patch(make("qwen3_next"), mixers={0: mixer})
     assert snapshot(model) == before
     with farspan.patch(model, "dense"):
         feed = Feed(model, prompt(1, 30), torch.ones(1, 30, dtype=torch.long))
         feed(20)
     with farspan.patch(model, mixers={1: mixer}):
-        with pytest.raises(FarspanError, match="holds keys or another state of layer 1"):
+        with pytest.raises(FarspanError, match="holds keys or another state for layer 1"):
             feed(1)
         fresh = Feed(model, prompt(1, 30), torch.ones(1, 30, dtype=torch.long))
         fresh(20)
         with pytest.raises((FarspanError, ValueError), match="crop"):
             decode(model, prompt(1, 20).repeat(1, 2), prompt_lookup_num_tokens=4)
     other = {1: Ema(64, width=8)}
-    with farspan.patch(model, mixers=other), pytest.raises(FarspanError, match="another state of layer 1"):
+    with farspan.patch(model, mixers=other), pytest.raises(FarspanError, match="another state for layer 1"):
         fresh(1)
     with pytest.raises(FarspanError, match="holds the state of a mixer"):
         fresh(1)

@@ -200,7 +200,7 @@ def test_bad_rope(rope):
 
 
 def test_what_cannot_be_stretched():
-    with pytest.raises(FarspanError, match="asks for 2048 positions, but llama already has 4096"):
+    with pytest.raises(FarspanError, match="means 2048 positions, but llama already has 4096"):
         stretch(LlamaConfig(max_position_embeddings=4096), "yarn:2048")
     with pytest.raises(Unsupported, match="no rotary position embedding"):
         stretch(GPT2Config(), "yarn:4")

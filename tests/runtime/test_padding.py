@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import farspan
 from farspan.runtime.cache import KVStore
-from farspan.runtime.cuts import Chunking
+from farspan.runtime.chunking import Chunking
 from farspan.runtime.rows import Run, served
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -261,7 +261,7 @@ def test_a_batch_that_cannot_be_cut_is_told_once(model: Any) -> None:
         return list(calls)
 
     sentence = (
-        "prefill_chunk=32 is not kept in this left-padded batch: 62 tokens run in one call, because cuts "
+        "prefill_chunk=32 is exceeded in this left-padded batch: 62 tokens run in one call, because cuts "
         "must lie at multiples of 8 tokens in every row"
     )
     with farspan.patch(model, "block_topk:k=24,block=8", prefill_chunk=30) as patched, torch.no_grad():
@@ -272,7 +272,7 @@ def test_a_batch_that_cannot_be_cut_is_told_once(model: Any) -> None:
             assert pieces(150, 61) == [32, 32, 24, 62], "told once"
             assert pieces(150, 62) == [32, 32, 32, 32, 22], "the second row begins after 88 tokens"
             assert pieces(150, 15) == [32, 32, 32, 32, 22], "it begins in the last chunk"
-        reason = "prefill_chunk left its end whole: no cut fits every row of this left-padded batch"
+        reason = "prefill_chunk did not cut its end: no cut fits every row of this left-padded batch"
         assert patched.report().notices == {reason: 2}
     with farspan.patch(model, "a_shape:w=16,sinks=4,block=8", prefill_chunk=30), torch.no_grad():
         assert pieces(150, 61) == [30, 30, 30, 30, 30], "fixed patterns are cut anywhere"

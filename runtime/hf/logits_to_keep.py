@@ -1,4 +1,4 @@
-"""Which positions' logits a call of the model is asked for."""
+"""Record for which positions a call of the model returns logits (``logits_to_keep``)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .hooks import Hook
 
 
 def watch_logits(model: nn.Module, decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
-    """Keep ``session.rows`` and ``session.scoring`` by the ``logits_to_keep`` of the modules around the
-    decoder. A decoder that is called by itself gives hidden states, and scores nothing. Returns the undo
-    steps."""
+    """Set ``session.logits_to_keep`` and ``session.scoring`` in each call of the modules around the decoder,
+    from their argument ``logits_to_keep``. A decoder that is called directly returns hidden states, so that
+    nothing is scored. Returns the undo steps."""
     undo: list[Callable[[], None]] = []
     path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
     for depth in range(len(path)):
@@ -28,12 +28,12 @@ def watch_logits(model: nn.Module, decoder: nn.Module, session: Session) -> list
 
 def _watch(owner: nn.Module, signature: inspect.Signature, session: Session) -> list[Callable[[], None]]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
-        session.rows = wanted if isinstance(wanted, int) and wanted > 0 else None
-        session.scoring = session.rows != 1
+        count = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
+        session.logits_to_keep = count if isinstance(count, int) and count > 0 else None
+        session.scoring = session.logits_to_keep != 1
 
     def after(*_: Any) -> None:
-        session.rows, session.scoring = None, False
+        session.logits_to_keep, session.scoring = None, False
 
     return [
         owner.register_forward_pre_hook(Hook(before), with_kwargs=True).remove,

@@ -1,4 +1,4 @@
-"""A patched model's own configs: copies that name farspan's attention, whose changes outlive the patch."""
+"""Copies of a model's configs that name farspan's attention while the model is patched."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .interface import NAME
 from .transformers_private import ATTENTION, attention_of, set_attention
 
 
-def own_configs(
+def copy_configs(
     model: nn.Module, text: PreTrainedConfig, leave: Callable[[nn.Module], bool]
 ) -> Callable[[], None]:
-    """Give the modules of ``model`` that hold the config ``text``, or a config around it, a copy that names
-    farspan's attention. Returns the undo step.
+    """Copy the config ``text`` and each config that contains it, name farspan's attention in the copies, and
+    set the copies in the modules of ``model`` that hold the originals. Returns the undo step.
 
-    leave: which modules keep the config they have, such as attention over an image (Kosmos-2.5).
+    leave: whether a module keeps its config, such as attention over an image (Kosmos-2.5).
 
-    Two models built from one config object share it: a copy keeps the other model from being switched over.
-    Copies are shallow, so what they contain (lists, the config of a vision part) is the model's own. The undo
-    step sets and deletes on the model's own configs what was set and deleted on the copies, an attention
-    implementation among it; a model that shares such a config sees the change from then on.
+    Two models that were built from one config object share it. Without a copy, the other model would use
+    farspan's attention too. The copies are shallow: lists and the config of a vision model in them are the
+    originals. The undo step restores the originals and repeats on them every change that was made on the
+    copies, including another attention implementation. If another model shares an original, these changes
+    then apply to it too.
     """
     copies: dict[int, tuple[Any, Any]] = {}  # by id of the original: (original, copy)
 
@@ -33,7 +34,7 @@ def own_configs(
             new = copy.copy(config)
             copies[id(config)] = config, new
             for name, value in vars(new).items():
-                if _leads_to(value, text):  # transformers makes the masks by the config around the text's
+                if _leads_to(value, text):  # transformers makes masks by the config that contains ``text``
                     vars(new)[name] = copied(value)
         return copies[id(config)][1]
 

@@ -1,4 +1,4 @@
-"""Reading a text with gradients: what a small change of each layer's attention does to its likelihood."""
+"""Run a text with gradients: the effect of each layer's attention on the likelihood of the text."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def read_with_gradients(
     windows: Sequence[Tensor],
     done: Callable[[int], None],
 ) -> None:
-    """Give each layer's calibration its dense attention over each of ``windows`` [1, T] of tokens, and then
-    the gradient of the window's mean negative log-likelihood in that attention's output.
+    """Call the calibration of each layer with its attention inputs and with the gradient of its output.
 
-    ``model`` is patched. One forward and one backward call a window; attention is computed again in the
-    backward call rather than kept. ``done`` is called with the number of windows read. No parameter gets a
+    model: a patched model. layers: by layer, its calibration. windows: token ids [1, T] each.
+
+    For each window, ``observe`` is called with q, k and v of the layer's dense attention. Then
+    ``observe_grad`` is called with the gradient of the window's mean negative log-likelihood with respect to
+    the output of that attention. A window takes one forward and one backward pass; attention is computed
+    again in the backward pass. ``done`` is called with the number of windows so far. No parameter gets a
     gradient.
     """
     undo = [hf.replace_attention(info.attention[i], partial(_attend, layer)) for i, layer in layers.items()]
@@ -55,7 +58,8 @@ def read_with_gradients(
 def _attend(
     layer: GradientCalibration, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax
 ) -> Tensor:
-    """Dense attention of one unpadded window, watched by ``layer``; [1, T, H, D]."""
+    """Dense attention [1, T, H, D] of one window without padding; ``layer`` observes its inputs and its
+    gradient."""
     with torch.no_grad():
         layer.observe(q.detach(), k.detach(), v.detach(), softmax)
     out: Tensor = checkpoint(_dense, q, k, v, softmax, use_reentrant=False)

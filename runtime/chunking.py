@@ -1,4 +1,5 @@
-"""Where a long prefill call is cut, so that a row of a padded batch gives what it gives alone."""
+"""The cuts of a long prefill call. They keep the result of a row in a padded batch equal to its result
+alone."""
 
 from __future__ import annotations
 
@@ -10,9 +11,13 @@ from ..attention.attend import DECODE_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """How ``prefill_chunk`` cuts calls. tokens: of a chunk, whole multiples of ``block_multiple``;
-    block_multiple: a cut within a row lies at a multiple of so many of its tokens. by_prompt: a method
-    selects by the chunk's last queries, so that a row is cut exactly where it is cut alone, or not at all."""
+    """How ``prefill_chunk`` cuts calls.
+
+    tokens: tokens of a chunk, a multiple of ``block_multiple``.
+    block_multiple: a cut within a row lies at a multiple of this number of the row's tokens.
+    by_prompt: whether a method selects by the last queries of a chunk. Then a row must be cut exactly where
+    it would be cut alone, or not at all.
+    """
 
     tokens: int
     block_multiple: int = 1
@@ -20,20 +25,20 @@ class Chunking:
 
     @property
     def step(self) -> int:
-        """Two rows fit each other where their first tokens are a multiple of so many tokens apart."""
+        """Two rows can have the same cuts if their first tokens are a multiple of ``step`` tokens apart."""
         return self.tokens if self.by_prompt else self.block_multiple
 
     def fits(self, length: int) -> bool:
-        """Whether a call of ``length`` tokens stays whole: no cut leaves so short a rest that it would be a
-        decode step."""
+        """Whether a call of ``length`` tokens is not cut. A cut must leave more than DECODE_ROWS tokens,
+        since a shorter rest would be a decode step."""
         return length <= self.tokens + DECODE_ROWS
 
     def cuts(self, begins: Sequence[int], length: int) -> list[int]:
-        """Where to cut a call of ``length`` tokens that does not fit, ascending; rows begin at its tokens
-        ``begins`` (0: with the call or before it).
+        """The cuts of a call of ``length`` tokens for which ``fits`` is false, ascending. begins: for each
+        row, the token of the call at which the row begins (0: at the first token or in an earlier call).
 
-        Chunks are counted from the first row's first token. The cutting ends with a row that does not begin
-        at a multiple of ``block_multiple``: the rest is one call.
+        Chunks are counted from the first token of the row that begins first. There is no cut after the first
+        row that does not begin at a multiple of ``block_multiple``: the rest is one call.
 
             tokens = 4, block_multiple = 2      row   x x x x|x x x x|x x x x x x x x
                                                . . . . . . x x|x x x x x x x x
@@ -54,5 +59,5 @@ class Chunking:
         return cuts
 
     def _alone(self, begin: int, length: int) -> list[int]:
-        """Where a row that begins at ``begin`` is cut if it is alone."""
+        """The cuts of a row that begins at ``begin`` and is alone in the batch."""
         return list(range(begin + self.tokens, length - DECODE_ROWS, self.tokens))
