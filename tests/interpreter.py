@@ -1,7 +1,8 @@
 """Triton's interpreter without its repeated work: the same arithmetic in about half the time.
 
-It patches ``triton.language`` at every call of a device function. Once per launch and module is enough. It also
-checks every 32-bit sum and product for overflow, in 64 bits: tests/ops keep that check, elsewhere it is off.
+It patches ``triton.language`` at every call of a device function. Once per launch and module is enough. It
+also checks every 32-bit sum and product for overflow, in 64 bits. tests/ops keep that check; law 5 runs
+without it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from triton.runtime import interpreter
 
 
 def patch_the_language_once_per_launch() -> None:
-    """Replace ``InterpretedFunction.__call__``; in a release where it is written otherwise, tests just take longer."""
+    """Replace ``InterpretedFunction.__call__``. In a release of Triton without it, tests only take longer."""
     if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter.InterpretedFunction, "rewrite"):
         return
     launch = interpreter.GridExecutor.__call__

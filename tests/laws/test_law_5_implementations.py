@@ -13,7 +13,7 @@ from ..interpreter import overflow_unchecked
 from .tools import Data, Stream, decode_cuts, every_method, recorded, replayed
 
 CUTS = [100, *decode_cuts(140, 6), 150]
-INTERPRETED = [100, *decode_cuts(140, 2), 145]  # a step that scores and one that recycles, over two splits of keys
+INTERPRETED = [100, *decode_cuts(140, 2), 145]  # one step scores, one recycles; two splits of keys
 
 
 @every_method()
