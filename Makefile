@@ -126,16 +126,19 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 
 # --- to change it --------------------------------------------------------------------------------------------------
 
+# Each worker begins with a run of whole files, so that a file's fixtures are made once; who is done first takes over.
+PYTEST_WORKERS = -n $(WORKERS) --dist worksteal
+
 test: $(VENV)/.dev ## the tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 RELEASES ?= lowest constrained newest
 
 test-releases: $(VENV)/.dev ## laws, runtime and command line under each supported release of transformers
-	$(BIN)/python tests/releases.py $(RELEASES) --pytest "-n $(WORKERS)"
+	$(BIN)/python tests/releases.py $(RELEASES) --pytest "$(PYTEST_WORKERS)"
 
 test-slow: $(VENV)/.dev ## the tests that take minutes each
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "slow and not gpu"
 
 test-gpu: $(VENV)/.dev ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
