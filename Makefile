@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports clean
+.PHONY: help demo demo-32k test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -126,21 +126,24 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 
 # --- to change it --------------------------------------------------------------------------------------------------
 
+# Each worker begins with a run of whole files, so that a file's fixtures are made once; who is done first takes over.
+PYTEST_WORKERS = -n $(WORKERS) --dist worksteal
+
 test: $(VENV)/.dev ## the tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 RELEASES ?= lowest constrained newest
 
 test-releases: $(VENV)/.dev ## laws, runtime and command line under each supported release of transformers
-	$(BIN)/python tests/releases.py $(RELEASES) --pytest "-n $(WORKERS)"
+	$(BIN)/python tests/releases.py $(RELEASES) --pytest "$(PYTEST_WORKERS)"
 
 test-slow: $(VENV)/.dev ## the tests that take minutes each
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "slow and not gpu"
 
 test-gpu: $(VENV)/.dev ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-lint: style types imports ## ruff, mypy and the import contracts
+lint: style types imports house ## ruff, mypy, the import contracts, lengths of files and import circles
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -160,6 +163,9 @@ types: $(VENV)/.dev package
 
 imports: $(VENV)/.dev package
 	PYTHONPATH=build/lint $(BIN)/lint-imports
+
+house: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/test_house.py -k "files_are_short or import_circle"
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache $(DEMO_OUT)

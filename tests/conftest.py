@@ -6,26 +6,29 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-def _environment() -> None:
-    """Where there is no GPU, Triton kernels run under its interpreter, which is chosen before its import. The
-    conftest files of folders are imported before pytest_configure, and some import transformers, which
-    imports triton."""
+def _set_environment() -> None:
+    """Where there is no GPU, Triton kernels run under its interpreter, which is chosen before its import."""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("FARSPAN_AUTOTUNE", "0")
     # Tests ask for deterministic algorithms, which cuBLAS grants only with a workspace of a fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        from .interpreter import patch_the_language_once_per_launch
+
+        patch_the_language_once_per_launch()
 
 
-_environment()
+_set_environment()  # not in pytest_configure: by then the conftest of a folder may have imported Triton
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ import farspan
 from farspan.attention.method import AttentionMethod
 from farspan.attention.needs import Needs
 
-from ..parallel.jobs import Case, model_of
+from ..parallel.jobs import TWO_LAYERS, Case, model_of
 from .tools import CALIBRATION, Data, layer_info
 
 
@@ -78,7 +78,7 @@ def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
 @pytest.fixture(scope="session")
 def recipe_of() -> Callable[[AttentionMethod], Any]:
     """The recipe that a method needs on the model of the cases that run over ranks."""
-    return _calibrated(model_of(Case()))
+    return _calibrated(model_of(Case(overrides=TWO_LAYERS)))
 
 
 @pytest.fixture

@@ -115,7 +115,9 @@ def test_model_with_prefill_chunk(
     A method that judges a chunk by the chunk's last queries needs the cuts of the row alone: where these do
     not fit each other, each row gives what it gives alone and whole.
     """
-    size = method.block_multiple * -(-chunk // method.block_multiple)
+    size, other = (method.block_multiple * -(-c // method.block_multiple) for c in (chunk, 24))
+    if chunk != 24 and size == other:
+        return  # the very chunks of the case of 24
     ragged = (150, 101, 38, 7)
     in_blocks = (150, 150 - method.block_multiple, 150 - 3 * method.block_multiple, 20)
     in_chunks = (150, 150 - size, 150 - 2 * size)

@@ -19,7 +19,7 @@ from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.summary import Summaries
 from farspan.parallel.mechanisms.layout import Split, zigzag
 
-from ..parallel.jobs import Case, stepped, stepped_over_ranks
+from ..parallel.jobs import TWO_LAYERS, Case, stepped, stepped_over_ranks
 from ..parallel.world import World
 from .tools import HKV, D, Data, H, Selection, Stream, every_method, leaves_out, recorded, replayed
 
@@ -241,7 +241,8 @@ def test_ranks_count_what_selection_reads(
     blocks = [s.block or 1 for s in method.summaries]
     for size in (2, 3):
         prompt = zigzag(0, length, size, math.lcm(method.block_multiple, *blocks))
-        case = Case(spec=method, calls=(length, *(1,) * 5), patch={"recipe": recipe_of(method)})
+        how: dict[str, Any] = {"overrides": TWO_LAYERS, "patch": {"recipe": recipe_of(method)}}
+        case = Case(spec=method, calls=(length, *(1,) * 5), **how)
         with selection_bytes(method, prompt) as known:
             want = _of_selection(stepped(case)["report"])
         ranks = [_of_selection(got["report"]) for [got] in world.run(stepped_over_ranks, size, [case])]

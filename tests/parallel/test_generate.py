@@ -24,10 +24,10 @@ FP32 = {"dtype": torch.float32}
 def assert_same(world: World, sizes: tuple[int, ...], cases: list[Case], bound: float) -> list[Any]:
     """Every rank has the tokens and logits of one device; -> what the last size has given, by rank."""
     ranks: list[Any] = []
+    alone = [generated(case) for case in cases]
     for size in sizes:
         ranks = world.run(over_ranks, size, cases)
-        for i, case in enumerate(cases):
-            want = generated(case)
+        for i, (case, want) in enumerate(zip(cases, alone, strict=True)):
             for rank, got in enumerate(done[i] for done in ranks):
                 where = f"rank {rank} of {size}, {case}"
                 for a, b in zip(got["tokens"], want["tokens"], strict=True):

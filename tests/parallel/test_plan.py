@@ -1,44 +1,22 @@
-"""What `farspan plan` says against what is really counted, and its command line."""
+"""What `farspan plan` says of the choice of mechanism, memory, traffic and time."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import GPT2Config
-from typer.testing import CliRunner
 
 import farspan
 from farspan.attention.errors import FarspanError
-from farspan.attention.kv import KV
-from farspan.attention.ops.flash import flash
-from farspan.attention.partial import empty_partial
-from farspan.attention.selection import Window
-from farspan.attention.softmax import Softmax
-from farspan.cli.app import app
-from farspan.parallel.group.comm import Ranks
-from farspan.parallel.mechanisms.decode import merge_ranks
-from farspan.parallel.mechanisms.gather import fetch, gather_all
-from farspan.parallel.mechanisms.layout import Layout, usp_split, zigzag
-from farspan.parallel.mechanisms.pass_q import pass_q
-from farspan.parallel.mechanisms.ring import ring
-from farspan.parallel.mechanisms.ulysses import ulysses, unsupported
-from farspan.parallel.mechanisms.usp import usp
+from farspan.parallel.mechanisms.layout import zigzag
 from farspan.parallel.mechanisms.volume import (
     Geometry,
     PrefillCall,
     choose,
     decode_volume,
-    padded,
     readable,
-    refusals,
     volumes,
     window_volume,
 )
@@ -48,13 +26,10 @@ from farspan.parallel.planner.cost import (
     decode_sent,
     memory,
     prefill_sent,
-    stored_rows,
 )
 from farspan.parallel.planner.device import DEVICES
 from farspan.parallel.planner.job import Job, LayerShape, ModelShape
 from farspan.parallel.planner.plan import plan
-
-from .world import World
 
 GIB = 1 << 30
 LLAMA_405B = ModelShape(
@@ -71,144 +46,6 @@ def job(model: ModelShape = LLAMA_8B, length: int = 1 << 17, gpus: int = 8, **ch
     weights = model.parameters * model.element_size
     settings = {"device": DEVICES["H100"], "memory": 80 * GIB, "weights": weights} | changes
     return Job(model=model, length=length, gpus=gpus, **settings)
-
-
-# --- the formulas, against bytes that have really travelled --------------------------------------
-
-
-def sent(group: Any, heads: int, kv_heads: int, dim: int, new: int, past: int, batch: int) -> dict[str, int]:
-    """Bytes that this rank sends by each mechanism, at bfloat16."""
-    ranks, rank = Ranks(group), Ranks(group).rank
-    split, held = zigzag(past, past + new, ranks.size), zigzag(0, past, ranks.size).layout()
-    layout = held if past else Layout.empty(ranks.size)
-
-    def rows(heads: int, n: int) -> torch.Tensor:
-        return torch.randn(batch, heads, n, dim).bfloat16()
-
-    q, k, v = rows(heads, split.rows), rows(kv_heads, split.rows), rows(kv_heads, split.rows)
-    old_k, old_v = rows(kv_heads, layout.count(rank)), rows(kv_heads, layout.count(rank))
-    stored: dict[str, Any] = {"past": layout, "past_k": old_k, "past_v": old_v} if past else {}
-    found = {}
-
-    def count(name: str) -> None:
-        found[name] = sum(ranks.sent.values())
-        ranks.sent.clear()
-
-    gather_all(k, v, old_k, old_v, layout, split, ranks)
-    count("gather")
-    ring(q, k, v, split, ranks, softmax=Softmax(1.0), **stored)
-    count("ring")
-    if not unsupported(heads, kv_heads, ranks.size):
-        ulysses(q, k, v, split, ranks, lambda q, k, v: flash(q, KV(k, v), Softmax(1.0)), **stored)
-        count("ulysses")
-    pass_q(q, k, v, split, ranks, softmax=Softmax(1.0), **stored)
-    count("pass_q")
-    merge_ranks(empty_partial(q[:, :, :1]), q.dtype, ranks)
-    count("decode")
-    return found
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "new", "past", "batch"),
-    [
-        (12, 12, 64, 0, 1),
-        (12, 4, 63, 0, 2),
-        (8, 2, 250, 0, 1),
-        (12, 1, 21, 0, 1),
-        (6, 3, 1, 0, 1),
-        (12, 4, 50, 96, 2),
-        (12, 12, 7, 24, 1),
-        (9, 3, 3, 120, 1),
-    ],
-)
-def test_volumes_are_the_bytes_that_travel(
-    world: World, size: int, heads: int, kv_heads: int, new: int, past: int, batch: int
-):
-    geometry = Geometry(heads, kv_heads, 8, 2)
-    expected = volumes(geometry, PrefillCall(size, new, past, batch=batch))
-    absent = refusals(geometry, size, past)
-    for found in world.run(sent, size, heads, kv_heads, 8, new, past, batch):
-        assert found.pop("decode") == decode_volume(geometry, size, batch=batch)
-        passed = found.pop("pass_q")
-        assert passed == expected.pop("pass_q", passed)
-        assert found == expected
-        assert ("ulysses" in found) == ("ulysses" not in absent)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("past", [1, 5, 61])
-def test_an_uneven_past_is_padded_by_gather_alone(world: World, size: int, past: int):
-    geometry = Geometry(6, 6, 8, 2)
-    most = stored_rows(past, size)
-    expected = volumes(geometry, PrefillCall(size, 10, past, past_rows=most))
-    for found in world.run(sent, size, 6, 6, 8, 10, past, 1):
-        assert found["gather"] == expected["gather"]
-        assert found["ring"] <= expected["ring"] and found["ulysses"] <= expected["ulysses"]
-
-
-def sent_by_usp(group: Any, new: int) -> int:
-    """P = 4 as 2 x 2; the two subgroups are made of the whole job's ranks, as all its processes must do."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
-    pairs = [[0, 1], [2, 3], [0, 2], [1, 3]]
-    groups = [dist.new_group(pair) for pair in pairs]
-    inner, outer = groups[rank // 2], groups[2 + rank % 2]
-    a, b = Ranks(inner), Ranks(outer)
-    split = usp_split(0, new, 2, 2)
-    q, k, v = (torch.randn(1, h, split.rows, 8).bfloat16() for h in (8, 2, 2))
-    usp(q, k, v, split, a, b, softmax=Softmax(1.0))
-    return sum(a.sent.values()) + sum(b.sent.values())
-
-
-@pytest.mark.parametrize("new", [64, 37, 3])
-def test_usp_volume(world: World, new: int):
-    expected = volumes(Geometry(8, 2, 8, 2), PrefillCall(4, new, ulysses=2))["usp"]
-    assert world.run(sent_by_usp, 4, new) == [expected] * 4
-
-
-def sent_by_fetch(group: Any, new: int, window: int) -> int:
-    ranks = Ranks(group)
-    split = zigzag(0, new, ranks.size)
-    k, v = (torch.randn(1, 2, split.layout().count(ranks.rank), 8).bfloat16() for _ in range(2))
-    wanted = torch.zeros(1, 2, new, dtype=torch.bool)
-    for _, chunk in split.slots(ranks.rank):
-        wanted[:, :, : chunk[1]] |= Window(size=window).needed(chunk, [0], 2, k.device)
-    into = torch.empty(1, 2, new, 8).bfloat16(), torch.empty(1, 2, new, 8).bfloat16()
-    fetch(wanted, k, v, split.layout(), *into, ranks)
-    return sum(ranks.sent.values())
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(("new", "window"), [(240, 8), (96, 100), (61, 5)])
-def test_window_volume_bounds_what_a_rank_sends(world: World, size: int, new: int, window: int):
-    """The mean over ranks: the formula leaves out that the ring of chunks has two ends and a turn."""
-    geometry = Geometry(4, 2, 8, 2)
-    mean = sum(world.run(sent_by_fetch, size, new, window)) / size
-    most = window_volume(geometry, PrefillCall(size, new), window)
-    bits = (size - 1) * 2 * -(-new // 8)
-    assert mean <= most
-    if window < new / (2 * size):
-        assert mean - bits >= (most - bits) * (2 * size - 2) / (2 * size) - 1e-9
-
-
-def test_published_formulas():
-    """PARALLEL.md's, with S filled up to the split."""
-    h, hkv, d, e = 32, 8, 128, 2
-    geometry = Geometry(h, hkv, d, e)
-    for p, u in ((2, None), (4, 2), (8, 4), (16, 8)):
-        s = padded(1001, p)
-        found = volumes(geometry, PrefillCall(p, 1001, ulysses=u))
-        assert s >= 1001 and s % p == 0
-        assert found["gather"] == found["ring"] == (p - 1) * s * 2 * hkv * d * e // p
-        assert found["ulysses"] == (p - 1) * s * (2 * h + 2 * max(hkv, p)) * d * e // p**2
-        if u:
-            r = p // u
-            inner = (u - 1) * (s // r) * (2 * h + 2 * max(hkv, u)) * d * e // u**2
-            assert found["usp"] == inner + (r - 1) * s * 2 * -(-hkv // u) * d * e // r
-        assert volumes(geometry, PrefillCall(p, 1001, 7))["pass_q"] == (p - 1) * s * h * (d * 2 * e + 4) // p
-        assert decode_volume(geometry, p, tokens=3) == 3 * (p - 1) * h * (d * e + 4)
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -447,110 +284,3 @@ def test_bad_jobs():
             job(**changes)
     with pytest.raises(FarspanError, match="3 ranks do not divide 32 query heads"):
         plan(job(gpus=3, mechanism="ulysses"))
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
-    """A model's config, and not a single weight."""
-    path, config = tmp_path_factory.mktemp("plan") / "config-only", tiny_llama().config
-    config.dtype = "float32"
-    config.save_pretrained(path)
-    return path
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner(env={"COLUMNS": "100"}).invoke(app, ["plan", *arguments])
-
-
-def as_json(*arguments: str) -> Any:
-    done = invoke(*arguments, "--json")
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
-
-
-def test_command_reads_the_config_alone(folder: Path, tiny_llama: Any):
-    found = as_json("--model", str(folder), "--length", "4K", "--gpus", "2", "--gpu-memory", "1G")
-    model = tiny_llama()
-    assert found["memory"]["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
-    assert found["memory"]["kv_cache"] == 2 * 2048 * 2 * 2 * 16 * 4
-    assert found["fits"] and found["ranks"] == 2
-    geometry = Geometry(8, 2, 16, 4)
-    assert found["bytes_sent_per_rank"]["prefill_by_mechanism"] == {
-        name: 2 * size for name, size in volumes(geometry, PrefillCall(2, 4096)).items()
-    }
-    assert found["bytes_sent_per_rank"]["decode_per_token"] == 2 * decode_volume(geometry, 2)
-
-
-def test_command_on_the_alias(smollm2: Any):
-    found = as_json("--length", "128K", "--gpus", "3", "--gpu", "h200", "--method", "quest:k=512")
-    saved = torch.bfloat16.itemsize  # the plan is for a GPU; a CPU may have loaded another dtype
-    assert found["memory"]["weights"] == sum(p.numel() * saved for p in smollm2[0].parameters())
-    assert found["device"] == {"name": "H200", "memory": 141 * GIB}
-    assert found["method"]["decode"].startswith("quest")
-
-
-def test_command_prints_what_does_not_fit(folder: Path):
-    done = invoke("--model", str(folder), "--length", "1M", "--gpus", "2", "--gpu-memory", "128M")
-    assert done.exit_code == 0 and "It does not fit: a device needs" in done.output
-    assert "memory of each GPU" in done.output and "prefill by gather" in done.output
-    assert max(map(len, done.output.split("Mechanism:")[0].splitlines())) <= 100
-    done = invoke("--model", str(folder), "--length", "4K", "--gpus", "2")
-    assert "It fits into the memory; so would" in done.output and "positions" not in done.output
-
-
-def test_command_says_that_the_prompt_is_beyond_the_positions(folder: Path, tmp_path: Path):
-    """4,096 positions: 4K tokens have a place, 16K do not, and the memory has nothing to do with it."""
-    ask = ["--model", str(folder), "--gpus", "2"]
-    note = (
-        "config-only has 4096 positions, and 16384 tokens are more: it reads nonsense past them; stretch them"
-    )
-    [found] = as_json(*ask, "--length", "16K")["notes"]
-    assert note in found and found.endswith("--rope yarn:4 where you run it.")
-    assert (
-        as_json(*ask, "--length", "4K")["notes"] == []
-        and as_json(*ask, "--length", "4K")["positions"] == 4096
-    )
-    assert as_json(*ask, "--length", "2M")["notes"][0].endswith("--rope yarn:2097152 where you run it.")
-    config = GPT2Config(vocab_size=128, n_positions=256, n_embd=64, n_layer=2, n_head=4)
-    config.save_pretrained(tmp_path / "gpt2")
-    [found] = as_json("--model", str(tmp_path / "gpt2"), "--gpus", "2", "--length", "1K")["notes"]
-    assert "gpt2 has 256 positions" in found and "cannot be stretched" in found and "yarn" not in found
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--length", "1T", "--gpus", "8"],
-        ["--length", "1M", "--gpus", "4096"],
-        ["--length", "64M", "--gpus", "128", "--prefill-chunk", "4K"],
-        ["--length", "4K", "--gpus", "8", "--gpu-memory", "1000000T", "--batch-size", "1T"],
-    ],
-    ids=" ".join,
-)
-def test_large_numbers_are_answered_quickly(folder: Path, arguments: list[str]):
-    began = time.perf_counter()
-    found = as_json("--model", str(folder), *arguments)
-    assert time.perf_counter() - began < 60
-    assert found["fits"] is (found["memory"]["needed"] <= found["device"]["memory"])
-    assert math.isfinite(found["seconds"]["prefill"]) and found["seconds"]["prefill"] > 0
-
-
-def test_the_calls_of_a_chunked_prefill():
-    ask = job(length=10, chunk=4)
-    assert ask.calls == [(4, 0), (4, 4), (2, 8)] and ask.num_calls == 3
-    assert job(length=10).calls == job(length=10, chunk=64).calls == [(10, 0)]
-
-
-def test_simulate_writes_and_prints(folder: Path, tmp_path: Path):
-    out = tmp_path / "new" / "simulated"
-    ask = ["--model", str(folder), "--length", "1M", "--gpus", "4", "--simulate", "--ranks", "1,2,8,64"]
-    done = invoke(*ask, "--out", str(out))
-    assert done.exit_code == 0, done.output
-    assert "Strong scaling: 1048576 tokens" in done.output and "Weak scaling: 262144 tokens" in done.output
-    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    saved = json.loads((out / "scaling.json").read_text())
-    assert {row["ranks"] for row in saved["rows"]} == {1, 2, 8, 64}
-    assert as_json(*ask)["rows"] == saved["rows"]
