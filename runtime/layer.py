@@ -115,12 +115,12 @@ class Layer(Unique):
                 "decoder: call the whole model, and set use_reentrant=False for gradient checkpointing."
             )
         else:
-            part = self._here(q, k, v, mask, softmax)
+            part = self._on_one_device(q, k, v, mask, softmax)
         if softmax.sinks is not None:
             part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
 
-    def _here(
+    def _on_one_device(
         self,
         q: Tensor,
         k: Tensor,

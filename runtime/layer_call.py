@@ -145,8 +145,8 @@ class LayerCall:
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
         """Call the decode method's ``on_prefill_end`` for the rows whose prefill has run, so that it sets up
         their state. Returns the bytes that it read."""
-        tokens, wanted = source.total - source.past, self.decode.observation_window
-        count = tokens if wanted is None else min(wanted, tokens)
+        tokens, window = source.total - source.past, self.decode.observation_window
+        count = tokens if window is None else min(window, tokens)
         last = source.last_queries(count) if self._sets_up else None
         read = 0
         for rows in ended:

@@ -83,8 +83,8 @@ class KeysOverRanks:
         """Store the new keys and values, and update the block summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         past = _take(self.k, self.v, store, call)
-        asked = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
-        _extend(asked, self.k, store, past, call, mesh)
+        declared = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
+        _extend(declared, self.k, store, past, call, mesh)
         if call.split is not None:
             self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.softmax)
 
@@ -220,14 +220,14 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def _extend(
-    asked: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
+    declared: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
 ) -> None:
-    """Update those of the declared summaries ``asked`` that are kept for each block."""
-    wanted: dict[tuple, Summary] = {s.key: s for s in asked if s.block is not None}
+    """Update the summaries in ``declared`` that are kept for each block."""
+    of_blocks: dict[tuple, Summary] = {s.key: s for s in declared if s.block is not None}
     recent = k
     if call.split is None and store.recent is not None:
         recent = torch.cat([store.recent, k], 2)
-    for summary in wanted.values():
+    for summary in of_blocks.values():
         if call.split is None:
             recent = extend(
                 summary, store.shared, store.shard.kv.k, store.layout, recent, call.starts, mesh.ranks
@@ -237,8 +237,8 @@ def _extend(
                 summary, store.shared, k, past.layout, past.kv.k, call.split, call.starts, mesh.ranks
             )
     store.recent = None
-    if call.split is None and wanted:
-        store.recent = recent[:, :, -2 * max(s.block or 1 for s in wanted.values()) :]
+    if call.split is None and of_blocks:
+        store.recent = recent[:, :, -2 * max(s.block or 1 for s in of_blocks.values()) :]
 
 
 def _are_all(rows: slice, x: Tensor) -> bool:

@@ -52,10 +52,10 @@ class Measured:
         heads = self.head_recall
         return sum(heads) / len(heads) if heads else None
 
-    def add(self, shares: Tensor) -> None:
+    def add(self, fractions: Tensor) -> None:
         """Add the fractions [B, H, R] of the sampled queries of a call; NaN where a query is padding."""
-        counted = ~shares[:, 0].isnan()
-        mass = shares.double().nansum((0, 2)).tolist()
+        counted = ~fractions[:, 0].isnan()
+        mass = fractions.double().nansum((0, 2)).tolist()
         self.rows += int(counted.sum())
         self.mass = [a + b for a, b in zip(self.mass or [0.0] * len(mass), mass, strict=True)]
 

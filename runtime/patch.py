@@ -71,7 +71,7 @@ def patch(
     (``sale:recipe=PATH``).
     crossover: use dense attention while there are fewer keys than this number. "auto" takes the number that
     ``farspan tune`` measured on this device. In a padded batch, each row's own number of keys counts. The
-    report lists such calls as fallbacks. The state of a decode method (snapkv, h2o, recycled) starts empty
+    report lists such calls as fallbacks. A decode method with state (snapkv, h2o, recycled) starts without it
     where generation crosses this number.
     parallel: a ContextParallel or "auto" shards the sequence and its KV cache over the ranks of a launcher
     (torchrun, accelerate, deepspeed). A torch DeviceMesh or accelerate's Accelerator names the ranks. Every

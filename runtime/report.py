@@ -189,7 +189,9 @@ class Report:
             if chosen or read:
                 lines.append(f"{phase}: selection {as_seconds(chosen)} of {as_seconds(chosen + read)}")
         if measured:
-            lines.append("mass: the share of the true attention that the keys read hold, on sampled queries")
+            lines.append(
+                "mass: the share of the true attention that falls on the keys read, on sampled queries"
+            )
         if totals["mechanisms"]:
             lines.append(
                 f"over ranks: this one sent {as_bytes(totals['sent_bytes'])} for attention where dense sends "

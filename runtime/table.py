@@ -123,9 +123,9 @@ def _spread(columns: Sequence[int], least: Sequence[int], most: Sequence[int], r
     `most` are widened first."""
     widths = {i: least[i] for i in columns}
     spare = max(0, room - sum(widths.values()) - len(_GAP) * (len(widths) - 1))
-    wishes = sorted(columns, key=lambda i: most[i] - least[i])
-    for number, i in enumerate(wishes):
-        more = min(most[i] - least[i], spare // (len(wishes) - number))
+    by_need = sorted(columns, key=lambda i: most[i] - least[i])
+    for number, i in enumerate(by_need):
+        more = min(most[i] - least[i], spare // (len(by_need) - number))
         widths[i] += more
         spare -= more
     return widths

@@ -28,7 +28,7 @@ from .models import ModelInfo
 from .releases import given_cache
 
 
-def spread_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
+def split_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
     """Make the decoder split long calls over ``session.mesh``, at multiples of ``block_multiple`` tokens.
     Short calls run whole on every rank. Returns the undo step."""
     return replace_forward(info.decoder, partial(_forward, info, session, block_multiple))
@@ -98,7 +98,7 @@ def _forward(
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
     with stopping_all_ranks(session.mesh):
-        call, positions = _share_out(info, session, session.mesh, block_multiple, kwargs)
+        call, positions = _split_arguments(info, session, session.mesh, block_multiple, kwargs)
         session.call, before = call, running.set(call)
         try:
             with session.part_of(positions):
@@ -115,7 +115,7 @@ def _forward(
     return output
 
 
-def _share_out(
+def _split_arguments(
     info: ModelInfo, session: Session, mesh: Mesh, block_multiple: int, kwargs: dict[str, Any]
 ) -> tuple[Call, Tensor]:
     """Check that all ranks have the same arguments, and reduce ``kwargs`` to the tokens of this rank. Returns
@@ -146,7 +146,10 @@ def _share_out(
                 f"This call of {type(info.decoder).__name__} cannot be split over ranks, because "
                 f"{', '.join(foreign)} may not lie along the tokens: leave them out of the call."
             )
-        split, memory = make_split(mesh, past, total, block_multiple, _held(cache)), _spare_memory(mesh)
+        split, memory = (
+            make_split(mesh, past, total, block_multiple, _cache_layout(cache)),
+            _spare_memory(mesh),
+        )
         at = split.take(mesh.ranks.rank, tokens.device)
         for name in ALONG_TOKENS:
             if kwargs.get(name) is not None:
@@ -157,7 +160,7 @@ def _share_out(
     return call, positions
 
 
-def _held(cache: Any) -> Layout | None:
+def _cache_layout(cache: Any) -> Layout | None:
     """The layout of a cache that is sharded already; None for any other cache."""
     stores = [layer.store for layer in getattr(cache, "layers", ()) if isinstance(layer, ShardStoreLayer)]
     whole = [store for store in stores if store.window is None]

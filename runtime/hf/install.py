@@ -22,7 +22,7 @@ from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
-from .decoder_over_ranks import spread_forward, stopping_all_ranks
+from .decoder_over_ranks import split_forward, stopping_all_ranks
 from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
@@ -64,7 +64,7 @@ def install(
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
     if session.mesh is not None:
-        undo.append(spread_forward(info, session, block_multiple))
+        undo.append(split_forward(info, session, block_multiple))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 

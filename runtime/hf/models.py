@@ -19,7 +19,7 @@ from ...parallel.group.config import ContextParallel
 from ...parallel.group.join import join
 from ...parallel.group.mesh import Mesh
 from .interface import ATTRIBUTE
-from .tensor import TENSOR, count_heads, same_share, weights_mesh
+from .tensor import TENSOR, count_heads, same_heads, weights_mesh
 from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
@@ -59,13 +59,11 @@ class ModelInfo:
         if self.weights_mesh is None or self._heads[index] == (whole.num_heads, whole.num_kv_heads):
             return whole
         heads, kv_heads = self._heads[index]
-        shares = self.weights_mesh[TENSOR].size()
-        if (heads * shares, kv_heads * shares) != (whole.num_heads, whole.num_kv_heads):
-            raise self._uneven(shares)
+        size = self.weights_mesh[TENSOR].size()
+        if (heads * size, kv_heads * size) != (whole.num_heads, whole.num_kv_heads):
+            raise self._uneven(size)
         place = self.weights_mesh[TENSOR].get_local_rank()
-        return dataclasses.replace(
-            whole, num_heads=heads, num_kv_heads=kv_heads, tp_size=shares, tp_rank=place
-        )
+        return dataclasses.replace(whole, num_heads=heads, num_kv_heads=kv_heads, tp_size=size, tp_rank=place)
 
     def _whole(self, index: int) -> LayerInfo:
         settings = layer_configs(self.config)
@@ -86,18 +84,18 @@ class ModelInfo:
             return count_heads(self.model, self.config, self.attention)
         except RuntimeError as error:
             assert self.weights_mesh is not None
-            shares = self.weights_mesh[TENSOR].size()
-            if all(self._whole(i).num_kv_heads % shares == 0 for i in self.attention):
+            size = self.weights_mesh[TENSOR].size()
+            if all(self._whole(i).num_kv_heads % size == 0 for i in self.attention):
                 raise
-            raise self._uneven(shares) from error
+            raise self._uneven(size) from error
 
-    def _uneven(self, shares: int) -> Unsupported:
+    def _uneven(self, size: int) -> Unsupported:
         whole = self._whole(min(self.attention))
         return Unsupported(
             f"farspan cannot patch {type(self.model).__name__}",
             [
                 f"its {whole.num_heads} query heads and {whole.num_kv_heads} KV heads do not divide by the "
-                f"{shares} ranks of tensor parallelism"
+                f"{size} ranks of tensor parallelism"
             ],
         )
 
@@ -255,7 +253,7 @@ def _join_beside(weights: DeviceMesh, parallel: Any, device: torch.device) -> Me
     sequence."""
     config = ContextParallel() if parallel == "auto" else parallel
     if isinstance(config, ContextParallel) and config.mesh is None:
-        along = same_share(weights)
+        along = same_heads(weights)
         if along is None:
             if config.size not in (None, 1):
                 raise FarspanError(

@@ -46,7 +46,7 @@ def weights_mesh(model: nn.Module) -> DeviceMesh | None:
     )
 
 
-def same_share(mesh: DeviceMesh) -> DeviceMesh | None:
+def same_heads(mesh: DeviceMesh) -> DeviceMesh | None:
     """The dimension of the weights' mesh along which all ranks have the same heads; None where no other rank
     has the heads of this one. Raises FarspanError where the mesh does not show this."""
     names = mesh.mesh_dim_names or ()

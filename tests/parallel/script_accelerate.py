@@ -88,7 +88,7 @@ class recorded:
     them."""
 
     def __init__(self, model: Any) -> None:
-        self._original, calls = Ranks._counted, []
+        self._original, calls = Ranks.counted, []
         self._calls: list[str] = calls
 
         def counted(ranks: Ranks, name: str, sent: int) -> Any:
@@ -103,11 +103,11 @@ class recorded:
         model.register_comm_hook(None, reduce)
 
     def __enter__(self) -> list[str]:
-        Ranks._counted = self._counted  # type: ignore[method-assign]
+        Ranks.counted = self._counted  # type: ignore[method-assign]
         return self._calls
 
     def __exit__(self, *_: object) -> None:
-        Ranks._counted = self._original  # type: ignore[method-assign]
+        Ranks.counted = self._original  # type: ignore[method-assign]
 
 
 def assert_equal_on_ranks(name: str, mine: Any) -> None:
