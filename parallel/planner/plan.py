@@ -200,8 +200,8 @@ def _beyond_positions(job: Job) -> list[str]:
         else "they cannot be stretched, so use a model that has more"
     )
     return [
-        f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it reads nonsense "
-        f"past them; {advice}."
+        f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it "
+        f"does not understand later tokens; {advice}."
     ]
 
 
