@@ -2,7 +2,7 @@
 
 Stores, ``Keys`` and operations pass keys and values as one ``KV``. This class is the plain format. Another
 format is a subclass in a file of its own, which overrides what its docstring lists, and one load function for
-the Triton kernels (``ops/load.py`` has the plain one).
+the Triton kernels (``ops/load/plain.py`` has the plain one).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class KV:
 
     @staticmethod
     def load_function() -> Any:
-        """The Triton function that loads rows in this format; see ``ops/load.py``."""
-        from .ops.load import load_plain
+        """The Triton function that loads rows in this format; see ``ops/load/plain.py``."""
+        from .ops.load.plain import load_plain
 
         return load_plain
 

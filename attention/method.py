@@ -54,7 +54,7 @@ class LayerInfo:
                 instead = f", or {needs.instead}" if needs.instead else ""
                 raise FarspanError(
                     f"{method.name} needs a recipe with the {name} of layer {self.index}: make one with "
-                    f"'farspan calibrate --method {method.name}' and pass recipe=PATH{instead}."
+                    f"{method.recipe_maker} and pass recipe=PATH{instead}."
                 )
             shared = dict.fromkeys(("num_heads", "num_kv_heads"), self.tp_size)
             wanted = [getattr(self, x) * shared.get(x, 1) if isinstance(x, str) else x for x in shape]
@@ -175,6 +175,13 @@ class AttentionMethod:
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         """This method as layer ``layer`` runs it, or None where the method itself leaves the layer dense."""
         return None if layer.index < self.dense_layers else self
+
+    @property
+    def recipe_maker(self) -> str:
+        """The call that makes its recipe, for errors: its calibration, or saving the module of a gate."""
+        if type(self).calibration is AttentionMethod.calibration:
+            return f"patched.recipe({self.name!r}).save(PATH)"
+        return f"'farspan calibrate --method {self.name}'"
 
     def calibration(self, layer: LayerInfo, *args: Any, **options: Any) -> Calibration:
         """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that

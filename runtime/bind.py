@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,11 @@ def learned(
     source = method.recipe or recipe  # the recipe in the spec comes first: two methods may need one each
     if source is None:
         own = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({own})'" if within else f"recipe=PATH, or '{own}'"
+        how = f"'{within}:over=({own})'" if within else "recipe=PATH"
+        if not within and "recipe" in {field.name for field in fields(method)}:
+            how += f", or '{own}'"
         raise FarspanError(
-            f"{method.name} needs a calibration recipe: make one with 'farspan calibrate --method "
-            f"{method.name}' (or farspan.calibrate) and pass {how}."
+            f"{method.name} needs a recipe: make one with {method.recipe_maker} and pass {how}."
         )
     loaded = source if isinstance(source, Recipe) else Recipe.load(source)
     return loaded.for_layer(method.name, layer, geometry)

@@ -309,7 +309,7 @@ def test_blue_is_read_red_is_missed_and_deeper_is_more():
         (["--heads", "1,9"], ["There is no head 9", "heads 0 to 7"]),
         (["--layers", "first"], ["--layers takes whole numbers from 0 on", "'first'"]),
         (["--recipe", "/no/such"], ["A recipe was given, but no method needs one (pbs)"]),
-        (["--method", "sale"], ["sale needs a calibration recipe"]),
+        (["--method", "sale"], ["sale needs a recipe"]),
         (
             ["--method", "sale", "--recipe", "/no/such"],
             ["There is no recipe at /no/such", "farspan calibrate"],

@@ -25,6 +25,13 @@ def test_attention(bound: AttentionMethod, starts: list[int] | None) -> None:
 
 
 @every_method_with_full_budget()
+def test_the_budget_is_full_at_any_length(method: AttentionMethod) -> None:
+    """Else a budget that covers the short sequences below would pass for a full one."""
+    costs = [method.cost(phase, 100_000) for phase in method.phases]
+    assert all(cost.density == 1 or not cost.exact for cost in costs)
+
+
+@every_method_with_full_budget()
 def test_model(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
     """Against the unpatched model: greedy tokens and the logits behind them, a padded batch included."""
     ids = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(0))

@@ -30,7 +30,7 @@ def summaries_checked() -> Iterator[list[int]]:
     def checking(original: Callable[[Keys, Summary], Tensor]) -> Callable[[Keys, Summary], Tensor]:
         def summary(self: Keys, wanted: Summary) -> Tensor:
             entries = original(self, wanted)
-            anew = Summaries().get(wanted, self.kv, self.start)
+            anew = Summaries().get(wanted, self.kv, self.start, inputs=self.fed)
             for b in range(self.kv.batch):
                 first = self.starts[b] if self.starts else 0
                 if wanted.block is None:

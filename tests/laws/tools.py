@@ -16,6 +16,7 @@ import farspan
 from farspan.attention.attend import Reads
 from farspan.attention.keys import Keys
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from farspan.attention.needs import Inputs
 from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
 from farspan.attention.softmax import Softmax
@@ -179,12 +180,15 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None, *, whole_prompt: bool = True) -> Any:
+def every_method(phase: str | None = None, *, whole_prompt: bool = True, over_ranks: bool = False) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
+    over_ranks: without those that are fed inputs, which are refused over ranks.
     """
     cases = _cases(sparse_settings, phase)
+    if over_ranks:
+        cases = [case for case in cases if not case.values[0].needs.inputs]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)
@@ -229,6 +233,15 @@ class Data:
         k, v = (torch.randn(b, HKV, n, D, generator=generator) for _ in range(2))
         return Data(q.to(dtype), k.to(dtype), v.to(dtype), starts if starts and any(starts) else None)
 
+    def fed(self, method: AttentionMethod, past: int, length: int) -> Inputs | None:
+        """What a call of the queries past .. length - 1 feeds ``method``, as in a layer without RoPE; the
+        hidden states are its queries side by side."""
+        if not method.needs.inputs:
+            return None
+        q, k = (x[:, :, past:length] for x in (self.q, self.k))
+        hidden = q.transpose(1, 2).flatten(2)
+        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length)
+
     @property
     def scale(self) -> float:
         return self.q.shape[3] ** -0.5
@@ -258,7 +271,7 @@ class Stream:
         dense = farspan.parse_method("dense")
         phases = ((method if phase in method.phases else dense) for phase in (PREFILL, DECODE))
         self.layer_call, self.store = LayerCall(*phases), KVStore()
-        self.data, self.impl, self.fresh = data, impl, fresh
+        self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
         self.reads: list[Reads] = []
 
     @property
@@ -279,7 +292,7 @@ class Stream:
 
     def call(self, upto: int) -> Partial:
         """Attention of the queries at self.length .. upto - 1."""
-        new = slice(self.length, upto)
+        new, fed = slice(self.length, upto), self.data.fed(self.method, self.length, upto)
         q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
         self.store.append(k, v)
         assert self.store.kv is not None
@@ -289,7 +302,7 @@ class Stream:
         if self.data.starts is not None:
             starts = [min(first, upto) for first in self.data.starts]  # as a mask of these positions says
             padding = Padding(torch.tensor(starts), starts)
-        softmax, how = Softmax(self.data.scale), {"padding": padding, "impl": self.impl}
+        softmax, how = Softmax(self.data.scale), {"padding": padding, "impl": self.impl, "fed": fed}
         called = self.layer_call(LocalKeys(q, self.store.kv, softmax, store=self.store, **how))
         self.reads.append(total_reads(called.done))
         return called.part(q, v.shape[3])

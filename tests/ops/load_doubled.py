@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.attention.ops.load import load_plain
+from farspan.attention.ops.load.plain import load_plain
 
 
 @triton.jit

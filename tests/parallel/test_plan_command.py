@@ -75,7 +75,8 @@ def test_command_says_that_the_prompt_is_beyond_the_positions(folder: Path, tmp_
     """4,096 positions: 4K tokens have a place, 16K do not, and the memory has nothing to do with it."""
     ask = ["--model", str(folder), "--gpus", "2"]
     note = (
-        "config-only has 4096 positions, and 16384 tokens are more: it does not understand later tokens; stretch them"
+        "config-only has 4096 positions, and 16384 tokens are more: it does not understand later tokens; "
+        "stretch them"
     )
     [found] = as_json(*ask, "--length", "16K")["notes"]
     assert note in found and found.endswith("--rope yarn:4 where you run it.")

@@ -123,7 +123,7 @@ def test_a_chunk_that_is_no_number_of_tokens(chunk):
 
 
 def test_a_method_that_needs_calibration_without_a_recipe(tmp_path):
-    ask = ["double_sparsity needs a calibration recipe", "farspan calibrate", "recipe="]
+    ask = ["double_sparsity needs a recipe", "farspan calibrate", "recipe="]
     refused(FarspanError, lambda m: farspan.patch(m, "double_sparsity:k=16"), *ask)
     refused(FarspanError, lambda m: farspan.patch(m, layers={2: DoubleSparsity(k=16)}), *ask)
     missing = tmp_path / "none"
@@ -170,7 +170,7 @@ def test_a_recipe_for_several_methods_or_for_none():
     says = ["sale and act need one each", "as 'sale:recipe=PATH' and 'act:recipe=PATH'"]
     refused(FarspanError, lambda m: farspan.patch(m, layers=layers, recipe="/nope"), *says)
     spec = "act:heads=all,over=(sale)"
-    says = ["sale needs a calibration recipe", r"pass 'act:over=\(sale:recipe=PATH\)'"]
+    says = ["sale needs a recipe", r"pass 'act:over=\(sale:recipe=PATH\)'"]
     refused(FarspanError, lambda m: farspan.patch(m, spec), *says)
 
 

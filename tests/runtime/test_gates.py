@@ -218,7 +218,7 @@ def test_the_gate_is_a_module_that_a_recipe_keeps(model: Any, tmp_path: Any) -> 
         assert gates_of(patched)[0] is not gates[0]
     with pytest.raises(FarspanError, match=r"q of the sizes \[8, 16\] in layer 0, the model needs \[4, 16\]"):
         farspan.patch(model, PooledGate(trained=True, dim=4), recipe=loaded)
-    with pytest.raises(FarspanError, match="needs a calibration recipe"):
+    with pytest.raises(FarspanError, match="needs a recipe"):
         farspan.patch(model, PooledGate(trained=True))
 
 

@@ -90,11 +90,11 @@ class _Keys(NamedTuple):
             x = x[0]
             if x.is_contiguous() and x.shape[1] == whole * self.block_k:  # a block in one copy
                 flat = (of[:, None] * whole + blocks).view(-1)
-                taken = x.view(-1, self.block_k * x.shape[2]).index_select(0, flat)
+                taken = x.view(len(x) * whole, self.block_k * x.shape[2]).index_select(0, flat)
             else:
                 x = x[:, : whole * self.block_k].unflatten(1, (whole, self.block_k))
                 taken = x[of[:, None], blocks]
-            return taken.view(len(heads), 1, -1, x.shape[-1])
+            return taken.view(len(heads), 1, blocks.shape[-1] * self.block_k, x.shape[-1])
 
         return self.kv.map(take)
 

@@ -35,7 +35,8 @@ def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Par
     else:
         rows = q.reshape(b * hkv, (h // hkv) * tq, 1, d)
         mask = None if mask is None else mask.reshape(b * hkv, (h // hkv) * tq, 1, n)
-    rows_read = rows_read.map(lambda x: x.reshape(b * hkv, -1, n, x.shape[3]))
+    lists = rows.shape[1]
+    rows_read = rows_read.map(lambda x: x.reshape(b * hkv, lists, n, x.shape[3]))
     part = kernel.attend(rows, rows_read, softmax, mask=mask)
     if hs == hkv:
         out = part.out.reshape(b, hkv, tq, h // hkv, -1).transpose(2, 3)
