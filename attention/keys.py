@@ -153,7 +153,7 @@ class Keys:
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
         summaries: Summaries = SomeRows(self.summaries, self.kv, self.start, rows, first, inputs=self.fed)
-        if end < self.length:  # the store's speak of the padding behind the row as well
+        if end < self.length:  # the store's entries include the padding behind the row
             summaries = Summaries()
         return Keys(
             kv=self.kv[rows, :, first:end],

@@ -22,7 +22,7 @@ _CPU, _DEVICE = 1 << 22, 1 << 26  # logits, or pairs of a mask, held at a time
 
 
 class Probe(Protocol):
-    """What looks on while ``attend`` serves a call."""
+    """Called by ``attend`` around the stages of a call, to measure them."""
 
     def timed(self, stage: str, device: torch.device) -> AbstractContextManager[None]:
         """Around each ``stage`` of the call: ``SELECTION`` (prepare_prefill and select_*), ``ATTENTION``."""

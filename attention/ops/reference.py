@@ -34,6 +34,6 @@ def masked_attention(
     logits = logits.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - torch.where(lse == -torch.inf, 0, lse)[..., None])
-    # A key that nobody may read must not matter even if it is NaN (0 * NaN is NaN).
+    # A key that no query may read must not change anything, even if it is NaN (0 * NaN is NaN).
     value = value.masked_fill(~mask.any(2).expand(-1, h, -1)[..., None], 0)
     return Partial((weights @ value).to(q.dtype), lse)

@@ -78,7 +78,7 @@ def test_methods_by_the_last_queries_are_left_whole(model: Any) -> None:
         torch.no_grad(),
     ):
         got = model(ids, attention_mask=mask).logits
-        [(reason, count)] = [item for item in patched.report().notices.items() if "whole" in item[0]]
+        [(reason, count)] = [item for item in patched.report().notices.items() if "prefill_chunk" in item[0]]
     assert "padded on the right" in reason and count == 1
     with farspan.patch(model, "pbs:mass=0.5,block=8,segment=16"), torch.no_grad():
         assert_rows_alone(model, got, ids, mask)

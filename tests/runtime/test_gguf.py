@@ -149,7 +149,7 @@ def test_architecture_that_transformers_cannot_read(tmp_path, cache):
 def test_weights_that_are_not_in_the_file(tmp_path, cache):
     """transformers would fill them with random numbers, as it does for the first file of a split model."""
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), without=("blk.1.ffn_up", "blk.1.attn_k.weight"))
-    assert_refused(path, cache, "lacks 2 weights, model.layers.1.mlp.up_proj.weight among them")
+    assert_refused(path, cache, "lacks 2 weights, such as model.layers.1.mlp.up_proj.weight")
 
 
 def test_stretched_positions_that_the_reader_drops(tmp_path, cache):

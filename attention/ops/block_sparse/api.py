@@ -69,7 +69,7 @@ def block_sparse(
         index.check(kv.length)
     if not index.lead:
         return run("block_sparse", IMPLS, impl, q, kv, index, softmax)
-    # The first block is filled up with queries of zeros, whose results nobody reads.
+    # The first block is completed with queries of zeros, whose results are dropped.
     filled, whole = pad(q, (0, 0, index.lead, 0)), replace(index, lead=0)
     part = run("block_sparse", IMPLS, impl, filled, kv, whole, softmax)
     return Partial(part.out[:, :, index.lead :], part.lse[:, :, index.lead :])

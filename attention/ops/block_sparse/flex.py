@@ -1,7 +1,7 @@
 """``block_sparse`` by torch's FlexAttention: an alternative that the library makes, an oracle and a rival.
 
 It is compiled once for each shape, which takes seconds. On the CPU it needs a C++ compiler, and FlexAttention
-gives no log-sum-exp there: the lse of the result is NaN, so that nobody merges it by mistake.
+gives no log-sum-exp there: the lse of the result is NaN, so that a merge of it shows at once.
 """
 
 from __future__ import annotations

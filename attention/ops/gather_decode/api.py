@@ -32,7 +32,7 @@ def gather_decode(
     """Attention of q [B, H, Tq, D] over the keys that ``index`` names in kv [B, Hkv, Tk].
 
     The index holds only keys that are visible to its query; nothing else of kv is read. ``index.full``
-    is not looked at: rows that read everything belong to ``decode``. check=False
+    is ignored: rows that read everything belong to ``decode``. check=False
     spares the look at the index (on CUDA, a wait for the device) where its maker vouches for it.
     Raises ValueError for shapes that do not fit and for an index with a token twice or out of range.
     """

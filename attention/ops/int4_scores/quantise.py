@@ -17,7 +17,7 @@ from .storage import Int4
 
 def quantise_int4(k: Tensor, block: int, *, start: Tensor | None) -> Int4:
     b, h, t, d = k.shape
-    new = torch.empty if start is None else torch.zeros  # the padding is written by nobody
+    new = torch.empty if start is None else torch.zeros  # the kernel does not write the padding
     packed = new(b, h, t, d // 2, dtype=torch.uint8, device=k.device)
     scale = new(b, h, t, dtype=torch.float32, device=k.device)
     mean = torch.empty(b, h, triton.cdiv(t, block), d, dtype=k.dtype, device=k.device)
