@@ -125,8 +125,9 @@ def test_import_has_no_side_effect_on_transformers():
     assert result.returncode == 0, result.stderr
 
 
-def imports_of(file: Path) -> set[str]:
-    """Absolute dotted names a file imports, anywhere in it, outside `if TYPE_CHECKING`."""
+def imports_of(file: Path, *, for_types: bool = False) -> set[str]:
+    """Absolute dotted names a file imports, anywhere in it. for_types: those under `if TYPE_CHECKING`,
+    too."""
     tree = ast.parse(file.read_text())
     typing_only = {
         id(inner)
@@ -138,7 +139,7 @@ def imports_of(file: Path) -> set[str]:
     package = ("farspan", *file.relative_to(ROOT).parent.parts)
     found = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
+        if id(node) in typing_only and not for_types:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -166,13 +167,17 @@ def test_imports_go_down_only(number):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_file_is_in_an_import_circle(layer):
-    """Imports inside functions count: they hide a circle and do not open it."""
+    """Imports inside functions and for annotations count: they hide a circle and do not open it."""
     files = {
         ".".join(("farspan", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
         for file in (ROOT / layer).rglob("*.py")
     }
     imports = {
-        name: {other for other in imports_of(file) & files.keys() if not f"{name}.".startswith(f"{other}.")}
+        name: {
+            other
+            for other in imports_of(file, for_types=True) & files.keys()
+            if not f"{name}.".startswith(f"{other}.")
+        }
         for name, file in files.items()
     }
     assert any(imports.values())

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import FarspanError
-from ..keys import Keys
+from ..keys import Keys, State
 from ..kv import KV
 from ..method import LayerInfo
 from ..needs import Inputs, Needs
 from ..ops.flash import flash
 from ..partial import add_sinks
-from ..selection import Rescaled
+from ..selection import Index, Rescaled
 from ..selection.rescaled import attend_rescaled
 from ..softmax import Softmax
 
-if TYPE_CHECKING:
-    from ..calibrated.act import ACT
+
+class _Method(Protocol):
+    """What the search needs of ACT, whose file imports this one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State: ...
+    def select_prefill(self, q: Tensor, keys: Keys) -> Index: ...
 
 
 class HeadSearch:
@@ -35,7 +49,7 @@ class HeadSearch:
 
     needs = Needs()
 
-    def __init__(self, method: ACT, layer: LayerInfo, sure: float) -> None:
+    def __init__(self, method: _Method, layer: LayerInfo, sure: float) -> None:
         if not isinstance(sure, int | float) or not 0 <= sure < math.inf:
             raise FarspanError(f"act takes sure, a number of standard errors from 0 on; got sure={sure!r}.")
         self.settings: dict[str, Any] = {"sure": sure, "beta": method.beta, "threshold": method.threshold}

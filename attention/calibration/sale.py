@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +17,28 @@ from ..needs import Inputs, Needs
 from ..ops.block_sparse import block_sparse
 from ..ops.flash import flash
 from ..partial import add_sinks
+from ..selection import BlockIndex
 from ..softmax import Softmax
 
-if TYPE_CHECKING:
-    from ..sparse.sale import SALE
+
+class _Method(Protocol):
+    """What the search needs of SALE, whose file imports this one."""
+
+    dense_threshold: ClassVar[float]
+
+    @property
+    def block_q(self) -> int: ...
+    @property
+    def block_k(self) -> int: ...
+    @property
+    def local(self) -> int: ...
+    @property
+    def dense_below(self) -> int: ...
+    @property
+    def q_bits(self) -> int | None: ...
+    def with_thresholds(self, tau: Tensor) -> Self: ...
+    def estimate(self, q: Tensor, keys: Keys) -> Tensor: ...
+    def keep(self, largest: Tensor, keys: Keys) -> BlockIndex: ...
 
 
 class ThresholdSearch:
@@ -29,7 +47,7 @@ class ThresholdSearch:
 
     needs = Needs()
 
-    def __init__(self, method: SALE, layer: LayerInfo, start: float, error: float) -> None:
+    def __init__(self, method: _Method, layer: LayerInfo, start: float, error: float) -> None:
         if not all(isinstance(x, int | float) and 0 < x < math.inf for x in (start, error)):
             raise FarspanError(
                 f"sale takes start and error, finite numbers above 0; got start={start!r}, error={error!r}."

@@ -1,95 +1,29 @@
-"""Key blocks for blocks of queries, and their conversion to and from FlexAttention's BlockMask
-(torch.nn.attention.flex_attention)."""
+"""Key blocks for blocks of queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..causal import causal_mask, positions
-from ..errors import Unsupported
 from ..keys import Keys
+from ..lists import BlockLists
 from ..ops.block_sparse import block_sparse
 from ..partial import Partial
 from ..summary import by_start
 from .base import Pairs, Selection, total
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
 _ENTRIES = 1 << 22  # entries of an index whose pairs are counted at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockIndex(Selection):
-    """Key blocks read by each block of queries.
-
-    blocks: [B, Hs, Nq, M] int32, key block numbers, ascending within the first ``counts`` entries; Hs is Hkv
-            (the query heads of a group share a row) or H. Entries past the count are ignored.
-    counts: [B, Hs, Nq] int32.
-    key_order: [B, Hs, Tk] permutation of positions, for methods that reorder keys (None: natural order).
-    lead:   by how many queries the first query block is shorter, as it began before the call; 0 in a padded
-            batch.
-
-    Query block n holds queries n * block_q - lead .. of this call, counted from the row's first valid
-    position in it; key block j of row b begins at start[b] + j * block_k. Causality within the blocks is
-    always by position.
-    """
+class BlockIndex(BlockLists, Selection):
+    """Key blocks read by each block of queries, as ``BlockLists`` has them."""
 
     called: ClassVar[str] = "a BlockIndex"
-
-    blocks: Tensor
-    counts: Tensor
-    block_q: int
-    block_k: int
-    start: Tensor | None = None
-    key_order: Tensor | None = None
-    lead: int = 0
-
-    def check(self, tk: int) -> None:
-        """Raise ValueError where the counted blocks of a query block are not distinct, ascending blocks of
-        Tk keys."""
-        if self.block_q < 1 or self.block_k < 1:
-            raise ValueError(
-                f"A BlockIndex has blocks of at least 1 position; got {self.block_q} and {self.block_k}."
-            )
-        if not 0 <= self.lead < self.block_q or (self.lead and self.start is not None):
-            raise ValueError(
-                "A BlockIndex has a lead from 0 to block_q - 1, and 0 in a padded batch; got lead = "
-                f"{self.lead} for block_q = {self.block_q}."
-            )
-        whole = [x for x in (self.blocks, self.counts, self.start, self.key_order) if x is not None]
-        if any(x.is_floating_point() or x.dtype == torch.bool for x in whole):
-            raise ValueError("A BlockIndex holds whole numbers; some tensor of it is of another kind.")
-        m = self.blocks.shape[-1]
-        place = torch.arange(m, device=self.blocks.device)
-        used = place < self.counts[..., None]
-        if bool((self.counts < 0).any()) or bool((self.counts > m).any()):
-            raise ValueError(f"A BlockIndex with room for {m} blocks takes counts from 0 to {m}.")
-        last = -(-tk // self.block_k)
-        if bool((used & ((self.blocks < 0) | (self.blocks >= last))).any()):
-            raise ValueError(
-                f"A BlockIndex of {self.block_k} keys a block names blocks 0 to {last - 1} of {tk} keys; "
-                "some block is outside."
-            )
-        falls = self.blocks[..., 1:] <= self.blocks[..., :-1]
-        if bool((used[..., 1:] & falls).any()):
-            raise ValueError(
-                "A BlockIndex names each block of a query block once, in ascending order; some block comes "
-                "twice or too late."
-            )
-        if self.key_order is not None:
-            fits = self.key_order.shape == (*self.blocks.shape[:2], tk)
-            every = torch.arange(tk, device=self.blocks.device)
-            if not fits or not bool((self.key_order.sort(-1).values == every).all()):
-                raise ValueError(
-                    f"A BlockIndex's key_order holds, for each row and head of its blocks, every one of {tk} "
-                    "positions once."
-                )
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
         part = block_sparse(q, keys.kv, self, keys.softmax, check=False, impl=impl)
@@ -121,33 +55,6 @@ class BlockIndex(Selection):
     @property
     def mask_heads(self) -> int:
         return self.blocks.shape[1]
-
-    def to_mask(
-        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
-    ) -> Tensor:
-        """As ``Selection.to_mask``, [B, Hs, Tq, Tk]; start and batch are those of the index."""
-        b, hs, nq, m = self.blocks.shape
-        device = self.blocks.device
-        places, cols = positions(tq, tk, device, rows)  # [R, 1], [1, Tk]
-        first = (
-            torch.zeros(b, dtype=torch.long, device=device) if self.start is None else self.start.to(device)
-        )
-        row = places[:, 0] - first.clamp(min=tk - tq)[:, None]  # [B, R], within the call
-        block = ((row + self.lead) // self.block_q).clamp(0, nq - 1)[:, None].expand(b, hs, -1)
-        blocks = self.blocks.gather(2, block[..., None].expand(-1, -1, -1, m)).long()  # [B, Hs, R, M]
-        used = torch.arange(m, device=device) < self.counts.gather(2, block)[..., None]
-        nk = -(-tk // self.block_k)
-        chosen = torch.zeros(*blocks.shape[:3], nk + 1, dtype=torch.bool, device=device)
-        chosen.scatter_(3, torch.where(used, blocks, nk), True)  # slot nk collects the unused entries
-        if self.key_order is None:
-            ordered = cols.expand(b, hs, tk)
-        else:
-            ordered = torch.empty_like(self.key_order, dtype=torch.long)
-            # The place of each position.
-            ordered.scatter_(2, self.key_order.long(), cols.expand(b, hs, tk).clone())
-        j = ((ordered - first[:, None, None]) // self.block_k).clamp(min=0)  # [B, Hs, Tk]
-        mask = chosen.gather(3, j[:, :, None].expand(-1, -1, chosen.shape[2], -1))
-        return mask & causal_mask(tq, tk, self.start, b, device, rows)
 
     def pairs(self, tq: int, tk: int, rows: range | None = None) -> Tensor:
         """Number of (query, key) pairs read, summed over batch and Hs; int64 scalar tensor. No [Tq, Tk]
@@ -206,93 +113,3 @@ class BlockIndex(Selection):
         """Pairs of a block's keys with the first ``rows`` queries, counted from the block's first key on."""
         inside = rows.clamp(0, self.block_k)
         return inside * (inside + 1) // 2 + (rows - inside).clamp(min=0) * self.block_k
-
-    def not_in_a_block_mask(self) -> list[str]:
-        """Why this index has no BlockMask, one clause each."""
-        reasons = []
-        if self.start is not None and bool((self.start > 0).any()):
-            reasons.append(
-                "its rows are padded by different lengths, and a BlockMask has one grid of blocks for all"
-            )
-        if self.key_order is not None:
-            reasons.append("it reorders the keys")
-        if self.lead:
-            reasons.append("its first query block began before the queries")
-        return reasons
-
-    def to_block_mask(self, tq: int, tk: int, num_heads: int, *, transposed: bool = True) -> BlockMask:
-        """The BlockMask [B, H, Tq, Tk] of FlexAttention that reads the same pairs for the last Tq of Tk
-        positions.
-
-        Blocks that end before their query block begins are ``full`` ones (no mask_mod call). transposed: with
-        the query blocks of each key block, which FlexAttention's backward needs.
-        Raises Unsupported for an index with padding, a key order or a lead.
-        """
-        if reasons := self.not_in_a_block_mask():
-            raise Unsupported("This BlockIndex has no BlockMask", reasons)
-        from torch.nn.attention.flex_attention import BlockMask
-
-        past, block_q, block_k = tk - tq, self.block_q, self.block_k
-        group = num_heads // self.blocks.shape[1]
-        blocks = self.blocks.repeat_interleave(group, 1)
-        counts = self.counts.repeat_interleave(group, 1)
-        nq, m = blocks.shape[2:]
-        width = -(-tk // block_k)  # FlexAttention asks for room for every block
-        place = torch.arange(m, device=blocks.device)
-        first = (
-            past + torch.arange(nq, device=blocks.device)[:, None] * block_q
-        )  # position of each first query
-        last = torch.clamp(first + block_q, max=tk) - 1
-        used = (place < counts[..., None]) & (blocks * block_k <= last)
-        full = used & ((blocks + 1) * block_k <= first + 1)
-
-        def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return key <= query + past
-
-        return BlockMask.from_kv_blocks(
-            *_compact(blocks, used & ~full, width),
-            *_compact(blocks, full, width),
-            BLOCK_SIZE=(block_q, block_k),
-            mask_mod=mask_mod,
-            seq_lengths=(tq, tk),
-            compute_q_blocks=transposed,
-        )
-
-    @staticmethod
-    def from_block_mask(mask: BlockMask, *, batch: int = 1, heads: int = 1) -> BlockIndex:
-        """The BlockIndex of the blocks that a BlockMask [B, H, Tq, Tk] visits, full and partial.
-
-        batch, heads: what a BlockMask for all rows or all heads (B or H of 1) is repeated to, as
-        ``block_sparse`` wants it: the KV heads, or the query heads. Its ``mask_mod`` is not looked at: within
-        the blocks a BlockIndex is causal, and queries are the last positions.
-        """
-        block_q, block_k = mask.BLOCK_SIZE
-        nk = -(-mask.seq_lengths[1] // block_k)
-        shape = mask.kv_indices.shape[:3]
-        chosen = torch.zeros(*shape, nk + 1, dtype=torch.bool, device=mask.kv_indices.device)
-        lists = [(mask.kv_num_blocks, mask.kv_indices)]
-        if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-            lists.append((mask.full_kv_num_blocks, mask.full_kv_indices))
-        for number, indices in lists:
-            used = torch.arange(indices.shape[-1], device=indices.device) < number[..., None]
-            chosen.scatter_(3, torch.where(used, indices.long(), nk), True)
-        counts, blocks = _compact(
-            torch.arange(nk, device=chosen.device).expand(*shape, nk), chosen[..., :nk], nk
-        )
-        sizes = [wanted if have == 1 else have for wanted, have in zip((batch, heads), shape, strict=False)]
-        blocks, counts = (x.expand(*sizes, *x.shape[2:]).contiguous() for x in (blocks, counts))
-        return BlockIndex(blocks=blocks, counts=counts, block_q=block_q, block_k=block_k)
-
-
-def _compact(blocks: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The kept of ``blocks`` [..., M] moved to the front, then zeros.
-
-    -> counts [...] and blocks [..., width], int32.
-    """
-    order = torch.argsort((~keep).int(), dim=-1, stable=True)
-    counts = keep.sum(-1, dtype=torch.int32)
-    moved = blocks.gather(-1, order)
-    moved = torch.where(torch.arange(moved.shape[-1], device=moved.device) < counts[..., None], moved, 0)
-    if moved.shape[-1] < width:
-        moved = torch.nn.functional.pad(moved, (0, width - moved.shape[-1]))
-    return counts, moved.int().contiguous()

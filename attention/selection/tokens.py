@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..causal import causal_mask
 from ..keys import Keys
-from ..kv import KV
+from ..lists import TokenLists
 from ..ops.decode import decode
 from ..ops.gather_decode import gather_decode
 from ..partial import Partial
@@ -21,23 +20,10 @@ from .ragged import counted_first
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenIndex(Selection):
-    """Single keys read by each decode query.
-
-    tokens: [B, Hs, Tq, K] int64 absolute positions; Hs is Hkv or H. Entries past the count repeat a counted
-            one, so that reading them is harmless, and are masked.
-    counts: [B, Hs, Tq] int32, or None where all K entries count.
-    full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
-    gathered: keys and values [B, Hs, K], the chosen rows already side by side in the order of ``tokens``,
-            where the method keeps them (Tq = 1 only); or None.
-    """
+class TokenIndex(TokenLists, Selection):
+    """Single keys read by each decode query, as ``TokenLists`` has them."""
 
     called: ClassVar[str] = "a TokenIndex"
-
-    tokens: Tensor
-    counts: Tensor | None = None
-    full: Tensor | None = None
-    gathered: KV | None = None
 
     @staticmethod
     def ragged(
@@ -46,22 +32,6 @@ class TokenIndex(Selection):
         """An index of the candidates [B, Hs, Tq, K] that count, as ``counted_first`` arranges them."""
         tokens, counts = counted_first(candidates, counted, ascending=ascending)
         return TokenIndex(tokens=tokens, counts=counts, full=full)
-
-    def check(self, tk: int) -> None:
-        """Raise ValueError where a query's counted tokens are not distinct positions among Tk keys."""
-        k = self.tokens.shape[-1]
-        used = torch.ones_like(self.tokens, dtype=torch.bool)
-        if self.counts is not None:
-            if bool((self.counts < 0).any()) or bool((self.counts > k).any()):
-                raise ValueError(f"A TokenIndex with room for {k} tokens takes counts from 0 to {k}.")
-            used = torch.arange(k, device=self.tokens.device) < self.counts[..., None]
-        if bool((used & ((self.tokens < 0) | (self.tokens >= tk))).any()):
-            raise ValueError(f"A TokenIndex names positions 0 to {tk - 1}; some token is outside.")
-        # Entries past the count get places of their own, so that only counted ones can meet.
-        apart = torch.where(used, self.tokens, tk + torch.arange(k, device=self.tokens.device))
-        ordered = apart.sort(-1).values
-        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-            raise ValueError("A TokenIndex names each token of a query once; some token comes twice.")
 
     @property
     def mask_heads(self) -> int:
@@ -127,22 +97,3 @@ class TokenIndex(Selection):
         if self.counts is not None:
             mine &= torch.arange(self.tokens.shape[3], device=places.device) < self.counts[..., None]
         return TokenIndex.ragged(found, mine, ascending=True)
-
-    def to_mask(
-        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
-    ) -> Tensor:
-        """As ``Selection.to_mask``, [B, Hs, Tq, Tk]; batch is that of the index."""
-        some = slice(None) if rows is None else rows
-        tokens = self.tokens[:, :, some]
-        counts, full = (None if x is None else x[:, :, some] for x in (self.counts, self.full))
-        device = tokens.device
-        used = torch.ones_like(tokens, dtype=torch.bool)
-        if counts is not None:
-            used = torch.arange(tokens.shape[3], device=device) < counts[..., None]
-        mask = torch.zeros(*tokens.shape[:3], tk + 1, dtype=torch.bool, device=device)
-        mask.scatter_(3, torch.where(used, tokens, tk), True)
-        mask = mask[..., :tk]
-        if full is not None:
-            visible = causal_mask(tq, tk, start, tokens.shape[0], device, rows)
-            mask = torch.where(full[..., None], visible, mask)
-        return mask

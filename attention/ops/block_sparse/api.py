@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...kv import KV
+from ...lists import BlockLists
 from ...partial import Partial
 from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
-
-if TYPE_CHECKING:
-    from ...selection import BlockIndex
 
 IMPLS: Impls = {
     "reference": reference.block_sparse,
@@ -26,7 +23,7 @@ IMPLS: Impls = {
 def block_sparse(
     q: Tensor,
     kv: KV,
-    index: BlockIndex,
+    index: BlockLists,
     softmax: Softmax,
     *,
     check: bool = True,

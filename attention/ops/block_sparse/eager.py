@@ -10,26 +10,24 @@ they are rounded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...kv import KV
+from ...lists import BlockLists
 from ...partial import Partial, empty_partial, merge
 from ...softmax import Softmax
 from .. import kernel
 from ..padding import by_row
 
-if TYPE_CHECKING:
-    from ...selection import BlockIndex
-
 _ENTRIES = 1 << 21  # of the index, and numbers of queries, worked on at a time
 _GATHERED = 1 << 20  # numbers of keys, and of values, gathered for one call
 
 
-def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Partial:
     starts = [0] * q.shape[0] if index.start is None else index.start.tolist()
     key_order = index.key_order
 
@@ -113,7 +111,7 @@ def _row(
     kv: KV,
     blocks: Tensor,
     counts: Tensor,
-    index: BlockIndex,
+    index: BlockLists,
     order: Tensor | None,
     softmax: Softmax,
 ) -> Partial:

@@ -10,21 +10,19 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import BlockLists
 from ...partial import Partial
 from ...softmax import Softmax
 from ..torch_private import refuse_uncompiled
 
-if TYPE_CHECKING:
-    from ...selection import BlockIndex
 
-
-def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
+def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
     reasons = index.not_in_a_block_mask()
     if q.dtype == torch.float64:
@@ -43,7 +41,7 @@ def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[
     return reasons
 
 
-def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Partial:
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
     mask = index.to_block_mask(q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {

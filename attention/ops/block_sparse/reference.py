@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import BlockLists
 from ...partial import Partial
 from ...softmax import Softmax
 from ..reference import masked_attention
 
-if TYPE_CHECKING:
-    from ...selection import BlockIndex
 
-
-def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Partial:
     mask = index.to_mask(q.shape[2], kv.length)
     return masked_attention(q, *kv.dense(), mask, scale=softmax.scale, softcap=softmax.softcap)

@@ -12,7 +12,7 @@ The backward is in backward.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import BlockLists
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
 from ..launch import finish
@@ -39,11 +40,8 @@ from ..tile import (
 )
 from .backward import backward
 
-if TYPE_CHECKING:
-    from ...selection import BlockIndex
 
-
-def unsupported(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> list[str]:
+def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
     return cannot_tile(q, kv, softmax)
 
 
@@ -94,7 +92,7 @@ _run_forward = sized(
 )
 
 
-def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Partial:
+def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Partial:
     if q.numel() == 0 or kv.length * kv.value_dim == 0:
         return empty_partial(q, kv.value_dim)
     lists = _Lists(
@@ -111,7 +109,7 @@ def block_sparse(q: Tensor, kv: KV, index: BlockIndex, softmax: Softmax) -> Part
 
 
 class _Lists(NamedTuple):
-    """What the kernels read of a BlockIndex."""
+    """What the kernels read of BlockLists."""
 
     blocks: Tensor
     counts: Tensor

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import TokenLists
 from ...partial import Partial
 from ...softmax import Softmax
 from ..dispatch import Impls, LazyImpl, check_qkv, run
 from . import eager, reference
-
-if TYPE_CHECKING:
-    from ...selection import TokenIndex
 
 IMPLS: Impls = {
     "reference": reference.gather_decode,
@@ -23,7 +19,7 @@ IMPLS: Impls = {
 def gather_decode(
     q: Tensor,
     kv: KV,
-    index: TokenIndex,
+    index: TokenLists,
     softmax: Softmax,
     *,
     check: bool = True,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import TokenLists
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
 from .. import kernel
 
-if TYPE_CHECKING:
-    from ...selection import TokenIndex
 
-
-def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:
+def gather_decode(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> Partial:
     b, h, tq, d = q.shape
     hkv = kv.num_kv_heads
     hs, n = index.tokens.shape[1], index.tokens.shape[3]

@@ -13,13 +13,12 @@ the row's own count, which is read on the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...kv import KV
+from ...lists import TokenLists
 from ...partial import Partial
 from ...softmax import Softmax
 from .. import launch
@@ -35,11 +34,8 @@ from ..combine import (
     tile_rows,
 )
 
-if TYPE_CHECKING:
-    from ...selection import TokenIndex
 
-
-def unsupported(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> list[str]:
+def unsupported(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> list[str]:
     kv = kv if index.gathered is None else index.gathered
     reasons = launch.cannot_attend(q, kv) + launch.no_gradient(q, kv)
     if index.gathered is not None and q.shape[2] != 1:
@@ -47,7 +43,7 @@ def unsupported(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> list[
     return reasons
 
 
-def gather_decode(q: Tensor, kv: KV, index: TokenIndex, softmax: Softmax) -> Partial:
+def gather_decode(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> Partial:
     b, h, tq, d = q.shape
     dv, hs, count = kv.value_dim, index.tokens.shape[1], index.tokens.shape[3]
     if index.gathered is not None:
