@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.checks import whole_number
 from ..attention.errors import SpecError
 from ..attention.hybrid.mixer import Mixer
+from .layer_numbers import by_layer
 
 
 @dataclass
@@ -53,13 +53,7 @@ def mixed_layers(
     has another hidden size than the model, and for one module in two layers.
     """
     found: dict[int, Mixed] = {}
-    for name, mixer in mixers.items():
-        number = whole_number(name)
-        if number is None or not -count <= number < count:
-            raise SpecError(f"mixers= takes layer numbers from 0 to {count - 1}; got {name!r}.")
-        index = number % count
-        if index in found:
-            raise SpecError(f"mixers= names layer {index} twice: give one mixer for each layer.")
+    for index, (_, mixer) in by_layer("mixers", mixers, count).items():
         if index not in attention:
             raise SpecError(
                 f"mixers= names layer {index}, which has no attention: name a layer that has attention."

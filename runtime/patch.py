@@ -26,6 +26,7 @@ from .bind import bind, check_recipe, weighed
 from .chunking import Chunking
 from .crossover import crossovers
 from .layer import Layer
+from .layer_numbers import by_layer
 from .measure import Observer, rows_to_measure
 from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
@@ -348,17 +349,8 @@ def _per_layer(
     untouched: Mapping[int, str],
 ) -> list[tuple[AttentionMethod, AttentionMethod]]:
     chosen = [methods] * count
-    given: dict[int, object] = {}  # by layer, the number that the caller named it by
-    for name, spec in overrides.items():
-        number = whole_number(name)
-        if number is None or not -count <= number < count:
-            raise SpecError(f"layers= takes layer numbers from 0 to {count - 1}; got {name!r}.")
-        index = number % count
-        if index in given:
-            raise SpecError(
-                f"layers= names layer {index} twice, as {given[index]!r} and {name!r}: name it once."
-            )
-        given[index], chosen[index] = name, resolve(spec)
+    for index, (name, spec) in by_layer("layers", overrides, count).items():
+        chosen[index] = resolve(spec)
         reason = untouched.get(index)
         if reason and any(m.selective for m in chosen[index]):
             raise SpecError(

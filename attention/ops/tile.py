@@ -30,6 +30,7 @@ from ..kv import KV
 from ..softmax import Softmax
 from . import launch
 from .launch import LOG2E, tanh
+from .load.rows import load_at
 
 
 @triton.jit
@@ -39,15 +40,7 @@ def load_rows(x, head, row, stride, mask, D: tl.constexpr, WIDE: tl.constexpr):
     place = (
         x + (head.to(tl.int64) * stride[1] + row.to(tl.int64) * stride[2])[:, None] + col[None, :] * stride[3]
     )
-    if mask is None and D == WIDE:
-        rows = tl.load(place)
-    elif mask is None:
-        rows = tl.load(place, mask=(col < D)[None, :], other=0.0)
-    elif D == WIDE:
-        rows = tl.load(place, mask=mask[:, None], other=0.0)
-    else:
-        rows = tl.load(place, mask=mask[:, None] & (col < D)[None, :], other=0.0)
-    return rows
+    return load_at(place, mask, D, WIDE)
 
 
 @triton.jit

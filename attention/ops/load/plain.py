@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import load_at
+
 
 @triton.jit
 def load_plain(
@@ -24,12 +26,4 @@ def load_plain(
     x += tl.cast(batch, tl.int64) * by[0] + tl.cast(head, tl.int64) * by[1] + tl.cast(base, tl.int64) * by[2]
     col = tl.arange(0, WIDE)
     place = x + row[:, None] * by[2] + col[None, :] * by[3]
-    if mask is None and D == WIDE:
-        rows = tl.load(place)
-    elif mask is None:
-        rows = tl.load(place, mask=(col < D)[None, :], other=0.0)
-    elif D == WIDE:
-        rows = tl.load(place, mask=mask[:, None], other=0.0)
-    else:
-        rows = tl.load(place, mask=mask[:, None] & (col < D)[None, :], other=0.0)
-    return rows
+    return load_at(place, mask, D, WIDE)
