@@ -19,7 +19,7 @@ from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
 from .cache import lasting
 from .layer_call import Called, LayerCall, LocalKeys
-from .layer_over_ranks import KeysOverRanks, carried, window_over_ranks
+from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer
 from .report import PhaseReport
 from .rows import Done, Run, total_reads
@@ -166,10 +166,10 @@ class Layer(Unique):
         kept = isinstance(store, ShardStore)
         if not isinstance(store, ShardStore):
             store = ShardStore(mesh.ranks, mesh.config.block)
-        if softmax.window is not None:
-            return window_over_ranks(q, k, v, store, call, mesh, softmax)
         ends = self.session.ends_below(call.total)
         source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=ends, kept=kept)
+        if softmax.window is not None:
+            return source.attend_window(softmax.window)
         called = self.layer_call(source)
         for run, _, _, _, travel in called.done:
             assert travel is not None

@@ -137,32 +137,21 @@ class KeysOverRanks:
         travel.sent = self.newly_sent()
         return part, reads, travel
 
-
-def window_over_ranks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    store: ShardStore,
-    call: Call,
-    mesh: Mesh,
-    softmax: Softmax,
-) -> Partial:
-    """Attention of a layer with the model's own sliding window. Arguments: see ``KeysOverRanks``."""
-    window = softmax.window
-    assert window is not None
-    store.window = window
-    _take(k, v, store, call)
-    if call.split is not None:
-        local = LocalCall(q, k, v, store.shard, call, mesh, softmax)
-        part = prefill(_DENSE, local, store.shared, window)[0]
-    elif call.past:
-        source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=None, kept=True)
-        keys = source.keys(slice(0, q.shape[0]), {}, q.shape[2])
-        part = decode(_DENSE, q, keys, window)[0]
-    else:
-        part = flash(q, KV(k, v), softmax, window=window, start=call.start)
-    _forget(store, window, call, mesh)
-    return part
+    def attend_window(self, window: int) -> Partial:
+        """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
+        store, call = self.store, self.call
+        store.window = window
+        _take(self.k, self.v, store, call)
+        if call.split is not None:
+            local = LocalCall(self.q, self.k, self.v, store.shard, call, self.mesh, self.softmax)
+            part = prefill(_DENSE, local, store.shared, window)[0]
+        elif call.past:
+            keys = self.keys(slice(0, self.q.shape[0]), {}, self.q.shape[2])
+            part = decode(_DENSE, self.q, keys, window)[0]
+        else:
+            part = flash(self.q, KV(self.k, self.v), self.softmax, window=window, start=call.start)
+        _forget(store, window, call, self.mesh)
+        return part
 
 
 def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
