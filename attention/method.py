@@ -84,6 +84,7 @@ class AttentionMethod:
     paper: ClassVar[str] = ""  # arXiv id
     phases: ClassVar[frozenset[str]]  # those whose select_* it has, the others are dense; both if it has none
     selective: ClassVar[bool]  # whether it has one
+    trained_with: ClassVar[tuple[str, ...]] = ()  # the fields that its weights depend on; a recipe keeps them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -178,7 +179,9 @@ class AttentionMethod:
 
     @property
     def recipe_maker(self) -> str:
-        """The call that makes its recipe, for errors: its calibration, or saving the module of a gate."""
+        """The call that makes its recipe, for errors: training, its calibration, or saving its module."""
+        if self.trains:
+            return f"'farspan train {self.name}'"
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"
@@ -187,6 +190,27 @@ class AttentionMethod:
         """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that
         needs none and for options it cannot take."""
         raise FarspanError(f"{self.name} is not calibrated: it learns nothing from a text.")
+
+    # --- how it is trained --------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether its module is trained by ``distillation_loss`` on a frozen model."""
+        return type(self).distillation_loss is not AttentionMethod.distillation_loss
+
+    def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
+        """This method with a new ``module`` for ``layer``, at the weights that training begins with; None
+        where it leaves the layer dense. ``layer.weights`` is None. Raises FarspanError for a method that is
+        not trained."""
+        raise FarspanError(f"{self.name} is not trained: it has no weights that a text could teach.")
+
+    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
+        """The loss of ``module`` on one window of a text, a scalar with a gradient in its parameters.
+
+        q [B, H, T, D] are all queries of the window, keys its keys and values, from the model's own dense
+        attention; no row is padded. ``keys.inputs`` feeds what ``needs`` names, queries and keys before RoPE
+        in float32. The loss is a mean over rows and queries, so that it does not depend on B or T."""
+        raise FarspanError(f"{self.name} is not trained: it has no weights that a text could teach.")
 
     # --- what it reads ------------------------------------------------------------------------------------
 

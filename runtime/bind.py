@@ -112,4 +112,4 @@ def learned(
             f"{method.name} needs a recipe: make one with {method.recipe_maker} and pass {how}."
         )
     loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-    return loaded.for_layer(method.name, layer, geometry)
+    return loaded.for_layer(method, layer, geometry)

@@ -237,13 +237,19 @@ class Patched:
         settings: how the weights were made; they are saved with the recipe. Raises FarspanError where no
         layer runs a method of this name that owns a module.
         """
-        gates = {index: named[method] for index, named in self.modules().items() if method in named}
-        if not gates:
+        owners = {
+            index: one
+            for index, layer in self._layers.items()
+            for one in layer.methods.values()
+            if one.name == method and one.module is not None
+        }
+        if not owners:
             raise FarspanError(
                 f"No layer of this patch has parameters of {method}: name a method that owns a module and "
                 "that some layer runs."
             )
-        return Recipe.of_modules(method, gates, self._geometry, settings)
+        gates = {index: one.module for index, one in owners.items() if one.module is not None}
+        return Recipe.of_modules(next(iter(owners.values())), gates, self._geometry, settings)
 
     def report(self, *, measure_mass: bool = False) -> Report:
         """What each layer has read since the patch, or since ``reset_report``.

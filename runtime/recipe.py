@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.errors import FarspanError
-from ..attention.method import LayerInfo
+from ..attention.method import AttentionMethod, LayerInfo
 
 FORMAT = 1
 
@@ -23,27 +23,36 @@ class Recipe:
 
     geometry: the architecture and the sizes of the model that the recipe was made for.
     settings: how the recipe was made (tokens, ranking, versions).
+    parameters: the method's fields that the tensors depend on (its ``trained_with``), as they were then.
     """
 
     method: str
     geometry: Mapping[str, Any]
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_modules(
-        method: str,
+        method: AttentionMethod,
         modules: Mapping[int, nn.Module],
         geometry: Mapping[str, Any],
         settings: Mapping[str, Any],
     ) -> Recipe:
-        """A recipe of a copy of the parameters and buffers of a method's modules. modules: by layer."""
+        """A recipe of a copy of the parameters and buffers of the modules of ``method``. modules: by
+        layer."""
         tensors = {
             f"layers.{index}.{name}": x.detach().cpu().clone()
             for index, module in modules.items()
             for name, x in module.state_dict().items()
         }
-        return Recipe(method=method, geometry=dict(geometry), settings=dict(settings), tensors=tensors)
+        return Recipe(
+            method=method.name,
+            geometry=dict(geometry),
+            settings=dict(settings),
+            tensors=tensors,
+            parameters={name: getattr(method, name) for name in method.trained_with},
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write recipe.json and recipe.safetensors to the folder ``path`` and return the folder. Raises
@@ -56,6 +65,7 @@ class Recipe:
             "method": self.method,
             "geometry": dict(self.geometry),
             "settings": dict(self.settings),
+            "parameters": dict(self.parameters),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,12 +92,21 @@ class Recipe:
             ) from error
         return _load(folder, stamp)
 
-    def for_layer(self, method: str, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
+    def for_layer(self, method: AttentionMethod, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
         """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for
-        another method or another model."""
-        if method != self.method:
+        another method, for other parameters of it, or for another model."""
+        name = method.name
+        if name != self.method:
             raise FarspanError(
-                f"This recipe is for {self.method}, not for {method}: give a recipe made for {method}."
+                f"This recipe is for {self.method}, not for {name}: give a recipe made for {name}."
+            )
+        differ = {k: v for k, v in self.parameters.items() if getattr(method, k, None) != v}
+        if differ:
+            wanted = ",".join(f"{k}={v}" for k, v in differ.items())
+            given = ", ".join(f"{k}={getattr(method, k, None)}" for k in differ)
+            raise FarspanError(
+                f"This recipe was made for '{name}:{wanted}' and the spec has {given}: change the spec, or "
+                f"make a recipe for it with {method.recipe_maker}."
             )
         other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
         if other:
@@ -115,7 +134,11 @@ def _load(folder: Path, stamp: int) -> Recipe:
                 "make it again with 'farspan calibrate'."
             )
         return Recipe(
-            method=about["method"], geometry=about["geometry"], settings=about["settings"], tensors=tensors
+            method=about["method"],
+            geometry=about["geometry"],
+            settings=about["settings"],
+            tensors=tensors,
+            parameters=about.get("parameters", {}),
         )
     except FarspanError:
         raise

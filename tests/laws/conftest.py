@@ -86,7 +86,7 @@ def bound(method: AttentionMethod, recipe: Callable[[AttentionMethod], Any]) -> 
     """``method`` as the layer of the attention-level tests runs it."""
     made, info = recipe(method), layer_info()
     if made is not None:
-        info = made.for_layer(method.name, info, made.geometry)
+        info = made.for_layer(method, info, made.geometry)
     served = method.for_layer(info)
     assert served is not None, "the laws are about layers that a method serves: set dense_layers to 0"
     return served

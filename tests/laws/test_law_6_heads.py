@@ -16,7 +16,7 @@ from .tools import HKV, Data, H, Stream, assert_same, decode_cuts, every_method,
 
 def _bound(method: AttentionMethod, layer: LayerInfo, made: Any) -> AttentionMethod:
     if made is not None:
-        layer = made.for_layer(method.name, layer, made.geometry)
+        layer = made.for_layer(method, layer, made.geometry)
     served = method.for_layer(layer)
     assert served is not None
     return served

@@ -1,0 +1,36 @@
+"""What gates are trained towards: where the model's own attention lies, per block of keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..keys import Keys
+from ..ops.block_max import block_max
+from ..ops.flash import flash
+
+
+@torch.no_grad()
+def block_truth(q: Tensor, keys: Keys, block_q: int, block_k: int, heads: str = "each") -> Tensor:
+    """The largest attention probability of each block, every row normalised to the sum 1 (SeerAttention,
+    arXiv:2410.13276; heads="group": the maximum over the query heads of a group too, as in
+    SeerAttention-R, arXiv:2506.08889).
+
+    q [B, H, T, D] are all queries of the window ``keys``. -> [B, H | Hkv, ceil(T / block_q),
+    ceil(T / block_k)] float32. Nothing of size T x T is made.
+    """
+    lse = flash(q, keys.kv, keys.softmax, start=keys.start).lse
+    largest = block_max(
+        q, keys.kv.k, lse, keys.softmax, block_q=block_q, block_k=block_k, start=keys.start, heads=heads
+    )
+    return largest / largest.sum(-1, keepdim=True).clamp(min=torch.finfo(largest.dtype).tiny)
+
+
+def kl_of_rows(log_gate: Tensor, truth: Tensor) -> Tensor:
+    """The KL divergence of a gate from the truth: summed over blocks, meaned over all rows. A scalar.
+
+    log_gate [..., N]: log-probabilities of the gate, -inf only where truth is 0. truth [..., N]: rows of the
+    sum 1. The papers mean over blocks as well, so their loss and learning rate depend on the length.
+    """
+    apart = torch.where(truth > 0, truth * (truth.clamp(min=1e-30).log() - log_gate), 0.0)
+    return apart.sum(-1).mean()
