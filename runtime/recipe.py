@@ -24,6 +24,8 @@ class Recipe:
     geometry: the architecture and the sizes of the model that the recipe was made for.
     settings: how the recipe was made (tokens, ranking, versions).
     parameters: the method's fields that the tensors depend on (its ``trained_with``), as they were then.
+    adapters: what the tensors ``adapters.<index>.<projection>.<name>`` are, which change the model's own
+    attention projections (see lora.py); empty for a recipe without any.
     """
 
     method: str
@@ -31,6 +33,7 @@ class Recipe:
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_modules(
@@ -66,6 +69,7 @@ class Recipe:
             "geometry": dict(self.geometry),
             "settings": dict(self.settings),
             "parameters": dict(self.parameters),
+            "adapters": dict(self.adapters),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,17 +112,25 @@ class Recipe:
                 f"This recipe was made for '{name}:{wanted}' and the spec has {given}: change the spec, or "
                 f"make a recipe for it with {method.recipe_maker}."
             )
-        other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
-        if other:
-            wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
-            raise FarspanError(
-                f"This recipe was made for another model: {wrong}. Make one with 'farspan calibrate'."
-            )
+        self.check_geometry(geometry, "farspan calibrate")
         prefix = f"layers.{layer.index}."
         weights = {
             name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
         }
         return replace(layer, weights=weights)
+
+    def without_adapters(self) -> Recipe:
+        """This recipe with the method's own tensors alone."""
+        own = {name: x for name, x in self.tensors.items() if not name.startswith("adapters.")}
+        return replace(self, tensors=own, adapters={})
+
+    def check_geometry(self, geometry: Mapping[str, Any], maker: str) -> None:
+        """Raise FarspanError unless the recipe was made for a model of this ``geometry``. maker: the command
+        that makes another."""
+        other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
+        if other:
+            wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
+            raise FarspanError(f"This recipe was made for another model: {wrong}. Make one with '{maker}'.")
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,6 +151,7 @@ def _load(folder: Path, stamp: int) -> Recipe:
             settings=about["settings"],
             tensors=tensors,
             parameters=about.get("parameters", {}),
+            adapters=about.get("adapters", {}),
         )
     except FarspanError:
         raise

@@ -77,7 +77,7 @@ def teacher_forced(method: AttentionMethod) -> AttentionMethod | None:
         return None
     if method.dynamic:
         raise FarspanError(
-            f"{method} chooses its full steps by the queries of each step, and training over a text takes the "
-            "fixed schedule: leave dynamic out, and use it again afterwards."
+            f"{method} chooses its full steps by each step's query, and training over a text takes the fixed "
+            "schedule: leave dynamic out, and use it again afterwards."
         )
     return RecycledOverText(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -31,7 +32,8 @@ class Stretches(Selection):
     lowest-ranked ones, and the last ``K`` of the ``j`` tokens since the full step: K keys in all. Queries
     before ``first`` read every key. Rows are not padded.
 
-    tokens: [B, Hkv, stretches, K] int64, the keys chosen by the full step of each stretch, highest rank first.
+    tokens: [B, Hkv, stretches, K] int64, the keys chosen by the full step of each stretch, highest rank
+    first.
 
         K = 3, chosen a > b > c        keys   a b c   p p+1 p+2
                            query p + 1        x x .   .  x
@@ -61,9 +63,11 @@ class Stretches(Selection):
         step = max(1, _NUMBERS // (q.shape[0] * q.shape[1] * widest))
         bounds = sorted({*range(0, whole, step), whole, count})
         kv = KV(*keys.kv.dense())
-        for a, z in zip(bounds, bounds[1:], strict=False):
+        for a, z in itertools.pairwise(bounds):
             run = partial(self._attend, keys, range(a, z))
-            part = checkpoint(run, q, kv.k, kv.v, use_reentrant=False) if _learns(q, kv) else run(q, kv.k, kv.v)
+            part = (
+                checkpoint(run, q, kv.k, kv.v, use_reentrant=False) if _learns(q, kv) else run(q, kv.k, kv.v)
+            )
             parts.append(part)
         out = torch.cat([part.out.to(q.dtype) for part in parts], 2)
         return Partial(out, torch.cat([part.lse for part in parts], 2)), self._pairs(q, keys, rows)
@@ -87,7 +91,9 @@ class Stretches(Selection):
         behind = places[:, None] - torch.arange(tk, device=device)
         recent = (behind >= 0) & (behind < since[:, None].clamp(max=size))
         full = (since == 0)[:, None]
-        mask = causal_mask(tq, tk, start, b, device, torch.arange(tq, device=device) if rows is None else rows)
+        mask = causal_mask(
+            tq, tk, start, b, device, torch.arange(tq, device=device) if rows is None else rows
+        )
         return mask & (full | recent | chosen[..., :tk])
 
     def _since(self, places: Tensor) -> Tensor:
@@ -122,9 +128,7 @@ class Stretches(Selection):
         part = kernel.attend(kernel.fold_groups(q, hkv), KV(k, v), keys.softmax, mask=mask)
         return kernel.unfold_groups(part, h, n)
 
-    def _recycled(
-        self, keys: Keys, stretches: range, q: Tensor, k: Tensor, v: Tensor, begin: int
-    ) -> Partial:
+    def _recycled(self, keys: Keys, stretches: range, q: Tensor, k: Tensor, v: Tensor, begin: int) -> Partial:
         """The other steps q [B, H, n, width - 1, D] of the stretches -> out [B, H, n, width - 1, Dv]."""
         (b, h, n, later, _), hkv, size = q.shape, k.shape[1], self.tokens.shape[3]
         chosen = self.tokens[:, :, stretches.start : stretches.stop].flatten(2)

@@ -1,4 +1,4 @@
-"""Recycled Attention over a given text: what its decode steps compute, token by token, and their gradients."""
+"""Recycled Attention over a given text: what its decode steps compute, and their gradients."""
 
 from __future__ import annotations
 
