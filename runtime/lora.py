@@ -117,9 +117,11 @@ def adapters_of(
     several recipes, and for ``merge`` without adapters.
     """
     methods = {str(method): method for pair in chosen for method in pair}
-    sources = [recipe, *(method.recipe or None for method in methods.values())]
-    loaded = [x if isinstance(x, Recipe) else Recipe.load(x) for x in dict.fromkeys(map(_key, sources)) if x]
-    with_adapters = [x for x in loaded if x.adapters]
+    named = {method.recipe for method in methods.values()} - {""}
+    if isinstance(recipe, str | Path):
+        named.add(str(recipe))
+    loaded = [recipe] if isinstance(recipe, Recipe) else []
+    with_adapters = [x for x in (*loaded, *map(Recipe.load, sorted(named))) if x.adapters]
     if not with_adapters:
         if merge:
             raise FarspanError("merge=True was given, but no recipe has LoRA adapters: leave merge out.")
@@ -137,10 +139,6 @@ def adapters_of(
             f"{ran}: patch with {found.method}, or train adapters under the other method."
         )
     return Adapters.of(found, info)
-
-
-def _key(source: Recipe | str | Path | None) -> Any:
-    return str(source) if isinstance(source, Path) else source
 
 
 def projections(info: hf.ModelInfo, layers: Iterable[int]) -> dict[str, nn.Linear]:
@@ -178,15 +176,16 @@ def projections(info: hf.ModelInfo, layers: Iterable[int]) -> dict[str, nn.Linea
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
     """Put ``value``, in dtype and on device of the parameter ``name``, in its place. The undo step puts the
-    old parameter back, on the device where the new one is by then."""
+    old parameter back; where the model was moved or converted in the meantime, it follows."""
     old: Any = module._parameters[name]
     made = nn.Parameter(value.detach().to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad)
     module._parameters[name] = made
+    made_on, made_in = made.device, made.dtype
 
     def restore() -> None:
         now = module._parameters[name]
-        if now is not None and now.device != old.device:  # the model was moved in the meantime
-            old.data = old.data.to(now.device)
+        if now is not None and (now.device, now.dtype) != (made_on, made_in):
+            old.data = old.data.to(now)  # the caller has moved or converted the model in the meantime
         module._parameters[name] = old
 
     return restore
