@@ -16,12 +16,10 @@ from .recipe import Recipe
 
 
 def check_recipe(
-    recipe: Recipe | str | Path | None,
-    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
-    adapts: bool = False,
+    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
 ) -> None:
-    """Raise FarspanError for a recipe that several methods need, and for a recipe that no method needs.
-    adapts: whether it has adapters, which need no method."""
+    """Raise FarspanError for a recipe that several methods need, and for a recipe without adapters that no
+    method needs."""
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
@@ -33,11 +31,27 @@ def check_recipe(
             f"recipe= names one recipe, but {' and '.join(lack)} need one each: name each in its spec, as "
             f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
         )
-    if not need and not adapts:
+    if not need and not trained_under(recipe):
         names = sorted({method.name for method in methods if method.selective}) or ["dense"]
         raise FarspanError(
             f"A recipe was given, but no method needs one ({' and '.join(names)}): leave recipe out."
         )
+
+
+def takes(method: AttentionMethod, recipe: Recipe | str | Path | None) -> bool:
+    """Whether ``patch(recipe=...)`` uses a recipe for ``method``: for its weights, or for adapters that were
+    trained under it."""
+    return recipe is not None and (method.needs.recipe or trained_under(recipe, method))
+
+
+def trained_under(recipe: Recipe | str | Path, method: AttentionMethod | None = None) -> bool:
+    """Whether a recipe has adapters that were trained under ``method`` (None: any). One that cannot be read
+    has none."""
+    try:
+        found = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    except FarspanError:
+        return False
+    return bool(found.adapters) and (method is None or method.name == found.method)
 
 
 def check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:

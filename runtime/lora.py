@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,16 +176,16 @@ def projections(info: hf.ModelInfo, layers: Iterable[int]) -> dict[str, nn.Linea
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
     """Put ``value``, in dtype and on device of the parameter ``name``, in its place. The undo step puts the
     old parameter back; where the model was moved or converted in the meantime, it follows."""
-    old: Any = module._parameters[name]
+    old: nn.Parameter = getattr(module, name)
     made = nn.Parameter(value.detach().to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad)
-    module._parameters[name] = made
+    setattr(module, name, made)
     made_on, made_in = made.device, made.dtype
 
     def restore() -> None:
-        now = module._parameters[name]
-        if now is not None and (now.device, now.dtype) != (made_on, made_in):
+        now: nn.Parameter = getattr(module, name)
+        if (now.device, now.dtype) != (made_on, made_in):
             old.data = old.data.to(now)  # the caller has moved or converted the model in the meantime
-        module._parameters[name] = old
+        setattr(module, name, old)
 
     return restore
 

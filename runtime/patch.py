@@ -125,8 +125,8 @@ def patch(
         )
     if trial.foreign_keys:
         check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
+    check_recipe(recipe, chosen)
     adapters = adapters_of(recipe, chosen, info, merge)
-    check_recipe(recipe, chosen, adapters is not None)
     served = {
         i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)
         for i in info.attention

@@ -32,12 +32,11 @@ class Head:
         ``output``."""
         part = copy.copy(output)
         part["last_hidden_state"] = hidden
-        modules = self._parent._modules
-        modules[self._name] = _Decoded(part)
+        setattr(self._parent, self._name, _Decoded(part))
         try:
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         finally:
-            modules[self._name] = self._decoder
+            setattr(self._parent, self._name, self._decoder)
         return logits
 
 

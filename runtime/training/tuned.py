@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -108,11 +108,7 @@ class Tuned:
         return tensors, swap
 
     def _open_weights(self) -> tuple[dict[str, nn.Parameter], _Swap]:
-        places = [
-            (module._parameters, name)
-            for module in self._linear.values()
-            for name, _ in module.named_parameters()
-        ]
+        places = [(module, name) for module in self._linear.values() for name, _ in module.named_parameters()]
         swap = _Swap(places)
         for module in self._linear.values():
             for name, p in module.named_parameters():
@@ -247,23 +243,23 @@ class Tuned:
 
 
 class _Swap:
-    """Entries of dictionaries (parameters or modules of a module) that are exchanged and exchanged back."""
+    """Attributes of modules (parameters or modules) that are exchanged and exchanged back."""
 
-    def __init__(self, places: list[tuple[dict[str, Any], str]]) -> None:
+    def __init__(self, places: Sequence[tuple[nn.Module, str]]) -> None:
         self._places = places
-        self._before = [entries[name] for entries, name in places]
+        self._before = [getattr(module, name) for module, name in places]
         self._after = self._before
 
     def taken(self) -> None:
-        """The present entries are the new ones."""
-        self._after = [entries[name] for entries, name in self._places]
+        """The present values are the new ones."""
+        self._after = [getattr(module, name) for module, name in self._places]
 
     def original(self) -> None:
         self._put(self._before)
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """A context with the old entries in place."""
+        """A context with the old values in place."""
         self._put(self._before)
         try:
             yield
@@ -271,13 +267,13 @@ class _Swap:
             self._put(self._after)
 
     def _put(self, values: list[Any]) -> None:
-        for (entries, name), value in zip(self._places, values, strict=True):
-            entries[name] = value
+        for (module, name), value in zip(self._places, values, strict=True):
+            setattr(module, name, value)
 
 
-def _place(root: nn.Module, target: str) -> tuple[dict[str, Any], str]:
+def _place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
     parent, _, name = target.rpartition(".")
-    return root.get_submodule(parent)._modules, name
+    return root.get_submodule(parent), name
 
 
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
