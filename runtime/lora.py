@@ -37,7 +37,7 @@ class Adapters:
     def of(recipe: Recipe, info: hf.ModelInfo) -> Adapters:
         """Raises FarspanError for a recipe of another model, Unsupported for a model that is quantised or
         sharded."""
-        recipe.check_geometry(info.geometry, f"farspan train {recipe.method} --tune lora")
+        recipe.check_geometry(info.geometry, f"'farspan train {recipe.method} --tune lora'")
         grouped: dict[str, dict[str, Tensor]] = {}
         for name, x in recipe.tensors.items():
             if name.startswith(_PREFIX):

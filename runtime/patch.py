@@ -125,7 +125,7 @@ def patch(
         )
     if trial.foreign_keys:
         check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
-    check_recipe(recipe, chosen)
+    check_recipe(recipe, chosen, info.geometry)
     adapters = adapters_of(recipe, chosen, info, merge)
     served = {
         i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)

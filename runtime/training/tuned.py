@@ -36,12 +36,12 @@ class Tuned:
     Windows of a text are prefill calls, so the method selects in prefill; ``recycled``, whose prefill is
     dense, runs in the form for training that ``teacher_forced`` makes of it. All other weights are frozen.
 
-    tune: "lora" trains adapters of ``rank`` on every linear projection of the attention (2106.09685, by peft;
-    the update is alpha / rank * b a), in float32. "attention" trains the projections themselves, in their own
-    dtype; in bfloat16, steps smaller than a rounding are lost.
-    loss: "kl" is the divergence KL(dense || tuned) of the next-token distributions, both at ``temperature``,
-    times its square; the dense model has the weights from before training. "nll" is the negative
-    log-likelihood of the text. Both are means over positions, in nats.
+    tune: "lora" trains adapters of ``rank`` (8 by default) on every linear projection of the attention
+    (2106.09685, by peft; the update is alpha / rank * b a, alpha 16 by default), in float32. "attention"
+    trains the projections themselves, in their own dtype; in bfloat16, steps smaller than a rounding are
+    lost. loss: "kl" is the divergence KL(dense || tuned) of the next-token distributions, both at
+    ``temperature``, times its square; the dense model has the weights from before training. "nll" is the
+    negative log-likelihood of the text. Both are means over positions, in nats.
     start: a recipe whose adapters training begins with; a method with weights takes them from it.
 
     The model is changed until ``close``. Raises FarspanError for values outside those above, for a method
@@ -56,8 +56,8 @@ class Tuned:
         start: Recipe | None = None,
         *,
         tune: str = "lora",
-        rank: int = 8,
-        alpha: float = 16.0,
+        rank: int | None = None,
+        alpha: float | None = None,
         loss: str = "kl",
         temperature: float = 1.0,
     ) -> None:
@@ -123,7 +123,7 @@ class Tuned:
 
     @torch.no_grad()
     def _begin_with(self, start: Recipe) -> None:
-        start.check_geometry(self._info.geometry, "farspan train")
+        start.check_geometry(self._info.geometry, f"'farspan train {self._method.name}'")
         if start.adapters != self._about():
             had = ", ".join(f"{name}={x}" for name, x in start.adapters.items() if name != "targets")
             raise FarspanError(
@@ -307,11 +307,16 @@ def _in_training(method: AttentionMethod) -> AttentionMethod:
     return running
 
 
-def _checked(tune: str, rank: int, alpha: float, loss: str, temperature: float) -> tuple[int, float, float]:
+def _checked(
+    tune: str, rank: int | None, alpha: float | None, loss: str, temperature: float
+) -> tuple[int, float, float]:
     if tune not in TUNES:
         raise FarspanError(f"tune is {' or '.join(TUNES)}; got {tune!r}.")
     if loss not in LOSSES:
         raise FarspanError(f"loss is {' or '.join(LOSSES)}; got {loss!r}.")
+    if tune != "lora" and (rank is not None or alpha is not None):
+        raise FarspanError(f"rank and alpha belong to tune='lora', and tune is {tune!r}: leave them out.")
+    rank, alpha = 8 if rank is None else rank, 16.0 if alpha is None else alpha
     whole = whole_number(rank)
     if whole is None or whole < 1:
         raise FarspanError(f"rank is a whole number, at least 1; got {rank!r}.")

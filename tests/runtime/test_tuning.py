@@ -160,6 +160,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model)
     for how, says in (
         ({"tune": "mlp"}, "tune is lora or attention; got 'mlp'"),
+        ({"tune": "attention", "rank": 4}, "rank and alpha belong to tune='lora'"),
         ({"rank": 0}, "rank is a whole number, at least 1; got 0"),
         ({"loss": "mse"}, "loss is kl or nll; got 'mse'"),
         ({"temperature": float("nan")}, "temperature is a finite number above 0"),
