@@ -35,6 +35,8 @@ class Tuned:
 
     Windows of a text are prefill calls, so the method selects in prefill; ``recycled``, whose prefill is
     dense, runs in the form for training that ``teacher_forced`` makes of it. All other weights are frozen.
+    Gradients flow through the keys that are read, not through the choice of them. A method that selects for a
+    block of queries chooses by the whole block, in training as in prefill.
 
     tune: "lora" trains adapters of ``rank`` (8 by default) on every linear projection of the attention
     (2106.09685, by peft; the update is alpha / rank * b a, alpha 16 by default), in float32. "attention"

@@ -102,10 +102,12 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("spec", [BLOCKS, "recycled:k=12,stride=6"])
-def test_training_brings_the_method_nearer_to_dense(spec: str) -> None:
-    training = objective(make("llama"), spec, rank=4)
-    optimizer = torch.optim.AdamW(training.parameters(), lr=5e-3)
+@pytest.mark.parametrize(
+    ("spec", "tune"), [(BLOCKS, "lora"), (BLOCKS, "attention"), ("recycled:k=12,stride=6", "lora")]
+)
+def test_training_brings_the_method_nearer_to_dense(spec: str, tune: str) -> None:
+    training = objective(make("llama"), spec, tune=tune)
+    optimizer = torch.optim.AdamW(training.parameters(), lr=5e-3 if tune == "lora" else 2e-3)
     first = training.evaluate(IDS)["kl"]
     for _ in range(12):
         training.backward(IDS, PLAIN)
