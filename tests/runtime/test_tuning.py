@@ -45,7 +45,7 @@ def gradients(training: Tuned) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "falcon_h1"])
 def test_the_head_alone_is_the_models_own(name: str) -> None:
     model = shared(name)
     head = hf.Head(model, hf.inspect_model(model))
