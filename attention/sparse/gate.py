@@ -11,7 +11,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Grid
+from ..calibration.truth import kl_of_rows
 from ..errors import FarspanError
+from ..keys import Keys
 from ..method import LayerInfo
 from ..ops.pool import pool
 
@@ -127,6 +130,39 @@ def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:
     logs = frequencies.double().clamp(min=1e-30).log()
     step = logs[(low + 1).clamp(max=most - 1)] - logs[low]
     return (logs[low] + (at - low) * step).exp()
+
+
+def always_read(keys: Keys, block: int) -> Tensor:
+    """[Nq, Nk] bool: the first block of keys, and the block of each block of queries."""
+    grid = Grid.anchored(keys, block)
+    return grid.between(grid.first, grid.last) | (grid.cols == 0)
+
+
+def first_row(keys: Keys, block: int) -> int:
+    """The first block of queries that a gate is trained on: the first quarter of a window is left out, and
+    rows that see no block but the first and their own. Raises FarspanError for a window without others."""
+    count = -(-keys.length // block)
+    if count < 3:
+        raise FarspanError(
+            f"A gate with block={block} is trained on windows of more than {2 * block} tokens; got "
+            f"{keys.length}: train on longer windows, or with a smaller block."
+        )
+    return max(2, count // 4)
+
+
+def gate_loss(logits: Tensor, truth: Tensor, read: Tensor) -> Tensor:
+    """What a gate is trained by: its KL divergence from the truth, and that of both without the blocks that
+    are always read. A scalar, ``kl_of_rows`` of each.
+
+    logits [..., N], -inf for blocks that a row does not see; truth [..., N], rows of the sum 1; read [..., N]
+    bool, which leaves out at least one block that each row sees. The papers have the first term alone. The
+    first and the own block hold most of the attention of many heads, and that term then teaches next to
+    nothing about the others, which are all that a selection has to rank.
+    """
+    rest = truth.masked_fill(read, 0)
+    rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
+    log_rest = logits.masked_fill(read, -torch.inf).log_softmax(-1)
+    return kl_of_rows(logits.log_softmax(-1), truth) + kl_of_rows(log_rest, rest)
 
 
 def sampled_channels(head_dim: int, size: int) -> Tensor:
