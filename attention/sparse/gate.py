@@ -3,7 +3,6 @@ block."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -17,8 +16,8 @@ from ..errors import FarspanError
 from ..keys import Keys
 from ..method import LayerInfo
 from ..ops.pool import pool
-
-_MADE = itertools.count()
+from ..sources import Source, Sources
+from ..summary import identity
 
 
 class BlockGate(nn.Module):
@@ -35,7 +34,6 @@ class BlockGate(nn.Module):
         self.k = nn.Parameter(k)
         self.size = k.shape[2]  # d_g, the numbers of a projected vector
         self.entry = k.shape[0] // num_kv_heads * self.size  # numbers of a KV head's compressed key
-        self.number = next(_MADE)  # tells its compressed keys from those of other gates
 
     @classmethod
     def start(cls, layer: LayerInfo, size: int) -> Self:
@@ -84,19 +82,20 @@ class CompressedKeys:
     size: int
     gate: BlockGate | None = field(default=None, compare=False, repr=False)
     dtype: ClassVar[torch.dtype] = torch.float32
-    before_rope: ClassVar[bool] = True
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys_before_rope"})
 
     @property
     def key(self) -> tuple:
-        return ("gate", self.block, None if self.gate is None else self.gate.number)
+        assert self.gate is not None
+        return ("gate", self.block, identity(self.gate))
 
     def width(self, head_dim: int) -> int:
         return self.size
 
     @torch.no_grad()
-    def compute(self, k: Tensor) -> Tensor:
+    def compute(self, x: Sources) -> Tensor:
         assert self.gate is not None
-        return self.gate.compress(k, self.block)
+        return self.gate.compress(x.keys_before_rope, self.block)
 
 
 def pool_queries(q: Tensor, block: int, lead: int) -> Tensor:
