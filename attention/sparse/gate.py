@@ -95,7 +95,7 @@ class CompressedKeys:
     @torch.no_grad()
     def compute(self, x: Sources) -> Tensor:
         assert self.gate is not None
-        return self.gate.compress(x.keys_before_rope, self.block)
+        return self.gate.compress(x.keys_before_rope, self.block).float()
 
 
 def pool_queries(q: Tensor, block: int, lead: int) -> Tensor:
