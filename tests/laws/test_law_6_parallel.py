@@ -11,7 +11,15 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from ..parallel.jobs import TWO_LAYERS, Case, generated, over_ranks, refused_over_ranks, stepped, stepped_over_ranks
+from ..parallel.jobs import (
+    TWO_LAYERS,
+    Case,
+    generated,
+    over_ranks,
+    refused_over_ranks,
+    stepped,
+    stepped_over_ranks,
+)
 from ..parallel.world import World
 from ..runtime.mixed_gate import MixedGate
 from ..runtime.pooled_gate import PooledGate
@@ -101,8 +109,8 @@ def test_every_size_and_corner_as_on_one_device(
 
 
 def test_gates_as_on_one_device(world: World):
-    """Gates that are fed queries and keys before RoPE and hidden states, with summaries of these, of queries, of
-    values and of positions, per block and per token."""
+    """Gates that are fed queries and keys before RoPE and hidden states, with summaries of these, of queries,
+    of values and of positions, per block and per token."""
     mixed, pooled = _common(MixedGate(), None), _common(PooledGate(), None)
     _, long, padded = _plain(mixed)
     short, begun, beams, _ = _corners(mixed)

@@ -237,7 +237,9 @@ class Data:
             return None
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length)
+        starts = torch.tensor(self.starts or [0] * len(q))
+        places = (torch.arange(length) - starts[:, None]).clamp(min=0)
+        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places)
 
     @property
     def scale(self) -> float:

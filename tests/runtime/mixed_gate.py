@@ -1,7 +1,7 @@
 """A gate of the user's own whose summaries read everything that a summary can read.
 
-It is no paper's method. It chooses blocks as ``pooled_gate`` does, by entries that depend on queries, keys, values,
-hidden states, keys before RoPE and positions of a block, and by labels of its tokens.
+It is no paper's method. It chooses blocks as ``pooled_gate`` does, by entries that depend on queries, keys,
+values, hidden states, keys before RoPE and positions of a block, and by labels of its tokens.
 """
 
 from __future__ import annotations
