@@ -15,6 +15,7 @@ from .recipe import Recipe
 from .training.distilled import Distilled
 from .training.loop import Schedule, Step, run
 from .training.objective import Objective
+from .training.tuned import Tuned
 from .training.windows import cut_windows
 
 LEARNING_RATES = {None: 1e-3, "lora": 1e-4, "attention": 2e-5}
@@ -99,7 +100,7 @@ def _objective(
 ) -> Objective:
     if tune is None:
         return Distilled(model, method, start)
-    raise FarspanError("not yet")
+    return Tuned(model, method, start, tune=tune, **tuning)
 
 
 def _check_length(model: Any, window: int) -> None:
