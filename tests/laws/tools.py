@@ -133,6 +133,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"block": 16, "mass": 0.5, "fraction": 0.8, "gqa_reduce": "max"},
         {"block": 8, "threshold": 0.08, "fraction": None, "gate_dim": 16},
     ],
+    "seer_decode": [
+        {"k": 24, "block": 4, "gate_dim": 8},
+        {"k": 27, "block": 8},
+        {"k": 60, "threshold": 0.05, "block": 8, "gate_dim": 6},
+    ],
     "snapkv": [
         {"k": 24, "window": 8},
         {"k": 9, "window": 4, "kernel": 3, "pool": "max"},
@@ -187,15 +192,12 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None, *, whole_prompt: bool = True, over_ranks: bool = False) -> Any:
+def every_method(phase: str | None = None, *, whole_prompt: bool = True) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
-    over_ranks: without those that are fed inputs, which are refused over ranks.
     """
     cases = _cases(sparse_settings, phase)
-    if over_ranks:
-        cases = [case for case in cases if not case.values[0].needs.inputs]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)
@@ -248,7 +250,11 @@ class Data:
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
         frequencies = 100.0 ** (-torch.arange(D // 2) / (D // 2))  # gates rotate by these
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, frequencies=frequencies)
+        starts = torch.tensor(self.starts or [0] * len(q))
+        places = (torch.arange(length) - starts[:, None]).clamp(min=0)
+        return Inputs(
+            needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places, frequencies=frequencies
+        )
 
     @property
     def scale(self) -> float:
