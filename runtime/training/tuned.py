@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -68,6 +69,12 @@ class Tuned:
         self._info = hf.inspect_model(model)
         self._gate = start if start is not None and method.needs.recipe else None
         running = _in_training(method)
+        if loss == "nll" and running.lookahead.tokens:
+            warnings.warn(
+                f"{method} selects by up to {running.lookahead.tokens:.0f} later tokens, so the nll "
+                "of a text depends on what it predicts: take loss='kl', or a method whose lookahead is 0.",
+                stacklevel=2,
+            )
         gate = None if self._gate is None else self._gate.without_adapters()
         self._patched = patch(model, prefill=running, recipe=gate)
         self._undo: list[Callable[[], Any]] = [self._patched.remove]

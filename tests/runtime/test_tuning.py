@@ -173,6 +173,8 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(FarspanError, match=says):
             objective(model, **how)
+    with pytest.warns(UserWarning, match=r"block_topk.* up to 7 later tokens.*loss='kl'"):
+        objective(model, loss="nll").close()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(FarspanError, match=r"pip install 'farspan\[train\]'"):
         objective(model)
