@@ -251,7 +251,11 @@ class Data:
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
         frequencies = THETA ** (-torch.arange(D // 2).double() / (D // 2))
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, frequencies=frequencies)
+        starts = torch.tensor(self.starts or [0] * len(q))
+        places = (torch.arange(length) - starts[:, None]).clamp(min=0)
+        return Inputs(
+            needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places, frequencies=frequencies
+        )
 
     @property
     def scale(self) -> float:
