@@ -10,6 +10,7 @@ import typer
 from . import evaluate, launch, options, output
 from .calibrate import calibrate, tune
 from .doctor import doctor
+from .gates import import_gates
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -139,4 +140,5 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
 app.command(cls=launch.SpreadCommand)(generate)
 app.command()(tune)
 app.command()(calibrate)
+app.command()(import_gates)
 app.command()(train)

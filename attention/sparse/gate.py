@@ -169,7 +169,7 @@ def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:
     most = frequencies.shape[0]
     if most == count:
         return frequencies
-    at = torch.arange(count, device=frequencies.device) * (most / count)
+    at = torch.arange(count, dtype=torch.float64, device=frequencies.device) * (most / count)
     low = at.floor().clamp(max=max(most - 2, 0)).long()
     logs = frequencies.double().clamp(min=1e-30).log()
     step = logs[(low + 1).clamp(max=most - 1)] - logs[low]

@@ -51,11 +51,13 @@ class RotaryCall:
 
     def frequencies(self, like: Tensor) -> Tensor:
         """[R] float32, descending: the radians by which each pair of numbers is rotated per position, which
-        are below pi. They are the angles of position 1, where each pair's angle stands twice."""
+        are below pi. They are the angles of position 1. Most models have the angle of each pair twice."""
         if self._frequencies is None:
             one = torch.ones(1, 1, dtype=torch.long, device=like.device)
             cos, sin = self.angles(like[:1, :1].float(), one)
-            self._frequencies = torch.atan2(sin, cos).flatten().sort(descending=True).values[::2]
+            angles = torch.atan2(sin, cos).flatten().sort(descending=True).values
+            twice = torch.equal(angles[::2], angles[1::2])
+            self._frequencies = angles[::2] if twice else angles
         return self._frequencies
 
 

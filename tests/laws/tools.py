@@ -27,6 +27,7 @@ from farspan.runtime.recipe import Recipe
 from farspan.runtime.rows import total_reads
 from farspan.runtime.state import States
 
+THETA = 100.0  # of the RoPE by which gates rotate in the tests of one layer
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama
 
 
@@ -249,7 +250,7 @@ class Data:
             return None
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
-        frequencies = 100.0 ** (-torch.arange(D // 2) / (D // 2))  # gates rotate by these
+        frequencies = THETA ** (-torch.arange(D // 2).double() / (D // 2))
         starts = torch.tensor(self.starts or [0] * len(q))
         places = (torch.arange(length) - starts[:, None]).clamp(min=0)
         return Inputs(

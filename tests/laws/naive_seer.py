@@ -1,0 +1,188 @@
+"""SeerAttention and SeerAttention-R written from their papers, a row and a head at a time, in float64.
+
+Nothing of the package is used here. Queries and keys are those before RoPE; theta is the base of the layer's
+RoPE. Ties go to the lowest block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .naive import best, combined, softmax
+
+
+def turned(x: Tensor, position: int, theta: float) -> Tensor:
+    """RoPE of one vector x [d]: its numbers i and d / 2 + i turn by position * theta^(-2 i / d)."""
+    half, out = len(x) // 2, x.clone()
+    for i in range(half):
+        angle = position * theta ** (-i / half)
+        out[i] = x[i] * math.cos(angle) - x[half + i] * math.sin(angle)
+        out[half + i] = x[half + i] * math.cos(angle) + x[i] * math.sin(angle)
+    return out
+
+
+def pooled_key(k: Tensor, j: int, block: int) -> Tensor:
+    """concat(max, min, mean) [3 D] of block j of keys [T, D]."""
+    keys = k[j * block : (j + 1) * block].double()
+    return torch.cat([keys.max(0).values, keys.min(0).values, keys.mean(0)])
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm."""
+    return x / torch.sqrt((x * x).mean() + 1e-6) * weight
+
+
+def gate_logits(
+    q: Tensor, k: Tensor, n: int, wq: Tensor | None, wk: Tensor, block: int, theta: float
+) -> Tensor:
+    """SeerAttention's logits of query block n for key blocks 0 .. n, of one head: its queries q [rows, D]
+    that the call has, keys k [T, D], wq [D, d_g] or None, wk [3 D, d_g]."""
+    mean = q.double().mean(0)
+    query = turned(mean if wq is None else mean @ wq, n * block, theta)
+    found = []
+    for j in range(n + 1):
+        key = turned(pooled_key(k, j, block) @ wk, j * block, theta)
+        found.append(query @ key / math.sqrt(len(key)))
+    return torch.stack(found)
+
+
+def chosen(
+    shares: Tensor, forced: set[int], most: int, mass: float | None, threshold: float | None
+) -> set[int]:
+    """The blocks read, of shares [n + 1] of the visible ones: those forced, then the best others within all
+    budgets."""
+    if threshold:
+        most = min(most, len(forced | {j for j, x in enumerate(shares.tolist()) if x >= threshold}))
+    rest, read = [j for j in best(shares, len(shares)) if j not in forced], set(forced)
+    goal = (mass or 1) * float(shares.sum())
+    for j in rest:
+        enough = mass is not None and mass < 1 and float(shares[list(read)].sum()) >= goal
+        if len(read) >= most or enough:
+            break
+        read.add(j)
+    return read
+
+
+def seer(
+    q: Tensor,
+    k: Tensor,
+    past: int,
+    wq: list[Tensor] | None,
+    wk: list[Tensor],
+    theta: float,
+    *,
+    block: int,
+    k_tokens: int | None,
+    fraction: float | None,
+    mass: float | None,
+    threshold: float | None,
+    gqa_reduce: str,
+) -> list[list[set[int]]]:
+    """[query block][query head of the group]: the key blocks read. q [G, n, D] are the call's queries of a
+    group, the first at position ``past`` of its row; k [T, D] all keys; wk one for each query head."""
+    length, result = past + q.shape[1], []
+    for n in range(past // block, -(-length // block)):
+        rows = slice(max(0, n * block - past), (n + 1) * block - past)
+        logits = torch.stack(
+            [
+                gate_logits(head[rows], k, n, None if wq is None else wq[g], wk[g], block, theta)
+                for g, head in enumerate(q)
+            ]
+        )
+        if gqa_reduce == "none":
+            shares = [softmax(row) for row in logits]
+        else:
+            one = combined(logits, gqa_reduce)
+            shares = [one / (len(q) if gqa_reduce == "sum" else 1)] * len(q)
+        most = n + 1 if fraction is None else round(fraction * (n + 1))
+        most = max(2, most if k_tokens is None else min(most, k_tokens // block))
+        result.append([chosen(row, {0, n}, most, mass, threshold) for row in shares])
+    return result
+
+
+def seer_decode(
+    q: Tensor,
+    k: Tensor,
+    w: dict[str, Tensor],
+    theta: float,
+    *,
+    block: int,
+    k_tokens: int | None,
+    threshold: float | None,
+) -> set[int]:
+    """The keys that the last of the keys' positions reads: its queries q [G, D], all keys k [T, D]; w: the
+    gate of one KV head, q [G D, d_g], k [3 D, d_g], q_norm, k_norm [d_g]."""
+    position = len(k) - 1
+    if k_tokens is not None and len(k) <= k_tokens and not threshold:
+        return set(range(len(k)))
+    own = position // block
+    query = turned(normalised(q.double().flatten() @ w["q"], w["q_norm"]), position, theta)
+    logits = []
+    for j in range(own):
+        key = turned(normalised(pooled_key(k, j, block) @ w["k"], w["k_norm"]), j * block, theta)
+        logits.append(query @ key / math.sqrt(len(key)))
+    shares = torch.cat([softmax(torch.stack(logits)), torch.zeros(1, dtype=torch.float64)])
+    most = own + 1 if k_tokens is None or len(k) <= k_tokens else max(2, k_tokens // block)
+    blocks = chosen(shares, {0, own}, most, None, threshold)
+    return {t for j in blocks for t in range(j * block, (j + 1) * block) if t <= position}
+
+
+def probabilities(q: Tensor, k: Tensor, position: int) -> Tensor:
+    """Softmax attention of one query q [D] at a position over keys k [T, D], over all T keys: 0 for later
+    ones."""
+    logits = k.double() @ q.double() * q.shape[0] ** -0.5
+    return torch.softmax(logits.masked_fill(torch.arange(len(k)) > position, -torch.inf), 0)
+
+
+def divergence(logits: Tensor, truth: Tensor, left_out: set[int]) -> Tensor:
+    """KL(truth || softmax(logits)) of one row over all its blocks, plus the same without ``left_out``."""
+    total = torch.zeros((), dtype=torch.float64)
+    for keep in (range(len(truth)), [j for j in range(len(truth)) if j not in left_out]):
+        picked = list(keep)
+        p = truth[picked] / truth[picked].sum()
+        total = total + (p * (p.log() - torch.log_softmax(logits[picked], 0))).sum()
+    return total
+
+
+def seer_loss(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, theta: float, block: int) -> Tensor:
+    """The loss of SeerAttention's gate on one window: q [H, T, D], k [Hkv, T, D], wq [H, D, d_g],
+    wk [Hkv, 3 D, d_g]. A differentiable scalar."""
+    group, length = len(q) // len(k), q.shape[1]
+    count, rows = -(-length // block), []
+    for h, head in enumerate(q):
+        keys = k[h // group]
+        for n in range(max(2, count // 4), count):
+            within = range(n * block, min((n + 1) * block, length))
+            weights = torch.stack([probabilities(head[t], keys, t) for t in within])
+            largest = torch.stack([part.max() for part in weights.split(block, 1)][: n + 1])
+            logits = gate_logits(
+                head[n * block : (n + 1) * block], keys, n, wq[h], wk[h // group], block, theta
+            )
+            rows.append(divergence(logits, largest / largest.sum(), {0, n}))
+    return torch.stack(rows).mean()
+
+
+def seer_decode_loss(
+    q: Tensor, k: Tensor, w: dict[str, Tensor], theta: float, block: int, every: int
+) -> Tensor:
+    """The loss of SeerAttention-R's gate on one window, of one of ``every`` queries of its second half;
+    tensors as in ``seer_loss``, the gate's w those of all KV heads."""
+    group, length = len(q) // len(k), q.shape[1]
+    rows = []
+    for s, keys in enumerate(k):
+        for t in range(max(length // 2, 2 * block), length, every):
+            own = t // block
+            of_heads = [probabilities(q[s * group + g, t], keys, t) for g in range(group)]
+            largest = torch.stack(of_heads).max(0).values
+            truth = torch.stack([part.max() for part in largest.split(block)][:own])
+            mine = q[s * group : (s + 1) * group, t].double().flatten()
+            query = turned(normalised(mine @ w["q"][s], w["q_norm"]), t, theta)
+            logits = []
+            for j in range(own):
+                key = normalised(pooled_key(keys, j, block) @ w["k"][s], w["k_norm"])
+                logits.append(query @ turned(key, j * block, theta) / math.sqrt(len(key)))
+            rows.append(divergence(torch.stack(logits), truth / truth.sum(), {0}))
+    return torch.stack(rows).mean()
