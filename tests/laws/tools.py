@@ -93,6 +93,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "gqa_reduce": "none", "dense_layers": 0, "group_factor": 2},
     ],
+    "dynamic_mask": [
+        {"w": 24, "local": 0},
+        {"w": 20, "local": 6, "form": "exp"},
+        {"w": 24, "local": 4, "add_bias": False},
+    ],
     "h2o": [{"k": 24}, {"k": 7}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
@@ -126,6 +131,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
         {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "gqa_reduce": "none"},
         {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "gqa_reduce": "max"},
+        {"k": 30, "clusters": 4, "block": 8, "window": 8, "sinks": 2, "centroids": "learned"},
     ],
     "seer": [
         {"block": 8, "fraction": 0.3, "gate_dim": 6},
@@ -152,6 +158,7 @@ FULL = {
     "threshold": 0.0,
     "w": 1 << 20,
     "dilation": 1,
+    "add_bias": False,
     "dense_layers": 0,
 }
 
