@@ -12,7 +12,7 @@ def kept_until(scores: Tensor, w: int) -> Tensor:
     highest of the entries 0 .. t for t = j .. until - 1, and for no t where until is at most j. -> until
     [..., N] int64, N where it still is at the end. Of equal scores the later is higher. O(N log N)."""
     n = scores.shape[-1]
-    order = scores.argsort(dim=-1, stable=True)
+    order = scores.contiguous().argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(n, device=scores.device).expand_as(order))
     cut = _kth_so_far(rank, w).masked_fill_(torch.arange(1, n + 1, device=scores.device) < w, -1)
     return torch.searchsorted(cut, rank, right=True)  # the cut only rises

@@ -66,7 +66,7 @@ class DynamicMask(AttentionMethod):
     @property
     def needs(self) -> Needs:
         weights = {"a": ("num_kv_heads",), "w": ("num_kv_heads", "head_dim", "num_kv_heads")}
-        return Needs(keys=True, weights=weights)
+        return Needs(weights=weights)
 
     @property
     def couples_heads(self) -> bool:
