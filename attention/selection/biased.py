@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from ..keys import Keys
 from ..kv import KV
 from ..ops.gather_decode import gather_decode
-from ..partial import Partial
+from ..partial import Partial, empty_partial
 from ..softmax import Softmax
 from .base import Pairs, Selection, total
 from .tokens import TokenIndex
@@ -60,6 +60,8 @@ class Biased(Selection):
     def _run_tokens(self, q: Tensor, keys: Keys, index: TokenIndex, impl: str) -> tuple[Partial, Pairs]:
         """Attention over single keys, index [B, Hkv, Tq, K]: they are gathered first, so that no other key is
         copied."""
+        if index.tokens.shape[3] == 0:  # a rank may hold none of them
+            return empty_partial(q, keys.kv.value_dim), 0
         rows = index.tokens.flatten(2)
         kv = _with_bias(keys.kv.gather(rows), self.bias.gather(2, rows), keys.softmax)
         places = torch.arange(rows.shape[2], device=q.device).view(index.tokens.shape[2:])
