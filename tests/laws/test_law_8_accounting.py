@@ -229,7 +229,7 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
         yield found
 
 
-@every_method(over_ranks=True)
+@every_method()
 def test_ranks_count_what_selection_reads(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ) -> None:
