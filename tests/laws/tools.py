@@ -252,7 +252,10 @@ class Data:
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
         frequencies = 100.0 ** (-torch.arange(D // 2) / (D // 2))  # gates rotate by these
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, frequencies=frequencies)
+        starts = torch.tensor(self.starts or [0] * len(q))
+        places = (torch.arange(length) - starts[:, None]).clamp(min=0)
+        more = {"places": places, "frequencies": frequencies}
+        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, **more)
 
     @property
     def scale(self) -> float:
