@@ -18,5 +18,6 @@ from .every import EveryKey as EveryKey
 from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled
 from .spans import Spans as Spans
+from .stretches import Stretches as Stretches
 from .tokens import TokenIndex as TokenIndex
 from .window import Window as Window

@@ -24,6 +24,7 @@ from farspan.attention.selection import (
     Rescaled,
     Selection,
     Spans,
+    Stretches,
     TokenIndex,
     Window,
     as_selection,
@@ -170,6 +171,13 @@ PREFILLS["spans"] = Spans(until=torch.randint(40, (1, HKV, 31), generator=torch.
 PREFILLS["biased spans"] = biased(PREFILLS["spans"], 31)
 PREFILLS["biased blocks"] = biased(PREFILLS["blocks"], 31)
 PREFILLS["biased"] = biased(EveryKey(), 31)
+
+
+PREFILLS["stretches"] = Stretches(
+    tokens=torch.stack([torch.arange(18).roll(5 * i)[:5] for i in range(2 * HKV)]).view(1, HKV, 2, 5),
+    first=18,
+    stride=9,
+)
 
 
 @pytest.mark.parametrize("name", PREFILLS)
