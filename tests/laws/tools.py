@@ -362,7 +362,13 @@ def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list
                     self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
                 ) -> Any:
                     index = original(self, q, keys)
-                    kept = copy.deepcopy(index)  # later steps update a method's state in place
+                    parts = vars(index or object).values()  # torch copies no tensor that has a history
+                    fixed = {
+                        id(x): x.detach().clone()
+                        for x in parts
+                        if isinstance(x, Tensor) and x.grad_fn is not None
+                    }
+                    kept = copy.deepcopy(index, fixed)  # later steps update a method's state in place
                     start = None if keys.start is None else keys.start.clone()
                     seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
                     return index
