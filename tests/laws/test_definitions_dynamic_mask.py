@@ -162,7 +162,7 @@ def test_distillation_finds_the_keys_that_are_attended_to() -> None:
     """Keys whose values have a mark get much attention later: after training the gate keeps them, and the
     window it began as does not."""
     torch.manual_seed(0)
-    method = farspan.methods()["dynamic_mask"](w=24, local=8).for_training(layer_info())
+    method = farspan.methods()["dynamic_mask"](w=32, local=8).for_training(layer_info())
     assert method is not None
 
     def window(seed: int) -> tuple[Data, Tensor]:
@@ -192,7 +192,7 @@ def test_distillation_finds_the_keys_that_are_attended_to() -> None:
         steps.step()
         losses.append(float(loss.detach()))
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
-    assert before < 0.3 and kept(*held_out) > 0.9
+    assert int(held_out[1].sum()) <= 24 and before < 0.3 and kept(*held_out) > 0.9
 
 
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 130])
