@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from ..blocks import Grid
 from ..calibration.truth import kl_of_rows
@@ -18,6 +19,8 @@ from ..method import LayerInfo
 from ..ops.pool import pool
 from ..sources import Source, Sources
 from ..summary import identity
+
+_EPS = 1e-6  # of the norms, as in the official code
 
 
 class BlockGate(nn.Module):
@@ -71,6 +74,48 @@ class BlockGate(nn.Module):
         """Queries q [B, heads, n, D_in] -> [B, heads, n, d_g] in float32 (float64 for float64 queries)."""
         q = q.to(_wide(q))
         return q if self.q is None else q @ self.q.to(q)
+
+
+class GroupGate(BlockGate):
+    """The projections of one layer for single queries, one score per KV head. q: [Hkv, G * D, d_g], of the
+    queries of a group side by side; k: [Hkv, 3 D, d_g]. q_norm, k_norm: [d_g], the weights of the RMSNorm of
+    both."""
+
+    def __init__(self, q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> None:
+        super().__init__(q, k, k.shape[0])
+        self.q_norm, self.k_norm = nn.Parameter(q_norm), nn.Parameter(k_norm)
+
+    @classmethod
+    def start(cls, layer: LayerInfo, size: int) -> Self:
+        """The gate that training begins with: the mean of a group's queries and the means of blocks, ``size``
+        of their numbers."""
+        group, hkv = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
+        q = sampled_channels(layer.head_dim, size).repeat(group, 1).expand(hkv, -1, -1) / group
+        k = mean_keys(layer.head_dim, size).expand(hkv, -1, -1).clone()
+        return cls(q, k, torch.ones(size), torch.ones(size))
+
+    @classmethod
+    def load(cls, layer: LayerInfo, weights: Mapping[str, Tensor]) -> Self:
+        """As ``BlockGate.load``."""
+        d, size = layer.head_dim, weights["k"].shape[2] // 2 * 2
+        hkv, group = layer.num_kv_heads * layer.tp_size, layer.num_heads // layer.num_kv_heads
+        check_shape(layer, weights, "q", (hkv, group * d, size))
+        check_shape(layer, weights, "k", (hkv, 3 * d, size))
+        for name in ("q_norm", "k_norm"):
+            check_shape(layer, weights, name, (size,))
+        q, k = layer.own(weights["q"]), layer.own(weights["k"])
+        return cls(q, k, weights["q_norm"], weights["k_norm"])
+
+    def compress(self, k: Tensor, block: int) -> Tensor:
+        """As in ``BlockGate``, normalised: [B, Hkv, ceil(T / block), d_g]."""
+        entries = super().compress(k, block)
+        return rms_norm(entries, (self.size,), self.k_norm.to(entries), eps=_EPS)
+
+    def project(self, q: Tensor) -> Tensor:
+        """Queries q [B, H, n, D] -> [B, Hkv, n, d_g], normalised."""
+        grouped = q.unflatten(1, (self.k.shape[0], -1)).transpose(2, 3).flatten(3)  # [B, Hkv, n, G * D]
+        projected = super().project(grouped)
+        return rms_norm(projected, (self.size,), self.q_norm.to(projected), eps=_EPS)
 
 
 @dataclass(frozen=True)

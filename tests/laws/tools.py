@@ -139,6 +139,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"block": 16, "mass": 0.5, "fraction": 0.8, "gqa_reduce": "max"},
         {"block": 8, "threshold": 0.08, "fraction": None, "gate_dim": 16},
     ],
+    "seer_decode": [
+        {"k": 24, "block": 4, "gate_dim": 8},
+        {"k": 27, "block": 8},
+        {"k": 60, "threshold": 0.05, "block": 8, "gate_dim": 6},
+    ],
     "snapkv": [
         {"k": 24, "window": 8},
         {"k": 9, "window": 4, "kernel": 3, "pool": "max"},
@@ -254,8 +259,9 @@ class Data:
         frequencies = 100.0 ** (-torch.arange(D // 2) / (D // 2))  # gates rotate by these
         starts = torch.tensor(self.starts or [0] * len(q))
         places = (torch.arange(length) - starts[:, None]).clamp(min=0)
-        more = {"places": places, "frequencies": frequencies}
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, **more)
+        return Inputs(
+            needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places, frequencies=frequencies
+        )
 
     @property
     def scale(self) -> float:
