@@ -181,7 +181,7 @@ class AttentionMethod:
     def recipe_maker(self) -> str:
         """The call that makes its recipe, for errors: training, its calibration, or saving its module."""
         if self.trains:
-            return f"'farspan train {self.name}'"
+            return f"'farspan train {self}'"
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"

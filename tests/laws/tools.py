@@ -94,6 +94,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "gqa_reduce": "none", "dense_layers": 0, "group_factor": 2},
     ],
+    "dynamic_mask": [
+        {"w": 24, "local": 0},
+        {"w": 20, "local": 6, "form": "exp"},
+        {"w": 24, "local": 4, "add_bias": False},
+    ],
     "h2o": [{"k": 24}, {"k": 7}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
@@ -127,6 +132,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
         {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "gqa_reduce": "none"},
         {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "gqa_reduce": "max"},
+        {"k": 30, "clusters": 4, "block": 8, "window": 8, "sinks": 2, "centroids": "learned"},
     ],
     "seer": [
         {"block": 8, "fraction": 0.3, "gate_dim": 6},
@@ -158,6 +164,7 @@ FULL = {
     "threshold": 0.0,
     "w": 1 << 20,
     "dilation": 1,
+    "add_bias": False,
     "dense_layers": 0,
 }
 
@@ -362,7 +369,13 @@ def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list
                     self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
                 ) -> Any:
                     index = original(self, q, keys)
-                    kept = copy.deepcopy(index)  # later steps update a method's state in place
+                    parts = vars(index or object).values()  # torch copies no tensor that has a history
+                    fixed = {
+                        id(x): x.detach().clone()
+                        for x in parts
+                        if isinstance(x, Tensor) and x.grad_fn is not None
+                    }
+                    kept = copy.deepcopy(index, fixed)  # later steps update a method's state in place
                     start = None if keys.start is None else keys.start.clone()
                     seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
                     return index
