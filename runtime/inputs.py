@@ -20,12 +20,14 @@ class Given:
     positions: [B or 1, T], the positions by which queries and keys were rotated.
     undo: the function that undoes RoPE. positions and undo are None where no method needs RoPE undone, or
     where the layer has no RoPE.
+    early: the hidden states [B, T, hidden] of the earlier layer that ``needs`` names, where it has run.
     """
 
     needs: Needs
     hidden: Tensor
     positions: Tensor | None = None
     undo: Undo | None = None
+    early: Tensor | None = None
 
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
@@ -43,4 +45,5 @@ class Given:
             length=total,
             places=places,
             undo=self.undo,
+            early=self.early,
         )

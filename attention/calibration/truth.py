@@ -1,13 +1,19 @@
-"""What gates are trained towards: where the model's own attention lies, per block of keys."""
+"""What gates are trained towards: where the model's own attention lies, per block of keys or on sampled rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..keys import Keys
+from ..mass import sample_rows
 from ..ops.block_max import block_max
 from ..ops.flash import flash
+from ..ops.scores import scores
+
+_TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
 
 
 @torch.no_grad()
@@ -24,6 +30,22 @@ def block_truth(q: Tensor, keys: Keys, block_q: int, block_k: int, heads: str = 
         q, keys.kv.k, lse, keys.softmax, block_q=block_q, block_k=block_k, start=keys.start, heads=heads
     )
     return largest / largest.sum(-1, keepdim=True).clamp(min=torch.finfo(largest.dtype).tiny)
+
+
+@torch.no_grad()
+def sampled_attention(q: Tensor, keys: Keys, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The teacher's attention of ``count`` queries of a window, the last one of each of ``count`` equal parts
+    (all queries where there are no more), in tiles of a bounded size.
+
+    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded. -> (their positions [n],
+    ascending; probabilities [B, Hkv, G, n, T] float32, float64 for float64 q). Nothing of size T x T is made.
+    """
+    k, place = keys.kv.k.to(q.dtype), torch.arange(keys.length, device=q.device)
+    most = _TILE.get(q.device.type, _TILE["cpu"])
+    for rows in sample_rows(q.shape[2], count).split(max(1, most // (q.shape[0] * q.shape[1] * keys.length))):
+        rows = rows.to(q.device)
+        logits = scores(q[:, :, rows], k, keys.softmax)
+        yield rows, torch.softmax(logits.masked_fill_(place > rows[:, None], -torch.inf), -1)
 
 
 def kl_of_rows(log_gate: Tensor, truth: Tensor) -> Tensor:
