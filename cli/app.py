@@ -13,6 +13,7 @@ from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
+from .train import train
 
 app = typer.Typer(
     name="farspan",
@@ -129,3 +130,4 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
 app.command(cls=launch.SpreadCommand)(generate)
 app.command()(tune)
 app.command()(calibrate)
+app.command()(train)

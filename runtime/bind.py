@@ -13,17 +13,26 @@ from ..attention.dense import Dense
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from .recipe import Recipe
+from .shipped import shipped
 
 
 def check_recipe(
-    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
+    recipe: Recipe | str | Path | None,
+    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
+    geometry: dict[str, Any],
 ) -> None:
-    """Raise FarspanError for a recipe that several methods need, and for a recipe that no method needs."""
+    """Raise FarspanError for a recipe that several methods need, and for a recipe that no method needs. A
+    method with a shipped recipe needs only one of its own."""
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
     need = [method for method in methods if method.needs.recipe]
-    lack = list(dict.fromkeys(method.name for method in need if not method.recipe))
+    lacking = [method for method in need if not method.recipe]
+    served = {method.name for method in lacking if shipped(method, geometry) is not None}
+    if served and len({method.name for method in lacking}) > 1:
+        served -= {_opened(recipe).method}
+        lacking = [method for method in lacking if method.name not in served]
+    lack = list(dict.fromkeys(method.name for method in lacking))
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
         raise FarspanError(
@@ -103,13 +112,19 @@ def learned(
     if not method.needs.recipe:
         return layer
     source = method.recipe or recipe  # the recipe in the spec comes first: two methods may need one each
+    own = shipped(method, geometry)
+    if own is not None and not method.recipe and (source is None or _opened(source).method != method.name):
+        source = own
     if source is None:
-        own = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({own})'" if within else "recipe=PATH"
+        spec = f"{method.name}:recipe=PATH"
+        how = f"'{within}:over=({spec})'" if within else "recipe=PATH"
         if not within and "recipe" in {field.name for field in fields(method)}:
-            how += f", or '{own}'"
+            how += f", or '{spec}'"
         raise FarspanError(
             f"{method.name} needs a recipe: make one with {method.recipe_maker} and pass {how}."
         )
-    loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-    return loaded.for_layer(method, layer, geometry)
+    return _opened(source).for_layer(method, layer, geometry)
+
+
+def _opened(recipe: Recipe | str | Path) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

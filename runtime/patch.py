@@ -120,7 +120,7 @@ def patch(
         )
     if trial.foreign_keys:
         _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
-    check_recipe(recipe, chosen)
+    check_recipe(recipe, chosen, info.geometry)
     served = {
         i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)
         for i in info.attention

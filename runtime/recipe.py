@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
 
 FORMAT = 1
+PRINT = "fingerprint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The tensors that a method needs for a model, by name: ``layers.<index>.<name>``.
 
-    geometry: the architecture and the sizes of the model that the recipe was made for.
+    geometry: the architecture, the sizes and the fingerprint of the model that the recipe was made for.
     settings: how the recipe was made (tokens, ranking, versions).
     parameters: the method's fields that the tensors depend on (its ``trained_with``), as they were then.
     """
@@ -92,6 +94,16 @@ class Recipe:
             ) from error
         return _load(folder, stamp)
 
+    def misfits(self, geometry: Mapping[str, Any]) -> list[str]:
+        """The names of the sizes in which a model differs from the one that this recipe was made for.
+        Fingerprints may differ by a twentieth, as those of fine-tuned models do; without one, any fits."""
+        own, model = self.geometry.get(PRINT), geometry.get(PRINT)
+        found = [k for k, v in self.geometry.items() if k != PRINT and geometry.get(k) != v]
+        if own and model:
+            pairs = zip(own, model, strict=True)
+            found += [] if all(math.isclose(a, b, rel_tol=0.05) for a, b in pairs) else [PRINT]
+        return found
+
     def for_layer(self, method: AttentionMethod, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
         """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for
         another method, for other parameters of it, or for another model."""
@@ -108,11 +120,11 @@ class Recipe:
                 f"This recipe was made for '{name}:{wanted}' and the spec has {given}: change the spec, or "
                 f"make a recipe for it with {method.recipe_maker}."
             )
-        other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
+        other = self.misfits(geometry)
         if other:
-            wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
+            wrong = ", ".join(f"{k} {self.geometry[k]} (the model has {geometry.get(k)})" for k in other)
             raise FarspanError(
-                f"This recipe was made for another model: {wrong}. Make one with 'farspan calibrate'."
+                f"This recipe was made for another model: {wrong}. Make one with {method.recipe_maker}."
             )
         prefix = f"layers.{layer.index}."
         weights = {
