@@ -86,8 +86,10 @@ class Inputs:
 
     q, k: the call's own queries [B, H, Tq, D] and keys [B, Hkv, Tq, D], after RoPE. hidden: [B, Tq, hidden].
     length: Tk, the number of stored positions, the call's own included. places: [B, Tk], the position ids by
-    which their keys were rotated; None, like ``undo``, where the layer has no RoPE. early: [B, Tq, hidden],
-    hidden states of an earlier layer. ends: [B, Tq] bool, in training alone: the tokens that end a sentence.
+    which their keys were rotated. frequencies: [R], descending, of the layer's RoPE: pair i is rotated by
+    ``frequencies[i]`` radians per position. places, frequencies and ``undo`` are None where the layer has no
+    RoPE. early: [B, Tq, hidden], hidden states of an earlier layer. ends: [B, Tq] bool, in training alone:
+    the tokens that end a sentence.
     """
 
     needs: Needs
@@ -97,6 +99,7 @@ class Inputs:
     length: int
     places: Tensor | None = None
     undo: Undo | None = None
+    frequencies: Tensor | None = None
     early: Tensor | None = None
     ends: Tensor | None = None
 

@@ -18,8 +18,8 @@ class Given:
     needs: what the methods of the layer declare.
     hidden: hidden states [B, T, hidden].
     positions: [B or 1, T], the positions by which queries and keys were rotated.
-    undo: the function that undoes RoPE. positions and undo are None where no method needs RoPE undone, or
-    where the layer has no RoPE.
+    undo: the function that undoes RoPE. frequencies: [R], those of the layer's RoPE, descending. positions,
+    undo and frequencies are None where no method needs RoPE undone, or where the layer has no RoPE.
     early: the hidden states [B, T, hidden] of the earlier layer that ``needs`` names, where it has run.
     """
 
@@ -27,6 +27,7 @@ class Given:
     hidden: Tensor
     positions: Tensor | None = None
     undo: Undo | None = None
+    frequencies: Tensor | None = None
     early: Tensor | None = None
 
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
@@ -45,5 +46,6 @@ class Given:
             length=total,
             places=places,
             undo=self.undo,
+            frequencies=self.frequencies,
             early=self.early,
         )
