@@ -6,64 +6,68 @@ the number of positions up to the query that chose them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..boundaries import chunk_numbers, chunk_sums, within
 from ..budget import select_topk
-from ..keys import Keys
+from ..keys import Keys, State
 from ..ops.scores import scores
 from ..softmax import Softmax
+from .adapters import ChunkEnds, CompressedKeys
 
 
-def best_chunks(
+def choose(
     q: Tensor,
     keys: Keys,
-    compressed: Tensor,
-    ends: Tensor,
+    length: int,
+    due: Tensor,
     *,
-    size: Tensor,
-    most: int,
+    compressed: CompressedKeys,
+    ends: ChunkEnds,
+    size: Callable[[int], int],
     longest: int,
     sinks: int,
-) -> tuple[Tensor, Tensor]:
-    """The tokens of the chunks with the highest q . mean(k), among the first T positions.
+) -> None:
+    """Choose the sets of the rows in ``due`` [B] (bool, on the host) anew, by the queries q [B, H, 1, D] at
+    position length - 1: the tokens of the chunks with the highest product of compressed query and mean
+    compressed key, from the highest chunk on.
 
-    q [B, Hkv, 1, dim] are compressed queries at position T - 1, ``compressed`` [B, Hkv, N, dim] the compressed
-    keys that are here, ends [B, T] (bool) the tokens that end a chunk. size [B]: tokens in all, at most
-    ``most``; a chunk that fits in part is taken from its beginning on. The last chunk and the first ``sinks``
-    tokens of a row are always taken. longest: no chunk has more tokens.
-    -> tokens [B, Hkv, M] int64, ascending, and counts [B, Hkv] int32.
+    size(n): tokens of a set of a row that sees n keys. A chunk that fits in part is taken from its beginning
+    on. The last chunk and the first ``sinks`` tokens of a row are always in its set. longest: no chunk has
+    more tokens.
     """
-    length, here = ends.shape[1], compressed.shape[2]
-    place = torch.arange(length, device=q.device)
-    first = torch.zeros(1, device=q.device, dtype=torch.long) if keys.start is None else keys.start
-    visible = place >= first[:, None]  # [B or 1, T]
-    numbers = chunk_numbers(within(ends, longest, keys.start))
-    numbers = numbers.masked_fill(~visible, 0) if keys.start is not None else numbers
+    here, peers, start = keys.held(length), keys.peers, keys.start
+    k = keys.summary(compressed)[:, :, :here]  # [B, Hkv, N, dim]
+    labels = keys.summary(ends)[:, 0, :here, 0]
+    labels = labels if peers is None else peers.gather(labels, length)  # [B, T]
+    place, held = torch.arange(length, device=q.device), keys.places()[:here]
+    first = torch.zeros_like(place[:1]) if start is None else start
+    visible = (place >= first[:, None]).expand(labels.shape)  # [B, T]
+    numbers = chunk_numbers(within(labels.bool(), longest, start))
     count = int(numbers.max()) + 1
-    held = keys.places()[:here]
-    logits = scores(q, compressed, Softmax(keys.softmax.scale))[:, :, 0, 0]  # [B, Hkv, N]
-    logits = logits.masked_fill(~visible[:, None, held], 0)
+    logits = scores(compressed.adapters.queries(q).to(k.dtype), k, Softmax(keys.softmax.scale))[:, :, 0, 0]
+    logits = logits.masked_fill(~visible[:, None, held], 0)  # [B, Hkv, N]
     sums = chunk_sums(logits, numbers[:, None, held], count)  # [B, Hkv, C]
-    if keys.peers is not None:
-        sums = keys.peers.sum(sums)
-    lengths = chunk_sums(visible.expand(numbers.shape).to(sums.dtype), numbers, count).clamp(min=1)
+    sums = sums if peers is None else peers.sum(sums)
+    lengths = chunk_sums(visible.to(sums.dtype), numbers, count).clamp(min=1)
     ranked = (sums / lengths[:, None]).gather(2, numbers[:, None].expand(-1, sums.shape[1], -1))
-    forced = (numbers == numbers[:, -1:]) | (place < first[:, None] + sinks)
-    forced &= visible
+    forced = visible & ((numbers == numbers[:, -1:]) | (place < first[:, None] + sinks))
     ranked = ranked.masked_fill(forced[:, None], torch.inf).masked_fill(~visible[:, None], -torch.inf)
-    size = torch.maximum(size.to(q.device), forced.sum(1))[:, None].expand(ranked.shape[:2])
-    tokens, counts = select_topk(ranked, size, min(length, max(most, longest + sinks)))
+    sizes = [size(length - begin) for begin in keys.starts or [0] * len(due)]
+    wanted = torch.maximum(torch.tensor(sizes, device=q.device), forced.sum(1))[:, None]
+    most = min(length, max(*sizes, longest + sinks))
+    tokens, counts = select_topk(ranked, wanted.expand(ranked.shape[:2]), most)
     assert counts is not None
-    return tokens, counts
+    _replace(keys.state, tokens, counts, length, due)
 
 
-def replace_chosen(keys: Keys, tokens: Tensor, counts: Tensor, length: int, due: Tensor) -> None:
-    """Make ``tokens`` [B, Hkv, M], of which ``counts`` [B, Hkv] count, the sets of the rows in ``due`` [B]
-    (bool, on the host), chosen by the query at position length - 1."""
-    state, at = keys.state, torch.full_like(due, length, dtype=torch.long)
+def _replace(state: State, tokens: Tensor, counts: Tensor, length: int, due: Tensor) -> None:
+    """Make ``tokens`` [B, Hkv, M], of which ``counts`` [B, Hkv] count, the sets of the rows in ``due`` [B]."""
+    at = torch.full_like(due, length, dtype=torch.long)
     if state and not bool(due.all()):
         room = max(tokens.shape[2], state["tokens"].shape[2])
         old, tokens = (pad(x, (0, room - x.shape[2])) for x in (state["tokens"], tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from ..needs import Needs
 from ..selection import Index, TokenIndex
 from ..summary import Summary
 from .adapters import Adapters, ChunkEnds, CompressedKeys
-from .chosen_chunks import best_chunks, replace_chosen, with_tokens_since
+from .chosen_chunks import choose, with_tokens_since
 from .chunk_loss import chunk_loss
 
 
@@ -43,7 +44,7 @@ class ChunkLLM(AttentionMethod):
     Decided here, as the paper does not say: queries and keys after RoPE, as they are stored; one boundary
     adapter per layer, all of them alike; a chunk of more than ``longest`` tokens is cut, and the set is
     chosen anew ``longest`` tokens after the last choice; sinks; prefill and layers below ``boundary_layer``
-    are dense. After a crop the next step chooses.
+    are dense. After a crop the next step reads everything and chooses.
     """
 
     name: ClassVar[str] = "chunkllm"
@@ -127,13 +128,12 @@ class ChunkLLM(AttentionMethod):
             return None
         _, ends = self._labels
         ended = ends.of(keys.inputs.early_hidden_states).cpu()  # [B, Tq]
-        found = []
+        found, full = [], []
         for t in range(keys.tq):
-            length, due = keys.past + t + 1, ended[:, t]
-            if not keys.state:
-                due = torch.ones_like(due)
-            else:
-                due = due | (length - keys.state["chosen_at"] >= self.longest)
+            length = keys.past + t + 1
+            full.append(self._without_set(keys, length))
+            at = keys.state.get("chosen_at", torch.full((len(ended),), -self.longest))
+            due = ended[:, t] | full[-1] | (length - at >= self.longest)
             if bool(due.any()):
                 self._choose(q[:, :, t : t + 1], keys, length, due)
             found.append(with_tokens_since(keys, length))
@@ -141,7 +141,9 @@ class ChunkLLM(AttentionMethod):
         tokens, counted = (
             torch.stack([pad(x, (0, width - x.shape[2])) for x in part], 2) for part in zip(*found, strict=True)
         )
-        return TokenIndex.ragged(tokens, counted)
+        whole = torch.stack(full, 1)[:, None].expand(tokens.shape[:3])  # [B, Hkv, Tq]
+        every = whole.to(q.device) if bool(whole.any()) else None
+        return TokenIndex.ragged(tokens, counted, full=every)
 
     @torch.no_grad()
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
@@ -152,25 +154,15 @@ class ChunkLLM(AttentionMethod):
     def _covers(self, keys: Keys) -> bool:
         return self.k is not None and keys.longest() <= self.k
 
+    def _without_set(self, keys: Keys, length: int) -> Tensor:
+        """[B] bool: the rows that have no set at position length - 1, since a crop or as the budget has
+        covered all their keys so far. This step reads every key of theirs."""
+        starts = keys.starts or [0] * keys.kv.batch
+        covered = [self.k is not None and length - 1 - first <= self.k for first in starts]
+        return torch.tensor(covered) | (not keys.state)
+
     def _choose(self, q: Tensor, keys: Keys, length: int, due: Tensor) -> None:
-        """Choose the sets of the rows in ``due`` [B] (bool, on the host) anew, by the query q [B, H, 1, D] at
-        position length - 1."""
         compressed, ends = self._labels
-        assert self.adapters is not None
-        k, here = keys.summary(compressed), keys.held(length)
-        labels = keys.summary(ends)[:, 0, :here, 0]
-        if keys.peers is not None:
-            labels = keys.peers.gather(labels, length)
-        seen = torch.tensor([length - first for first in keys.starts or [0] * len(due)])
-        size = [budget_at(self.k, self.fraction, n) for n in seen.tolist()]
-        tokens, counts = best_chunks(
-            self.adapters.queries(q).to(k.dtype),
-            keys,
-            k[:, :, :here],
-            labels.bool(),
-            size=torch.tensor(size),
-            most=max(size),
-            longest=self.longest,
-            sinks=self.sinks,
-        )
-        replace_chosen(keys, tokens, counts, length, due)
+        size = partial(budget_at, self.k, self.fraction)
+        how = {"longest": self.longest, "sinks": self.sinks}
+        choose(q, keys, length, due, compressed=compressed, ends=ends, size=size, **how)
