@@ -60,6 +60,8 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"fraction": 0.25, "block_q": 8, "block_k": 4, "local": 12, "gqa_reduce": "sum"},
         {"k": 40, "fraction": None, "block_q": 16, "block_k": 8, "local": 1, "gqa_reduce": "max"},
         {"k": 48, "fraction": None, "block_q": 8, "block_k": 16, "local": 9},
+        {"boundaries": "learned", "fraction": 0.3, "block_q": 16, "block_k": 8, "segment": 32, "local": 5, "apart": 2},
+        {"boundaries": "learned", "k": 40, "fraction": None, "block_q": 8, "block_k": 4, "segment": 24, "apart": 0, "gqa_reduce": "sum"},
         {"select": "vertical_slash", "fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
         {
             "select": "vertical_slash",
