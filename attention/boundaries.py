@@ -29,15 +29,15 @@ def chunk_numbers(ends: Tensor) -> Tensor:
 
 
 def chunk_sums(x: Tensor, numbers: Tensor, count: int) -> Tensor:
-    """x [..., T] summed over each of ``count`` chunks: [..., count]. numbers: as ``chunk_numbers`` gives them,
-    broadcast to x. Differentiable in x."""
+    """x [..., T] summed over each of ``count`` chunks: [..., count]. numbers: as ``chunk_numbers`` gives
+    them, broadcast to x. Differentiable in x."""
     return x.new_zeros(*x.shape[:-1], count).scatter_add(-1, numbers.expand(x.shape), x)
 
 
 def highest_apart(scores: Tensor, most: int, apart: int, threshold: float) -> Tensor:
-    """Non-maximum suppression: the places of the ``most`` highest scores [..., S] above ``threshold`` of which
-    no two are ``apart`` or fewer places from each other, taken greedily, the highest first and the earlier of
-    two equal ones. -> [..., most] int64, ascending; S where there is no further one."""
+    """Non-maximum suppression: the places of the ``most`` highest scores [..., S] above ``threshold`` of
+    which no two are ``apart`` or fewer places from each other, taken greedily, the highest first and the
+    earlier of two equal ones. -> [..., most] int64, ascending; S where there is no further one."""
     size = scores.shape[-1]
     place = torch.arange(size, device=scores.device)
     left, taken = scores, []

@@ -65,8 +65,8 @@ class Needs:
         early = {self.early_hidden_states, other.early_hidden_states} - {None}
         if len(early) > 1:
             raise FarspanError(
-                f"The methods of a layer need hidden states of the layers {sorted(early)}, and a call keeps those "
-                "of one earlier layer: give both methods the same one."
+                f"The methods of a layer need hidden states of the layers {sorted(early)}, and a call keeps "
+                "those of one earlier layer: give both methods the same one."
             )
         return Needs(
             keys=self.keys or other.keys,
@@ -134,8 +134,8 @@ class Inputs:
         self._check("early_hidden_states")
         if self.early is None:
             raise FarspanError(
-                f"This call has no hidden states of layer {self.needs.early_hidden_states}: they are kept while "
-                "the whole decoder runs, so call the whole model, without gradient checkpointing."
+                f"This call has no hidden states of layer {self.needs.early_hidden_states}: they are kept "
+                "while the whole decoder runs, so call the whole model, without gradient checkpointing."
             )
         return self.early
 

@@ -1,4 +1,5 @@
-"""What gates are trained towards: where the model's own attention lies, per block of keys or on sampled rows."""
+"""What gates are trained towards: where the model's own attention lies, per block of keys or on sampled
+rows."""
 
 from __future__ import annotations
 

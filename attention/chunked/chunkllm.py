@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ..budget import budget_at, check_budget
 from ..checks import require
@@ -17,10 +15,10 @@ from ..cost import Cost, Queries
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
-from ..selection import Index, TokenIndex
+from ..selection import Index
 from ..summary import Summary
 from .adapters import Adapters, ChunkEnds, CompressedKeys
-from .chosen_chunks import choose, with_tokens_since
+from .chosen_chunks import ChosenChunks
 from .chunk_loss import chunk_loss
 
 
@@ -103,12 +101,7 @@ class ChunkLLM(AttentionMethod):
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
-        return () if self.adapters is None else self._labels
-
-    @property
-    def _labels(self) -> tuple[CompressedKeys, ChunkEnds]:
-        assert self.adapters is not None, "for_layer was not called"
-        return CompressedKeys(self.adapters), ChunkEnds(self.adapters, self.alpha)
+        return () if self.adapters is None else (self._chosen.compressed, self._chosen.ends)
 
     def reads(self, queries: Queries) -> Cost:
         """At most, as if every step chose: where chunks end depends on the text."""
@@ -122,47 +115,27 @@ class ChunkLLM(AttentionMethod):
         return queries.cost(keys, selection=queries.raw_keys(labels), exact=False)
 
     @torch.no_grad()
-    def select_decode(self, q: Tensor, keys: Keys) -> Index:
-        if self._covers(keys):
-            keys.state.clear()
-            return None
-        _, ends = self._labels
-        ended = ends.of(keys.inputs.early_hidden_states).cpu()  # [B, Tq]
-        found, full = [], []
-        for t in range(keys.tq):
-            length = keys.past + t + 1
-            full.append(self._without_set(keys, length))
-            at = keys.state.get("chosen_at", torch.full((len(ended),), -self.longest))
-            due = ended[:, t] | full[-1] | (length - at >= self.longest)
-            if bool(due.any()):
-                self._choose(q[:, :, t : t + 1], keys, length, due)
-            found.append(with_tokens_since(keys, length))
-        width = max(tokens.shape[2] for tokens, _ in found)
-        tokens, counted = (
-            torch.stack([pad(x, (0, width - x.shape[2])) for x in part], 2) for part in zip(*found, strict=True)
-        )
-        whole = torch.stack(full, 1)[:, None].expand(tokens.shape[:3])  # [B, Hkv, Tq]
-        every = whole.to(q.device) if bool(whole.any()) else None
-        return TokenIndex.ragged(tokens, counted, full=every)
-
-    @torch.no_grad()
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
-        if not self._covers(keys):
-            self._choose(q[:, :, -1:], keys, keys.length, torch.ones(q.shape[0], dtype=torch.bool))
+        if not self._chosen.covers(keys):
+            every = torch.ones(q.shape[0], dtype=torch.bool)
+            self._chosen.choose(q[:, :, -1:], keys, keys.length, every)
 
-    def _covers(self, keys: Keys) -> bool:
-        return self.k is not None and keys.longest() <= self.k
+    @torch.no_grad()
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        if self._chosen.covers(keys):
+            keys.state.clear()
+            return None
+        return self._chosen.decode(q, keys)
 
-    def _without_set(self, keys: Keys, length: int) -> Tensor:
-        """[B] bool: the rows that have no set at position length - 1, since a crop or as the budget has
-        covered all their keys so far. This step reads every key of theirs."""
-        starts = keys.starts or [0] * keys.kv.batch
-        covered = [self.k is not None and length - 1 - first <= self.k for first in starts]
-        return torch.tensor(covered) | (not keys.state)
-
-    def _choose(self, q: Tensor, keys: Keys, length: int, due: Tensor) -> None:
-        compressed, ends = self._labels
-        size = partial(budget_at, self.k, self.fraction)
-        how = {"longest": self.longest, "sinks": self.sinks}
-        choose(q, keys, length, due, compressed=compressed, ends=ends, size=size, **how)
+    @property
+    def _chosen(self) -> ChosenChunks:
+        assert self.adapters is not None, "for_layer was not called"
+        return ChosenChunks(
+            compressed=CompressedKeys(self.adapters),
+            ends=ChunkEnds(self.adapters, self.alpha),
+            k=self.k,
+            fraction=self.fraction,
+            longest=self.longest,
+            sinks=self.sinks,
+        )

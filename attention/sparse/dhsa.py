@@ -48,10 +48,10 @@ class DHSA(LearnedChunks):
 
     boundaries="learned" (the paper's first version; needs a recipe of ``farspan train``): chunks of keys of
     any length. A predictor scores each position by the 4 keys on both sides of it. The best positions, more
-    than ``apart`` from each other, begin chunks. The tokens of the chunks that rank highest are read, the last
-    one in part, besides the first ``block_k`` tokens and the last ``local``; the budget counts tokens.
-    Departures: in every ``segment`` of keys alone, at most segment / block_k chunks, so that they depend on no
-    later segment; chunks of queries are fixed; the labels and the loss of ``boundary_loss``.
+    than ``apart`` from each other, begin chunks. The tokens of the chunks that rank highest are read, the
+    last one in part, besides the first ``block_k`` tokens and the last ``local``; the budget counts tokens.
+    Departures: in every ``segment`` of keys alone, at most segment / block_k chunks, so that they depend on
+    no later segment; chunks of queries are fixed; the labels and the loss of ``boundary_loss``.
     """
 
     name: ClassVar[str] = "dhsa"

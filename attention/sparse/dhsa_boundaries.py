@@ -1,4 +1,5 @@
-"""DHSA's learned chunks of keys: a predictor of their boundaries, its loss, and tokens chosen by such chunks."""
+"""DHSA's learned chunks of keys: a predictor of their boundaries, its loss, and tokens chosen by such
+chunks."""
 
 from __future__ import annotations
 

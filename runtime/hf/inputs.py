@@ -61,18 +61,17 @@ class RotaryCall:
         return self._frequencies
 
 
-def feed_inputs(
-    info: ModelInfo, layers: Mapping[int, Needs], session: Session
-) -> list[Callable[[], None]]:
-    """Store the inputs of the attention modules of these layers in ``session.given`` while they run. layers: by
-    layer, the needs of its methods. Returns the undo steps. Raises Unsupported where RoPE cannot be undone,
-    and where a layer whose hidden states are needed has no attention."""
+def feed_inputs(info: ModelInfo, layers: Mapping[int, Needs], session: Session) -> list[Callable[[], None]]:
+    """Store the inputs of the attention modules of these layers in ``session.given`` while they run. layers:
+    by layer, the needs of its methods. Returns the undo steps. Raises Unsupported where RoPE cannot be
+    undone, and where a layer whose hidden states are needed has no attention."""
     undo: list[Callable[[], None]] = []
     decoder, modules = info.decoder, [(info.attention[i], needs) for i, needs in layers.items()]
     for early in sorted({needs.early_hidden_states for needs in layers.values()} - {None}):
         if early not in info.attention:
             raise Unsupported(
-                f"farspan cannot give the hidden states of layer {early}", ["that layer has no attention module"]
+                f"farspan cannot give the hidden states of layer {early}",
+                ["that layer has no attention module"],
             )
         keep = Hook(partial(_keep_hidden_states, session, early))
         undo.append(info.attention[early].register_forward_pre_hook(keep, with_kwargs=True).remove)

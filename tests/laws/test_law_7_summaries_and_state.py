@@ -40,7 +40,8 @@ def summaries_checked() -> Iterator[list[int]]:
                     rows = slice(first, self.length)
                 else:  # blocks are counted from the row's start; those past its end mean nothing
                     rows = slice(0, -(-(self.length - first) // wanted.block))
-                if any(isinstance(x, nn.Module) for x in vars(wanted).values()):  # products round by their shape
+                # products round by their shape
+                if any(isinstance(x, nn.Module) for x in vars(wanted).values()):
                     torch.testing.assert_close(entries[b, :, rows], anew[b, :, rows], rtol=1e-13, atol=1e-13)
                 else:
                     assert torch.equal(entries[b, :, rows], anew[b, :, rows])
