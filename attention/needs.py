@@ -62,7 +62,8 @@ class Needs:
     def __or__(self, other: Needs) -> Needs:
         """What either of two methods needs. Raises FarspanError where they need hidden states of different
         earlier layers."""
-        early = {self.early_hidden_states, other.early_hidden_states} - {None}
+        both = (self.early_hidden_states, other.early_hidden_states)
+        early = {layer for layer in both if layer is not None}
         if len(early) > 1:
             raise FarspanError(
                 f"The methods of a layer need hidden states of the layers {sorted(early)}, and a call keeps "

@@ -67,7 +67,8 @@ def feed_inputs(info: ModelInfo, layers: Mapping[int, Needs], session: Session) 
     undone, and where a layer whose hidden states are needed has no attention."""
     undo: list[Callable[[], None]] = []
     decoder, modules = info.decoder, [(info.attention[i], needs) for i, needs in layers.items()]
-    for early in sorted({needs.early_hidden_states for needs in layers.values()} - {None}):
+    earlier = {needs.early_hidden_states for needs in layers.values()}
+    for early in sorted(layer for layer in earlier if layer is not None):
         if early not in info.attention:
             raise Unsupported(
                 f"farspan cannot give the hidden states of layer {early}",
