@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options, output
+from . import launch, options, output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,34 @@ class Train:
         "no"
     )
     start: Annotated[Path | None, typer.Option(help="A recipe whose weights training begins with.")] = None
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            help='"lora" or "attention": fine-tune adapters of the attention, or its projections, while the '
+            "method runs [default: train the method's gate on the frozen model]."
+        ),
+    ] = None
+    rank: Annotated[int | None, typer.Option(help="--tune lora: rank of the adapters [default: 8].")] = None
+    alpha: Annotated[
+        float | None, typer.Option(help="--tune lora: the adapters count alpha / rank times [default: 16].")
+    ] = None
+    loss: Annotated[
+        str | None,
+        typer.Option(help='--tune: "kl" to the dense model, or "nll" of the text [default: kl].'),
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="--tune: of both predictions in the kl loss [default: 1].")
+    ] = None
     rope: options.Rope = None
     on: options.Place
+
+    def settings(self) -> dict[str, Any]:
+        """The options of `farspan.train`. Those of --tune are left out where they were not given."""
+        names = ("steps", "window", "batch", "lr", "warmup", "held_out", "save_every", "seed", "precision")
+        of_tune = {name: getattr(self, name) for name in ("rank", "alpha", "loss", "temperature")}
+        given = {name: value for name, value in of_tune.items() if value is not None}
+        how = {name: getattr(self, name) for name in (*names, "start", "tune")}
+        return {**how, **given, "out": self.out}
 
 
 @options.command
@@ -58,24 +84,12 @@ def train(given: Train) -> None:
     check_writable(given.out, "give another --out")
     options.one_method(given.method)
     prose = options.read_prose(given.text)
-    causal_lm, tokenizer = given.on.load(given.model, given.rope)
+    spread = "data" if launch.size() > 1 else None  # then each rank has a device of its own
+    causal_lm, tokenizer = given.on.load(given.model, given.rope, spread)
     from ..runtime.train import train as run
 
-    names = (
-        "steps",
-        "window",
-        "batch",
-        "lr",
-        "warmup",
-        "held_out",
-        "save_every",
-        "seed",
-        "precision",
-        "start",
-    )
-    how: dict[str, Any] = {name: getattr(given, name) for name in names}
     with output.training_progress() as advance:
-        recipe = run(causal_lm, tokenizer, given.method, prose, out=given.out, progress=advance, **how)
+        recipe = run(causal_lm, tokenizer, given.method, prose, progress=advance, **given.settings())
     before, after = recipe.settings["held_out"][0], recipe.settings["held_out"][-1]
     table = output.Table("held-out text", "before", "after")
     for name in after:

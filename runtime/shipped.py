@@ -1,6 +1,6 @@
 """The recipes that farspan ships: weights that `farspan train` has made for small models.
 
-They lie in ``recipes/<method>/<model>/``. The command that made each one is in its recipe.json.
+They lie in ``recipes/<method>/<model>/``. README.md there has the command that made each one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ def recipe_folders() -> dict[str, dict[str, Path]]:
     for path in sorted(_FOLDER.glob("*/*/recipe.json")):
         found.setdefault(path.parent.parent.name, {})[path.parent.name] = path.parent
     return found
+
+
+def recipes_of(name: str) -> dict[str, str]:
+    """How the recipes of a method were made, by the name of their model."""
+    return {model: _made(Recipe.load(folder)) for model, folder in recipe_folders().get(name, {}).items()}
+
+
+def _made(recipe: Recipe) -> str:
+    how = recipe.settings
+    return (
+        f"{how['steps']} steps of {how['window']} tokens in {how['minutes']:.0f} minutes, seed {how['seed']}"
+    )
 
 
 def shipped(method: AttentionMethod, geometry: Mapping[str, Any]) -> Recipe | None:

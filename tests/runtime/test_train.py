@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: An
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        FarspanError, match="step 4 could not be written .*No space left.*; the checkpoint of step 2"
+        FarspanError, match=r"step 4 could not be written .*No space left.*; the checkpoint of step 2"
     ):
         train(make("llama"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
