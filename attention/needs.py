@@ -86,11 +86,11 @@ class Inputs:
     """What one call of a layer feeds a method. A method reads the parts that its ``needs`` name.
 
     q, k: the call's own queries [B, H, Tq, D] and keys [B, Hkv, Tq, D], after RoPE. hidden: [B, Tq, hidden].
-    length: Tk, the number of stored positions, the call's own included. places: [B, Tk], the position ids by
-    which their keys were rotated. frequencies: [R], descending, of the layer's RoPE: pair i is rotated by
-    ``frequencies[i]`` radians per position. places, frequencies and ``undo`` are None where the layer has no
-    RoPE. early: [B, Tq, hidden], hidden states of an earlier layer. ends: [B, Tq] bool, in training alone:
-    the tokens that end a sentence.
+    length: Tk, the number of positions, the call's own included. places: [B, n], the position ids by which
+    the last n of them were rotated, n = Tk on one device and Tq over ranks. frequencies: [R], descending, of
+    the layer's RoPE: pair i is rotated by ``frequencies[i]`` radians per position. places, frequencies and
+    ``undo`` are None where the layer has no RoPE. early: [B, Tq, hidden], hidden states of an earlier layer.
+    ends: [B, Tq] bool, in training alone: the tokens that end a sentence.
     """
 
     needs: Needs
@@ -151,7 +151,7 @@ class Inputs:
     @property
     def positions(self) -> Tensor | None:
         """[B, Tq], the position ids of the call's own tokens; None where the layer has no RoPE."""
-        return None if self.places is None else self.places[:, self.length - self.tq :]
+        return None if self.places is None else self.places[:, self.places.shape[1] - self.tq :]
 
     def stored_before_rope(self, k: Tensor, first: int) -> Tensor:
         """Stored keys k [B, Hkv, n, D] of positions first .. first + n - 1, as they were before RoPE.
@@ -166,6 +166,7 @@ class Inputs:
     def part(self, rows: slice, first: int = 0, end: int | None = None) -> Inputs:
         """The inputs of ``rows`` of the batch, whose keys are cut to positions first .. end - 1."""
         end, past = self.length if end is None else end, self.length - self.tq
+        base = 0 if self.places is None else self.length - self.places.shape[1]
         own = slice(max(first - past, 0), max(end - past, 0))
         return dataclasses.replace(
             self,
@@ -175,7 +176,7 @@ class Inputs:
             early=None if self.early is None else self.early[rows, own],
             ends=None if self.ends is None else self.ends[rows, own],
             length=end - first,
-            places=None if self.places is None else self.places[rows, first:end],
+            places=None if self.places is None else self.places[rows, max(first - base, 0) : end - base],
         )
 
     def last(self, count: int) -> Inputs:
@@ -187,9 +188,42 @@ class Inputs:
         early, ends = (None if x is None else x[:, own] for x in (self.early, self.ends))
         return dataclasses.replace(self, q=q, k=k, hidden=hidden, early=early, ends=ends)
 
+    def own(self) -> dict[str, Tensor]:
+        """The parts that ``needs`` name, and what undoes RoPE in them, of the call's own positions; by name,
+        each [B, any, Tq, any]."""
+        parts = {}
+        if self.needs.queries_before_rope:
+            parts["q"] = self.q
+        if self.needs.keys_before_rope:
+            parts["k"] = self.k
+        if self.needs.hidden_states:
+            parts["hidden"] = self.hidden[:, None]
+        if self.needs.early_hidden_states is not None:
+            parts["early"] = self.early_hidden_states[:, None]
+        if (positions := self.positions) is not None:
+            parts["places"] = positions[:, None, :, None]
+        return parts
+
+    def of(self, own: Mapping[str, Tensor], length: int) -> Inputs:
+        """The inputs of a call whose ``own`` is given, and which ends after ``length`` positions. What
+        ``needs`` do not name has no numbers in it."""
+        n = next(iter(own.values())).shape[2]
+        nothing = self.q.new_empty(*self.q.shape[:2], n, 0)
+        hidden, early, places = (own.get(name) for name in ("hidden", "early", "places"))
+        return dataclasses.replace(
+            self,
+            q=own.get("q", nothing),
+            k=own.get("k", nothing),
+            hidden=nothing[:, 0] if hidden is None else hidden[:, 0],
+            early=None if early is None else early[:, 0],
+            length=length,
+            places=None if places is None else places[:, 0, :, 0],
+        )
+
     def _before_rope(self, x: Tensor, first: int) -> Tensor:
         if self.undo is None or self.places is None:
             return x
+        first -= self.length - self.places.shape[1]
         return self.undo(x, self.places[:, first : first + x.shape[2]])
 
     def _check(self, name: str) -> None:
