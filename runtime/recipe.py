@@ -26,6 +26,8 @@ class Recipe:
     geometry: the architecture, the sizes and the fingerprint of the model that the recipe was made for.
     settings: how the recipe was made (tokens, ranking, versions).
     parameters: the method's fields that the tensors depend on (its ``trained_with``), as they were then.
+    adapters: what the tensors ``adapters.<index>.<projection>.<name>`` are, which change the model's own
+    attention projections (see lora.py); empty for a recipe without any.
     """
 
     method: str
@@ -33,6 +35,7 @@ class Recipe:
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_modules(
@@ -68,6 +71,7 @@ class Recipe:
             "geometry": dict(self.geometry),
             "settings": dict(self.settings),
             "parameters": dict(self.parameters),
+            "adapters": dict(self.adapters),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,17 +124,30 @@ class Recipe:
                 f"This recipe was made for '{name}:{wanted}' and the spec has {given}: change the spec, or "
                 f"make a recipe for it with {method.recipe_maker}."
             )
-        other = self.misfits(geometry)
-        if other:
-            wrong = ", ".join(f"{k} {self.geometry[k]} (the model has {geometry.get(k)})" for k in other)
-            raise FarspanError(
-                f"This recipe was made for another model: {wrong}. Make one with {method.recipe_maker}."
-            )
+        self.check_geometry(geometry, method.recipe_maker)
         prefix = f"layers.{layer.index}."
         weights = {
             name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
         }
         return replace(layer, weights=weights)
+
+    def without_adapters(self) -> Recipe:
+        """This recipe with the method's own tensors alone."""
+        own = {name: x for name, x in self.tensors.items() if not name.startswith("adapters.")}
+        return replace(self, tensors=own, adapters={})
+
+    @property
+    def has_adapters_alone(self) -> bool:
+        """Whether it has adapters and no tensors of the method itself."""
+        return bool(self.adapters) and all(name.startswith("adapters.") for name in self.tensors)
+
+    def check_geometry(self, geometry: Mapping[str, Any], maker: str) -> None:
+        """Raise FarspanError unless the recipe was made for a model of this ``geometry``. maker: the command
+        that makes another."""
+        other = self.misfits(geometry)
+        if other:
+            wrong = ", ".join(f"{k} {self.geometry[k]} (the model has {geometry.get(k)})" for k in other)
+            raise FarspanError(f"This recipe was made for another model: {wrong}. Make one with {maker}.")
 
 
 @functools.lru_cache(maxsize=8)
@@ -151,6 +168,7 @@ def _load(folder: Path, stamp: int) -> Recipe:
             settings=about["settings"],
             tensors=tensors,
             parameters=about.get("parameters", {}),
+            adapters=about.get("adapters", {}),
         )
     except FarspanError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from .recipe import Recipe
 from .training.distilled import Distilled
 from .training.loop import Schedule, Step, run
 from .training.objective import Objective
+from .training.tuned import Tuned
 from .training.windows import cut_windows
 
+_GIVEN = ("model", "method", "start", "tune")
 LEARNING_RATES = {None: 1e-3, "lora": 1e-4, "attention": 2e-5}
 
 
@@ -99,7 +102,14 @@ def _objective(
 ) -> Objective:
     if tune is None:
         return Distilled(model, method, start)
-    raise FarspanError("not yet")
+    known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
+    unknown = [name for name in tuning if name not in known]
+    if unknown:
+        raise FarspanError(
+            f"train has no option {' and no option '.join(f'{x}=' for x in unknown)}; with tune it also "
+            f"takes {', '.join(f'{x}=' for x in known)}."
+        )
+    return Tuned(model, method, start, tune=tune, **tuning)
 
 
 def _check_length(model: Any, window: int) -> None:

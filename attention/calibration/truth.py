@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..keys import Keys
-from ..mass import sample_rows
 from ..ops.block_max import block_max
 from ..ops.flash import flash
 from ..ops.scores import scores
@@ -34,19 +34,34 @@ def block_truth(q: Tensor, keys: Keys, block_q: int, block_k: int, heads: str = 
 
 
 @torch.no_grad()
-def sampled_attention(q: Tensor, keys: Keys, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The teacher's attention of ``count`` queries of a window, the last one of each of ``count`` equal parts
-    (all queries where there are no more), in tiles of a bounded size.
+def attention_of_rows(q: Tensor, keys: Keys, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The teacher's attention of some queries of a window, in tiles of a bounded size.
 
-    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded. -> (their positions [n],
-    ascending; probabilities [B, Hkv, G, n, T] float32, float64 for float64 q). Nothing of size T x T is made.
+    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded; rows [R], which of them.
+    -> (the queries [n] of a tile; their probabilities [B, Hkv, G, n, T] float32, float64 for float64 q).
+    Nothing of size T x T is made.
     """
+    rows = rows.to(q.device)
     k, place = keys.kv.k.to(q.dtype), torch.arange(keys.length, device=q.device)
     most = _TILE.get(q.device.type, _TILE["cpu"])
-    for rows in sample_rows(q.shape[2], count).split(max(1, most // (q.shape[0] * q.shape[1] * keys.length))):
-        rows = rows.to(q.device)
-        logits = scores(q[:, :, rows], k, keys.softmax)
-        yield rows, torch.softmax(logits.masked_fill_(place > rows[:, None], -torch.inf), -1)
+    for some in rows.split(max(1, most // (q.shape[0] * q.shape[1] * keys.length))):
+        logits = scores(q[:, :, some], k, keys.softmax)
+        yield some, logits.masked_fill_(place > some[:, None], -torch.inf).softmax(-1)
+
+
+@torch.no_grad()
+def row_truth(q: Tensor, keys: Keys, rows: Tensor, block: int) -> Tensor:
+    """The largest attention probability of some queries in each block of keys and over the query heads of a
+    group, every row normalised to the sum 1 (SeerAttention-R, arXiv:2506.08889).
+
+    As ``attention_of_rows``. -> [B, Hkv, R, ceil(T / block)] float32 (float64 for float64 q).
+    """
+    parts = []
+    for _, share in attention_of_rows(q, keys, rows):
+        share = pad(share, (0, -keys.length % block)).unflatten(4, (-1, block))
+        parts.append(share.amax(-1).amax(2))
+    largest = torch.cat(parts, 2)
+    return largest / largest.sum(-1, keepdim=True)
 
 
 def kl_of_rows(log_gate: Tensor, truth: Tensor) -> Tensor:

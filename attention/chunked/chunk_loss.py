@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..boundaries import chunk_numbers, chunk_sums, within
-from ..calibration.truth import kl_of_rows, sampled_attention
+from ..calibration.truth import attention_of_rows, kl_of_rows
 from ..keys import Keys
+from ..mass import sample_rows
 from .adapters import Adapters
 
 QUERIES = 128  # of a window, on which attention is compared
@@ -31,7 +32,7 @@ def chunk_loss(adapters: Adapters, q: Tensor, keys: Keys, longest: int) -> Tenso
     wide = q if q.dtype == torch.float64 else q.float()
     k = adapters.keys(keys.kv.k.to(wide.dtype))
     apart, sampled = loss.new_zeros(()), 0
-    for rows, attention in sampled_attention(wide, keys, QUERIES):
+    for rows, attention in attention_of_rows(wide, keys, sample_rows(keys.tq, QUERIES)):
         visible = place <= rows[:, None]  # [n, T]
         logits = adapters.queries(wide[:, :, rows]) @ k.transpose(2, 3) * keys.softmax.scale
         logits = logits.masked_fill(~visible, 0)  # [B, Hkv, n, T]

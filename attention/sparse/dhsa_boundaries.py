@@ -12,9 +12,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 
 from ..boundaries import highest_apart
 from ..budget import select_topk
-from ..calibration.truth import sampled_attention
+from ..calibration.truth import attention_of_rows
 from ..gqa import group_scores
 from ..keys import Keys
+from ..mass import sample_rows
 from ..method import LayerInfo
 from ..ops.pool import pool, pool_segments
 from ..ops.scores import scores
@@ -59,11 +60,12 @@ def boundary_loss(predictor: BoundaryPredictor, q: Tensor, keys: Keys) -> Tensor
     from it on receive from later queries (all heads, sampled rows) is compared: the label is 1 minus the
     smaller over the larger, 0.5 where one is twice the other. Positions without later queries are left out.
     """
-    logits = predictor(keys.kv.k.to(q.dtype))
+    logits = predictor(keys.kv.k)
     place = torch.arange(keys.length, device=q.device)
     known = (place >= WINDOW) & (place <= keys.length - WINDOW)
     sums = logits.new_zeros(2, *logits.shape)
-    for rows, attention in sampled_attention(q if q.dtype == torch.float64 else q.float(), keys, QUERIES):
+    wide = q if q.dtype == torch.float64 else q.float()
+    for rows, attention in attention_of_rows(wide, keys, sample_rows(keys.tq, QUERIES)):
         windows = attention.mean((1, 2)).unfold(2, WINDOW, 1).sum(-1)  # [B, n, T - 3]
         left, right = pad(windows, (WINDOW, -1)), pad(windows, (0, WINDOW - 1))  # [B, n, T]
         later = rows[:, None] >= place + WINDOW - 1  # the query sees all 8 keys

@@ -3,19 +3,24 @@ block."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
+from ..blocks import Grid
+from ..calibration.truth import kl_of_rows
 from ..errors import FarspanError
+from ..keys import Keys
 from ..method import LayerInfo
 from ..ops.pool import pool
+from ..sources import Source, Sources
+from ..summary import identity
 
-_MADE = itertools.count()
+_EPS = 1e-6  # of the norms, as in the official code
 
 
 class BlockGate(nn.Module):
@@ -32,7 +37,6 @@ class BlockGate(nn.Module):
         self.k = nn.Parameter(k)
         self.size = k.shape[2]  # d_g, the numbers of a projected vector
         self.entry = k.shape[0] // num_kv_heads * self.size  # numbers of a KV head's compressed key
-        self.number = next(_MADE)  # tells its compressed keys from those of other gates
 
     @classmethod
     def start(cls, layer: LayerInfo, size: int) -> Self:
@@ -72,6 +76,48 @@ class BlockGate(nn.Module):
         return q if self.q is None else q @ self.q.to(q)
 
 
+class GroupGate(BlockGate):
+    """The projections of one layer for single queries, one score per KV head. q: [Hkv, G * D, d_g], of the
+    queries of a group side by side; k: [Hkv, 3 D, d_g]. q_norm, k_norm: [d_g], the weights of the RMSNorm of
+    both."""
+
+    def __init__(self, q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> None:
+        super().__init__(q, k, k.shape[0])
+        self.q_norm, self.k_norm = nn.Parameter(q_norm), nn.Parameter(k_norm)
+
+    @classmethod
+    def start(cls, layer: LayerInfo, size: int) -> Self:
+        """The gate that training begins with: the mean of a group's queries and the means of blocks, ``size``
+        of their numbers."""
+        group, hkv = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
+        q = sampled_channels(layer.head_dim, size).repeat(group, 1).expand(hkv, -1, -1) / group
+        k = mean_keys(layer.head_dim, size).expand(hkv, -1, -1).clone()
+        return cls(q, k, torch.ones(size), torch.ones(size))
+
+    @classmethod
+    def load(cls, layer: LayerInfo, weights: Mapping[str, Tensor]) -> Self:
+        """As ``BlockGate.load``."""
+        d, size = layer.head_dim, weights["k"].shape[2] // 2 * 2
+        hkv, group = layer.num_kv_heads * layer.tp_size, layer.num_heads // layer.num_kv_heads
+        check_shape(layer, weights, "q", (hkv, group * d, size))
+        check_shape(layer, weights, "k", (hkv, 3 * d, size))
+        for name in ("q_norm", "k_norm"):
+            check_shape(layer, weights, name, (size,))
+        q, k = layer.own(weights["q"]), layer.own(weights["k"])
+        return cls(q, k, weights["q_norm"], weights["k_norm"])
+
+    def compress(self, k: Tensor, block: int) -> Tensor:
+        """As in ``BlockGate``, normalised: [B, Hkv, ceil(T / block), d_g]."""
+        entries = super().compress(k, block)
+        return rms_norm(entries, (self.size,), self.k_norm.to(entries), eps=_EPS)
+
+    def project(self, q: Tensor) -> Tensor:
+        """Queries q [B, H, n, D] -> [B, Hkv, n, d_g], normalised."""
+        grouped = q.unflatten(1, (self.k.shape[0], -1)).transpose(2, 3).flatten(3)  # [B, Hkv, n, G * D]
+        projected = super().project(grouped)
+        return rms_norm(projected, (self.size,), self.q_norm.to(projected), eps=_EPS)
+
+
 @dataclass(frozen=True)
 class CompressedKeys:
     """The summary of a gate: ``gate.compress`` of blocks of ``block`` keys, ``size`` numbers each. gate: None
@@ -81,19 +127,20 @@ class CompressedKeys:
     size: int
     gate: BlockGate | None = field(default=None, compare=False, repr=False)
     dtype: ClassVar[torch.dtype] = torch.float32
-    before_rope: ClassVar[bool] = True
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys_before_rope"})
 
     @property
     def key(self) -> tuple:
-        return ("gate", self.block, None if self.gate is None else self.gate.number)
+        assert self.gate is not None
+        return ("gate", self.block, identity(self.gate))
 
     def width(self, head_dim: int) -> int:
         return self.size
 
     @torch.no_grad()
-    def compute(self, k: Tensor) -> Tensor:
+    def compute(self, x: Sources) -> Tensor:
         assert self.gate is not None
-        return self.gate.compress(k, self.block)
+        return self.gate.compress(x.keys_before_rope, self.block).float()
 
 
 def pool_queries(q: Tensor, block: int, lead: int) -> Tensor:
@@ -127,6 +174,39 @@ def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:
     logs = frequencies.double().clamp(min=1e-30).log()
     step = logs[(low + 1).clamp(max=most - 1)] - logs[low]
     return (logs[low] + (at - low) * step).exp()
+
+
+def always_read(keys: Keys, block: int) -> Tensor:
+    """[Nq, Nk] bool: the first block of keys, and the block of each block of queries."""
+    grid = Grid.anchored(keys, block)
+    return grid.between(grid.first, grid.last) | (grid.cols == 0)
+
+
+def first_row(keys: Keys, block: int) -> int:
+    """The first block of queries that a gate is trained on: the first quarter of a window is left out, and
+    rows that see no block but the first and their own. Raises FarspanError for a window without others."""
+    count = -(-keys.length // block)
+    if count < 3:
+        raise FarspanError(
+            f"A gate with block={block} is trained on windows of more than {2 * block} tokens; got "
+            f"{keys.length}: train on longer windows, or with a smaller block."
+        )
+    return max(2, count // 4)
+
+
+def gate_loss(logits: Tensor, truth: Tensor, read: Tensor) -> Tensor:
+    """What a gate is trained by: its KL divergence from the truth, and that of both without the blocks that
+    are always read. A scalar, ``kl_of_rows`` of each.
+
+    logits [..., N], -inf for blocks that a row does not see; truth [..., N], rows of the sum 1; read [..., N]
+    bool, which leaves out at least one block that each row sees. The papers have the first term alone. The
+    first and the own block hold most of the attention of many heads, and that term then teaches next to
+    nothing about the others, which are all that a selection has to rank.
+    """
+    rest = truth.masked_fill(read, 0)
+    rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
+    log_rest = logits.masked_fill(read, -torch.inf).log_softmax(-1)
+    return kl_of_rows(logits.log_softmax(-1), truth) + kl_of_rows(log_rest, rest)
 
 
 def sampled_channels(head_dim: int, size: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Grid, covering
-from ..calibration.truth import block_truth, kl_of_rows
+from ..calibration.truth import block_truth
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
@@ -21,7 +21,7 @@ from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
 from ..selection import Index
 from ..summary import Summary
-from .gate import BlockGate, CompressedKeys, pool_queries, rotate
+from .gate import BlockGate, CompressedKeys, always_read, first_row, gate_loss, pool_queries, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Seer(AttentionMethod):
     A recipe has k [Hkv, 3 D, d_g] and q [H, D, d_g], of ``gate_dim`` = d_g where farspan trains them; or, as
     in the published gates, k [H, 3 D, D] alone, for queries without a projection. Training starts from
     mean-pooled blocks: projections that keep d_g of the D numbers of the means. Its truth is the largest
-    attention probability of each block, normalised per row; the first quarter of the rows is left out.
+    attention probability of each block, normalised per row; the first quarter of the rows is left out. Its
+    loss (``gate_loss``) has the paper's divergence, and that of the blocks which are not always read.
 
     Departures: query blocks are counted from the row's first token, and a prompt may be read in chunks. The
     official code reads everything for the last two query blocks of a prompt. Here what a query reads does not
@@ -95,12 +96,12 @@ class Seer(AttentionMethod):
         return dataclasses.replace(self, gate=BlockGate.start(layer, self.gate_dim))
 
     def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
-        truth = block_truth(q, keys, self.block, self.block)  # [B, H, N, N]
         assert self.gate is not None
+        truth = block_truth(q, keys, self.block, self.block)  # [B, H, N, N]
         entries = self.gate.compress(keys.inputs.keys_before_rope, self.block)
-        log_gate = self._logits(keys, entries).log_softmax(-1).flatten(1, 2)
-        first = truth.shape[2] // 4
-        return kl_of_rows(log_gate[:, :, first:], truth[:, :, first:])
+        logits = self._logits(keys, entries).flatten(1, 2)
+        rows = slice(first_row(keys, self.block), None)
+        return gate_loss(logits[:, :, rows], truth[:, :, rows], always_read(keys, self.block)[rows])
 
     def _logits(self, keys: Keys, entries: Tensor) -> Tensor:
         """[B, Hkv, G, Nq, Nk], -inf for blocks that begin after the query block, of the call's queries."""
@@ -137,8 +138,7 @@ class Seer(AttentionMethod):
         group, shares = shares.shape[2], reduce_group(shares, self.gqa_reduce)
         if self.gqa_reduce == "sum":
             shares = shares / group
-        grid = Grid.anchored(keys, self.block)
-        forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
+        grid, forced = Grid.anchored(keys, self.block), always_read(keys, self.block)
         size = self._size(grid.last)
         if self.mass is not None and self.mass < 1:
             size = torch.minimum(size, covering(shares, forced, self.mass))

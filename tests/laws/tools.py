@@ -158,6 +158,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"block": 16, "mass": 0.5, "fraction": 0.8, "gqa_reduce": "max"},
         {"block": 8, "threshold": 0.08, "fraction": None, "gate_dim": 16},
     ],
+    "seer_decode": [
+        {"k": 24, "block": 4, "gate_dim": 8},
+        {"k": 27, "block": 8},
+        {"k": 60, "threshold": 0.05, "block": 8, "gate_dim": 6},
+    ],
     "snapkv": [
         {"k": 24, "window": 8},
         {"k": 9, "window": 4, "kernel": 3, "pool": "max"},

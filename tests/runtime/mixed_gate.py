@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farspan.attention import method as registry
-from farspan.attention.keys import Keys
+from farspan.attention.keys import Keys, State
 from farspan.attention.ops.pool import pool
 from farspan.attention.sources import Source, Sources
 from farspan.attention.summary import Summary, identity
@@ -92,7 +92,8 @@ class Bias:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedGate(PooledGate):
-    """Blocks by their core, and by the largest of their tokens' labels."""
+    """Blocks by their core, and by the largest of their tokens' labels; every other one also by what the last
+    tokens of a prompt are."""
 
     name: ClassVar[str] = NAME
 
@@ -100,6 +101,18 @@ class MixedGate(PooledGate):
     def summaries(self) -> tuple[Summary, ...]:
         labels = () if self.gate is None else (Boundary(self.gate), Bias())
         return (Core(self.block), *labels)
+
+    last_queries: ClassVar[int] = 5
+    observation_window: ClassVar[int] = 3
+
+    def prepare_prefill(self, q: Tensor, keys: Keys) -> State:
+        return {"edge": keys.inputs.last(q.shape[2]).queries_before_rope.mean((1, 2, 3))}
+
+    def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
+        assert keys.inputs.tq == q.shape[2]
+        keys.state["tone"] = keys.inputs.hidden_states.mean((1, 2)) + keys.inputs.keys_before_rope.sum(
+            (1, 2, 3)
+        )
 
     def entries(self, keys: Keys) -> Tensor:
         core, *labels = self.summaries
@@ -111,6 +124,9 @@ class MixedGate(PooledGate):
             for b, first in enumerate(keys.starts or [0] * len(x)):
                 most = pool(x[b : b + 1, :, first:, None], self.block, mode="max")
                 found[b, :, : most.shape[2]] += most[0]
+        for more in (keys.prepared.get("edge"), keys.state.get("tone")):
+            if more is not None:
+                found[:, :, ::2] += more[:, None, None, None]
         return found
 
 
