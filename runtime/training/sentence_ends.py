@@ -9,7 +9,31 @@ from torch import Tensor
 
 _ENDS = (".", "!", "?", "…", "。", "！", "？")
 _CLOSING = "\"'”’)]}»*_ "
-_ABBREVIATIONS = frozenset("Mr Mrs Ms Dr Prof St Jr Sr vs etc Inc Ltd Co No Vol Fig al cf e.g i.e U.S".split())
+_ABBREVIATIONS = frozenset(
+    [
+        "Mr",
+        "Mrs",
+        "Ms",
+        "Dr",
+        "Prof",
+        "St",
+        "Jr",
+        "Sr",
+        "vs",
+        "etc",
+        "Inc",
+        "Ltd",
+        "Co",
+        "No",
+        "Vol",
+        "Fig",
+        "al",
+        "cf",
+        "e.g",
+        "i.e",
+        "U.S",
+    ]
+)
 
 
 class SentenceEnds:

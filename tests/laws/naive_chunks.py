@@ -1,4 +1,5 @@
-"""Chunks of any length, written from the papers' definitions token by token in float64, as Python lists and sets.
+"""Chunks of any length, written from the papers' definitions token by token in float64, as Python lists and
+sets.
 
 Nothing of the package is used here. Ties go to the lowest position.
 """
@@ -135,7 +136,9 @@ def boundary_logit(k: Tensor, at: int, hidden: tuple[Tensor, Tensor], out: tuple
     return (out[0] @ (hidden[0] @ features + hidden[1]).clamp(min=0) + out[1])[0]
 
 
-def learned_chunks(logits: dict[int, float], length: int, segment: int, least: int, apart: int) -> list[range]:
+def learned_chunks(
+    logits: dict[int, float], length: int, segment: int, least: int, apart: int
+) -> list[range]:
     """Chunks of keys by the logits of their possible beginnings, each segment by itself."""
     begins = []
     for first in range(0, length, segment):

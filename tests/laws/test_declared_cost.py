@@ -23,7 +23,10 @@ from .tools import HKV, D, Data, H, Stream, every_method, sparse_settings
 
 SIZE = 8  # bytes of a float64
 # Methods with a setting whose reading depends on the data: masses, thresholds, where diagonals lie.
-BY_DATA = {"act", "antidiagonal", "chunkllm", "oracle", "pbs", "recycled", "sale", "vertical_slash"}
+BY_DATA = {
+    "act", "antidiagonal", "chunkllm", "oracle", "pbs", "recycled", "sale", "seer", "seer_decode",
+    "vertical_slash",
+}  # fmt: skip
 
 
 def declared(method: AttentionMethod, phase: str, length: int) -> Cost:

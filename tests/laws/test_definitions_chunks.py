@@ -1,5 +1,5 @@
-"""Methods with chunks of any length against their definitions in ``naive_chunks``: what they read, step by step,
-and the losses that their modules learn by."""
+"""Methods with chunks of any length against their definitions in ``naive_chunks``: what they read, step by
+step, and the losses that their modules learn by."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ CHUNKLLM: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", CHUNKLLM, ids=str)
-@pytest.mark.parametrize(("prompt", "starts"), [(60, None), (60, [0, 20, 47, 58]), (10, None), (18, [0, 3, 17])])
+@pytest.mark.parametrize(
+    ("prompt", "starts"), [(60, None), (60, [0, 20, 47, 58]), (10, None), (18, [0, 3, 17])]
+)
 def test_chunkllm_step_by_step(settings: dict[str, Any], prompt: int, starts: list[int] | None) -> None:
     """One crop among the steps. Between choices nothing is read to select."""
     method = farspan.methods()["chunkllm"](**settings, boundary_layer=0, gate_dim=6)
@@ -133,7 +135,9 @@ def window(method: Any, length: int, seed: int = 0) -> tuple[Tensor, Keys]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2, length, 20, generator=generator, dtype=torch.float64)
     ends = torch.rand(2, length, generator=generator) < 0.2
-    fed = Inputs(needs=method.needs, q=data.q, k=data.k, hidden=hidden, length=length, early=hidden, ends=ends)
+    fed = Inputs(
+        needs=method.needs, q=data.q, k=data.k, hidden=hidden, length=length, early=hidden, ends=ends
+    )
     return data.q, Keys(kv=KV(data.k, data.v), tq=length, softmax=Softmax(data.scale), fed=fed)
 
 
@@ -229,10 +233,14 @@ def test_learned_dhsa(settings: dict[str, Any], cuts: list[int], starts: list[in
     def define(q: Tensor, k: Tensor, past: int, _: int) -> list[list[set[int]]]:
         places, n = range(4, len(k) - 3), len(k)
         with torch.no_grad():
-            logits = {at: float(naive_chunks.boundary_logit(k[None], at, **_layers(served.module))) for at in places}
+            logits = {
+                at: float(naive_chunks.boundary_logit(k[None], at, **_layers(served.module))) for at in places
+            }
         chunks = naive_chunks.learned_chunks(logits, n, method.segment, method.block_k, method.apart)
         found.extend(chunks)
-        how = {name: getattr(method, name) for name in ("fraction", "block_q", "block_k", "local", "gqa_reduce")}
+        how = {
+            name: getattr(method, name) for name in ("fraction", "block_q", "block_k", "local", "gqa_reduce")
+        }
         return naive_chunks.learned_dhsa(q, k, chunks, past=past, size=method.k, scale=data.scale, **how)
 
     shares = assert_as_defined(served, data, cuts, define)

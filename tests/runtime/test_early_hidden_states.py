@@ -61,7 +61,9 @@ def fed(model: Any) -> Iterator[list[Tensor]]:
     """What the attention of layer 1 was called with, call by call; the oracle."""
     given: list[Tensor] = []
     attention = model.model.layers[1].self_attn
-    hook = attention.register_forward_pre_hook(lambda m, a, k: given.append(k["hidden_states"]), with_kwargs=True)
+    hook = attention.register_forward_pre_hook(
+        lambda m, a, k: given.append(k["hidden_states"]), with_kwargs=True
+    )
     Early.seen.clear()
     yield given
     hook.remove()

@@ -15,7 +15,11 @@ TEXTS = {
     "Mr. Smith paid 3.50 dollars. He left.": ["Mr. Smith paid 3.50 dollars.", " He left."],
     'He said "no." She laughed.': ['He said "no."', " She laughed."],
     "By J. Doe in the open": ["By J. Doe in the open"],
-    "A heading\n\nA line\nthat goes on.\nThe next.": ["A heading\n\n", "A line\nthat goes on.\n", "The next."],
+    "A heading\n\nA line\nthat goes on.\nThe next.": [
+        "A heading\n\n",
+        "A line\nthat goes on.\n",
+        "The next.",
+    ],
     "The end.\n\nNew paragraph": ["The end.\n\n", "New paragraph"],
     "Wait... what? Yes": ["Wait...", " what?", " Yes"],
 }
