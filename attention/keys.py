@@ -41,6 +41,10 @@ class Peers(Protocol):
         """The sum of x [...] over all ranks; the same on every rank."""
         ...
 
+    def share(self, count: int) -> range:
+        """Those of ``count`` things that every rank has which this rank takes; each is one rank's."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Keys:
@@ -48,6 +52,8 @@ class Keys:
 
     kv:    [B, Hkv, Tk], a read-only view of the store; the queries of the call are the last ``tq``
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
+    dropped: how many of the first positions have no keys any more, since no method of the layer needs them;
+           kv has those of the other positions.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
@@ -61,6 +67,7 @@ class Keys:
     kv: KV
     tq: int
     softmax: Softmax
+    dropped: int = 0
     start: Tensor | None = None
     state: State = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
@@ -78,7 +85,12 @@ class Keys:
     @property
     def length(self) -> int:
         """Tk, the number of positions."""
-        return self.kv.length
+        return self.dropped + self.kv.length
+
+    @property
+    def start_here(self) -> Tensor | None:
+        """``start``, counted from the first key of ``kv``."""
+        return self.start if self.start is None or not self.dropped else (self.start - self.dropped).clamp(min=0)
 
     @property
     def past(self) -> int:
@@ -98,7 +110,7 @@ class Keys:
 
     def held(self, length: int) -> int:
         """How many of the first ``length`` keys are here; they come first."""
-        return length
+        return max(0, length - self.dropped)
 
     def shortest(self) -> int:
         """Fewest keys that the call's first query sees in any row."""
@@ -130,13 +142,13 @@ class Keys:
     def read_keys(self, first: int, end: int) -> Tensor:
         """The raw keys of positions first .. end - 1, for a method that scores these alone; the reading is
         counted."""
-        kv = self.kv[:, :, first:end]
+        kv = self.kv[:, :, self.held(first) : self.held(end)]
         self.summary_bytes += kv.key_nbytes
         return kv.k
 
     def places(self) -> Tensor:
         """[N] int64, the positions of the keys that are here."""
-        return torch.arange(self.length, device=self.kv.device)
+        return torch.arange(self.dropped, self.length, device=self.kv.device)
 
     def visible(self) -> Tensor | None:
         """[B or 1, Tq, N] bool: the keys here that each query sees; None where all do."""

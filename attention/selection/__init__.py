@@ -16,5 +16,6 @@ from .blocks import BlockIndex as BlockIndex
 from .every import EveryKey as EveryKey
 from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled
+from .summarised import Summarised as Summarised
 from .tokens import TokenIndex as TokenIndex
 from .window import Window as Window

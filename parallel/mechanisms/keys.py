@@ -99,6 +99,10 @@ class RankPeers:
         """Summed in the order of the ranks, so that the bits are the same on every rank."""
         return self.ranks.all_gather(x, "sum").sum(0)
 
+    def share(self, count: int) -> range:
+        rank, size = self.ranks.rank, self.ranks.size
+        return range(count * rank // size, count * (rank + 1) // size)
+
     def gather(self, x: Tensor, length: int) -> Tensor:
         layout = self.layout.cut(0, length)
         room = max(layout.count(r) for r in range(self.ranks.size))
