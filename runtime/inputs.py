@@ -30,7 +30,7 @@ class Given:
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
         [B, Hkv, Tk]. store: the store that holds kv; None where kv is all of this call."""
-        total, tq = kv.length, q.shape[2]
+        total, tq = kv.length if store is None else store.total, q.shape[2]
         places = None
         if self.positions is not None:
             own = self.positions.expand(q.shape[0], tq)
@@ -38,7 +38,7 @@ class Given:
         return Inputs(
             needs=self.needs,
             q=q,
-            k=kv[:, :, total - tq :].k,
+            k=kv[:, :, kv.length - tq :].k,
             hidden=self.hidden,
             length=total,
             places=places,

@@ -40,6 +40,11 @@ class Positions:
         self.length = total
         return self._ids[:, :total]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the ids."""
+        return 0 if self._ids is None else self._ids.numel() * self._ids.element_size()
+
     def crop(self, length: int) -> None:
         """Drop the ids of keys at or after ``length``."""
         self.length = min(self.length, length)
