@@ -13,6 +13,7 @@ from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
 from .softmax import Softmax
+from .sources import Supply
 from .summary import SomeRows, Summaries, Summary
 
 State = dict[str, Tensor]
@@ -62,6 +63,7 @@ class Keys:
     state: tensors that a method keeps over time, batch first; empty after a crop, a reset and in a new cache.
     fed: what the call feeds besides keys and values, where some method of the layer needs it; methods read it
            as ``inputs``.
+    supply: what summaries are computed from besides kv; None: ``fed``, as in a first call.
     """
 
     kv: KV
@@ -77,6 +79,7 @@ class Keys:
     peers: Peers | None = None
     prepared: State = field(default_factory=dict)  # what prepare_prefill has found in the call
     fed: Inputs | None = field(default=None, repr=False)
+    supply: Supply | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and self.starts is None:
@@ -130,7 +133,7 @@ class Keys:
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self.kv, self.start, inputs=self.fed)
+        entries = self.summaries.get(summary, self._supply(), self.starts)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -164,9 +167,7 @@ class Keys:
         rows = slice(b, b + 1)
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
-        summaries: Summaries = SomeRows(self.summaries, self.kv, self.start, rows, first, inputs=self.fed)
-        if end < self.length:  # the store's entries include the padding behind the row
-            summaries = Summaries()
+        summaries = SomeRows(self.summaries, self._supply(), self.starts, rows, first, end)
         return Keys(
             kv=self.kv[rows, :, first:end],
             tq=max(0, end - max(first, self.past)),
@@ -188,7 +189,13 @@ class Keys:
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
             state=state,
-            summaries=SomeRows(self.summaries, self.kv, self.start, rows, inputs=self.fed),
+            summaries=SomeRows(self.summaries, self._supply(), self.starts, rows),
             summary_bytes=0,
             fed=None if self.fed is None else self.fed.part(rows),
+            supply=None,
         )
+
+    def _supply(self) -> Supply:
+        if self.supply is None:
+            return Supply(self.kv, fed=self.fed)
+        return dataclasses.replace(self.supply, kv=self.kv)

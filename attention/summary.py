@@ -1,54 +1,71 @@
 """What a store keeps beside its keys, so that a method can select without reading them.
 
-A ``Summary`` is a pure function of the keys of a row, as they are stored or as they were before RoPE, and of
-where that row begins. A store keeps its entries in a buffer. After an append it computes only the entries
-that the new keys change.
+A ``Summary`` is a pure function of what it ``reads`` of the positions of a row, and of where that row begins.
+A store keeps its entries in a buffer. After an append it computes only the entries that the new positions
+change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .errors import FarspanError
 from .kv import KV
-from .needs import Inputs
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
+from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
 
 
 class Summary(Protocol):
-    """A function of the keys of a row, one entry per block of keys or per key.
+    """A function of what it reads of a row, one entry per block of positions or per position.
 
-    block: keys per entry; entry j of row b summarises the keys from position start[b] + j * block on. None: a
-    label of each key, where entry j belongs to the j-th key that is here, which is at position j where all
-    are. dtype: of the entries; None: the keys' own. before_rope: whether the keys are those before RoPE; the
-    method needs ``keys_before_rope`` then.
+    key: equal keys mean equal contents. A summary with learned weights has ``identity(module)`` in it.
+    block: positions per entry; entry j of row b summarises those from start[b] + j * block on. None: a label
+    of each position, where entry j belongs to the j-th position that is here, which is j where all are.
+    reads: what ``compute`` is given. Hidden states and keys before RoPE must stand in the method's ``needs``,
+    too; positions are known where it needs queries or keys before RoPE.
+    dtype: of the entries; None: that of what it reads.
     """
 
     @property
-    def key(self) -> tuple: ...  # equal keys mean equal contents
+    def key(self) -> tuple: ...
 
     @property
     def block(self) -> int | None: ...
 
     @property
-    def dtype(self) -> torch.dtype | None: ...
+    def reads(self) -> frozenset[Source]: ...
 
     @property
-    def before_rope(self) -> bool: ...
+    def dtype(self) -> torch.dtype | None: ...
 
-    def width(self, head_dim: int) -> int: ...
+    def width(self, head_dim: int) -> int:
+        """Numbers of one entry of one KV head, for the cost that a method declares."""
+        ...
 
-    def compute(
-        self, k: Tensor
-    ) -> Tensor: ...  # [B, Hkv, T, D], aligned to a block -> [B, Hkv, ceil(T / block), width]
+    def compute(self, x: Sources) -> Tensor:
+        """Entries [B, heads, ceil(T / block), width] of T >= 1 positions, the first of which begins a block.
+        heads and width are the same in every call of a layer."""
+        ...
+
+
+_NUMBERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_NEXT = itertools.count()
+
+
+def identity(module: nn.Module) -> int:
+    """A number that no other module of this process has, for the key of a summary that owns weights."""
+    if module not in _NUMBERS:
+        _NUMBERS[module] = next(_NEXT)
+    return _NUMBERS[module]
 
 
 def count_entries(summary: Summary, length: int) -> int:
@@ -64,22 +81,26 @@ def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
 @dataclass(frozen=True)
 class BlockPool:
     """Keys pooled over blocks: one entry of ``len(modes) * D`` numbers per block, the modes side by side.
-    before_rope: of keys as they were before RoPE."""
+    of: what is pooled in place of keys; hidden states count as one head."""
 
     block: int
     modes: tuple[str, ...] = ("mean",)
+    of: Source = "keys"
     dtype: ClassVar[None] = None
-    before_rope: bool = False
 
     @property
     def key(self) -> tuple:
-        return ("pool", self.block, self.modes, self.before_rope)
+        return ("pool", self.block, self.modes, self.of)
+
+    @property
+    def reads(self) -> frozenset[Source]:
+        return frozenset({self.of})
 
     def width(self, head_dim: int) -> int:
         return len(self.modes) * head_dim
 
-    def compute(self, k: Tensor) -> Tensor:
-        return pool(k, self.block, mode=self.modes)
+    def compute(self, x: Sources) -> Tensor:
+        return pool(x.tensors[self.of], self.block, mode=self.modes)
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class Channels:
     channels: Tensor = field(compare=False)
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
-    before_rope: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
 
     @cached_property
     def key(self) -> tuple:
@@ -108,7 +129,8 @@ class Channels:
     def _placed(self) -> dict[torch.device, Tensor]:
         return {}
 
-    def compute(self, k: Tensor) -> Tensor:
+    def compute(self, x: Sources) -> Tensor:
+        k = x.keys
         b, h, t, _ = k.shape
         return k.gather(3, self.on(k.device)[None, :, None].expand(b, h, t, -1))
 
@@ -120,7 +142,7 @@ class Int4Keys:
 
     block: int
     dtype: ClassVar[torch.dtype] = torch.uint8
-    before_rope: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
 
     @property
     def key(self) -> tuple:
@@ -129,7 +151,8 @@ class Int4Keys:
     def width(self, head_dim: int) -> int:
         return 4 * (head_dim + self.block) + -(-self.block * head_dim // 8) * 4
 
-    def compute(self, k: Tensor) -> Tensor:
+    def compute(self, x: Sources) -> Tensor:
+        k = x.keys
         k4 = quantise_int4(k.float() if k.dtype == torch.float64 else k, self.block)
         fill = -k.shape[2] % self.block
         scale = pad(k4.scale, (0, fill)).unflatten(2, (-1, self.block))
@@ -152,145 +175,160 @@ class Int4Keys:
         )
 
 
+@dataclass
+class _Entries:
+    """buffer [B, heads, room, width]. done: number of positions taken in. current: whether the entries of the
+    block that is open after ``done`` positions hold no others."""
+
+    block: int | None
+    buffer: Tensor
+    done: int
+    current: bool = True
+
+
 class Summaries:
-    """The entries of each summary of one layer's keys, extended as keys are appended; never rebuilt."""
+    """The entries of each summary of one layer, extended as positions are appended; never rebuilt.
+
+    recent: queries and hidden states of the last positions, where some summary reads them.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[
-            tuple, tuple[Tensor, int]
-        ] = {}  # key -> (buffer [B, Hkv, room, width], keys taken in)
+        self._kept: dict[tuple, _Entries] = {}
+        self.recent = Recent()
 
-    def get(
-        self,
-        summary: Summary,
-        kv: KV,
-        start: Tensor | None,
-        offset: int = 0,
-        inputs: Inputs | None = None,
-    ) -> Tensor:
-        """Entries [B, Hkv, count_entries, width] for all keys; what is new in kv is taken in now.
+    def get(self, summary: Summary, supply: Supply, starts: list[int] | None) -> Tensor:
+        """Entries [B, heads, count_entries, width] for all positions of ``supply``; what is new is taken
+        in."""
+        length, kept = supply.length, self._kept.get(summary.key)
+        if kept is None or kept.done < length or not kept.current:
+            first = self.open(summary, starts)
+            if kept is None:
+                first = min(first, length - 1)
+            if first < length:
+                self.extend(summary, supply.sources(summary.reads, first), first, starts)
+            self._kept[summary.key].current = True
+        return self.entries(summary, length)
 
-        kv [B, Hkv, Tk - offset], of which only the keys are read: those from position ``offset`` on, which is
-        at most ``open``'s. inputs: of the call, where the summary is of keys before RoPE.
-        """
-        length = offset + kv.length
-        buffer, done = self.room(summary, kv, length), self.done(summary)
-        if done < length:
-            if summary.before_rope:
-                kv, offset = self._before_rope(summary, kv, start, offset, inputs)
-            self._extend(summary, buffer, kv, start, done, offset)
-        self._kept[summary.key] = (buffer, length)
-        return buffer[:, :, : count_entries(summary, length)]
+    def take(self, declared: Iterable[Summary], supply: Supply, starts: list[int] | None) -> None:
+        """Take in the positions of a call for all summaries in ``declared`` that read what is in no cache,
+        and keep so much of it that a crop by one block, or by 32 tokens, finds its open block."""
+        fed = [s for s in {s.key: s for s in declared}.values() if s.reads & IN_NO_CACHE]
+        for summary in fed:
+            self.get(summary, supply, starts)
+        names = frozenset().union(*(s.reads & IN_NO_CACHE for s in fed if s.block is not None))
+        if names:
+            keep = max(recent_positions(s) for s in fed)
+            new = supply.own(names)
+            past = supply.length - next(iter(new.values())).shape[2]
+            self.recent = self.recent.followed_by(new, past, keep)
 
-    def _before_rope(
-        self, summary: Summary, kv: KV, start: Tensor | None, offset: int, inputs: Inputs | None
-    ) -> tuple[KV, int]:
-        """The keys that may change entries, as they were before RoPE, and the position of the first."""
-        if inputs is None:
-            raise FarspanError(
-                "A summary of keys before RoPE was asked for in a call that feeds none: its method must "
-                "declare keys_before_rope in its needs, and run in a patched model."
-            )
-        first = self.open(summary, None if start is None else start.tolist())
-        k = inputs.stored_before_rope(kv[:, :, first - offset :].k, first)
-        return KV(k, k), first
+    def entries(self, summary: Summary, length: int) -> Tensor:
+        """The entries [B, heads, count_entries, width] of the first ``length`` positions, all taken in."""
+        return self._kept[summary.key].buffer[:, :, : count_entries(summary, length)]
 
     def done(self, summary: Summary) -> int:
-        """How many keys have been taken in."""
-        return self._kept[summary.key][1] if summary.key in self._kept else 0
+        """How many positions have been taken in."""
+        return self._kept[summary.key].done if summary.key in self._kept else 0
 
     def open(self, summary: Summary, starts: list[int] | None) -> int:
-        """Position of the first key of the earliest block that the next new key may change."""
+        """Position at which the earliest block begins that the next new position may change."""
         done, block = self.done(summary), summary.block or 1
         if starts is None or summary.block is None:
             return done // block * block
         return min(first + max(done - first, 0) // block * block for first in starts)
 
-    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
-        """The buffer [B, Hkv, room, width] with place for ``length`` keys like those of kv [B, Hkv, any].
+    def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
+        """The buffer [batch, heads, room, width] with place for the entries of ``length`` positions, which
+        the caller writes and which count as taken in. like: some entries [any, heads, any, width]."""
+        need, kept = count_entries(summary, length), self._kept.get(summary.key)
+        if kept is None or kept.buffer.shape[2] < need:
+            size = (batch, like.shape[1], need + max(64, need // 8), like.shape[3])
+            grown = torch.empty(size, dtype=like.dtype, device=like.device)
+            if kept is not None:
+                grown[:, :, : kept.buffer.shape[2]] = kept.buffer
+            kept = self._kept[summary.key] = _Entries(summary.block, grown, 0)
+        kept.done, kept.current = length, True
+        return kept.buffer
 
-        done: the caller fills the entries itself, up to that many keys.
-        """
-        need = count_entries(summary, length)
-        buffer, known = self._kept.get(summary.key, (None, 0))
-        if buffer is None or buffer.shape[2] < need:
-            size = (*kv.shape[:2], need + max(64, need // 8), summary.width(kv.head_dim))
-            grown = torch.empty(size, dtype=summary.dtype or kv.dtype, device=kv.device)
-            if buffer is not None:
-                grown[:, :, : buffer.shape[2]] = buffer
-            buffer = grown
-        self._kept[summary.key] = (buffer, known if done is None else done)
-        return buffer
-
-    @staticmethod
-    def _extend(
-        summary: Summary, buffer: Tensor, kv: KV, start: Tensor | None, done: int, offset: int
-    ) -> None:
-        block, t = summary.block or 1, offset + kv.length
-        if start is None or summary.block is None:
-            first = done // block  # the block that was still open is summarised again, from its first key
-            new = summary.compute(kv[:, :, first * block - offset :].k)
-            buffer[:, :, first : first + new.shape[2]] = new
-            return
-        for begin, rows in by_start(start.tolist()):
-            if begin >= t:
-                continue
-            first = max(done - begin, 0) // block
-            new = summary.compute(kv[rows][:, :, begin + first * block - offset :].k)
-            buffer[rows, :, first : first + new.shape[2]] = new
+    def extend(self, summary: Summary, x: Sources, first: int, starts: list[int] | None) -> None:
+        """Take in the positions of ``x`` that are new. first: the position at which x begins, at most
+        ``open``'s."""
+        block, done, end = summary.block or 1, self.done(summary), first + x.length
+        # the block that was still open is summarised again, from its first position
+        groups: list[tuple[int, list[int] | slice]] = [(0, slice(None))]
+        if starts is not None and summary.block is not None:
+            groups = [(begin, rows) for begin, rows in by_start(starts) if begin < end]
+        written = []
+        for begin, rows in groups:
+            number = max(done - begin, 0) // block
+            at = begin + number * block - first
+            if at < x.length:
+                written.append((rows, number, summary.compute(x.cut(at, rows=rows))))
+        like = written[0][2] if written else summary.compute(x.cut(0, 1))
+        buffer = self.room(summary, like, x.batch, end)
+        for rows, number, new in written:
+            buffer[rows, :, number : number + new.shape[2]] = new
 
     def crop(self, length: int) -> None:
-        """Forget everything that keys at or after ``length`` went into; the open block is summarised again
-        when asked."""
-        # One key less than what is left is taken for done, so that the block it lies in counts as changed.
-        self._kept = {
-            key: (buffer, done if done <= length else max(length - 1, 0))
-            for key, (buffer, done) in self._kept.items()
-        }
+        """Forget everything that positions at or after ``length`` went into; the open block is summarised
+        again when asked."""
+        for kept in self._kept.values():
+            if kept.done > length:
+                kept.done, kept.current = length, kept.block is None
+        self.recent = self.recent.crop(length)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""
-        self._kept = {key: (change(buffer), done) for key, (buffer, done) in self._kept.items()}
+        for kept in self._kept.values():
+            kept.buffer = change(kept.buffer)
+        self.recent = self.recent.map_rows(change)
 
     def clear(self) -> None:
         self._kept.clear()
+        self.recent = Recent()
 
 
 class SomeRows(Summaries):
-    """The entries of ``rows`` of a batch, out of those of the whole batch: kv [B, Hkv, Tk], whose rows begin
-    at ``start``, and the call's ``inputs``. first: how many positions of padding the rows are without."""
+    """The entries of ``rows`` of a batch, out of those of the whole batch, which has ``supply`` and whose
+    rows begin at ``starts``. The rows' own positions are first .. end - 1."""
 
     def __init__(
         self,
         whole: Summaries,
-        kv: KV,
-        start: Tensor | None,
+        supply: Supply,
+        starts: list[int] | None,
         rows: slice,
         first: int = 0,
-        inputs: Inputs | None = None,
+        end: int | None = None,
     ) -> None:
         super().__init__()
-        self._whole, self._kv, self._start, self._rows, self._first = whole, kv, start, rows, first
-        self._inputs = inputs
+        self._whole, self._supply, self._starts = whole, supply, starts
+        self._rows, self._first, self._end = rows, first, end
 
-    def get(
-        self,
-        summary: Summary,
-        kv: KV,
-        start: Tensor | None,
-        offset: int = 0,
-        inputs: Inputs | None = None,
-    ) -> Tensor:
-        entries = self._whole.get(summary, self._kv, self._start, inputs=self._inputs)[self._rows]
+    def get(self, summary: Summary, supply: Supply, starts: list[int] | None) -> Tensor:
+        entries = self._whole.get(summary, self._supply, self._starts)[self._rows]
         if summary.block is None:
-            entries = entries[:, :, self._first :]
-        return entries[:, :, : count_entries(summary, kv.length)]
+            return entries[:, :, self._first : self._end]
+        count = count_entries(summary, supply.length)
+        if self._end is None or self._end >= self._supply.length or supply.length % summary.block == 0:
+            return entries[:, :, :count]
+        # the last block has padding behind the row in it
+        begin = self._first + (count - 1) * summary.block
+        last = self._supply.sources(summary.reads, begin).cut(0, self._end - begin, self._rows)
+        return torch.cat([entries[:, :, : count - 1], summary.compute(last)], 2)
+
+    def entries(self, summary: Summary, length: int) -> Tensor:
+        return self._whole.entries(summary, length)[self._rows]
 
     def done(self, summary: Summary) -> int:
         return self._whole.done(summary)
 
-    def room(self, summary: Summary, kv: KV, length: int, done: int | None = None) -> Tensor:
-        return self._whole.room(summary, self._kv, length, done)[self._rows]
+
+def recent_positions(summary: Summary) -> int:
+    """How many of the last positions are kept of what a summary of blocks reads: the open block, and as many
+    as a crop that finds it may drop, a block or twice ``attend.DECODE_ROWS``."""
+    block = summary.block or 1
+    return block + max(block, 32)
 
 
 def by_start(starts: list[int]) -> list[tuple[int, list[int] | slice]]:

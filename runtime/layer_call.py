@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
+from ..attention.sources import IN_NO_CACHE, Supply
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
@@ -189,10 +191,16 @@ class LocalKeys:
         self.kept = store is not None
         self.short = self.kept and q.shape[2] <= DECODE_ROWS
         self.states = States() if store is None else store.states
+        self.summaries = Summaries() if store is None else store.summaries
+        self.supply = Supply(kv, q, fed)
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
         if self.store is not None:
             self.store.align(self.starts, self.total)
+        declared = (*prefill.summaries, *decode.summaries)
+        if any(summary.reads & IN_NO_CACHE for summary in declared):
+            self.supply = replace(self.supply, recent=self.summaries.recent)
+            self.summaries.take(declared, self.supply, self.starts)
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
         keys = Keys(
@@ -201,10 +209,11 @@ class LocalKeys:
             softmax=self.softmax,
             start=self.start,
             state=state,
-            summaries=Summaries() if self.store is None else self.store.summaries,
+            summaries=self.summaries,
             starts=self.starts,
             ends=self.ends,
             fed=self.fed,
+            supply=self.supply,
         )
         return keys if self._are_all(rows) else keys.some_rows(rows, state)
 

@@ -16,6 +16,7 @@ from ..attention.method import DECODE, AttentionMethod
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
+from ..attention.sources import Supply
 from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
@@ -184,9 +185,8 @@ def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalC
     q, k, v = (x[rows] for x in (local.q, local.k, local.v))
     shard = local.shard._replace(kv=local.shard.kv[rows])
     call = call._replace(start=start, starts=None if start is None else starts)
-    return replace(local, q=q, k=k, v=v, shard=shard, call=call), SomeRows(
-        shared, KV(local.k, local.v), None, rows
-    )
+    local = replace(local, q=q, k=k, v=v, shard=shard, call=call)
+    return local, SomeRows(shared, Supply(KV(k, v)), None, rows)
 
 
 def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attention.kv import KV
+from ...attention.sources import Sources
 from ...attention.summary import Summaries, Summary, by_start
 from ..group.comm import Ranks
 from .edges import Beyond, beyond
@@ -39,9 +39,7 @@ def extend(
         a, b = held.below(ranks.rank, begin), held.below(ranks.rank, known)
         recent = torch.cat([gather_rows(k[:, :, a:b], layout, ranks, "open_block"), recent], 2)
         known = begin
-    start = None if starts is None else torch.tensor(starts, device=k.device)
-    new = recent[:, :, begin - known :]
-    shared.get(summary, KV(new, new), start, begin)  # of a KV, summaries read the keys alone
+    shared.extend(summary, Sources({"keys": recent[:, :, begin - known :]}), begin, starts)
     return recent
 
 
@@ -75,9 +73,8 @@ def extend_split(
         for chunk in chunks
     }
     room = max(count for parts in plan.values() for _, count, _, _ in parts)
-    width = summary.width(k.shape[3])
-    dtype = summary.dtype or k.dtype
-    mine = k.new_zeros(len(split.chunks[0]), *k.shape[:2], room, width, dtype=dtype)
+    like = summary.compute(Sources({"keys": k[:, :, :1]}))
+    mine = like.new_zeros(len(split.chunks[0]), *like.shape[:2], room, like.shape[3])
     for i, (slot, chunk) in enumerate(_every_slot(split, ranks.rank)):
         keys, at = k[:, :, slot], chunk[0]
         if chunk[0] == split.begin:
@@ -87,10 +84,10 @@ def extend_split(
         for block, count, first, rows in plan[chunk]:
             begin = first + block * size - at
             if count:
-                entries = summary.compute(keys[rows][:, :, begin : begin + count * size])
+                entries = summary.compute(Sources({"keys": keys[rows][:, :, begin : begin + count * size]}))
                 mine[i][rows, :, : entries.shape[2]] = entries
     every = ranks.all_gather(mine, "summaries")  # [P, chunks, B, Hkv, room, width]
-    buffer = shared.room(summary, KV(k, k), split.end, done=split.end)
+    buffer = shared.room(summary, like, k.shape[0], split.end)
     for rank, chunks in enumerate(split.chunks):
         for i, chunk in enumerate(chunks):
             for block, count, _, rows in plan[chunk]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...attention.keys import Keys, Peers, State
 from ...attention.ops.select import top_k
-from ...attention.summary import SomeRows, Summaries, Summary, count_entries
+from ...attention.sources import Supply
+from ...attention.summary import SomeRows, Summaries, Summary
 from ..group.comm import Ranks, pack, unpack
 from .layout import Layout
 
@@ -51,16 +52,14 @@ class ShardedKeys(Keys):
     def some_rows(self, rows: slice, state: State) -> ShardedKeys:
         some = super().some_rows(rows, state)
         assert isinstance(some, ShardedKeys)
-        return dataclasses.replace(some, shared=SomeRows(self.shared, self.kv, None, rows))
+        return dataclasses.replace(some, shared=SomeRows(self.shared, Supply(self.kv), None, rows))
 
     def summary(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            entries = self.summaries.get(summary, self.kv, None)
+            entries = self.summaries.get(summary, Supply(self.kv), None)
         else:
             assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
-            entries = self.shared.room(summary, self.kv, self.total)[
-                :, :, : count_entries(summary, self.total)
-            ]
+            entries = self.shared.entries(summary, self.total)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 

@@ -18,7 +18,7 @@ from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial, empty_partial
 from ...attention.selection import Selection, Window, as_selection
-from ...attention.summary import Summaries, Summary, count_entries
+from ...attention.summary import Summaries, Summary
 from .call import Call, LocalCall
 from .edges import Beyond, beyond
 from .gather import fetch, gather_all, gather_rows
@@ -35,7 +35,7 @@ class _ChunkKeys(Keys):
     complete: bool
 
     def summary(self, summary: Summary) -> Tensor:
-        entries = self.shared.room(summary, self.kv, 0)[self.rows, :, : count_entries(summary, self.length)]
+        entries = self.shared.entries(summary, self.length)[self.rows]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from farspan.attention.ops.pool import pool, pool_segments
+from farspan.attention.sources import Sources
 from farspan.attention.summary import BlockPool
 
 from .tools import Run, every_run, make_qkv
@@ -117,7 +118,7 @@ def test_gradients_reach_every_position(mode: str) -> None:
 
 def test_a_summary_lays_its_modes_side_by_side() -> None:
     _, x, _ = make_qkv(1, 2, 2, 1, 63, 16)
-    both = BlockPool(8, ("max", "min")).compute(x)
+    both = BlockPool(8, ("max", "min")).compute(Sources({"keys": x}))
     assert torch.equal(both, torch.cat([pool(x, 8, mode="max"), pool(x, 8, mode="min")], -1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.softmax import Softmax
+from farspan.attention.sources import Sources, Supply
 from farspan.attention.summary import BlockPool, Channels, Summaries, Summary
 
 SUMMARIES: dict[str, Summary] = {
@@ -40,7 +41,7 @@ def from_scratch(summary: Summary, k: Tensor, start: list[int] | None) -> list[T
 
 
 def check(kept: Summaries, summary: Summary, k: Tensor, start: list[int] | None) -> None:
-    entries = kept.get(summary, KV(k, k), None if start is None else torch.tensor(start))
+    entries = kept.get(summary, Supply(KV(k, k)), start)
     assert entries.shape[2] == -(-k.shape[2] // (summary.block or 1))
     for b, want in enumerate(from_scratch(summary, k, start)):
         # labels stand where their keys stand; blocks, those of one key too, are counted from the row's start
@@ -99,13 +100,13 @@ def test_only_new_entries_are_computed() -> None:
     asked: list[int] = []
 
     class Counted(BlockPool):
-        def compute(self, k: Tensor) -> Tensor:
-            asked.append(k.shape[2])
-            return super().compute(k)
+        def compute(self, x: Sources) -> Tensor:
+            asked.append(x.length)
+            return super().compute(x)
 
     kept, summary, k = Summaries(), Counted(8), torch.randn(1, 2, 100, 4)
     for length in (50, 51, 56, 57, 57, 90):
-        kept.get(summary, KV(k, k)[:, :, :length], None)
+        kept.get(summary, Supply(KV(k, k)[:, :, :length]), None)
     assert asked == [50, 3, 8, 1, 34]
 
 

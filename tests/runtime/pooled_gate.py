@@ -80,7 +80,7 @@ class PooledGate(AttentionMethod):
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
-        return (BlockPool(self.block, before_rope=True),)
+        return (BlockPool(self.block, of="keys_before_rope"),)
 
     def _scores(self, q: Tensor, means: Tensor) -> Tensor:
         assert self.gate is not None
