@@ -128,12 +128,17 @@ class Keys:
         count = torch.arange(self.past + 1, self.length + 1, device=self.kv.device)[None, None]
         return count if self.start is None else count - self.start[:, None, None]
 
-    def summary(self, summary: Summary) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted.
+    def entries(self, summary: Summary) -> Tensor:
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date, to be attended to: they count as
+        keys.
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self._supply(), self.starts)
+        return self.summaries.get(summary, self._supply(), self.starts)
+
+    def summary(self, summary: Summary) -> Tensor:
+        """``entries`` to select by; what selection read is counted."""
+        entries = self.entries(summary)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -169,7 +174,8 @@ class Keys:
         end = self.length if self.ends is None else self.ends[b]
         summaries = SomeRows(self.summaries, self._supply(), self.starts, rows, first, end)
         return Keys(
-            kv=self.kv[rows, :, first:end],
+            kv=self.kv[rows, :, self.held(first) : self.held(end)],
+            dropped=max(0, self.dropped - first),
             tq=max(0, end - max(first, self.past)),
             softmax=self.softmax,
             summaries=summaries,
@@ -197,5 +203,5 @@ class Keys:
 
     def _supply(self) -> Supply:
         if self.supply is None:
-            return Supply(self.kv, fed=self.fed)
-        return dataclasses.replace(self.supply, kv=self.kv)
+            return Supply(self.kv, fed=self.fed, dropped=self.dropped)
+        return dataclasses.replace(self.supply, kv=self.kv, dropped=self.dropped)

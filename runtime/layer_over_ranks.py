@@ -80,6 +80,9 @@ class KeysOverRanks:
         self._local: LocalCall | None = None  # for a call that is split
         self._sent = mesh.sent()
 
+    def require(self, needed: int | None) -> None:
+        self.store.require(needed, self.past)
+
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
         """Store the new keys and values, and update the block summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
@@ -138,10 +141,14 @@ class KeysOverRanks:
         travel.sent = self.newly_sent()
         return part, reads, travel
 
+    def forget(self, needed: int) -> None:
+        self.store.needed = needed
+        _forget(self.store, needed, self.call, self.mesh)
+
     def attend_window(self, window: int) -> Partial:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
         store, call = self.store, self.call
-        store.window = window
+        store.needed = window
         _take(self.k, self.v, store, call)
         if call.split is not None:
             local = LocalCall(self.q, self.k, self.v, store.shard, call, self.mesh, self.softmax)

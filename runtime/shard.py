@@ -42,6 +42,11 @@ class ShardStore(KVStore):
         return self.layout.begin
 
     @property
+    def nbytes(self) -> int:
+        recent = 0 if self.recent is None else self.recent.numel() * self.recent.element_size()
+        return super().nbytes + self.shared.nbytes + recent
+
+    @property
     def shard(self) -> Shard:
         """The keys and values on this rank, with the layout."""
         assert self.kv is not None

@@ -62,8 +62,9 @@ class Summarised(Selection):
         """As ``Selection.run_decode_here``. Every rank has all summaries, and reads its share of them."""
         rows = torch.arange(keys.past, keys.length, device=q.device)
         part = merge(attend_recent(q, keys, self.local), self._before(q, keys, rows))
-        share, pairs = self._share(keys, keys.length - 1), 0
+        pairs = 0
         for first in keys.starts or [0] * q.shape[0]:
+            share = self._share(keys, keys.length - first)
             for row in range(max(keys.past, first), keys.length):
                 behind = self._finished(row + 1 - first)
                 pairs += keys.held(row + 1) - keys.held(first + self.block * behind)
@@ -130,58 +131,71 @@ class Summarised(Selection):
 
     def _before(self, q: Tensor, keys: Keys, rows: Tensor) -> Partial:
         """Attention of the queries q [B, H, R, D] at positions ``rows`` over what lies before their last
-        ``local`` keys: keys held here and this rank's share of the summaries."""
-        begin, last = (int(rows[i]) for i in (0, -1))
-        firsts = keys.starts or [0]
-        first = rows.new_zeros(1, 1) if keys.start is None else keys.start[:, None]
-        behind = self._behind(rows + 1 - first)  # [B or 1, R]
-        low = keys.held(min(f + self.block * self._finished(begin + 1 - f) for f in firsts))
-        high = keys.held(max(0, last + 1 - self.local))
-        parts = [empty_partial(q, keys.kv.value_dim)]
+        ``local`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
+        row, so that nothing in the padding is read."""
+        if keys.starts is None:
+            return self._before_from(0, q, keys, keys.kv, self.levels, rows)
+        parts = []
+        for b, first in enumerate(keys.starts):
+            one, valid = slice(b, b + 1), rows[rows >= first]
+            levels = tuple(level[one] for level in self.levels)
+            own = q[one, :, len(rows) - len(valid) :]
+            part = empty_partial(q[one], keys.kv.value_dim)
+            if len(valid):
+                found = self._before_from(first, own, keys, keys.kv[one], levels, valid)
+                blind = empty_partial(q[one, :, : len(rows) - len(valid)], keys.kv.value_dim)
+                part = Partial(
+                    torch.cat([blind.out.to(found.out.dtype), found.out], 2),
+                    torch.cat([blind.lse.to(found.lse.dtype), found.lse], 2),
+                )
+            parts.append(part)
+        return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+
+    def _before_from(
+        self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: Tensor
+    ) -> Partial:
+        """``_before`` for batch rows that begin at position ``first``."""
+        behind = self._behind(rows + 1 - first)  # [R]
+        low = keys.held(first + self.block * self._finished(int(rows[0]) + 1 - first))
+        high = keys.held(max(0, int(rows[-1]) + 1 - self.local))
+        parts = [empty_partial(q, kv.value_dim)]
         if low < high:
             places = keys.places()[low:high]
-            read = (places >= (first + self.block * behind)[..., None]) & (places <= (rows - self.local)[:, None])
-            parts.append(_masked(q, keys.kv[:, :, low:high], keys, read))
-        share = self._share(keys, last)
-        low, high = max(0, share.start - self._top), share.stop - self._top
+            read = places >= (first + self.block * behind)[:, None]
+            read &= places <= (rows - self.local)[:, None]
+            parts.append(_masked(q, kv[:, :, low:high], keys, read))
+        share, top = self._share(keys, int(rows[-1]) + 1 - first), self._top
+        low, high = max(0, share.start - top), share.stop - top
         if low < high:
             some = torch.arange(low, high, device=q.device)
-            read = some < (behind >> self._top)[..., None]
-            part = _masked(q, self.levels[-1][:, :, low:high], keys, read)
+            part = _masked(q, levels[-1][:, :, low:high], keys, some < (behind >> top)[:, None])
             parts.append(Partial(part.out, part.lse + self.bias[-1]))
-        bits = [level for level in share if level < self._top and self.levels[level].length]
-        return merge(*parts, *self._of_bits(q, keys, behind, bits))
+        bits = [level for level in share if level < top and levels[level].length]
+        return merge(*parts, *(self._of_bit(level, levels[level], q, keys, behind) for level in bits))
 
-    def _share(self, keys: Keys, last: int) -> range:
-        """What this rank reads of the summaries, for queries up to position ``last``: numbers of the levels
-        below the last, then of the last level's entries, counted from ``_top``."""
-        behind = max(self._finished(last + 1 - first) for first in keys.starts or [0])
-        count = self._top + (behind >> self._top)
+    def _share(self, keys: Keys, seen: int) -> range:
+        """What this rank reads of the summaries, for queries that see up to ``seen`` keys: numbers of the
+        levels below the last, then of the last level's entries, counted from ``_top``."""
+        count = self._top + (self._finished(seen) >> self._top)
         return range(count) if keys.peers is None else keys.peers.share(count)
 
-    def _of_bits(self, q: Tensor, keys: Keys, behind: Tensor, levels: list[int]) -> list[Partial]:
-        """By level, attention over its one entry where its bit is set in ``behind`` [B or 1, R]."""
-        (b, h, r, d), hkv = q.shape, keys.kv.num_kv_heads
+    def _of_bit(self, level: int, kv: KV, q: Tensor, keys: Keys, behind: Tensor) -> Partial:
+        """Attention over one entry of a level, for the queries in whose ``behind`` [R] its bit is set."""
+        (b, h, r, d), hkv = q.shape, kv.num_kv_heads
         wide = torch.promote_types(q.dtype, torch.float32)
-        folded = q.reshape(b, hkv, h // hkv, r, d).to(wide)
-        parts = []
-        for level in levels:
-            read = ((behind >> level & 1) == 1).expand(b, r)
-            entry = ((behind >> level) - 1).clamp(min=0).expand(b, r)
-            kv = self.levels[level].gather(entry[:, None].expand(b, hkv, r))
-            k, v = (x.to(wide).masked_fill(~read[:, None, :, None], 0) for x in kv.dense())
-            x = (folded * k[:, :, None]).sum(-1) * keys.softmax.scale  # [B, Hkv, G, R]
-            if keys.softmax.softcap is not None:
-                x = keys.softmax.softcap * torch.tanh(x / keys.softmax.softcap)
-            lse = (x + self.bias[level]).masked_fill(~read[:, None, None], -torch.inf)
-            out = v[:, :, None].expand(*x.shape, -1)
-            parts.append(Partial(out.flatten(1, 2), lse.flatten(1, 2)))
-        return parts
+        read = (behind >> level & 1) == 1
+        entry = ((behind >> level) - 1).clamp(min=0).expand(b, hkv, r)
+        k, v = (x.to(wide).masked_fill(~read[:, None], 0) for x in kv.gather(entry).dense())
+        lse = (q.reshape(b, hkv, h // hkv, r, d).to(wide) * k[:, :, None]).sum(-1) * keys.softmax.scale
+        if keys.softmax.softcap is not None:
+            lse = keys.softmax.softcap * torch.tanh(lse / keys.softmax.softcap)
+        lse = (lse + self.bias[level]).masked_fill(~read, -torch.inf)  # [B, Hkv, G, R]
+        return Partial(v[:, :, None].expand(*lse.shape, -1).flatten(1, 2), lse.flatten(1, 2))
 
 
 def _masked(q: Tensor, kv: KV, keys: Keys, read: Tensor) -> Partial:
-    """Attention of q [B, H, R, D] over kv [B, Hkv, M] where ``read`` [B or 1, R, M] is true."""
+    """Attention of q [B, H, R, D] over kv [B, Hkv, M] where ``read`` [R, M] is true."""
     h, hkv = q.shape[1], kv.num_kv_heads
-    mask = None if bool(read.all()) else read.repeat(1, h // hkv, 1)[:, None]
+    mask = None if bool(read.all()) else read.repeat(h // hkv, 1)[None, None]
     part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask, wide=True)
     return kernel.unfold_groups(part, h, q.shape[2])

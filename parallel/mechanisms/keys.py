@@ -54,14 +54,11 @@ class ShardedKeys(Keys):
         assert isinstance(some, ShardedKeys)
         return dataclasses.replace(some, shared=SomeRows(self.shared, Supply(self.kv), None, rows))
 
-    def summary(self, summary: Summary) -> Tensor:
+    def entries(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            entries = self.summaries.get(summary, Supply(self.kv), None)
-        else:
-            assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
-            entries = self.shared.entries(summary, self.total)
-        self.summary_bytes += entries.numel() * entries.element_size()
-        return entries
+            return self.summaries.get(summary, Supply(self.kv), None)
+        assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
+        return self.shared.entries(summary, self.total)
 
 
 @dataclass

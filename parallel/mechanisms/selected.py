@@ -34,10 +34,8 @@ class _ChunkKeys(Keys):
     rows: slice
     complete: bool
 
-    def summary(self, summary: Summary) -> Tensor:
-        entries = self.shared.entries(summary, self.length)[self.rows]
-        self.summary_bytes += entries.numel() * entries.element_size()
-        return entries
+    def entries(self, summary: Summary) -> Tensor:
+        return self.shared.entries(summary, self.length)[self.rows]
 
     def read_all_keys(self) -> Tensor:
         assert self.complete, "a method that reads raw keys in prefill declares needs.keys"

@@ -20,6 +20,7 @@ from farspan.attention.needs import Inputs
 from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
 from farspan.attention.softmax import Softmax
+from farspan.attention.sources import IN_NO_CACHE
 from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
@@ -81,6 +82,13 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": None, "fraction": 0.4, "block": 8, "gqa_reduce": "none"},
         {"k": 24, "block": 8, "gqa_reduce": "max"},
         {"k": 64, "block": 16},
+    ],
+    "core_context": [{"g": 4, "s": 16}, {"g": 8, "s": 24}],
+    "combiner": [
+        {"span": 8},
+        {"span": 5, "count_correction": True},
+        {"form": "logsparse", "span": 1, "largest": 32, "count_correction": True},
+        {"form": "logsparse", "span": 4, "largest": 16},
     ],
     "quest": [
         {"k": 24, "page": 4, "dense_layers": 0},
@@ -144,6 +152,7 @@ FULL = {
     "mass": 1.0,
     "threshold": 0.0,
     "w": 1 << 20,
+    "span": 1 << 20,
     "dilation": 1,
     "dense_layers": 0,
 }
@@ -163,6 +172,8 @@ def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
     if cls.name == "act":  # its own are beta and threshold
         over = farspan.parse_method("sale:threshold=0,block_q=8,block_k=4,local=12,dense_below=0")
         return [{"heads": "all", "first": 0, "beta": 1.0, "over": x} for x in (None, over)]
+    if cls.name == "core_context":  # recycled has another s
+        return [{"s": 1 << 20}]
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
@@ -277,13 +288,17 @@ class Stream:
     @property
     def length(self) -> int:
         """Positions so far; set, they are the data's, on a new store without summaries and state."""
-        return self.store.length
+        return self.store.total
 
     @length.setter
     def length(self, length: int) -> None:
         self.store.reset()
         if length:
             self.store.append(self.data.k[:, :, :length], self.data.v[:, :, :length])
+            if any(summary.reads & IN_NO_CACHE for summary in self.method.summaries):
+                source = LocalKeys(self.data.q[:, :, :length], self.store.kv, Softmax(1.0), store=self.store)
+                source.starts = self.data.starts
+                source.begin(self.method, self.method)  # what they read of these positions is in no cache
 
     @property
     def state(self) -> States:
@@ -296,7 +311,7 @@ class Stream:
         q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
         self.store.append(k, v)
         assert self.store.kv is not None
-        if self.fresh:
+        if self.fresh and not any(s.reads & IN_NO_CACHE for s in self.method.summaries):
             self.store.summaries.clear()
         padding = None
         if self.data.starts is not None:
@@ -332,6 +347,13 @@ class Selection:
         """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
         selection = as_selection(self.index, self.phase)
         return selection.to_mask(self.tq, self.tk, self.start, self.batch)
+
+    def entries(self) -> int:
+        """(query, entry) pairs of one head: the entries that are read besides keys."""
+        selection = as_selection(self.index, self.phase)
+        read = selection.entries_read(self.tq, self.tk, self.start, self.batch)
+        valid = self.mask().any(-1)[:, 0]  # queries in the padding read nothing
+        return int(read.expand(len(valid), -1)[valid].sum())
 
 
 @contextmanager
