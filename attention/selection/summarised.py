@@ -14,6 +14,7 @@ from ..keys import Keys
 from ..kv import KV
 from ..ops import kernel
 from ..ops.decode import decode
+from ..ops.dispatch import Impls, run
 from ..ops.flash import flash
 from ..partial import Partial, empty_partial, merge
 from .base import Pairs, Selection
@@ -61,7 +62,9 @@ class Summarised(Selection):
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         """As ``Selection.run_decode_here``. Every rank has all summaries, and reads its share of them."""
         rows = torch.arange(keys.past, keys.length, device=q.device)
-        part = merge(attend_recent(q, keys, self.local), self._before(q, keys, rows))
+        part = self._rest(q, keys, rows)
+        if self._near:
+            part = merge(attend_recent(q, keys, self._near), part)
         pairs = 0
         for first in keys.starts or [0] * q.shape[0]:
             share = self._share(keys, keys.length - first)
@@ -119,22 +122,30 @@ class Summarised(Selection):
             pairs += int((seen - self.block * self._behind(seen) + self._entries(seen)).sum())
         return pairs * q.shape[1]
 
+    @property
+    def _near(self) -> int:
+        """How many of a query's last keys the windowed kernel reads. It does not pay for a few of them."""
+        return self.local if self.local > self.block else 0
+
     def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
-        """The last ``local`` keys by the windowed kernel, the other keys and the summaries tile by tile."""
-        recent = op(q, keys.kv, keys.softmax, window=self.local, start=keys.start_here, impl=impl)
+        """The last keys by the windowed kernel, the other keys and the summaries tile by tile."""
         tile, parts = max(_TILE, min(self.block, 8 * _TILE)), []
         for a in range(0, q.shape[2], tile):
             rows = torch.arange(keys.past + a, keys.past + min(a + tile, q.shape[2]), device=q.device)
-            parts.append(self._before(q[:, :, a : a + tile], keys, rows))
-        before = Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
-        return merge(recent, before)
+            how = "auto" if impl == "triton" else impl  # there is no kernel of its own
+            parts.append(run("summaries", _IMPLS, how, q[:, :, a : a + tile], self, keys, rows))
+        rest = Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+        if not self._near:
+            return rest
+        near = op(q, keys.kv, keys.softmax, window=self._near, start=keys.start_here, impl=impl)
+        return merge(near, rest)
 
-    def _before(self, q: Tensor, keys: Keys, rows: Tensor) -> Partial:
-        """Attention of the queries q [B, H, R, D] at positions ``rows`` over what lies before their last
-        ``local`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
+    def _rest(self, q: Tensor, keys: Keys, rows: Tensor) -> Partial:
+        """Attention of the queries q [B, H, R, D] at positions ``rows`` over all but their last
+        ``_near`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
         row, so that nothing in the padding is read."""
         if keys.starts is None:
-            return self._before_from(0, q, keys, keys.kv, self.levels, rows)
+            return self._rest_from(0, q, keys, keys.kv, self.levels, rows)
         parts = []
         for b, first in enumerate(keys.starts):
             one, valid = slice(b, b + 1), rows[rows >= first]
@@ -142,7 +153,7 @@ class Summarised(Selection):
             own = q[one, :, len(rows) - len(valid) :]
             part = empty_partial(q[one], keys.kv.value_dim)
             if len(valid):
-                found = self._before_from(first, own, keys, keys.kv[one], levels, valid)
+                found = self._rest_from(first, own, keys, keys.kv[one], levels, valid)
                 blind = empty_partial(q[one, :, : len(rows) - len(valid)], keys.kv.value_dim)
                 part = Partial(
                     torch.cat([blind.out.to(found.out.dtype), found.out], 2),
@@ -151,18 +162,18 @@ class Summarised(Selection):
             parts.append(part)
         return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
 
-    def _before_from(
+    def _rest_from(
         self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: Tensor
     ) -> Partial:
-        """``_before`` for batch rows that begin at position ``first``."""
+        """``_rest`` for batch rows that begin at position ``first``."""
         behind = self._behind(rows + 1 - first)  # [R]
         low = keys.held(first + self.block * self._finished(int(rows[0]) + 1 - first))
-        high = keys.held(max(0, int(rows[-1]) + 1 - self.local))
+        high = keys.held(max(0, int(rows[-1]) + 1 - self._near))
         parts = [empty_partial(q, kv.value_dim)]
         if low < high:
             places = keys.places()[low:high]
             read = places >= (first + self.block * behind)[:, None]
-            read &= places <= (rows - self.local)[:, None]
+            read &= places <= (rows - self._near)[:, None]
             parts.append(_masked(q, kv[:, :, low:high], keys, read))
         share, top = self._share(keys, int(rows[-1]) + 1 - first), self._top
         low, high = max(0, share.start - top), share.stop - top
@@ -191,6 +202,13 @@ class Summarised(Selection):
             lse = keys.softmax.softcap * torch.tanh(lse / keys.softmax.softcap)
         lse = (lse + self.bias[level]).masked_fill(~read, -torch.inf)  # [B, Hkv, G, R]
         return Partial(v[:, :, None].expand(*lse.shape, -1).flatten(1, 2), lse.flatten(1, 2))
+
+
+def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: Tensor) -> Partial:
+    return selection._rest(q, keys, rows)
+
+
+_IMPLS: Impls = {"reference": _rest_of, "eager": _rest_of}
 
 
 def _masked(q: Tensor, kv: KV, keys: Keys, read: Tensor) -> Partial:
