@@ -71,8 +71,9 @@ class Inputs:
     """What one call of a layer feeds a method. A method reads the parts that its ``needs`` name.
 
     q, k: the call's own queries [B, H, Tq, D] and keys [B, Hkv, Tq, D], after RoPE. hidden: [B, Tq, hidden].
-    length: Tk, the number of stored positions, the call's own included. places: [B, Tk], the position ids by
-    which their keys were rotated; None, like ``undo``, where the layer has no RoPE.
+    length: Tk, the number of positions, the call's own included. places: [B, n], the position ids by which
+    the last n of them were rotated, n = Tk on one device and Tq over ranks; None, like ``undo``, where the
+    layer has no RoPE.
     """
 
     needs: Needs
@@ -110,7 +111,7 @@ class Inputs:
     @property
     def positions(self) -> Tensor | None:
         """[B, Tq], the position ids of the call's own tokens; None where the layer has no RoPE."""
-        return None if self.places is None else self.places[:, self.length - self.tq :]
+        return None if self.places is None else self.places[:, self.places.shape[1] - self.tq :]
 
     def stored_before_rope(self, k: Tensor, first: int) -> Tensor:
         """Stored keys k [B, Hkv, n, D] of positions first .. first + n - 1, as they were before RoPE.
@@ -125,6 +126,7 @@ class Inputs:
     def part(self, rows: slice, first: int = 0, end: int | None = None) -> Inputs:
         """The inputs of ``rows`` of the batch, whose keys are cut to positions first .. end - 1."""
         end, past = self.length if end is None else end, self.length - self.tq
+        base = 0 if self.places is None else self.length - self.places.shape[1]
         own = slice(max(first - past, 0), max(end - past, 0))
         return dataclasses.replace(
             self,
@@ -132,7 +134,7 @@ class Inputs:
             k=self.k[rows, :, own],
             hidden=self.hidden[rows, own],
             length=end - first,
-            places=None if self.places is None else self.places[rows, first:end],
+            places=None if self.places is None else self.places[rows, max(first - base, 0) : end - base],
         )
 
     def last(self, count: int) -> Inputs:
@@ -143,9 +145,39 @@ class Inputs:
         q, k, hidden = self.q[:, :, own], self.k[:, :, own], self.hidden[:, own]
         return dataclasses.replace(self, q=q, k=k, hidden=hidden)
 
+    def own(self) -> dict[str, Tensor]:
+        """The parts that ``needs`` name, and what undoes RoPE in them, of the call's own positions; by name,
+        each [B, any, Tq, any]."""
+        parts = {}
+        if self.needs.queries_before_rope:
+            parts["q"] = self.q
+        if self.needs.keys_before_rope:
+            parts["k"] = self.k
+        if self.needs.hidden_states:
+            parts["hidden"] = self.hidden[:, None]
+        if (positions := self.positions) is not None:
+            parts["places"] = positions[:, None, :, None]
+        return parts
+
+    def of(self, own: Mapping[str, Tensor], length: int) -> Inputs:
+        """The inputs of a call whose ``own`` is given, and which ends after ``length`` positions. What
+        ``needs`` do not name has no numbers in it."""
+        n = next(iter(own.values())).shape[2]
+        nothing = self.q.new_empty(*self.q.shape[:2], n, 0)
+        hidden, places = own.get("hidden"), own.get("places")
+        return dataclasses.replace(
+            self,
+            q=own.get("q", nothing),
+            k=own.get("k", nothing),
+            hidden=nothing[:, 0] if hidden is None else hidden[:, 0],
+            length=length,
+            places=None if places is None else places[:, 0, :, 0],
+        )
+
     def _before_rope(self, x: Tensor, first: int) -> Tensor:
         if self.undo is None or self.places is None:
             return x
+        first -= self.length - self.places.shape[1]
         return self.undo(x, self.places[:, first : first + x.shape[2]])
 
     def _check(self, name: str) -> None:

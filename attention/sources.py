@@ -126,6 +126,13 @@ class Recent:
             end = past + x.shape[2]
         return Recent(kept, end)
 
+    def preceded_by(self, name: Source, head: Tensor, known: int) -> Recent:
+        """With the positions ``head`` of ``name``, the last of which is known - 1; these end there where
+        nothing later is kept."""
+        kept = {} if known > self.end else dict(self.tensors)
+        kept[name] = torch.cat([head, kept[name]], 2) if name in kept else head
+        return Recent(kept, max(known, self.end))
+
     def crop(self, length: int) -> Recent:
         """Without the positions at or after ``length``."""
         if length >= self.end:

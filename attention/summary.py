@@ -57,14 +57,21 @@ class Summary(Protocol):
         ...
 
 
-_NUMBERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+class _Number(int):
+    """Its text is the same for every module, since ranks compare the texts of keys, and weights apart."""
+
+    def __repr__(self) -> str:
+        return "module"
+
+
+_NUMBERS: weakref.WeakKeyDictionary[nn.Module, _Number] = weakref.WeakKeyDictionary()
 _NEXT = itertools.count()
 
 
 def identity(module: nn.Module) -> int:
     """A number that no other module of this process has, for the key of a summary that owns weights."""
     if module not in _NUMBERS:
-        _NUMBERS[module] = next(_NEXT)
+        _NUMBERS[module] = _Number(next(_NEXT))
     return _NUMBERS[module]
 
 
@@ -200,6 +207,8 @@ class Summaries:
         """Entries [B, heads, count_entries, width] for all positions of ``supply``; what is new is taken
         in."""
         length, kept = supply.length, self._kept.get(summary.key)
+        if length == 0 and kept is None:  # a rank may hold nothing
+            return summary.compute(supply.sources(summary.reads, 0).map(_one_of_zeros))[:, :, :0]
         if kept is None or kept.done < length or not kept.current:
             first = self.open(summary, starts)
             if kept is None:
@@ -328,6 +337,10 @@ class SomeRows(Summaries):
 
     def done(self, summary: Summary) -> int:
         return self._whole.done(summary)
+
+
+def _one_of_zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:2], 1, x.shape[3])
 
 
 def recent_positions(summary: Summary) -> int:

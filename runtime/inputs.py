@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,16 +31,21 @@ class Given:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
         [B, Hkv, Tk]. store: the store that holds kv; None where kv is all of this call."""
         total, tq = kv.length if store is None else store.total, q.shape[2]
-        places = None
-        if self.positions is not None:
-            own = self.positions.expand(q.shape[0], tq)
-            places = own if store is None else store.positions.append(own, total)
+        own = self.own(q, kv[:, :, kv.length - tq :].k)
+        if own.places is None or store is None:
+            return replace(own, length=total)
+        return replace(own, length=total, places=store.positions.append(own.places, total))
+
+    def own(self, q: Tensor, k: Tensor) -> Inputs:
+        """The inputs of the tokens that this process computes, as if there were no others: queries
+        q [B, H, n, D] and keys k [B, Hkv, n, D]."""
+        places = None if self.positions is None else self.positions.expand(q.shape[0], q.shape[2])
         return Inputs(
             needs=self.needs,
             q=q,
-            k=kv[:, :, kv.length - tq :].k,
+            k=k,
             hidden=self.hidden,
-            length=total,
+            length=q.shape[2],
             places=places,
             undo=self.undo,
         )

@@ -173,7 +173,9 @@ class Layer(Unique):
         if not isinstance(store, ShardStore):
             store = ShardStore(mesh.ranks, mesh.config.block)
         ends = self.session.ends_below(call.total)
-        source = KeysOverRanks(q, k, v, store, call, mesh, softmax, ends=ends, kept=kept)
+        source = KeysOverRanks(
+            q, k, v, store, call, mesh, softmax, ends=ends, kept=kept, given=self.session.given
+        )
         if softmax.window is not None:
             return source.attend_window(softmax.window)
         called = self.layer_call(source)

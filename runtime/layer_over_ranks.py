@@ -13,24 +13,26 @@ from ..attention.keys import State
 from ..attention.kv import KV
 from ..attention.mass import Probe
 from ..attention.method import DECODE, AttentionMethod
+from ..attention.needs import Inputs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.sources import Supply
-from ..attention.summary import SomeRows, Summaries, Summary
+from ..attention.summary import SomeRows, Summaries
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
-from ..parallel.mechanisms.entries import extend, extend_split
 from ..parallel.mechanisms.gather import rearranged
 from ..parallel.mechanisms.keys import ShardedKeys
 from ..parallel.mechanisms.layout import Layout
 from ..parallel.mechanisms.prefill import prefill
-from ..parallel.mechanisms.selected import last_queries
+from ..parallel.mechanisms.selected import last_inputs, last_queries
+from .inputs import Given
 from .layer_call import LocalKeys
 from .padding import Padding
 from .rows import Run
 from .shard import ShardStore
+from .supply_over_ranks import SupplyOverRanks
 
 _CALL = "_farspan_call"
 _SHORT = "the prompt is so short that every rank computes it"
@@ -57,6 +59,7 @@ class KeysOverRanks:
     split they are all tokens, the same on every rank.
     ends: the positions at which rows end; None without padding on the right.
     kept: whether ``store`` belongs to a cache, so that later calls read it.
+    given: the inputs of the attention module, where a method of the layer needs them.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class KeysOverRanks:
         *,
         ends: list[int] | None,
         kept: bool,
+        given: Given | None = None,
     ) -> None:
         self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
         self.softmax, self.ends, self.kept = softmax, ends, kept
@@ -78,19 +82,32 @@ class KeysOverRanks:
         self.short = call.split is None and call.past > 0
         self.states = store.states
         self._local: LocalCall | None = None  # for a call that is split
+        self._gathered: Inputs | None = None
         self._sent = mesh.sent()
+        self._fed = None if given is None else given.own(q, k)
 
     def require(self, needed: int | None) -> None:
         self.store.require(needed, self.past)
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
-        """Store the new keys and values, and update the block summaries that the methods declare."""
+        """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
-        past = _take(self.k, self.v, store, call)
-        declared = decode.summaries if call.split is None else (*decode.summaries, *prefill.summaries)
-        _extend(declared, self.k, store, past, call, mesh)
+        supply = SupplyOverRanks(self.q, self.k, self.v, store, call, self._fed)
+        supply.take()
+        supply.extend_blocks(prefill, decode)
+        supply.extend_labels(prefill, decode)
         if call.split is not None:
-            self._local = LocalCall(self.q, self.k, self.v, store.shard, call, mesh, self.softmax)
+            self._local = LocalCall(
+                self.q,
+                self.k,
+                self.v,
+                store.shard,
+                call,
+                mesh,
+                self.softmax,
+                fed=self._fed,
+                labels=supply.gather_labels(prefill),
+            )
 
     def newly_sent(self) -> int:
         """Bytes that this rank has sent since the previous call of ``newly_sent``."""
@@ -112,11 +129,20 @@ class KeysOverRanks:
             layout=self.store.layout,
             ranks=self.store.ranks,
             shared=self.store.shared,
+            fed=self._last_inputs(tq),
         )
         return keys if every else keys.some_rows(rows, state)
 
     def last_queries(self, count: int) -> Tensor:
         return self.q[:, :, -count:] if self._local is None else last_queries(self._local, count)
+
+    def _last_inputs(self, count: int) -> Inputs | None:
+        """The inputs of the last ``count`` positions of the whole call."""
+        if self._fed is None or self._local is None:
+            return None if self._fed is None else replace(self._fed, length=self.total).last(count)
+        if self._gathered is None or self._gathered.tq != count:
+            self._gathered = self._fed.of(last_inputs(self._local, count), self.total)
+        return self._gathered
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None
@@ -135,6 +161,7 @@ class KeysOverRanks:
                 KV(self.k, self.v),
                 self.softmax,
                 padding=_padding_within(self.call),
+                fed=self._fed,
             )
             part, reads, _ = here.attend(method, run, state, None)
             travel = Travel("none", _SHORT)
@@ -149,7 +176,7 @@ class KeysOverRanks:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
         store, call = self.store, self.call
         store.needed = window
-        _take(self.k, self.v, store, call)
+        SupplyOverRanks(self.q, self.k, self.v, store, call, None).take()
         if call.split is not None:
             local = LocalCall(self.q, self.k, self.v, store.shard, call, self.mesh, self.softmax)
             part = prefill(_DENSE, local, store.shared, window)[0]
@@ -160,17 +187,6 @@ class KeysOverRanks:
             part = flash(self.q, KV(self.k, self.v), self.softmax, window=window, start=call.start)
         _forget(store, window, call, self.mesh)
         return part
-
-
-def _take(k: Tensor, v: Tensor, store: ShardStore, call: Call) -> Shard:
-    """Store the new keys and values of a call. Returns what this rank held before."""
-    past = store.shard if store.kv is not None else Shard(KV(k[:, :, :0], v[:, :, :0]), store.layout)
-    if call.split is None:
-        store.take_shared(k, v)
-    else:
-        store.take_split(k, v, call.split)
-    store.align(call.starts, call.total)
-    return past
 
 
 def _padding_within(call: Call) -> Padding:
@@ -191,8 +207,10 @@ def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalC
         start = None if call.start is None else call.start[rows]
     q, k, v = (x[rows] for x in (local.q, local.k, local.v))
     shard = local.shard._replace(kv=local.shard.kv[rows])
+    fed = None if local.fed is None else local.fed.part(rows)
+    labels = {key: x[rows] for key, x in local.labels.items()}
     call = call._replace(start=start, starts=None if start is None else starts)
-    local = replace(local, q=q, k=k, v=v, shard=shard, call=call)
+    local = replace(local, q=q, k=k, v=v, shard=shard, call=call, fed=fed, labels=labels)
     return local, SomeRows(shared, Supply(KV(k, v)), None, rows)
 
 
@@ -212,29 +230,6 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
         gone = store.layout.below(mesh.ranks.rank, low)
         shard = store.shard
         store.replace(Shard(shard.kv[:, :, gone:], shard.layout.cut(low, call.total)))
-
-
-@torch.no_grad()
-def _extend(
-    declared: tuple[Summary, ...], k: Tensor, store: ShardStore, past: Shard, call: Call, mesh: Mesh
-) -> None:
-    """Update the summaries in ``declared`` that are kept for each block."""
-    of_blocks: dict[tuple, Summary] = {s.key: s for s in declared if s.block is not None}
-    recent = k
-    if call.split is None and store.recent is not None:
-        recent = torch.cat([store.recent, k], 2)
-    for summary in of_blocks.values():
-        if call.split is None:
-            recent = extend(
-                summary, store.shared, store.shard.kv.k, store.layout, recent, call.starts, mesh.ranks
-            )
-        else:
-            extend_split(
-                summary, store.shared, k, past.layout, past.kv.k, call.split, call.starts, mesh.ranks
-            )
-    store.recent = None
-    if call.split is None and of_blocks:
-        store.recent = recent[:, :, -2 * max(s.block or 1 for s in of_blocks.values()) :]
 
 
 def _are_all(rows: slice, x: Tensor) -> bool:

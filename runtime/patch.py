@@ -156,13 +156,6 @@ def patch(
             f"mixers= was given for a model over {mesh.size} ranks, and the state of a mixer is not passed "
             "between ranks: leave mixers out, or patch without parallel in one process."
         )
-    if mesh is not None and any(m.needs.inputs for pair in chosen for m in pair):
-        mesh.close()
-        fed = sorted({m.name for pair in chosen for m in pair if m.needs.inputs})
-        raise FarspanError(
-            f"{' and '.join(fed)} needs queries or keys before RoPE or hidden states, which are not passed "
-            f"between the {mesh.size} ranks of this model: patch without parallel in one process."
-        )
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(

@@ -40,6 +40,11 @@ class Positions:
         self.length = total
         return self._ids[:, :total]
 
+    def between(self, first: int, end: int) -> Tensor:
+        """The ids [B, end - first] of the keys first .. end - 1."""
+        assert self._ids is not None and end <= self.length
+        return self._ids[:, first:end]
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the ids."""

@@ -21,8 +21,7 @@ class ShardStore(KVStore):
 
     length: number of positions on this rank. total: number of positions on all ranks.
     layout: which rank holds which positions; it is the same on every rank.
-    shared: block summaries of all keys; every rank has all of them.
-    recent: the last keys [B, Hkv, t, D], from which the summary of an incomplete block is computed.
+    shared: block summaries of all positions, and what is kept for them; every rank has all of it.
     """
 
     def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
@@ -30,7 +29,6 @@ class ShardStore(KVStore):
         self.ranks, self.block, self.needed = ranks, block, window
         self.layout = Layout.empty(ranks.size)
         self.shared = Summaries()
-        self.recent: Tensor | None = None
         self._total = 0
 
     @property
@@ -43,8 +41,7 @@ class ShardStore(KVStore):
 
     @property
     def nbytes(self) -> int:
-        recent = 0 if self.recent is None else self.recent.numel() * self.recent.element_size()
-        return super().nbytes + self.shared.nbytes + recent
+        return super().nbytes + self.shared.nbytes
 
     @property
     def shard(self) -> Shard:
@@ -52,13 +49,15 @@ class ShardStore(KVStore):
         assert self.kv is not None
         return Shard(self.kv, self.layout)
 
-    def take_shared(self, k: Tensor, v: Tensor) -> None:
+    def take_shared(self, k: Tensor, v: Tensor) -> Tensor:
         """Store this rank's part of new keys and values [B, Hkv, t, D] that every rank has. The layout is
-        block-cyclic: each block goes to the rank that holds the fewest positions."""
+        block-cyclic: each block goes to the rank that holds the fewest positions. Returns which of the t
+        positions the rank has stored, [n] int64."""
         begin, end = self.total, self.total + k.shape[2]
         layout = self.layout.block_cyclic(begin, end, self.block)
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
+        return mine
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
         """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without the padding
@@ -83,7 +82,6 @@ class ShardStore(KVStore):
     def _drop_summaries(self) -> None:
         super()._drop_summaries()
         self.shared.clear()
-        self.recent = None
 
     def crop(self, count: int) -> None:
         if count <= 0:
@@ -93,9 +91,6 @@ class ShardStore(KVStore):
         here = self.layout.below(self.ranks.rank, self.total)
         self.layout = self.layout.cut(0, self.total)
         self.shared.crop(self.total)
-        self.recent = (
-            None if self.recent is None else self.recent[:, :, : max(0, self.recent.shape[2] - count)]
-        )
         self._shorten(here, here)
         self._forget_since(self.total)
 
@@ -103,7 +98,6 @@ class ShardStore(KVStore):
         super().reset()
         self.layout, self._total = Layout.empty(self.ranks.size), 0
         self.shared.clear()
-        self.recent = None
 
     def holds(self, k: Tensor) -> bool:
         return False  # k is computed in the call; the stored keys are read by position
@@ -111,4 +105,3 @@ class ShardStore(KVStore):
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         super()._map(change, rows)
         self.shared.map_rows(change)
-        self.recent = None if self.recent is None else change(self.recent)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ...attention.kv import KV
+from ...attention.needs import Inputs
 from ...attention.softmax import Softmax
 from ..group.mesh import Mesh
 from .layout import Layout, Split
@@ -62,7 +64,8 @@ class LocalCall:
 
     q [B, H, split.rows, D], k, v [B, Hkv, split.rows, D]: what the rank has computed in this call. shard: all
     keys and values that it holds, those of this call included. softmax: how the layer turns q k^T into
-    weights.
+    weights. fed: the inputs of these rows, where a method needs them. labels: by the key of a summary, the
+    labels [B, heads, total, width] of all positions.
     """
 
     q: Tensor
@@ -72,6 +75,8 @@ class LocalCall:
     call: Call
     mesh: Mesh
     softmax: Softmax
+    fed: Inputs | None = None
+    labels: Mapping[tuple, Tensor] = field(default_factory=dict)
 
     @property
     def split(self) -> Split:

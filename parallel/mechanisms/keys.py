@@ -22,8 +22,7 @@ class ShardedKeys(Keys):
     """The keys of a decode call: kv [B, Hkv, N] are the N of ``total`` keys that this rank holds.
 
     shared: the entries of block summaries of all keys, the same on every rank, so that a method which selects
-    by them selects as on one device. ``summaries`` has what describes single keys, for this rank's keys
-    alone.
+    by them selects as on one device. ``summaries`` has the labels of single keys, for this rank's keys alone.
     """
 
     total: int
@@ -56,7 +55,7 @@ class ShardedKeys(Keys):
 
     def entries(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            return self.summaries.get(summary, Supply(self.kv), None)
+            return self.summaries.get(summary, self._supply(), None)
         assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
         return self.shared.entries(summary, self.total)
 

@@ -19,6 +19,7 @@ from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial
 from ...attention.selection import EveryKey
+from ...attention.sources import IN_NO_CACHE
 from ...attention.summary import Summaries
 from ..group.mesh import Mesh
 from .call import LocalCall, Travel
@@ -141,8 +142,10 @@ def _splits_groups(method: AttentionMethod, local: LocalCall) -> str | None:
     if geometry.num_kv_heads % size:
         kv_heads = geometry.num_kv_heads
         return f"{size} ranks do not divide {kv_heads} KV heads, whose query heads select together"
-    if method.couples_heads or method.needs.recipe:
+    if method.couples_heads or method.needs.recipe or method.needs.inputs or method.module is not None:
         return f"{method.name} needs all heads of the layer"
+    if any(summary.reads & IN_NO_CACHE for summary in method.summaries):
+        return f"{method.name} selects by queries of earlier calls"
     return None
 
 

@@ -6,6 +6,7 @@ While a layer runs, a rank has memory for the keys of all positions; only those 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,20 +22,29 @@ from ...attention.selection import Selection, Window, as_selection
 from ...attention.summary import Summaries, Summary
 from .call import Call, LocalCall
 from .edges import Beyond, beyond
-from .gather import fetch, gather_all, gather_rows
+from .entries import last_positions
+from .gather import fetch, gather_all
 from .layout import Span
+
+Own = Mapping[str, Tensor]  # of ``Inputs.own``
+_QUERIES = "queries"  # those that attend, beside the names of ``Inputs.own``
 
 
 @dataclass(kw_only=True)
 class _ChunkKeys(Keys):
-    """The keys that one chunk of queries may read, for ``rows`` of the batch. Methods select by the entries
-    of ``shared`` before the keys have arrived. complete: all keys have arrived."""
+    """The keys that one chunk of queries may read, for ``rows`` of the batch, which begin at position
+    ``first``. Methods select by the entries of ``shared`` and by ``labels`` before the keys have arrived.
+    complete: all keys have arrived."""
 
     shared: Summaries
+    labels: Mapping[tuple, Tensor]
     rows: slice
+    first: int
     complete: bool
 
     def entries(self, summary: Summary) -> Tensor:
+        if summary.block is None:
+            return self.labels[summary.key][self.rows, :, self.first : self.first + self.length]
         return self.shared.entries(summary, self.length)[self.rows]
 
     def read_all_keys(self) -> Tensor:
@@ -141,26 +151,30 @@ def _pieces(
     if call.starts is not None:
         batches = [slice(b, b + 1) for b in range(q.shape[0])]
 
-    def view(batch: slice, end: int, tq: int, found: State) -> _ChunkKeys:
+    def view(batch: slice, end: int, tq: int, found: State, own: Own) -> _ChunkKeys:
         first = _first(call, batch)
         return _ChunkKeys(
             kv=KV(keys[batch, :, first:end], values[batch, :, first:end]),
             tq=tq,
             shared=shared,
+            labels=local.labels,
             rows=batch,
+            first=first,
             complete=complete,
             prepared=found,
             softmax=local.softmax,
+            fed=local.fed.of(own, end - first) if local.fed is not None and own else None,
         )
 
     prepared: dict[int, State] = {}
     prepare_bytes = 0
     if window is None and (n := min(method.last_queries, call.total - call.past)):
-        last = last_queries(local, n)
+        last, fed = last_queries(local, n), last_inputs(local, n)
         for batch in batches:
-            queries = last[batch, :, -(call.total - max(_first(call, batch), call.past)) :]
-            whole = view(batch, call.total, queries.shape[2], {})
-            prepared[batch.start] = method.prepare_prefill(queries, whole)
+            valid = min(n, call.total - max(_first(call, batch), call.past))
+            own = {name: x[batch, :, n - valid :] for name, x in fed.items()}
+            whole = view(batch, call.total, valid, {}, own)
+            prepared[batch.start] = method.prepare_prefill(last[batch, :, n - valid :], whole)
             prepare_bytes += whole.summary_bytes
     pieces = []
     for slot, (a, b) in local.split.slots(local.rank):
@@ -171,8 +185,9 @@ def _pieces(
                 continue
             here = slice(slot.stop - (b - begin), slot.stop)
             low, high = edges.reach((begin, b), first)
-            queries = edges.extended(q[batch, :, here], (a, b), low, high, batch)
-            visible = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}))
+            own = edges.extended(here, (a, b), low, high, batch)
+            queries = own.pop(_QUERIES)
+            visible = view(batch, b + high, queries.shape[2], prepared.get(batch.start, {}), own)
             if window is not None:
                 selection: Selection = Window(size=window)
             else:
@@ -183,25 +198,35 @@ def _pieces(
 
 def last_queries(local: LocalCall, n: int) -> Tensor:
     """The last n queries [B, H, n, D] of the call, on every rank."""
-    layout, begin = local.split.layout(), local.split.end - n
-    mine = local.split.real(local.q, local.rank).detach()[:, :, layout.below(local.rank, begin) :]
-    return gather_rows(mine, layout.cut(begin, local.split.end), local.mesh.ranks, "last_queries")
+    return last_positions(local.q.detach(), n, local.split, local.mesh.ranks, "last_queries")
+
+
+def last_inputs(local: LocalCall, n: int) -> Own:
+    """``Inputs.own`` of the last n positions of the call, on every rank; empty where no method needs any."""
+    own = {} if local.fed is None else local.fed.own()
+    ranks = local.mesh.ranks
+    return {name: last_positions(x.detach(), n, local.split, ranks, "inputs") for name, x in own.items()}
 
 
 class _Edges:
-    """The queries next to a chunk, for query blocks that the end of a chunk cuts. Blocks count from the start
-    of a row. Nothing is sent where no block is cut."""
+    """The queries and inputs next to a chunk, for query blocks that the end of a chunk cuts. Blocks count
+    from the start of a row. Nothing is sent where no block is cut."""
 
     def __init__(self, local: LocalCall, block_multiple: int) -> None:
         self.block_multiple, self.past, self.end = block_multiple, local.call.past, local.split.end
         self.arrived: list[Tensor] = []
-        self._beyond: dict[Span, Beyond] = {}
+        self._beyond: dict[str, dict[Span, Beyond]] = {}
+        self._own = {_QUERIES: local.q}
+        if local.fed is not None:
+            self._own |= {name: x.detach() for name, x in local.fed.own().items()}
         chunks = [chunk for rank in range(local.split.size) for _, chunk in local.split.slots(rank)]
         starts = local.call.starts or ()
         if any(self.reach((max(a, s), b), s) != (0, 0) for s in starts for a, b in chunks if b > s):
             n = block_multiple - 1
-            self._beyond, arrived = beyond(local.q, n, n, local.split, local.mesh.ranks, "edges")
-            self.arrived.append(arrived)
+            for name, x in self._own.items():
+                self._beyond[name], arrived = beyond(x, n, n, local.split, local.mesh.ranks, "edges")
+                if name == _QUERIES:
+                    self.arrived.append(arrived)
 
     def reach(self, chunk: Span, first: int) -> tuple[int, int]:
         """How many queries before and after the chunk belong to its query blocks, in a row that begins at
@@ -213,11 +238,15 @@ class _Edges:
             -(end - first) % self.block_multiple, self.end - end
         )
 
-    def extended(self, q: Tensor, chunk: Span, low: int, high: int, batch: slice) -> Tensor:
-        """q [B, H, n, D] of the chunk with ``low`` queries before and ``high`` after it."""
-        parts = [q]
-        if low:
-            parts.insert(0, self._beyond[chunk].before[batch, :, -low:])
-        if high:
-            parts.append(self._beyond[chunk].after[batch, :, :high])
-        return torch.cat(parts, 2) if len(parts) > 1 else q
+    def extended(self, here: slice, chunk: Span, low: int, high: int, batch: slice) -> dict[str, Tensor]:
+        """The queries and inputs [B, any, n, any] of the tokens ``here`` of a chunk, with those of ``low``
+        tokens before and ``high`` after it."""
+        found = {}
+        for name, x in self._own.items():
+            parts = [x[batch, :, here]]
+            if low:
+                parts.insert(0, self._beyond[name][chunk].before[batch, :, -low:])
+            if high:
+                parts.append(self._beyond[name][chunk].after[batch, :, :high])
+            found[name] = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        return found

@@ -11,8 +11,18 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from ..parallel.jobs import TWO_LAYERS, Case, generated, over_ranks
+from ..parallel.jobs import (
+    TWO_LAYERS,
+    Case,
+    generated,
+    over_ranks,
+    refused_over_ranks,
+    stepped,
+    stepped_over_ranks,
+)
 from ..parallel.world import World
+from ..runtime.mixed_gate import MixedGate
+from ..runtime.pooled_gate import PooledGate
 from .tools import every_method, sparse_settings
 
 # Each method at its first parameters.
@@ -73,7 +83,7 @@ def _assert_as_on_one_device(world: World, plan: dict[int, list[Case]]) -> None:
                 _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
 
 
-@every_method(over_ranks=True)
+@every_method()
 def test_over_ranks_as_on_one_device(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ):
@@ -87,7 +97,7 @@ def test_over_ranks_as_on_one_device(
 
 
 @pytest.mark.slow
-@every_method(over_ranks=True)
+@every_method()
 def test_every_size_and_corner_as_on_one_device(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ):
@@ -96,6 +106,33 @@ def test_every_size_and_corner_as_on_one_device(
     common = _common(method, recipe_of(method))
     plain = _plain(common)
     _assert_as_on_one_device(world, {3: [*_cut(common), *_corners(common)], 2: plain, 4: plain})
+
+
+def test_gates_as_on_one_device(world: World):
+    """Gates that are fed queries and keys before RoPE and hidden states, with summaries of these, of queries,
+    of values and of positions, per block and per token."""
+    mixed, pooled = _common(MixedGate(), None), _common(PooledGate(), None)
+    _, long, padded = _plain(mixed)
+    short, begun, beams, _ = _corners(mixed)
+    plan = {3: [padded, *_cut(mixed), begun, beams], 2: [long, _cut(pooled)[0]], 4: [padded, short]}
+    _assert_as_on_one_device(world, plan)
+
+
+def test_gates_after_crops_as_on_one_device(world: World):
+    """What summaries read of queries and hidden states is kept for a crop, and is the same on every rank."""
+    common = _common(MixedGate(), None)
+    cases = [
+        Case(calls=(90, 1, 5, -4, 1, 40, -30, 3, 1), **common),
+        Case(calls=(50, -9, 1, 1, -24, 30, 6, -3, 2), **common),
+    ]
+    ranks = world.run(stepped_over_ranks, 3, cases)
+    for i, case in enumerate(cases):
+        want = stepped(case)
+        for got in (done[i] for done in ranks):
+            for a, b in zip(got["logits"], want["logits"], strict=True):
+                assert (a - b).abs().max() < 1e-9, case
+    for refused in world.run(refused_over_ranks, 2, Case(calls=(120, -69, 1), **common)):
+        assert "needs the hidden states of the tokens from position 48 on" in refused
 
 
 @pytest.mark.parametrize(

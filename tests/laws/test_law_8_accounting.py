@@ -21,6 +21,7 @@ from farspan.parallel.mechanisms.layout import Split, zigzag
 
 from ..parallel.jobs import TWO_LAYERS, Case, stepped, stepped_over_ranks
 from ..parallel.world import World
+from ..runtime.mixed_gate import MixedGate
 from .tools import HKV, D, Data, H, Selection, Stream, every_method, leaves_out, recorded, replayed
 
 DENSE = farspan.parse_method("dense")
@@ -188,12 +189,15 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
 
     def select(self: Any, q: Tensor, keys: Keys, original: Any = cls.select_prefill) -> Any:
         for a, b in (chunk for rank in prompt.chunks for chunk in rank if chunk[0] < chunk[1]):
+            fed = None if keys.fed is None else keys.fed.part(slice(None), 0, b)
             chunk = replace(
                 keys,
                 kv=keys.kv[:, :, :b],
                 tq=b - a,
                 summaries=Summaries(),
                 summary_bytes=0,
+                fed=fed,
+                supply=replace(keys.supply, q=keys.supply.q[:, :, :b], fed=fed),
             )
             original(self, q[:, :, a:b], chunk)
             found.chunks += chunk.summary_bytes
@@ -230,10 +234,18 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
         yield found
 
 
-@every_method(over_ranks=True)
+@every_method()
 def test_ranks_count_what_selection_reads(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ) -> None:
+    _assert_ranks_count(method, recipe_of(method), world)
+
+
+def test_ranks_count_what_gates_read(world: World) -> None:
+    _assert_ranks_count(MixedGate(), None, world)
+
+
+def _assert_ranks_count(method: AttentionMethod, recipe: Any, world: World) -> None:
     """Every rank reads what is whole on every rank, so its bytes are one device's: block summaries at decode,
     all keys in ``prepare_prefill``. Two things differ by definition. Labels and raw keys at decode lie with
     their keys, so the ranks' bytes add up to one device's. In prefill each chunk of the prompt is selected
@@ -242,7 +254,7 @@ def test_ranks_count_what_selection_reads(
     blocks = [s.block or 1 for s in method.summaries]
     for size in (2, 3):
         prompt = zigzag(0, length, size, math.lcm(method.block_multiple, *blocks))
-        how: dict[str, Any] = {"overrides": TWO_LAYERS, "patch": {"recipe": recipe_of(method)}}
+        how: dict[str, Any] = {"overrides": TWO_LAYERS, "patch": {"recipe": recipe}}
         case = Case(spec=method, calls=(length, *(1,) * 5), **how)
         with selection_bytes(method, prompt) as known:
             want = _of_selection(stepped(case)["report"])

@@ -191,15 +191,12 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None, *, whole_prompt: bool = True, over_ranks: bool = False) -> Any:
+def every_method(phase: str | None = None, *, whole_prompt: bool = True) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
-    over_ranks: without those that are fed inputs, which are refused over ranks.
     """
     cases = _cases(sparse_settings, phase)
-    if over_ranks:
-        cases = [case for case in cases if not case.values[0].needs.inputs]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)
@@ -251,7 +248,9 @@ class Data:
             return None
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length)
+        starts = torch.tensor(self.starts or [0] * len(q))
+        places = (torch.arange(length) - starts[:, None]).clamp(min=0)
+        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places)
 
     @property
     def scale(self) -> float:

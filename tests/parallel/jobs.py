@@ -128,3 +128,12 @@ def stepped_over_ranks(group: Any, cases: list[Case]) -> list[dict[str, Any]]:
         stepped(case, parallel=farspan.ContextParallel(mesh=group, **({"block": BLOCK} | case.parallel)))
         for case in cases
     ]
+
+
+def refused_over_ranks(group: Any, case: Case) -> str:
+    """The sentence in which the plain calls of a case end."""
+    try:
+        stepped_over_ranks(group, [case])
+    except farspan.FarspanError as error:
+        return str(error)
+    return "nothing was refused"

@@ -82,6 +82,10 @@ class PooledGate(AttentionMethod):
     def summaries(self) -> tuple[Summary, ...]:
         return (BlockPool(self.block, of="keys_before_rope"),)
 
+    def entries(self, keys: Keys) -> Tensor:
+        """[B, Hkv, N, D], one for each block."""
+        return keys.summary(*self.summaries)
+
     def _scores(self, q: Tensor, means: Tensor) -> Tensor:
         assert self.gate is not None
         return scores(q @ self.gate.q.T.to(q), means @ self.gate.k.T.to(q), Softmax(1.0))
@@ -89,14 +93,14 @@ class PooledGate(AttentionMethod):
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         assert keys.inputs.hidden_states.shape[1] == q.shape[2]
         grid = Grid.of(keys, self.block, self.block)
-        means = keys.summary(*self.summaries)
+        means = self.entries(keys)
         found = self._scores(pool(keys.inputs.queries_before_rope, self.block, mode="mean"), means)
         ranked = group_scores(found, (grid.cols < grid.first[:, None])[None], "none")
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         return grid.choose(ranked, forced, self.blocks)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
-        means = keys.summary(*self.summaries)  # [B, Hkv, N, D]
+        means = self.entries(keys)  # [B, Hkv, N, D]
         found = self._scores(keys.inputs.queries_before_rope, means)
         first = torch.zeros(1, device=q.device) if keys.start is None else keys.start
         rows = torch.arange(keys.past, keys.length, device=q.device)
