@@ -93,7 +93,9 @@ class Keys:
     @property
     def start_here(self) -> Tensor | None:
         """``start``, counted from the first key of ``kv``."""
-        return self.start if self.start is None or not self.dropped else (self.start - self.dropped).clamp(min=0)
+        return (
+            self.start if self.start is None or not self.dropped else (self.start - self.dropped).clamp(min=0)
+        )
 
     @property
     def past(self) -> int:
@@ -129,8 +131,8 @@ class Keys:
         return count if self.start is None else count - self.start[:, None, None]
 
     def entries(self, summary: Summary) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date, to be attended to: they count as
-        keys.
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date, to be attended to: they count
+        as keys.
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""

@@ -149,8 +149,8 @@ class Recent:
 class Supply:
     """What one call of a layer has for summaries.
 
-    kv: [B, Hkv, Tk - dropped], keys and values of all positions but the first ``dropped``. q: [B, H, Tq, D], the call's own queries. fed: the call's inputs.
-    recent: what is kept of earlier calls.
+    kv: [B, Hkv, Tk - dropped], keys and values of all positions but the first ``dropped``. q: [B, H, Tq, D],
+    the call's own queries. fed: the call's inputs. recent: what is kept of earlier calls.
     """
 
     kv: KV
@@ -187,9 +187,9 @@ class Supply:
     def _kv(self, first: int) -> KV:
         if first < self.dropped:
             raise FarspanError(
-                f"A summary needs the keys of the tokens from position {first} on, and this cache has dropped "
-                f"those before position {self.dropped}: use it with the method that has filled it, or start a "
-                "new cache."
+                f"A summary needs the keys of the tokens from position {first} on, and this cache has "
+                f"dropped those before position {self.dropped}: use it with the method that has filled it, "
+                "or start a new cache."
             )
         return self.kv[:, :, first - self.dropped :]
 

@@ -32,8 +32,9 @@ class KVStore:
 
     The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
-    each method. Both follow every change of the batch rows. Where no method of the layer needs the oldest keys,
-    ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of it.
+    each method. Both follow every change of the batch rows. Where no method of the layer needs the oldest
+    keys, ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of
+    it.
 
     length: number of positions whose keys and values are here.
     """
@@ -141,8 +142,9 @@ class KVStore:
             moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
             if moved and self.dropped:
                 raise FarspanError(
-                    f"Another attention mask was given for {self.total} cached tokens, {self.dropped} of which "
-                    "have summaries in place of keys: give the mask of the earlier calls, or start a new cache."
+                    f"Another attention mask was given for {self.total} cached tokens, {self.dropped} of "
+                    "which have summaries in place of keys: give the mask of the earlier calls, or start a "
+                    "new cache."
                 )
             if moved:
                 self._drop_summaries()
@@ -167,8 +169,8 @@ class KVStore:
         left = max(0, self.total - count)
         if left and self.needed is not None and self.dropped > max(0, left + 1 - self.needed):
             raise FarspanError(
-                f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the first "
-                f"{self.dropped} were dropped and the last {self.needed} are needed: start a new cache."
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
+                f"first {self.dropped} were dropped and the last {self.needed} are needed: start a new cache."
             )
 
     def _shorten(self, length: int, known: int) -> None:
@@ -184,8 +186,8 @@ class KVStore:
         if self.dropped and (needed is None or self.dropped > max(0, past + 1 - needed)):
             what = "all of them" if needed is None else f"the last {needed}"
             raise FarspanError(
-                f"This cache keeps summaries in place of its first {self.dropped} keys, and a layer needs {what}: "
-                "use the cache with the method that has filled it, or start a new cache."
+                f"This cache keeps summaries in place of its first {self.dropped} keys, and a layer needs "
+                f"{what}: use the cache with the method that has filled it, or start a new cache."
             )
 
     def forget(self, needed: int | None) -> None:

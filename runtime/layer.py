@@ -181,7 +181,9 @@ class Layer(Unique):
         called = self.layer_call(source)
         if kept:
             kv = KV(k, v)
-            self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size)
+            self._count_stored(
+                store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size
+            )
         for run, _, _, _, travel in called.done:
             assert travel is not None
             self.phases[run.phase].moved(travel)

@@ -19,7 +19,6 @@ from .cache import KVStore
 from .inputs import Given
 from .padding import Padding, read_padding
 
-
 _thread = threading.local()
 
 

@@ -67,8 +67,8 @@ class Spans(BlockValues):
 
 
 def attention_of(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) in float32, or float64 of float64: q [B, Hkv, N, D], k [B, Hkv, N, block, D] ->
-    [B, Hkv, N, block]."""
+    """softmax(q k^T / sqrt(D)) in float32, or float64 of float64: q [B, Hkv, N, D], k [B, Hkv, N, block, D]
+    -> [B, Hkv, N, block]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (k.to(wide) @ q.to(wide)[..., None])[..., 0]
     return torch.softmax(logits * k.shape[-1] ** -0.5, -1)

@@ -33,17 +33,17 @@ class Combiner(AttentionMethod):
     RoPE. The paper has as many KV heads as query heads; in a group of query heads, maxpool(Q) is here the
     largest over the group's heads, too, so that a KV head has one summary.
 
-    form: "fixed": a query reads the summaries of all earlier blocks. "logsparse": spans of 1, 2, 4, ... blocks;
-    of c earlier blocks it reads one span for each bit of c that is set. The paper's logsparse form begins with
-    spans of one token: ``span=1``. Spans grow to ``largest`` tokens, and a text of more than 2 ``largest``
-    tokens is read as several of the largest ones.
+    form: "fixed": a query reads the summaries of all earlier blocks. "logsparse": spans of 1, 2, 4, ...
+    blocks; of c earlier blocks it reads one span for each bit of c that is set. The paper's logsparse form
+    begins with spans of one token: ``span=1``. Spans grow to ``largest`` tokens, and a text of more than 2
+    ``largest`` tokens is read as several of the largest ones.
     count_correction: add log(tokens of the span) to the logit of a summary, so that it weighs as that many
     tokens do; off, as in the paper.
 
     There are no weights: it runs on any model, and is meant to be trained. Its laws are its own: it is dense
-    attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere. The
-    cache keeps the summaries, the keys from the last open span on, and the queries of the open span, for which
-    the logsparse form needs more memory.
+    attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere.
+    The cache keeps the summaries, the keys from the last open span on, and the queries of the open span, for
+    which the logsparse form needs more memory.
     """
 
     name: ClassVar[str] = "combiner"
@@ -59,7 +59,8 @@ class Combiner(AttentionMethod):
         require(self, form=("fixed", "logsparse"), span=(1, None), largest=(1, None))
         if self.form == "logsparse" and self.largest < self.span:
             raise SpecError(
-                f"combiner takes a largest span of at least span={self.span} tokens; got largest={self.largest}."
+                f"combiner takes a largest span of at least span={self.span} tokens; got "
+                f"largest={self.largest}."
             )
 
     @property

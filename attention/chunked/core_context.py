@@ -32,8 +32,8 @@ class CoreContext(AttentionMethod):
     computes a core for each query head, so that a model with grouped heads loses their saving. Here a KV head
     has one core, by the mean query of its group. A model without grouped heads has the cores of the paper.
 
-    There are no weights: it runs on any model, and is meant to be fine-tuned. Its laws are its own: with fewer
-    than s + g keys it is dense attention exactly, with more it never is. Chunks of a prompt may
+    There are no weights: it runs on any model, and is meant to be fine-tuned. Its laws are its own: with
+    fewer than s + g keys it is dense attention exactly, with more it never is. Chunks of a prompt may
     be cut anywhere. The cache keeps N / g cores and the last s + g keys; older keys are dropped.
     """
 
@@ -48,8 +48,8 @@ class CoreContext(AttentionMethod):
         require(self, g=(1, None), s=(1, None))
         if self.s % self.g:
             raise SpecError(
-                f"core_context takes an s that g divides, else cores and local keys overlap or leave a gap; got "
-                f"g={self.g}, s={self.s}."
+                "core_context takes an s that g divides, else cores and local keys overlap or leave a gap; "
+                f"got g={self.g}, s={self.s}."
             )
 
     @property

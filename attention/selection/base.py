@@ -66,8 +66,8 @@ class Selection(ABC):
         """
 
     def entries_read(self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1) -> Tensor:
-        """[B, Tq] int64 on the CPU: how many entries that are no keys of the sequence each query reads besides
-        the keys of ``to_mask``; every head reads as many."""
+        """[B, Tq] int64 on the CPU: how many entries that are no keys of the sequence each query reads
+        besides the keys of ``to_mask``; every head reads as many."""
         return torch.zeros(batch, tq, dtype=torch.long)
 
     @property

@@ -28,16 +28,16 @@ class Summarised(Selection):
     """The last keys of each query, back to the edge of a block, and summaries of the blocks before.
 
     Positions count from the first token of the row. The query at position i has c = max(0, (i + 1 - local) //
-    block) blocks behind it. It reads the keys block * c .. i, which are ``local`` .. local + block - 1 keys as
-    far as there are so many, and summaries of the keys before them:
+    block) blocks behind it. It reads the keys block * c .. i, which are ``local`` .. local + block - 1 keys
+    as far as there are so many, and summaries of the keys before them:
 
         block = 2, local = 3        key      0 1 2 3 4 5 6        summary   0 1
                                     query 5  . . x x x x .                  x .
                                     query 6  . . . . x x x                  x x
 
-    levels: keys and values [B, Hkv, M] of the summaries. Entry j of level l stands for the 2^l blocks from j *
-    2^l on. The c blocks are covered by the first c >> top entries of the last level, top, and by one entry of
-    each lower level l whose bit l of c is set:
+    levels: keys and values [B, Hkv, M] of the summaries. Entry j of level l stands for the 2^l blocks from j
+    * 2^l on. The c blocks are covered by the first c >> top entries of the last level, top, and by one entry
+    of each lower level l whose bit l of c is set:
 
         one level     c = 5 reads entries 0 .. 4
         three levels  c = 5 = 101b reads entry 0 of level 2 (blocks 0 .. 3) and entry 4 of level 0 (block 4)
@@ -71,7 +71,9 @@ class Summarised(Selection):
             for row in range(max(keys.past, first), keys.length):
                 behind = self._finished(row + 1 - first)
                 pairs += keys.held(row + 1) - keys.held(first + self.block * behind)
-                pairs += sum(behind >> n & 1 if n < self._top else n - self._top < behind >> self._top for n in share)
+                pairs += sum(
+                    behind >> n & 1 if n < self._top else n - self._top < behind >> self._top for n in share
+                )
         return part, pairs * q.shape[1]
 
     def needed(

@@ -1,9 +1,9 @@
-"""CCA and Combiner against their definitions, written apart (naive_chunked.py): outputs, and what was read."""
+"""CCA and Combiner against their definitions, written apart (naive_chunked.py): outputs, and what was
+read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -113,7 +113,10 @@ def test_gradients(spec: str) -> None:
         ("core_context:g=16,s=40", "takes an s that g divides.* got g=16, s=40"),
         ("core_context:g=0", "takes g a whole number, at least 1"),
         ("combiner:form=axial", "takes form = fixed or logsparse; got 'axial'"),
-        ("combiner:form=logsparse,span=64,largest=8", "largest span of at least span=64 tokens; got largest=8"),
+        (
+            "combiner:form=logsparse,span=64,largest=8",
+            "largest span of at least span=64 tokens; got largest=8",
+        ),
     ],
 )
 def test_bad_parameters(spec: str, message: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,15 +30,9 @@ def model(tiny_llama: Callable[..., Any]) -> Any:
     return tiny_llama(initializer_range=0.15).double()
 
 
-@pytest.fixture
-def all_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    def keep() -> Any:
-        context = monkeypatch.context()
-        patching = context.__enter__()
-        patching.setattr(KVStore, "forget", lambda self, needed: None)
-        return lambda: context.__exit__(None, None, None)
-
-    return keep
+def keeping_all(kept: bool) -> Any:
+    """A context in which stores drop nothing, if ``kept``."""
+    return mock.patch.object(KVStore, "forget", lambda self, needed: None) if kept else nullcontext()
 
 
 def ids_of(rows: int, length: int) -> torch.Tensor:
@@ -60,7 +56,7 @@ def stores(cache: Any) -> list[KVStore]:
     ],
     ids=str,
 )
-def test_generate(model: Any, all_kept: Callable[[], Any], spec: str, how: dict[str, Any]) -> None:
+def test_generate(model: Any, spec: str, how: dict[str, Any]) -> None:
     how = dict(how)
     ids = ids_of(3 if (padded := how.pop("padded", False)) else 1, 150)
     if "prompt_lookup_num_tokens" in how:
@@ -71,11 +67,9 @@ def test_generate(model: Any, all_kept: Callable[[], Any], spec: str, how: dict[
     chunk = how.pop("chunk", None)
     results = []
     for kept in (True, False):
-        undo = all_kept() if kept else lambda: None
-        with farspan.patch(model, spec, prefill_chunk=chunk) as patched:
+        with keeping_all(kept), farspan.patch(model, spec, prefill_chunk=chunk) as patched:
             results.append(model.generate(ids, attention_mask=mask, **HOW | how))
             report = patched.report()
-        undo()
     want, got = results
     assert torch.equal(got.sequences, want.sequences)
     assert max((a - b).abs().max() for a, b in zip(got.logits, want.logits, strict=True)) < 1e-9
@@ -87,50 +81,58 @@ def test_generate(model: Any, all_kept: Callable[[], Any], spec: str, how: dict[
     assert report.layers[0].stored_bytes > 0
 
 
+class Feed:
+    """Plain calls of a padded batch on one cache, and their logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache, self.at = model, DynamicCache(config=model.config), 0
+        self.ids = ids_of(3, 260)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, :33] = 0
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, *counts: int) -> None:
+        for n in counts:
+            if n < 0:
+                self.cache.crop(n)
+            else:
+                ids, mask = self.ids[:, self.at : self.at + n], self.mask[:, : self.at + n]
+                out = self.model(ids, attention_mask=mask, past_key_values=self.cache)
+                self.logits.append(out.logits)
+            self.at += n
+
+    def rows(self, rows: list[int]) -> None:
+        """The same rows of the tokens as of the cache."""
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+
 @pytest.mark.parametrize("spec", SPECS)
-def test_rows_and_crops(model: Any, all_kept: Callable[[], Any], spec: str) -> None:
+def test_rows_and_crops(model: Any, spec: str) -> None:
     """Reorder, repeat, select, copies, and crops of as many tokens as assisted decoding takes back."""
-    ids = ids_of(3, 260)
-    mask = torch.ones_like(ids)
-    mask[1, :33] = 0
-    logits: list[list[torch.Tensor]] = []
+    logits = []
     for kept in (True, False):
-        undo, found = all_kept() if kept else lambda: None, []
-        with farspan.patch(model, spec), torch.no_grad():
-            cache, at, rows = DynamicCache(config=model.config), 0, torch.arange(3)
-
-            def call(n: int, cache: Any) -> None:
-                nonlocal at
-                out = model(ids[rows, at : at + n], attention_mask=mask[rows, : at + n], past_key_values=cache)
-                found.append(out.logits)
-                at += n
-
-            call(150, cache)
-            for crop in (1, 16, 7, 3):
-                call(9, cache)
-                call(8, cache)
-                cache.crop(-crop)
-                at -= crop
-                call(1, cache)
-            for change in ("reorder_cache", "batch_select_indices"):
-                index = torch.tensor([2, 1, 0]) if change == "reorder_cache" else torch.tensor([1, 2])
-                getattr(cache, change)(index)
-                rows = rows[index]
-                call(2, cache)
-            cache.batch_repeat_interleave(2)
-            rows = rows.repeat_interleave(2)
-            twin = copy.deepcopy(cache)
-            call(5, cache)
-            at -= 5
-            call(5, twin)
-            assert cache.get_seq_length() == twin.get_seq_length() == at
-            assert (stores(cache)[0].dropped > 0) == (not kept)
-            cache.reset()
-            assert stores(cache)[0].dropped == cache.get_seq_length() == 0
-            at = 0
-            call(40, cache)
-        undo()
-        logits.append(found)
+        with keeping_all(kept), farspan.patch(model, spec), torch.no_grad():
+            feed = Feed(model)
+            feed(150, 9, 8, -1, 1, 9, 8, -16, 1, 9, 8, -7, 1, 9, 8, -3, 1)
+            feed.cache.reorder_cache(torch.tensor([2, 1, 0]))
+            feed.rows([2, 1, 0])
+            feed(2)
+            feed.cache.batch_select_indices(torch.tensor([1, 2]))
+            feed.rows([1, 2])
+            feed(2)
+            feed.cache.batch_repeat_interleave(2)
+            feed.rows([0, 0, 1, 1])
+            before = copy.deepcopy(feed.cache)
+            feed(5, -5)
+            feed.cache = before
+            feed(5)
+            assert feed.cache.get_seq_length() == feed.at
+            assert (stores(feed.cache)[0].dropped > 0) == (not kept)
+            feed.cache.reset()
+            assert stores(feed.cache)[0].dropped == feed.cache.get_seq_length() == 0
+            feed.at = 0
+            feed(40)
+        logits.append(feed.logits)
     for want, got in zip(*logits, strict=True):
         assert (got - want).abs().max() < 1e-9
 
@@ -150,7 +152,10 @@ def test_what_a_cache_with_dropped_keys_refuses(model: Any) -> None:
     for spec in ("dense", "core_context:g=4,s=128"):
         with farspan.patch(model, spec), pytest.raises(FarspanError, match=sentence):
             model(ids[:, 200:201], past_key_values=copy.deepcopy(cache))
-    with farspan.patch(model, "core_context:g=8,s=16"), pytest.raises(FarspanError, match="start a new cache"):
+    with (
+        farspan.patch(model, "core_context:g=8,s=16"),
+        pytest.raises(FarspanError, match="start a new cache"),
+    ):
         model(ids[:, 200:201], past_key_values=copy.deepcopy(cache))
     with pytest.raises(FarspanError, match=sentence):
         model(ids[:, 200:201], past_key_values=copy.deepcopy(cache))
@@ -201,4 +206,3 @@ def test_bytes_of_8192_tokens(tiny_llama: Callable[..., Any]) -> None:
         totals = report.summary
         assert totals["kv_bytes_stored"] < 0.2 * totals["kv_bytes_stored_dense"]
         assert "stored: " in str(report)
-        print(spec, totals["kv_bytes_stored"], totals["kv_bytes_stored_dense"])

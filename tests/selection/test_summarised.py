@@ -93,7 +93,9 @@ def test_runs_counts_and_masks(kind: dict, tq: int, tk: int, starts: list[int] |
         rows = range(tq // 3, tq // 2)
         mask, entries = selection.to_mask(tq, tk)[0, 0], selection.entries_read(tq, tk)[0]
         cut = slice(rows.start, rows.stop)
-        assert selection.run_prefill(q, keys, rows, "auto")[1] == H * int(mask[cut].sum() + entries[cut].sum())
+        assert selection.run_prefill(q, keys, rows, "auto")[1] == H * int(
+            mask[cut].sum() + entries[cut].sum()
+        )
     if tq <= 16:
         part, counted = selection.run_decode(q, keys, "auto")
         assert_close(part, want)
@@ -183,7 +185,10 @@ def test_gradients(kind: dict) -> None:
     tensors = [q, *keys.kv.stored, *(x for level in selection.levels for x in level.stored)]
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=q.dtype)
     gradients = []
-    for run in (lambda: naive(q, keys, selection)[0], lambda: selection.run_prefill(q, keys, range(40), "auto")[0]):
+    for run in (
+        lambda: naive(q, keys, selection)[0],
+        lambda: selection.run_prefill(q, keys, range(40), "auto")[0],
+    ):
         for x in tensors:
             x.requires_grad_(True)
             x.grad = None
