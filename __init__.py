@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
     from .runtime.recipe import Recipe
+    from .runtime.train import train
     from .runtime.tune import tune
 
     __version__: str
@@ -41,6 +42,7 @@ _HOMES = {
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",
     "load": ".runtime.models",
+    "train": ".runtime.train",
     "tune": ".runtime.tune",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "methods",
     "parse_method",
     "patch",
+    "train",
     "tune",
 ]
 

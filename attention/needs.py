@@ -72,8 +72,9 @@ class Inputs:
 
     q, k: the call's own queries [B, H, Tq, D] and keys [B, Hkv, Tq, D], after RoPE. hidden: [B, Tq, hidden].
     length: Tk, the number of positions, the call's own included. places: [B, n], the position ids by which
-    the last n of them were rotated, n = Tk on one device and Tq over ranks; None, like ``undo``, where the
-    layer has no RoPE.
+    the last n of them were rotated, n = Tk on one device and Tq over ranks. frequencies: [R], descending, of
+    the layer's RoPE: pair i is rotated by ``frequencies[i]`` radians per position. places, frequencies and
+    ``undo`` are None where the layer has no RoPE.
     """
 
     needs: Needs
@@ -83,6 +84,7 @@ class Inputs:
     length: int
     places: Tensor | None = None
     undo: Undo | None = None
+    frequencies: Tensor | None = None
 
     @property
     def tq(self) -> int:

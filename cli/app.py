@@ -13,6 +13,7 @@ from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
+from .train import train
 
 app = typer.Typer(
     name="farspan",
@@ -91,6 +92,12 @@ def methods(json: options.Json = False) -> None:
         phases, paper = "\n".join(row["phases"]), row["paper"] or "–"
         table.add_row(row["name"], row["family"], phases, paper, parameters or "–")
     output.show(table)
+    recipes = output.Table("method", "has a recipe for", "made by")
+    for row in rows:
+        for model, made in row["recipes"].items():
+            recipes.add_row(row["name"], model, made)
+    if any(row["recipes"] for row in rows):
+        output.show(recipes)
 
 
 def _with_default(parameter: dict[str, Any]) -> str:
@@ -112,6 +119,8 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         for field in dataclasses.fields(cls)
         if field.init and field.metadata.get("spec", True)
     ]
+    from ..runtime.shipped import recipes_of
+
     plain = None if any(parameter["required"] for parameter in parameters) else cls()
     return {
         "name": name,
@@ -121,6 +130,7 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
         "phases": sorted(cls.phases, reverse=True),  # prefill, then decode
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "needs_recipe": None if plain is None else plain.needs.recipe,  # with the default parameters
+        "recipes": recipes_of(name),
         "lookahead": None if plain is None else str(plain.lookahead),
         "parameters": parameters,
     }
@@ -129,3 +139,4 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
 app.command(cls=launch.SpreadCommand)(generate)
 app.command()(tune)
 app.command()(calibrate)
+app.command()(train)

@@ -6,16 +6,20 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.table import Table
 from . import launch
+
+if TYPE_CHECKING:
+    from ..runtime.training.loop import Step
 
 _PLAIN = str.maketrans(
     {
@@ -105,6 +109,28 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not interactive()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Step], None]]:
+    """A progress bar on stderr with the loss, tokens per second and time left; yields `advance(step)`.
+
+    Without a terminal, a line is printed for each tenth of the steps."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    loss, speed = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} tokens/s")
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), loss, speed, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not interactive()) as bar:
+        task = bar.add_task("steps", total=None, loss=math.nan, speed=0.0)
+
+        def advance(step: Step) -> None:
+            speed = step.tokens_per_second
+            bar.update(task, completed=step.done, total=step.total, loss=step.loss, speed=speed)
+            if not interactive() and step.done % max(step.total // 10, 1) == 0:
+                note(f"step {step.done} of {step.total}: loss {step.loss:.4f}, {speed:,.0f} tokens/s")
+
+        yield advance
 
 
 def show(table: Table) -> None:

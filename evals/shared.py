@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
+from ..runtime.bind import takes, trained_under
 from ..runtime.patch import patch, resolve
 from . import batch as forward
 from .identity import identify
@@ -54,14 +55,15 @@ def under_each(
 
     Methods with the same prefill (dense, for those that change decoding only) continue from copies of one
     prefill. It runs without the decode method, which then builds its state from the last prompt token. A
-    decode method that needs more of the prompt's queries gets its own prefill.
+    decode method that needs more of the prompt's queries gets its own prefill, and so does one with adapters
+    in the recipe.
     """
-    for prefill, group in by_prefill(specs):
-        if asks_for_queries(group[0]):
+    for prefill, group in by_prefill(specs, recipe):
+        if prefills_alone(group[0], recipe):
             shared_by = patched_with(model, group[0], recipe, job)
         else:
-            takes = {"recipe": recipe if prefill.needs.recipe else None, "parallel": job.mesh}
-            shared_by = patch(model, prefill=prefill, **takes)
+            how = {"recipe": recipe if prefill.needs.recipe else None, "parallel": job.mesh}
+            shared_by = patch(model, prefill=prefill, **how)
         with shared_by as patched:
             shared: Started | None = start(model, batch, patched, job)
         for i, spec in enumerate(group):
@@ -75,18 +77,18 @@ def under_each(
             yield spec, result
 
 
-def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
-    """The specs grouped by their prefill method, in order of first mention.
-
-    A spec whose decode method needs the prompt's queries is a group of its own.
-    """
+def by_prefill(specs: Sequence[str], recipe: str | Path | None = None) -> list[tuple[Any, list[str]]]:
+    """The specs grouped by their prefill method, in order of first mention; those that prefill alone are
+    groups of their own."""
     groups: list[tuple[Any, list[str]]] = []
     for spec in specs:
         prefill, _ = resolve(spec)
         alike = (
-            members for method, members in groups if method == prefill and not asks_for_queries(members[0])
+            members
+            for method, members in groups
+            if method == prefill and not prefills_alone(members[0], recipe)
         )
-        members = None if asks_for_queries(spec) else next(alike, None)
+        members = None if prefills_alone(spec, recipe) else next(alike, None)
         if members is None:
             groups.append((prefill, [spec]))
         else:
@@ -94,9 +96,12 @@ def by_prefill(specs: Sequence[str]) -> list[tuple[Any, list[str]]]:
     return groups
 
 
-def asks_for_queries(spec: str) -> bool:
-    """Whether the decode method of a spec needs more queries of a prompt than the last one."""
-    return resolve(spec)[1].observation_window != 1
+def prefills_alone(spec: str, recipe: str | Path | None) -> bool:
+    """Whether the decode method of a spec needs more queries of a prompt than the last one, or the recipe has
+    adapters for the spec, which change the prompt's keys."""
+    methods = resolve(spec)
+    adapted = recipe is not None and any(trained_under(recipe, method) for method in methods)
+    return adapted or methods[1].observation_window != 1
 
 
 def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:
@@ -119,9 +124,9 @@ def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None,
 
 
 def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> Any:
-    """`patch` over the ranks of a job. Only methods that need a recipe get it."""
-    takes_one = any(method.needs.recipe for method in resolve(spec))
-    return patch(model, spec, recipe=recipe if takes_one else None, parallel=job.mesh)
+    """`patch` over the ranks of a job. Only methods that take the recipe get it."""
+    takes_it = any(takes(method, recipe) for method in resolve(spec))
+    return patch(model, spec, recipe=recipe if takes_it else None, parallel=job.mesh)
 
 
 def common_settings(
@@ -154,6 +159,8 @@ def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
 def _learned_from(method: AttentionMethod, recipe: str | Path | None) -> Iterator[str | Path]:
     if method.needs.recipe and (method.recipe or recipe):
         yield method.recipe or recipe or ""
+    if recipe is not None and trained_under(recipe, method):
+        yield recipe
     yield from method.files
     if method.over is not None:
         yield from _learned_from(method.over, None)

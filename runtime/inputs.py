@@ -18,14 +18,15 @@ class Given:
     needs: what the methods of the layer declare.
     hidden: hidden states [B, T, hidden].
     positions: [B or 1, T], the positions by which queries and keys were rotated.
-    undo: the function that undoes RoPE. positions and undo are None where no method needs RoPE undone, or
-    where the layer has no RoPE.
+    undo: the function that undoes RoPE. frequencies: [R], those of the layer's RoPE, descending. positions,
+    undo and frequencies are None where no method needs RoPE undone, or where the layer has no RoPE.
     """
 
     needs: Needs
     hidden: Tensor
     positions: Tensor | None = None
     undo: Undo | None = None
+    frequencies: Tensor | None = None
 
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
@@ -48,4 +49,5 @@ class Given:
             length=q.shape[2],
             places=places,
             undo=self.undo,
+            frequencies=self.frequencies,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,12 @@ from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.spec import parse_method
 from ..parallel.group.mesh import Mesh
 from . import hf
-from .bind import bind, check_recipe, weighed
+from .bind import bind, check_all_run, check_no_decode, check_recipe, weighed
 from .chunking import Chunking
 from .crossover import crossovers
 from .layer import Layer
 from .layer_numbers import by_layer
+from .lora import adapters_of
 from .measure import Observer, rows_to_measure
 from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
@@ -52,6 +53,7 @@ def patch(
     parallel: Any = None,
     measure_mass: bool | int = False,
     mixers: Mapping[int, Mixer] | None = None,
+    merge: bool = False,
 ) -> Patched:
     """Replace the attention of ``model`` by a method. ``generate`` and plain calls work as before.
 
@@ -68,8 +70,9 @@ def patch(
     It is not used, with a warning, on a model whose recurrent layers do not continue exactly. A call is not
     cut if it needs gradients, keeps no cache, or has tensors that do not lie along its tokens; the report
     says so.
-    recipe: a saved calibration for methods that need one and do not name it in their spec
-    (``sale:recipe=PATH``).
+    recipe: a saved calibration or training for methods that need one and do not name it in their spec
+    (``sale:recipe=PATH``). Adapters in it (``farspan train --tune``) change the attention's projections until
+    ``remove``.
     crossover: use dense attention while there are fewer keys than this number. "auto" takes the number that
     ``farspan tune`` measured on this device. In a padded batch, each row's own number of keys counts. The
     report lists such calls as fallbacks. A decode method with state (snapkv, h2o, recycled) starts without it
@@ -83,6 +86,8 @@ def patch(
     device only.
     mixers: ``Mixer`` modules by layer number. They replace the attention of the layer until ``remove``, and
     are moved to its device. The cache holds their state instead of keys. The state cannot be cropped.
+    merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
+    old ones back. Without it they are computed beside the weights.
 
     Returns Patched, a context manager that removes the patch at its end.
 
@@ -119,15 +124,16 @@ def patch(
             ],
         )
     if trial.foreign_keys:
-        _check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
-    check_recipe(recipe, chosen)
+        check_no_decode(type(model).__name__, [chosen[i] for i in info.attention if i not in untouched])
+    check_recipe(recipe, chosen, info.geometry)
+    adapters = adapters_of(recipe, chosen, info, merge)
     served = {
         i: bind(chosen[i], info.layer_info(i), recipe, info.geometry)
         for i in info.attention
         if i not in mixed
     }
     if strict:
-        _check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
+        check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
         i: {}
         if i in untouched
@@ -179,6 +185,7 @@ def patch(
                 "the shard of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
                 "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
                 "the options": str((strict, chunking, from_keys, mesh.config)),
+                "the adapters": "" if adapters is None else f"{adapters.digest} {merge}",
                 "the version of farspan": version("farspan"),
             }
         )
@@ -186,6 +193,8 @@ def patch(
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
     undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
+    if adapters is not None:
+        undo += adapters.put_on(merge)
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
@@ -223,6 +232,14 @@ class Patched:
                 if method.module is not None:
                     found.setdefault(index, {})[method.name] = method.module
         return found
+
+    def selective_layers(self) -> list[int]:
+        """The layers in which the prefill method selects."""
+        return [
+            index
+            for index, layer in self._layers.items()
+            if index not in self._untouched and layer.prefill.selective
+        ]
 
     def recipe(self, method: str, **settings: Any) -> Recipe:
         """A recipe of the present weights of the modules of ``method``, for ``patch(recipe=...)``.
@@ -361,31 +378,3 @@ def _per_layer(
                 f"layers= cannot give layer {name} a method: {reason}. Leave this layer out of layers=."
             )
     return chosen
-
-
-def _check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, AttentionMethod]]) -> None:
-    """Raise Unsupported for a decode method on a model in which every call is a prefill. A method of both
-    phases is allowed: its prefill runs."""
-    dense = Dense()
-    never = sorted({str(decode) for prefill, decode in chosen if decode not in (prefill, dense)})
-    if never:
-        raise Unsupported(
-            f"farspan cannot run {' and '.join(never)} at decode on {model}",
-            [
-                "its attention is called with keys that are not those of the cache, so every call is a "
-                "prefill: choose a prefill method or dense"
-            ],
-        )
-
-
-def _check_all_run(
-    chosen: Sequence[tuple[AttentionMethod, AttentionMethod]],
-    served: Mapping[int, tuple[AttentionMethod, AttentionMethod, Any]],
-) -> None:
-    for place in (0, 1):
-        for method in {str(chosen[i][place]): chosen[i][place] for i in served}.values():
-            if not any(chosen[i][place] == method and served[i][place].name == method.name for i in served):
-                raise FarspanError(
-                    f"No layer of this model runs {method}, because of its parameters or its recipe, and "
-                    "strict=True forbids that: change them, or leave strict out."
-                )

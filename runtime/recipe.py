@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
 
 FORMAT = 1
+PRINT = "fingerprint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The tensors that a method needs for a model, by name: ``layers.<index>.<name>``.
 
-    geometry: the architecture and the sizes of the model that the recipe was made for.
+    geometry: the architecture, the sizes and the fingerprint of the model that the recipe was made for.
     settings: how the recipe was made (tokens, ranking, versions).
     parameters: the method's fields that the tensors depend on (its ``trained_with``), as they were then.
+    adapters: what the tensors ``adapters.<index>.<projection>.<name>`` are, which change the model's own
+    attention projections (see lora.py); empty for a recipe without any.
     """
 
     method: str
@@ -31,6 +35,7 @@ class Recipe:
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_modules(
@@ -66,6 +71,7 @@ class Recipe:
             "geometry": dict(self.geometry),
             "settings": dict(self.settings),
             "parameters": dict(self.parameters),
+            "adapters": dict(self.adapters),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,16 @@ class Recipe:
             ) from error
         return _load(folder, stamp)
 
+    def misfits(self, geometry: Mapping[str, Any]) -> list[str]:
+        """The names of the sizes in which a model differs from the one that this recipe was made for.
+        Fingerprints may differ by a twentieth, as those of fine-tuned models do; without one, any fits."""
+        own, model = self.geometry.get(PRINT), geometry.get(PRINT)
+        found = [k for k, v in self.geometry.items() if k != PRINT and geometry.get(k) != v]
+        if own and model:
+            pairs = zip(own, model, strict=True)
+            found += [] if all(math.isclose(a, b, rel_tol=0.05) for a, b in pairs) else [PRINT]
+        return found
+
     def for_layer(self, method: AttentionMethod, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
         """``layer`` with the tensors of this recipe. Raises FarspanError where the recipe was made for
         another method, for other parameters of it, or for another model."""
@@ -108,17 +124,30 @@ class Recipe:
                 f"This recipe was made for '{name}:{wanted}' and the spec has {given}: change the spec, or "
                 f"make a recipe for it with {method.recipe_maker}."
             )
-        other = {k: v for k, v in self.geometry.items() if geometry.get(k) != v}
-        if other:
-            wrong = ", ".join(f"{k} {v} (the model has {geometry.get(k)})" for k, v in other.items())
-            raise FarspanError(
-                f"This recipe was made for another model: {wrong}. Make one with 'farspan calibrate'."
-            )
+        self.check_geometry(geometry, method.recipe_maker)
         prefix = f"layers.{layer.index}."
         weights = {
             name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
         }
         return replace(layer, weights=weights)
+
+    def without_adapters(self) -> Recipe:
+        """This recipe with the method's own tensors alone."""
+        own = {name: x for name, x in self.tensors.items() if not name.startswith("adapters.")}
+        return replace(self, tensors=own, adapters={})
+
+    @property
+    def has_adapters_alone(self) -> bool:
+        """Whether it has adapters and no tensors of the method itself."""
+        return bool(self.adapters) and all(name.startswith("adapters.") for name in self.tensors)
+
+    def check_geometry(self, geometry: Mapping[str, Any], maker: str) -> None:
+        """Raise FarspanError unless the recipe was made for a model of this ``geometry``. maker: the command
+        that makes another."""
+        other = self.misfits(geometry)
+        if other:
+            wrong = ", ".join(f"{k} {self.geometry[k]} (the model has {geometry.get(k)})" for k in other)
+            raise FarspanError(f"This recipe was made for another model: {wrong}. Make one with {maker}.")
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,6 +168,7 @@ def _load(folder: Path, stamp: int) -> Recipe:
             settings=about["settings"],
             tensors=tensors,
             parameters=about.get("parameters", {}),
+            adapters=about.get("adapters", {}),
         )
     except FarspanError:
         raise

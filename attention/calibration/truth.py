@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..keys import Keys
 from ..ops.block_max import block_max
 from ..ops.flash import flash
+from ..ops.scores import scores
+
+_TILE = {"cpu": 1 << 22, "cuda": 1 << 27}  # probabilities held at a time
 
 
 @torch.no_grad()
@@ -24,6 +28,27 @@ def block_truth(q: Tensor, keys: Keys, block_q: int, block_k: int, heads: str = 
         q, keys.kv.k, lse, keys.softmax, block_q=block_q, block_k=block_k, start=keys.start, heads=heads
     )
     return largest / largest.sum(-1, keepdim=True).clamp(min=torch.finfo(largest.dtype).tiny)
+
+
+@torch.no_grad()
+def row_truth(q: Tensor, keys: Keys, rows: Tensor, block: int) -> Tensor:
+    """The largest attention probability of some queries in each block of keys and over the query heads of a
+    group, every row normalised to the sum 1 (SeerAttention-R, arXiv:2506.08889).
+
+    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded; rows [R], which of them.
+    -> [B, Hkv, R, ceil(T / block)] float32 (float64 for float64 q). A bounded number of probabilities is held
+    at a time.
+    """
+    k, length, parts = keys.kv.k, keys.length, []
+    cols = torch.arange(length, device=q.device)
+    most = _TILE.get(q.device.type, _TILE["cpu"])
+    for some in rows.split(max(1, most // (q.shape[0] * q.shape[1] * length))):
+        logits = scores(q[:, :, some], k, keys.softmax)  # [B, Hkv, G, r, T]
+        share = logits.masked_fill_(cols > some[:, None], -torch.inf).softmax(-1)
+        share = pad(share, (0, -length % block)).unflatten(4, (-1, block))
+        parts.append(share.amax(-1).amax(2))
+    largest = torch.cat(parts, 2)
+    return largest / largest.sum(-1, keepdim=True)
 
 
 def kl_of_rows(log_gate: Tensor, truth: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .blocks import BlockIndex as BlockIndex
 from .every import EveryKey as EveryKey
 from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled
+from .stretches import Stretches as Stretches
 from .summarised import Summarised as Summarised
 from .tokens import TokenIndex as TokenIndex
 from .window import Window as Window

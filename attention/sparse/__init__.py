@@ -13,6 +13,8 @@ from . import pbs as pbs
 from . import quest as quest
 from . import routing as routing
 from . import sale as sale
+from . import seer as seer
+from . import seer_decode as seer_decode
 from . import snapkv as snapkv
 from . import strided as strided
 from . import vertical_slash as vertical_slash

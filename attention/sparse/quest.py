@@ -15,7 +15,8 @@ from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod
 from ..ops.scores import scores
-from ..selection import Index, TokenIndex
+from ..pages import page_tokens
+from ..selection import Index
 from ..summary import BlockPool, Summary
 
 
@@ -83,12 +84,4 @@ class Quest(AttentionMethod):
         own = own.expand(*ranked.shape[:3], 1)
         max_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
         chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
-        tokens = (chosen[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
-        tokens = tokens + first
-        valid = tokens <= rows
-        if counts is not None:
-            used = torch.arange(chosen.shape[-1], device=q.device) < counts[..., None]
-            valid = valid & used.repeat_interleave(self.page, -1)
-        # Pages are in order, so only the last one of a row reaches past its query: the tokens to read come
-        # first.
-        return TokenIndex.ragged(tokens, valid.sum(-1))
+        return page_tokens(chosen, counts, self.page, first, rows)

@@ -13,6 +13,8 @@ from .generation import generation_settings as generation_settings
 from .generation import greedy_config as greedy_config
 from .generation import kept_config as kept_config
 from .generation import streams as streams
+from .head import Head as Head
+from .hooks import Hook as Hook
 from .install import install as install
 from .models import SLIDING as SLIDING
 from .models import ModelInfo as ModelInfo

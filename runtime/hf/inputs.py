@@ -37,6 +37,7 @@ class RotaryCall:
         given.pop("x", None)
         self.module, self.positions, self.settings = module, given.pop("position_ids"), given
         self._cos = weakref.ref(output[0])
+        self._frequencies: Tensor | None = None
 
     def returned(self, cos: Tensor) -> bool:
         """Whether ``cos`` is the tensor that this call returned."""
@@ -47,6 +48,15 @@ class RotaryCall:
         """cos and sin of positions [B, n], in the dtype and on the device of ``like``."""
         cos, sin = self.module.forward(like, position_ids=positions, **self.settings)
         return cos, sin
+
+    def frequencies(self, like: Tensor) -> Tensor:
+        """[R] float32, descending: the radians by which each pair of numbers is rotated per position, which
+        are below pi. They are the angles of position 1, where each pair's angle stands twice."""
+        if self._frequencies is None:
+            one = torch.ones(1, 1, dtype=torch.long, device=like.device)
+            cos, sin = self.angles(like[:1, :1].float(), one)
+            self._frequencies = torch.atan2(sin, cos).flatten().sort(descending=True).values[::2]
+        return self._frequencies
 
 
 def feed_inputs(
@@ -138,7 +148,8 @@ def _before_attention(
             f"A method needs queries or keys before RoPE, but {type(module).__name__} rotates by positions "
             f"with {call.positions.dim() - 1} axes, which farspan cannot undo: choose another method."
         )
-    session.given = Given(needs, hidden, call.positions, partial(_undo, rotate, call, hidden))
+    undo = partial(_undo, rotate, call, hidden)
+    session.given = Given(needs, hidden, call.positions, undo, call.frequencies(hidden))
 
 
 def _find_rotary_call(calls: Sequence[RotaryCall], cos: Tensor) -> RotaryCall:

@@ -41,9 +41,10 @@ class ModelInfo:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """The architecture and sizes of the whole model, which a recipe must match."""
+        """The architecture and sizes of the whole model, and its ``fingerprint``, which a recipe must "
+        "match."""
         first = self._whole(min(self.attention))
-        return {
+        sizes = {
             "model_type": self.config.model_type,
             "num_layers": len(self.kinds),
             "hidden_size": self.config.hidden_size,
@@ -52,6 +53,17 @@ class ModelInfo:
             "num_kv_heads": first.num_kv_heads,
             "head_dim": first.head_dim,
         }
+        return sizes if self._fingerprint is None else {**sizes, "fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> list[float] | None:
+        """Mean magnitudes of the weights of three norms: they tell models of the same sizes apart, and hardly
+        change by fine-tuning, in another dtype or by quantisation. None where the weights are not here."""
+        norms = [p for name, p in self.decoder.named_parameters() if p.dim() == 1 and "norm" in name]
+        chosen = [norms[0], norms[len(norms) // 2], norms[-1]] if norms else []
+        if not chosen or any(p.is_meta or type(p.data) is not torch.Tensor for p in chosen):
+            return None
+        return [float(f"{p.detach().float().abs().mean().item():.4g}") for p in chosen]
 
     def layer_info(self, index: int) -> LayerInfo:
         """Number of heads and head size of one layer; under tensor parallelism, of the heads on this rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,38 @@ import torch
 import farspan
 from farspan.evals import batch as forward
 from farspan.evals.ranks import Job
-from farspan.evals.shared import by_prefill, under_each
+from farspan.evals.shared import by_prefill, recipes, under_each
+from farspan.runtime.training.tuned import Tuned
 
 
 def test_groups() -> None:
     specs = ["dense", "snapkv", "quest", "pbs + h2o", "pbs", "pbs + quest", "snapkv:k=64"]
     groups = [members for _, members in by_prefill(specs)]
     assert groups == [["dense", "quest"], ["snapkv"], ["pbs + h2o"], ["pbs", "pbs + quest"], ["snapkv:k=64"]]
+
+
+def test_adapters_change_the_prefill_of_the_method_they_were_trained_under(
+    tiny_llama: Any, tmp_path: Path
+) -> None:
+    model, spec = tiny_llama(), "recycled:k=24,stride=4"
+    training = Tuned(model, farspan.parse_method(spec))
+    with torch.no_grad():
+        for p in training.parameters():
+            p += 0.1
+    path = training.recipe({}).save(tmp_path)
+    training.close()
+    specs = ["dense", "quest:k=16", spec]
+    assert [members for _, members in by_prefill(specs, path)] == [["dense", "quest:k=16"], [spec]]
+    assert list(recipes(specs, path)) == [spec]
+    batch = forward.collate([list(range(3, 83))], 0, model.device)
+
+    def keys(_: Any, started: Any) -> torch.Tensor:
+        return started.take().layers[1].keys
+
+    with Job(model, None) as job:
+        found = dict(under_each(model, batch, specs, path, keys, job))
+    assert torch.equal(found["dense"], found["quest:k=16"])
+    assert not torch.equal(found["dense"], found[spec])
 
 
 @pytest.mark.parametrize(

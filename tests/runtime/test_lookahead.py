@@ -42,6 +42,7 @@ AHEAD = {
     PROMPT: math.inf,
     "routing:k=40,clusters=4,segment=16,block=8,window=8": 7,
     "sale:threshold=2.0,block_q=8,block_k=4,local=12,dense_below=0,q_bits=none": 7,
+    "seer:block=8": 7,
     "strided:w=8,stride=8": 0,
     "vertical_slash:vertical=6,slash=5,block=8,last=16,local=4": math.inf,
     "window:w=16": 0,

@@ -22,6 +22,7 @@ from farspan.attention.selection import (
     EveryKey,
     Rescaled,
     Selection,
+    Stretches,
     Summarised,
     TokenIndex,
     Window,
@@ -138,6 +139,13 @@ PREFILLS["rescaled blocks"] = Rescaled(
     read=PREFILLS["blocks"],  # type: ignore[arg-type]
     keys=torch.arange(31).expand(1, H, 31) == 3,
     factor=0.5,
+)
+
+
+PREFILLS["stretches"] = Stretches(
+    tokens=torch.stack([torch.arange(18).roll(5 * i)[:5] for i in range(2 * HKV)]).view(1, HKV, 2, 5),
+    first=18,
+    stride=9,
 )
 
 

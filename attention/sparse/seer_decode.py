@@ -1,0 +1,148 @@
+"""SeerAttention-R: blocks chosen by a learned gate for each decode query."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import select_topk
+from ..calibration.truth import row_truth
+from ..checks import require
+from ..cost import Cost, Queries
+from ..errors import SpecError
+from ..keys import Keys
+from ..method import AttentionMethod, LayerInfo
+from ..needs import Needs
+from ..pages import page_tokens
+from ..selection import Index
+from ..summary import Summary
+from .gate import CompressedKeys, GroupGate, first_row, gate_loss, rotate
+
+_ROWS = 16  # one of so many queries of a window is trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeerDecode(AttentionMethod):
+    """The key blocks that a learned gate scores highest for a decode query, one selection per KV head
+    (SeerAttention-R, 2506.08889).
+
+    The queries of a group side by side [G D], and concat(max, min, mean) [3 D] of the keys of each block of
+    ``block``, all before RoPE, are projected to d_g numbers, normalised (RMSNorm with weights), and rotated
+    by RoPE: a query at its position, a block where it begins. Softmax over the blocks before the query's own
+    of the products over sqrt(d_g) estimates their shares. The query's own block, which is still being filled,
+    and the first one are always read. The best others follow, as long as ``k`` tokens and estimates of at
+    least ``threshold`` allow; either may be none. Compressed keys are kept before RoPE and extended as keys
+    come, d_g numbers per block and KV head. Prefill is dense.
+
+    A recipe has q [Hkv, G D, d_g], k [Hkv, 3 D, d_g], q_norm and k_norm [d_g]. Training starts from the mean
+    of a group's queries and the means of the blocks, d_g of their D numbers. The truth is the largest
+    probability in each block and over the group, normalised over the blocks before the query's own; the
+    queries are one of 16 in the second half of a window.
+
+    Departures: the official code rotates a block that fills up during decode at the position of its last key.
+    The own block, which holds later keys in training, is not scored. The first block is always read. The loss
+    (``gate_loss``) has the paper's divergence, and that of the blocks which are not always read.
+    """
+
+    name: ClassVar[str] = "seer_decode"
+    title: ClassVar[str] = "SeerAttention-R"
+    paper: ClassVar[str] = "2506.08889"
+    trained_with: ClassVar[tuple[str, ...]] = ("block",)
+    needs: ClassVar[Needs] = Needs(
+        queries_before_rope=True,
+        keys_before_rope=True,
+        weights={
+            "q": ("num_kv_heads", None, None),
+            "k": ("num_kv_heads", None, None),
+            "q_norm": (None,),
+            "k_norm": (None,),
+        },
+    )
+
+    k: int | None = 1024
+    threshold: float | None = None
+    block: int = 64
+    gate_dim: int = 32
+    gate: GroupGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+
+    def __post_init__(self) -> None:
+        require(self, k=(1, None), threshold=(0, 1.0), block=(1, None), gate_dim=(2, None))
+        if self.k is None and self.threshold is None:
+            raise SpecError("seer_decode takes a budget: k=TOKENS, threshold=, or both; got none.")
+        if self.gate_dim % 2:
+            raise SpecError(f"seer_decode rotates pairs: gate_dim must be even; got {self.gate_dim}.")
+
+    @property
+    def module(self) -> GroupGate | None:
+        return self.gate
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        size = self.gate_dim if self.gate is None else self.gate.size
+        return (CompressedKeys(self.block, size, self.gate),)
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod:
+        return dataclasses.replace(self, gate=GroupGate.load(layer, layer.checked(self)))
+
+    def for_training(self, layer: LayerInfo) -> AttentionMethod:
+        return dataclasses.replace(self, gate=GroupGate.start(layer, self.gate_dim))
+
+    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
+        assert self.gate is not None
+        first = max(first_row(keys, self.block) * self.block, keys.length // 2)
+        rows = torch.arange(first, keys.length, _ROWS, device=q.device)
+        cols = torch.arange(-(-keys.length // self.block), device=q.device)
+        earlier = cols < rows[:, None] // self.block
+        truth = row_truth(q, keys, rows, self.block).masked_fill(~earlier, 0)  # [B, Hkv, R, N]
+        truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)
+        entries = self.gate.compress(keys.inputs.keys_before_rope, self.block)
+        q_gate = self.gate.project(keys.inputs.queries_before_rope[:, :, rows])
+        logits = self._logits(q_gate, entries, rows, keys).masked_fill(~earlier, -torch.inf)
+        return gate_loss(logits, truth, cols == 0)
+
+    def _logits(self, q_gate: Tensor, entries: Tensor, positions: Tensor, keys: Keys) -> Tensor:
+        """[B, Hkv, n, N], of gate queries [B, Hkv, n, d_g] at positions [B or 1, 1, n] or [n] of their
+        rows."""
+        frequencies = keys.inputs.frequencies
+        begins = torch.arange(entries.shape[2], device=entries.device) * self.block
+        q_gate, entries = rotate(q_gate, positions, frequencies), rotate(entries, begins, frequencies)
+        return q_gate @ entries.to(q_gate).transpose(-1, -2) * q_gate.shape[-1] ** -0.5
+
+    def reads(self, queries: Queries) -> Cost:
+        if self._covers(queries.length):
+            return queries.cost()
+        own, length = (queries.seen - 1) // self.block, queries.length
+        size = max(2, (length if self.k is None else self.k) // self.block)
+        keys = queries.of_blocks(length if self.k is None or self.k >= length else size, own, own, self.block)
+        return queries.cost(keys, selection=queries.entries(*self.summaries), exact=not self.threshold)
+
+    def _covers(self, length: int) -> bool:
+        return length <= 2 * self.block or (not self.threshold and (self.k is None or self.k >= length))
+
+    def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        if self._covers(keys.longest()):
+            return None
+        assert self.gate is not None
+        seen = keys.seen()  # [B or 1, 1, Tq]
+        own = (seen - 1)[..., None] // self.block
+        q_gate = self.gate.project(keys.inputs.queries_before_rope)
+        logits = self._logits(q_gate, keys.summary(*self.summaries), seen - 1, keys)
+        cols = torch.arange(logits.shape[-1], device=q.device)
+        forced = (cols == own) | (cols == 0)
+        logits = logits.masked_fill(cols >= own, -torch.inf)
+        shares = torch.where(cols < own, logits.softmax(-1), -torch.inf)
+        size, most = own[..., 0] + 1, len(cols)
+        if self.k is not None:
+            blocks = max(2, self.k // self.block)
+            size, most = torch.where(seen <= self.k, size, size.clamp(max=blocks)), min(most, blocks + 1)
+        if self.threshold:
+            size = torch.minimum(size, (forced | (shares >= self.threshold)).sum(-1))
+        ranked = shares.masked_fill(forced, torch.inf)
+        chosen, counts = select_topk(ranked, size.expand(ranked.shape[:3]), most)
+        first = 0 if keys.start is None else keys.start[:, None, None, None]
+        rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
+        return page_tokens(chosen, counts, self.block, first, rows)

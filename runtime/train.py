@@ -1,0 +1,120 @@
+"""farspan.train: learn a method's weights on a text of the user, on a frozen model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attention.errors import FarspanError
+from ..attention.method import AttentionMethod
+from ..attention.spec import parse_method
+from .recipe import Recipe
+from .training.distilled import Distilled
+from .training.loop import Schedule, Step, run
+from .training.objective import Objective
+from .training.tuned import Tuned
+from .training.windows import cut_windows
+
+_GIVEN = ("model", "method", "start", "tune")
+LEARNING_RATES = {None: 1e-3, "lora": 1e-4, "attention": 2e-5}
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    method: str | AttentionMethod,
+    text: str,
+    *,
+    out: str | Path,
+    steps: int = 200,
+    window: int = 4096,
+    batch: int = 1,
+    lr: float | None = None,
+    warmup: int = 20,
+    held_out: int = 4,
+    save_every: int = 20,
+    seed: int = 0,
+    precision: str = "no",
+    tune: str | None = None,
+    start: Recipe | str | Path | None = None,
+    progress: Callable[[Step], None] | None = None,
+    **tuning: Any,
+) -> Recipe:
+    """Train ``method`` on ``text`` and save its recipe to the folder ``out``, for ``patch(recipe=out)``.
+
+    Without ``tune``, the method's gates learn where the attention of the frozen model lies, one pass of the
+    model for all layers. tune="lora" trains adapters on the attention's projections while the method runs,
+    tune="attention" the projections themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
+
+    steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. lr: 1e-3 for gates, 1e-4 for
+    LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and not trained on.
+    save_every: steps between checkpoints; the same call goes on from the last one and ends at the same
+    weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training begins with. Under
+    torchrun or accelerate launch, the windows of a step are spread over the processes.
+
+    Raises FarspanError for a method that has nothing to train, for a text too short for one window and those
+    held out, for a folder that cannot be written or that holds another training, and for a loss that is not
+    finite; the last checkpoint is kept then.
+    """
+    learns = parse_method(method)
+    if tune not in LEARNING_RATES:
+        raise FarspanError(f"tune is 'lora' or 'attention', or left out for gates; got {tune!r}.")
+    schedule = Schedule(
+        steps=steps,
+        batch=batch,
+        lr=LEARNING_RATES[tune] if lr is None else lr,
+        warmup=warmup,
+        save_every=save_every,
+        seed=seed,
+        precision=precision,
+    )
+    if tune is None and tuning:
+        raise FarspanError(f"{', '.join(tuning)} belongs to tune='lora' or 'attention': leave it out.")
+    if tune is None and not learns.trains:
+        raise FarspanError(
+            f"{learns.name} has no gate that learns by distillation: give tune='lora' to train adapters "
+            "under it, or a method that has one (farspan methods lists them)."
+        )
+    _check_length(model, window)
+    windows = cut_windows(tokenizer, text, window, held_out)
+    begin = Recipe.load(start) if isinstance(start, str | Path) else start
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            objective = _objective(model, learns, begin, tune, tuning)
+        try:
+            settings = {"spec": str(learns), "tune": tune, "held_out_windows": held_out, **tuning}
+            return run(objective, windows, schedule, out, settings, progress)
+        finally:
+            objective.close()
+    finally:
+        model.train(training)
+
+
+def _objective(
+    model: Any, method: AttentionMethod, start: Recipe | None, tune: str | None, tuning: dict[str, Any]
+) -> Objective:
+    if tune is None:
+        return Distilled(model, method, start)
+    known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
+    unknown = [name for name in tuning if name not in known]
+    if unknown:
+        raise FarspanError(
+            f"train has no option {' and no option '.join(f'{x}=' for x in unknown)}; with tune it also "
+            f"takes {', '.join(f'{x}=' for x in known)}."
+        )
+    return Tuned(model, method, start, tune=tune, **tuning)
+
+
+def _check_length(model: Any, window: int) -> None:
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and window > most:
+        raise FarspanError(
+            f"A window of {window} tokens is longer than the model's {most} positions: give a shorter window."
+        )

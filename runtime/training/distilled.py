@@ -1,0 +1,126 @@
+"""Distillation: the gates of all layers learn from one dense pass of the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.errors import FarspanError
+from ...attention.keys import Keys
+from ...attention.kv import KV
+from ...attention.method import AttentionMethod
+from ...attention.needs import Inputs
+from ...attention.softmax import Softmax
+from .. import hf
+from ..patch import patch
+from ..recipe import Recipe
+
+
+class Distilled:
+    """The modules of ``method`` in all layers, trained by its ``distillation_loss`` (an ``Objective``).
+
+    The model runs densely and without gradients. Each layer's loss and gradient are computed as soon as its
+    queries and keys are there, so memory holds the tensors of one layer. start: a recipe whose weights
+    training begins with, in place of new ones. Raises FarspanError for a method that is not trained.
+    """
+
+    def __init__(self, model: Any, method: AttentionMethod, start: Recipe | None = None) -> None:
+        info = hf.inspect_model(model)
+        if info.weights_mesh is not None:
+            raise FarspanError(
+                "The heads of this model are sharded by tensor parallelism: train on the whole model in one "
+                "process, or on several by data parallelism (torchrun)."
+            )
+        self._model, self._info, self._method = model, info, method
+        self._made: dict[int, AttentionMethod] = {}
+        for index, module in info.attention.items():
+            if info.kinds[index] == hf.SLIDING:
+                continue  # its window is the model's own, and no method serves it
+            layer = info.layer_info(index)
+            made = method.for_training(layer)
+            if made is None:
+                continue
+            assert made.module is not None, "a method that is trained owns a module"
+            if start is not None:
+                weights = start.for_layer(method, layer, info.geometry).weights or {}
+                _load(made.module, weights, index)
+            hf.place_beside(made.module, module)
+            self._made[index] = made
+        if not self._made:
+            raise FarspanError(
+                f"{method} leaves every layer of this model dense, so it has nothing to train."
+            )
+        self._on_loss: Callable[[int, Tensor], None] = lambda index, loss: None
+        self._patched = patch(model, "dense")
+        self._undo = [
+            hf.observe(info, index, made.needs, partial(self._observe, index))
+            for index, made in self._made.items()
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._model.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in self._modules().values() for p in module.parameters() if p.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        modules = self._modules().items()
+        return {f"layers.{i}.{name}": x for i, module in modules for name, x in module.state_dict().items()}
+
+    def backward(self, ids: Tensor, accelerator: Any) -> Tensor:
+        losses: list[Tensor] = []
+
+        def learn(index: int, loss: Tensor) -> None:
+            if loss.requires_grad:  # a module may learn from what it observes alone (averages)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+
+        self._run(ids, learn)
+        return torch.stack([x.to(losses[0].device) for x in losses]).mean()
+
+    def evaluate(self, ids: Tensor) -> dict[str, float]:
+        losses: dict[int, float] = {}
+        for module in self._modules().values():
+            module.eval()
+        self._run(ids, lambda index, loss: losses.update({index: loss.item()}), grad=False)
+        for module in self._modules().values():
+            module.train()
+        return {"loss": sum(losses.values()) / len(losses)}
+
+    def recipe(self, settings: dict[str, Any]) -> Recipe:
+        return Recipe.of_modules(self._method, self._modules(), self._info.geometry, settings)
+
+    def close(self) -> None:
+        for step in reversed(self._undo):
+            step()
+        self._patched.remove()
+
+    def _modules(self) -> dict[int, nn.Module]:
+        return {index: made.module for index, made in self._made.items() if made.module is not None}
+
+    def _run(self, ids: Tensor, on_loss: Callable[[int, Tensor], None], grad: bool = True) -> None:
+        self._on_loss, self._grad = on_loss, grad
+        with torch.no_grad():
+            self._model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+
+    def _observe(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
+    ) -> None:
+        keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
+        with torch.set_grad_enabled(self._grad):
+            self._on_loss(index, self._made[index].distillation_loss(q, keys))
+
+
+def _load(module: nn.Module, weights: Any, index: int) -> None:
+    try:
+        module.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise FarspanError(
+            f"The recipe that training starts from does not fit the module of layer {index} ({error}): give "
+            "one of the same method and parameters."
+        ) from error

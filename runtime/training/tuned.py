@@ -1,0 +1,337 @@
+"""Fine-tuning: the attention's projections learn while a method runs in every layer that it serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+
+from ...attention.checks import whole_number
+from ...attention.errors import FarspanError
+from ...attention.kv import KV
+from ...attention.method import PREFILL, AttentionMethod
+from ...attention.ops.flash import flash
+from ...attention.partial import add_sinks
+from ...attention.recycled import teacher_forced
+from ...attention.softmax import Softmax
+from .. import hf
+from ..lora import TUNES, projections, replace_parameter
+from ..patch import patch
+from ..recipe import Recipe
+
+LOSSES = ("kl", "nll")
+_LOGITS = 1 << 24  # numbers of logits that exist at a time, of teacher and student each
+_NAME = "farspan"  # of the adapters, for peft
+
+
+class Tuned:
+    """The projections of the layers that ``method`` serves, trained while it runs (an ``Objective``).
+
+    Windows of a text are prefill calls, so the method selects in prefill; ``recycled``, whose prefill is
+    dense, runs in the form for training that ``teacher_forced`` makes of it. All other weights are frozen.
+
+    tune: "lora" trains adapters of ``rank`` (8 by default) on every linear projection of the attention
+    (2106.09685, by peft; the update is alpha / rank * b a, alpha 16 by default), in float32. "attention"
+    trains the projections themselves, in their own dtype; in bfloat16, steps smaller than a rounding are
+    lost. loss: "kl" is the divergence KL(dense || tuned) of the next-token distributions, both at
+    ``temperature``, times its square; the dense model has the weights from before training. "nll" is the
+    negative log-likelihood of the text. Both are means over positions, in nats.
+    start: a recipe whose adapters training begins with; a method with weights takes them from it.
+
+    The model is changed until ``close``. Raises FarspanError for values outside those above, for a method
+    that selects in no prefill or by a prompt's last queries, and Unsupported for a model whose attention has
+    no linear projections or quantised ones.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: AttentionMethod,
+        start: Recipe | None = None,
+        *,
+        tune: str = "lora",
+        rank: int | None = None,
+        alpha: float | None = None,
+        loss: str = "kl",
+        temperature: float = 1.0,
+    ) -> None:
+        self._rank, self._alpha, self._temperature = _checked(tune, rank, alpha, loss, temperature)
+        self._model, self._method, self._tune, self._loss = model, method, tune, loss
+        self._info = hf.inspect_model(model)
+        self._gate = start if start is not None and method.needs.recipe else None
+        running = _in_training(method)
+        gate = None if self._gate is None else self._gate.without_adapters()
+        self._patched = patch(model, prefill=running, recipe=gate)
+        self._undo: list[Callable[[], Any]] = [self._patched.remove]
+        try:
+            self._learn(start)
+        except BaseException:
+            self.close()
+            raise
+
+    def _learn(self, start: Recipe | None) -> None:
+        """Freeze the model and put what is trained into its attention."""
+        layers = self._patched.selective_layers()
+        self._linear = projections(self._info, layers)
+        for p in self._model.parameters():
+            self._undo.append(partial(p.requires_grad_, p.requires_grad))
+            p.requires_grad_(False)
+        self._head = hf.Head(self._model, self._info)
+        if self._tune == "lora":
+            self._tensors, self._swap = self._add_lora()
+        else:
+            self._tensors, self._swap = self._open_weights()
+        if start is not None and start.adapters:
+            self._begin_with(start)
+
+    def _add_lora(self) -> tuple[dict[str, nn.Parameter], _Swap]:
+        config, inject = _peft()
+        attention = {target.partition(".")[0]: None for target in self._linear}
+        root = nn.ModuleDict({index: self._info.attention[int(index)] for index in attention})
+        swap = _Swap([_place(root, target) for target in self._linear])
+        self._undo.append(swap.original)
+        inject(config(r=self._rank, lora_alpha=self._alpha, target_modules=list(self._linear)), root, _NAME)
+        swap.taken()
+        tensors: dict[str, nn.Parameter] = {}
+        for target in self._linear:
+            layer: Any = root.get_submodule(target)
+            for name, inside in (("a", layer.lora_A), ("b", layer.lora_B)):
+                p = inside[_NAME].weight
+                p.data = p.data.float()
+                tensors[f"{target}.{name}"] = p
+        return tensors, swap
+
+    def _open_weights(self) -> tuple[dict[str, nn.Parameter], _Swap]:
+        places = [(module, name) for module in self._linear.values() for name, _ in module.named_parameters()]
+        swap = _Swap(places)
+        for module in self._linear.values():
+            for name, p in module.named_parameters():
+                self._undo.append(replace_parameter(module, name, p))
+        swap.taken()
+        tensors: dict[str, nn.Parameter] = {}
+        for target, module in self._linear.items():
+            for name, p in module.named_parameters():
+                p.requires_grad_()
+                tensors[f"{target}.{name}"] = p
+        return tensors, swap
+
+    @torch.no_grad()
+    def _begin_with(self, start: Recipe) -> None:
+        start.check_geometry(self._info.geometry, f"'farspan train {self._method.name}'")
+        if start.adapters != self._about():
+            had = ", ".join(f"{name}={x}" for name, x in start.adapters.items() if name != "targets")
+            raise FarspanError(
+                f"The recipe that training starts from has other adapters ({had}): give the same tune, rank, "
+                "alpha and method, or leave start out."
+            )
+        for name, x in self.state().items():
+            x.copy_(start.tensors[name])
+
+    # --- the objective ------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._model.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._tensors.values())
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"adapters.{name}": p.detach() for name, p in self._tensors.items()}
+
+    def backward(self, ids: Tensor, accelerator: Any) -> Tensor:
+        """See ``Objective``. The gradient of the logits is taken a few positions at a time, and goes through
+        the decoder once."""
+        ids = ids.to(self.device)
+        teacher = self._dense_hidden(ids) if self._loss == "kl" else None
+        with torch.enable_grad():
+            output = self._head.hidden(ids)
+            hidden = output.last_hidden_state
+            leaf = hidden.detach().requires_grad_()
+            losses = []
+            for at in self._pieces(ids):
+                logits = self._logits(output, leaf, ids, at)
+                if teacher is None:
+                    piece = _nll(logits, ids, at)
+                else:
+                    with torch.no_grad():
+                        wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
+                    piece = self._kl(wanted, logits) / ids[:, 1:].numel()
+                piece.backward()
+                losses.append(piece.detach())
+            assert leaf.grad is not None
+            accelerator.backward((hidden * leaf.grad).sum())
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, ids: Tensor) -> dict[str, float]:
+        """The negative log-likelihoods (nats a token) of the tuned and of the dense model, their difference,
+        KL(dense || tuned), and the "loss" that is trained."""
+        ids = ids.to(self.device)
+        dense, tuned = self._dense_hidden(ids), self._head.hidden(ids)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for at in self._pieces(ids):
+            wanted, logits = (self._logits(x, x.last_hidden_state, ids, at) for x in (dense, tuned))
+            kl = self._kl(wanted, logits) / ids[:, 1:].numel()
+            sums += torch.stack([_nll(logits, ids, at), _nll(wanted, ids, at), kl]).double().cpu()
+        nll, nll_dense, kl = sums.tolist()
+        return {
+            "loss": kl if self._loss == "kl" else nll,
+            "nll": nll,
+            "nll_dense": nll_dense,
+            "nll_difference": nll - nll_dense,
+            "kl": kl,
+        }
+
+    def recipe(self, settings: dict[str, Any]) -> Recipe:
+        tensors = {name: x.cpu().clone() for name, x in self.state().items()}
+        gate = None if self._gate is None else self._gate.without_adapters()
+        return Recipe(
+            method=self._method.name,
+            geometry=self._info.geometry,
+            settings=settings,
+            tensors=tensors if gate is None else {**gate.tensors, **tensors},
+            parameters={} if gate is None else gate.parameters,
+            adapters=self._about(),
+        )
+
+    def _about(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"tune": self._tune, "targets": list(self._linear)}
+        return about | ({"rank": self._rank, "alpha": self._alpha} if self._tune == "lora" else {})
+
+    def close(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _pieces(self, ids: Tensor) -> Iterator[slice]:
+        """Positions that predict a token, a few at a time."""
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        step = max(1, _LOGITS // (ids.shape[0] * vocabulary))
+        last = ids.shape[1] - 1
+        return (slice(a, min(a + step, last)) for a in range(0, last, step))
+
+    def _logits(self, output: Any, hidden: Tensor, ids: Tensor, at: slice) -> Tensor:
+        return self._head.logits(output, hidden[:, at], ids[:, at]).float()
+
+    def _kl(self, wanted: Tensor, logits: Tensor) -> Tensor:
+        """The sum over positions of the divergence, at the temperature."""
+        target, got = (log_softmax(x / self._temperature, -1) for x in (wanted, logits))
+        return (target.exp() * (target - got)).sum() * self._temperature**2
+
+    def _dense_hidden(self, ids: Tensor) -> Any:
+        """What the decoder returns with dense attention and the weights from before training."""
+        with torch.no_grad(), self._swap.originals(), self._all_dense():
+            return self._head.hidden(ids)
+
+    @contextmanager
+    def _all_dense(self) -> Iterator[None]:
+        undo = [
+            hf.replace_attention(self._info.attention[index], _attend_densely)
+            for index in self._patched.selective_layers()
+        ]
+        try:
+            yield
+        finally:
+            for step in undo:
+                step()
+
+
+class _Swap:
+    """Attributes of modules (parameters or modules) that are exchanged and exchanged back."""
+
+    def __init__(self, places: Sequence[tuple[nn.Module, str]]) -> None:
+        self._places = places
+        self._before = [getattr(module, name) for module, name in places]
+        self._after = self._before
+
+    def taken(self) -> None:
+        """The present values are the new ones."""
+        self._after = [getattr(module, name) for module, name in self._places]
+
+    def original(self) -> None:
+        self._put(self._before)
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """A context with the old values in place."""
+        self._put(self._before)
+        try:
+            yield
+        finally:
+            self._put(self._after)
+
+    def _put(self, values: list[Any]) -> None:
+        for (module, name), value in zip(self._places, values, strict=True):
+            setattr(module, name, value)
+
+
+def _place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
+    parent, _, name = target.rpartition(".")
+    return root.get_submodule(parent), name
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
+    """Dense attention [B, T, H, D] of windows without padding."""
+    part = flash(q, KV(k, v), softmax)
+    if softmax.sinks is not None:
+        part = add_sinks(part, softmax.sinks)
+    return part.out.to(q.dtype).transpose(1, 2).contiguous()
+
+
+def _nll(logits: Tensor, ids: Tensor, at: slice) -> Tensor:
+    """The part of ``at`` in the mean negative log-likelihood of the tokens."""
+    following = ids[:, at.start + 1 : at.stop + 1]
+    total = cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+    return total / ids[:, 1:].numel()
+
+
+def _in_training(method: AttentionMethod) -> AttentionMethod:
+    """The prefill method that runs in training under ``method``."""
+    running = teacher_forced(method) or method
+    if PREFILL not in running.phases or not running.selective:
+        raise FarspanError(
+            f"{method} selects nothing in prefill, and training runs prefill calls: take a method that has "
+            "prefill (farspan methods lists them), or recycled."
+        )
+    if running.lookahead.is_prompt:
+        raise FarspanError(
+            f"{method} selects by a prompt's last queries, so a loss over the tokens of a window depends on "
+            "later tokens: train under another prefill method."
+        )
+    return running
+
+
+def _checked(
+    tune: str, rank: int | None, alpha: float | None, loss: str, temperature: float
+) -> tuple[int, float, float]:
+    if tune not in TUNES:
+        raise FarspanError(f"tune is {' or '.join(TUNES)}; got {tune!r}.")
+    if loss not in LOSSES:
+        raise FarspanError(f"loss is {' or '.join(LOSSES)}; got {loss!r}.")
+    if tune != "lora" and (rank is not None or alpha is not None):
+        raise FarspanError(f"rank and alpha belong to tune='lora', and tune is {tune!r}: leave them out.")
+    rank, alpha = 8 if rank is None else rank, 16.0 if alpha is None else alpha
+    whole = whole_number(rank)
+    if whole is None or whole < 1:
+        raise FarspanError(f"rank is a whole number, at least 1; got {rank!r}.")
+    for name, value in (("alpha", alpha), ("temperature", temperature)):
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise FarspanError(f"{name} is a finite number above 0; got {value!r}.")
+    return whole, float(alpha), float(temperature)
+
+
+def _peft() -> tuple[Any, Any]:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise FarspanError(
+            "LoRA needs peft, which is not installed: pip install 'farspan[train]', or tune the attention's "
+            "own weights (tune='attention')."
+        ) from error
+    return partial(LoraConfig, init_lora_weights=True), inject_adapter_in_model
