@@ -42,6 +42,10 @@ class Peers(Protocol):
         """The sum of x [...] over all ranks; the same on every rank."""
         ...
 
+    def share(self, count: int) -> range:
+        """Those of ``count`` things that every rank has which this rank takes; each is one rank's."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Keys:
@@ -49,6 +53,8 @@ class Keys:
 
     kv:    [B, Hkv, Tk], a read-only view of the store; the queries of the call are the last ``tq``
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
+    dropped: how many of the first positions have no keys any more, since no method of the layer needs them;
+           kv has those of the other positions.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
@@ -63,6 +69,7 @@ class Keys:
     kv: KV
     tq: int
     softmax: Softmax
+    dropped: int = 0
     start: Tensor | None = None
     state: State = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
@@ -81,7 +88,14 @@ class Keys:
     @property
     def length(self) -> int:
         """Tk, the number of positions."""
-        return self.kv.length
+        return self.dropped + self.kv.length
+
+    @property
+    def start_here(self) -> Tensor | None:
+        """``start``, counted from the first key of ``kv``."""
+        return (
+            self.start if self.start is None or not self.dropped else (self.start - self.dropped).clamp(min=0)
+        )
 
     @property
     def past(self) -> int:
@@ -101,7 +115,7 @@ class Keys:
 
     def held(self, length: int) -> int:
         """How many of the first ``length`` keys are here; they come first."""
-        return length
+        return max(0, length - self.dropped)
 
     def shortest(self) -> int:
         """Fewest keys that the call's first query sees in any row."""
@@ -116,12 +130,17 @@ class Keys:
         count = torch.arange(self.past + 1, self.length + 1, device=self.kv.device)[None, None]
         return count if self.start is None else count - self.start[:, None, None]
 
-    def summary(self, summary: Summary) -> Tensor:
-        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date; what selection read is counted.
+    def entries(self, summary: Summary) -> Tensor:
+        """Entries [B, Hkv, ceil(Tk / block), width] of a summary, up to date, to be attended to: they count
+        as keys.
 
         Those of blocks are counted from the row's start. Of labels (block None) there are N, those of the
         keys that are here."""
-        entries = self.summaries.get(summary, self._supply(), self.starts)
+        return self.summaries.get(summary, self._supply(), self.starts)
+
+    def summary(self, summary: Summary) -> Tensor:
+        """``entries`` to select by; what selection read is counted."""
+        entries = self.entries(summary)
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 
@@ -133,13 +152,13 @@ class Keys:
     def read_keys(self, first: int, end: int) -> Tensor:
         """The raw keys of positions first .. end - 1, for a method that scores these alone; the reading is
         counted."""
-        kv = self.kv[:, :, first:end]
+        kv = self.kv[:, :, self.held(first) : self.held(end)]
         self.summary_bytes += kv.key_nbytes
         return kv.k
 
     def places(self) -> Tensor:
         """[N] int64, the positions of the keys that are here."""
-        return torch.arange(self.length, device=self.kv.device)
+        return torch.arange(self.dropped, self.length, device=self.kv.device)
 
     def visible(self) -> Tensor | None:
         """[B or 1, Tq, N] bool: the keys here that each query sees; None where all do."""
@@ -157,7 +176,8 @@ class Keys:
         end = self.length if self.ends is None else self.ends[b]
         summaries = SomeRows(self.summaries, self._supply(), self.starts, rows, first, end)
         return Keys(
-            kv=self.kv[rows, :, first:end],
+            kv=self.kv[rows, :, self.held(first) : self.held(end)],
+            dropped=max(0, self.dropped - first),
             tq=max(0, end - max(first, self.past)),
             softmax=self.softmax,
             summaries=summaries,
@@ -185,5 +205,5 @@ class Keys:
 
     def _supply(self) -> Supply:
         if self.supply is None:
-            return Supply(self.kv, fed=self.fed)
-        return dataclasses.replace(self.supply, kv=self.kv)
+            return Supply(self.kv, fed=self.fed, dropped=self.dropped)
+        return dataclasses.replace(self.supply, kv=self.kv, dropped=self.dropped)

@@ -133,6 +133,12 @@ class AttentionMethod:
         return ()
 
     @property
+    def keys_needed(self) -> int | None:
+        """How many of the last keys a query may need, its own and those of the summaries' open blocks
+        included; None: all. Where both methods of a layer need some only, its store drops the others."""
+        return None
+
+    @property
     def last_queries(self) -> int:
         """How many of a prefill call's last queries ``prepare_prefill`` receives; 0: it is not called."""
         return 0

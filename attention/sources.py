@@ -156,30 +156,31 @@ class Recent:
 class Supply:
     """What one call of a layer has for summaries.
 
-    kv: [B, Hkv, Tk], all keys and values. q: [B, H, Tq, D], the call's own queries. fed: the call's inputs.
-    recent: what is kept of earlier calls.
+    kv: [B, Hkv, Tk - dropped], keys and values of all positions but the first ``dropped``. q: [B, H, Tq, D],
+    the call's own queries. fed: the call's inputs. recent: what is kept of earlier calls.
     """
 
     kv: KV
     q: Tensor | None = None
     fed: Inputs | None = None
     recent: Recent = field(default_factory=Recent)
+    dropped: int = 0
 
     @property
     def length(self) -> int:
         """Tk, the number of positions."""
-        return self.kv.length
+        return self.dropped + self.kv.length
 
     def sources(self, reads: Iterable[Source], first: int) -> Sources:
         """Those of the positions from ``first`` on. Raises FarspanError for what the call does not have."""
         found: dict[Source, Tensor] = {}
         for name in reads:
             if name == "keys":
-                found[name] = self.kv[:, :, first:].k
+                found[name] = self._kv(first).k
             elif name == "values":
-                found[name] = self.kv[:, :, first:].v
+                found[name] = self._kv(first).v
             elif name == "keys_before_rope":
-                found[name] = self._inputs(name).stored_before_rope(self.kv[:, :, first:].k, first)
+                found[name] = self._inputs(name).stored_before_rope(self._kv(first).k, first)
             elif name == "positions":
                 found[name] = self._positions(first)
             else:
@@ -189,6 +190,15 @@ class Supply:
     def own(self, names: Iterable[Source]) -> dict[Source, Tensor]:
         """``names`` out of queries and hidden states, of the call's own positions."""
         return {name: self._own(name) for name in names}
+
+    def _kv(self, first: int) -> KV:
+        if first < self.dropped:
+            raise FarspanError(
+                f"A summary needs the keys of the tokens from position {first} on, and this cache has "
+                f"dropped those before position {self.dropped}: use it with the method that has filled it, "
+                "or start a new cache."
+            )
+        return self.kv[:, :, first - self.dropped :]
 
     def _since(self, name: Source, first: int) -> Tensor:
         own = self._own(name)

@@ -278,6 +278,12 @@ class Summaries:
         for rows, number, new in written:
             buffer[rows, :, number : number + new.shape[2]] = new
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of all entries, and of the queries and hidden states kept."""
+        every = [*(kept.buffer for kept in self._kept.values()), *self.recent.tensors.values()]
+        return sum(x.numel() * x.element_size() for x in every)
+
     def crop(self, length: int) -> None:
         """Forget everything that positions at or after ``length`` went into; the open block is summarised
         again when asked."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..attention.attend import DECODE_ROWS
+from ..attention.errors import FarspanError
 from ..attention.kv import KV
 from ..attention.summary import Summaries
 from .positions import Positions
@@ -30,8 +32,11 @@ class KVStore:
 
     The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
-    each method. Both follow every change of the batch rows. This class does not use transformers;
-    ``hf/cache.py`` makes a cache layer of it.
+    each method. Both follow every change of the batch rows. Where no method of the layer needs the oldest
+    keys, ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of
+    it.
+
+    length: number of positions whose keys and values are here.
     """
 
     format: type[KV] = KV  # the format in which a new store keeps keys and values
@@ -41,6 +46,8 @@ class KVStore:
         self._kv: KV | None = None  # the buffers up to ``length``; made on first use
         self._handles: tuple[Tensor, Tensor] | None = None
         self.length = 0
+        self.needed: int | None = None  # how many of the last positions later calls need; None: all
+        self._dropped = 0
         self.summaries = Summaries()
         self.states = States()
         self.positions = Positions()  # kept only where a method needs keys before RoPE
@@ -48,13 +55,18 @@ class KVStore:
         self._known = 0
 
     @property
+    def dropped(self) -> int:
+        """Number of the first positions whose keys and values were dropped."""
+        return self._dropped
+
+    @property
     def total(self) -> int:
-        """Number of positions of the sequence so far; here it is ``length``, over ranks it is larger."""
-        return self.length
+        """Number of positions of the sequence so far. Over ranks, others hold some of them."""
+        return self.dropped + self.length
 
     @property
     def kv(self) -> KV | None:
-        """[B, Hkv, T], views of the buffers; None while the store is empty."""
+        """[B, Hkv, length], views of the buffers; None while the store is empty."""
         if self._kv is None and self._buffers:
             self._kv = self.format(*[x[:, :, : self.length] for x in self._buffers])
         return self._kv
@@ -94,24 +106,26 @@ class KVStore:
         return buffer
 
     def handles(self) -> tuple[Tensor, Tensor]:
-        """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] as tensors, by which ``holds`` identifies this
-        store.
+        """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies
+        this store.
 
-        In the plain format they are views of the stored tensors. In other formats they have the right shape,
-        but no memory and no contents, because decoding all keys at every step would cost more than attention.
+        In the plain format they are views of the stored tensors. In other formats, and where keys were
+        dropped, they have the right shape, but no memory and no contents: decoding all keys at every step
+        would cost more than attention.
         """
         kv = self.kv
         assert kv is not None, "the store is empty"
-        if type(kv) is KV:
+        if type(kv) is KV and not self.dropped:
             return kv.dense()
         if self._handles is None:
             empty = torch.empty(1, dtype=kv.dtype, device=kv.device)
-            self._handles = empty.expand(*kv.shape, kv.head_dim), empty.expand(*kv.shape, kv.value_dim)
+            shape = (kv.batch, kv.num_kv_heads, self.total)
+            self._handles = empty.expand(*shape, kv.head_dim), empty.expand(*shape, kv.value_dim)
         return self._handles
 
     def holds(self, k: Tensor) -> bool:
         """Whether ``k`` is the tensor of keys that this store has returned."""
-        if not self._buffers or k.shape[2] != self.length:
+        if not self._buffers or k.shape[2] != self.total:
             return False
         return k.data_ptr() == (self._handles or self._buffers)[0].data_ptr()
 
@@ -126,6 +140,12 @@ class KVStore:
         if self._starts is not None:
             pairs = zip(self._starts, starts, strict=True)
             moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
+            if moved and self.dropped:
+                raise FarspanError(
+                    f"Another attention mask was given for {self.total} cached tokens, {self.dropped} of "
+                    "which have summaries in place of keys: give the mask of the earlier calls, or start a "
+                    "new cache."
+                )
             if moved:
                 self._drop_summaries()
                 self.states.drop(moved)
@@ -137,10 +157,64 @@ class KVStore:
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` positions and the state of every method. A count of 0 changes nothing."""
         if count > 0:
-            self._resize(max(0, self.length - count))
-            self.summaries.crop(self.length)
-            self.positions.crop(self.length)
-            self._forget_since(self.total)
+            self._check_crop(count)
+            left = max(0, self.total - count)
+            if left == 0:
+                self._dropped = 0
+            self._shorten(left - self.dropped, left)
+            self._forget_since(left)
+
+    def _check_crop(self, count: int) -> None:
+        """Raise FarspanError where the positions left after a crop are not enough for later calls."""
+        left = max(0, self.total - count)
+        if left and self.needed is not None and self.dropped > max(0, left + 1 - self.needed):
+            raise FarspanError(
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
+                f"first {self.dropped} were dropped and the last {self.needed} are needed: start a new cache."
+            )
+
+    def _shorten(self, length: int, known: int) -> None:
+        """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
+        first ``known``."""
+        self._resize(length)
+        self.summaries.crop(known)
+        self.positions.crop(known)
+
+    def require(self, needed: int | None, past: int) -> None:
+        """Raise FarspanError where a call whose first query is at position ``past`` needs keys that were
+        dropped. needed: how many of the last positions a query needs, its own included; None: all."""
+        if self.dropped and (needed is None or self.dropped > max(0, past + 1 - needed)):
+            what = "all of them" if needed is None else f"the last {needed}"
+            raise FarspanError(
+                f"This cache keeps summaries in place of its first {self.dropped} keys, and a layer needs "
+                f"{what}: use the cache with the method that has filled it, or start a new cache."
+            )
+
+    def forget(self, needed: int | None) -> None:
+        """Drop the keys and values of the oldest positions and release their memory, where later calls need
+        those of the last ``needed`` positions only (None: of all).
+
+        DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens. They are
+        dropped an eighth of ``needed`` at a time, so that the rest is rarely copied.
+        """
+        self.needed = needed
+        if needed is None or any(x.requires_grad for x in self._buffers):
+            return
+        keep = needed + DECODE_ROWS
+        spare = max(DECODE_ROWS, keep // 8)
+        if self.length <= keep + spare:
+            return
+        gone = self.length - keep
+        room = keep + spare + DECODE_ROWS
+        self._buffers = tuple(self._grown_rows(x[:, :, gone : self.length], room) for x in self._buffers)
+        self._dropped += gone
+        self._resize(keep)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the buffers, of the summaries and of the positions kept."""
+        buffers = sum(x.numel() * x.element_size() for x in self._buffers)
+        return buffers + self.summaries.nbytes + self.positions.nbytes
 
     def _forget_since(self, length: int) -> None:
         """Drop the states, and the starts of rows that begin after the first ``length`` positions."""
@@ -152,6 +226,7 @@ class KVStore:
     def reset(self) -> None:
         """Empty the store and release its buffers."""
         self._buffers, self._starts = (), None
+        self._dropped = 0
         self._resize(0)
         self.summaries.clear()
         self.states.clear()

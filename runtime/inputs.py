@@ -33,8 +33,8 @@ class Given:
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
         [B, Hkv, Tk]. store: the store that holds kv; None where kv is all of this call."""
-        total, tq = kv.length, q.shape[2]
-        own = self.own(q, kv[:, :, total - tq :].k)
+        total, tq = kv.length if store is None else store.total, q.shape[2]
+        own = self.own(q, kv[:, :, kv.length - tq :].k)
         if own.places is None or store is None:
             return replace(own, length=total)
         return replace(own, length=total, places=store.positions.append(own.places, total))

@@ -17,7 +17,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
-from .cache import lasting
+from .cache import KVStore, lasting
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer
@@ -46,6 +46,7 @@ class Layer(Unique):
     measure: number of queries of a prefill call on which attention mass is measured; 0 measures nothing.
     observer: called after every selection of a layer that is measured.
     phases: the report of each phase.
+    stored, dense_stored: bytes of memory of the last call's store, and of all keys and values of its tokens.
     """
 
     index: int
@@ -57,6 +58,8 @@ class Layer(Unique):
     measure: int = 0
     observer: Observer | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
+    stored: int = 0
+    dense_stored: int = 0
 
     def __post_init__(self) -> None:
         self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys)
@@ -74,6 +77,7 @@ class Layer(Unique):
 
     def clear_report(self) -> None:
         """Set the counts of this layer to zero."""
+        self.stored = self.dense_stored = 0
         self.phases = {
             phase: PhaseReport(
                 str(method), lookahead=method.lookahead, measured=Measured() if self.measure else None
@@ -148,6 +152,8 @@ class Layer(Unique):
             fed=None if session.given is None else session.given.feed(q, kv, store),
         )
         called = self.layer_call(source, self._meter if self.measure else None)
+        if store is not None:
+            self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * total)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
         return called.part(q, kv.value_dim)
 
@@ -173,6 +179,11 @@ class Layer(Unique):
         if softmax.window is not None:
             return source.attend_window(softmax.window)
         called = self.layer_call(source)
+        if kept:
+            kv = KV(k, v)
+            self._count_stored(
+                store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size
+            )
         for run, _, _, _, travel in called.done:
             assert travel is not None
             self.phases[run.phase].moved(travel)
@@ -180,6 +191,9 @@ class Layer(Unique):
             self.phases[called.done[-1].run.phase].sent_bytes += source.newly_sent()
         self._report(called, q, None if kept else NO_CACHE)
         return called.part(q, v.shape[3])
+
+    def _count_stored(self, store: KVStore, dense: int) -> None:
+        self.stored, self.dense_stored = store.nbytes, dense
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""

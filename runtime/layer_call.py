@@ -6,6 +6,7 @@ A patched layer (on one device or over ranks), ``tune`` and the tests of the law
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -55,8 +56,18 @@ class KeySource(Protocol):
     kept: bool
     states: States
 
+    def require(self, needed: int | None) -> None:
+        """Raise FarspanError where a query's last ``needed`` keys (None: all) are not stored any more. It is
+        called before anything else."""
+        ...
+
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
-        """Store the new keys and update the summaries of both methods. It is called before anything else."""
+        """Store the new keys and update the summaries of both methods. It is called before any selection."""
+        ...
+
+    def forget(self, needed: int) -> None:
+        """Drop keys that no later call needs, because queries need their last ``needed`` keys only. It is
+        called last."""
         ...
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
@@ -105,6 +116,7 @@ class LayerCall:
     ) -> None:
         self.prefill, self.decode = prefill, decode
         self.from_keys = {} if from_keys is None else from_keys
+        self.needed = _keys_needed(prefill, decode, self.from_keys)
         self._kept_as = str(decode)  # the name of the state; only decode methods keep state
         self._sets_up = type(decode).on_prefill_end is not AttentionMethod.on_prefill_end
 
@@ -116,7 +128,9 @@ class LayerCall:
 
     def __call__(self, source: KeySource, probe_of: Callable[[str], Probe | None] | None = None) -> Called:
         """Attention of ``source.q`` over the keys of ``source``. probe_of: returns the probe of a phase; None
-        where the call is not measured."""
+        where the call is not measured. A measured call compares with all keys, so none is dropped."""
+        needed = self.needed if probe_of is None else None
+        source.require(needed)
         source.begin(self.prefill, self.decode)
         states = source.states
         rows = served(
@@ -138,11 +152,14 @@ class LayerCall:
             with implementations() as ran:
                 part, reads, travel = source.attend(self.method(run), run, state, probe)
             done.append(Done(run, part, reads, ran, travel))
-        if not (rows.ended and source.kept):
-            return Called(done, 0)
-        probe = None if probe_of is None else probe_of(DECODE)
-        with nullcontext() if probe is None else probe.timed(SELECTION, source.q.device):
-            return Called(done, self._end_prefill(source, rows.ended))
+        read = 0
+        if rows.ended and source.kept:
+            probe = None if probe_of is None else probe_of(DECODE)
+            with nullcontext() if probe is None else probe.timed(SELECTION, source.q.device):
+                read = self._end_prefill(source, rows.ended)
+        if needed is not None and source.kept:
+            source.forget(needed)
+        return Called(done, read)
 
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
         """Call the decode method's ``on_prefill_end`` for the rows whose prefill has run, so that it sets up
@@ -160,13 +177,22 @@ class LayerCall:
         return read
 
 
+def _keys_needed(
+    prefill: AttentionMethod, decode: AttentionMethod, from_keys: Mapping[str, float]
+) -> int | None:
+    """How many of the last keys a query of either phase needs, below the crossovers, too; None: all."""
+    needed = [prefill.keys_needed, decode.keys_needed, *from_keys.values()]
+    finite = [int(count) for count in needed if count is not None and count < math.inf]
+    return max(finite) if len(finite) == len(needed) else None
+
+
 class LocalKeys:
     """The keys and values kv [B, Hkv, Tk] of a call on one device. q [B, H, Tq, D]: the queries of the last
     Tq positions.
 
     padding: the positions at which rows begin. ends: the positions at which rows end.
-    store: the store that holds kv; None where no store holds it. Without a store the call is a prefill,
-    whatever its length.
+    store: the store that holds kv, which has all positions but those that it has dropped; None where no store
+    holds it. Without a store the call is a prefill, whatever its length.
     impl: the implementation of the operations.
     fed: the inputs that methods declare besides q and kv.
     """
@@ -186,13 +212,17 @@ class LocalKeys:
         self.q, self.kv, self.softmax = q, kv, softmax
         self.start, self.starts = (None, None) if padding is None else (padding.start, padding.starts)
         self.ends, self.store, self.impl, self.fed = ends, store, impl, fed
-        self.total = kv.length
+        self.total = kv.length if store is None else store.total
         self.past = self.total - q.shape[2]
         self.kept = store is not None
         self.short = self.kept and q.shape[2] <= DECODE_ROWS
         self.states = States() if store is None else store.states
         self.summaries = Summaries() if store is None else store.summaries
-        self.supply = Supply(kv, q, fed)
+        self.supply = Supply(kv, q, fed, dropped=self.total - kv.length)
+
+    def require(self, needed: int | None) -> None:
+        if self.store is not None:
+            self.store.require(needed, self.past)
 
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
         if self.store is not None:
@@ -207,6 +237,7 @@ class LocalKeys:
             kv=self.kv,
             tq=tq,
             softmax=self.softmax,
+            dropped=self.supply.dropped,
             start=self.start,
             state=state,
             summaries=self.summaries,
@@ -219,6 +250,10 @@ class LocalKeys:
 
     def last_queries(self, count: int) -> Tensor:
         return self.q[:, :, -count:]
+
+    def forget(self, needed: int) -> None:
+        if self.store is not None:
+            self.store.forget(needed)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -86,6 +86,9 @@ class KeysOverRanks:
         self._sent = mesh.sent()
         self._fed = None if given is None else given.own(q, k)
 
+    def require(self, needed: int | None) -> None:
+        self.store.require(needed, self.past)
+
     def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
         """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
@@ -165,10 +168,14 @@ class KeysOverRanks:
         travel.sent = self.newly_sent()
         return part, reads, travel
 
+    def forget(self, needed: int) -> None:
+        self.store.needed = needed
+        _forget(self.store, needed, self.call, self.mesh)
+
     def attend_window(self, window: int) -> Partial:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
         store, call = self.store, self.call
-        store.window = window
+        store.needed = window
         SupplyOverRanks(self.q, self.k, self.v, store, call, None).take()
         if call.split is not None:
             local = LocalCall(self.q, self.k, self.v, store.shard, call, self.mesh, self.softmax)

@@ -273,7 +273,12 @@ class Patched:
                 "the model before report(measure_mass=True)."
             )
         layers = [
-            LayerReport(i, {phase: p.snapshot() for phase, p in layer.phases.items()})
+            LayerReport(
+                i,
+                {phase: p.snapshot() for phase, p in layer.phases.items()},
+                layer.stored,
+                layer.dense_stored,
+            )
             for i, layer in self._layers.items()
             if i not in self._untouched
         ]

@@ -45,6 +45,11 @@ class Positions:
         assert self._ids is not None and end <= self.length
         return self._ids[:, first:end]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the ids."""
+        return 0 if self._ids is None else self._ids.numel() * self._ids.element_size()
+
     def crop(self, length: int) -> None:
         """Drop the ids of keys at or after ``length``."""
         self.length = min(self.length, length)

@@ -100,10 +100,17 @@ class PhaseReport:
 
 @dataclass
 class LayerReport:
-    """The reports of one layer by phase."""
+    """The reports of one layer by phase.
+
+    stored_bytes: memory of the layer's cache after its last call: keys, values and summaries, spare room of
+    the buffers included. dense_stored_bytes: all keys and values of the same tokens, without spare room. Over
+    ranks, the memory of one rank, and a rank's part.
+    """
 
     layer: int
     phases: dict[str, PhaseReport]
+    stored_bytes: int = 0
+    dense_stored_bytes: int = 0
 
 
 @dataclass
@@ -146,6 +153,8 @@ class Report:
             ("sent_bytes_dense", "dense_sent_bytes"),
         ):
             totals[out] = sum(getattr(p, name) for p in every)
+        totals["kv_bytes_stored"] = sum(layer.stored_bytes for layer in self.layers)
+        totals["kv_bytes_stored_dense"] = sum(layer.dense_stored_bytes for layer in self.layers)
         totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
         totals["mechanisms"] = {name: why for p in every for name, why in p.mechanisms.items()}
         totals["implementation"] = _implementation(every)
@@ -160,6 +169,8 @@ class Report:
             "layers": [
                 {
                     "layer": layer.layer,
+                    "stored_bytes": layer.stored_bytes,
+                    "dense_stored_bytes": layer.dense_stored_bytes,
                     **{phase: p.to_dict() for phase, p in layer.phases.items()},
                 }
                 for layer in self.layers
@@ -187,6 +198,11 @@ class Report:
             f"dense, {as_bytes(totals['selection_bytes'])} to select; implementation: "
             f"{totals['implementation'] or 'none ran'}"
         )
+        if totals["kv_bytes_stored"] < totals["kv_bytes_stored_dense"]:
+            lines.append(
+                f"stored: {as_bytes(totals['kv_bytes_stored'])} where all keys and values take "
+                f"{as_bytes(totals['kv_bytes_stored_dense'])}"
+            )
         for phase in (PREFILL, DECODE) if measured else ():
             chosen, read = totals[f"{phase}_selection_seconds"], totals[f"{phase}_attention_seconds"]
             if chosen or read:

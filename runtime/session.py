@@ -19,6 +19,13 @@ from .cache import KVStore
 from .inputs import Given
 from .padding import Padding, read_padding
 
+_thread = threading.local()
+
+
+def in_call() -> bool:
+    """Whether the decoder of a patched model runs in this thread."""
+    return getattr(_thread, "running", False)
+
 
 class Stores(Protocol):
     """The stores of the present call by layer."""
@@ -76,6 +83,7 @@ class Session(threading.local):
     def begin_call(self, stores: Stores | None, padding: Padding, total: int) -> None:
         """Begin a call that extends the sequence to ``total`` positions and keeps its keys in ``stores``."""
         self.end_call()
+        _thread.running = True
         self.cached, self.stores, self.ends = stores is not None, stores, padding.ends
         self.early = {}
         self._padding = total, padding
@@ -133,5 +141,6 @@ class Session(threading.local):
 
     def end_call(self) -> None:
         """End the call and drop its values."""
+        _thread.running = False
         self.cached, self.stores, self.ends, self.early = False, None, None, None
         self._padding, self._paddings, self._noticed = None, {}, set()

@@ -7,7 +7,6 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from ..attention.errors import FarspanError
 from ..attention.summary import Summaries
 from ..parallel.group.comm import Ranks
 from ..parallel.mechanisms.call import Call, Shard
@@ -23,12 +22,11 @@ class ShardStore(KVStore):
     length: number of positions on this rank. total: number of positions on all ranks.
     layout: which rank holds which positions; it is the same on every rank.
     shared: block summaries of all positions, and what is kept for them; every rank has all of it.
-    window: the size of a layer's sliding window, None without one; older positions are dropped.
     """
 
     def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
         super().__init__()
-        self.ranks, self.block, self.window = ranks, block, window
+        self.ranks, self.block, self.needed = ranks, block, window
         self.layout = Layout.empty(ranks.size)
         self.shared = Summaries()
         self._total = 0
@@ -36,6 +34,14 @@ class ShardStore(KVStore):
     @property
     def total(self) -> int:
         return self._total
+
+    @property
+    def dropped(self) -> int:
+        return self.layout.begin
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.shared.nbytes
 
     @property
     def shard(self) -> Shard:
@@ -80,16 +86,12 @@ class ShardStore(KVStore):
     def crop(self, count: int) -> None:
         if count <= 0:
             return
-        if self.window is not None and self.layout.begin > max(0, self.total - count - self.window + 1):
-            raise FarspanError(
-                f"This cache cannot be cropped by {count} of {self.total} tokens, because a layer with a "
-                f"sliding window of {self.window} tokens has dropped the older ones: start a new cache."
-            )
+        self._check_crop(count)
         self._total = max(0, self.total - count)
         here = self.layout.below(self.ranks.rank, self.total)
         self.layout = self.layout.cut(0, self.total)
         self.shared.crop(self.total)
-        super().crop(self.length - here)
+        self._shorten(here, here)
         self._forget_since(self.total)
 
     def reset(self) -> None:

@@ -160,7 +160,7 @@ class _Run:
             self.store.summaries.clear()
             self.store.states.clear()
         else:  # undo the steps of the previous repeat
-            self.store.crop(self.store.length - self.length)
+            self.store.crop(self.store.total - self.length)
             self.store.states = copy.deepcopy(self.states)
         if cuda:
             torch.cuda.synchronize(self.k.device)

@@ -1,3 +1,5 @@
-"""Methods that read chunks of text, or what they are compressed to. Importing the package registers them."""
+"""Methods that read chunks of text, or summaries of chunks. Importing the package registers them."""
 
 from . import chunkllm as chunkllm
+from . import combiner as combiner
+from . import core_context as core_context

@@ -19,5 +19,6 @@ from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled
 from .spans import Spans as Spans
 from .stretches import Stretches as Stretches
+from .summarised import Summarised as Summarised
 from .tokens import TokenIndex as TokenIndex
 from .window import Window as Window

@@ -65,6 +65,11 @@ class Selection(ABC):
         and nothing larger is made.
         """
 
+    def entries_read(self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1) -> Tensor:
+        """[B, Tq] int64 on the CPU: how many entries that are no keys of the sequence each query reads
+        besides the keys of ``to_mask``; every head reads as many."""
+        return torch.zeros(batch, tq, dtype=torch.long)
+
     @property
     def mask_heads(self) -> int:
         """The number of heads of ``to_mask``."""

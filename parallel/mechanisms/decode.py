@@ -26,10 +26,18 @@ def decode(
     else:
         selection = Window(size=window)
     part, pairs = selection.run_decode_here(q, keys)
-    visible = int(count_visible(keys).sum()) * q.shape[1]
+    visible = (int(count_visible(keys).sum()) + _dropped(keys)) * q.shape[1]
     shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
     reads = count_reads(q, keys.kv, pairs, visible, shared_by)
     return merge_ranks(part, q.dtype, keys.ranks), explained(reads, method, DECODE, keys, selection)
+
+
+def _dropped(keys: ShardedKeys) -> int:
+    """This rank's share of the (query, key) pairs that dense attention would read and whose keys no rank
+    stores any more."""
+    assert keys.peers is not None
+    gone = sum(max(0, keys.layout.begin - first) for first in keys.starts or [0] * keys.kv.batch)
+    return len(keys.peers.share(gone * keys.tq))
 
 
 def merge_ranks(part: Partial, dtype: torch.dtype, ranks: Ranks) -> Partial:

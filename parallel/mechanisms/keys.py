@@ -53,14 +53,11 @@ class ShardedKeys(Keys):
         assert isinstance(some, ShardedKeys)
         return dataclasses.replace(some, shared=SomeRows(self.shared, Supply(self.kv), None, rows))
 
-    def summary(self, summary: Summary) -> Tensor:
+    def entries(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            entries = self.summaries.get(summary, self._supply(), None)
-        else:
-            assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
-            entries = self.shared.entries(summary, self.total)
-        self.summary_bytes += entries.numel() * entries.element_size()
-        return entries
+            return self.summaries.get(summary, self._supply(), None)
+        assert self.shared.done(summary) == self.total, "block summaries are extended before selection"
+        return self.shared.entries(summary, self.total)
 
 
 @dataclass
@@ -96,6 +93,10 @@ class RankPeers:
     def sum(self, x: Tensor) -> Tensor:
         """Summed in the order of the ranks, so that the bits are the same on every rank."""
         return self.ranks.all_gather(x, "sum").sum(0)
+
+    def share(self, count: int) -> range:
+        rank, size = self.ranks.rank, self.ranks.size
+        return range(count * rank // size, count * (rank + 1) // size)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         layout = self.layout.cut(0, length)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...attention.attend import Reads, run_prefill
+from ...attention.errors import FarspanError
 from ...attention.keys import Keys, State
 from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod
 from ...attention.partial import Partial, empty_partial
-from ...attention.selection import Selection, Window, as_selection
+from ...attention.selection import Selection, Summarised, Window, as_selection
 from ...attention.summary import Summaries, Summary
 from .call import Call, LocalCall
 from .edges import Beyond, beyond
@@ -42,13 +43,10 @@ class _ChunkKeys(Keys):
     first: int
     complete: bool
 
-    def summary(self, summary: Summary) -> Tensor:
+    def entries(self, summary: Summary) -> Tensor:
         if summary.block is None:
-            entries = self.labels[summary.key][self.rows, :, self.first : self.first + self.length]
-        else:
-            entries = self.shared.entries(summary, self.length)[self.rows]
-        self.summary_bytes += entries.numel() * entries.element_size()
-        return entries
+            return self.labels[summary.key][self.rows, :, self.first : self.first + self.length]
+        return self.shared.entries(summary, self.length)[self.rows]
 
     def read_all_keys(self) -> Tensor:
         assert self.complete, "a method that reads raw keys in prefill declares needs.keys"
@@ -112,6 +110,11 @@ def selected(
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
     edges = _Edges(local, 1 if window is not None else method.block_multiple)
     pieces, prepare_bytes = _pieces(method, local, keys, values, shared, window, edges)
+    if has_gradient and any(isinstance(piece.selection, Summarised) for piece in pieces):
+        raise FarspanError(
+            f"Over ranks, the summaries that {method.name} reads have no gradient: train it with data "
+            "parallelism instead, or call the model under torch.no_grad()."
+        )
     if not whole:
         wanted = torch.zeros(*k.shape[:2], call.total, dtype=torch.bool, device=k.device)
         for piece in pieces:

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from ...attention.errors import FarspanError
 from ..cache import KVStore
+from ..session import in_call
 from ..shard import ShardStore, running
 from .interface import autocast
 from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
@@ -69,6 +70,8 @@ class KVStoreLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if self.store.dropped and not in_call():
+            self.store.require(None, self.store.total)
         key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -225,6 +228,8 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
                 "A cache with sliding-window layers that was filled on one device cannot be sharded over "
                 "ranks: start a new cache."
             )
+        if isinstance(layer, KVStoreLayer):
+            layer.store.require(None, layer.store.total)
         new.lazy_initialization(layer.keys, layer.values)
         new.store.take_shared(layer.keys, layer.values)
     return new

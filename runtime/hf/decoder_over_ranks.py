@@ -163,7 +163,7 @@ def _split_arguments(
 def _cache_layout(cache: Any) -> Layout | None:
     """The layout of a cache that is sharded already; None for any other cache."""
     stores = [layer.store for layer in getattr(cache, "layers", ()) if isinstance(layer, ShardStoreLayer)]
-    whole = [store for store in stores if store.window is None]
+    whole = [store for store in stores if store.needed is None]
     return (whole or stores)[0].layout if stores else None
 
 

@@ -34,7 +34,7 @@ CASES = [  # cuts, starts
 
 def pairs(selections: list[Selection]) -> int:
     """(query head, key) pairs, counted one by one."""
-    return sum(int(s.mask().sum()) * H // s.mask().shape[1] for s in selections)
+    return sum(int(s.mask().sum()) * H // s.mask().shape[1] + s.entries() * H for s in selections)
 
 
 @every_method()
@@ -53,6 +53,7 @@ def test_every_call_is_counted(bound: AttentionMethod, cuts: list[int], starts: 
         assert reads.causal_pairs == int(visible.sum()) * H
         if seen[0].phase == DECODE:  # each key that the heads of a group share is loaded once per query
             loads = sum(int(s.mask().expand(-1, max(HKV, s.mask().shape[1]), -1, -1).sum()) for s in seen)
+            loads += sum(s.entries() * HKV for s in seen)
             assert reads.kv_bytes == loads * per_key
             assert reads.dense_bytes == int(visible.sum()) * HKV * per_key
 

@@ -109,6 +109,13 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "block": 8, "gqa_reduce": "max"},
         {"k": 64, "block": 16},
     ],
+    "core_context": [{"g": 4, "s": 16}, {"g": 8, "s": 24}],
+    "combiner": [
+        {"span": 8},
+        {"span": 5, "count_correction": True},
+        {"form": "logsparse", "span": 1, "largest": 32, "count_correction": True},
+        {"form": "logsparse", "span": 4, "largest": 16},
+    ],
     "quest": [
         {"k": 24, "page": 4, "dense_layers": 0},
         {"k": 27, "page": 8, "gqa_reduce": "sum", "dense_layers": 0},
@@ -188,6 +195,7 @@ FULL = {
     "mass": 1.0,
     "threshold": 0.0,
     "w": 1 << 20,
+    "span": 1 << 20,
     "dilation": 1,
     "add_bias": False,
     "dense_layers": 0,
@@ -209,6 +217,8 @@ def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
     if cls.name == "act":  # its own are beta and threshold
         over = farspan.parse_method("sale:threshold=0,block_q=8,block_k=4,local=12,dense_below=0")
         return [{"heads": "all", "first": 0, "beta": 1.0, "over": x} for x in (None, over)]
+    if cls.name == "core_context":  # recycled has another s
+        return [{"s": 1 << 20}]
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
@@ -326,7 +336,7 @@ class Stream:
     @property
     def length(self) -> int:
         """Positions so far; set, they are the data's, on a new store without summaries and state."""
-        return self.store.length
+        return self.store.total
 
     @length.setter
     def length(self, length: int) -> None:
@@ -346,7 +356,7 @@ class Stream:
         q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
         self.store.append(k, v)
         assert self.store.kv is not None
-        if self.fresh:
+        if self.fresh and not self.store.dropped:
             self.store.summaries.clear()
             if new.start:
                 self._take(new.start)
@@ -395,6 +405,13 @@ class Selection:
         """[B, 1 | Hkv | H, Tq, Tk] bool: the pairs read, counted from the index alone."""
         selection = as_selection(self.index, self.phase)
         return selection.to_mask(self.tq, self.tk, self.start, self.batch)
+
+    def entries(self) -> int:
+        """(query, entry) pairs of one head: the entries that are read besides keys."""
+        selection = as_selection(self.index, self.phase)
+        read = selection.entries_read(self.tq, self.tk, self.start, self.batch)
+        valid = self.mask().any(-1)[:, 0]  # queries in the padding read nothing
+        return int(read.expand(len(valid), -1)[valid].sum())
 
 
 @contextmanager

@@ -41,6 +41,18 @@ def test_crops_and_further_prompts(spec: str, world: World):
     assert_steps(world, (2, 4), cases)
 
 
+@pytest.mark.parametrize("spec", ["core_context:g=4,s=16", "combiner:span=8"])
+def test_keys_that_have_summaries_are_dropped(spec: str, world: World):
+    """Further prompts and crops as on one device, which drops keys, too; no rank keeps more than its part."""
+    calls = (161, 1, 5, -3, 1, 9, -9, 2, 40, -12, 1, 1)
+    cases = [Case(spec=spec, calls=calls), Case(spec=spec, lengths=(1, 1), calls=(90, 1, 70, -16, 1, 30, 1))]
+    assert_steps(world, (2, 3), cases)
+    for case in cases:
+        [ranks] = zip(*world.run(stepped_over_ranks, 3, [case]), strict=True)
+        for rows in zip(*(got["rows"] for got in ranks), strict=True):
+            assert sum(rows) <= 20 + 16 + BLOCK
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gemma2", "mistral"])
 def test_sliding_layers_after_a_crop(name: str, world: World):
     """What lies before the window is dropped in blocks, and stays dropped when the sequence is cut back."""

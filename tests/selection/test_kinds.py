@@ -25,6 +25,7 @@ from farspan.attention.selection import (
     Selection,
     Spans,
     Stretches,
+    Summarised,
     TokenIndex,
     Window,
     as_selection,
@@ -238,9 +239,9 @@ def test_an_answer_for_the_other_phase_is_refused() -> None:
 
 
 def test_the_kinds_of_each_phase() -> None:
-    kinds = (EveryKey, Window, Bands, BlockIndex, Rescaled, Spans, Biased, TokenIndex)
+    kinds = (EveryKey, Window, Bands, BlockIndex, Rescaled, Spans, Summarised, Biased, TokenIndex)
     assert [k for k in kinds if not k.serves(PREFILL)] == [TokenIndex]
-    assert [k for k in kinds if k.serves(DECODE)] == [EveryKey, Window, Biased, TokenIndex]
+    assert [k for k in kinds if k.serves(DECODE)] == [EveryKey, Window, Summarised, Biased, TokenIndex]
     for kind in kinds:  # over ranks, too
         assert (kind.needed is not Selection.needed) == kind.serves(PREFILL)
         assert (kind.run_decode_here is not Selection.run_decode_here) == kind.serves(DECODE)

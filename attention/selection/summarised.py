@@ -1,0 +1,221 @@
+"""Recent keys and summaries of the blocks before them, in one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..causal import causal_mask, positions
+from ..keys import Keys
+from ..kv import KV
+from ..ops import kernel
+from ..ops.decode import decode
+from ..ops.dispatch import Impls, run
+from ..ops.flash import flash
+from ..partial import Partial, empty_partial, merge
+from .base import Pairs, Selection
+from .here import attend_recent
+
+_TILE = 64  # queries that are masked at a time, at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summarised(Selection):
+    """The last keys of each query, back to the edge of a block, and summaries of the blocks before.
+
+    Positions count from the first token of the row. The query at position i has c = max(0, (i + 1 - local) //
+    block) blocks behind it. It reads the keys block * c .. i, which are ``local`` .. local + block - 1 keys
+    as far as there are so many, and summaries of the keys before them:
+
+        block = 2, local = 3        key      0 1 2 3 4 5 6        summary   0 1
+                                    query 5  . . x x x x .                  x .
+                                    query 6  . . . . x x x                  x x
+
+    levels: keys and values [B, Hkv, M] of the summaries. Entry j of level l stands for the 2^l blocks from j
+    * 2^l on. The c blocks are covered by the first c >> top entries of the last level, top, and by one entry
+    of each lower level l whose bit l of c is set:
+
+        one level     c = 5 reads entries 0 .. 4
+        three levels  c = 5 = 101b reads entry 0 of level 2 (blocks 0 .. 3) and entry 4 of level 0 (block 4)
+
+    bias: by level, a number that is added to the logits of its entries.
+    Masks name the keys of the sequence alone; ``entries_read`` counts the summaries.
+    """
+
+    called: ClassVar[str] = "Summarised"
+
+    block: int
+    local: int
+    levels: tuple[KV, ...]
+    bias: tuple[float, ...] = (0.0,)
+
+    def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
+        return self._run(q, keys, impl, flash), self._pairs(q, keys, rows)
+
+    def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
+        return self._run(q, keys, impl, decode), self._pairs(q, keys, range(keys.tq))
+
+    def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
+        """As ``Selection.run_decode_here``. Every rank has all summaries, and reads its share of them."""
+        rows = torch.arange(keys.past, keys.length, device=q.device)
+        part = self._rest(q, keys, rows)
+        if self._near:
+            part = merge(attend_recent(q, keys, self._near), part)
+        pairs = 0
+        for first in keys.starts or [0] * q.shape[0]:
+            share = self._share(keys, keys.length - first)
+            for row in range(max(keys.past, first), keys.length):
+                behind = self._finished(row + 1 - first)
+                pairs += keys.held(row + 1) - keys.held(first + self.block * behind)
+                pairs += sum(
+                    behind >> n & 1 if n < self._top else n - self._top < behind >> self._top for n in share
+                )
+        return part, pairs * q.shape[1]
+
+    def needed(
+        self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device
+    ) -> Tensor:
+        begin, end = chunk
+        lowest = [first + self.block * self._finished(begin + 1 - first) for first in starts]
+        read = torch.arange(end, device=device) >= torch.tensor(lowest, device=device)[:, None]
+        return read[:, None].expand(-1, kv_heads, -1)
+
+    def to_mask(
+        self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1, rows: Tensor | None = None
+    ) -> Tensor:
+        """As ``Selection.to_mask``, of the keys alone."""
+        mask = causal_mask(tq, tk, start, batch, None if rows is None else rows.device, rows)
+        places, cols = positions(tq, tk, mask.device, rows)
+        first = torch.zeros(1, 1, dtype=torch.long) if start is None else start[:, None]
+        first = first.to(mask.device)
+        lowest = first + self.block * self._behind(places[:, 0] + 1 - first)  # [B or 1, R]
+        return mask & (cols >= lowest[..., None])[:, None]
+
+    def entries_read(self, tq: int, tk: int, start: Tensor | None = None, batch: int = 1) -> Tensor:
+        first = torch.zeros(batch, 1, dtype=torch.long) if start is None else start.cpu()[:, None]
+        return self._entries(torch.arange(tk - tq, tk) + 1 - first)
+
+    def _finished(self, seen: int) -> int:
+        """The number of blocks behind a query that sees ``seen`` keys."""
+        return max(0, (seen - self.local) // self.block)
+
+    def _behind(self, seen: Tensor) -> Tensor:
+        return ((seen - self.local) // self.block).clamp(min=0)
+
+    def _entries(self, seen: Tensor) -> Tensor:
+        """The number of summaries that queries read which see ``seen`` keys."""
+        behind = self._behind(seen)
+        return sum((behind >> level & 1 for level in range(self._top)), behind >> self._top)
+
+    @property
+    def _top(self) -> int:
+        """The number of the last level."""
+        return len(self.levels) - 1
+
+    def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
+        """The pairs that the queries ``rows`` of the call read."""
+        begin, end, pairs = keys.past + rows.start, keys.past + rows.stop, 0
+        for first in keys.starts or [0] * q.shape[0]:
+            seen = torch.arange(min(max(begin, first), end), end) - first + 1
+            pairs += int((seen - self.block * self._behind(seen) + self._entries(seen)).sum())
+        return pairs * q.shape[1]
+
+    @property
+    def _near(self) -> int:
+        """How many of a query's last keys the windowed kernel reads. It does not pay for a few of them."""
+        return self.local if self.local > self.block else 0
+
+    def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
+        """The last keys by the windowed kernel, the other keys and the summaries tile by tile."""
+        tile, parts = max(_TILE, min(self.block, 8 * _TILE)), []
+        for a in range(0, q.shape[2], tile):
+            rows = torch.arange(keys.past + a, keys.past + min(a + tile, q.shape[2]), device=q.device)
+            how = "auto" if impl == "triton" else impl  # there is no kernel of its own
+            parts.append(run("summaries", _IMPLS, how, q[:, :, a : a + tile], self, keys, rows))
+        rest = Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+        if not self._near:
+            return rest
+        near = op(q, keys.kv, keys.softmax, window=self._near, start=keys.start_here, impl=impl)
+        return merge(near, rest)
+
+    def _rest(self, q: Tensor, keys: Keys, rows: Tensor) -> Partial:
+        """Attention of the queries q [B, H, R, D] at positions ``rows`` over all but their last
+        ``_near`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
+        row, so that nothing in the padding is read."""
+        if keys.starts is None:
+            return self._rest_from(0, q, keys, keys.kv, self.levels, rows)
+        parts = []
+        for b, first in enumerate(keys.starts):
+            one, valid = slice(b, b + 1), rows[rows >= first]
+            levels = tuple(level[one] for level in self.levels)
+            own = q[one, :, len(rows) - len(valid) :]
+            part = empty_partial(q[one], keys.kv.value_dim)
+            if len(valid):
+                found = self._rest_from(first, own, keys, keys.kv[one], levels, valid)
+                blind = empty_partial(q[one, :, : len(rows) - len(valid)], keys.kv.value_dim)
+                part = Partial(
+                    torch.cat([blind.out.to(found.out.dtype), found.out], 2),
+                    torch.cat([blind.lse.to(found.lse.dtype), found.lse], 2),
+                )
+            parts.append(part)
+        return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
+
+    def _rest_from(
+        self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: Tensor
+    ) -> Partial:
+        """``_rest`` for batch rows that begin at position ``first``."""
+        behind = self._behind(rows + 1 - first)  # [R]
+        low = keys.held(first + self.block * self._finished(int(rows[0]) + 1 - first))
+        high = keys.held(max(0, int(rows[-1]) + 1 - self._near))
+        parts = [empty_partial(q, kv.value_dim)]
+        if low < high:
+            places = keys.places()[low:high]
+            read = places >= (first + self.block * behind)[:, None]
+            read &= places <= (rows - self._near)[:, None]
+            parts.append(_masked(q, kv[:, :, low:high], keys, read))
+        share, top = self._share(keys, int(rows[-1]) + 1 - first), self._top
+        low, high = max(0, share.start - top), share.stop - top
+        if low < high:
+            some = torch.arange(low, high, device=q.device)
+            part = _masked(q, levels[-1][:, :, low:high], keys, some < (behind >> top)[:, None])
+            parts.append(Partial(part.out, part.lse + self.bias[-1]))
+        bits = [level for level in share if level < top and levels[level].length]
+        return merge(*parts, *(self._of_bit(level, levels[level], q, keys, behind) for level in bits))
+
+    def _share(self, keys: Keys, seen: int) -> range:
+        """What this rank reads of the summaries, for queries that see up to ``seen`` keys: numbers of the
+        levels below the last, then of the last level's entries, counted from ``_top``."""
+        count = self._top + (self._finished(seen) >> self._top)
+        return range(count) if keys.peers is None else keys.peers.share(count)
+
+    def _of_bit(self, level: int, kv: KV, q: Tensor, keys: Keys, behind: Tensor) -> Partial:
+        """Attention over one entry of a level, for the queries in whose ``behind`` [R] its bit is set."""
+        (b, h, r, d), hkv = q.shape, kv.num_kv_heads
+        wide = torch.promote_types(q.dtype, torch.float32)
+        read = (behind >> level & 1) == 1
+        entry = ((behind >> level) - 1).clamp(min=0).expand(b, hkv, r)
+        k, v = (x.to(wide).masked_fill(~read[:, None], 0) for x in kv.gather(entry).dense())
+        lse = (q.reshape(b, hkv, h // hkv, r, d).to(wide) * k[:, :, None]).sum(-1) * keys.softmax.scale
+        if keys.softmax.softcap is not None:
+            lse = keys.softmax.softcap * torch.tanh(lse / keys.softmax.softcap)
+        lse = (lse + self.bias[level]).masked_fill(~read, -torch.inf)  # [B, Hkv, G, R]
+        return Partial(v[:, :, None].expand(*lse.shape, -1).flatten(1, 2), lse.flatten(1, 2))
+
+
+def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: Tensor) -> Partial:
+    return selection._rest(q, keys, rows)
+
+
+_IMPLS: Impls = {"reference": _rest_of, "eager": _rest_of}
+
+
+def _masked(q: Tensor, kv: KV, keys: Keys, read: Tensor) -> Partial:
+    """Attention of q [B, H, R, D] over kv [B, Hkv, M] where ``read`` [R, M] is true."""
+    h, hkv = q.shape[1], kv.num_kv_heads
+    mask = None if bool(read.all()) else read.repeat(h // hkv, 1)[None, None]
+    part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask, wide=True)
+    return kernel.unfold_groups(part, h, q.shape[2])
