@@ -32,14 +32,14 @@ class DynamicMask(AttentionMethod):
     up to a query's position have a larger bias. Of equal biases the later key is larger, so untrained weights
     (A = 0) give a window of w keys. The biases are kept as labels of the keys, one float32 number each.
 
-    Up to w keys nothing is left out, and the bias is still added: with a budget that covers every key the
-    method is dense attention plus bias, and dense attention only where all biases of a head are equal.
-    add_bias=False makes it a selection alone. Gradients flow through the bias in prefill, where the gate or
+    ``add_bias``, as in the paper, adds the bias to the logits of the kept keys. Up to w keys nothing is left
+    out and the bias is still added: with a budget that covers every key the method is dense attention plus
+    bias then, and dense attention only where all biases of a head are equal. Gradients flow through the bias in prefill, where the gate or
     the values want them (a gate from a recipe is frozen: ``requires_grad_()``); the choice has none.
 
     ``farspan train`` teaches the bias where the frozen model's attention goes (``ValueBias.loss``). Such a
-    bias is made to choose: it changes the attention of a model that was not fine-tuned with it, so use it
-    with add_bias=False. Departures: causal selection, where the first kernels chose one set of keys for all
+    bias is made to choose. Added, it changes the attention of a model that was not fine-tuned with it, so it
+    is not added by default. Departures: causal selection, where the first kernels chose one set of keys for all
     queries; the last ``local`` of the w keys are always read (0 in the paper), since values do not tell which
     keys are recent.
     """
@@ -52,7 +52,7 @@ class DynamicMask(AttentionMethod):
     w: int = 2048
     local: int = 64
     form: str = "softplus"
-    add_bias: bool = True
+    add_bias: bool = False
     gate: ValueBias | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from farspan.attention.selection import Index, Window
 from farspan.attention.softmax import Softmax
 from farspan.attention.sparse.quest import Quest
 
-from .tools import HKV, D, Data, H, Stream, every_method, sparse_settings
+from .parameters import every_method, sparse_settings
+from .tools import HKV, D, Data, H, Stream
 
 SIZE = 8  # bytes of a float64
 # Methods with a setting whose reading depends on the data: masses, thresholds, where diagonals lie.

@@ -21,12 +21,12 @@ from .tools import HKV, D, Data, H, Stream, assert_same, layer_info
 
 G = H // HKV
 SETTINGS = [
-    {"w": 24, "local": 0},
-    {"w": 30, "local": 9, "form": "exp"},
-    {"w": 1, "local": 0, "add_bias": False},
-    {"w": 70, "local": 1},
-    {"w": 500, "local": 64},
-    {"w": 500, "local": 0, "form": "exp"},
+    {"w": 24, "local": 0, "add_bias": True},
+    {"w": 30, "local": 9, "form": "exp", "add_bias": True},
+    {"w": 1, "local": 0},
+    {"w": 70, "local": 1, "add_bias": True},
+    {"w": 500, "local": 64, "add_bias": True},
+    {"w": 500, "local": 0, "form": "exp", "add_bias": True},
 ]
 
 

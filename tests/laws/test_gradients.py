@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from farspan.attention.method import AttentionMethod
 from farspan.attention.selection import Biased, Rescaled
 
-from .tools import Data, H, Selection, Stream, every_method, recorded
+from .parameters import every_method
+from .tools import Data, H, Selection, Stream, recorded
 
 LENGTH = 75
 

@@ -11,7 +11,8 @@ import torch
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from .tools import Data, Stream, assert_same, decode_cuts, every_method_with_full_budget
+from .parameters import every_method_with_full_budget
+from .tools import Data, Stream, assert_same, decode_cuts
 
 DENSE = farspan.parse_method("dense")
 

@@ -12,17 +12,8 @@ from farspan.attention.causal import causal_mask
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.partial import Partial
 
-from .tools import (
-    Data,
-    Stream,
-    assert_same,
-    decode_cuts,
-    every_method,
-    leaves_out,
-    lookahead,
-    recorded,
-    replayed,
-)
+from .parameters import every_method, leaves_out, lookahead
+from .tools import Data, Stream, assert_same, decode_cuts, recorded, replayed
 
 N = 150
 

@@ -14,7 +14,8 @@ import torch
 
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 
-from .tools import Data, Stream, assert_same, every_method
+from .parameters import every_method
+from .tools import Data, Stream, assert_same
 
 N = 203
 

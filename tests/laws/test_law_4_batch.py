@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from farspan.attention.method import AttentionMethod
 from farspan.attention.partial import Partial
 
-from .tools import Data, Stream, assert_same, decode_cuts, every_method, lookahead
+from .parameters import every_method, lookahead
+from .tools import Data, Stream, assert_same, decode_cuts
 
 
 @every_method()

@@ -12,7 +12,7 @@ from torch import Tensor
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from .tools import every_method
+from .parameters import every_method
 
 LENGTHS = (110, 57, 90)
 

@@ -10,7 +10,8 @@ import torch
 from farspan.attention.method import AttentionMethod
 
 from ..interpreter import overflow_unchecked
-from .tools import Data, Stream, decode_cuts, every_method, recorded, replayed
+from .parameters import every_method
+from .tools import Data, Stream, decode_cuts, recorded, replayed
 
 CUTS = [100, *decode_cuts(140, 6), 150]
 INTERPRETED = [100, *decode_cuts(140, 2), 145]  # one step scores, one recycles; two splits of keys

@@ -11,7 +11,8 @@ import pytest
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.partial import Partial
 
-from .tools import HKV, Data, H, Stream, assert_same, decode_cuts, every_method, layer_info
+from .parameters import every_method
+from .tools import HKV, Data, H, Stream, assert_same, decode_cuts, layer_info
 
 
 def _bound(method: AttentionMethod, layer: LayerInfo, made: Any) -> AttentionMethod:

@@ -24,7 +24,7 @@ from ..parallel.jobs import (
 from ..parallel.world import World
 from ..runtime.mixed_gate import MixedGate
 from ..runtime.pooled_gate import PooledGate
-from .tools import every_method, sparse_settings
+from .parameters import every_method, sparse_settings
 
 # Each method at its first parameters.
 FIRST = {str(cls(**sparse_settings(cls)[0])) for cls in farspan.methods().values()}

@@ -17,7 +17,7 @@ from farspan.attention.method import DECODE, AttentionMethod
 from farspan.attention.sources import IN_NO_CACHE, Supply
 from farspan.attention.summary import Summaries, Summary
 
-from .tools import every_method
+from .parameters import every_method
 
 PROMPT, STEPS = 70, 7
 FULL_AFTER_A_CROP = ("chunkllm", "h2o", "recycled", "snapkv")  # what they had chosen is lost, and chosen anew

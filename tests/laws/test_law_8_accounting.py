@@ -22,7 +22,8 @@ from farspan.parallel.mechanisms.layout import Split, zigzag
 from ..parallel.jobs import TWO_LAYERS, Case, stepped, stepped_over_ranks
 from ..parallel.world import World
 from ..runtime.mixed_gate import MixedGate
-from .tools import HKV, D, Data, H, Selection, Stream, every_method, leaves_out, recorded, replayed
+from .parameters import every_method, leaves_out
+from .tools import HKV, D, Data, H, Selection, Stream, recorded, replayed
 
 DENSE = farspan.parse_method("dense")
 CASES = [  # cuts, starts

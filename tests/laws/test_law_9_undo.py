@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCau
 import farspan
 from farspan.attention.method import AttentionMethod
 
-from .tools import every_method
+from .parameters import every_method
 
 IDS = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
 PLAIN = (int, float, str, bool)

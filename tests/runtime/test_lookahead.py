@@ -19,7 +19,7 @@ from farspan.attention.lookahead import Lookahead
 from farspan.attention.method import PREFILL
 from farspan.attention.spec import methods
 
-from ..laws.tools import sparse_settings
+from ..laws.parameters import sparse_settings
 
 PROMPT = "pbs:mass=0.3,block=8,segment=16"
 BLOCKS = "block_topk:k=32,block=8"
