@@ -79,7 +79,7 @@ def test_untrained_weights_give_a_window() -> None:
     data, cuts = Data.random(150, [0, 30]), [140, 141, 145, 150]
     window = farspan.parse_method("window:w=24,sinks=0")
     for form in ("softplus", "exp"):
-        method = gated({"w": 24, "local": 5, "form": form}, torch.zeros(HKV))
+        method = gated({"w": 24, "local": 5, "form": form, "add_bias": True}, torch.zeros(HKV))
         got, want = Stream(method, data).run(cuts), Stream(window, data).run(cuts)
         added = 1.0 if form == "exp" else 0.0
         assert_same(got._replace(lse=got.lse - added), want)
@@ -90,7 +90,7 @@ def test_the_bias_is_not_rounded_to_the_type_of_the_keys(dtype: torch.dtype) -> 
     """Queries of zeros: the weights are those of the biases alone, whatever the scale is a power of."""
     data = Data.random(100).to(dtype)
     data.q = torch.zeros_like(data.q)
-    method = gated({"w": 30, "local": 0}, torch.tensor([40.0, -30.0]))
+    method = gated({"w": 30, "local": 0, "add_bias": True}, torch.tensor([40.0, -30.0]))
     with torch.no_grad():
         for scale in (0.25, 0.07):
             keys = Keys(kv=KV(data.k, data.v), tq=100, softmax=Softmax(scale))
