@@ -14,7 +14,8 @@ from farspan.attention.needs import Needs
 from farspan.runtime import hf
 
 from ..parallel.jobs import TWO_LAYERS, Case, model_of
-from .tools import CALIBRATION, Data, layer_info, random_gates
+from .gates import random_gates
+from .tools import CALIBRATION, Data, layer_info
 
 
 @pytest.fixture(autouse=True)
