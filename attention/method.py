@@ -31,7 +31,8 @@ _HERE = __name__.rpartition(".")[0] + "."  # the package whose folders are the f
 class LayerInfo:
     """What a method may know of the layer it will serve.
 
-    weights: the recipe's tensors for this layer, by name. over_weights: the same of the method that this one
+    hidden_size: numbers of a hidden state; 0 where it is not known. weights: the recipe's tensors for this
+    layer, by name. over_weights: the same of the method that this one
     goes over. Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; the
     tensors of a recipe are the whole layer's.
     """
@@ -44,6 +45,7 @@ class LayerInfo:
     tp_size: int = 1
     tp_rank: int = 0
     over_weights: Mapping[str, Tensor] | None = None
+    hidden_size: int = 0
 
     def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
         """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or
@@ -181,7 +183,7 @@ class AttentionMethod:
     def recipe_maker(self) -> str:
         """The call that makes its recipe, for errors: training, its calibration, or saving its module."""
         if self.trains:
-            return f"'farspan train {self.name}'"
+            return f"'farspan train {self}'"
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"

@@ -17,8 +17,10 @@ from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
 
-Source = Literal["keys", "values", "queries", "keys_before_rope", "hidden_states", "positions"]
-IN_NO_CACHE: frozenset[Source] = frozenset({"queries", "hidden_states"})
+Source = Literal[
+    "keys", "values", "queries", "keys_before_rope", "hidden_states", "early_hidden_states", "positions"
+]
+IN_NO_CACHE: frozenset[Source] = frozenset({"queries", "hidden_states", "early_hidden_states"})
 
 
 class Sources:
@@ -54,6 +56,11 @@ class Sources:
     def hidden_states(self) -> Tensor:
         """[B, T, hidden], as the layer's attention module gets them."""
         return self._named("hidden_states")[:, 0]
+
+    @property
+    def early_hidden_states(self) -> Tensor:
+        """[B, T, hidden], as the attention module of the earlier layer in the method's needs gets them."""
+        return self._named("early_hidden_states")[:, 0]
 
     @property
     def positions(self) -> Tensor:
@@ -193,6 +200,8 @@ class Supply:
     def _own(self, name: Source) -> Tensor:
         if name == "hidden_states":
             return self._inputs(name).hidden_states[:, None]
+        if name == "early_hidden_states":
+            return self._inputs(name).early_hidden_states[:, None]
         return self._inputs(name).q if self.q is None else self.q
 
     def _positions(self, first: int) -> Tensor:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from . import calibrated, dense, recycled, sparse  # noqa: F401  (importing a method registers it)
+from . import calibrated, chunked, dense, recycled, sparse  # noqa: F401  (importing a method registers it)
 from .errors import SpecError
 from .method import AttentionMethod, registered
 

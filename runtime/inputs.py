@@ -20,6 +20,7 @@ class Given:
     positions: [B or 1, T], the positions by which queries and keys were rotated.
     undo: the function that undoes RoPE. frequencies: [R], those of the layer's RoPE, descending. positions,
     undo and frequencies are None where no method needs RoPE undone, or where the layer has no RoPE.
+    early: the hidden states [B, T, hidden] of the earlier layer that ``needs`` names, where it has run.
     """
 
     needs: Needs
@@ -27,6 +28,7 @@ class Given:
     positions: Tensor | None = None
     undo: Undo | None = None
     frequencies: Tensor | None = None
+    early: Tensor | None = None
 
     def feed(self, q: Tensor, kv: KV, store: KVStore | None) -> Inputs:
         """The inputs that methods are fed in a call with queries q [B, H, Tq, D], keys and values kv
@@ -50,4 +52,5 @@ class Given:
             places=places,
             undo=self.undo,
             frequencies=self.frequencies,
+            early=self.early,
         )

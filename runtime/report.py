@@ -23,7 +23,8 @@ class PhaseReport:
     pairs: (query head, key) pairs read. causal_pairs: the pairs that dense attention would read. Their ratio
     is ``density``.
     kv_bytes: bytes of K and V read. dense_bytes: the bytes that dense attention would read.
-    selection_bytes: bytes read to select the keys, in addition to kv_bytes.
+    selection_bytes: bytes read to select the keys, in addition to kv_bytes. selecting_calls: the calls that
+    read some; by methods that keep a selection, fewer than all.
     sent_bytes: bytes that this rank sent for attention. dense_sent_bytes: the bytes that dense attention
     would send, by a formula.
     mechanisms: how data moved between ranks, with the reason for each mechanism.
@@ -41,6 +42,7 @@ class PhaseReport:
     kv_bytes: Any = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
+    selecting_calls: int = 0
     sent_bytes: int = 0
     dense_sent_bytes: int = 0
     mechanisms: dict[str, str] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class PhaseReport:
         """Add one call. ran: the (operation, implementation) pairs of the call."""
         self.calls += 1
         self.queries += queries
+        self.selecting_calls += reads.selection_bytes > 0
         for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
             setattr(self, name, getattr(self, name) + getattr(reads, name))
         for op, impl in ran:

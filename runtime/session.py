@@ -63,6 +63,8 @@ class Session(threading.local):
         self.positions: Tensor | None = None  # the positions of the whole call, while a part of it runs
         # the inputs of the present attention module, where a method needs them
         self.given: Given | None = None
+        # by layer, the hidden states that later layers need in this call; None outside a call
+        self.early: dict[int, Tensor] | None = None
         self.rotary_calls: dict[tuple[int, str], Any] = {}  # the last calls of rotary embeddings
         self.cached = False  # whether the call keeps its keys in a cache
         self.stores: Stores | None = None
@@ -75,6 +77,7 @@ class Session(threading.local):
         """Begin a call that extends the sequence to ``total`` positions and keeps its keys in ``stores``."""
         self.end_call()
         self.cached, self.stores, self.ends = stores is not None, stores, padding.ends
+        self.early = {}
         self._padding = total, padding
 
     def notice(self, reason: str, warning: str | None = None) -> None:
@@ -130,5 +133,5 @@ class Session(threading.local):
 
     def end_call(self) -> None:
         """End the call and drop its values."""
-        self.cached, self.stores, self.ends = False, None, None
+        self.cached, self.stores, self.ends, self.early = False, None, None, None
         self._padding, self._paddings, self._noticed = None, {}, set()

@@ -1,6 +1,9 @@
-"""What gates are trained towards: where the model's own attention lies, per block of keys."""
+"""What gates are trained towards: where the model's own attention lies, per block of keys or on sampled
+rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,21 +34,31 @@ def block_truth(q: Tensor, keys: Keys, block_q: int, block_k: int, heads: str = 
 
 
 @torch.no_grad()
+def attention_of_rows(q: Tensor, keys: Keys, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The teacher's attention of some queries of a window, in tiles of a bounded size.
+
+    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded; rows [R], which of them.
+    -> (the queries [n] of a tile; their probabilities [B, Hkv, G, n, T] float32, float64 for float64 q).
+    Nothing of size T x T is made.
+    """
+    rows = rows.to(q.device)
+    k, place = keys.kv.k.to(q.dtype), torch.arange(keys.length, device=q.device)
+    most = _TILE.get(q.device.type, _TILE["cpu"])
+    for some in rows.split(max(1, most // (q.shape[0] * q.shape[1] * keys.length))):
+        logits = scores(q[:, :, some], k, keys.softmax)
+        yield some, logits.masked_fill_(place > some[:, None], -torch.inf).softmax(-1)
+
+
+@torch.no_grad()
 def row_truth(q: Tensor, keys: Keys, rows: Tensor, block: int) -> Tensor:
     """The largest attention probability of some queries in each block of keys and over the query heads of a
     group, every row normalised to the sum 1 (SeerAttention-R, arXiv:2506.08889).
 
-    q [B, H, T, D] are all queries of the window ``keys``, of which no row is padded; rows [R], which of them.
-    -> [B, Hkv, R, ceil(T / block)] float32 (float64 for float64 q). A bounded number of probabilities is held
-    at a time.
+    As ``attention_of_rows``. -> [B, Hkv, R, ceil(T / block)] float32 (float64 for float64 q).
     """
-    k, length, parts = keys.kv.k, keys.length, []
-    cols = torch.arange(length, device=q.device)
-    most = _TILE.get(q.device.type, _TILE["cpu"])
-    for some in rows.split(max(1, most // (q.shape[0] * q.shape[1] * length))):
-        logits = scores(q[:, :, some], k, keys.softmax)  # [B, Hkv, G, r, T]
-        share = logits.masked_fill_(cols > some[:, None], -torch.inf).softmax(-1)
-        share = pad(share, (0, -length % block)).unflatten(4, (-1, block))
+    parts = []
+    for _, share in attention_of_rows(q, keys, rows):
+        share = pad(share, (0, -keys.length % block)).unflatten(4, (-1, block))
         parts.append(share.amax(-1).amax(2))
     largest = torch.cat(parts, 2)
     return largest / largest.sum(-1, keepdim=True)

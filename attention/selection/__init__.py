@@ -12,10 +12,12 @@ from .bands import Band as Band
 from .bands import Bands as Bands
 from .base import Index as Index
 from .base import Selection as Selection
+from .biased import Biased as Biased
 from .blocks import BlockIndex as BlockIndex
 from .every import EveryKey as EveryKey
 from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled
+from .spans import Spans as Spans
 from .stretches import Stretches as Stretches
 from .tokens import TokenIndex as TokenIndex
 from .window import Window as Window

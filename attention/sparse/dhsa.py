@@ -10,23 +10,21 @@ import torch
 from torch import Tensor
 
 from ..blocks import Grid
-from ..budget import check_budget
-from ..checks import require
 from ..cost import Cost, Queries
 from ..diagonals import block_sums, columns_and_diagonals, keep_highest
 from ..gqa import group_scores, reduce_group
 from ..keys import Keys, State
 from ..lookahead import Lookahead
-from ..method import AttentionMethod
 from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..selection import Index
 from ..summary import BlockPool, Summary
+from .dhsa_learned import LearnedChunks
 
 
 @dataclass(frozen=True, kw_only=True)
-class DHSA(AttentionMethod):
+class DHSA(LearnedChunks):
     """Dynamic Hierarchical Sparse Attention (2510.24606) over fixed chunks.
 
     Each chunk of ``block_q`` queries reads the chunks of ``block_k`` keys with the highest scores. The first
@@ -47,46 +45,44 @@ class DHSA(AttentionMethod):
 
     gqa_reduce: "none", each head selects alone as in the authors' code, or one selection for a group by the
     "sum" or the "max" of its heads' softmax over chunks, or of their columns and diagonals. Decode is dense.
+
+    boundaries="learned" (the paper's first version; needs a recipe of ``farspan train``): chunks of keys of
+    any length. A predictor scores each position by the 4 keys on both sides of it. The best positions, more
+    than ``apart`` from each other, begin chunks. The tokens of the chunks that rank highest are read, the
+    last one in part, besides the first ``block_k`` tokens and the last ``local``; the budget counts tokens.
+    Departures: in every ``segment`` of keys alone, at most segment / block_k chunks, so that they depend on
+    no later segment; chunks of queries are fixed; the labels and the loss of ``boundary_loss``.
     """
 
     name: ClassVar[str] = "dhsa"
-    title: ClassVar[str] = "Dynamic Hierarchical Sparse Attention, fixed chunks"
+    title: ClassVar[str] = "Dynamic Hierarchical Sparse Attention"
     paper: ClassVar[str] = "2510.24606"
-
-    k: int | None = None
-    fraction: float | None = 0.125
-    select: str = "mean"
-    block_q: int = 128
-    block_k: int = 32
-    local: int = 64
-    gqa_reduce: str = "none"
-
-    def __post_init__(self) -> None:
-        check_budget(self, self.k, self.fraction)
-        require(self, select=("mean", "vertical_slash"), gqa_reduce=("sum", "max", "none"))
-        require(self, block_q=(1, None), block_k=(1, None), local=(1, None))
 
     @property
     def lookahead(self) -> Lookahead:
-        return Lookahead.of_block(self.block_q) if self.select == "mean" else Lookahead.prompt()
+        ahead = max(self.block_q, self.segment if self.trains else 1)
+        return Lookahead.of_block(ahead) if self.select == "mean" else Lookahead.prompt()
 
     @property
     def needs(self) -> Needs:
-        return Needs(keys=self.select == "vertical_slash")
+        return self._learned_needs if self.trains else Needs(keys=self.select == "vertical_slash")
 
     @property
     def block_multiple(self) -> int:
-        return math.lcm(self.block_q, self.block_k)
+        return math.lcm(self.block_q, self.segment if self.trains else self.block_k)
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
-        return (BlockPool(self.block_k, ("length_normalised",)),) if self.select == "mean" else ()
+        pooled = self.select == "mean" and not self.trains
+        return (BlockPool(self.block_k, ("length_normalised",)),) if pooled else ()
 
     @property
     def last_queries(self) -> int:
         return 0 if self.select == "mean" else self.block_q
 
     def reads(self, queries: Queries) -> Cost:
+        if self.trains:
+            return self._learned_reads(queries)
         length = queries.length
         if self._covers(length):
             return queries.cost()
@@ -102,6 +98,8 @@ class DHSA(AttentionMethod):
         return queries.cost(keys, selection=queries.raw_keys(length))
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
+        if self.trains:
+            return self._select_learned(q, keys)
         if self._covers(keys.length) or (self.last_queries and not keys.prepared):
             return None
         grid = Grid.of(keys, self.block_q, self.block_k)

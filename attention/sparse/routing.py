@@ -1,27 +1,26 @@
-"""Routing Transformer without its training: queries read the keys nearest to their cluster's centroid."""
+"""Routing Transformer on a frozen model: queries read the keys nearest to their cluster's centroid."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from ..budget import select_topk
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..gqa import group_scores
 from ..keys import Keys
 from ..lookahead import Lookahead
-from ..method import AttentionMethod
+from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
 from ..selection import BlockIndex, Index
-from .centroids import running_centroids
+from .centroids import Centroids, routed, running_centroids
 
 _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 
@@ -29,24 +28,26 @@ _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 @dataclass(frozen=True, kw_only=True)
 class Routing(AttentionMethod):
     """A query belongs to the cluster with the largest q . mu and reads the w keys with the largest k . mu
-    before it (Routing Transformer, 2003.05997), with centroids learned from the prompt's own keys.
+    before it (Routing Transformer, 2003.05997). Vectors are scaled to the unit sphere, as in the paper.
 
-    Vectors are scaled to the unit sphere, as in the paper. Each KV head keeps ``clusters`` centroids mu
-    (``running_centroids``), which move after every complete segment of ``segment`` keys. They depend on the
-    keys before a query alone, not on chunks or ranks. A block of ``block`` queries is routed by its mean. It
-    reads k keys in all: the first ``sinks``, the last ``window`` of each query, its own block, and for the
-    rest the keys nearest to the centroid. gqa_reduce: the query heads of a group are routed to one cluster by
-    the "sum" or the "max" of their softmax over the clusters, or each is routed alone ("none").
+    Each KV head has ``clusters`` centroids mu. centroids="prompt": learned from the prompt's own keys
+    (``running_centroids``), they move after every complete segment of ``segment`` keys and depend on the keys
+    before a query alone, not on chunks or ranks. centroids="learned": fixed ones from a recipe that ``farspan
+    train`` makes (``Centroids``); ``segment`` is not used. A block of ``block`` queries is routed by its
+    mean. It reads k keys in all: the first ``sinks``, the last ``window`` of each query, its own block, and
+    for the rest the keys nearest to the centroid. gqa_reduce: the query heads of a group are routed to one
+    cluster by the "sum" or the "max" of their softmax over the clusters, or each is routed alone ("none").
 
-    Departures: no training, hence no shared queries and keys, keys alone in the means, and a plain mean
-    instead of one that forgets over training steps (0.999); a running top w among the keys before a query,
-    where the paper takes each cluster's top w of the whole sequence, later keys included, and masks; local
-    attention in every head, where the paper has local heads beside routing ones; sinks. Decode is dense.
+    Departures: queries and keys are not shared, since the model is frozen; a running top w among the keys
+    before a query, where the paper takes each cluster's top w of the whole sequence, later keys included, and
+    masks; local attention in every head, where the paper has local heads beside routing ones; sinks. The
+    prompt's centroids are plain means of keys alone. Decode is dense.
     """
 
     name: ClassVar[str] = "routing"
-    title: ClassVar[str] = "Routing Transformer, training-free"
+    title: ClassVar[str] = "Routing Transformer"
     paper: ClassVar[str] = "2003.05997"
+    trained_with: ClassVar[tuple[str, ...]] = ("centroids", "clusters")
 
     k: int = 1024
     clusters: int = 16
@@ -55,20 +56,22 @@ class Routing(AttentionMethod):
     window: int = 256
     sinks: int = 4
     gqa_reduce: str = "sum"
+    centroids: str = "prompt"
+    learned: Centroids | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
-        require(self, k=(1, None), clusters=(1, None), segment=(1, None), block=(1, None))
-        require(self, window=(1, None), sinks=(0, None), gqa_reduce=("sum", "max", "none"))
-        if self.clusters > self.segment:
+        require(self, k=(1, None), clusters=(1, None), segment=(1, None), block=(1, None), window=(1, None))
+        require(self, sinks=(0, None), gqa_reduce=("sum", "max", "none"), centroids=("prompt", "learned"))
+        if not self.trains and self.clusters > self.segment:
             raise SpecError(
                 "routing begins its centroids as keys of the first segment: clusters can be at most segment; "
                 f"got clusters={self.clusters}, segment={self.segment}."
             )
-        least = self.block + max(self.segment, self.window + self.sinks)
+        least = self.block + max(0 if self.trains else self.segment, self.window + self.sinks)
         if self.k < least:
             raise SpecError(
-                f"routing takes k of at least block + segment and block + window + sinks, here {least}, "
-                f"since queries before the end of the first segment read everything; got k={self.k}."
+                "routing takes k of at least block + window + sinks and, without learned centroids, block + "
+                f"segment, here {least}; got k={self.k}."
             )
 
     @property
@@ -77,7 +80,29 @@ class Routing(AttentionMethod):
 
     @property
     def needs(self) -> Needs:
-        return Needs(keys=True)
+        learned = {"centroids": ("num_kv_heads", self.clusters, "head_dim")}
+        return Needs(keys=True, weights=learned if self.trains else {})
+
+    @property
+    def trains(self) -> bool:
+        return self.centroids == "learned"
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.learned
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+        weights = layer.checked(self) if self.trains else {}
+        return replace(self, learned=Centroids(layer.own(weights["centroids"]))) if weights else self
+
+    def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
+        if not self.trains:
+            return super().for_training(layer)
+        return replace(self, learned=Centroids.random(layer.num_kv_heads, self.clusters, layer.head_dim))
+
+    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
+        assert self.learned is not None
+        return self.learned.loss(q, keys.kv.k)
 
     @property
     def block_multiple(self) -> int:
@@ -94,18 +119,22 @@ class Routing(AttentionMethod):
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if keys.length <= self.k:
             return None
-        k, device = keys.read_all_keys(), q.device
-        pooled = normalize(pool(q, self.block, mode="mean").to(_wide(q)), dim=-1)  # [B, H, Nq, D]
-        means = running_centroids(k, self.clusters, self.segment, _wide(k))  # [T, B, Hkv, C, D]
-        lengths = torch.linalg.vector_norm(k, dim=3, dtype=_wide(k)).clamp_(min=1e-12)  # [B, Hkv, Tk]
+        k, device, wide = keys.read_all_keys(), q.device, torch.promote_types(q.dtype, torch.float32)
+        pooled = normalize(pool(q, self.block, mode="mean").to(wide), dim=-1)  # [B, H, Nq, D]
+        if self.trains:
+            assert self.learned is not None, "for_layer was not called"
+            means = self.learned.centroids.detach().to(wide).expand(1, len(k), -1, -1, -1)
+        else:
+            means = running_centroids(k, self.clusters, self.segment, wide)  # [T, B, Hkv, C, D]
+        lengths = torch.linalg.vector_norm(k, dim=3, dtype=wide).clamp_(min=1e-12)  # [B, Hkv, Tk]
         begins = torch.arange(keys.past, keys.length, self.block, device=device)  # of each query block
-        most = _CPU if device.type == "cpu" else _DEVICE
-        step = max(1, most // (q.shape[0] * q.shape[1] * keys.length))
-        blocks, counts = [], []
+        most = (_CPU if device.type == "cpu" else _DEVICE) // (q.shape[0] * q.shape[1])
+        step, blocks, counts = max(1, most // keys.length), [], []
         for n in range(0, len(begins), step):
             begin = begins[n : n + step, None]  # [n, 1]
             end = min(keys.past + (n + step) * self.block, keys.length)
-            centre = self._centre(pooled[:, :, n : n + step], means, begin[:, 0])  # [B, Hs, n, D]
+            known = means[(begin[:, 0] // self.segment - 1).clamp(0, len(means) - 1)]  # [n, B, Hkv, C, D]
+            centre = routed(pooled[:, :, n : n + step], known.permute(1, 2, 0, 3, 4), self.gqa_reduce)
             near = scores(centre, k[:, :, :end]) / lengths[:, :, None, None, :end]  # [B, Hkv, _, n, end]
             near = near.flatten(1, 2)
             place = torch.arange(end, device=device)
@@ -119,20 +148,3 @@ class Routing(AttentionMethod):
         return BlockIndex(
             blocks=torch.cat(blocks, 2), counts=torch.cat(counts, 2), block_q=self.block, block_k=1
         )
-
-    def _centre(self, pooled: Tensor, means: Tensor, begin: Tensor) -> Tensor:
-        """The centroid that each query block is routed to: pooled [B, H, n, D], the blocks begin at ``begin``
-        [n] -> [B, Hs, n, D]."""
-        known = means[(begin // self.segment - 1).clamp(min=0)]  # [n, B, Hkv, C, D]
-        known = known.permute(1, 2, 0, 3, 4)
-        grouped = pooled.unflatten(1, (known.shape[1], -1)).transpose(2, 3)  # [B, Hkv, n, G, D]
-        # As logits of layer-normalised vectors of length sqrt(D): sqrt(D) cos(q, mu).
-        logits = (grouped @ known.transpose(3, 4)).transpose(2, 3) * pooled.shape[3] ** 0.5
-        cluster = group_scores(logits, None, self.gqa_reduce).argmax(3)  # [B, Hs, n]
-        heads = cluster.shape[1] // known.shape[1]
-        index = cluster.unflatten(1, (-1, heads))[..., None, None].expand(-1, -1, -1, -1, 1, pooled.shape[3])
-        return known[:, :, None].expand(-1, -1, heads, -1, -1, -1).gather(4, index)[..., 0, :].flatten(1, 2)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

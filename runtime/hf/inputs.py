@@ -1,4 +1,5 @@
-"""Record the inputs that methods are fed: hidden states, and queries and keys before RoPE.
+"""Record the inputs that methods are fed: hidden states, also those of an earlier layer, and queries and keys
+before RoPE.
 
 Hooks on ``q_proj`` and ``k_proj`` would miss fused projections (Phi-3) and the norms after the projections
 (Qwen3). So RoPE is undone: the module's own ``apply_rotary_pos_emb`` rotates by the opposite angle. The
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...attention.needs import Needs
 from ..inputs import Given
 from ..layer import Session
 from .hooks import Hook
+from .models import ModelInfo
 from .transformers_private import source_of
 
 _BY_LENGTH = ("dynamic", "longrope")  # types of RoPE whose angles depend on the length of the call
@@ -61,12 +63,21 @@ class RotaryCall:
         return self._frequencies
 
 
-def feed_inputs(
-    decoder: nn.Module, modules: Iterable[tuple[nn.Module, Needs]], session: Session
-) -> list[Callable[[], None]]:
-    """Store the inputs of these attention modules in ``session.given`` while they run. modules: each module
-    with the needs of its methods. Returns the undo steps. Raises Unsupported where RoPE cannot be undone."""
+def feed_inputs(info: ModelInfo, layers: Mapping[int, Needs], session: Session) -> list[Callable[[], None]]:
+    """Store the inputs of the attention modules of these layers in ``session.given`` while they run. layers:
+    by layer, the needs of its methods. Returns the undo steps. Raises Unsupported where RoPE cannot be
+    undone, and where a layer whose hidden states are needed has no attention."""
     undo: list[Callable[[], None]] = []
+    decoder, modules = info.decoder, [(info.attention[i], needs) for i, needs in layers.items()]
+    earlier = {needs.early_hidden_states for needs in layers.values()}
+    for early in sorted(layer for layer in earlier if layer is not None):
+        if early not in info.attention:
+            raise Unsupported(
+                f"farspan cannot give the hidden states of layer {early}",
+                ["that layer has no attention module"],
+            )
+        keep = Hook(partial(_keep_hidden_states, session, early))
+        undo.append(info.attention[early].register_forward_pre_hook(keep, with_kwargs=True).remove)
     served = [(module, needs, _rotation(decoder, module, needs)) for module, needs in modules]
     if any(rotate is not None for _, _, rotate in served):
         for rotary in _rotaries(decoder):
@@ -131,6 +142,14 @@ def _after_rotary(
     session.rotary_calls[(id(module), repr(call.settings))] = call
 
 
+def _keep_hidden_states(
+    session: Session, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    if session.early is not None:  # not where gradient checkpointing repeats the layer
+        session.early[index] = given["hidden_states"]
+
+
 def _before_attention(
     session: Session,
     needs: Needs,
@@ -141,8 +160,11 @@ def _before_attention(
 ) -> None:
     given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     hidden = given["hidden_states"]
+    early = None
+    if needs.early_hidden_states is not None and session.early is not None:
+        early = session.early.get(needs.early_hidden_states)
     if rotate is None:
-        session.given = Given(needs, hidden)
+        session.given = Given(needs, hidden, early=early)
         return
     call = _find_rotary_call(list(session.rotary_calls.values()), given["position_embeddings"][0])
     if call.positions.dim() != 2:
@@ -151,7 +173,7 @@ def _before_attention(
             f"with {call.positions.dim() - 1} axes, which farspan cannot undo: choose another method."
         )
     undo = partial(_undo, rotate, call, hidden)
-    session.given = Given(needs, hidden, call.positions, undo, call.frequencies(hidden))
+    session.given = Given(needs, hidden, call.positions, undo, call.frequencies(hidden), early)
 
 
 def _find_rotary_call(calls: Sequence[RotaryCall], cos: Tensor) -> RotaryCall:

@@ -53,8 +53,8 @@ def install(
     register()
     mixed = mixed or {}
     served = {module for i, module in info.attention.items() if i in layers}
-    fed = [(info.attention[i], layer.needs) for i, layer in layers.items() if layer.needs.inputs]
-    undo = feed_inputs(info.decoder, fed, session)
+    fed = {i: layer.needs for i, layer in layers.items() if layer.needs.inputs}
+    undo = feed_inputs(info, fed, session)
     undo += put_mixers(info, mixed, session)
     undo.append(copy_configs(model, info.config, leave=lambda m: m not in served and calls_attention(m)))
     for index, layer in layers.items():

@@ -83,7 +83,13 @@ class ModelInfo:
         heads = config.num_attention_heads
         group = int(getattr(self.attention[index], "num_key_value_groups", 1))
         head_dim = getattr(self.attention[index], "head_dim", None) or config.hidden_size // heads
-        return LayerInfo(index=index, num_heads=heads, num_kv_heads=heads // group, head_dim=int(head_dim))
+        return LayerInfo(
+            index=index,
+            num_heads=heads,
+            num_kv_heads=heads // group,
+            head_dim=int(head_dim),
+            hidden_size=int(self.config.hidden_size),
+        )
 
     @cached_property
     def weights_mesh(self) -> DeviceMesh | None:

@@ -30,7 +30,7 @@ def observe(info: ModelInfo, index: int, needs: Needs, observer: Callable[..., N
     module = info.attention[index]
     layer: Layer = getattr(module, ATTRIBUTE)
     session = layer.session
-    undo = feed_inputs(info.decoder, [(module, needs)], session) if needs.inputs else []
+    undo = feed_inputs(info, {index: needs}, session) if needs.inputs else []
 
     def observed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
         if needs.inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,8 @@ class Tuned:
 
     Windows of a text are prefill calls, so the method selects in prefill; ``recycled``, whose prefill is
     dense, runs in the form for training that ``teacher_forced`` makes of it. All other weights are frozen.
+    Gradients flow through the keys that are read, not through the choice of them. A method that selects for a
+    block of queries chooses by the whole block, in training as in prefill.
 
     tune: "lora" trains adapters of ``rank`` (8 by default) on every linear projection of the attention
     (2106.09685, by peft; the update is alpha / rank * b a, alpha 16 by default), in float32. "attention"
@@ -66,6 +69,12 @@ class Tuned:
         self._info = hf.inspect_model(model)
         self._gate = start if start is not None and method.needs.recipe else None
         running = _in_training(method)
+        if loss == "nll" and running.lookahead.tokens:
+            warnings.warn(
+                f"{method} selects by up to {running.lookahead.tokens:.0f} later tokens, so the nll "
+                "of a text depends on what it predicts: take loss='kl', or a method whose lookahead is 0.",
+                stacklevel=2,
+            )
         gate = None if self._gate is None else self._gate.without_adapters()
         self._patched = patch(model, prefill=running, recipe=gate)
         self._undo: list[Callable[[], Any]] = [self._patched.remove]

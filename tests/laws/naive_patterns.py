@@ -48,13 +48,14 @@ def butterfly(i: int, stride: int | None) -> set[int]:
 
 def routing(
     q: Tensor, k: Tensor, *, past: int, k_tokens: int, clusters: int, segment: int, block: int, window: int,
-    sinks: int, gqa_reduce: str,
+    sinks: int, gqa_reduce: str, learned: Tensor | None = None,
 ) -> list[list[tuple[set[int], list[float]]]]:  # fmt: skip
-    """Routing Transformer (2003.05997) without training: q [G, Tq, D], k [n, D] -> what each query head
-    reads, per query block, and how near each key is to the centroid.
+    """Routing Transformer (2003.05997): q [G, Tq, D], k [n, D] -> what each query head reads, per query
+    block, and how near each key is to the centroid.
 
-    Centroids are running means of the unit keys nearest to them, moved after every complete segment; a query
-    block goes to the centroid nearest its mean query and reads the unit keys nearest that.
+    Centroids are ``learned`` [C, D], or running means of the unit keys nearest to them, moved after every
+    complete segment; a query block goes to the centroid nearest its mean query and reads the unit keys
+    nearest that.
     """
     unit = [x.double() / x.double().norm() for x in k]
     result = []
@@ -62,12 +63,16 @@ def routing(
         z = min(a + block, q.shape[1])
         begin, end = past + a, past + z
         forced = {j for j in range(end) if j < sinks or j > begin - window}
-        if begin < segment:
+        if begin < segment and learned is None:
             result.append([(set(range(end)), [0.0] * end)] * len(q))
             continue
-        centroids = [unit[c * segment // clusters] for c in range(clusters)]
+        if learned is not None:
+            centroids, moves = list(learned.double()), 0
+        else:
+            centroids = [unit[c * segment // clusters] for c in range(clusters)]
+            moves = begin // segment
         members: list[list[Tensor]] = [[] for _ in range(clusters)]
-        for s in range(begin // segment):
+        for s in range(moves):
             keys = unit[s * segment : (s + 1) * segment]
             nearest = [best(torch.stack([x @ mu for mu in centroids]), 1)[0] for x in keys]
             for x, c in zip(keys, nearest, strict=True):
@@ -88,3 +93,21 @@ def routing(
             read.append((forced | set(others[: max(0, k_tokens - len(forced))]), near.tolist()))
         result.append(read)
     return result
+
+
+def commitment(q: Tensor, k: Tensor, centroids: Tensor) -> Tensor:
+    """The commitment loss of Routing Transformer for one row, q [H, T, D], k [Hkv, T, D], centroids [Hkv, C,
+    D], and for each centroid that nothing belongs to its squared distance to the vector with the largest x .
+    mu, meaned over all centroids."""
+    group, distances, unused = len(q) // len(k), [], []
+    for head, mu in enumerate(centroids):
+        vectors = [x / x.norm() for x in [*q[head * group : (head + 1) * group].flatten(0, 1), *k[head]]]
+        used = set()
+        for x in vectors:
+            c = int(torch.stack([x @ m for m in mu]).argmax())
+            used.add(c)
+            distances.append((x - mu[c]).square().sum())
+        for c in set(range(len(mu))) - used:
+            x = vectors[int(torch.stack([x @ mu[c] for x in vectors]).argmax())]
+            unused.append((x - mu[c]).square().sum())
+    return torch.stack(distances).mean() + sum(unused, mu.new_zeros(())) / centroids[..., 0].numel()

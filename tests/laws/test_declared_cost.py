@@ -26,6 +26,7 @@ SIZE = 8  # bytes of a float64
 BY_DATA = {
     "act",
     "antidiagonal",
+    "chunkllm",
     "oracle",
     "pbs",
     "recycled",

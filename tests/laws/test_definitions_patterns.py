@@ -12,12 +12,15 @@ import torch
 import farspan
 from farspan.attention.causal import causal_mask
 from farspan.attention.errors import FarspanError
+from farspan.attention.keys import Keys
+from farspan.attention.kv import KV
 from farspan.attention.method import AttentionMethod
 from farspan.attention.selection import Band, Bands
+from farspan.attention.softmax import Softmax
 
 from . import naive, naive_patterns
 from .test_definitions import SCALE, G, reads
-from .tools import HKV, Data, H, Stream, recorded
+from .tools import HKV, Data, H, Stream, layer_info, recorded
 
 # --- token by token ---------------------------------------------------------------------------------------
 
@@ -261,6 +264,54 @@ def test_routing_on_smollm2(smollm2_layers: list[Data]) -> None:
             assert_routed(farspan.methods()["routing"](**settings), data, [200, 512])
 
 
+def learned_routing(settings: dict[str, Any]) -> Any:
+    """``routing`` with random centroids, not all of length 1."""
+    torch.manual_seed(7)
+    method = farspan.methods()["routing"](centroids="learned", **settings).for_training(layer_info())
+    assert method is not None and method.module is not None
+    with torch.no_grad():
+        method.module.centroids *= 0.5 + torch.rand(HKV, settings["clusters"], 1)
+    return method
+
+
+@pytest.mark.parametrize("settings", ROUTING, ids=str)
+@pytest.mark.parametrize("starts", [None, [0, 21, 120]])
+def test_routing_to_learned_centroids(settings: dict[str, Any], starts: list[int] | None) -> None:
+    assert_routed(learned_routing(settings), clustered(Data.random(150, starts)), [37, 90, 150])
+
+
+def test_what_centroids_learn() -> None:
+    """The loss and its gradient against the definition, with a centroid that nothing belongs to; by descent
+    the loss falls, and every centroid gets members."""
+    method = learned_routing({"k": 40, "clusters": 5, "segment": 16, "block": 8, "window": 8})
+    module = method.module.double()
+    with torch.no_grad():
+        module.centroids[0, 3] *= 0.01
+    data = clustered(Data.random(60, [0, 0]))
+    keys = Keys(kv=KV(data.k, data.v), tq=60, softmax=Softmax(0.25))
+    loss = method.distillation_loss(data.q, keys)
+    (got,) = torch.autograd.grad(loss, module.centroids)
+    mu = module.centroids.detach().clone().requires_grad_()
+    # One row that has the tokens of both.
+    whole = naive_patterns.commitment(
+        data.q.transpose(0, 1).flatten(1, 2), data.k.transpose(0, 1).flatten(1, 2), mu
+    )
+    (want,) = torch.autograd.grad(whole, mu)
+    assert abs(loss - whole) < 1e-12 and (got - want).abs().max() < 1e-12 and bool(want[0, 3].any())
+    steps = torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0.0)
+    for _ in range(150):
+        steps.zero_grad()
+        now = method.distillation_loss(data.q, keys)
+        now.backward()
+        steps.step()
+    assert now < 0.5 * loss
+    unit = torch.nn.functional.normalize(
+        torch.cat([data.q.unflatten(1, (HKV, G)).flatten(2, 3), data.k], 2), dim=3
+    )
+    used = (unit @ module.centroids.transpose(1, 2)).argmax(3)
+    assert all(len(used[:, h].unique()) == 5 for h in range(HKV))
+
+
 def assert_routed(method: Any, data: Data, cuts: list[int]) -> None:
     stream = Stream(method, data)
     heads, kv_heads = data.q.shape[1], data.k.shape[1]
@@ -285,6 +336,7 @@ def assert_routed(method: Any, data: Data, cuts: list[int]) -> None:
                     data.k[b, head, first:z],
                     past=begin - first,
                     k_tokens=method.k,
+                    learned=None if method.module is None else method.module.centroids[head],
                     **known,
                 )
                 assert index.blocks.shape[2] == len(want)

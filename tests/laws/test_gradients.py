@@ -8,19 +8,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from farspan.attention.method import AttentionMethod
-from farspan.attention.selection import Rescaled
+from farspan.attention.selection import Biased, Rescaled
 
 from .tools import Data, H, Selection, Stream, every_method, recorded
 
 LENGTH = 75
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, scale: float, selection: Selection) -> Tensor:
-    """Softmax over the mask of ``selection``, as whole matrices; rescaled keys keep a part of their share."""
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, selection: Selection, bound: AttentionMethod
+) -> Tensor:
+    """Softmax over the mask of ``selection``, as whole matrices; rescaled keys keep a part of their share,
+    and biased keys have their bias, which ``bound`` makes of the values."""
     mask = selection.mask()
     mask = mask.repeat_interleave(H // mask.shape[1], 1)
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    weights = torch.softmax((q @ key.mT * scale).masked_fill(~mask, -torch.inf), -1)
+    logits = q @ key.mT * scale
+    if isinstance(selection.index, Biased) and bound.module is not None:
+        logits = logits + bound.module(v).repeat_interleave(H // v.shape[1], 1)[:, :, None]
+    weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1)
     if isinstance(selection.index, Rescaled):
         less = selection.index.keys[:, :, None].expand_as(weights)
         kept = torch.where(less, weights * selection.index.factor, 0)
@@ -42,7 +48,7 @@ def test_gradients_are_those_of_the_keys_read(bound: AttentionMethod) -> None:
     with recorded(bound) as selections:
         out = run(*inputs)
     [selection] = selections
-    wanted = by_definition(*inputs, data.scale, selection)
+    wanted = by_definition(*inputs, data.scale, selection, bound)
     assert (out - wanted).abs().max() < 1e-10
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     again = checkpoint(run, *inputs, use_reentrant=False)

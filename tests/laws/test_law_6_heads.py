@@ -32,6 +32,7 @@ def test_a_share_of_the_heads(method: AttentionMethod, recipe: Callable[[Attenti
     for share in range(HKV):
         heads, kv_head = slice(share * H // HKV, (share + 1) * H // HKV), slice(share, share + 1)
         part = dataclasses.replace(whole, num_heads=H // HKV, num_kv_heads=1, tp_size=HKV, tp_rank=share)
-        mine = Data(data.q[:, heads], data.k[:, kv_head], data.v[:, kv_head], data.starts)
+        hidden = data.q.transpose(1, 2).flatten(2)  # every rank has these whole
+        mine = Data(data.q[:, heads], data.k[:, kv_head], data.v[:, kv_head], data.starts, hidden)
         got = Stream(_bound(method, part, recipe(method)), mine).run(cuts)
         assert_same(got, Partial(want.out[:, heads], want.lse[:, heads]))

@@ -15,6 +15,7 @@ from ..parallel.jobs import (
     TWO_LAYERS,
     Case,
     generated,
+    other_gates_over_ranks,
     over_ranks,
     refused_over_ranks,
     stepped,
@@ -116,6 +117,11 @@ def test_gates_as_on_one_device(world: World):
     short, begun, beams, _ = _corners(mixed)
     plan = {3: [padded, *_cut(mixed), begun, beams], 2: [long, _cut(pooled)[0]], 4: [padded, short]}
     _assert_as_on_one_device(world, plan)
+
+
+def test_gates_have_the_same_weights_on_every_rank(world: World):
+    for refused in world.run(other_gates_over_ranks, 3):
+        assert "different values: the methods on rank 1" in refused
 
 
 def test_gates_after_crops_as_on_one_device(world: World):

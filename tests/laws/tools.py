@@ -20,6 +20,7 @@ from farspan.attention.needs import Inputs
 from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
 from farspan.attention.softmax import Softmax
+from farspan.attention.sources import Supply
 from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
@@ -48,12 +49,36 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"mass": 0.4, "stride": 8, "block": 8, "gqa_reduce": "sum"},
         {"mass": 0.3, "stride": 4, "block": 8, "gqa_reduce": "max"},
     ],
+    "chunkllm": [
+        {"fraction": 0.3, "longest": 6, "gate_dim": 6, "alpha": 0.8, "boundary_layer": 0},
+        {"k": 24, "fraction": None, "longest": 9, "sinks": 1, "gate_dim": 8, "boundary_layer": 0},
+        {"k": 9, "fraction": None, "longest": 4, "sinks": 0, "alpha": 1.0, "boundary_layer": 0},
+    ],
     "dense": [{}],
     "dhsa": [
         {"fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
         {"fraction": 0.25, "block_q": 8, "block_k": 4, "local": 12, "gqa_reduce": "sum"},
         {"k": 40, "fraction": None, "block_q": 16, "block_k": 8, "local": 1, "gqa_reduce": "max"},
         {"k": 48, "fraction": None, "block_q": 8, "block_k": 16, "local": 9},
+        {
+            "boundaries": "learned",
+            "fraction": 0.3,
+            "block_q": 16,
+            "block_k": 8,
+            "segment": 32,
+            "local": 5,
+            "apart": 2,
+        },
+        {
+            "boundaries": "learned",
+            "k": 40,
+            "fraction": None,
+            "block_q": 8,
+            "block_k": 4,
+            "segment": 24,
+            "apart": 0,
+            "gqa_reduce": "sum",
+        },
         {"select": "vertical_slash", "fraction": 0.3, "block_q": 16, "block_k": 8, "local": 5},
         {
             "select": "vertical_slash",
@@ -93,6 +118,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "gqa_reduce": "none", "dense_layers": 0, "group_factor": 2},
     ],
+    "dynamic_mask": [
+        {"w": 24, "local": 0},
+        {"w": 20, "local": 6, "form": "exp"},
+        {"w": 24, "local": 4, "add_bias": False},
+    ],
     "h2o": [{"k": 24}, {"k": 7}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
@@ -126,6 +156,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 40, "clusters": 4, "segment": 16, "block": 8, "window": 8, "sinks": 2},
         {"k": 24, "clusters": 5, "segment": 12, "block": 4, "window": 1, "sinks": 0, "gqa_reduce": "none"},
         {"k": 34, "clusters": 3, "segment": 10, "block": 16, "window": 12, "gqa_reduce": "max"},
+        {"k": 30, "clusters": 4, "block": 8, "window": 8, "sinks": 2, "centroids": "learned"},
     ],
     "seer": [
         {"block": 8, "fraction": 0.3, "gate_dim": 6},
@@ -157,7 +188,9 @@ FULL = {
     "threshold": 0.0,
     "w": 1 << 20,
     "dilation": 1,
+    "add_bias": False,
     "dense_layers": 0,
+    "boundary_layer": 0,
 }
 
 
@@ -223,12 +256,14 @@ def lookahead(method: AttentionMethod) -> int | None:
 
 @dataclasses.dataclass
 class Data:
-    """q [B, H, N, D], k, v [B, Hkv, N, D] and where each row begins; padding holds numbers like the rest."""
+    """q [B, H, N, D], k, v [B, Hkv, N, D] and where each row begins; padding holds numbers like the rest.
+    hidden: [B, N, hidden], the hidden states; None: the queries side by side."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     starts: list[int] | None = None
+    hidden: Tensor | None = None
 
     @staticmethod
     def random(
@@ -243,18 +278,17 @@ class Data:
         return Data(q.to(dtype), k.to(dtype), v.to(dtype), starts if starts and any(starts) else None)
 
     def fed(self, method: AttentionMethod, past: int, length: int) -> Inputs | None:
-        """What a call of the queries past .. length - 1 feeds ``method``, as in a layer without RoPE; the
-        hidden states are its queries side by side."""
+        """What a call of the queries past .. length - 1 feeds ``method``, as in a layer without RoPE."""
         if not method.needs.inputs:
             return None
         q, k = (x[:, :, past:length] for x in (self.q, self.k))
-        hidden = q.transpose(1, 2).flatten(2)
+        hidden = q.transpose(1, 2).flatten(2) if self.hidden is None else self.hidden[:, past:length]
+        early = None if method.needs.early_hidden_states is None else hidden
         frequencies = THETA ** (-torch.arange(D // 2).double() / (D // 2))
         starts = torch.tensor(self.starts or [0] * len(q))
         places = (torch.arange(length) - starts[:, None]).clamp(min=0)
-        return Inputs(
-            needs=method.needs, q=q, k=k, hidden=hidden, length=length, places=places, frequencies=frequencies
-        )
+        parts = {"hidden": hidden, "early": early, "places": places, "frequencies": frequencies}
+        return Inputs(needs=method.needs, q=q, k=k, length=length, **parts)
 
     @property
     def scale(self) -> float:
@@ -298,6 +332,7 @@ class Stream:
         self.store.reset()
         if length:
             self.store.append(self.data.k[:, :, :length], self.data.v[:, :, :length])
+            self._take(length)
 
     @property
     def state(self) -> States:
@@ -312,14 +347,27 @@ class Stream:
         assert self.store.kv is not None
         if self.fresh:
             self.store.summaries.clear()
+            if new.start:
+                self._take(new.start)
         padding = None
         if self.data.starts is not None:
-            starts = [min(first, upto) for first in self.data.starts]  # as a mask of these positions says
+            starts = self._starts(upto)
             padding = Padding(torch.tensor(starts), starts)
         softmax, how = Softmax(self.data.scale), {"padding": padding, "impl": self.impl, "fed": fed}
         called = self.layer_call(LocalKeys(q, self.store.kv, softmax, store=self.store, **how))
         self.reads.append(total_reads(called.done))
         return called.part(q, v.shape[3])
+
+    def _take(self, length: int) -> None:
+        """Make the summaries of the first ``length`` positions that are computed from what no cache keeps."""
+        assert self.store.kv is not None
+        fed = self.data.fed(self.method, 0, length)
+        supply = Supply(self.store.kv[:, :, :length], self.data.q[:, :, :length], fed)
+        self.store.summaries.take(self.method.summaries, supply, self._starts(length))
+
+    def _starts(self, length: int) -> list[int] | None:
+        """As a mask of the first ``length`` positions says."""
+        return None if self.data.starts is None else [min(first, length) for first in self.data.starts]
 
     def run(self, cuts: list[int]) -> Partial:
         """All calls ending at ``cuts``, side by side."""
@@ -361,7 +409,13 @@ def recorded(method: AttentionMethod, *others: AttentionMethod) -> Iterator[list
                     self: AttentionMethod, q: Tensor, keys: Keys, original: Any = original, phase: str = phase
                 ) -> Any:
                     index = original(self, q, keys)
-                    kept = copy.deepcopy(index)  # later steps update a method's state in place
+                    parts = vars(index or object).values()  # torch copies no tensor that has a history
+                    fixed = {
+                        id(x): x.detach().clone()
+                        for x in parts
+                        if isinstance(x, Tensor) and x.grad_fn is not None
+                    }
+                    kept = copy.deepcopy(index, fixed)  # later steps update a method's state in place
                     start = None if keys.start is None else keys.start.clone()
                     seen.append(Selection(phase, kept, q.shape[2], keys.length, start, q.shape[0]))
                     return index
@@ -403,4 +457,4 @@ def assert_same(got: Partial, want: Partial, tolerance: float = 1e-10) -> None:
 
 
 def layer_info(weights: dict[str, Tensor] | None = None) -> LayerInfo:
-    return LayerInfo(index=0, num_heads=H, num_kv_heads=HKV, head_dim=D, weights=weights)
+    return LayerInfo(index=0, num_heads=H, num_kv_heads=HKV, head_dim=D, weights=weights, hidden_size=H * D)

@@ -6,12 +6,15 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 import farspan
 
 from ..runtime import small_models
+from ..runtime.mixed_gate import MixedGate
+from ..runtime.pooled_gate import Gate
 
 TWO_LAYERS = {"num_hidden_layers": 2}  # overrides of a case: a third of the collectives less
 BLOCK = 8  # tokens that a rank owns at a time at decode: small, so that short answers are spread
@@ -128,6 +131,26 @@ def stepped_over_ranks(group: Any, cases: list[Case]) -> list[dict[str, Any]]:
         stepped(case, parallel=farspan.ContextParallel(mesh=group, **({"block": BLOCK} | case.parallel)))
         for case in cases
     ]
+
+
+def other_gates_over_ranks(group: Any) -> str:
+    """The sentence in which ``patch`` ends where rank 1 has other weights in its gates."""
+    first = Gate.__init__
+
+    def other(self: Gate, *args: Any) -> None:
+        first(self, *args)
+        with torch.no_grad():
+            self.k[0, 0] += group.rank() == 1
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(Gate, "__init__", other)
+        try:
+            generated(
+                Case(spec=MixedGate(), overrides=TWO_LAYERS), parallel=farspan.ContextParallel(mesh=group)
+            )
+        except farspan.FarspanError as error:
+            return str(error)
+    return "nothing was refused"
 
 
 def refused_over_ranks(group: Any, case: Case) -> str:

@@ -45,7 +45,7 @@ def gradients(training: Tuned) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "falcon_h1"])
 def test_the_head_alone_is_the_models_own(name: str) -> None:
     model = shared(name)
     head = hf.Head(model, hf.inspect_model(model))
@@ -102,10 +102,12 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("spec", [BLOCKS, "recycled:k=12,stride=6"])
-def test_training_brings_the_method_nearer_to_dense(spec: str) -> None:
-    training = objective(make("llama"), spec, rank=4)
-    optimizer = torch.optim.AdamW(training.parameters(), lr=5e-3)
+@pytest.mark.parametrize(
+    ("spec", "tune"), [(BLOCKS, "lora"), (BLOCKS, "attention"), ("recycled:k=12,stride=6", "lora")]
+)
+def test_training_brings_the_method_nearer_to_dense(spec: str, tune: str) -> None:
+    training = objective(make("llama"), spec, tune=tune)
+    optimizer = torch.optim.AdamW(training.parameters(), lr=5e-3 if tune == "lora" else 2e-3)
     first = training.evaluate(IDS)["kl"]
     for _ in range(12):
         training.backward(IDS, PLAIN)
@@ -171,6 +173,8 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(FarspanError, match=says):
             objective(model, **how)
+    with pytest.warns(UserWarning, match=r"block_topk.* up to 7 later tokens.*loss='kl'"):
+        objective(model, loss="nll").close()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(FarspanError, match=r"pip install 'farspan\[train\]'"):
         objective(model)

@@ -118,3 +118,47 @@ def test_what_is_refused() -> None:
     assert snapshot(model) == before
     with farspan.patch(shared("llama"), SPEC, recipe=recipe):
         pass
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("tune", ["lora", "attention"])
+def test_a_stopped_fine_tuning_ends_at_the_same_weights(tmp_path: Path, tune: str) -> None:
+    """Through ``farspan.train``."""
+
+    def tokenizer(text: str, **_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[3 + ord(c) % 120 for c in text]])}
+
+    def train(out: str, progress: Any = None) -> Recipe:
+        how: dict[str, Any] = {
+            "steps": 4,
+            "window": 64,
+            "held_out": 1,
+            "save_every": 2,
+            "lr": 5e-3,
+            "warmup": 1,
+        }
+        text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(64 * 4))
+        return farspan.train(
+            model, tokenizer, SPEC, text, out=tmp_path / out, tune=tune, progress=progress, **how
+        )
+
+    def stop(step: Any) -> None:
+        if step.done == 3:
+            raise Stop
+
+    model = make("llama")
+    before = snapshot(model)
+    whole = train("whole")
+    with pytest.raises(Stop):
+        train("cut", stop)
+    again = train("cut")
+    assert snapshot(model) == before
+    assert whole.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(x, again.tensors[name]) for name, x in whole.tensors.items())
+    first, last = whole.settings["held_out"]
+    assert last["loss"] != first["loss"] and last["nll_dense"] == first["nll_dense"]
+    with farspan.patch(model, SPEC, recipe=tmp_path / "cut"):
+        pass

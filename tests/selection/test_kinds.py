@@ -3,7 +3,7 @@ keys."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,14 +14,16 @@ from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
 from farspan.attention.method import DECODE, PREFILL
 from farspan.attention.ops.reference import masked_attention
-from farspan.attention.partial import merge
+from farspan.attention.partial import Partial, merge
 from farspan.attention.selection import (
     Band,
     Bands,
+    Biased,
     BlockIndex,
     EveryKey,
     Rescaled,
     Selection,
+    Spans,
     Stretches,
     TokenIndex,
     Window,
@@ -59,6 +61,22 @@ def data(tq: int, tk: int, starts: list[int] | None) -> tuple[Tensor, Keys]:
     return q, Keys(kv=KV(k, v), tq=tq, softmax=Softmax(0.4, 5.0), start=start)
 
 
+def biased(read: Selection, tk: int, b: int = 1) -> Biased:
+    generator = torch.Generator().manual_seed(tk)
+    return Biased(read=read, bias=3 * torch.randn(b, HKV, tk, generator=generator, dtype=torch.float64))
+
+
+def want_of(selection: Selection, q: Tensor, keys: Keys, mask: Tensor) -> Partial:
+    """Softmax under the mask, with the bias of a ``Biased`` added to the logits before the soft-cap."""
+    if not isinstance(selection, Biased):
+        return masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0)
+    k, v, bias = (x.repeat_interleave(H // HKV, 1) for x in (*keys.kv.dense(), selection.bias))
+    logits = 5 * torch.tanh((0.4 * q @ k.transpose(2, 3) + bias[:, :, None]) / 5)
+    mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(H // mask.shape[1], 1)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    return Partial(logits.softmax(-1).nan_to_num() @ v, logits.logsumexp(-1))
+
+
 def tokens(heads: int, tq: int, tk: int, starts: list[int] | None, full: str) -> TokenIndex:
     generator = torch.Generator().manual_seed(heads + tk)
     b = len(starts or [0])
@@ -80,7 +98,16 @@ DECODES: dict[str, Any] = {
     "tokens of heads": lambda *call: tokens(H, *call, "none"),
     "some full": lambda *call: tokens(HKV, *call, "some"),
     "all full": lambda *call: tokens(HKV, *call, "all"),
+    "biased tokens": lambda *call: biased(tokens(HKV, *call, "none"), call[1], len(call[2] or [0])),
+    "biased": lambda *call: biased(EveryKey(), call[1], len(call[2] or [0])),
 }
+
+
+def here(selection: Selection, keys: Keys) -> Selection:
+    """A biased selection has the biases of the keys that are here."""
+    if isinstance(selection, Biased) and isinstance(keys, SomeKeys):
+        return replace(selection, bias=selection.bias[:, :, keys.at])
+    return selection
 
 
 @pytest.mark.parametrize(
@@ -95,7 +122,7 @@ def test_parts_of_the_keys_add_up_to_decode(
     q, keys = data(tq, tk, starts)
     selection = DECODES[name](tq, tk, starts)
     mask = selection.to_mask(tq, tk, keys.start, q.shape[0])
-    want = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0)
+    want = want_of(selection, q, keys, mask)
     whole, pairs = selection.run_decode(q, keys, "auto")
     assert pairs == int(mask.sum()) * (H // mask.shape[1]) * (q.shape[0] // mask.shape[0])
     held: list[Keys] = [keys]
@@ -113,7 +140,7 @@ def test_parts_of_the_keys_add_up_to_decode(
             )
             for x in at
         ]
-    parts = [selection.run_decode_here(q, some) for some in held]
+    parts = [here(selection, some).run_decode_here(q, some) for some in held]
     for got in (whole, merge(*(part for part, _ in parts))):
         seen = want.lse > -torch.inf
         assert torch.equal(got.lse > -torch.inf, seen)
@@ -139,6 +166,11 @@ PREFILLS["rescaled blocks"] = Rescaled(
     keys=torch.arange(31).expand(1, H, 31) == 3,
     factor=0.5,
 )
+# Some keys are never read, some to the end, some leave within a query block.
+PREFILLS["spans"] = Spans(until=torch.randint(40, (1, HKV, 31), generator=torch.Generator().manual_seed(0)))
+PREFILLS["biased spans"] = biased(PREFILLS["spans"], 31)
+PREFILLS["biased blocks"] = biased(PREFILLS["blocks"], 31)
+PREFILLS["biased"] = biased(EveryKey(), 31)
 
 
 PREFILLS["stretches"] = Stretches(
@@ -156,15 +188,29 @@ def test_prefill_reads_the_keys_needed_and_counts_the_pairs(name: str) -> None:
     mask = selection.to_mask(tq, tk)
     assert mask.shape == (1, selection.mask_heads, tq, tk)
     assert torch.equal(selection.to_mask(tq, tk, rows=torch.tensor([14, 2])), mask[:, :, [14, 2]])
-    assert selection.reads_every_key == (name in ("every", "rescaled"))
+    assert selection.reads_every_key == (name in ("every", "rescaled", "biased"))
     part, pairs = selection.run_prefill(q, keys, range(3, 12), "auto")
     assert pairs == int(mask[:, :, 3:12].sum()) * (H // mask.shape[1])
-    lse = masked_attention(q, *keys.kv.dense(), mask, scale=0.4, softcap=5.0).lse
+    lse = want_of(selection, q, keys, mask).lse
     assert (part.lse - lse)[lse > -torch.inf].abs().max() < 1e-12
     needed = selection.needed((tk - tq, tk), [0], HKV, torch.device("cpu"))
     assert needed.shape == (1, HKV, tk)
     read = mask.any(2).expand(-1, HKV, -1)
     assert not bool((read & ~needed).any()), "a key that is read is not needed"
+
+
+def test_spans_count_positions_from_the_start_of_a_row() -> None:
+    """In the mask and among the keys needed, as a padded row that is served alone has them."""
+    tq, tk, first = 15, 31, 6
+    until = torch.randint(40, (2, HKV, tk), generator=torch.Generator().manual_seed(1))
+    both, alone = Spans(until=until), Spans(until=until[1:, :, : tk - first])
+    padded = both.to_mask(tq, tk, torch.tensor([0, first]))
+    assert (
+        torch.equal(padded[1:, :, :, first:], alone.to_mask(tq, tk - first))
+        and not padded[1, ..., :first].any()
+    )
+    needed = both.needed((tk - tq, tk), [0, first], HKV, torch.device("cpu"))
+    assert torch.equal(needed, padded.any(2))
 
 
 def test_an_answer_for_the_other_phase_is_refused() -> None:
@@ -192,9 +238,9 @@ def test_an_answer_for_the_other_phase_is_refused() -> None:
 
 
 def test_the_kinds_of_each_phase() -> None:
-    kinds = (EveryKey, Window, Bands, BlockIndex, Rescaled, TokenIndex)
+    kinds = (EveryKey, Window, Bands, BlockIndex, Rescaled, Spans, Biased, TokenIndex)
     assert [k for k in kinds if not k.serves(PREFILL)] == [TokenIndex]
-    assert [k for k in kinds if k.serves(DECODE)] == [EveryKey, Window, TokenIndex]
+    assert [k for k in kinds if k.serves(DECODE)] == [EveryKey, Window, Biased, TokenIndex]
     for kind in kinds:  # over ranks, too
         assert (kind.needed is not Selection.needed) == kind.serves(PREFILL)
         assert (kind.run_decode_here is not Selection.run_decode_here) == kind.serves(DECODE)
