@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 
-from farspan.attention.method import AttentionMethod, LayerInfo
+from farspan.attention.method import AttentionMethod
+from farspan.runtime import hf
 from farspan.runtime.recipe import Recipe
 
 
-def random_gates(method: AttentionMethod, layers: dict[int, LayerInfo], geometry: dict[str, Any]) -> Recipe:
+def random_gates(method: AttentionMethod, model: Any) -> Recipe:
     """A recipe for a method that is trained: the modules that its training begins with, every parameter
     replaced by random numbers of the scale of a projection's."""
-    trained = {i: method.for_training(layer) for i, layer in layers.items()}
+    info = hf.inspect_model(model)
+    trained = {i: method.for_training(info.layer_info(i)) for i in info.attention}
     modules = {i: served.module for i, served in trained.items() if served is not None}
     generator = torch.Generator().manual_seed(0)
     for module in modules.values():
         for p in module.parameters():
             fan_in = p.shape[-2] if p.dim() > 1 else 1
             p.data = torch.randn(p.shape, generator=generator) * fan_in**-0.5
-    return Recipe.of_modules(method, modules, geometry, {})
+    return Recipe.of_modules(method, modules, info.geometry, {})
