@@ -34,14 +34,15 @@ class DynamicMask(AttentionMethod):
 
     ``add_bias``, as in the paper, adds the bias to the logits of the kept keys. Up to w keys nothing is left
     out and the bias is still added: with a budget that covers every key the method is dense attention plus
-    bias then, and dense attention only where all biases of a head are equal. Gradients flow through the bias in prefill, where the gate or
-    the values want them (a gate from a recipe is frozen: ``requires_grad_()``); the choice has none.
+    bias then, and dense attention only where all biases of a head are equal. Gradients flow through the bias
+    in prefill, where the gate or the values want them (a gate from a recipe is frozen: ``requires_grad_()``);
+    the choice has none.
 
     ``farspan train`` teaches the bias where the frozen model's attention goes (``ValueBias.loss``). Such a
     bias is made to choose. Added, it changes the attention of a model that was not fine-tuned with it, so it
-    is not added by default. Departures: causal selection, where the first kernels chose one set of keys for all
-    queries; the last ``local`` of the w keys are always read (0 in the paper), since values do not tell which
-    keys are recent.
+    is not added by default. Departures: causal selection, where the first kernels chose one set of keys for
+    all queries; the last ``local`` of the w keys are always read (0 in the paper), since values do not tell
+    which keys are recent.
     """
 
     name: ClassVar[str] = "dynamic_mask"

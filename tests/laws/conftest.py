@@ -14,8 +14,9 @@ from farspan.attention.needs import Needs
 from farspan.runtime import hf
 
 from ..parallel.jobs import TWO_LAYERS, Case, model_of
+from .gates import random_gates
 from .parameters import CALIBRATION
-from .tools import Data, layer_info, random_gates
+from .tools import Data, layer_info
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +59,12 @@ def _recipes(model: Any) -> Callable[[AttentionMethod], Any]:
     """The recipe that a method needs: random weights for a method that is trained, else one calibrated on
     ``model``, once; None for methods that need none."""
     made: dict[str, Any] = {}
-    info = hf.inspect_model(model)
 
     def get(method: AttentionMethod) -> Any:
         if not method.needs.recipe:
             return None
         if str(method) not in made and method.trains:
-            layers = {i: info.layer_info(i) for i in info.attention}
-            made[str(method)] = random_gates(method, layers, info.geometry)
+            made[str(method)] = random_gates(method, model)
         elif str(method) not in made:
             text = "".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(300))
             how = CALIBRATION.get(method.name, {})

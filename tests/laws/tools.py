@@ -24,7 +24,6 @@ from farspan.attention.sources import Supply
 from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
-from farspan.runtime.recipe import Recipe
 from farspan.runtime.rows import total_reads
 from farspan.runtime.state import States
 
@@ -239,19 +238,6 @@ def assert_same(got: Partial, want: Partial, tolerance: float = 1e-10) -> None:
         assert bool(a.isfinite().all()), f"{name} is not finite"
         error = (a - b).abs().max() if b.numel() else 0.0
         assert error <= tolerance, f"{name} differs by {error:.2e}"
-
-
-def random_gates(method: AttentionMethod, layers: dict[int, LayerInfo], geometry: dict[str, Any]) -> Recipe:
-    """A recipe for a method that is trained: the modules that its training begins with, every parameter
-    replaced by random numbers of the scale of a projection's."""
-    trained = {i: method.for_training(layer) for i, layer in layers.items()}
-    modules = {i: served.module for i, served in trained.items() if served is not None}
-    generator = torch.Generator().manual_seed(0)
-    for module in modules.values():
-        for p in module.parameters():
-            fan_in = p.shape[-2] if p.dim() > 1 else 1
-            p.data = torch.randn(p.shape, generator=generator) * fan_in**-0.5
-    return Recipe.of_modules(method, modules, geometry, {})
 
 
 def layer_info(weights: dict[str, Tensor] | None = None) -> LayerInfo:

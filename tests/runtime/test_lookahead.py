@@ -19,6 +19,7 @@ from farspan.attention.lookahead import Lookahead
 from farspan.attention.method import PREFILL
 from farspan.attention.spec import methods
 
+from ..laws.gates import random_gates
 from ..laws.parameters import sparse_settings
 
 PROMPT = "pbs:mass=0.3,block=8,segment=16"
@@ -47,6 +48,12 @@ AHEAD = {
     "vertical_slash:vertical=6,slash=5,block=8,last=16,local=4": math.inf,
     "window:w=16": 0,
 }
+
+
+def patched_by(model: Any, spec: str) -> Any:
+    """patch(model, spec), with random weights for a method that is trained."""
+    method = farspan.parse_method(spec)
+    return farspan.patch(model, spec, recipe=random_gates(method, model) if method.needs.recipe else None)
 
 
 def loss(model: Any) -> torch.Tensor:
@@ -83,7 +90,7 @@ def test_scoring_is_flagged(tiny_llama: Any, spec: str) -> None:
         lambda: model(IDS, logits_to_keep=2),
         lambda: loss(model),
     ]
-    with farspan.patch(model, spec) as patched, torch.no_grad():
+    with patched_by(model, spec) as patched, torch.no_grad():
         said = [sentence for call in calls for sentence in told(call)]
         report = patched.report()
         patched.reset_report()
@@ -128,7 +135,7 @@ def test_what_is_said_is_true(tiny_llama: Any) -> None:
     other = IDS.clone()
     other[:, 60:] = IDS[:, 60:].flip(1)
     for spec, ahead in AHEAD.items():
-        with farspan.patch(model, spec), torch.no_grad(), warnings.catch_warnings():
+        with patched_by(model, spec), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             moved = (model(IDS).logits - model(other).logits)[0, :60].abs().amax(1) > 1e-9
         first = int(moved.nonzero()[0]) if bool(moved.any()) else 60
