@@ -42,6 +42,7 @@ class Train:
         "no"
     )
     start: Annotated[Path | None, typer.Option(help="A recipe whose weights training begins with.")] = None
+    half: Annotated[bool, typer.Option("--half", help="Save the recipe in float16, half the size.")] = False
     tune: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +69,7 @@ class Train:
         names = ("steps", "window", "batch", "lr", "warmup", "held_out", "save_every", "seed", "precision")
         of_tune = {name: getattr(self, name) for name in ("rank", "alpha", "loss", "temperature")}
         given = {name: value for name, value in of_tune.items() if value is not None}
-        how = {name: getattr(self, name) for name in (*names, "start", "tune")}
+        how = {name: getattr(self, name) for name in (*names, "start", "half", "tune")}
         return {**how, **given, "out": self.out}
 
 

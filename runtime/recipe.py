@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attention.errors import FarspanError
@@ -58,6 +59,12 @@ class Recipe:
             tensors=tensors,
             parameters={name: getattr(method, name) for name in method.trained_with},
         )
+
+    def half(self) -> Recipe:
+        """The same with float16 tensors in place of float32 ones, half the size; ``load`` reads them as
+        float32."""
+        tensors = {k: x.half() if x.dtype == torch.float32 else x for k, x in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def save(self, path: str | Path) -> Path:
         """Write recipe.json and recipe.safetensors to the folder ``path`` and return the folder. Raises
@@ -156,7 +163,8 @@ def _load(folder: Path, stamp: int) -> Recipe:
 
     try:
         about = json.loads((folder / "recipe.json").read_text())
-        tensors = load_file(folder / "recipe.safetensors")
+        saved = load_file(folder / "recipe.safetensors")
+        tensors = {k: x.float() if x.dtype == torch.float16 else x for k, x in saved.items()}
         if about["format"] != FORMAT:
             raise FarspanError(
                 f"The recipe at {folder} has format {about['format']}; this farspan reads format {FORMAT}: "

@@ -41,6 +41,7 @@ def train(
     precision: str = "no",
     tune: str | None = None,
     start: Recipe | str | Path | None = None,
+    half: bool = False,
     progress: Callable[[Step], None] | None = None,
     **tuning: Any,
 ) -> Recipe:
@@ -53,8 +54,9 @@ def train(
     steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. lr: 1e-3 for gates, 1e-4 for
     LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and not trained on.
     save_every: steps between checkpoints; the same call goes on from the last one and ends at the same
-    weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training begins with. Under
-    torchrun or accelerate launch, the windows of a step are spread over the processes.
+    weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training begins with. half:
+    save the recipe in float16, half the size. Under torchrun or accelerate launch, the windows of a step are
+    spread over the processes.
 
     Raises FarspanError for a method that has nothing to train, for a text too short for one window and those
     held out, for a folder that cannot be written or that holds another training, and for a loss that is not
@@ -87,10 +89,10 @@ def train(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            objective = _objective(model, learns, begin, tune, tuning)
+            objective = _objective(model, tokenizer, learns, begin, tune, tuning)
         try:
             settings = {"spec": str(learns), "tune": tune, "held_out_windows": held_out, **tuning}
-            return run(objective, windows, schedule, out, settings, progress)
+            return run(objective, windows, schedule, out, settings, progress, half=half)
         finally:
             objective.close()
     finally:
@@ -98,10 +100,15 @@ def train(
 
 
 def _objective(
-    model: Any, method: AttentionMethod, start: Recipe | None, tune: str | None, tuning: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    method: AttentionMethod,
+    start: Recipe | None,
+    tune: str | None,
+    tuning: dict[str, Any],
 ) -> Objective:
     if tune is None:
-        return Distilled(model, method, start)
+        return Distilled(model, tokenizer, method, start)
     known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
     unknown = [name for name in tuning if name not in known]
     if unknown:

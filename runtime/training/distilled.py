@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,17 +19,21 @@ from ...attention.softmax import Softmax
 from .. import hf
 from ..patch import patch
 from ..recipe import Recipe
+from .sentence_ends import SentenceEnds
 
 
 class Distilled:
     """The modules of ``method`` in all layers, trained by its ``distillation_loss`` (an ``Objective``).
 
     The model runs densely and without gradients. Each layer's loss and gradient are computed as soon as its
-    queries and keys are there, so memory holds the tensors of one layer. start: a recipe whose weights
-    training begins with, in place of new ones. Raises FarspanError for a method that is not trained.
+    queries and keys are there, so memory holds the tensors of one layer. tokenizer: of the model, for methods
+    that learn from the ends of sentences. start: a recipe whose weights training begins with, in place of new
+    ones. Raises FarspanError for a method that is not trained.
     """
 
-    def __init__(self, model: Any, method: AttentionMethod, start: Recipe | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, method: AttentionMethod, start: Recipe | None = None
+    ) -> None:
         info = hf.inspect_model(model)
         if info.weights_mesh is not None:
             raise FarspanError(
@@ -54,6 +59,9 @@ class Distilled:
             raise FarspanError(
                 f"{method} leaves every layer of this model dense, so it has nothing to train."
             )
+        by_sentences = any(made.needs.sentence_ends for made in self._made.values())
+        self._find_ends = SentenceEnds(tokenizer) if by_sentences else None
+        self._ends: Tensor | None = None
         self._on_loss: Callable[[int, Tensor], None] = lambda index, loss: None
         self._patched = patch(model, "dense")
         self._undo = [
@@ -105,12 +113,15 @@ class Distilled:
 
     def _run(self, ids: Tensor, on_loss: Callable[[int, Tensor], None], grad: bool = True) -> None:
         self._on_loss, self._grad = on_loss, grad
+        self._ends = None if self._find_ends is None else self._find_ends(ids).to(self.device)
         with torch.no_grad():
             self._model(ids.to(self.device), use_cache=False, logits_to_keep=1)
 
     def _observe(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
     ) -> None:
+        if inputs is not None and self._ends is not None:
+            inputs = dataclasses.replace(inputs, ends=self._ends)
         keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
         with torch.set_grad_enabled(self._grad):
             self._on_loss(index, self._made[index].distillation_loss(q, keys))

@@ -79,13 +79,16 @@ def run(
     out: str | Path,
     settings: dict[str, Any],
     progress: Callable[[Step], None] | None = None,
+    *,
+    half: bool = False,
 ) -> Recipe:
     """Train ``objective`` on windows of a text, save its recipe to the folder ``out``, and return it.
 
     The folder also gets ``checkpoint.pt`` and ``log.jsonl``. Where it holds a checkpoint of the same
     settings, training goes on from there and ends at the same weights as without a stop. settings: what else
-    the result depends on; the recipe records them. Raises FarspanError for a folder that cannot be written or
-    that holds another training, and for a loss that is not finite.
+    the result depends on; the recipe records them. half: save the recipe's weights in float16. Raises
+    FarspanError for a folder that cannot be written or that holds another training, and for a loss that is
+    not finite.
     """
     from accelerate import Accelerator
 
@@ -124,7 +127,7 @@ def run(
     about = {**given, "held_out": training.held_out, "minutes": round(training.seconds / 60, 1)}
     recipe = objective.recipe({**about, "processes": accelerator.num_processes, "torch": torch.__version__})
     if accelerator.is_main_process:
-        recipe.save(folder)
+        (recipe.half() if half else recipe).save(folder)
     accelerator.wait_for_everyone()
     return recipe
 
