@@ -204,7 +204,13 @@ class AttentionMethod:
     @property
     def trains(self) -> bool:
         """Whether its module is trained by ``distillation_loss`` on a frozen model."""
-        return type(self).distillation_loss is not AttentionMethod.distillation_loss
+        own, base = type(self), AttentionMethod
+        return self.observes or own.distillation_loss is not base.distillation_loss
+
+    @property
+    def observes(self) -> bool:
+        """Whether what a window teaches can be kept, so that one pass of the model serves many steps."""
+        return type(self).loss_of is not AttentionMethod.loss_of
 
     def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
         """This method with a new ``module`` for ``layer``, at the weights that training begins with; None
@@ -218,6 +224,15 @@ class AttentionMethod:
         q [B, H, T, D] are all queries of the window, keys its keys and values, from the model's own dense
         attention; no row is padded. ``keys.inputs`` feeds what ``needs`` names, queries and keys before RoPE
         in float32. The loss is a mean over rows and queries, so that it does not depend on B or T."""
+        return self.loss_of(self.observed(q, keys))
+
+    def observed(self, q: Tensor, keys: Keys) -> State:
+        """What ``loss_of`` needs of one window, without a gradient and independent of ``module``. It should
+        be small beside the keys, such as pooled queries and keys: training keeps it for later steps."""
+        raise FarspanError(f"{self.name} is not trained: it has no weights that a text could teach.")
+
+    def loss_of(self, observed: State) -> Tensor:
+        """The ``distillation_loss`` of one window, from what ``observed`` has returned for it."""
         raise FarspanError(f"{self.name} is not trained: it has no weights that a text could teach.")
 
     # --- what it reads ------------------------------------------------------------------------------------

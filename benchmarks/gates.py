@@ -68,7 +68,7 @@ def found(method: AttentionMethod, q: Tensor, keys: Keys, truth: Tensor, total: 
     share = block_reads(selection, t, t, BLOCK, BLOCK, q.device).expand(q.shape[1], -1, -1)
     density = (share * total).sum() / (total.sum() * len(share))
     read = share > 0.5
-    ranks = truth[0].argsort(-1, descending=True, stable=True).argsort(-1)
+    ranks = truth[0].argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     top = ranks < read.sum(-1, keepdim=True)
     return density.item(), mass, ((read & top).sum() / top.sum()).item()
 

@@ -27,6 +27,9 @@ class Train:
     model: options.Model = options.DEFAULT_MODEL
     steps: Annotated[int, options.count("Steps of the optimizer.")] = 200
     window: Annotated[int, options.tokens("Tokens of one window.")] = 4096
+    windows: Annotated[
+        int | None, options.count("Windows of the text to use; more steps use them again [default: all].")
+    ] = None
     batch: Annotated[int, options.count("Windows of one step, over all processes.")] = 1
     lr: Annotated[
         float | None,
@@ -66,7 +69,18 @@ class Train:
 
     def settings(self) -> dict[str, Any]:
         """The options of `farspan.train`. Those of --tune are left out where they were not given."""
-        names = ("steps", "window", "batch", "lr", "warmup", "held_out", "save_every", "seed", "precision")
+        names = (
+            "steps",
+            "window",
+            "windows",
+            "batch",
+            "lr",
+            "warmup",
+            "held_out",
+            "save_every",
+            "seed",
+            "precision",
+        )
         of_tune = {name: getattr(self, name) for name in ("rank", "alpha", "loss", "temperature")}
         given = {name: value for name, value in of_tune.items() if value is not None}
         how = {name: getattr(self, name) for name in (*names, "start", "half", "tune")}

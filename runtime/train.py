@@ -32,6 +32,7 @@ def train(
     out: str | Path,
     steps: int = 200,
     window: int = 4096,
+    windows: int | None = None,
     batch: int = 1,
     lr: float | None = None,
     warmup: int = 20,
@@ -51,7 +52,9 @@ def train(
     model for all layers. tune="lora" trains adapters on the attention's projections while the method runs,
     tune="attention" the projections themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
 
-    steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. lr: 1e-3 for gates, 1e-4 for
+    steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many of the text are
+    used, at most; steps beyond them use them again. The model then reads each once, for a method that can
+    keep what it has observed (``observes``), which makes many steps cheap. lr: 1e-3 for gates, 1e-4 for
     LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and not trained on.
     save_every: steps between checkpoints; the same call goes on from the last one and ends at the same
     weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training begins with. half:
@@ -82,7 +85,7 @@ def train(
             "under it, or a method that has one (farspan methods lists them)."
         )
     _check_length(model, window)
-    windows = cut_windows(tokenizer, text, window, held_out)
+    cut = cut_windows(tokenizer, text, window, held_out, windows)
     begin = Recipe.load(start) if isinstance(start, str | Path) else start
     training = model.training
     model.eval()
@@ -90,9 +93,17 @@ def train(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             objective = _objective(model, tokenizer, learns, begin, tune, tuning)
+        if isinstance(objective, Distilled):
+            objective.keep = learns.observes and steps * batch > len(cut.train)
         try:
-            settings = {"spec": str(learns), "tune": tune, "held_out_windows": held_out, **tuning}
-            return run(objective, windows, schedule, out, settings, progress, half=half)
+            settings = {
+                "spec": str(learns),
+                "tune": tune,
+                "windows": len(cut.train),
+                "held_out_windows": held_out,
+                **tuning,
+            }
+            return run(objective, cut, schedule, out, settings, progress, half=half)
         finally:
             objective.close()
     finally:

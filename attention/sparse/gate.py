@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from ..blocks import Grid
-from ..calibration.truth import kl_of_rows
 from ..errors import FarspanError
-from ..keys import Keys
 from ..method import LayerInfo
 from ..ops.pool import pool
 from ..sources import Source, Sources
@@ -61,14 +58,24 @@ class BlockGate(nn.Module):
     def compress(self, k: Tensor, block: int) -> Tensor:
         """Keys before RoPE k [B, Hkv, T, D] -> [B, Hkv, ceil(T / block), S * d_g] in float32 (float64 for
         float64 keys), before RoPE too."""
-        pooled = pool(k, block, mode=("max", "min", "mean"))
-        wide = _wide(pooled)
-        weight = self.k.to(wide).unflatten(0, (k.shape[1], -1))  # [Hkv, S, 3 D, d_g]
-        return pooled.to(wide) @ weight.transpose(1, 2).flatten(2)
+        return self.compress_pooled(pool_keys(k, block))
+
+    def compress_pooled(self, pooled: Tensor) -> Tensor:
+        """The same of keys [B, Hkv, N, 3 D] that are pooled already (``pool_keys``)."""
+        weight = self.k.to(pooled).unflatten(0, (pooled.shape[1], -1))  # [Hkv, S, 3 D, d_g]
+        return pooled @ weight.transpose(1, 2).flatten(2)
 
     def split(self, entries: Tensor) -> Tensor:
         """Compressed keys [B, Hkv, N, S * d_g] -> [B, Hkv, S, N, d_g]."""
         return entries.unflatten(3, (-1, self.size)).transpose(2, 3)
+
+    def logits(
+        self, q: Tensor, positions: Tensor, entries: Tensor, block: int, frequencies: Tensor | None
+    ) -> Tensor:
+        """[B, Hkv, G, n, N] of queries q [B, H, n, D] that are rotated at ``positions`` [n], against
+        compressed keys [B, Hkv, N, S * d_g] of blocks of ``block``; frequencies: see ``rotate``."""
+        q = self.project(q).unflatten(1, (entries.shape[1], -1))  # [B, Hkv, G, n, d_g]
+        return _products(q, positions, self.split(entries), block, frequencies)
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, heads, n, D_in] -> [B, heads, n, d_g] in float32 (float64 for float64 queries)."""
@@ -106,10 +113,17 @@ class GroupGate(BlockGate):
         q, k = layer.own(weights["q"]), layer.own(weights["k"])
         return cls(q, k, weights["q_norm"], weights["k_norm"])
 
-    def compress(self, k: Tensor, block: int) -> Tensor:
-        """As in ``BlockGate``, normalised: [B, Hkv, ceil(T / block), d_g]."""
-        entries = super().compress(k, block)
+    def compress_pooled(self, pooled: Tensor) -> Tensor:
+        """As in ``BlockGate``, normalised: [B, Hkv, N, d_g]."""
+        entries = super().compress_pooled(pooled)
         return rms_norm(entries, (self.size,), self.k_norm.to(entries), eps=_EPS)
+
+    def logits(
+        self, q: Tensor, positions: Tensor, entries: Tensor, block: int, frequencies: Tensor | None
+    ) -> Tensor:
+        """[B, Hkv, n, N] of queries q [B, H, n, D] that are rotated at ``positions`` [n] or [B or 1, 1, n],
+        against compressed keys [B, Hkv, N, d_g] of blocks of ``block``; frequencies: see ``rotate``."""
+        return _products(self.project(q), positions, entries, block, frequencies)
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, H, n, D] -> [B, Hkv, n, d_g], normalised."""
@@ -143,6 +157,13 @@ class CompressedKeys:
         return self.gate.compress(x.keys_before_rope, self.block).float()
 
 
+def pool_keys(k: Tensor, block: int) -> Tensor:
+    """concat(max, min, mean) of blocks of keys [B, Hkv, T, D] -> [B, Hkv, ceil(T / block), 3 D] in float32
+    (float64 for float64 keys)."""
+    pooled = pool(k, block, mode=("max", "min", "mean"))
+    return pooled.to(_wide(pooled))
+
+
 def pool_queries(q: Tensor, block: int, lead: int) -> Tensor:
     """Queries q [B, H, T, D] averaged over blocks, the first of which began ``lead`` queries before them."""
     first = pool(q[:, :, : block - lead], block, mode="mean")
@@ -163,6 +184,14 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor | None) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def _products(q: Tensor, positions: Tensor, k: Tensor, block: int, frequencies: Tensor | None) -> Tensor:
+    """Dot products over sqrt(d_g) of q [..., n, d_g] and k [..., N, d_g], both rotated, the keys at the
+    begin of their blocks."""
+    begins = torch.arange(k.shape[-2], device=k.device) * block
+    q, k = rotate(q, positions, frequencies), rotate(k, begins, frequencies)
+    return q.to(k) @ k.transpose(-1, -2) * k.shape[-1] ** -0.5
+
+
 def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:
     """``count`` frequencies out of frequencies [R], descending: entry i is the one at i * R / count,
     interpolated in the logarithm. For theta^(-i / R) this is theta^(-i / count)."""
@@ -174,39 +203,6 @@ def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:
     logs = frequencies.double().clamp(min=1e-30).log()
     step = logs[(low + 1).clamp(max=most - 1)] - logs[low]
     return (logs[low] + (at - low) * step).exp()
-
-
-def always_read(keys: Keys, block: int) -> Tensor:
-    """[Nq, Nk] bool: the first block of keys, and the block of each block of queries."""
-    grid = Grid.anchored(keys, block)
-    return grid.between(grid.first, grid.last) | (grid.cols == 0)
-
-
-def first_row(keys: Keys, block: int) -> int:
-    """The first block of queries that a gate is trained on: the first quarter of a window is left out, and
-    rows that see no block but the first and their own. Raises FarspanError for a window without others."""
-    count = -(-keys.length // block)
-    if count < 3:
-        raise FarspanError(
-            f"A gate with block={block} is trained on windows of more than {2 * block} tokens; got "
-            f"{keys.length}: train on longer windows, or with a smaller block."
-        )
-    return max(2, count // 4)
-
-
-def gate_loss(logits: Tensor, truth: Tensor, read: Tensor) -> Tensor:
-    """What a gate is trained by: its KL divergence from the truth, and that of both without the blocks that
-    are always read. A scalar, ``kl_of_rows`` of each.
-
-    logits [..., N], -inf for blocks that a row does not see; truth [..., N], rows of the sum 1; read [..., N]
-    bool, which leaves out at least one block that each row sees. The papers have the first term alone. The
-    first and the own block hold most of the attention of many heads, and that term then teaches next to
-    nothing about the others, which are all that a selection has to rank.
-    """
-    rest = truth.masked_fill(read, 0)
-    rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
-    log_rest = logits.masked_fill(read, -torch.inf).log_softmax(-1)
-    return kl_of_rows(logits.log_softmax(-1), truth) + kl_of_rows(log_rest, rest)
 
 
 def sampled_channels(head_dim: int, size: int) -> Tensor:

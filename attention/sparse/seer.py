@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..blocks import Grid, covering
-from ..calibration.truth import block_truth
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..gqa import reduce_group
-from ..keys import Keys
+from ..keys import Keys, State
 from ..lookahead import Lookahead
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
 from ..selection import Index
 from ..summary import Summary
-from .gate import BlockGate, CompressedKeys, always_read, first_row, gate_loss, pool_queries, rotate
+from .gate import BlockGate, CompressedKeys, pool_queries
+from .gate_loss import loss_of_blocks, observe_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,24 +95,12 @@ class Seer(AttentionMethod):
     def for_training(self, layer: LayerInfo) -> AttentionMethod:
         return dataclasses.replace(self, gate=BlockGate.start(layer, self.gate_dim))
 
-    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
-        assert self.gate is not None
-        truth = block_truth(q, keys, self.block, self.block)  # [B, H, N, N]
-        entries = self.gate.compress(keys.inputs.keys_before_rope, self.block)
-        logits = self._logits(keys, entries).flatten(1, 2)
-        rows = slice(first_row(keys, self.block), None)
-        return gate_loss(logits[:, :, rows], truth[:, :, rows], always_read(keys, self.block)[rows])
+    def observed(self, q: Tensor, keys: Keys) -> State:
+        return observe_blocks(q, keys, self.block)
 
-    def _logits(self, keys: Keys, entries: Tensor) -> Tensor:
-        """[B, Hkv, G, Nq, Nk], -inf for blocks that begin after the query block, of the call's queries."""
+    def loss_of(self, observed: State) -> Tensor:
         assert self.gate is not None
-        fed, grid = keys.inputs, Grid.anchored(keys, self.block)
-        pooled = pool_queries(fed.queries_before_rope, self.block, keys.past % self.block)
-        q_gate = self.gate.project(pooled).unflatten(1, (entries.shape[1], -1))  # [B, Hkv, G, Nq, d_g]
-        q_gate = rotate(q_gate, grid.begin, fed.frequencies)
-        k_gate = rotate(self.gate.split(entries), grid.cols * self.block, fed.frequencies)
-        logits = q_gate.to(k_gate) @ k_gate.transpose(-1, -2) * self.gate.size**-0.5
-        return logits.masked_fill(grid.cols > grid.last[:, None], -torch.inf)
+        return loss_of_blocks(self.gate, observed, self.block)
 
     def reads(self, queries: Queries) -> Cost:
         if self._covers(queries.length):
@@ -134,11 +122,16 @@ class Seer(AttentionMethod):
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         if self._covers(keys.length):
             return None
-        shares = self._logits(keys, keys.summary(*self.summaries)).softmax(-1)
+        assert self.gate is not None
+        fed, entries = keys.inputs, keys.summary(*self.summaries)
+        grid = Grid.anchored(keys, self.block)
+        pooled = pool_queries(fed.queries_before_rope, self.block, keys.past % self.block)
+        logits = self.gate.logits(pooled, grid.begin, entries, self.block, fed.frequencies)
+        shares = logits.masked_fill(grid.cols > grid.last[:, None], -torch.inf).softmax(-1)
         group, shares = shares.shape[2], reduce_group(shares, self.gqa_reduce)
         if self.gqa_reduce == "sum":
             shares = shares / group
-        grid, forced = Grid.anchored(keys, self.block), always_read(keys, self.block)
+        forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
         size = self._size(grid.last)
         if self.mass is not None and self.mass < 1:
             size = torch.minimum(size, covering(shares, forced, self.mass))

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from ..budget import select_topk
-from ..calibration.truth import row_truth
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..keys import Keys
+from ..keys import Keys, State
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
 from ..pages import page_tokens
 from ..selection import Index
 from ..summary import Summary
-from .gate import CompressedKeys, GroupGate, first_row, gate_loss, rotate
-
-_ROWS = 16  # one of so many queries of a window is trained on
+from .gate import CompressedKeys, GroupGate
+from .gate_loss import loss_of_rows, observe_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,26 +89,12 @@ class SeerDecode(AttentionMethod):
     def for_training(self, layer: LayerInfo) -> AttentionMethod:
         return dataclasses.replace(self, gate=GroupGate.start(layer, self.gate_dim))
 
-    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
-        assert self.gate is not None
-        first = max(first_row(keys, self.block) * self.block, keys.length // 2)
-        rows = torch.arange(first, keys.length, _ROWS, device=q.device)
-        cols = torch.arange(-(-keys.length // self.block), device=q.device)
-        earlier = cols < rows[:, None] // self.block
-        truth = row_truth(q, keys, rows, self.block).masked_fill(~earlier, 0)  # [B, Hkv, R, N]
-        truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)
-        entries = self.gate.compress(keys.inputs.keys_before_rope, self.block)
-        q_gate = self.gate.project(keys.inputs.queries_before_rope[:, :, rows])
-        logits = self._logits(q_gate, entries, rows, keys).masked_fill(~earlier, -torch.inf)
-        return gate_loss(logits, truth, cols == 0)
+    def observed(self, q: Tensor, keys: Keys) -> State:
+        return observe_rows(q, keys, self.block)
 
-    def _logits(self, q_gate: Tensor, entries: Tensor, positions: Tensor, keys: Keys) -> Tensor:
-        """[B, Hkv, n, N], of gate queries [B, Hkv, n, d_g] at positions [B or 1, 1, n] or [n] of their
-        rows."""
-        frequencies = keys.inputs.frequencies
-        begins = torch.arange(entries.shape[2], device=entries.device) * self.block
-        q_gate, entries = rotate(q_gate, positions, frequencies), rotate(entries, begins, frequencies)
-        return q_gate @ entries.to(q_gate).transpose(-1, -2) * q_gate.shape[-1] ** -0.5
+    def loss_of(self, observed: State) -> Tensor:
+        assert self.gate is not None
+        return loss_of_rows(self.gate, observed, self.block)
 
     def reads(self, queries: Queries) -> Cost:
         if self._covers(queries.length):
@@ -129,8 +113,8 @@ class SeerDecode(AttentionMethod):
         assert self.gate is not None
         seen = keys.seen()  # [B or 1, 1, Tq]
         own = (seen - 1)[..., None] // self.block
-        q_gate = self.gate.project(keys.inputs.queries_before_rope)
-        logits = self._logits(q_gate, keys.summary(*self.summaries), seen - 1, keys)
+        fed, entries = keys.inputs, keys.summary(*self.summaries)
+        logits = self.gate.logits(fed.queries_before_rope, seen - 1, entries, self.block, fed.frequencies)
         cols = torch.arange(logits.shape[-1], device=q.device)
         forced = (cols == own) | (cols == 0)
         logits = logits.masked_fill(cols >= own, -torch.inf)

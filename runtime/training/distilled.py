@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.errors import FarspanError
-from ...attention.keys import Keys
+from ...attention.keys import Keys, State
 from ...attention.kv import KV
 from ...attention.method import AttentionMethod
 from ...attention.needs import Inputs
@@ -28,7 +28,12 @@ class Distilled:
     The model runs densely and without gradients. Each layer's loss and gradient are computed as soon as its
     queries and keys are there, so memory holds the tensors of one layer. tokenizer: of the model, for methods
     that learn from the ends of sentences. start: a recipe whose weights training begins with, in place of new
-    ones. Raises FarspanError for a method that is not trained.
+    ones.
+
+    keep: whether what the layers observe of a window is kept in memory, so that the model runs once for each
+    window, however many steps it serves. Set it where windows come again, for a method that ``observes``.
+
+    Raises FarspanError for a method that is not trained.
     """
 
     def __init__(
@@ -62,7 +67,9 @@ class Distilled:
         by_sentences = any(made.needs.sentence_ends for made in self._made.values())
         self._find_ends = SentenceEnds(tokenizer) if by_sentences else None
         self._ends: Tensor | None = None
-        self._on_loss: Callable[[int, Tensor], None] = lambda index, loss: None
+        self.keep = False
+        self._kept: dict[bytes, dict[int, State]] = {}  # by the tokens of a window, what each layer observed
+        self._on_layer: Callable[[int, Tensor, Keys], None] = lambda index, q, keys: None
         self._patched = patch(model, "dense")
         self._undo = [
             hf.observe(info, index, made.needs, partial(self._observe, index))
@@ -84,18 +91,42 @@ class Distilled:
         losses: list[Tensor] = []
 
         def learn(index: int, loss: Tensor) -> None:
-            if loss.requires_grad:  # a module may learn from what it observes alone (averages)
-                accelerator.backward(loss)
+            accelerator.backward(loss)
             losses.append(loss.detach())
 
-        self._run(ids, learn)
+        if self.keep:
+            for index, seen in self._seen(ids).items():
+                seen = {name: x.to(self.device) for name, x in seen.items()}
+                learn(index, self._made[index].loss_of(seen))
+        else:
+            self._run(ids, lambda i, q, keys: learn(i, self._made[i].distillation_loss(q, keys)))
         return torch.stack([x.to(losses[0].device) for x in losses]).mean()
+
+    def _seen(self, ids: Tensor) -> dict[int, State]:
+        """What each layer observes of a window. The model runs when the window comes for the first time."""
+        key = ids.numpy().tobytes()
+        if key not in self._kept:
+            found: dict[int, State] = {}
+
+            def observe(index: int, q: Tensor, keys: Keys) -> None:
+                with torch.no_grad():
+                    seen = self._made[index].observed(q, keys)
+                found[index] = {name: x.cpu() for name, x in seen.items()}
+
+            self._run(ids, observe)
+            self._kept[key] = found
+        return self._kept[key]
 
     def evaluate(self, ids: Tensor) -> dict[str, float]:
         losses: dict[int, float] = {}
+
+        def judge(index: int, q: Tensor, keys: Keys) -> None:
+            with torch.no_grad():
+                losses[index] = self._made[index].distillation_loss(q, keys).item()
+
         for module in self._modules().values():
             module.eval()
-        self._run(ids, lambda index, loss: losses.update({index: loss.item()}), grad=False)
+        self._run(ids, judge)
         for module in self._modules().values():
             module.train()
         return {"loss": sum(losses.values()) / len(losses)}
@@ -111,8 +142,8 @@ class Distilled:
     def _modules(self) -> dict[int, nn.Module]:
         return {index: made.module for index, made in self._made.items() if made.module is not None}
 
-    def _run(self, ids: Tensor, on_loss: Callable[[int, Tensor], None], grad: bool = True) -> None:
-        self._on_loss, self._grad = on_loss, grad
+    def _run(self, ids: Tensor, on_layer: Callable[[int, Tensor, Keys], None]) -> None:
+        self._on_layer = on_layer
         self._ends = None if self._find_ends is None else self._find_ends(ids).to(self.device)
         with torch.no_grad():
             self._model(ids.to(self.device), use_cache=False, logits_to_keep=1)
@@ -123,8 +154,8 @@ class Distilled:
         if inputs is not None and self._ends is not None:
             inputs = dataclasses.replace(inputs, ends=self._ends)
         keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
-        with torch.set_grad_enabled(self._grad):
-            self._on_loss(index, self._made[index].distillation_loss(q, keys))
+        with torch.enable_grad():
+            self._on_layer(index, q, keys)
 
 
 def _load(module: nn.Module, weights: Any, index: int) -> None:

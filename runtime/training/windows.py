@@ -39,11 +39,15 @@ class Windows:
         return self.train[places]
 
 
-def cut_windows(tokenizer: Any, text: str, size: int, held_out: int) -> Windows:
+def cut_windows(tokenizer: Any, text: str, size: int, held_out: int, most: int | None = None) -> Windows:
     """Cut the tokens of ``text`` into windows of ``size`` tokens and hold ``held_out`` of them out, evenly
-    spaced over the text. Raises FarspanError for a text too short for one window more than that."""
+    spaced over the text. most: train on that many of the others at most, evenly spaced, too.
+
+    Raises FarspanError for a text too short for one window more than that."""
     if size < 64:
         raise FarspanError(f"Training needs windows of at least 64 tokens; got {size}.")
+    if most is not None and most < 1:
+        raise FarspanError(f"Training needs 1 window at least; got windows={most}.")
     if held_out < 1:
         raise FarspanError(f"At least 1 window must be held out to judge training; got {held_out}.")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -57,5 +61,11 @@ def cut_windows(tokenizer: Any, text: str, size: int, held_out: int) -> Windows:
     apart = torch.linspace(0, count - 1, held_out + 2)[1:-1].round().long()
     kept = torch.ones(count, dtype=torch.bool)
     kept[apart] = False
+    if most is not None and most < count - held_out:
+        left = kept.nonzero()[:, 0]
+        chosen = left[torch.linspace(0, len(left) - 1, most + 2)[1:-1].round().long()]
+        train = windows[chosen]
+    else:
+        train = windows[kept]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Windows(windows[kept], windows[~kept], digest)
+    return Windows(train, windows[apart], digest)

@@ -16,7 +16,7 @@ from farspan.attention import method as registry
 from farspan.attention.blocks import Grid
 from farspan.attention.calibration.truth import block_truth, kl_of_rows
 from farspan.attention.gqa import group_scores
-from farspan.attention.keys import Keys
+from farspan.attention.keys import Keys, State
 from farspan.attention.lookahead import Lookahead
 from farspan.attention.method import AttentionMethod, LayerInfo
 from farspan.attention.needs import Needs
@@ -65,15 +65,18 @@ class PooledGate(AttentionMethod):
     def for_training(self, layer: LayerInfo) -> AttentionMethod:
         return dataclasses.replace(self, gate=Gate(layer, self.dim))
 
-    def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
+    def observed(self, q: Tensor, keys: Keys) -> State:
         fed = keys.inputs
-        queries, means = (
-            pool(x, self.block, mode="mean") for x in (fed.queries_before_rope, fed.keys_before_rope)
-        )
-        found = self._scores(queries, means).flatten(1, 2)
+        return {
+            "queries": pool(fed.queries_before_rope, self.block, mode="mean"),
+            "means": pool(fed.keys_before_rope, self.block, mode="mean"),
+            "truth": block_truth(q, keys, self.block, self.block),
+        }
+
+    def loss_of(self, observed: State) -> Tensor:
+        found = self._scores(observed["queries"], observed["means"]).flatten(1, 2)
         later = torch.ones(found.shape[-2:], dtype=torch.bool).triu(1)
-        log_gate = found.masked_fill(later, -torch.inf).log_softmax(-1)
-        return kl_of_rows(log_gate, block_truth(q, keys, self.block, self.block))
+        return kl_of_rows(found.masked_fill(later, -torch.inf).log_softmax(-1), observed["truth"])
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod:
         gate = Gate(layer, self.dim)

@@ -14,6 +14,7 @@ from torch import Tensor
 import farspan
 from farspan import FarspanError, Recipe
 from farspan.runtime.training import checkpoint
+from farspan.runtime.training.distilled import Distilled
 from farspan.runtime.training.windows import cut_windows
 
 from .pooled_gate import BLOCK, PooledGate
@@ -106,6 +107,25 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_model_alone(tmp_path: 
     assert all(torch.equal(gates[i][GATE.name].q, made.tensors[f"layers.{i}.q"]) for i in gates)
     with pytest.raises(FarspanError, match="block=8' and the spec has block=4: change the spec"):
         farspan.patch(model, PooledGate(trained=True, block=4), recipe=tmp_path)
+
+
+def test_what_a_window_shows_is_kept_for_later_steps(tmp_path: Path, monkeypatch: Any) -> None:
+    """The model runs once for each window that is trained on, and the weights are those without that."""
+    observed, own = [], PooledGate.observed
+
+    def counted(self: Any, q: Tensor, keys: Any) -> Any:
+        observed.append(1)
+        return own(self, q, keys)
+
+    monkeypatch.setattr(PooledGate, "observed", counted)
+    kept = train(make("llama"), tmp_path / "kept", steps=9, windows=3, batch=2, held_out=1)
+    assert len(observed) == 3 * (3 + 1 + 1)  # layers; windows, and the one held out before and after
+    monkeypatch.setattr(
+        Distilled, "keep", property(lambda self: False, lambda self, value: None), raising=False
+    )
+    anew = train(make("llama"), tmp_path / "anew", steps=9, windows=3, batch=2, held_out=1)
+    assert len(observed) == 3 * (5 + 9 * 2 + 2)
+    assert all(torch.equal(x, anew.tensors[name]) for name, x in kept.tensors.items())
 
 
 class Stop(Exception):
