@@ -35,7 +35,9 @@ def spellings(app: typer.Typer) -> dict[str, str]:
         command = commands.pop()
         commands.extend(getattr(command, "commands", {}).values())
         for parameter in command.params:
-            found.setdefault(parameter.name, next(x for x in parameter.opts if x.startswith("--")))
+            long = [x for x in parameter.opts if x.startswith("--")]
+            if long:  # an argument has none
+                found.setdefault(parameter.name, long[0])
     return found
 
 

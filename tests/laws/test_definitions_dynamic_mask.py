@@ -106,7 +106,7 @@ def test_the_bias_is_not_rounded_to_the_type_of_the_keys(dtype: torch.dtype) -> 
 def test_gradients_flow_through_the_bias(settings: dict[str, Any]) -> None:
     """Of queries, keys, values and gate, for the set of keys that is read, against softmax with the bias as a
     mask of numbers."""
-    data, method = Data.random(80, [0, 0]), gated(settings)
+    data, method = Data.random(80, [0, 0]), gated(settings | {"add_bias": True})
     method.gate.double().requires_grad_()
     inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]
     keys = Keys(kv=KV(data.k, data.v), tq=80, softmax=Softmax(data.scale))

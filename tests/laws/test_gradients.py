@@ -1,5 +1,6 @@
 """The gradient of every method that selects in prefill is that of float64 attention over the keys it has
-chosen, with the choice fixed; under gradient checkpointing too."""
+chosen, with the choice fixed; under gradient checkpointing too. The gradient through summaries of keys is
+compared with its own definition in test_definitions_chunked.py."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def by_definition(
     return weights @ value
 
 
-@every_method("prefill")
+@every_method("prefill", of_summaries=False)
 def test_gradients_are_those_of_the_keys_read(bound: AttentionMethod) -> None:
     data = Data.random(LENGTH, seed=5)
     inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]

@@ -17,6 +17,8 @@ from farspan.attention.spec import methods
 from farspan.evals import batch as forward
 from farspan.runtime.hf import releases
 
+from ..laws.gates import random_gates
+
 RENAMED = "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
 NAMES = ("cache", "past_key_values") if RENAMED else ("past_key_values",)
 
@@ -73,9 +75,11 @@ def test_of_two_caches_the_one_that_transformers_takes_is_ours(tiny_llama):
 def test_no_warning_of_an_old_name(tiny_llama, caplog, spec):
     """`generate`, chunked prefill and what evaluations call (prefill, likelihood, greedy answers)."""
     model, ids = tiny_llama(), prompt(2, 60)
+    method = methods()[spec]()
+    recipe = random_gates(method, model) if method.needs.recipe else None
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
-        with warnings.catch_warnings(), farspan.patch(model, spec, prefill_chunk=32):
+        with warnings.catch_warnings(), farspan.patch(model, spec, prefill_chunk=32, recipe=recipe):
             warnings.simplefilter("error", FutureWarning)
             warnings.simplefilter("error", DeprecationWarning)
             model.generate(ids, max_new_tokens=4, do_sample=False)
