@@ -27,6 +27,7 @@ PPL = "eval ppl --model {tiny} --text {text} --out {out}"
 SPEED = "eval speed --model {tiny} --text {text} --out {out}"
 PLAN = "plan --model {config} --length 4K --gpus 2"
 CALIBRATE = "calibrate --model {tiny} --text {text} --out {out}"
+TRAIN = "train {method} --model {{tiny}} --text {{text}} --out {{out}}".format
 NUMBER = "takes a whole number from 1 to 1T such as 4096, 128K or 1M; got"
 EMPTY = "give a value, or leave both out."
 
@@ -136,6 +137,26 @@ TABLE = [
     (f"{CALIBRATE} --method sale --by qk", 2, "has no option --by; it takes --start, --error."),
     (f"{CALIBRATE} --method act --sure -1", 2, "got --sure -1.0."),
     (f"{CALIBRATE} --method quest", 2, "quest is not calibrated"),
+    # --- training
+    ("train --text x --out {out}", 2, "Missing argument"),
+    (TRAIN(method="sear"), 2, "no method 'sear' (did you mean 'seer'?)"),
+    (TRAIN(method="quest"), 2, "quest has no gate that learns by distillation: give --tune lora"),
+    (TRAIN(method="seer"), 2, "A window of 4096 tokens is longer than the model's 2048 positions"),
+    (
+        f"{TRAIN(method='seer')} --window 1024",
+        2,
+        "which are 4 windows of 1024; ... needs 5 at least. Give more text",
+    ),
+    (f"{TRAIN(method='seer')} --window 1K --lr 0", 2, "lr is a finite number above 0; got 0.0"),
+    (f"{TRAIN(method='seer')} --window 1K --precision int8", 2, "precision is no, bf16 or fp16; got 'int8'"),
+    (
+        f"{TRAIN(method='seer')} --tune all",
+        2,
+        "tune is 'lora' or 'attention', or left out for gates; got 'all'",
+    ),
+    (f"{TRAIN(method='seer')} --rank 4", 2, "rank belongs to --tune lora or 'attention'"),
+    (f"{TRAIN(method='quest')} --tune lora --window 64", 2, "quest selects nothing in prefill"),
+    (f"{TRAIN(method='seer')} --window 64 --start /no/recipe", 2, "no recipe at /no/recipe"),
     # --- what cannot be written is found before a model is
     (
         "calibrate --text sotu --model ./nowhere --out {text}/recipe",

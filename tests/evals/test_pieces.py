@@ -287,3 +287,18 @@ def test_a_folder_knows_how_its_text_was_cut(tmp_path):
     old = {"name": "text.txt", "sha256": load_prose(own).sha256}
     with pytest.raises(FarspanError, match="give that text as haystack"):
         check_haystack({"haystack": old}, load_prose(own))
+
+
+def test_a_data_set_is_a_text(tmp_path: Path) -> None:
+    """Through the package datasets, from a local folder; a hub's name goes the same way."""
+    good, other = tmp_path / "good", tmp_path / "other"
+    for folder, column in ((good, "text"), (other, "words")):
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text(
+            "".join(json.dumps({column: f"Row {i}."}) + "\n" for i in range(3))
+        )
+    assert load_prose(f"datasets:{good}").documents == ["Row 0.", "Row 1.", "Row 2."]
+    with pytest.raises(FarspanError, match='has no column "text"'):
+        load_prose(f"datasets:{other}")
+    with pytest.raises(FarspanError, match="cannot be read"):
+        load_prose(f"datasets:{tmp_path / 'nowhere'}")
