@@ -38,7 +38,7 @@ from farspan.runtime.training.windows import cut_windows
 
 from .record import save, table
 
-BLOCK, ROWS, HELD_OUT = 64, 32, 4
+BLOCK, ROWS = 64, 32
 METHODS = (
     "seer:fraction=0.2; block_topk:k=none,fraction=0.2,gqa_reduce=none; "
     "antidiagonal:block=64,stride=8,mass=0.7"
@@ -46,9 +46,10 @@ METHODS = (
 
 
 def texts(tokenizer: Any, args: Any, length: int) -> dict[str, list[list[int]]]:
-    """Token ids by kind: RULER's prompts, and the windows that `farspan train --window length` holds out."""
+    """Token ids by kind: RULER's prompts, and the windows that `farspan train` holds out of this text with
+    the same --window and --held-out. With others, they may be among those that were trained on."""
     prose = "\n\n".join(load_prose(args.text).documents)
-    cut = cut_windows(tokenizer, prose, length, HELD_OUT).held_out[: args.windows].tolist()
+    cut = cut_windows(tokenizer, prose, length, args.held_out).held_out[: args.windows].tolist()
     prompts = [
         encode(tokenizer, sample)
         for task in filter(None, args.ruler.split(","))
@@ -77,7 +78,7 @@ class Watched:
     """What every method finds in every layer of one dense call."""
 
     def __init__(self, info: Any, specs: list[str], recipe: str | None) -> None:
-        self.layers = list(info.attention)
+        self.layers = [i for i in info.attention if info.kinds[i] != hf.SLIDING]
         self.methods = {
             index: {
                 spec: serve(farspan.parse_method(spec), info.layer_info(index), recipe, info.geometry)
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--ruler", default="niah_multikey_1,fwe")
     parser.add_argument("--lengths", default="4096")
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--held-out", type=int, default=4, help="as in the training of the recipe")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = farspan.load(args.model)
@@ -132,7 +134,7 @@ def main() -> None:
                 named["layers"] = ("first", "middle", "last")[third] + " third"
                 means = (fmean(x) for x in zip(*numbers, strict=True))
                 rows.append(named | dict(zip(("density", "mass recall", "top blocks"), means, strict=True)))
-            print(table(rows[-3 * len(specs) :]), flush=True)
+            print(table([x for x in rows if (x["text"], x["tokens"]) == (kind, length)]), flush=True)
     print("written to", save("gates", rows, arguments=vars(args)))
 
 

@@ -29,6 +29,13 @@ def check_recipe(
     need = [method for method in methods if method.needs.recipe]
     lacking = [method for method in need if not method.recipe]
     served = {method.name for method in lacking if shipped(method, geometry) is not None}
+    if served and not trained_under(recipe):
+        name = _opened(recipe).method
+        if name not in {method.name for method in need}:
+            raise FarspanError(
+                f"This recipe is for {name}, not for {' or '.join(sorted(served))}, whose recipe is shipped "
+                "with farspan: leave recipe out, or give one made for it."
+            )
     if served and len({method.name for method in lacking}) > 1:
         served -= {_opened(recipe).method}
         lacking = [method for method in lacking if method.name not in served]

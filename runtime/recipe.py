@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,15 +62,31 @@ class Recipe:
             parameters={name: getattr(method, name) for name in method.trained_with},
         )
 
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of a hash of the tensors."""
+        found = hashlib.sha256()
+        for name, x in sorted(self.tensors.items()):
+            found.update(f"{name} {list(x.shape)}".encode() + x.float().numpy().tobytes())
+        return found.hexdigest()[:16]
+
     def half(self) -> Recipe:
         """The same with float16 tensors in place of float32 ones, half the size; ``load`` reads them as
         float32."""
         tensors = {k: x.half() if x.dtype == torch.float32 else x for k, x in self.tensors.items()}
+        if not all(x.isfinite().all() for x in tensors.values() if x.is_floating_point()):
+            raise FarspanError("This recipe has weights that are too large for float16: save it in float32.")
+        return replace(self, tensors=tensors)
+
+    def full(self) -> Recipe:
+        """The same with float32 tensors in place of float16 ones."""
+        tensors = {k: x.float() if x.dtype == torch.float16 else x for k, x in self.tensors.items()}
         return replace(self, tensors=tensors)
 
     def save(self, path: str | Path) -> Path:
         """Write recipe.json and recipe.safetensors to the folder ``path`` and return the folder. Raises
         FarspanError where the folder cannot be written."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -80,13 +98,19 @@ class Recipe:
             "parameters": dict(self.parameters),
             "adapters": dict(self.adapters),
         }
+        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
+        news = [folder / f"recipe.{kind}.new" for kind in ("safetensors", "json")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: x.contiguous() for name, x in self.tensors.items()}, folder / "recipe.safetensors"
-            )
-            (folder / "recipe.json").write_text(json.dumps(about, indent=2) + "\n")
-        except (OSError, RuntimeError) as error:
+            save_file(tensors, news[0])
+            news[1].write_text(json.dumps(about, indent=2) + "\n")
+            for new in news:
+                new.chmod(0o644)
+                new.replace(new.with_suffix(""))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            with suppress(OSError):
+                for new in news:
+                    new.unlink(missing_ok=True)
             raise FarspanError(
                 f"The recipe could not be written to {folder} ({error}): give a folder that can be written."
             ) from error
@@ -101,18 +125,18 @@ class Recipe:
             stamp = (folder / "recipe.json").stat().st_mtime_ns
         except OSError as error:
             raise FarspanError(
-                f"There is no recipe at {folder}: make one with 'farspan calibrate --out {folder}'."
+                f"There is no recipe at {folder}: make one with 'farspan calibrate' or 'farspan train' and "
+                f"--out {folder}."
             ) from error
         return _load(folder, stamp)
 
     def misfits(self, geometry: Mapping[str, Any]) -> list[str]:
-        """The names of the sizes in which a model differs from the one that this recipe was made for.
-        Fingerprints may differ by a twentieth, as those of fine-tuned models do; without one, any fits."""
-        own, model = self.geometry.get(PRINT), geometry.get(PRINT)
+        """The names of the sizes in which a model differs from the one that this recipe was made for, and
+        "fingerprint" where it is another model of these sizes; a recipe without a fingerprint fits any."""
         found = [k for k, v in self.geometry.items() if k != PRINT and geometry.get(k) != v]
-        if own and model:
-            pairs = zip(own, model, strict=True)
-            found += [] if all(math.isclose(a, b, rel_tol=0.05) for a, b in pairs) else [PRINT]
+        own, model = self.geometry.get(PRINT), geometry.get(PRINT)
+        if own and model and not _alike(own, model):
+            found.append(PRINT)
         return found
 
     def for_layer(self, method: AttentionMethod, layer: LayerInfo, geometry: Mapping[str, Any]) -> LayerInfo:
@@ -134,7 +158,9 @@ class Recipe:
         self.check_geometry(geometry, method.recipe_maker)
         prefix = f"layers.{layer.index}."
         weights = {
-            name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)
+            name.removeprefix(prefix): x.clone()  # a gate may be trained, and ``load`` keeps recipes
+            for name, x in self.tensors.items()
+            if name.startswith(prefix)
         }
         return replace(layer, weights=weights)
 
@@ -157,6 +183,13 @@ class Recipe:
             raise FarspanError(f"This recipe was made for another model: {wrong}. Make one with {maker}.")
 
 
+def _alike(one: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> bool:
+    """Whether two fingerprints (``ModelInfo``) are of one model, up to fine-tuning and rounding."""
+    norms = [math.isclose(a, b, rel_tol=0.05) for a, b in zip(one["norms"], other["norms"], strict=False)]
+    a, b = (torch.tensor(x["embedding"]) for x in (one, other))
+    return all(norms) and a.shape == b.shape and torch.cosine_similarity(a, b, dim=0).item() > 0.9
+
+
 @functools.lru_cache(maxsize=8)
 def _load(folder: Path, stamp: int) -> Recipe:
     from safetensors.torch import load_file
@@ -164,23 +197,24 @@ def _load(folder: Path, stamp: int) -> Recipe:
     try:
         about = json.loads((folder / "recipe.json").read_text())
         saved = load_file(folder / "recipe.safetensors")
-        tensors = {k: x.float() if x.dtype == torch.float16 else x for k, x in saved.items()}
         if about["format"] != FORMAT:
             raise FarspanError(
                 f"The recipe at {folder} has format {about['format']}; this farspan reads format {FORMAT}: "
-                "make it again with 'farspan calibrate'."
+                "make it again with 'farspan calibrate' or 'farspan train'."
             )
-        return Recipe(
+        made = Recipe(
             method=about["method"],
             geometry=about["geometry"],
             settings=about["settings"],
-            tensors=tensors,
+            tensors=saved,
             parameters=about.get("parameters", {}),
             adapters=about.get("adapters", {}),
         )
+        return made.full()
     except FarspanError:
         raise
     except Exception as error:
         raise FarspanError(
-            f"The recipe at {folder} cannot be read ({error}): make it again with 'farspan calibrate'."
+            f"The recipe at {folder} cannot be read ({error}): make it again with 'farspan calibrate' or "
+            "'farspan train'."
         ) from error

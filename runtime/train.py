@@ -12,6 +12,7 @@ import torch
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
+from . import hf
 from .recipe import Recipe
 from .training.distilled import Distilled
 from .training.loop import Schedule, Step, run
@@ -52,18 +53,19 @@ def train(
     model for all layers. tune="lora" trains adapters on the attention's projections while the method runs,
     tune="attention" the projections themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
 
-    steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many of the text are
-    used, at most; steps beyond them use them again. The model then reads each once, for a method that can
-    keep what it has observed (``observes``), which makes many steps cheap. lr: 1e-3 for gates, 1e-4 for
-    LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and not trained on.
-    save_every: steps between checkpoints; the same call goes on from the last one and ends at the same
-    weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training begins with. half:
-    save the recipe in float16, half the size. Under torchrun or accelerate launch, the windows of a step are
-    spread over the processes.
+    steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many windows of
+    the text are used, at most; steps beyond them use them again. The model then reads each once, for a
+    method that can keep what it has observed (``observes``), which makes many steps cheap. lr: 1e-3 for
+    gates, 1e-4 for LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and
+    not trained on. save_every: steps between checkpoints; the same call goes on from the last one and
+    ends at the same weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training
+    begins with. half: save the recipe in float16, half the size. Under torchrun or accelerate launch, the
+    windows of a step are spread over the processes.
 
-    Raises FarspanError for a method that has nothing to train, for a text too short for one window and those
-    held out, for a folder that cannot be written or that holds another training, and for a loss that is not
-    finite; the last checkpoint is kept then.
+    Raises FarspanError for options out of range, for a method that has nothing to train, for a ``start``
+    that does not fit, for a text too short for one window and those held out, for a folder that cannot be
+    written or that holds another training, and for a loss that is not finite; the last checkpoint is kept
+    then.
     """
     learns = parse_method(method)
     if tune not in LEARNING_RATES:
@@ -87,7 +89,7 @@ def train(
     _check_length(model, window)
     cut = cut_windows(tokenizer, text, window, held_out, windows)
     begin = Recipe.load(start) if isinstance(start, str | Path) else start
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.random.fork_rng():
@@ -99,15 +101,18 @@ def train(
             settings = {
                 "spec": str(learns),
                 "tune": tune,
+                "model": hf.inspect_model(model).geometry,
+                "start": None if begin is None else begin.digest,
                 "windows": len(cut.train),
                 "held_out_windows": held_out,
-                **tuning,
+                **objective.settings,
             }
             return run(objective, cut, schedule, out, settings, progress, half=half)
         finally:
             objective.close()
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _objective(

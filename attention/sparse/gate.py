@@ -178,6 +178,7 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor | None) -> Tensor:
     """
     if frequencies is None:
         return x
+    x = x.to(_wide(x))  # under autocast it may be 16-bit, too coarse for positions
     turn = positions[..., None].to(x) * sample_frequencies(frequencies, x.shape[-1] // 2).to(x)
     cos, sin = turn.cos(), turn.sin()
     a, b = x.chunk(2, -1)

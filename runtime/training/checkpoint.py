@@ -27,7 +27,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         new.unlink(missing_ok=True)
-        kept = f"the checkpoint of step {_step(path)} is kept" if path.exists() else "no checkpoint was kept"
+        kept = "the checkpoint before it is kept" if path.exists() else "there is no earlier one"
         raise FarspanError(
             f"The checkpoint of step {content['step']} could not be written to {folder} ({error}); {kept}. "
             "Free some space and give the same command again to go on."
@@ -48,14 +48,11 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
             f"The checkpoint {path} cannot be read ({error}): remove it to start anew, or give another "
             "folder."
         ) from error
-    differ = [f"{k}={made.get(k)} (now {v})" for k, v in settings.items() if made.get(k) != v]
+    names = dict.fromkeys((*settings, *made))
+    differ = [f"{k}={made.get(k)} (now {settings.get(k)})" for k in names if made.get(k) != settings.get(k)]
     if differ:
         raise FarspanError(
             f"{folder} holds a training with other settings: {', '.join(differ)}. Give these settings to go "
             "on with it, or another folder."
         )
     return content
-
-
-def _step(path: Path) -> int:
-    return int(torch.load(path, weights_only=True, map_location="cpu")["step"])

@@ -21,6 +21,8 @@ from ..patch import patch
 from ..recipe import Recipe
 from .sentence_ends import SentenceEnds
 
+_MOST = 16 << 30  # bytes of observations that are kept
+
 
 class Distilled:
     """The modules of ``method`` in all layers, trained by its ``distillation_loss`` (an ``Objective``).
@@ -30,8 +32,9 @@ class Distilled:
     that learn from the ends of sentences. start: a recipe whose weights training begins with, in place of new
     ones.
 
-    keep: whether what the layers observe of a window is kept in memory, so that the model runs once for each
-    window, however many steps it serves. Set it where windows come again, for a method that ``observes``.
+    The attribute ``keep`` says whether what the layers observe of a window is kept in memory, up to 16 GiB,
+    so that the model runs once for each window, however many steps it serves. It is for a method that
+    ``observes``, where windows come again.
 
     Raises FarspanError for a method that is not trained.
     """
@@ -67,18 +70,24 @@ class Distilled:
         by_sentences = any(made.needs.sentence_ends for made in self._made.values())
         self._find_ends = SentenceEnds(tokenizer) if by_sentences else None
         self._ends: Tensor | None = None
-        self.keep = False
+        self.keep, self._bytes = False, 0
         self._kept: dict[bytes, dict[int, State]] = {}  # by the tokens of a window, what each layer observed
         self._on_layer: Callable[[int, Tensor, Keys], None] = lambda index, q, keys: None
-        self._patched = patch(model, "dense")
-        self._undo = [
-            hf.observe(info, index, made.needs, partial(self._observe, index))
-            for index, made in self._made.items()
-        ]
+        self._undo = [patch(model, "dense").remove]
+        try:
+            for index, made in self._made.items():
+                self._undo.append(hf.observe(info, index, made.needs, partial(self._observe, index)))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def device(self) -> torch.device:
         return torch.device(self._model.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for module in self._modules().values() for p in module.parameters() if p.requires_grad]
@@ -96,7 +105,8 @@ class Distilled:
 
         if self.keep:
             for index, seen in self._seen(ids).items():
-                seen = {name: x.to(self.device) for name, x in seen.items()}
+                device = next(self._modules()[index].parameters()).device
+                seen = {name: x.to(device) for name, x in seen.items()}
                 learn(index, self._made[index].loss_of(seen))
         else:
             self._run(ids, lambda i, q, keys: learn(i, self._made[i].distillation_loss(q, keys)))
@@ -114,6 +124,9 @@ class Distilled:
                 found[index] = {name: x.cpu() for name, x in seen.items()}
 
             self._run(ids, observe)
+            self._bytes += sum(x.nbytes for seen in found.values() for x in seen.values())
+            if self._bytes > _MOST:
+                return found
             self._kept[key] = found
         return self._kept[key]
 
@@ -135,9 +148,8 @@ class Distilled:
         return Recipe.of_modules(self._method, self._modules(), self._info.geometry, settings)
 
     def close(self) -> None:
-        for step in reversed(self._undo):
-            step()
-        self._patched.remove()
+        while self._undo:
+            self._undo.pop()()
 
     def _modules(self) -> dict[int, nn.Module]:
         return {index: made.module for index, made in self._made.items() if made.module is not None}
@@ -152,17 +164,18 @@ class Distilled:
         self, index: int, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, inputs: Inputs | None = None
     ) -> None:
         if inputs is not None and self._ends is not None:
-            inputs = dataclasses.replace(inputs, ends=self._ends)
+            inputs = dataclasses.replace(inputs, ends=self._ends.to(q.device))
         keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
         with torch.enable_grad():
             self._on_layer(index, q, keys)
 
 
 def _load(module: nn.Module, weights: Any, index: int) -> None:
-    try:
-        module.load_state_dict(dict(weights))
-    except RuntimeError as error:
+    own = {name: list(x.shape) for name, x in module.state_dict().items()}
+    given = {name: list(x.shape) for name, x in weights.items()}
+    if own != given:
         raise FarspanError(
-            f"The recipe that training starts from does not fit the module of layer {index} ({error}): give "
-            "one of the same method and parameters."
-        ) from error
+            f"The recipe that training starts from has {given} in layer {index}, and the method has {own}: "
+            "give a recipe of the same method and parameters."
+        )
+    module.load_state_dict(dict(weights))

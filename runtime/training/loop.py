@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ...attention.errors import FarspanError
 from ..recipe import Recipe
 from ..writable import check_writable
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import FILE, load_checkpoint, save_checkpoint
 from .objective import Objective
 from .windows import Windows
 
@@ -27,11 +27,11 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast is trained.
+    """How long and how fast training runs.
 
     steps: of the optimizer. batch: windows of a step, over all processes. lr: the highest learning rate,
-    reached after ``warmup`` steps; from there it falls to 0 by a cosine. save_every: steps between
-    checkpoints. precision: "no", "bf16" or "fp16", of accelerate's autocast.
+    reached after ``warmup`` steps, at most a tenth of all; from there it falls to 0 by a cosine. save_every:
+    steps between checkpoints. precision: "no", "bf16" or "fp16", of accelerate's autocast.
     """
 
     steps: int
@@ -96,11 +96,25 @@ def run(
     check_writable(folder, "give another folder")
     given = {**settings, **asdict(schedule), "window": windows.size, "text_sha256": windows.sha256}
     on_cpu = torch.device(objective.device).type == "cpu"
-    accelerator = Accelerator(mixed_precision=schedule.precision, cpu=on_cpu)
+    try:
+        accelerator = Accelerator(mixed_precision=schedule.precision, cpu=on_cpu)
+    except ValueError as error:
+        raise FarspanError(
+            f"accelerate runs in this process already, with another precision or device ({error}): train in "
+            "a process of its own, or with that precision."
+        ) from error
+    if schedule.batch % accelerator.num_processes:
+        raise FarspanError(
+            f"A step of {schedule.batch} windows does not divide by the {accelerator.num_processes} "
+            "processes: give a batch that does."
+        )
     training = _Training(objective, windows, schedule, accelerator)
     before = load_checkpoint(folder, given)
     if before is not None:
         training.restore(before)
+    training.check_together(folder)
+    if accelerator.is_main_process:
+        _cut_log(folder, training.step)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -120,16 +134,18 @@ def run(
                 progress(Step(training.step, schedule.steps, loss, rate))
         if training.step == schedule.steps:
             training.judge()
+            training.check_finite(folder)
         if training.step % schedule.save_every == 0 or training.step == schedule.steps:
             training.seconds += time.monotonic() - training.since
             training.since = time.monotonic()
             save()
     about = {**given, "held_out": training.held_out, "minutes": round(training.seconds / 60, 1)}
     recipe = objective.recipe({**about, "processes": accelerator.num_processes, "torch": torch.__version__})
+    recipe = recipe.half() if half else recipe
     if accelerator.is_main_process:
-        (recipe.half() if half else recipe).save(folder)
+        recipe.save(folder)
     accelerator.wait_for_everyone()
-    return recipe
+    return recipe.full()
 
 
 class _Training:
@@ -175,13 +191,32 @@ class _Training:
     def judge(self) -> None:
         """Measure the held-out windows, each on one process."""
         size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        found: list[dict[str, float]] = []
-        for i in range(0, len(self.windows.held_out), size):
-            place = min(i + rank, len(self.windows.held_out) - 1)  # every process runs equally often
-            found.append(self.objective.evaluate(self.windows.held_out[place : place + 1]))
-        means = {name: sum(x[name] for x in found) / len(found) for name in found[0]}
-        summed = self._sum(torch.tensor(list(means.values()), dtype=torch.float64)) / size
-        self.held_out.append(dict(zip(means, summed.tolist(), strict=True)))
+        count = len(self.windows.held_out)
+        total: dict[str, float] = {}
+        for i in range(0, count, size):
+            place = min(i + rank, count - 1)  # every process runs equally often, some for nothing
+            for name, x in self.objective.evaluate(self.windows.held_out[place : place + 1]).items():
+                total[name] = total.get(name, 0.0) + (x if i + rank < count else 0.0)
+        means = self._sum(torch.tensor(list(total.values()), dtype=torch.float64)) / count
+        self.held_out.append(dict(zip(total, means.tolist(), strict=True)))
+
+    def check_finite(self, folder: Path) -> None:
+        """Raise FarspanError where the last held-out measures are not finite."""
+        if not all(map(math.isfinite, self.held_out[-1].values())):
+            raise FarspanError(
+                f"The held-out text has a loss of {self.held_out[-1]['loss']} after step {self.step}, so no "
+                f"recipe was saved; {_kept(folder)} Lower the learning rate."
+            )
+
+    def check_together(self, folder: Path) -> None:
+        """Raise FarspanError where the processes have checkpoints of different steps."""
+        size = self.accelerator.num_processes
+        total = self._sum(torch.tensor([self.step, self.step**2], dtype=torch.float64))
+        if total[1] * size != total[0] ** 2:
+            raise FarspanError(
+                f"The processes found checkpoints of different steps in {folder}; this one is at step "
+                f"{self.step}: give a folder that all processes share."
+            )
 
     def advance(self, folder: Path) -> float:
         """Take one step. Returns its loss."""
@@ -189,7 +224,8 @@ class _Training:
         ids = self.windows.of_step(self.step, schedule.batch, schedule.seed)
         mine = ids[accelerator.process_index :: accelerator.num_processes]
         loss = torch.zeros((), dtype=torch.float64)
-        with torch.random.fork_rng():
+        device = torch.device(self.objective.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(hash((schedule.seed, self.step, accelerator.process_index)) % (1 << 62))
             for window in mine:
                 with accelerator.autocast():
@@ -201,7 +237,12 @@ class _Training:
                 "Lower the learning rate, or take another precision."
             )
         self._share_gradients()
-        accelerator.clip_grad_norm_(self.objective.parameters(), schedule.clip)
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), schedule.clip)
+        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler leaves such a step out
+            raise FarspanError(
+                f"The gradient of step {self.step + 1} is not finite, so training stopped; {_kept(folder)} "
+                "Lower the learning rate, or take another precision."
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.rates.step()
@@ -243,8 +284,23 @@ def _log(folder: Path, entry: dict[str, float]) -> None:
         ) from error
 
 
-def _kept(folder: Path) -> str:
-    from .checkpoint import FILE
+def _cut_log(folder: Path, step: int) -> None:
+    """Drop what the log has of later steps than ``step``, and a line that a killed process left "
+    "unfinished."""
+    path, kept = folder / LOG, []
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    new = folder / (LOG + ".new")
+    new.write_text("".join(kept))
+    new.replace(path)
 
+
+def _kept(folder: Path) -> str:
     kept = (folder / FILE).exists()
     return f"the checkpoint in {folder} is kept." if kept else "there is no checkpoint yet."

@@ -18,6 +18,11 @@ class Objective(Protocol):
     @property
     def device(self) -> Any: ...
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options of its own that the result depends on, defaults included."""
+        ...
+
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes."""
         ...

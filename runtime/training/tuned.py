@@ -28,6 +28,7 @@ from ..recipe import Recipe
 
 LOSSES = ("kl", "nll")
 _LOGITS = 1 << 24  # numbers of logits that exist at a time, of teacher and student each
+_SCALE = 1024.0  # gradients of logits are small numbers: in float16 they would be rounded to 0
 _NAME = "farspan"  # of the adapters, for peft
 
 
@@ -98,6 +99,11 @@ class Tuned:
             self._tensors, self._swap = self._open_weights()
         if start is not None and start.adapters:
             self._begin_with(start)
+        elif start is not None and self._gate is None:
+            raise FarspanError(
+                f"The recipe that training starts from has no adapters, and {self._method.name} takes no "
+                "weights from it: leave start out."
+            )
 
     def _add_lora(self) -> tuple[dict[str, nn.Parameter], _Swap]:
         config, inject = _peft()
@@ -133,6 +139,11 @@ class Tuned:
     @torch.no_grad()
     def _begin_with(self, start: Recipe) -> None:
         start.check_geometry(self._info.geometry, f"'farspan train {self._method.name}'")
+        if start.method != self._method.name:
+            raise FarspanError(
+                f"The adapters that training starts from were trained under {start.method}, and this is "
+                f"{self._method.name}: give the same method, or leave start out."
+            )
         if start.adapters != self._about():
             had = ", ".join(f"{name}={x}" for name, x in start.adapters.items() if name != "targets")
             raise FarspanError(
@@ -147,6 +158,11 @@ class Tuned:
     @property
     def device(self) -> torch.device:
         return torch.device(self._model.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        about = {name: x for name, x in self._about().items() if name in ("rank", "alpha")}
+        return {**about, "loss": self._loss, "temperature": self._temperature}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._tensors.values())
@@ -172,10 +188,10 @@ class Tuned:
                     with torch.no_grad():
                         wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
                     piece = self._kl(wanted, logits) / ids[:, 1:].numel()
-                piece.backward()
+                (piece * _SCALE).backward()
                 losses.append(piece.detach())
             assert leaf.grad is not None
-            accelerator.backward((hidden * leaf.grad).sum())
+            accelerator.backward((hidden.float() * (leaf.grad.float() / _SCALE)).sum())
         return torch.stack(losses).sum()
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from ...attention.errors import FarspanError
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows [n, T] of consecutive tokens, apart into those that are trained on and those held out.
+    """Windows [n, T] of consecutive tokens, split into those that are trained on and those held out.
 
     sha256: the first 16 hex digits of a hash of the text.
     """
@@ -51,21 +51,28 @@ def cut_windows(tokenizer: Any, text: str, size: int, held_out: int, most: int |
     if held_out < 1:
         raise FarspanError(f"At least 1 window must be held out to judge training; got {held_out}.")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    count = len(ids) // size
+    first = getattr(tokenizer, "bos_token_id", None)
+    begins = first is not None and len(ids) > 0 and int(ids[0]) == first  # then every window begins so
+    body, room = (ids[1:], size - 1) if begins else (ids, size)
+    count = len(body) // room
     if count <= held_out:
         raise FarspanError(
             f"The text has {len(ids)} tokens, which are {count} windows of {size}; training with {held_out} "
             f"held out needs {held_out + 1} at least. Give more text, or a shorter window."
         )
-    windows = ids[: count * size].view(count, size)
-    apart = torch.linspace(0, count - 1, held_out + 2)[1:-1].round().long()
+    windows = body[: count * room].view(count, room)
+    if begins:
+        windows = torch.cat([ids[:1].expand(count, 1), windows], 1)
+    apart = _spread(held_out, count)
     kept = torch.ones(count, dtype=torch.bool)
     kept[apart] = False
-    if most is not None and most < count - held_out:
-        left = kept.nonzero()[:, 0]
-        chosen = left[torch.linspace(0, len(left) - 1, most + 2)[1:-1].round().long()]
-        train = windows[chosen]
-    else:
-        train = windows[kept]
+    left = kept.nonzero()[:, 0]
+    if most is not None and most < len(left):
+        left = left[_spread(most, len(left))]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Windows(train, windows[apart], digest)
+    return Windows(windows[left], windows[apart], digest)
+
+
+def _spread(count: int, total: int) -> Tensor:
+    """``count`` different ones of the numbers 0 .. total - 1, evenly spaced."""
+    return (torch.arange(count) * 2 + 1) * total // (2 * count)

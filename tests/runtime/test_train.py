@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import farspan
@@ -178,12 +180,49 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, mon
         FarspanError, match=r"loss of step 4 is nan, so training stopped; the checkpoint in .* is kept"
     ):
         train(make("llama"), tmp_path)
-    assert checkpoint.load_checkpoint(tmp_path, {})["step"] == 2  # type: ignore[index]
+    assert checkpoint.load_checkpoint(tmp_path, saved_settings(tmp_path))["step"] == 2  # type: ignore[index]
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
         1,
         2,
         3,
     ]
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    own, calls = PooledGate.loss_of, []
+
+    def spoilt(self: Any, observed: Any) -> Tensor:
+        loss = own(self, observed)
+        calls.append(1)
+        if loss.requires_grad and len(calls) > 3 * (2 + 3):
+            loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    monkeypatch.setattr(PooledGate, "loss_of", spoilt)
+    with pytest.raises(
+        FarspanError, match=r"gradient of step 4 is not finite, .* the checkpoint in .* is kept"
+    ):
+        train(make("llama"), tmp_path)
+    kept = checkpoint.load_checkpoint(tmp_path, saved_settings(tmp_path))
+    assert kept is not None and kept["step"] == 2 and all(x.isfinite().all() for x in kept["state"].values())
+
+
+def saved_settings(out: Path) -> dict[str, Any]:
+    return torch.load(out / checkpoint.FILE, weights_only=True)["settings"]
+
+
+def test_a_full_disk_keeps_the_recipe_before(tmp_path: Path, monkeypatch: Any) -> None:
+    first = train(make("llama"), tmp_path)
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"the beginning of it")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(FarspanError, match=r"recipe could not be written to .*No space left"):
+        first.save(tmp_path)
+    assert Recipe.load(tmp_path).digest == first.digest
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: Any) -> None:
@@ -198,7 +237,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: An
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        FarspanError, match=r"step 4 could not be written .*No space left.*; the checkpoint of step 2"
+        FarspanError, match=r"step 4 could not be written .*No space left.*; the checkpoint before it is kept"
     ):
         train(make("llama"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
@@ -234,8 +273,48 @@ def test_bad_input_ends_in_one_sentence(tmp_path: Path, how: dict[str, Any], say
     assert snapshot(model) == before and not (tmp_path / "out").exists()
 
 
+def test_the_log_of_a_killed_training_is_cut_to_its_checkpoint(tmp_path: Path) -> None:
+    train(make("llama"), tmp_path / "whole")
+
+    def stop(step: Any) -> None:
+        if step.done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(make("llama"), tmp_path, progress=stop)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(make("llama"), tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("count", "held_out", "most"), [(5, 4, None), (3, 2, None), (12, 1, 7), (9, 3, 3)])
+def test_no_window_comes_twice(count: int, held_out: int, most: int | None) -> None:
+    windows = cut_windows(tokenizer, text(64 * count), 64, held_out, most)
+    assert len(windows.held_out) == held_out and len(windows.train) == min(most or count, count - held_out)
+    both = torch.cat([windows.train, windows.held_out])
+    assert len(both.unique(dim=0)) == len(both)
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(monkeypatch: Any) -> None:
+    def with_bos(prose: str, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.cat([torch.tensor([[1]]), tokenizer(prose)["input_ids"]], 1)}
+
+    with_bos.bos_token_id = 1  # type: ignore[attr-defined]
+    windows = cut_windows(with_bos, text(63 * 5), 64, 2)
+    both = torch.cat([windows.train, windows.held_out])
+    assert both.shape == (5, 64) and (both[:, 0] == 1).all() and (both[:, 1:] != 1).all()
+
+
 def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
     train(make("llama"), tmp_path, steps=2)
+    for model in (make("llama", seed=1), make("llama", num_hidden_layers=2)):
+        with pytest.raises(FarspanError, match="holds a training with other settings: model="):
+            train(model, tmp_path, steps=2)
+    other = train(make("llama"), tmp_path / "other", steps=2, seed=3)
+    with pytest.raises(FarspanError, match="holds a training with other settings: start=None"):
+        train(make("llama"), tmp_path, steps=2, start=other)
     with pytest.raises(FarspanError, match=r"other settings: steps=2 \(now 3\), seed=0 \(now 1\)"):
         train(make("llama"), tmp_path, steps=3, seed=1)
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
