@@ -55,12 +55,14 @@ def under_each(
 
     Methods with the same prefill (dense, for those that change decoding only) continue from copies of one
     prefill. It runs without the decode method, which then builds its state from the last prompt token. A
-    decode method that needs more of the prompt's queries gets its own prefill, and so does one with adapters
-    in the recipe.
+    decode method that needs more of the prompt's queries, or its hidden states, gets its own prefill, and so
+    does one with adapters in the recipe. Where a decode method needs keys before RoPE, the prefill runs with
+    it, so that the cache knows at which positions keys were rotated.
     """
     for prefill, group in by_prefill(specs, recipe):
-        if prefills_alone(group[0], recipe):
-            shared_by = patched_with(model, group[0], recipe, job)
+        fed = next((spec for spec in group if resolve(spec)[1].needs.before_rope), None)
+        if prefills_alone(group[0], recipe) or fed is not None:
+            shared_by = patched_with(model, fed or group[0], recipe, job)
         else:
             how = {"recipe": recipe if prefill.needs.recipe else None, "parallel": job.mesh}
             shared_by = patch(model, prefill=prefill, **how)
@@ -97,11 +99,13 @@ def by_prefill(specs: Sequence[str], recipe: str | Path | None = None) -> list[t
 
 
 def prefills_alone(spec: str, recipe: str | Path | None) -> bool:
-    """Whether the decode method of a spec needs more queries of a prompt than the last one, or the recipe has
-    adapters for the spec, which change the prompt's keys."""
+    """Whether the decode method of a spec needs more queries of a prompt than the last one, or its hidden
+    states, or the recipe has adapters for the spec, which change the prompt's keys."""
     methods = resolve(spec)
     adapted = recipe is not None and any(trained_under(recipe, method) for method in methods)
-    return adapted or methods[1].observation_window != 1
+    needs = methods[1].needs
+    of_states = needs.hidden_states or needs.early_hidden_states is not None
+    return adapted or of_states or methods[1].observation_window != 1
 
 
 def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> Started:

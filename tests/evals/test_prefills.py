@@ -12,7 +12,10 @@ import farspan
 from farspan.evals import batch as forward
 from farspan.evals.ranks import Job
 from farspan.evals.shared import by_prefill, recipes, under_each
+from farspan.runtime.patch import resolve
 from farspan.runtime.training.tuned import Tuned
+
+from ..laws.gates import random_gates
 
 
 def test_groups() -> None:
@@ -46,12 +49,21 @@ def test_adapters_change_the_prefill_of_the_method_they_were_trained_under(
 
 
 @pytest.mark.parametrize(
-    "spec", ["snapkv:k=24,window=8", "h2o:k=24", "block_topk:k=32,block=8 + snapkv:k=24,window=8"]
+    "spec",
+    [
+        "snapkv:k=24,window=8",
+        "h2o:k=24",
+        "block_topk:k=32,block=8 + snapkv:k=24,window=8",
+        "seer_decode:k=24,block=8",
+        "chunkllm:k=24,fraction=none,boundary_layer=0",
+    ],
 )
 def test_a_decode_method_is_told_of_the_prompt(spec: str, tiny_llama: Any) -> None:
     """The logits after the prompt are those of a plain call of the patched model."""
     model = tiny_llama(initializer_range=0.15)
     ids = torch.randint(3, 128, (1, 101), generator=torch.Generator().manual_seed(1))
+    decode = resolve(spec)[1]
+    recipe: Any = random_gates(decode, model) if decode.needs.recipe else None
     batch = forward.collate([ids[0].tolist()], 0, model.device)
 
     def step(_: Any, started: Any) -> torch.Tensor:
@@ -59,8 +71,8 @@ def test_a_decode_method_is_told_of_the_prompt(spec: str, tiny_llama: Any) -> No
             return model(ids[:, -1:], past_key_values=started.take(), use_cache=True).logits
 
     with Job(model, None) as job:
-        found = dict(under_each(model, batch, ["dense", spec], None, step, job))
-    with farspan.patch(model, spec), torch.no_grad():
+        found = dict(under_each(model, batch, ["dense", spec], recipe, step, job))
+    with farspan.patch(model, spec, recipe=recipe), torch.no_grad():
         cache = model(ids[:, :-1], use_cache=True).past_key_values
         want = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
     assert torch.equal(found[spec], want)
