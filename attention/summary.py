@@ -7,7 +7,7 @@ change.
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from .kv import KV
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
+from .ops.torch_private import version_of
 from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
 
 
@@ -57,22 +58,21 @@ class Summary(Protocol):
         ...
 
 
-class _Number(int):
-    """Its text is the same for every module, since ranks compare the texts of keys, and weights apart."""
-
-    def __repr__(self) -> str:
-        return "module"
+_DIGESTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
 
 
-_NUMBERS: weakref.WeakKeyDictionary[nn.Module, _Number] = weakref.WeakKeyDictionary()
-_NEXT = itertools.count()
-
-
-def identity(module: nn.Module) -> int:
-    """A number that no other module of this process has, for the key of a summary that owns weights."""
-    if module not in _NUMBERS:
-        _NUMBERS[module] = _Number(next(_NEXT))
-    return _NUMBERS[module]
+def identity(module: nn.Module) -> str:
+    """A hash of a module's weights, for the key of a summary that owns them. Modules of equal weights have
+    one identity, so a cache goes on under another patch with the same recipe; training changes it."""
+    versions = tuple(map(version_of, module.parameters()))
+    known = _DIGESTS.get(module)
+    if known is None or known[0] != versions:
+        found = hashlib.sha256()
+        for name, x in module.state_dict().items():
+            found.update(f"{name} {list(x.shape)} {x.dtype}".encode() + x.cpu().double().numpy().tobytes())
+        known = versions, found.hexdigest()[:16]
+        _DIGESTS[module] = known
+    return known[1]
 
 
 def count_entries(summary: Summary, length: int) -> int:

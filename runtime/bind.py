@@ -13,7 +13,7 @@ from ..attention.dense import Dense
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from .recipe import Recipe
-from .shipped import shipped
+from .shipped import recipe_folders, shipped
 
 
 def check_recipe(
@@ -55,8 +55,12 @@ def check_recipe(
 
 def takes(method: AttentionMethod, recipe: Recipe | str | Path | None) -> bool:
     """Whether ``patch(recipe=...)`` uses a recipe for ``method``: for its weights, or for adapters that were
-    trained under it."""
-    return recipe is not None and (method.needs.recipe or trained_under(recipe, method))
+    trained under it. A method with shipped recipes takes none of another method."""
+    if recipe is None:
+        return False
+    if method.needs.recipe and method.name in recipe_folders():
+        return _opened(recipe).method == method.name
+    return method.needs.recipe or trained_under(recipe, method)
 
 
 def trained_under(recipe: Recipe | str | Path, method: AttentionMethod | None = None) -> bool:

@@ -335,3 +335,12 @@ def _strange(name: str, own: set[str]) -> bool:
 def _strange_path(path: str) -> bool:
     parts = path.split(".")
     return any(map(_private, parts)) or "distributed_c10d" in parts
+
+
+def test_a_tensors_version_counts_its_changes() -> None:
+    x = torch.zeros(3)
+    before = torch_private.version_of(x)  # torch's _version
+    x += 1
+    assert torch_private.version_of(x) == before + 1
+    with torch.inference_mode():
+        assert torch_private.version_of(torch.zeros(3)) == -1

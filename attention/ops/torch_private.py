@@ -59,3 +59,8 @@ def refuse_uncompiled() -> None:
     """Raise an error where a compiled function has been compiled too often. By default torch then runs the
     uncompiled function, in silence; ``torch.compiler`` has no public switch for that."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def version_of(x: Tensor) -> int:
+    """How often x was changed in place; -1 for a tensor of inference mode, where torch does not count."""
+    return -1 if x.is_inference() else x._version
