@@ -34,6 +34,7 @@ CHECKED_BY_WHAT_IT_DOES = {  # by a test below
     "_hf_hook",
     "getsource",
     "__closure__",
+    "_version",
 }
 BELONGS_TO_PYTHON = {"_replace", "_asdict", "_fields"}  # of a NamedTuple
 
