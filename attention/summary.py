@@ -275,6 +275,9 @@ class Summaries:
                 written.append((rows, number, summary.compute(x.cut(at, rows=rows))))
         like = written[0][2] if written else summary.compute(x.cut(0, 1))
         buffer = self.room(summary, like, x.batch, end)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (buffer, *(new for *_, new in written))):
+            # autograd keeps views of the earlier buffer, so that one is not written in place
+            buffer = self._kept[summary.key].buffer = buffer.clone()
         for rows, number, new in written:
             buffer[rows, :, number : number + new.shape[2]] = new
 
