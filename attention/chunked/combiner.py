@@ -42,8 +42,12 @@ class Combiner(AttentionMethod):
 
     There are no weights: it runs on any model, and is meant to be trained. Its laws are its own: it is dense
     attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere.
-    The cache keeps the summaries, the keys from the last open span on, and the queries of the open span, for
-    which the logsparse form needs more memory.
+    The scale 1 / sqrt(D) of a summary's softmax is the paper's. In a layer that attends with another scale or
+    a soft-cap (Granite, Gemma), summaries are pooled without them, and read with them.
+
+    The cache keeps the summaries, the keys from the last open span on, and the queries of all heads of the
+    last L + max(L, 32) tokens, where L is the largest span: ``span`` in the fixed form, ``largest`` in the
+    logsparse form. A crop that opens a span before these queries again is refused.
     """
 
     name: ClassVar[str] = "combiner"

@@ -164,6 +164,57 @@ def test_what_a_cache_with_dropped_keys_refuses(model: Any) -> None:
         assert cache.get_seq_length() == 201
 
 
+def test_layers_of_unequal_length_are_refused(model: Any) -> None:
+    """transformers crops layer by layer, so a refused crop leaves the layers before it cropped."""
+    ids = ids_of(1, 201)
+    with farspan.patch(model, CORES, layers={0: "dense"}), torch.no_grad():
+        cache = model(ids[:, :200]).past_key_values
+        with pytest.raises(FarspanError, match="cannot be cropped by 60"):
+            cache.crop(-60)
+        with pytest.raises(FarspanError, match="layers of this cache hold 140 to 200 tokens, because a crop"):
+            model(ids[:, 200:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("padding", [0, 37])
+@pytest.mark.parametrize("back", [1, 49, 91, 150, 203])
+def test_cores_after_any_crop_that_keeps_the_keys(model: Any, back: int, padding: int) -> None:
+    """A core reads the query of its group's last token only, which the call that ends the group has."""
+    ids = ids_of(2, 250)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    with farspan.patch(model, "core_context:g=16,s=32"), keeping_all(True), torch.no_grad():
+        cache, at = model(ids[:, :210], attention_mask=mask[:, :210]).past_key_values, 210 - back
+        assert all(not store.summaries.recent.tensors for store in stores(cache))
+        cache.crop(-back)
+        for step in (1, 2, 30):
+            more = {"attention_mask": mask[:, : at + step], "past_key_values": cache}
+            got = model(ids[:, at : at + step], **more).logits
+            at += step
+            want = model(ids[:, :at], attention_mask=mask[:, :at]).logits[:, -step:]
+            assert (got - want)[mask[:, at - step : at] == 1].abs().max() < 1e-9
+
+
+def test_cores_of_a_cache_that_another_method_filled(model: Any) -> None:
+    ids = ids_of(1, 201)
+    with farspan.patch(model), torch.no_grad():
+        cache = model(ids[:, :200]).past_key_values
+    with farspan.patch(model, CORES), pytest.raises(FarspanError, match="filled under another patch"):
+        model(ids[:, 200:], past_key_values=cache)
+
+
+def test_combiner_refuses_a_crop_beyond_the_queries_that_it_keeps(model: Any) -> None:
+    ids = ids_of(1, 501)
+    with farspan.patch(model, "combiner"), keeping_all(True), torch.no_grad():
+        cache = model(ids[:, :500]).past_key_values
+        with pytest.raises(
+            FarspanError, match=r"from 500 to 370 .* from position 320 on, and the cache keeps"
+        ):
+            cache.crop(-130)
+        assert cache.get_seq_length() == 500
+        cache.crop(-52)  # to the end of a span
+        model(ids[:, 448:450], past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -198,7 +249,7 @@ def test_bytes_of_8192_tokens(tiny_llama: Callable[..., Any]) -> None:
                 model(token[None, None], past_key_values=cache)
             report = patched.report()
         assert cache.get_seq_length() == 8212
-        queries = 4 * 8 * 16 * (2 * 64 if "combiner" in spec else 16 + 32)  # kept for the open blocks
+        queries = 4 * 8 * 16 * 2 * 64 if "combiner" in spec else 0  # kept for the open blocks
         for layer, store in zip(report.layers, stores(cache), strict=True):
             assert layer.stored_bytes == store.nbytes
             assert layer.dense_stored_bytes == 8212 * row
