@@ -234,26 +234,32 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, how: dict[str, 
     assert all(store.dropped == 0 and store.length == 201 for store in stores(cache))
 
 
-def test_bytes_of_8192_tokens(tiny_llama: Callable[..., Any]) -> None:
-    """N / g cores and s + g keys, with what the buffers have to spare; in the report and in its text."""
+@pytest.mark.parametrize(
+    ("spec", "tokens", "queries", "share"),
+    [
+        ("core_context:g=16,s=256", 8192 / 16 + 256 + 16, 0, 0.2),
+        ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.2),
+        ("combiner:form=logsparse,span=64", 2 * 8192 / 64 + 1024 + 5 * 64, 2 * 1024, 0.8),
+        ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 2.8),
+    ],
+)
+def test_bytes_of_8192_tokens(
+    tiny_llama: Callable[..., Any], spec: str, tokens: float, queries: int, share: float
+) -> None:
+    """Summaries, the last keys and the last queries, with what the buffers have to spare; in the report and
+    in its text. tokens, queries: how many are kept. share: of what dense attention keeps."""
     model = tiny_llama(max_position_embeddings=8300)
     ids, row = ids_of(1, 8192), 2 * 2 * 16 * 4  # bytes of a token's keys and values in a layer
-    limits = {
-        "core_context:g=16,s=256": 1.2 * (8192 / 16 + 256 + 16),
-        "combiner:span=64": 1.2 * (8192 / 64 + 64),
-    }
-    for spec, tokens in limits.items():
-        with farspan.patch(model, spec, prefill_chunk=1024) as patched, torch.no_grad():
-            cache = model(ids, logits_to_keep=1).past_key_values
-            for token in ids[0, :20]:
-                model(token[None, None], past_key_values=cache)
-            report = patched.report()
-        assert cache.get_seq_length() == 8212
-        queries = 4 * 8 * 16 * 2 * 64 if "combiner" in spec else 0  # kept for the open blocks
-        for layer, store in zip(report.layers, stores(cache), strict=True):
-            assert layer.stored_bytes == store.nbytes
-            assert layer.dense_stored_bytes == 8212 * row
-            assert store.nbytes <= row * (tokens + 4 * DECODE_ROWS + 64) + queries
-        totals = report.summary
-        assert totals["kv_bytes_stored"] < 0.2 * totals["kv_bytes_stored_dense"]
-        assert "stored: " in str(report)
+    with farspan.patch(model, spec, prefill_chunk=1024) as patched, torch.no_grad():
+        cache = model(ids, logits_to_keep=1).past_key_values
+        for token in ids[0, :20]:
+            model(token[None, None], past_key_values=cache)
+        report = patched.report()
+    assert cache.get_seq_length() == 8212
+    for layer, store in zip(report.layers, stores(cache), strict=True):
+        assert layer.stored_bytes == store.nbytes
+        assert layer.dense_stored_bytes == 8212 * row
+        assert store.nbytes <= row * (1.2 * tokens + 4 * DECODE_ROWS + 64) + 4 * 8 * 16 * queries
+    totals = report.summary
+    assert share / 2 < totals["kv_bytes_stored"] / totals["kv_bytes_stored_dense"] < share
+    assert "stored: " in str(report)
