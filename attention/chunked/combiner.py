@@ -49,7 +49,7 @@ class Combiner(AttentionMethod):
     last L + max(L, 32) tokens, where L is the size of the largest spans: ``span`` in the fixed form. A crop
     that opens a span before these queries again is refused. Of N tokens the fixed form keeps N / span
     summaries, each of the bytes of a token's keys and values. The logsparse form keeps those of all levels,
-    almost 2 N / span, so that with span=1 it keeps at least twice the bytes of dense attention.
+    almost 2 N / span: with span=1 it keeps 2 to 3 times the bytes of dense attention.
     """
 
     name: ClassVar[str] = "combiner"

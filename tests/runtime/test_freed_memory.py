@@ -237,10 +237,10 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, how: dict[str, 
 @pytest.mark.parametrize(
     ("spec", "tokens", "queries", "share"),
     [
-        ("core_context:g=16,s=256", 8192 / 16 + 256 + 16, 0, 0.2),
+        ("core_context:g=16,s=256", 8192 / 16 + 256 + 16, 0, 0.12),
         ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.2),
         ("combiner:form=logsparse,span=64", 2 * 8192 / 64 + 1024 + 5 * 64, 2 * 1024, 0.8),
-        ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 2.8),
+        ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 3.0),
     ],
 )
 def test_bytes_of_8192_tokens(
