@@ -238,7 +238,7 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, how: dict[str, 
     ("spec", "tokens", "queries", "share"),
     [
         ("core_context:g=16,s=256", 8192 / 16 + 256 + 16, 0, 0.12),
-        ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.2),
+        ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.12),
         ("combiner:form=logsparse,span=64", 2 * 8192 / 64 + 1024 + 5 * 64, 2 * 1024, 0.8),
         ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 3.0),
     ],
@@ -262,4 +262,4 @@ def test_bytes_of_8192_tokens(
         assert store.nbytes <= row * (1.2 * tokens + 4 * DECODE_ROWS + 64) + 4 * 8 * 16 * queries
     totals = report.summary
     assert share / 2 < totals["kv_bytes_stored"] / totals["kv_bytes_stored_dense"] < share
-    assert "stored: " in str(report)
+    assert ("stored: " in str(report)) == (share < 1)  # the text names savings only
