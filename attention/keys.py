@@ -117,10 +117,6 @@ class Keys:
         """How many of the first ``length`` keys are here; they come first."""
         return max(0, length - self.dropped)
 
-    def shortest(self) -> int:
-        """Fewest keys that the call's first query sees in any row."""
-        return self.past + 1 - (max(self.starts) if self.starts else 0)
-
     def longest(self) -> int:
         """Most keys that the call's last query sees in any row."""
         return self.length - (min(self.starts) if self.starts else 0)

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .errors import FarspanError
 from .kv import KV
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 from .ops.torch_private import version_of
 from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
+
+_KEPT = IN_NO_CACHE - {"last_queries"}  # what open blocks need of the calls before
 
 
 class Summary(Protocol):
@@ -185,9 +188,10 @@ class Int4Keys:
 @dataclass
 class _Entries:
     """buffer [B, heads, room, width]. done: number of positions taken in. current: whether the entries of the
-    block that is open after ``done`` positions hold no others."""
+    block that is open after ``done`` positions hold no others. reads: the summary's."""
 
     block: int | None
+    reads: frozenset[Source]
     buffer: Tensor
     done: int
     current: bool = True
@@ -214,7 +218,10 @@ class Summaries:
             if kept is None:
                 first = min(first, length - 1)
             if first < length:
-                self.extend(summary, supply.sources(summary.reads, first), first, starts)
+                x = supply.sources(summary.reads, first)
+                if "last_queries" in summary.reads:
+                    supply.require_own("last_queries", self.done(summary))
+                self.extend(summary, x, first, starts)
             self._kept[summary.key].current = True
         return self.entries(summary, length)
 
@@ -224,9 +231,10 @@ class Summaries:
         fed = [s for s in {s.key: s for s in declared}.values() if s.reads & IN_NO_CACHE]
         for summary in fed:
             self.get(summary, supply, starts)
-        names = frozenset().union(*(s.reads & IN_NO_CACHE for s in fed if s.block is not None))
-        if names:
-            keep = max(recent_positions(s) for s in fed)
+        kept = [s for s in fed if s.block is not None and s.reads & _KEPT]
+        if kept:
+            names = frozenset().union(*(s.reads & _KEPT for s in kept))
+            keep = max(recent_positions(s) for s in kept)
             new = supply.own(names)
             past = supply.length - next(iter(new.values())).shape[2]
             self.recent = self.recent.followed_by(new, past, keep)
@@ -241,10 +249,7 @@ class Summaries:
 
     def open(self, summary: Summary, starts: list[int] | None) -> int:
         """Position at which the earliest block begins that the next new position may change."""
-        done, block = self.done(summary), summary.block or 1
-        if starts is None or summary.block is None:
-            return done // block * block
-        return min(first + max(done - first, 0) // block * block for first in starts)
+        return _open_block(summary.block, self.done(summary), starts)
 
     def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
         """The buffer [batch, heads, room, width] with place for the entries of ``length`` positions, which
@@ -255,7 +260,7 @@ class Summaries:
             grown = torch.empty(size, dtype=like.dtype, device=like.device)
             if kept is not None:
                 grown[:, :, : kept.buffer.shape[2]] = kept.buffer
-            kept = self._kept[summary.key] = _Entries(summary.block, grown, 0)
+            kept = self._kept[summary.key] = _Entries(summary.block, summary.reads, grown, 0)
         kept.done, kept.current = length, True
         return kept.buffer
 
@@ -275,6 +280,9 @@ class Summaries:
                 written.append((rows, number, summary.compute(x.cut(at, rows=rows))))
         like = written[0][2] if written else summary.compute(x.cut(0, 1))
         buffer = self.room(summary, like, x.batch, end)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (buffer, *(new for *_, new in written))):
+            # autograd keeps views of the earlier buffer, so that one is not written in place
+            buffer = self._kept[summary.key].buffer = buffer.clone()
         for rows, number, new in written:
             buffer[rows, :, number : number + new.shape[2]] = new
 
@@ -283,6 +291,22 @@ class Summaries:
         """Bytes of memory of all entries, and of the queries and hidden states kept."""
         every = [*(kept.buffer for kept in self._kept.values()), *self.recent.tensors.values()]
         return sum(x.numel() * x.element_size() for x in every)
+
+    def check_crop(self, length: int, starts: list[int] | None) -> None:
+        """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the
+        queries or hidden states that are kept."""
+        for kept in self._kept.values():
+            first = _open_block(kept.block, length, starts)
+            if kept.block is None or kept.done <= length or first >= length:
+                continue
+            for name in self.recent.tensors.keys() & kept.reads:
+                if first < self.recent.begin(name):
+                    what = name.replace("_", " ")
+                    raise FarspanError(
+                        f"This cache cannot be cropped from {kept.done} to {length} tokens, because a "
+                        f"summary needs the {what} of the tokens from position {first} on, and the cache "
+                        f"keeps those from position {self.recent.begin(name)} on: start a new cache."
+                    )
 
     def crop(self, length: int) -> None:
         """Forget everything that positions at or after ``length`` went into; the open block is summarised
@@ -337,6 +361,13 @@ class SomeRows(Summaries):
 
     def done(self, summary: Summary) -> int:
         return self._whole.done(summary)
+
+
+def _open_block(block: int | None, done: int, starts: list[int] | None) -> int:
+    """Position at which the earliest block begins that is open after ``done`` positions."""
+    if starts is None or block is None:
+        return done // (block or 1) * (block or 1)
+    return min(first + max(done - first, 0) // block * block for first in starts)
 
 
 def _one_of_zeros(x: Tensor) -> Tensor:

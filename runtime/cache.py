@@ -151,6 +151,10 @@ class KVStore:
                 self.states.drop(moved)
         self._starts, self._known = starts, length
 
+    @property
+    def _summaries_of_blocks(self) -> Summaries:
+        return self.summaries
+
     def _drop_summaries(self) -> None:
         self.summaries.clear()
 
@@ -172,6 +176,7 @@ class KVStore:
                 f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
                 f"first {self.dropped} were dropped and the last {self.needed} are needed: start a new cache."
             )
+        self._summaries_of_blocks.check_crop(left, self._starts)
 
     def _shorten(self, length: int, known: int) -> None:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
@@ -190,15 +195,15 @@ class KVStore:
                 f"{what}: use the cache with the method that has filled it, or start a new cache."
             )
 
-    def forget(self, needed: int | None) -> None:
+    def forget(self, needed: int) -> None:
         """Drop the keys and values of the oldest positions and release their memory, where later calls need
-        those of the last ``needed`` positions only (None: of all).
+        those of the last ``needed`` positions only.
 
         DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens. They are
         dropped an eighth of ``needed`` at a time, so that the rest is rarely copied.
         """
         self.needed = needed
-        if needed is None or any(x.requires_grad for x in self._buffers):
+        if any(x.requires_grad for x in self._buffers):
             return
         keep = needed + DECODE_ROWS
         spare = max(DECODE_ROWS, keep // 8)

@@ -79,6 +79,10 @@ class ShardStore(KVStore):
         self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length
 
+    @property
+    def _summaries_of_blocks(self) -> Summaries:
+        return self.shared
+
     def _drop_summaries(self) -> None:
         super()._drop_summaries()
         self.shared.clear()

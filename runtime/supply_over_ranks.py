@@ -19,8 +19,11 @@ from .shard import ShardStore
 
 
 class SupplyOverRanks:
-    """It is made before the call's keys are stored. q [B, H, n, D], k, v [B, Hkv, n, D] and ``fed``, of the
-    positions that this rank has computed in ``call``."""
+    """What one layer call over ranks has for summaries; it stores the call's keys and extends the summaries.
+
+    It is made before the call's keys are stored. q [B, H, n, D], k, v [B, Hkv, n, D] and ``fed`` are those of
+    the positions that this rank has computed in ``call``.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, store: ShardStore, call: Call, fed: Inputs | None

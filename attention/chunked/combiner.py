@@ -35,15 +35,21 @@ class Combiner(AttentionMethod):
 
     form: "fixed": a query reads the summaries of all earlier blocks. "logsparse": spans of 1, 2, 4, ...
     blocks; of c earlier blocks it reads one span for each bit of c that is set. The paper's logsparse form
-    begins with spans of one token: ``span=1``. Spans grow to ``largest`` tokens, and a text of more than 2
-    ``largest`` tokens is read as several of the largest ones.
+    begins with spans of one token: ``span=1``. Spans double up to the last size that is at most ``largest``
+    (512 with span=64, largest=1000), and a longer text is read as several of the largest ones.
     count_correction: add log(tokens of the span) to the logit of a summary, so that it weighs as that many
     tokens do; off, as in the paper.
 
     There are no weights: it runs on any model, and is meant to be trained. Its laws are its own: it is dense
     attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere.
-    The cache keeps the summaries, the keys from the last open span on, and the queries of the open span, for
-    which the logsparse form needs more memory.
+    The scale 1 / sqrt(D) of a summary's softmax is the paper's. In a layer that attends with another scale or
+    a soft-cap (Granite, Gemma), summaries are pooled without them, and read with them.
+
+    The cache keeps the summaries, the keys from the last open span on, and the queries of all heads of the
+    last L + max(L, 32) tokens, where L is the size of the largest spans: ``span`` in the fixed form. A crop
+    that opens a span before these queries again is refused. Of N tokens the fixed form keeps N / span
+    summaries, each of the bytes of a token's keys and values. The logsparse form keeps those of all levels,
+    almost 2 N / span: with span=1 it keeps 2 to 3 times the bytes of dense attention.
     """
 
     name: ClassVar[str] = "combiner"

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..causal import causal_mask, positions
 from ..keys import Keys
@@ -61,8 +62,7 @@ class Summarised(Selection):
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         """As ``Selection.run_decode_here``. Every rank has all summaries, and reads its share of them."""
-        rows = torch.arange(keys.past, keys.length, device=q.device)
-        part = self._rest(q, keys, rows)
+        part = self._rest(keys, range(keys.past, keys.length), q, keys.kv, self.levels)
         if self._near:
             part = merge(attend_recent(q, keys, self._near), part)
         pairs = 0
@@ -133,7 +133,7 @@ class Summarised(Selection):
         """The last keys by the windowed kernel, the other keys and the summaries tile by tile."""
         tile, parts = max(_TILE, min(self.block, 8 * _TILE)), []
         for a in range(0, q.shape[2], tile):
-            rows = torch.arange(keys.past + a, keys.past + min(a + tile, q.shape[2]), device=q.device)
+            rows = range(keys.past + a, keys.past + min(a + tile, q.shape[2]))
             how = "auto" if impl == "triton" else impl  # there is no kernel of its own
             parts.append(run("summaries", _IMPLS, how, q[:, :, a : a + tile], self, keys, rows))
         rest = Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
@@ -142,21 +142,21 @@ class Summarised(Selection):
         near = op(q, keys.kv, keys.softmax, window=self._near, start=keys.start_here, impl=impl)
         return merge(near, rest)
 
-    def _rest(self, q: Tensor, keys: Keys, rows: Tensor) -> Partial:
+    def _rest(self, keys: Keys, rows: range, q: Tensor, kv: KV, levels: tuple[KV, ...]) -> Partial:
         """Attention of the queries q [B, H, R, D] at positions ``rows`` over all but their last
         ``_near`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
         row, so that nothing in the padding is read."""
         if keys.starts is None:
-            return self._rest_from(0, q, keys, keys.kv, self.levels, rows)
+            return self._rest_from(0, q, keys, kv, levels, rows)
         parts = []
         for b, first in enumerate(keys.starts):
-            one, valid = slice(b, b + 1), rows[rows >= first]
-            levels = tuple(level[one] for level in self.levels)
+            one, valid = slice(b, b + 1), range(min(max(rows.start, first), rows.stop), rows.stop)
             own = q[one, :, len(rows) - len(valid) :]
-            part = empty_partial(q[one], keys.kv.value_dim)
+            part = empty_partial(q[one], kv.value_dim)
             if len(valid):
-                found = self._rest_from(first, own, keys, keys.kv[one], levels, valid)
-                blind = empty_partial(q[one, :, : len(rows) - len(valid)], keys.kv.value_dim)
+                own_levels = tuple(level[one] for level in levels)
+                found = self._rest_from(first, own, keys, kv[one], own_levels, valid)
+                blind = empty_partial(q[one, :, : len(rows) - len(valid)], kv.value_dim)
                 part = Partial(
                     torch.cat([blind.out.to(found.out.dtype), found.out], 2),
                     torch.cat([blind.lse.to(found.lse.dtype), found.lse], 2),
@@ -165,23 +165,28 @@ class Summarised(Selection):
         return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
 
     def _rest_from(
-        self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: Tensor
+        self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: range
     ) -> Partial:
         """``_rest`` for batch rows that begin at position ``first``."""
-        behind = self._behind(rows + 1 - first)  # [R]
-        low = keys.held(first + self.block * self._finished(int(rows[0]) + 1 - first))
-        high = keys.held(max(0, int(rows[-1]) + 1 - self._near))
+        at = torch.arange(rows.start, rows.stop, device=q.device)
+        behind = self._behind(at + 1 - first)  # [R]
+        fewest = self._finished(rows[0] + 1 - first)
+        low = keys.held(first + self.block * fewest)
+        high = keys.held(max(0, rows[-1] + 1 - self._near))
         parts = [empty_partial(q, kv.value_dim)]
         if low < high:
-            places = keys.places()[low:high]
-            read = places >= (first + self.block * behind)[:, None]
-            read &= places <= (rows - self._near)[:, None]
+            read = None
+            if len(rows) > 1:
+                places = keys.places()[low:high]
+                read = places >= (first + self.block * behind)[:, None]
+                read &= places <= (at - self._near)[:, None]
             parts.append(_masked(q, kv[:, :, low:high], keys, read))
-        share, top = self._share(keys, int(rows[-1]) + 1 - first), self._top
+        share, top = self._share(keys, rows[-1] + 1 - first), self._top
         low, high = max(0, share.start - top), share.stop - top
         if low < high:
             some = torch.arange(low, high, device=q.device)
-            part = _masked(q, levels[-1][:, :, low:high], keys, some < (behind >> top)[:, None])
+            read = None if high <= fewest >> top else some < (behind >> top)[:, None]
+            part = _masked(q, levels[-1][:, :, low:high], keys, read)
             parts.append(Partial(part.out, part.lse + self.bias[-1]))
         bits = [level for level in share if level < top and levels[level].length]
         return merge(*parts, *(self._of_bit(level, levels[level], q, keys, behind) for level in bits))
@@ -206,16 +211,27 @@ class Summarised(Selection):
         return Partial(v[:, :, None].expand(*lse.shape, -1).flatten(1, 2), lse.flatten(1, 2))
 
 
-def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: Tensor) -> Partial:
-    return selection._rest(q, keys, rows)
+def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: range) -> Partial:
+    """``Summarised._rest``. With a gradient it is computed again in the backward pass, so that no weights are
+    kept of a tile's queries and what they read."""
+    kv, levels = keys.kv, selection.levels
+    if not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)):
+        return selection._rest(keys, rows, q, kv, levels)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, *entries: Tensor) -> Partial:
+        pairs = zip(entries[::2], entries[1::2], strict=True)
+        return selection._rest(keys, rows, q, KV(k, v), tuple(KV(*pair) for pair in pairs))
+
+    tensors = [x for part in (kv, *levels) for x in part.dense()]
+    return checkpoint(again, q, *tensors, use_reentrant=False)
 
 
 _IMPLS: Impls = {"reference": _rest_of, "eager": _rest_of}
 
 
-def _masked(q: Tensor, kv: KV, keys: Keys, read: Tensor) -> Partial:
-    """Attention of q [B, H, R, D] over kv [B, Hkv, M] where ``read`` [R, M] is true."""
+def _masked(q: Tensor, kv: KV, keys: Keys, read: Tensor | None) -> Partial:
+    """Attention of q [B, H, R, D] over kv [B, Hkv, M] where ``read`` [R, M] is true; None: everywhere."""
     h, hkv = q.shape[1], kv.num_kv_heads
-    mask = None if bool(read.all()) else read.repeat(h // hkv, 1)[None, None]
+    mask = None if read is None else read.repeat(h // hkv, 1)[None, None]
     part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask, wide=True)
     return kernel.unfold_groups(part, h, q.shape[2])

@@ -176,6 +176,7 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
             f"farspan serves transformers' DynamicCache, and {what} was given: pass no cache, or "
             "DynamicCache(config=...)."
         )
+    _check_lengths(cache)
     ours = isinstance(replicated, partial) and replicated.func is ShardStoreLayer
     if replicated not in (None, DynamicLayer, KVStoreLayer) and not ours:
         raise _wrong_cache(cache, replicated)
@@ -205,6 +206,18 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
     if replicated is DynamicLayer:
         replicate_layer(
             cache, KVStoreLayer if shard is None else partial(ShardStoreLayer, partial(shard, None))
+        )
+
+
+def _check_lengths(cache: Cache) -> None:
+    """Raise FarspanError where some layers of a cache hold more positions than others. transformers crops
+    layer by layer, so a crop that a layer refuses has already shortened the layers before it."""
+    stores = [layer.store for layer in cache.layers if isinstance(layer, KVStoreLayer)]
+    lengths = sorted({store.total for store in stores} - {0})
+    if len(lengths) > 1:
+        raise FarspanError(
+            f"The layers of this cache hold {lengths[0]} to {lengths[-1]} tokens, because a crop or a call "
+            "has failed in one of them: start a new cache."
         )
 
 

@@ -195,9 +195,10 @@ def test_what_is_kept_is_little_and_what_is_not_there_is_said() -> None:
     text.crop(3)
     text.crop(96)
     text.call(3)
-    text.crop(30)
-    with pytest.raises(FarspanError, match="the queries of the tokens from position 32 on"):
-        text.call(1)
+    with pytest.raises(FarspanError, match=r"from 67 to 37 .* the queries of the tokens from position 32 on"):
+        text.crop(30)
+    assert text.store.total == 67
+    text.call(1)
     text.store.reset()
     text.call(20)
     label = Text(SUMMARIES["label"])

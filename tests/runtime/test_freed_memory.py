@@ -164,6 +164,57 @@ def test_what_a_cache_with_dropped_keys_refuses(model: Any) -> None:
         assert cache.get_seq_length() == 201
 
 
+def test_layers_of_unequal_length_are_refused(model: Any) -> None:
+    """transformers crops layer by layer, so a refused crop leaves the layers before it cropped."""
+    ids = ids_of(1, 201)
+    with farspan.patch(model, CORES, layers={0: "dense"}), torch.no_grad():
+        cache = model(ids[:, :200]).past_key_values
+        with pytest.raises(FarspanError, match="cannot be cropped by 60"):
+            cache.crop(-60)
+        with pytest.raises(FarspanError, match="layers of this cache hold 140 to 200 tokens, because a crop"):
+            model(ids[:, 200:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("padding", [0, 37])
+@pytest.mark.parametrize("back", [1, 49, 91, 150, 203])
+def test_cores_after_any_crop_that_keeps_the_keys(model: Any, back: int, padding: int) -> None:
+    """A core reads the query of its group's last token only, which the call that ends the group has."""
+    ids = ids_of(2, 250)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    with farspan.patch(model, "core_context:g=16,s=32"), keeping_all(True), torch.no_grad():
+        cache, at = model(ids[:, :210], attention_mask=mask[:, :210]).past_key_values, 210 - back
+        assert all(not store.summaries.recent.tensors for store in stores(cache))
+        cache.crop(-back)
+        for step in (1, 2, 30):
+            more = {"attention_mask": mask[:, : at + step], "past_key_values": cache}
+            got = model(ids[:, at : at + step], **more).logits
+            at += step
+            want = model(ids[:, :at], attention_mask=mask[:, :at]).logits[:, -step:]
+            assert (got - want)[mask[:, at - step : at] == 1].abs().max() < 1e-9
+
+
+def test_cores_of_a_cache_that_another_method_filled(model: Any) -> None:
+    ids = ids_of(1, 201)
+    with farspan.patch(model), torch.no_grad():
+        cache = model(ids[:, :200]).past_key_values
+    with farspan.patch(model, CORES), pytest.raises(FarspanError, match="filled under another patch"):
+        model(ids[:, 200:], past_key_values=cache)
+
+
+def test_combiner_refuses_a_crop_beyond_the_queries_that_it_keeps(model: Any) -> None:
+    ids = ids_of(1, 501)
+    with farspan.patch(model, "combiner"), keeping_all(True), torch.no_grad():
+        cache = model(ids[:, :500]).past_key_values
+        with pytest.raises(
+            FarspanError, match=r"from 500 to 370 .* from position 320 on, and the cache keeps"
+        ):
+            cache.crop(-130)
+        assert cache.get_seq_length() == 500
+        cache.crop(-52)  # to the end of a span
+        model(ids[:, 448:450], past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -183,26 +234,32 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, how: dict[str, 
     assert all(store.dropped == 0 and store.length == 201 for store in stores(cache))
 
 
-def test_bytes_of_8192_tokens(tiny_llama: Callable[..., Any]) -> None:
-    """N / g cores and s + g keys, with what the buffers have to spare; in the report and in its text."""
+@pytest.mark.parametrize(
+    ("spec", "tokens", "queries", "share"),
+    [
+        ("core_context:g=16,s=256", 8192 / 16 + 256 + 16, 0, 0.12),
+        ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.12),
+        ("combiner:form=logsparse,span=64", 2 * 8192 / 64 + 1024 + 5 * 64, 2 * 1024, 0.8),
+        ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 3.0),
+    ],
+)
+def test_bytes_of_8192_tokens(
+    tiny_llama: Callable[..., Any], spec: str, tokens: float, queries: int, share: float
+) -> None:
+    """Summaries, the last keys and the last queries, with what the buffers have to spare; in the report and
+    in its text. tokens, queries: how many are kept. share: of what dense attention keeps."""
     model = tiny_llama(max_position_embeddings=8300)
     ids, row = ids_of(1, 8192), 2 * 2 * 16 * 4  # bytes of a token's keys and values in a layer
-    limits = {
-        "core_context:g=16,s=256": 1.2 * (8192 / 16 + 256 + 16),
-        "combiner:span=64": 1.2 * (8192 / 64 + 64),
-    }
-    for spec, tokens in limits.items():
-        with farspan.patch(model, spec, prefill_chunk=1024) as patched, torch.no_grad():
-            cache = model(ids, logits_to_keep=1).past_key_values
-            for token in ids[0, :20]:
-                model(token[None, None], past_key_values=cache)
-            report = patched.report()
-        assert cache.get_seq_length() == 8212
-        queries = 4 * 8 * 16 * (2 * 64 if "combiner" in spec else 16 + 32)  # kept for the open blocks
-        for layer, store in zip(report.layers, stores(cache), strict=True):
-            assert layer.stored_bytes == store.nbytes
-            assert layer.dense_stored_bytes == 8212 * row
-            assert store.nbytes <= row * (tokens + 4 * DECODE_ROWS + 64) + queries
-        totals = report.summary
-        assert totals["kv_bytes_stored"] < 0.2 * totals["kv_bytes_stored_dense"]
-        assert "stored: " in str(report)
+    with farspan.patch(model, spec, prefill_chunk=1024) as patched, torch.no_grad():
+        cache = model(ids, logits_to_keep=1).past_key_values
+        for token in ids[0, :20]:
+            model(token[None, None], past_key_values=cache)
+        report = patched.report()
+    assert cache.get_seq_length() == 8212
+    for layer, store in zip(report.layers, stores(cache), strict=True):
+        assert layer.stored_bytes == store.nbytes
+        assert layer.dense_stored_bytes == 8212 * row
+        assert store.nbytes <= row * (1.2 * tokens + 4 * DECODE_ROWS + 64) + 4 * 8 * 16 * queries
+    totals = report.summary
+    assert share / 2 < totals["kv_bytes_stored"] / totals["kv_bytes_stored_dense"] < share
+    assert ("stored: " in str(report)) == (share < 1)  # the text names savings only

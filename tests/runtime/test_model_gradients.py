@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from small_models import (
@@ -48,6 +50,30 @@ def test_gradient_checkpointing(reentrant):
     for spec in ("dense", "block_topk:k=4096", "block_topk:k=none,fraction=1.0,block=8"):
         with farspan.patch(model, spec):
             assert_same_gradients(gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    "spec", ["core_context:g=4,s=16", "combiner:span=8", "combiner:form=logsparse,span=2,largest=16"]
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradients_of_several_calls_on_one_cache_of_summaries(spec, rows):
+    """They are those of one call over the same tokens, whose losses are summed alike."""
+    from transformers import DynamicCache
+
+    model, batch = make("llama").train(), padded((100, 87)[:rows])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    weights = torch.randn(*ids.shape, 128, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+    grads = []
+    with farspan.patch(model, spec):
+        for bounds in ([0, 50, 77, 100], [0, 100]):
+            cache, loss = DynamicCache(config=model.config), torch.zeros(())
+            for a, z in itertools.pairwise(bounds):
+                logits = model(ids[:, a:z], attention_mask=mask[:, :z], past_key_values=cache).logits
+                loss = loss + (logits * weights[:, a:z]).sum()
+            model.zero_grad()
+            loss.backward()
+            grads.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert_same_gradients(*grads)
 
 
 def test_sparse_gradients_are_those_of_the_masked_model():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.attention.keys import Keys
 from farspan.attention.kv import KV
@@ -197,3 +199,46 @@ def test_gradients(kind: dict) -> None:
         gradients.append([torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in tensors])
     for got, want in zip(*gradients, strict=True):
         assert (got - want).abs().max() < 1e-12
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host waits for a number of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in str(func) for name in ("local_scalar_dense", "is_nonzero"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_number_is_read_back_from_the_device(kind: dict) -> None:
+    q, keys = call(150, 177, None)
+    selection = made(kind, 1)
+    with Reads() as reads:
+        selection._rest(keys, range(27, 177), q, keys.kv, selection.levels)
+    assert reads.count == 0
+
+
+def test_no_weights_are_kept_for_the_backward_pass() -> None:
+    """What autograd keeps grows with the tokens, not with their pairs."""
+    kept = []
+    for n in (2048, 4096):
+        q, k, v = (torch.randn(1, 2, n, D, requires_grad=True) for _ in range(3))
+        level = KV(*(torch.cat([x.mean(-1, keepdim=True)] * D, -1)[:, :, ::4] for x in (k, v)))
+        keys = Keys(kv=KV(k, v), tq=n, softmax=Softmax(0.4))
+        selection = Summarised(block=4, local=1, levels=(level,))
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            part, _ = selection.run_prefill(q, keys, range(n), "auto")
+        kept.append(sum(sizes.values()))
+        part.out.sum().backward()
+        assert k.grad is not None and q.grad is not None
+    assert kept[1] < 2.5 * kept[0] < 2.5 * 16 * 2048 * D * 2 * 4
