@@ -118,8 +118,7 @@ class ChunkLLM(AttentionMethod):
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
         if not self._chosen.covers(keys):
-            every = torch.ones(q.shape[0], dtype=torch.bool)
-            self._chosen.choose(q[:, :, -1:], keys, keys.length, every)
+            self._chosen.begin(q, keys)
 
     @torch.no_grad()
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
