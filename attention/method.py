@@ -31,8 +31,8 @@ _HERE = __name__.rpartition(".")[0] + "."  # the package whose folders are the f
 class LayerInfo:
     """What a method may know of the layer it will serve.
 
-    hidden_size: numbers of a hidden state; 0 where it is not known. weights: the recipe's tensors for this
-    layer, by name. over_weights: the same of the method that this one
+    hidden_size: numbers of a hidden state; num_layers: layers of the model; 0 where it is not known.
+    weights: the recipe's tensors for this layer, by name. over_weights: the same of the method that this one
     goes over. Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; the
     tensors of a recipe are the whole layer's.
     """
@@ -46,6 +46,7 @@ class LayerInfo:
     tp_rank: int = 0
     over_weights: Mapping[str, Tensor] | None = None
     hidden_size: int = 0
+    num_layers: int = 0
 
     def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
         """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or

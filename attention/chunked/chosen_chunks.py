@@ -42,8 +42,8 @@ class ChosenChunks:
         return self.k is not None and keys.longest() <= self.k
 
     def begin(self, q: Tensor, keys: Keys) -> None:
-        """Choose the sets of the rows whose keys the budget does not cover, by the last query of
-        q [B, H, n, D]; no row has a set before."""
+        """Drop all sets. Choose those of the rows whose keys the budget does not cover, by the last query of
+        q [B, H, n, D]."""
         _reset(keys)
         due = ~self._covered(keys, keys.length)
         if bool(due.any()):
@@ -124,7 +124,7 @@ class ChosenChunks:
 
 
 def _reset(keys: Keys) -> None:
-    """Empty sets in every row."""
+    """Drop all sets."""
     shape, device = (keys.kv.batch, keys.kv.k.shape[1]), keys.kv.device
     keys.state.update(
         tokens=torch.zeros(*shape, 0, dtype=torch.long, device=device),

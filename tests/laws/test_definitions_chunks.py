@@ -3,6 +3,7 @@ step, and the losses that their modules learn by."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,6 +197,13 @@ def test_chunkllm_is_refused_where_it_lacks_what_it_needs() -> None:
     method = farspan.methods()["chunkllm"]()
     layer = LayerInfo(index=0, num_heads=H, num_kv_heads=HKV, head_dim=D, hidden_size=20)
     assert method.for_training(layer) is None, "layers below the boundary layer are dense"
+    known = dataclasses.replace(layer, num_layers=3)
+    for bind in (method.for_training, farspan.methods()["chunkllm"](boundary_layer=2).for_training):
+        assert bind(known) is None
+    beyond = farspan.methods()["chunkllm"](boundary_layer=3)
+    for bind in (beyond.for_training, beyond.for_layer):
+        with pytest.raises(FarspanError, match="boundary_layer is at most 2 in this model of 3 layers; got 3"):
+            bind(known)
     with pytest.raises(FarspanError, match="one earlier layer"):
         _ = method.needs | farspan.methods()["chunkllm"](boundary_layer=2).needs
     q, keys = window(method, 20)
