@@ -57,7 +57,7 @@ class LayerInfo:
                 instead = f", or {needs.instead}" if needs.instead else ""
                 raise FarspanError(
                     f"{method.name} needs a recipe with the {name} of layer {self.index}: make one with "
-                    f"{method.recipe_maker} and pass recipe=PATH{instead}."
+                    f"{method.recipe_maker} and pass {method.recipe_given}{instead}."
                 )
             shared = dict.fromkeys(("num_heads", "num_kv_heads"), self.tp_size)
             wanted = [getattr(self, x) * shared.get(x, 1) if isinstance(x, str) else x for x in shape]
@@ -194,6 +194,12 @@ class AttentionMethod:
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"
+
+    @property
+    def recipe_given(self) -> str:
+        """How to name its recipe, for errors: to ``patch``, or also in its spec where it has the field."""
+        named = "recipe" in {field.name for field in dataclasses.fields(self)}
+        return "recipe=PATH" + (f", or '{self.name}:recipe=PATH'" if named else "")
 
     def calibration(self, layer: LayerInfo, *args: Any, **options: Any) -> Calibration:
         """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that

@@ -19,6 +19,7 @@ from farspan.attention.kv import KV
 from farspan.attention.method import LayerInfo
 from farspan.attention.needs import Inputs
 from farspan.attention.softmax import Softmax
+from farspan.attention.sparse import dhsa_boundaries
 
 from . import naive, naive_chunks
 from .test_definitions import grouped, reads
@@ -271,6 +272,23 @@ def test_the_predictor_sees_every_kv_head_and_its_loss_is_the_definition_s() -> 
             assert logits[1, at] == -torch.inf
     want = naive_chunks.boundary_loss(q, keys.kv.k, keys.softmax.scale, **layers)
     assert_gradients(served.module, served.distillation_loss(q, keys), want)
+
+
+def test_the_predictor_scores_tiles_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its features, 4 numbers for each number of the keys, are never made of the whole text."""
+    method = farspan.methods()["dhsa"](boundaries="learned", gate_dim=8)
+    module = randomised(method, layer_info()).module
+    k = torch.randn(2, HKV, 3000, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        logits = module(k)
+    assert max(sizes) <= 2 * 1024 * (4 * HKV * D + 1) < k.numel() * 2
+    for length in (7, 8, 9, 29, 30, 31):
+        for tile in (1, 11):
+            monkeypatch.setattr(dhsa_boundaries, "TILE", tile)
+            got = module(k[:, :, :length])
+            torch.testing.assert_close(got[:, 4 : length - 3], logits[:, 4 : length - 3], rtol=0, atol=1e-12)
+            assert got.shape == (2, length) and int(got.isfinite().sum()) == 2 * max(0, length - 7)
 
 
 def test_learned_dhsa_learns() -> None:
