@@ -138,7 +138,7 @@ class Keys:
         keys that are here."""
         return self.summaries.get(summary, self._supply(), self.starts)
 
-    def summary(self, summary: Summary, rows: Tensor | None = None) -> Tensor:
+    def summary(self, summary: Summary, *, rows: Tensor | None = None) -> Tensor:
         """``entries`` to select by; what selection read is counted. rows [R] int64: of these rows of the
         batch alone."""
         entries = self.entries(summary)

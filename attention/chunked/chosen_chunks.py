@@ -88,8 +88,8 @@ class ChosenChunks:
         """
         here, peers = keys.held(length), keys.peers
         rows = None if bool(due.all()) else due.nonzero()[:, 0].to(q.device)
-        k = keys.summary(self.compressed, rows)[:, :, :here]  # [B, Hkv, N, dim], B: the rows in due
-        labels = keys.summary(self.ends, rows)[:, 0, :here, 0]
+        k = keys.summary(self.compressed, rows=rows)[:, :, :here]  # [B, Hkv, N, dim], B: the rows in due
+        labels = keys.summary(self.ends, rows=rows)[:, 0, :here, 0]
         if rows is not None:
             q = q[rows]
         start = keys.start if keys.start is None or rows is None else keys.start[rows]

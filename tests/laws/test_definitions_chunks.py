@@ -203,7 +203,9 @@ def test_chunkllm_is_refused_where_it_lacks_what_it_needs() -> None:
         assert bind(known) is None
     beyond = farspan.methods()["chunkllm"](boundary_layer=3)
     for bind in (beyond.for_training, beyond.for_layer):
-        with pytest.raises(FarspanError, match="boundary_layer is at most 2 in this model of 3 layers; got 3"):
+        with pytest.raises(
+            FarspanError, match="boundary_layer is at most 2 in this model of 3 layers; got 3"
+        ):
             bind(known)
     with pytest.raises(FarspanError, match="one earlier layer"):
         _ = method.needs | farspan.methods()["chunkllm"](boundary_layer=2).needs

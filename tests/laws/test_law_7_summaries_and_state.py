@@ -29,8 +29,8 @@ def summaries_checked() -> Iterator[list[int]]:
     checked = [0]
 
     def checking(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def summary(self: Keys, wanted: Summary, some: Tensor | None = None) -> Tensor:
-            entries = original(self, wanted, some)
+        def summary(self: Keys, wanted: Summary, **how: Tensor | None) -> Tensor:
+            entries, some = original(self, wanted, **how), how.get("rows")
             if wanted.reads & IN_NO_CACHE:  # of which earlier calls' are gone; test_summary.py compares these
                 return entries
             anew = Summaries().get(wanted, Supply(self.kv, fed=self.fed), self.starts)
