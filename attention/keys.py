@@ -134,9 +134,11 @@ class Keys:
         keys that are here."""
         return self.summaries.get(summary, self._supply(), self.starts)
 
-    def summary(self, summary: Summary) -> Tensor:
-        """``entries`` to select by; what selection read is counted."""
+    def summary(self, summary: Summary, *, rows: Tensor | None = None) -> Tensor:
+        """``entries`` to select by; what selection read is counted. rows [R] int64: of these rows of the
+        batch alone."""
         entries = self.entries(summary)
+        entries = entries if rows is None else entries[rows]
         self.summary_bytes += entries.numel() * entries.element_size()
         return entries
 

@@ -31,8 +31,8 @@ _HERE = __name__.rpartition(".")[0] + "."  # the package whose folders are the f
 class LayerInfo:
     """What a method may know of the layer it will serve.
 
-    hidden_size: numbers of a hidden state; 0 where it is not known. weights: the recipe's tensors for this
-    layer, by name. over_weights: the same of the method that this one
+    hidden_size: numbers of a hidden state; num_layers: layers of the model; 0 where it is not known.
+    weights: the recipe's tensors for this layer, by name. over_weights: the same of the method that this one
     goes over. Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; the
     tensors of a recipe are the whole layer's.
     """
@@ -46,6 +46,7 @@ class LayerInfo:
     tp_rank: int = 0
     over_weights: Mapping[str, Tensor] | None = None
     hidden_size: int = 0
+    num_layers: int = 0
 
     def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
         """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or
@@ -56,7 +57,7 @@ class LayerInfo:
                 instead = f", or {needs.instead}" if needs.instead else ""
                 raise FarspanError(
                     f"{method.name} needs a recipe with the {name} of layer {self.index}: make one with "
-                    f"{method.recipe_maker} and pass recipe=PATH{instead}."
+                    f"{method.recipe_maker} and pass {method.recipe_given}{instead}."
                 )
             shared = dict.fromkeys(("num_heads", "num_kv_heads"), self.tp_size)
             wanted = [getattr(self, x) * shared.get(x, 1) if isinstance(x, str) else x for x in shape]
@@ -193,6 +194,12 @@ class AttentionMethod:
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"
+
+    @property
+    def recipe_given(self) -> str:
+        """How to name its recipe, for errors: to ``patch``, or also in its spec where it has the field."""
+        named = "recipe" in {field.name for field in dataclasses.fields(self)}
+        return "recipe=PATH" + (f", or '{self.name}:recipe=PATH'" if named else "")
 
     def calibration(self, layer: LayerInfo, *args: Any, **options: Any) -> Calibration:
         """What learns the weights of ``layer`` that this method needs. Raises FarspanError for a method that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,7 @@ def learned(
     if own is not None and not method.recipe and (source is None or _opened(source).method != method.name):
         source = own
     if source is None:
-        spec = f"{method.name}:recipe=PATH"
-        how = f"'{within}:over=({spec})'" if within else "recipe=PATH"
-        if not within and "recipe" in {field.name for field in fields(method)}:
-            how += f", or '{spec}'"
+        how = f"'{within}:over=({method.name}:recipe=PATH)'" if within else method.recipe_given
         raise FarspanError(
             f"{method.name} needs a recipe: make one with {method.recipe_maker} and pass {how}."
         )

@@ -41,18 +41,33 @@ class ChosenChunks:
         """Whether the budget covers every key of every row."""
         return self.k is not None and keys.longest() <= self.k
 
+    def begin(self, q: Tensor, keys: Keys) -> None:
+        """Drop all sets. Choose those of the rows whose keys the budget does not cover, by the last query of
+        q [B, H, n, D]."""
+        _reset(keys)
+        due = ~self._covered(keys, keys.length)
+        if bool(due.any()):
+            self.choose(q[:, :, -1:], keys, keys.length, due)
+
     def decode(self, q: Tensor, keys: Keys) -> TokenIndex:
         """What the queries q [B, H, Tq, D] of a decode call read. Sets are chosen by queries whose token ends
-        a chunk. A query of a row without a set reads everything and chooses."""
+        a chunk. The first query of a row that the budget does not cover, and one of a row without a set, read
+        everything and choose. A row that the budget covers reads everything and chooses nothing."""
         ended = self.ends.of(keys.inputs.early_hidden_states).cpu()  # [B, Tq]
+        cropped = not keys.state
+        if cropped:
+            _reset(keys)
         found, full = [], []
         for t in range(keys.tq):
             length = keys.past + t + 1
-            full.append(self._without_set(keys, length))
-            at = keys.state.get("chosen_at", torch.full((len(ended),), -self.longest))
-            due = ended[:, t] | full[-1] | (length - at >= self.longest)
+            covered = self._covered(keys, length)
+            without = self._covered(keys, length - 1) | (cropped and t == 0)
+            at = torch.where(covered, length, keys.state["chosen_at"])
+            keys.state["chosen_at"] = at
+            due = ~covered & (ended[:, t] | without | (length - at >= self.longest))
             if bool(due.any()):
                 self.choose(q[:, :, t : t + 1], keys, length, due)
+            full.append(covered | without)
             found.append(_with_tokens_since(keys.state, length))
         width = max(tokens.shape[2] for tokens, _ in found)
         tokens, counted = (
@@ -64,16 +79,20 @@ class ChosenChunks:
         return TokenIndex.ragged(tokens, counted, full=every)
 
     def choose(self, q: Tensor, keys: Keys, length: int, due: Tensor) -> None:
-        """Choose the sets of the rows in ``due`` [B] (bool, on the host) anew, by the queries q [B, H, 1, D]
-        at position length - 1: the tokens of the chunks with the highest product of compressed query and mean
-        compressed key, from the highest chunk on.
+        """Choose the sets of the rows in ``due`` [B] (bool, on the host, at least one) anew, by the queries
+        q [B, H, 1, D] at position length - 1: the tokens of the chunks with the highest product of compressed
+        query and mean compressed key, from the highest chunk on. Nothing of other rows is read.
 
-        A chunk that fits in part is taken from its beginning on. The last chunk and the first ``sinks``
-        tokens of a row are always in its set, also beyond the budget.
+        A chunk that fits in part is read from its beginning on. The chunk of the choosing query and the first
+        ``sinks`` tokens of a row are always in its set, also beyond the budget.
         """
-        here, peers, start = keys.held(length), keys.peers, keys.start
-        k = keys.summary(self.compressed)[:, :, :here]  # [B, Hkv, N, dim]
-        labels = keys.summary(self.ends)[:, 0, :here, 0]
+        here, peers = keys.held(length), keys.peers
+        rows = None if bool(due.all()) else due.nonzero()[:, 0].to(q.device)
+        k = keys.summary(self.compressed, rows=rows)[:, :, :here]  # [B, Hkv, N, dim], B: the rows in due
+        labels = keys.summary(self.ends, rows=rows)[:, 0, :here, 0]
+        if rows is not None:
+            q = q[rows]
+        start = keys.start if keys.start is None or rows is None else keys.start[rows]
         labels = labels if peers is None else peers.gather(labels, length)  # [B, T]
         place, held = torch.arange(length, device=q.device), keys.places()[:here]
         first = torch.zeros_like(place[:1]) if start is None else start
@@ -89,34 +108,41 @@ class ChosenChunks:
         ranked = (sums / lengths[:, None]).gather(2, numbers[:, None].expand(-1, sums.shape[1], -1))
         forced = visible & ((numbers == numbers[:, -1:]) | (place < first[:, None] + self.sinks))
         ranked = ranked.masked_fill(forced[:, None], torch.inf).masked_fill(~visible[:, None], -torch.inf)
-        begins = keys.starts or [0] * len(due)
-        sizes = [budget_at(self.k, self.fraction, length - begin) for begin in begins]
+        begins = zip(keys.starts or [0] * len(due), due.tolist(), strict=True)
+        sizes = [budget_at(self.k, self.fraction, length - begin) for begin, chooses in begins if chooses]
         wanted = torch.maximum(torch.tensor(sizes, device=q.device), forced.sum(1))[:, None]
         most = min(length, max(*sizes, self.longest + self.sinks))
         tokens, counts = select_topk(ranked, wanted.expand(ranked.shape[:2]), most)
         assert counts is not None
         _replace(keys.state, tokens, counts, length, due)
 
-    def _without_set(self, keys: Keys, length: int) -> Tensor:
-        """[B] bool: the rows that have no set yet at position length - 1, since a crop or because the budget
-        has covered all their keys so far."""
+    def _covered(self, keys: Keys, length: int) -> Tensor:
+        """[B] bool, on the host: the rows of whose keys at the first ``length`` positions the budget covers
+        all."""
         starts = keys.starts or [0] * keys.kv.batch
-        covered = [self.k is not None and length - 1 - first <= self.k for first in starts]
-        return torch.tensor(covered) | (not keys.state)
+        return torch.tensor([self.k is not None and length - first <= self.k for first in starts])
+
+
+def _reset(keys: Keys) -> None:
+    """Drop all sets."""
+    shape, device = (keys.kv.batch, keys.kv.k.shape[1]), keys.kv.device
+    keys.state.update(
+        tokens=torch.zeros(*shape, 0, dtype=torch.long, device=device),
+        counts=torch.zeros(shape, dtype=torch.int, device=device),
+        chosen_at=torch.full(shape[:1], keys.past),
+    )
 
 
 def _replace(state: State, tokens: Tensor, counts: Tensor, length: int, due: Tensor) -> None:
-    """Make ``tokens`` [B, Hkv, M], of which ``counts`` [B, Hkv] count, the sets of the rows in ``due``
+    """Make ``tokens`` [R, Hkv, M], of which ``counts`` [R, Hkv] count, the sets of the R rows in ``due``
     [B]."""
-    at = torch.full_like(due, length, dtype=torch.long)
-    if state and not bool(due.all()):
+    if not bool(due.all()):
         room = max(tokens.shape[2], state["tokens"].shape[2])
-        old, tokens = (pad(x, (0, room - x.shape[2])) for x in (state["tokens"], tokens))
-        rows = due.to(tokens.device)
-        tokens = torch.where(rows[:, None, None], tokens, old)
-        counts = torch.where(rows[:, None], counts, state["counts"])
-        at = torch.where(due, at, state["chosen_at"])
-    state.update(tokens=tokens, counts=counts, chosen_at=at)
+        old, new = (pad(x, (0, room - x.shape[2])) for x in (state["tokens"], tokens))
+        rows = due.nonzero()[:, 0].to(tokens.device)
+        tokens = old.index_copy(0, rows, new)
+        counts = state["counts"].index_copy(0, rows, counts)
+    state.update(tokens=tokens, counts=counts, chosen_at=torch.where(due, length, state["chosen_at"]))
 
 
 def _with_tokens_since(state: State, length: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..budget import budget_at, check_budget
 from ..checks import require
 from ..cost import Cost, Queries
+from ..errors import FarspanError
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
@@ -29,20 +30,21 @@ class ChunkLLM(AttentionMethod):
 
     A linear layer on the hidden states of layer ``boundary_layer``, as its attention gets them (1, the
     default: the output of the first layer, behind a norm), gives the probability that a token ends a chunk;
-    above ``alpha`` it does. It is trained towards the ends of sentences. Per layer and KV head, adapters
-    compress the group's queries (side by side) and the keys to ``gate_dim`` numbers. The score of a chunk is
-    the product of the compressed query and the mean compressed key. Its softmax over chunks is trained
-    towards the attention mass of each chunk, meaned over the group.
+    above ``alpha`` it does. It is trained towards the ends of sentences. Adapters in each layer compress
+    queries and keys, and the scores of chunks by them are trained towards the model's attention.
 
     At decode a set of keys is chosen by a prompt's last query, and then only by tokens that end a chunk: the
-    tokens of the best chunks within the budget (``k`` tokens or a ``fraction`` of the visible keys), the last
-    chunk from its beginning on. The chunk of the choosing query and the first ``sinks`` tokens are always in
-    the set. Other steps read the set and all tokens since, and select nothing.
+    tokens of the best chunks within the budget (``k`` tokens or a ``fraction`` of the visible keys). A chunk
+    that fits in part is read from its beginning on. Other steps read the set and all tokens since.
 
-    Decided here, as the paper does not say: queries and keys after RoPE, as they are stored; one boundary
+    Decided here, as the paper does not say: the score of a chunk is the product of the compressed query and
+    the mean of its compressed keys; its softmax learns the attention mass of each chunk, meaned over the
+    group; selection per layer and KV head, the group's queries side by side, vectors of ``gate_dim`` after
+    RoPE; the chunk of the choosing query and the first ``sinks`` tokens are always in the set; one boundary
     adapter per layer, all of them alike; a chunk of more than ``longest`` tokens is cut, and the set is
-    chosen anew ``longest`` tokens after the last choice; sinks; prefill and layers below ``boundary_layer``
-    are dense. After a crop the next step reads everything and chooses.
+    chosen anew ``longest`` tokens after the last choice; prefill and layers below ``boundary_layer`` are
+    dense. The paper's voting is not built: we could not verify what it is. A row reads everything up to ``k``
+    keys and at the next step, which chooses; so does the next step after a crop.
     """
 
     name: ClassVar[str] = "chunkllm"
@@ -81,7 +83,7 @@ class ChunkLLM(AttentionMethod):
         return self.adapters
 
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
-        if layer.index < max(self.boundary_layer, self.dense_layers):
+        if self._leaves_dense(layer):
             return None
         given = {n: layer.own(x) if n in ("q", "k") else x for n, x in layer.checked(self).items()}
         adapters = Adapters(layer, self.gate_dim, given["boundary.weight"].shape[1])
@@ -89,9 +91,18 @@ class ChunkLLM(AttentionMethod):
         return replace(self, adapters=adapters)
 
     def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
-        if layer.index < max(self.boundary_layer, self.dense_layers):
+        if self._leaves_dense(layer):
             return None
         return replace(self, adapters=Adapters(layer, self.gate_dim, layer.hidden_size))
+
+    def _leaves_dense(self, layer: LayerInfo) -> bool:
+        """Raises FarspanError where the model has no layer ``boundary_layer``."""
+        if 0 < layer.num_layers <= self.boundary_layer:
+            raise FarspanError(
+                f"chunkllm's boundary_layer is at most {layer.num_layers - 1} in this model of "
+                f"{layer.num_layers} layers; got {self.boundary_layer}."
+            )
+        return layer.index < max(self.boundary_layer, self.dense_layers)
 
     def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
         """The divergence of the chunks' scores from the teacher's attention, plus the cross-entropy of the
@@ -116,10 +127,7 @@ class ChunkLLM(AttentionMethod):
 
     @torch.no_grad()
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
-        keys.state.clear()
-        if not self._chosen.covers(keys):
-            every = torch.ones(q.shape[0], dtype=torch.bool)
-            self._chosen.choose(q[:, :, -1:], keys, keys.length, every)
+        self._chosen.begin(q, keys)
 
     @torch.no_grad()
     def select_decode(self, q: Tensor, keys: Keys) -> Index:

@@ -37,8 +37,8 @@ class Combiner(AttentionMethod):
     blocks; of c earlier blocks it reads one span for each bit of c that is set. The paper's logsparse form
     begins with spans of one token: ``span=1``. Spans double up to the last size that is at most ``largest``
     (512 with span=64, largest=1000), and a longer text is read as several of the largest ones.
-    count_correction: add log(tokens of the span) to the logit of a summary, so that it weighs as that many
-    tokens do; off, as in the paper.
+    count_correction: add log(tokens of the span) to the logit of a summary, after a soft-cap, so that it
+    weighs as that many tokens do; off, as in the paper.
 
     There are no weights: it runs on any model, and is meant to be trained. Its laws are its own: it is dense
     attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere.

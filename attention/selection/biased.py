@@ -29,7 +29,12 @@ class Biased(Selection):
     group share it. Gradients flow to it in prefill.
 
     Every operation serves it: with the bias as one more number of a key, and a constant as that of a query,
-    the product of query and key holds the bias. Where keys are 16-bit numbers, the bias is a sum of three.
+    the product of query and key holds the bias. Where keys are 16-bit numbers, the bias is a sum of three. It
+    is clamped to what the keys' type holds: to about +-65504 (between 46,000 and 93,000, by the scale) where
+    they are float16. Biases beyond that, also infinite ones, count as equal.
+
+    Keys, queries and values grow by 8 numbers. On CUDA, where a tile holds a power of two of them, that
+    doubles the tile of the usual sizes: 136 numbers take a tile of 256.
     """
 
     called: ClassVar[str] = "Biased"
@@ -106,7 +111,10 @@ def _with_bias(kv: KV, bias: Tensor, softmax: Softmax) -> KV:
     """Plain keys and values of kv [B, Hkv, N] with bias [B, Hkv, N] in the keys; values get zeros, so that
     both have one size."""
     k, v = kv.dense()
-    rest = bias.to(torch.promote_types(k.dtype, torch.float32)) / (softmax.scale * _constant(softmax))
+    wide = torch.promote_types(k.dtype, torch.float32)
+    # the products with the constant stay finite in ``wide``
+    most = min(torch.finfo(k.dtype).max, torch.finfo(wide).max / (8 * max(1.0, _constant(softmax))))
+    rest = (bias.to(wide) / (softmax.scale * _constant(softmax))).clamp(-most, most)
     parts = []
     for _ in range(3 if k.dtype.itemsize < 4 else 1):
         parts.append(rest.to(k.dtype))

@@ -43,7 +43,8 @@ class Summarised(Selection):
         one level     c = 5 reads entries 0 .. 4
         three levels  c = 5 = 101b reads entry 0 of level 2 (blocks 0 .. 3) and entry 4 of level 0 (block 4)
 
-    bias: by level, a number that is added to the logits of its entries.
+    bias: by level, a number that is added to the logits of its entries, after a soft-cap (``Biased`` adds
+    before it).
     Masks name the keys of the sequence alone; ``entries_read`` counts the summaries.
     """
 

@@ -1,5 +1,5 @@
-"""Centroids on the unit sphere: of a prompt's own keys, moved as the sequence grows (online k-means), or
-learned from a text."""
+"""Centroids of queries and keys: of a prompt's own keys, scaled to length 1 and moved as the sequence grows
+(online k-means), or learned from a text, of any length."""
 
 from __future__ import annotations
 

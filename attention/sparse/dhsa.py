@@ -51,7 +51,8 @@ class DHSA(LearnedChunks):
     than ``apart`` from each other, begin chunks. The tokens of the chunks that rank highest are read, the
     last one in part, besides the first ``block_k`` tokens and the last ``local``; the budget counts tokens.
     Departures: in every ``segment`` of keys alone, at most segment / block_k chunks, so that they depend on
-    no later segment; chunks of queries are fixed; the labels and the loss of ``boundary_loss``.
+    no later segment; chunks of queries are fixed; the labels and the loss of ``boundary_loss``. Single tokens
+    are listed, in T^2 / block_q * fraction numbers a head: give long prompts ``prefill_chunk``.
     """
 
     name: ClassVar[str] = "dhsa"

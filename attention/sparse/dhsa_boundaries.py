@@ -23,6 +23,7 @@ from ..selection import BlockIndex
 
 WINDOW = 4  # keys on each side of a possible boundary
 QUERIES = 128  # of a window of training, whose attention is compared
+TILE = 1024  # positions that are scored at a time
 _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 
 
@@ -43,14 +44,19 @@ class BoundaryPredictor(nn.Module):
         wide = torch.promote_types(k.dtype, self.out.weight.dtype)
         if t < 2 * WINDOW:
             return torch.full((b, t), -torch.inf, dtype=wide, device=k.device)
-        means = k.transpose(1, 2).flatten(2).to(wide).unfold(1, WINDOW, 1).mean(-1)  # [B, T - 3, C]
+        tiles = range(0, t - 2 * WINDOW + 1, TILE)
+        logits = torch.cat([self._tile(k[:, :, n : n + TILE + 2 * WINDOW - 1], wide) for n in tiles], 1)
+        return pad(logits, (WINDOW, WINDOW - 1), value=-torch.inf)
+
+    def _tile(self, k: Tensor, wide: torch.dtype) -> Tensor:
+        """k [B, Hkv, n + 7, D] -> logits [B, n] of a boundary before each key with 4 keys on both sides."""
+        means = k.transpose(1, 2).flatten(2).to(wide).unfold(1, WINDOW, 1).mean(-1)  # [B, n + 4, C]
         means = rms_norm(means, means.shape[-1:], eps=1e-6)
         left, right = means[:, :-WINDOW], means[:, WINDOW:]
         cosine = cosine_similarity(left, right, dim=-1)[..., None]
         features = torch.cat([left, right, (left - right).abs(), left * right, cosine], -1)
         hidden = linear(features, self.hidden.weight.to(wide), self.hidden.bias.to(wide)).relu()
-        logits = linear(hidden, self.out.weight.to(wide), self.out.bias.to(wide))[..., 0]
-        return pad(logits, (WINDOW, WINDOW - 1), value=-torch.inf)
+        return linear(hidden, self.out.weight.to(wide), self.out.bias.to(wide))[..., 0]
 
 
 def boundary_loss(predictor: BoundaryPredictor, q: Tensor, keys: Keys) -> Tensor:
@@ -118,7 +124,7 @@ def tokens_by_chunks(
     queries = pool(q, block_q, mode="length_normalised")  # [B, H, Nq, D]
     softmax = replace(keys.softmax, scale=keys.softmax.scale / math.sqrt(block_q * usual))
     place = torch.arange(keys.length, device=device)
-    number = torch.searchsorted(bounds[:, 1:].contiguous(), place.expand(len(bounds), -1), right=True)
+    number = torch.searchsorted(bounds[:, 1:].contiguous(), place.repeat(len(bounds), 1), right=True)
     begins = torch.arange(keys.past, keys.length, block_q, device=device)
     step = max(1, (_CPU if device.type == "cpu" else _DEVICE) // (q.shape[0] * q.shape[1] * keys.length))
     blocks, counts, most = [], [], int(sizes.max())

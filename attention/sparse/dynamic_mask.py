@@ -28,9 +28,9 @@ class DynamicMask(AttentionMethod):
 
     The bias of a key and KV head is A . softplus(V W), of the values of all KV heads (``ValueBias``);
     form="exp" takes exp(A . softplus(V W)), as the paper and its first code do. It does not depend on the
-    query, so each KV head keeps a running set of w keys: a key joins at its position, and leaves when w keys
-    up to a query's position have a larger bias. Of equal biases the later key is larger, so untrained weights
-    (A = 0) give a window of w keys. The biases are kept as labels of the keys, one float32 number each.
+    query. Of equal biases the later key is larger, so untrained weights (A = 0) give a window of w keys. The
+    biases are kept as labels of the keys, one float32 number each. Every decode step chooses anew from the
+    biases of all keys: it reads 4 bytes of each, drops no key and frees no memory.
 
     ``add_bias``, as in the paper, adds the bias to the logits of the kept keys. Up to w keys nothing is left
     out and the bias is still added: with a budget that covers every key the method is dense attention plus
@@ -54,6 +54,7 @@ class DynamicMask(AttentionMethod):
     local: int = 64
     form: str = "softplus"
     add_bias: bool = False
+    recipe: str = ""
     gate: ValueBias | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ _CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
 @dataclass(frozen=True, kw_only=True)
 class Routing(AttentionMethod):
     """A query belongs to the cluster with the largest q . mu and reads the w keys with the largest k . mu
-    before it (Routing Transformer, 2003.05997). Vectors are scaled to the unit sphere, as in the paper.
+    before it (Routing Transformer, 2003.05997). Queries and keys are scaled to length 1.
 
     Each KV head has ``clusters`` centroids mu. centroids="prompt": learned from the prompt's own keys
     (``running_centroids``), they move after every complete segment of ``segment`` keys and depend on the keys
@@ -38,10 +38,10 @@ class Routing(AttentionMethod):
     for the rest the keys nearest to the centroid. gqa_reduce: the query heads of a group are routed to one
     cluster by the "sum" or the "max" of their softmax over the clusters, or each is routed alone ("none").
 
-    Departures: queries and keys are not shared, since the model is frozen; a running top w among the keys
-    before a query, where the paper takes each cluster's top w of the whole sequence, later keys included, and
-    masks; local attention in every head, where the paper has local heads beside routing ones; sinks. The
-    prompt's centroids are plain means of keys alone. Decode is dense.
+    Departures: no mean is subtracted from vectors, as the paper's LayerNorm (without scale) does; queries and
+    keys are not shared, since the model is frozen; a running top w among the keys before a query, where the
+    paper takes each cluster's top w of the whole sequence, later keys too, and masks; local attention in
+    every head, not in some; sinks. The prompt's centroids are plain means of keys alone. Decode is dense.
     """
 
     name: ClassVar[str] = "routing"
@@ -57,6 +57,7 @@ class Routing(AttentionMethod):
     sinks: int = 4
     gqa_reduce: str = "sum"
     centroids: str = "prompt"
+    recipe: str = ""
     learned: Centroids | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
@@ -96,9 +97,8 @@ class Routing(AttentionMethod):
         return replace(self, learned=Centroids(layer.own(weights["centroids"]))) if weights else self
 
     def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
-        if not self.trains:
-            return super().for_training(layer)
-        return replace(self, learned=Centroids.random(layer.num_kv_heads, self.clusters, layer.head_dim))
+        new = Centroids.random(layer.num_kv_heads, self.clusters, layer.head_dim)
+        return replace(self, learned=new) if self.trains else super().for_training(layer)
 
     def distillation_loss(self, q: Tensor, keys: Keys) -> Tensor:
         assert self.learned is not None

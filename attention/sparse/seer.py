@@ -62,6 +62,7 @@ class Seer(AttentionMethod):
     block: int = 64
     gqa_reduce: str = "none"
     gate_dim: int = 32
+    recipe: str = ""
     gate: BlockGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:

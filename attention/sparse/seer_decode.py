@@ -65,6 +65,7 @@ class SeerDecode(AttentionMethod):
     threshold: float | None = None
     block: int = 64
     gate_dim: int = 32
+    recipe: str = ""
     gate: GroupGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:

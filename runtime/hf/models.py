@@ -94,6 +94,7 @@ class ModelInfo:
             num_kv_heads=heads // group,
             head_dim=int(head_dim),
             hidden_size=int(self.config.hidden_size),
+            num_layers=len(self.kinds),
         )
 
     @cached_property

@@ -3,6 +3,7 @@ step, and the losses that their modules learn by."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from farspan.attention.kv import KV
 from farspan.attention.method import LayerInfo
 from farspan.attention.needs import Inputs
 from farspan.attention.softmax import Softmax
+from farspan.attention.sparse import dhsa_boundaries
 
 from . import naive, naive_chunks
 from .test_definitions import grouped, reads
@@ -80,7 +82,7 @@ CHUNKLLM: list[dict[str, Any]] = [
     ("prompt", "starts"), [(60, None), (60, [0, 20, 47, 58]), (10, None), (18, [0, 3, 17])]
 )
 def test_chunkllm_step_by_step(settings: dict[str, Any], prompt: int, starts: list[int] | None) -> None:
-    """One crop among the steps. Between choices nothing is read to select."""
+    """One crop among the steps. Summaries are read of the rows that choose, and of no others."""
     method = farspan.methods()["chunkllm"](**settings, boundary_layer=0, gate_dim=6)
     served = randomised(method, layer_info())
     weights = {name: p.detach() for name, p in served.module.named_parameters()}
@@ -114,9 +116,10 @@ def test_chunkllm_step_by_step(settings: dict[str, Any], prompt: int, starts: li
                 out = naive.attention(q[h], k[head], v[head], want[head], data.scale)
                 assert (part.out[b, h, 0] - out).abs().max() < 1e-12
             sparse += len(want[0]) < n - first
-        chosen.append(sum(row.choices for row in rows) > before)
-        if starts is None and seen[0].index is not None:
-            assert (stream.reads[-1].selection_bytes > 0) == chosen[-1], "only a choice reads summaries"
+        choices = sum(row.choices for row in rows) - before
+        chosen.append(choices > 0)
+        label = HKV * 6 * 8 + 1  # bytes of a token: compressed keys of 6 float64, whether it ends a chunk
+        assert stream.reads[-1].selection_bytes == choices * n * label
     assert sparse > 0
     if starts is None and method.longest > 1:
         assert sum(chosen) < 0.6 * STEPS
@@ -195,6 +198,15 @@ def test_chunkllm_is_refused_where_it_lacks_what_it_needs() -> None:
     method = farspan.methods()["chunkllm"]()
     layer = LayerInfo(index=0, num_heads=H, num_kv_heads=HKV, head_dim=D, hidden_size=20)
     assert method.for_training(layer) is None, "layers below the boundary layer are dense"
+    known = dataclasses.replace(layer, num_layers=3)
+    for bind in (method.for_training, farspan.methods()["chunkllm"](boundary_layer=2).for_training):
+        assert bind(known) is None
+    beyond = farspan.methods()["chunkllm"](boundary_layer=3)
+    for bind in (beyond.for_training, beyond.for_layer):
+        with pytest.raises(
+            FarspanError, match="boundary_layer is at most 2 in this model of 3 layers; got 3"
+        ):
+            bind(known)
     with pytest.raises(FarspanError, match="one earlier layer"):
         _ = method.needs | farspan.methods()["chunkllm"](boundary_layer=2).needs
     q, keys = window(method, 20)
@@ -262,6 +274,23 @@ def test_the_predictor_sees_every_kv_head_and_its_loss_is_the_definition_s() -> 
             assert logits[1, at] == -torch.inf
     want = naive_chunks.boundary_loss(q, keys.kv.k, keys.softmax.scale, **layers)
     assert_gradients(served.module, served.distillation_loss(q, keys), want)
+
+
+def test_the_predictor_scores_tiles_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its features, 4 numbers for each number of the keys, are never made of the whole text."""
+    method = farspan.methods()["dhsa"](boundaries="learned", gate_dim=8)
+    module = randomised(method, layer_info()).module
+    k = torch.randn(2, HKV, 3000, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        logits = module(k)
+    assert max(sizes) <= 2 * 1024 * (4 * HKV * D + 1) < k.numel() * 2
+    for length in (7, 8, 9, 29, 30, 31):
+        for tile in (1, 11):
+            monkeypatch.setattr(dhsa_boundaries, "TILE", tile)
+            got = module(k[:, :, :length])
+            torch.testing.assert_close(got[:, 4 : length - 3], logits[:, 4 : length - 3], rtol=0, atol=1e-12)
+            assert got.shape == (2, length) and int(got.isfinite().sum()) == 2 * max(0, length - 7)
 
 
 def test_learned_dhsa_learns() -> None:

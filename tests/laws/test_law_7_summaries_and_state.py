@@ -28,13 +28,13 @@ def summaries_checked() -> Iterator[list[int]]:
     """Every summary that a method asks for is compared with one made from scratch; counts the comparisons."""
     checked = [0]
 
-    def checking(original: Callable[[Keys, Summary], Tensor]) -> Callable[[Keys, Summary], Tensor]:
-        def summary(self: Keys, wanted: Summary) -> Tensor:
-            entries = original(self, wanted)
+    def checking(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def summary(self: Keys, wanted: Summary, **how: Tensor | None) -> Tensor:
+            entries, some = original(self, wanted, **how), how.get("rows")
             if wanted.reads & IN_NO_CACHE:  # of which earlier calls' are gone; test_summary.py compares these
                 return entries
             anew = Summaries().get(wanted, Supply(self.kv, fed=self.fed), self.starts)
-            for b in range(self.kv.batch):
+            for i, b in enumerate(range(self.kv.batch) if some is None else some.tolist()):
                 first = self.starts[b] if self.starts else 0
                 if wanted.block is None:
                     rows = slice(first, self.length)
@@ -42,10 +42,10 @@ def summaries_checked() -> Iterator[list[int]]:
                     rows = slice(0, -(-(self.length - first) // wanted.block))
                 # products round by their shape
                 if any(isinstance(x, nn.Module) for x in vars(wanted).values()):
-                    torch.testing.assert_close(entries[b, :, rows], anew[b, :, rows], rtol=1e-13, atol=1e-13)
+                    torch.testing.assert_close(entries[i, :, rows], anew[b, :, rows], rtol=1e-13, atol=1e-13)
                 else:
-                    assert torch.equal(entries[b, :, rows], anew[b, :, rows])
-                assert not bool(entries[b, :, rows].isnan().any())
+                    assert torch.equal(entries[i, :, rows], anew[b, :, rows])
+                assert not bool(entries[i, :, rows].isnan().any())
             checked[0] += 1
             return entries
 

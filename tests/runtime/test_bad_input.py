@@ -10,9 +10,10 @@ import torch
 from small_models import PAD, close, decode, logits, make, prompt, recipe, shared, snapshot
 
 import farspan
-from farspan import FarspanError, SpecError, Unsupported
+from farspan import FarspanError, Recipe, SpecError, Unsupported
 from farspan.attention.sparse.double_sparsity import DoubleSparsity
 from farspan.attention.sparse.quest import Quest
+from farspan.runtime import hf
 
 
 def refused(kind, do, *says, model=None):
@@ -120,6 +121,12 @@ def test_a_chunk_that_is_no_number_of_tokens(chunk):
 
 
 # --- recipes ----------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_of_a_layer_that_the_model_has_not():
+    method = farspan.parse_method("chunkllm:boundary_layer=9")
+    made = Recipe.of_modules(method, {}, hf.inspect_model(shared("llama")).geometry, {})
+    refused(FarspanError, lambda m: farspan.patch(m, method, recipe=made), "at most 2 .* 3 layers; got 9")
 
 
 def test_a_method_that_needs_calibration_without_a_recipe(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from small_models import close, decode, logits, make, padded, prompt, recipe, shared, snapshot, tokens
 
 import farspan
-from farspan import Recipe
+from farspan import FarspanError, Recipe
+from farspan.runtime import hf
 
 TOKENS, PIECE = 96, 64  # as in small_models.recipe: two windows, the second one short
 
@@ -199,3 +201,54 @@ def test_layers_that_stay_dense_say_so():
     assert [set(layer["decode"]) for layer in told] == [{reason}, {reason}, set()]
     with farspan.patch(model, "double_sparsity:k=4096,dense_layers=0", recipe=recipe("llama")):
         assert close(logits(model, prompt()), logits(make("llama"), prompt()))
+
+
+TRAINED = [
+    "chunkllm:boundary_layer=0",
+    "dhsa:boundaries=learned",
+    "dynamic_mask",
+    "routing:centroids=learned",
+    "seer",
+    "seer_decode",
+]
+
+
+def begun(spec, seed=0):
+    """A recipe of the weights that the training of a method begins with, on a small Llama."""
+    torch.manual_seed(seed)
+    method, info = farspan.parse_method(spec), hf.inspect_model(shared("llama"))
+    modules = {i: method.for_training(info.layer_info(i)).module for i in info.attention}
+    return Recipe.of_modules(method, modules, info.geometry, {})
+
+
+@pytest.mark.parametrize("spec", TRAINED)
+def test_a_trained_method_names_a_recipe_of_its_own(tmp_path, spec):
+    """In its spec, and errors say so. Without one, its text is that of recipes made before."""
+    method, model = farspan.parse_method(spec), shared("llama")
+    assert str(method) == spec and "recipe" not in method.trained_with
+    path = begun(spec, 1).save(tmp_path / "own")
+    own = f"{spec}{',' if ':' in spec else ':'}recipe={path}"
+    assert str(farspan.parse_method(own)).endswith(f"recipe={path}")
+    with farspan.patch(model, spec, recipe=path):
+        one = decode(model, prompt(2, 90), new=4)
+    with farspan.patch(model, own):
+        assert torch.equal(decode(model, prompt(2, 90), new=4), one)
+    thin = dataclasses.replace(begun(spec), tensors={})
+    for given in (None, thin):
+        with pytest.raises(FarspanError, match=f"recipe=PATH, or '{method.name}:recipe=PATH'"):
+            farspan.patch(model, method, recipe=given)
+
+
+def test_every_trained_method_is_among_these():
+    found = {name for name, cls in farspan.methods().items() if cls().trains}
+    assert found <= {spec.partition(":")[0] for spec in TRAINED}
+
+
+def test_two_trained_methods_name_a_recipe_each(tmp_path):
+    paths = [begun(spec).save(tmp_path / spec) for spec in ("dynamic_mask", "seer_decode")]
+    both = " + ".join(f"{path.name}:recipe={path}" for path in paths)
+    with farspan.patch(shared("llama"), both.replace("dynamic_mask:", "dynamic_mask:w=70,")) as patched:
+        decode(shared("llama"), prompt(2, 200), new=2)
+        assert str(patched.report()).count("dynamic_mask") and str(patched.report()).count("seer_decode")
+    with pytest.raises(FarspanError, match="dynamic_mask:recipe=PATH \\+ seer_decode:recipe=PATH"):
+        farspan.patch(shared("llama"), "dynamic_mask + seer_decode", recipe=paths[0])

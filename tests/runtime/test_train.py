@@ -257,6 +257,7 @@ def resumed_and_whole(out: Path) -> tuple[list[Tensor], list[Tensor]]:
         ({"window": 1024}, "1024 tokens is longer than the model's 512 positions"),
         ({"method": "block_topk"}, "block_topk has no gate that learns by distillation: give tune='lora'"),
         ({"method": "nonsense"}, "nonsense"),
+        ({"method": "chunkllm:boundary_layer=9"}, "boundary_layer is at most 2 .*; got 9"),
         ({"tune": "all"}, "tune is 'lora' or 'attention', or left out for gates; got 'all'"),
         ({"rank": 4}, "rank belongs to tune='lora' or 'attention'"),
         ({"steps": 0}, "steps is at least 1; got 0"),

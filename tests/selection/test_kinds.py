@@ -245,3 +245,29 @@ def test_the_kinds_of_each_phase() -> None:
     for kind in kinds:  # over ranks, too
         assert (kind.needed is not Selection.needed) == kind.serves(PREFILL)
         assert (kind.run_decode_here is not Selection.run_decode_here) == kind.serves(DECODE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("most", [6e4, 2e12, torch.inf])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bias_beyond_the_type_of_the_keys(dtype: torch.dtype, most: float, softcap: float | None) -> None:
+    """A key with an enormous bias takes all, as far as a soft-cap allows, and a negative one nothing."""
+    q, keys = data(12, 12, None)
+    k, v = (x.to(dtype) for x in keys.kv.dense())
+    keys = Keys(kv=KV(k, v), tq=12, softmax=Softmax(0.4, softcap))
+    bias = torch.zeros(1, HKV, 12)
+    bias[..., 0], bias[..., 3] = -most, most
+    selection = Biased(read=EveryKey(), bias=bias)
+    logits = 0.4 * q.to(dtype).double() @ k.double().repeat_interleave(H // HKV, 1).transpose(2, 3)
+    logits = logits + bias[:, :1, None].clamp(-1e15, 1e15).double()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+    want = logits.softmax(-1) @ v.double().repeat_interleave(H // HKV, 1)
+    last = Keys(kv=keys.kv, tq=1, softmax=keys.softmax)
+    every = TokenIndex(tokens=torch.arange(12).expand(1, HKV, 1, 12))
+    precise = 0.02 if dtype == torch.bfloat16 else 3e-3
+    got = selection.run_prefill(q.to(dtype), keys, range(12), "auto")[0].out
+    assert (got - want).abs().max() < precise
+    for read in (selection, Biased(read=every, bias=bias)):
+        got = read.run_decode(q[:, :, -1:].to(dtype), last, "auto")[0].out
+        assert (got - want[:, :, -1:]).abs().max() < precise
