@@ -64,7 +64,7 @@ def under_each(
         if prefills_alone(group[0], recipe) or fed is not None:
             shared_by = patched_with(model, fed or group[0], recipe, job)
         else:
-            how = {"recipe": recipe if prefill.needs.recipe else None, "parallel": job.mesh}
+            how = {"recipe": recipe if takes(prefill, recipe) else None, "parallel": job.mesh}
             shared_by = patch(model, prefill=prefill, **how)
         with shared_by as patched:
             shared: Started | None = start(model, batch, patched, job)

@@ -12,6 +12,7 @@ import farspan
 from farspan.evals import batch as forward
 from farspan.evals.ranks import Job
 from farspan.evals.shared import by_prefill, recipes, under_each
+from farspan.runtime import shipped
 from farspan.runtime.patch import resolve
 from farspan.runtime.training.tuned import Tuned
 
@@ -77,3 +78,28 @@ def test_a_decode_method_is_told_of_the_prompt(spec: str, tiny_llama: Any) -> No
         want = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
     assert torch.equal(found[spec], want)
     assert not torch.equal(found["dense"], want), "nothing was left out, so that this test could not fail"
+
+
+def test_a_recipe_goes_to_its_own_method_beside_a_shipped_one(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A prefill with a shipped recipe and a decode method with a recipe that is given, one by one and as a
+    pair."""
+    model, seer = tiny_llama(), "seer:block=8,fraction=0.4"
+    random_gates(farspan.parse_method(seer), model).save(tmp_path / "seer" / "tiny")
+    monkeypatch.setattr(shipped, "_FOLDER", tmp_path)
+    shipped.recipe_folders.cache_clear()
+    ids = list(range(3, 83))
+    how: Any = {"method": "double_sparsity", "tokens": 80, "window": 80}
+    made = farspan.calibrate(model, lambda *a, **k: {"input_ids": torch.tensor([ids])}, "any", **how)
+    batch = forward.collate([ids], 0, model.device)
+    decode = "double_sparsity:k=16,dense_layers=0"
+    specs = ["dense", seer, decode, f"{seer} + {decode}"]
+
+    def density(patched: Any, started: Any) -> float:
+        return started.summary["prefill_density"]
+
+    with Job(model, None) as job:
+        found = dict(under_each(model, batch, specs, made, density, job))
+    shipped.recipe_folders.cache_clear()
+    assert found["dense"] == found[decode] == 1 and found[seer] == found[specs[3]] < 0.8
