@@ -57,7 +57,6 @@ class CoreTokens(BlockValues):
     """Both weighed by the attention of the block's last query, the mean over its group's heads (CCA)."""
 
     name: ClassVar[str] = "core_tokens"
-    queries: ClassVar[Source] = "last_queries"
 
     def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         weights = attention_of(q[..., -1, :].mean(2), k)

@@ -34,8 +34,9 @@ class CoreContext(AttentionMethod):
 
     There are no weights: it runs on any model, and is meant to be fine-tuned. Its laws are its own: with
     fewer than s + g keys it is dense attention exactly, from s + g keys on it never is. Chunks of a prompt
-    may be cut anywhere. The cache keeps N / g cores and the last s + g keys; older keys are dropped. No
-    queries are kept, since the call that finishes a group has the query of its last token.
+    may be cut anywhere. The cache keeps N / g cores and the last s + g keys; older keys are dropped.
+    The queries of the last g + max(g, 32) tokens are kept, too: a crop that opens an earlier group is
+    refused.
 
     The scale 1 / sqrt(D) of the core's softmax is the paper's. In a layer that attends with another scale or
     a soft-cap (Granite, Gemma), the cores are pooled without them, and read with them.

@@ -215,9 +215,9 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
         return run
 
     def read(original: Any) -> Any:
-        def run(self: Keys, *args: Any) -> Any:
+        def run(self: Keys, *args: Any, **how: Any) -> Any:
             before = self.summary_bytes
-            result = original(self, *args)
+            result = original(self, *args, **how)
             whole = bool(args) and not isinstance(args[0], int) and args[0].block is not None
             found.sharded += self.summary_bytes - before if decoding[0] and not whole else 0
             return result
