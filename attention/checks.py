@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import operator
 import typing
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .errors import SpecError
+from .errors import FarspanError, SpecError
 from .method import AttentionMethod
 
 
@@ -49,3 +50,13 @@ def require(method: AttentionMethod, **limits: tuple[float, float | None] | tupl
             bound = f"at least {low}" if high is None else f"from {low} to {high}"
             what = "" if float in kinds else "a whole number, "
             raise SpecError(f"{method.name} takes {key} {what}{bound}; got {value!r}.")
+
+
+def refuse_unknown(what: str, options: Iterable[str], takes: Sequence[str], words: str) -> None:
+    """Raise FarspanError for names in ``options`` that are not in ``takes``. The sentence begins with
+    ``what`` and ends with ``words`` and the names that there are."""
+    unknown = [name for name in options if name not in takes]
+    if unknown:
+        lacks = " and no option ".join(f"{name}=" for name in unknown)
+        there = ", ".join(f"{name}=" for name in takes) or "none"
+        raise FarspanError(f"{what} has no option {lacks}; {words} {there}.")

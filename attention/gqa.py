@@ -40,3 +40,8 @@ def reduce_group(shares: Tensor, how: str) -> Tensor:
     if how == "none":
         return shares.flatten(1, 2)
     return shares.sum(2) if how == "sum" else shares.amax(2)
+
+
+def side_by_side(q: Tensor, num_kv_heads: int) -> Tensor:
+    """Queries [B, H, T, D] -> [B, Hkv, T, G * D], those of a group's heads one behind the other."""
+    return q.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).flatten(3)

@@ -21,15 +21,12 @@ Source = Literal[
     "keys",
     "values",
     "queries",
-    "last_queries",
     "keys_before_rope",
     "hidden_states",
     "early_hidden_states",
     "positions",
 ]
-IN_NO_CACHE: frozenset[Source] = frozenset(
-    {"queries", "last_queries", "hidden_states", "early_hidden_states"}
-)
+IN_NO_CACHE: frozenset[Source] = frozenset({"queries", "hidden_states", "early_hidden_states"})
 
 
 class Sources:
@@ -55,13 +52,6 @@ class Sources:
     def queries(self) -> Tensor:
         """[B, H, T, D], after RoPE."""
         return self._named("queries")
-
-    @property
-    def last_queries(self) -> Tensor:
-        """[B, H, T, D], as ``queries``, for summaries that read those of the last position of each finished
-        block only. That position is always one of the call's own, so none are kept between calls; those of
-        earlier calls may be zeros here."""
-        return self._named("last_queries")
 
     @property
     def keys_before_rope(self) -> Tensor:
@@ -203,13 +193,6 @@ class Supply:
                 found[name] = self._since(name, first)
         return Sources(found)
 
-    def require_own(self, name: Source, done: int) -> None:
-        """Raise FarspanError where positions from ``done`` on are not the call's own, so that their ``name``
-        is not known."""
-        past = self.length - self._own(name).shape[2]
-        if done < past:
-            Recent().since(name, done, past)
-
     def own(self, names: Iterable[Source]) -> dict[Source, Tensor]:
         """``names`` out of queries and hidden states, of the call's own positions."""
         return {name: self._own(name) for name in names}
@@ -228,9 +211,6 @@ class Supply:
         past = self.length - own.shape[2]
         if first >= past:
             return own[:, :, first - past :]
-        if name == "last_queries":
-            earlier = own.new_zeros(*own.shape[:2], past - first, own.shape[3])
-            return torch.cat([earlier, own], 2)
         return torch.cat([self.recent.since(name, first, past), own], 2)
 
     def _own(self, name: Source) -> Tensor:

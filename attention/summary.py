@@ -7,7 +7,6 @@ change.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .digest import weights_digest
 from .errors import FarspanError
 from .kv import KV
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 from .ops.torch_private import version_of
 from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
-
-_KEPT = IN_NO_CACHE - {"last_queries"}  # what open blocks need of the calls before
 
 
 class Summary(Protocol):
@@ -70,10 +68,7 @@ def identity(module: nn.Module) -> str:
     versions = tuple(map(version_of, module.parameters()))
     known = _DIGESTS.get(module)
     if known is None or known[0] != versions:
-        found = hashlib.sha256()
-        for name, x in module.state_dict().items():
-            found.update(f"{name} {list(x.shape)} {x.dtype}".encode() + x.cpu().double().numpy().tobytes())
-        known = versions, found.hexdigest()[:16]
+        known = versions, weights_digest(module.state_dict())
         _DIGESTS[module] = known
     return known[1]
 
@@ -219,8 +214,6 @@ class Summaries:
                 first = min(first, length - 1)
             if first < length:
                 x = supply.sources(summary.reads, first)
-                if "last_queries" in summary.reads:
-                    supply.require_own("last_queries", self.done(summary))
                 self.extend(summary, x, first, starts)
             self._kept[summary.key].current = True
         return self.entries(summary, length)
@@ -231,9 +224,9 @@ class Summaries:
         fed = [s for s in {s.key: s for s in declared}.values() if s.reads & IN_NO_CACHE]
         for summary in fed:
             self.get(summary, supply, starts)
-        kept = [s for s in fed if s.block is not None and s.reads & _KEPT]
+        kept = [s for s in fed if s.block is not None and s.reads & IN_NO_CACHE]
         if kept:
-            names = frozenset().union(*(s.reads & _KEPT for s in kept))
+            names = frozenset().union(*(s.reads & IN_NO_CACHE for s in kept))
             keep = max(recent_positions(s) for s in kept)
             new = supply.own(names)
             past = supply.length - next(iter(new.values())).shape[2]

@@ -68,23 +68,10 @@ class Train:
     on: options.Place
 
     def settings(self) -> dict[str, Any]:
-        """The options of `farspan.train`. Those of --tune are left out where they were not given."""
-        names = (
-            "steps",
-            "window",
-            "windows",
-            "batch",
-            "lr",
-            "warmup",
-            "held_out",
-            "save_every",
-            "seed",
-            "precision",
-        )
-        of_tune = {name: getattr(self, name) for name in ("rank", "alpha", "loss", "temperature")}
-        given = {name: value for name, value in of_tune.items() if value is not None}
-        how = {name: getattr(self, name) for name in (*names, "start", "half", "tune")}
-        return {**how, **given, "out": self.out}
+        """The options of `farspan.train`; those that were not given are left out."""
+        own = vars(self).items()
+        apart = ("method", "text", "model", "rope", "on")
+        return {name: value for name, value in own if name not in apart and value is not None}
 
 
 @options.command

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..attention.calibration.protocol import Calibration, GradientCalibration
+from ..attention.checks import refuse_unknown
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
@@ -87,13 +88,7 @@ def _check_options(method: AttentionMethod, options: Mapping[str, Any]) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return  # the calibration checks them
     takes = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    unknown = [name for name in options if name not in takes]
-    if unknown:
-        lacks = " and no option ".join(f"{name}=" for name in unknown)
-        raise FarspanError(
-            f"The calibration of {method.name} has no option {lacks}; it takes "
-            f"{', '.join(f'{name}=' for name in takes) or 'none'}."
-        )
+    refuse_unknown(f"The calibration of {method.name}", options, takes, "it takes")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ or {"tune": "attention", "targets"} with ``.weight`` [out, in] and ``.bias`` [ou
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..attention.digest import weights_digest
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import AttentionMethod
 from . import hf
@@ -82,11 +82,10 @@ class Adapters:
     @property
     def digest(self) -> str:
         """A hash of the adapters, which every rank must share."""
-        found = hashlib.sha256(str(self.scale).encode())
-        for target, (_, parts) in sorted(self.changes.items()):
-            for name, x in sorted(parts.items()):
-                found.update(f"{target}.{name}".encode() + x.float().numpy().tobytes())
-        return found.hexdigest()
+        parts = {
+            f"{target}.{name}": x for target, (_, own) in self.changes.items() for name, x in own.items()
+        }
+        return f"{self.scale} {weights_digest(parts)}"
 
 
 class _Beside:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.digest import weights_digest
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
 
@@ -64,11 +64,8 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """The first 16 hex digits of a hash of the tensors."""
-        found = hashlib.sha256()
-        for name, x in sorted(self.tensors.items()):
-            found.update(f"{name} {list(x.shape)}".encode() + x.float().numpy().tobytes())
-        return found.hexdigest()[:16]
+        """A hash of the tensors."""
+        return weights_digest(self.tensors)
 
     def half(self) -> Recipe:
         """The same with float16 tensors in place of float32 ones, half the size; ``load`` reads them as

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..attention.checks import refuse_unknown
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
@@ -126,12 +127,7 @@ def _objective(
     if tune is None:
         return Distilled(model, tokenizer, method, start)
     known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
-    unknown = [name for name in tuning if name not in known]
-    if unknown:
-        raise FarspanError(
-            f"train has no option {' and no option '.join(f'{x}=' for x in unknown)}; with tune it also "
-            f"takes {', '.join(f'{x}=' for x in known)}."
-        )
+    refuse_unknown("train", tuning, known, "with tune it also takes")
     return Tuned(model, method, start, tune=tune, **tuning)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..gqa import side_by_side
 from ..method import LayerInfo
 from ..sources import Source, Sources
 from ..summary import identity
@@ -36,8 +37,7 @@ class Adapters(nn.Module):
 
     def queries(self, q: Tensor) -> Tensor:
         """q [B, H, T, D] -> [B, Hkv, T, dim], in float32 (float64 for float64 q)."""
-        grouped = q.unflatten(1, (self.k.shape[0], -1)).transpose(2, 3).flatten(3)  # [B, Hkv, T, G * D]
-        return _times(grouped, self.q)
+        return _times(side_by_side(q, self.k.shape[0]), self.q)
 
     def keys(self, k: Tensor) -> Tensor:
         """k [B, Hkv, T, D] -> [B, Hkv, T, dim], in float32 (float64 for float64 k)."""

@@ -18,17 +18,13 @@ class BlockValues:
     """A summary with one key and one value of each block, side by side: 2 * D numbers.
 
     Only finished blocks are summarised; the entry of an unfinished one is zero, and nothing reads it.
-    Subclasses have ``name`` and ``of_blocks``. queries: the name of the queries that ``of_blocks`` reads.
+    Subclasses have ``name`` and ``of_blocks``.
     """
 
     block: int
     name: ClassVar[str]
     dtype: ClassVar[None] = None
-    queries: ClassVar[Source] = "queries"
-
-    @property
-    def reads(self) -> frozenset[Source]:
-        return frozenset({"keys", "values", self.queries})
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys", "values", "queries"})
 
     @property
     def key(self) -> tuple:
@@ -39,10 +35,7 @@ class BlockValues:
 
     def compute(self, x: Sources) -> Tensor:
         whole = x.keys.shape[2] // self.block * self.block
-        q, k, v = (
-            t[:, :, :whole].unflatten(2, (-1, self.block))
-            for t in (x.tensors[self.queries], x.keys, x.values)
-        )
+        q, k, v = (t[:, :, :whole].unflatten(2, (-1, self.block)) for t in (x.queries, x.keys, x.values))
         k, v = self.of_blocks(q.unflatten(1, (k.shape[1], -1)), k, v)
         entries = torch.cat([k, v], -1).to(x.keys.dtype)
         unfinished = entries.new_zeros(*x.keys.shape[:2], int(x.keys.shape[2] > whole), entries.shape[3])

@@ -29,7 +29,7 @@ def chunk_loss(adapters: Adapters, q: Tensor, keys: Keys, longest: int) -> Tenso
     loss = binary_cross_entropy_with_logits(boundary, ends.to(boundary.dtype))
     numbers = chunk_numbers(within(ends, longest))[:, None, None]  # [B, 1, 1, T]
     count, place = int(numbers.max()) + 1, torch.arange(keys.length, device=q.device)
-    wide = q if q.dtype == torch.float64 else q.float()
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))
     k = adapters.keys(keys.kv.k.to(wide.dtype))
     apart, sampled = loss.new_zeros(()), 0
     for rows, attention in attention_of_rows(wide, keys, sample_rows(keys.tq, QUERIES)):

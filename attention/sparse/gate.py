@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from ..errors import FarspanError
+from ..gqa import side_by_side
 from ..method import LayerInfo
 from ..ops.pool import pool
 from ..sources import Source, Sources
@@ -79,7 +80,7 @@ class BlockGate(nn.Module):
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, heads, n, D_in] -> [B, heads, n, d_g] in float32 (float64 for float64 queries)."""
-        q = q.to(_wide(q))
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
         return q if self.q is None else q @ self.q.to(q)
 
 
@@ -127,8 +128,7 @@ class GroupGate(BlockGate):
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, H, n, D] -> [B, Hkv, n, d_g], normalised."""
-        grouped = q.unflatten(1, (self.k.shape[0], -1)).transpose(2, 3).flatten(3)  # [B, Hkv, n, G * D]
-        projected = super().project(grouped)
+        projected = super().project(side_by_side(q, self.k.shape[0]))
         return rms_norm(projected, (self.size,), self.q_norm.to(projected), eps=_EPS)
 
 
@@ -161,7 +161,7 @@ def pool_keys(k: Tensor, block: int) -> Tensor:
     """concat(max, min, mean) of blocks of keys [B, Hkv, T, D] -> [B, Hkv, ceil(T / block), 3 D] in float32
     (float64 for float64 keys)."""
     pooled = pool(k, block, mode=("max", "min", "mean"))
-    return pooled.to(_wide(pooled))
+    return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
 
 def pool_queries(q: Tensor, block: int, lead: int) -> Tensor:
@@ -178,7 +178,8 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor | None) -> Tensor:
     """
     if frequencies is None:
         return x
-    x = x.to(_wide(x))  # under autocast it may be 16-bit, too coarse for positions
+    # under autocast x may be 16-bit, too coarse for positions
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     turn = positions[..., None].to(x) * sample_frequencies(frequencies, x.shape[-1] // 2).to(x)
     cos, sin = turn.cos(), turn.sin()
     a, b = x.chunk(2, -1)
@@ -231,7 +232,3 @@ def check_shape(layer: LayerInfo, weights: Mapping[str, Tensor], name: str, want
             f"This recipe has {name} of the sizes {list(given)} in layer {layer.index}, the model needs "
             f"{list(wanted)}: it was made for another model."
         )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

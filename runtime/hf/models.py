@@ -41,8 +41,7 @@ class ModelInfo:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """The architecture and sizes of the whole model, and its ``fingerprint``, which a recipe must "
-        "match."""
+        """The architecture, sizes and fingerprint of the whole model, which a recipe must match."""
         first = self._whole(min(self.attention))
         sizes = {
             "model_type": self.config.model_type,

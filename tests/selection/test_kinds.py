@@ -3,7 +3,7 @@ keys."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,25 +32,9 @@ from farspan.attention.selection import (
 )
 from farspan.attention.softmax import Softmax
 
+from .some_keys import SomeKeys
+
 H, HKV, D = 6, 2, 8
-
-
-@dataclass(kw_only=True)
-class SomeKeys(Keys):
-    """Those keys of a call that one of several holders has, at ``at`` [N]."""
-
-    at: Tensor
-    total: int
-
-    @property
-    def length(self) -> int:
-        return self.total
-
-    def held(self, length: int) -> int:
-        return int((self.at < length).sum())
-
-    def places(self) -> Tensor:
-        return self.at
 
 
 def data(tq: int, tk: int, starts: list[int] | None) -> tuple[Tensor, Keys]:

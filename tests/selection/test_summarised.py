@@ -17,6 +17,8 @@ from farspan.attention.partial import Partial, merge
 from farspan.attention.selection import Summarised
 from farspan.attention.softmax import Softmax
 
+from .some_keys import SomeKeys
+
 H, HKV, D = 6, 2, 8
 KINDS = [
     {"block": 4, "local": 8},
@@ -121,24 +123,6 @@ class Share:
 
     def share(self, count: int) -> range:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-
-@dataclass(kw_only=True)
-class SomeKeys(Keys):
-    """Those keys of a call that one of several ranks has, at ``at`` [N]."""
-
-    at: Tensor
-    total: int
-
-    @property
-    def length(self) -> int:
-        return self.total
-
-    def held(self, length: int) -> int:
-        return int((self.at < length).sum())
-
-    def places(self) -> Tensor:
-        return self.at
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
