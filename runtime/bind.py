@@ -170,9 +170,8 @@ def learned(
     source = method.recipe or recipe  # the recipe in the spec comes first: two methods may need one each
     if source is not None and _opened(source).has_adapters_alone:
         source = None
-    own = shipped(method, geometry)
-    if own is not None and not method.recipe and (source is None or _opened(source).method != method.name):
-        source = own
+    if not method.recipe and (source is None or _opened(source).method != method.name):
+        source = shipped(method, geometry) or source
     if source is None:
         how = f"'{within}:over=({method.name}:recipe=PATH)'" if within else method.recipe_given
         raise FarspanError(
