@@ -190,7 +190,8 @@ class AttentionMethod:
     def recipe_maker(self) -> str:
         """The call that makes its recipe, for errors: training, its calibration, or saving its module."""
         if self.trains:
-            return f"'farspan train {self}'"
+            own: Any = self
+            return f"'farspan train {dataclasses.replace(own, recipe='') if self.recipe else own}'"
         if type(self).calibration is AttentionMethod.calibration:
             return f"patched.recipe({self.name!r}).save(PATH)"
         return f"'farspan calibrate --method {self.name}'"

@@ -57,10 +57,6 @@ class LearnedChunks(AttentionMethod):
         return self.boundaries == "learned"
 
     @property
-    def recipe_maker(self) -> str:
-        return "'farspan train dhsa:boundaries=learned'"
-
-    @property
     def couples_heads(self) -> bool:
         return self.boundaries == "learned"  # the predictor reads the keys of all KV heads
 

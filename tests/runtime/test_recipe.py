@@ -252,3 +252,8 @@ def test_two_trained_methods_name_a_recipe_each(tmp_path):
         assert str(patched.report()).count("dynamic_mask") and str(patched.report()).count("seer_decode")
     with pytest.raises(FarspanError, match="dynamic_mask:recipe=PATH \\+ seer_decode:recipe=PATH"):
         farspan.patch(shared("llama"), "dynamic_mask + seer_decode", recipe=paths[0])
+
+
+def test_the_command_that_makes_a_recipe_names_the_spec_without_a_recipe() -> None:
+    for spec in ("seer:fraction=0.1", "dhsa:boundaries=learned", "seer_decode:block=16"):
+        assert farspan.parse_method(f"{spec},recipe=/nope").recipe_maker == f"'farspan train {spec}'"
