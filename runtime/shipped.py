@@ -32,9 +32,8 @@ def recipes_of(name: str) -> dict[str, str]:
 
 def _made(recipe: Recipe) -> str:
     how = recipe.settings
-    return (
-        f"{how['steps']} steps of {how['window']} tokens in {how['minutes']:.0f} minutes, seed {how['seed']}"
-    )
+    steps = f"{how['steps']} steps of {how['batch']} windows of {how['window']} tokens"
+    return f"{steps}, {how['minutes']:.0f} minutes, seed {how['seed']}"
 
 
 def shipped(method: AttentionMethod, geometry: Mapping[str, Any]) -> Recipe | None:
