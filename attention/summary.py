@@ -292,7 +292,7 @@ class Summaries:
             first = _open_block(kept.block, length, starts)
             if kept.block is None or kept.done <= length or first >= length:
                 continue
-            for name in self.recent.tensors.keys() & kept.reads & IN_NO_CACHE:
+            for name in sorted(self.recent.tensors.keys() & kept.reads & IN_NO_CACHE):
                 if first < self.recent.begin(name):
                     what = name.replace("_", " ")
                     raise FarspanError(

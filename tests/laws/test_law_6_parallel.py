@@ -138,7 +138,7 @@ def test_gates_after_crops_as_on_one_device(world: World):
             for a, b in zip(got["logits"], want["logits"], strict=True):
                 assert (a - b).abs().max() < 1e-9, case
     for refused in world.run(refused_over_ranks, 2, Case(calls=(120, -69, 1), **common)):
-        assert "a summary needs the queries of the tokens from position 48 on" in refused
+        assert "a summary needs the hidden states of the tokens from position 48 on" in refused
 
 
 @pytest.mark.parametrize(
