@@ -49,7 +49,8 @@ def scan(
     b, h, t, dv = v.shape
     if cu_seqlens is not None and (b != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
         raise ValueError(
-            f"scan takes cu_seqlens [N + 1] for a batch of 1; got {list(cu_seqlens.shape)} and a batch of {b}."
+            f"scan takes cu_seqlens [N + 1] for a batch of 1; got {list(cu_seqlens.shape)} and a "
+            f"batch of {b}."
         )
     rows = b if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and state.shape != (rows, h, k.shape[3], dv):
