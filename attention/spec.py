@@ -36,36 +36,53 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
         raise SpecError(
             f"A method is a string such as 'recycled:k=512,stride=10' or a method object; got {spec!r}."
         )
-    name, _, rest = spec.strip().partition(":")
-    name = name.strip()
+    name, rest = split_spec(spec)
     known = methods()
     if name not in known:
         raise SpecError(
-            f"There is no method {name!r}{_nearest(name, known)}; the methods are {', '.join(known)}."
+            f"There is no method {name!r}{nearest(name, known)}; the methods are {', '.join(known)}."
         )
     cls = known[name]
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)}
-    values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in _OUTSIDE.split(rest))):
-        key, equals, text = (piece.strip() for piece in item.partition("="))
-        if key in _RENAMED and _RENAMED[key] in fields:
-            raise SpecError(f"{name} has no parameter {key!r}: it is called {_RENAMED[key]!r} now.")
-        if key not in fields:
-            takes = f"it takes {', '.join(fields)}" if fields else "it takes none"
-            raise SpecError(f"{name} has no parameter {key!r}{_nearest(key, fields)}; {takes}.")
-        if not equals or not text:
-            raise SpecError(
-                f"{name} needs a value for {key}, as in '{name}:{key}={fields[key].default}'; got {item!r}."
-            )
-        if key in values:
-            raise SpecError(f"{name} got the parameter {key} twice in {spec!r}.")
-        values[key] = _convert(name, key, text, hints[key])
+    values = parse_parameters(name, rest, {key: f.default for key, f in fields.items()}, hints)
     if values.keys() & _SIZES:  # a budget takes the place of the default one
         for other in (_SIZES | {"mass"}) & fields.keys():
             if type(None) in typing.get_args(hints[other]):
                 values.setdefault(other, None)
     return cls(**values)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """``"name:par=value"`` -> the name and the text of the parameters."""
+    name, _, rest = spec.strip().partition(":")
+    return name.strip(), rest
+
+
+def parse_parameters(
+    name: str, text: str, defaults: Mapping[str, Any], hints: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of ``"par=value,par=value"``, each converted to the type that ``hints`` gives.
+
+    name: of what takes the parameters, for errors. defaults: the parameters that it takes and their defaults.
+    Raises SpecError for an unknown parameter, one that comes twice, and a value of another type.
+    """
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in _OUTSIDE.split(text))):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if key in _RENAMED and _RENAMED[key] in defaults:
+            raise SpecError(f"{name} has no parameter {key!r}: it is called {_RENAMED[key]!r} now.")
+        if key not in defaults:
+            takes = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
+            raise SpecError(f"{name} has no parameter {key!r}{nearest(key, defaults)}; {takes}.")
+        if not equals or not value:
+            raise SpecError(
+                f"{name} needs a value for {key}, as in '{name}:{key}={defaults[key]}'; got {item!r}."
+            )
+        if key in values:
+            raise SpecError(f"{name} got the parameter {key} twice in {text!r}.")
+        values[key] = _convert(name, key, value, hints[key])
+    return values
 
 
 def _convert(name: str, key: str, text: str, hint: Any) -> Any:
@@ -95,6 +112,6 @@ def _convert(name: str, key: str, text: str, hint: Any) -> Any:
     raise SpecError(f"{name} takes {wanted.get(kinds[0], kinds[0])} for {key}; got {text!r}.")
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

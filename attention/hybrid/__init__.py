@@ -1,1 +1,7 @@
-"""Mixers: modules with a recurrent state that take the place of a layer's attention."""
+"""Mixers: modules with a recurrent state that take the place of a layer's attention. Importing the package
+registers them."""
+
+from .geometry import Geometry as Geometry
+from .mixer import Mixer as Mixer
+from .registry import mixers as mixers
+from .registry import parse_mixer as parse_mixer

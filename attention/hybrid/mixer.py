@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ State = tuple[Tensor, ...]
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [B or 1, T, rotated numbers] of the tokens' positions, as the layer's attention would get
 them."""
+
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def registered() -> dict[str, type[Mixer]]:
+    """Every mixer class that has a name, by name."""
+    return dict(_REGISTRY)
 
 
 class Mixer(nn.Module):
@@ -29,13 +37,25 @@ class Mixer(nn.Module):
     - step: ``step`` equals ``forward`` over one token;
     - padding: tokens that ``mask`` hides change neither the state nor the outputs of other tokens.
 
+    A mixer of this package is made by ``Mixer(geometry, *, parameters)``: its hyper-parameters are the
+    keyword-only parameters of ``__init__``, with a default each, which a spec names
+    (``"gated_linear:window=64"``). It starts from the weights of the attention that it replaces
+    (``initialise_from``). A class with a ``name`` is registered by being defined.
+
     Parameters keep their names in the model's state dict: a mixer with a child ``q_proj`` in layer 3 has
     ``layers.3.self_attn.q_proj``, as the attention that it replaces.
     """
 
     name: ClassVar[str]  # for the report
+    title: ClassVar[str] = ""  # as the paper calls it
     paper: ClassVar[str] = ""  # arXiv id
+    from_geometry: ClassVar[bool] = False  # whether ``__init__`` takes a Geometry, so that a spec can name it
     hidden_size: int  # numbers of a hidden state
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _REGISTRY[cls.name] = cls
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -77,3 +97,17 @@ class Mixer(nn.Module):
         """One token: hidden [B, hidden] -> (out [B, hidden], the state after it). By default ``forward``."""
         out, state = type(self).forward(self, hidden[:, None], state, None, rotary)
         return out[:, 0], state
+
+    def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy what can be used of the attention that this mixer replaces.
+
+        weights: ``q_proj.weight`` [H * D, hidden], ``k_proj.weight`` and ``v_proj.weight`` [Hkv * D, hidden],
+        ``o_proj.weight`` [hidden, H * D], and the biases, ``q_norm.weight`` and ``k_norm.weight`` where the
+        attention has them. By default every tensor is copied for which this mixer has a parameter of the same
+        name and shape.
+        """
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, x in weights.items():
+                if name in own and own[name].shape == x.shape:
+                    own[name].copy_(x)
