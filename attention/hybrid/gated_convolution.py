@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import FarspanError
+from ..errors import SpecError
+from .geometry import Geometry
 from .mixer import Mixer, Rotary, State
 
 
@@ -18,20 +19,22 @@ class GatedConvolution(Mixer):
     u of the tokens t - length + 1 .. t, so the state is the last length - 1 inputs: a convolution of the
     sequence's own length keeps every input. Its mixing does not depend on the input, only the gate does.
 
-    Raises FarspanError for a length below 1.
+    Nothing of an attention's weights fits it. Raises SpecError for a length below 1.
     """
 
     name: ClassVar[str] = "base_conv"
+    title: ClassVar[str] = "BaseConv (gated long convolution)"
     paper: ClassVar[str] = "2312.04927"
+    from_geometry: ClassVar[bool] = True
 
-    def __init__(self, hidden_size: int, *, length: int = 64) -> None:
+    def __init__(self, geometry: Geometry, *, length: int = 64) -> None:
         super().__init__()
         if length < 1:
-            raise FarspanError(f"base_conv has a filter of at least 1 token; got length={length}.")
-        self.hidden_size, self.length = hidden_size, length
-        self.filter = nn.Parameter(torch.randn(hidden_size, length) / length**0.5)
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-        self.gate_proj = nn.Linear(hidden_size, hidden_size)
+            raise SpecError(f"base_conv has a filter of at least 1 token; got length={length}.")
+        self.hidden_size, self.length = geometry.hidden_size, length
+        self.filter = nn.Parameter(torch.randn(self.hidden_size, length) / length**0.5)
+        self.bias = nn.Parameter(torch.zeros(self.hidden_size))
+        self.gate_proj = nn.Linear(self.hidden_size, self.hidden_size)
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:

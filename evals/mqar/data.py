@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,14 @@ class Setting:
                 f"The setting {self} has no room for its queries: a sequence takes at least 4 tokens a pair, "
                 "and at least one pair. Give a longer length or fewer pairs."
             )
+
+    @staticmethod
+    def parse(text: str) -> Setting:
+        """The setting of "64x4". Raises FarspanError for another text."""
+        found = re.fullmatch(r"\s*(\d{1,9})x(\d{1,9})\s*", text)
+        if found is None:
+            raise FarspanError(f"A setting is LENGTHxPAIRS such as 64x4; got {text!r}.")
+        return Setting(length=int(found[1]), pairs=int(found[2]))
 
     def __str__(self) -> str:
         return f"{self.length}x{self.pairs}"
@@ -82,8 +91,8 @@ def check(setting: Setting, vocabulary: int, filler: str) -> None:
     """Raises FarspanError where such sequences cannot be drawn."""
     if vocabulary % 2 or vocabulary < 2 * setting.pairs + 2:
         raise FarspanError(
-            f"A vocabulary of {vocabulary} tokens does not fit {setting.pairs} pairs: half of it are keys (token "
-            f"0 is none), half values. Give an even number of at least {2 * setting.pairs + 2}."
+            f"A vocabulary of {vocabulary} tokens does not fit {setting.pairs} pairs: half of it are keys, "
+            f"without token 0, and half values. Give an even number of at least {2 * setting.pairs + 2}."
         )
     if filler not in FILLERS:
         raise FarspanError(f"The filler is {' or '.join(FILLERS)}; got {filler!r}.")
@@ -98,10 +107,10 @@ def _draw(
     fillers_from: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, half = setting.pairs, vocabulary // 2
-    keys = 1 + _distinct(torch.ones(half - 1), rows, n, pairs_from)
-    values = half + _distinct(torch.ones(half), rows, n, pairs_from)
+    keys = 1 + _distinct(half - 1, rows, n, pairs_from)
+    values = half + _distinct(half, rows, n, pairs_from)
     slots = torch.arange(1, (setting.length - 2 * n) // 2 + 1)
-    places = 2 * n + 2 * _distinct(slots.double() ** (POWER - 1), rows, n, pairs_from)
+    places = 2 * n + 2 * _weighted(slots.double() ** (POWER - 1), rows, n, pairs_from)
     shape = (rows, setting.length)
     if filler == "zero":
         tokens = torch.zeros(shape, dtype=torch.long)
@@ -111,8 +120,21 @@ def _draw(
     return tokens.scatter_(1, places, keys), places, values
 
 
-def _distinct(weights: Tensor, rows: int, count: int, made_by: torch.Generator) -> Tensor:
-    """[rows, count] int64: in each row, numbers below len(weights) drawn one after the other, without repeats,
-    in proportion to their weights. The largest log(weight) plus Gumbel noise are such a draw."""
+def _distinct(size: int, rows: int, count: int, made_by: torch.Generator) -> Tensor:
+    """[rows, count] int64: in each row, different numbers below ``size`` in random order, all equally likely
+    (Floyd's algorithm, then a shuffle)."""
+    chosen = torch.empty(rows, count, dtype=torch.long)
+    for i in range(count):
+        most = size - count + i
+        one = torch.randint(most + 1, (rows,), generator=made_by)
+        taken = (chosen[:, :i] == one[:, None]).any(1)
+        chosen[:, i] = torch.where(taken, most, one)
+    order = torch.rand(rows, count, generator=made_by, dtype=torch.float64).argsort(1)
+    return chosen.gather(1, order)
+
+
+def _weighted(weights: Tensor, rows: int, count: int, made_by: torch.Generator) -> Tensor:
+    """[rows, count] int64: in each row, numbers below len(weights) drawn one after the other, without
+    repeats, in proportion to their weights. The largest log(weight) plus Gumbel noise are such a draw."""
     noise = torch.rand(rows, len(weights), generator=made_by, dtype=torch.float64)
-    return (weights.double().log() - (-noise.log()).log()).topk(count, dim=1).indices
+    return (weights.log() - (-noise.log()).log()).topk(count, dim=1).indices

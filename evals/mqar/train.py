@@ -1,0 +1,189 @@
+"""Training of one model of MQAR, which goes on from its last epoch after a stop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ...attention.errors import FarspanError
+from ...runtime.training.checkpoint import load_checkpoint, save_checkpoint
+from .data import Examples, Setting, draw
+from .model import Model
+
+SOLVED, ENDED, DIVERGED = "solved", "epochs", "not finite"
+_APART = 100_000  # seeds of data are this far apart, so that the epochs of two runs never meet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a folder share.
+
+    samples: sequences of an epoch. same_data: every epoch has the same ones, as published; otherwise each
+    epoch draws its own. test_samples: sequences that are never trained on. batch_tokens: tokens of a step, as
+    many whole sequences as they hold. stop: the accuracy that ends a run. Weights are decayed by
+    ``weight_decay``, and the learning rate falls to 0 by a cosine over all steps.
+
+    Raises FarspanError for numbers out of range.
+    """
+
+    vocabulary: int = 8192
+    filler: str = "zero"
+    heads: int = 1
+    samples: int = 4096
+    same_data: bool = False
+    test_samples: int = 1000
+    epochs: int = 16
+    batch_tokens: int = 4096
+    dropout: float = 0.0
+    weight_decay: float = 0.1
+    stop: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "test_samples", "epochs", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise FarspanError(f"{name} is at least 1; got {getattr(self, name)}.")
+        for name in ("dropout", "stop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FarspanError(f"{name} is from 0 to 1; got {getattr(self, name)}.")
+
+    def rows(self, setting: Setting) -> int:
+        """Sequences of a step."""
+        return max(1, self.batch_tokens // setting.length)
+
+    def steps(self, setting: Setting) -> int:
+        """Steps of an epoch."""
+        return math.ceil(self.samples / self.rows(setting))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training: a mixer at a size, a setting, a learning rate and a seed."""
+
+    mixer: str
+    dim: int
+    setting: Setting
+    lr: float
+    seed: int
+
+    @property
+    def cell(self) -> tuple[str, int, Setting, int]:
+        """What the runs of one sweep of learning rates share."""
+        return self.mixer, self.dim, self.setting, self.seed
+
+    @property
+    def key(self) -> str:
+        """Its row's key, which is unique within a mixer."""
+        return f"{self.setting}/d{self.dim}/lr{self.lr:g}/{self.seed}"
+
+
+def train(
+    run: Run,
+    training: Training,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int, float], None] = lambda epoch, accuracy: None,
+) -> dict[str, Any]:
+    """Train the model of ``run`` and measure it after each epoch -> the row of the run.
+
+    ``folder`` holds a checkpoint while the run goes on; the result does not depend on where it was stopped.
+    progress: called after each epoch with its number, from 1 on, and the accuracy. The row has the accuracy
+    after the last epoch, why the run ended, the accuracies of all epochs, and its cost: ``seconds`` of wall
+    time and ``cpu_seconds``.
+    """
+    settings = {**asdict(run), **asdict(training)}
+    found = load_checkpoint(folder, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = Model(
+            run.mixer,
+            dim=run.dim,
+            heads=training.heads,
+            setting=run.setting,
+            vocabulary=training.vocabulary,
+            dropout=training.dropout,
+        ).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=training.weight_decay)
+        done: dict[str, Any] = {"accuracies": [], "losses": [], "seconds": 0.0, "cpu_seconds": 0.0}
+        if found is not None:
+            model.load_state_dict(found["model"])
+            optimizer.load_state_dict(found["optimizer"])
+            done = found["done"]
+        test = _data(run, training, 0, training.test_samples, device)
+        ended = None
+        while ended is None:
+            epoch, began = len(done["losses"]) + 1, (time.perf_counter(), time.process_time())
+            loss = _epoch(model, optimizer, run, training, epoch, device)
+            accuracy = model.accuracy(test, training.rows(run.setting)) if math.isfinite(loss) else 0.0
+            done["losses"].append(loss)
+            done["accuracies"].append(accuracy)
+            done["seconds"] += time.perf_counter() - began[0]
+            done["cpu_seconds"] += time.process_time() - began[1]
+            ended = _ended(training, done)
+            if ended is None:
+                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(folder, {"settings": settings, "step": epoch, "done": done, **states})
+            progress(epoch, accuracy)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "accuracy": done["accuracies"][-1],
+        "loss": done["losses"][-1],
+        "ended": ended,
+        "epochs": len(done["losses"]),
+        "steps": len(done["losses"]) * training.steps(run.setting),
+        "state": model.state_numbers(run.setting),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **done,
+    }
+
+
+def _ended(training: Training, done: dict[str, Any]) -> str | None:
+    if not math.isfinite(done["losses"][-1]):
+        return DIVERGED
+    if done["accuracies"][-1] >= training.stop:
+        return SOLVED
+    return ENDED if len(done["losses"]) == training.epochs else None
+
+
+def _epoch(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    training: Training,
+    epoch: int,
+    device: str,
+) -> float:
+    """One epoch -> its mean loss; it ends early where the loss is not finite. Everything random in it follows
+    from the seed and the number of the epoch."""
+    data = _data(run, training, 1 if training.same_data else epoch, training.samples, device)
+    torch.manual_seed(run.seed * _APART + epoch)
+    model.train()
+    total, steps = 0.0, training.steps(run.setting)
+    for number, rows in enumerate(torch.randperm(len(data)).split(training.rows(run.setting))):
+        at = ((epoch - 1) * steps + number) / (training.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * (1 + math.cos(math.pi * at)) / 2
+        part = data[rows.to(device)]
+        loss = cross_entropy(model(part).flatten(0, 1), part.answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(rows)
+        if not math.isfinite(total):
+            break
+    return total / len(data)
+
+
+def _data(run: Run, training: Training, number: int, count: int, device: str) -> Examples:
+    """The sequences of an epoch, the same for all mixers; number 0 is the test."""
+    seed = run.seed * _APART + number
+    made = draw(run.setting, count, vocabulary=training.vocabulary, filler=training.filler, seed=seed)
+    return Examples(made.tokens.to(device), made.places.to(device), made.answers.to(device))
