@@ -1,6 +1,7 @@
 """Mixers: modules with a recurrent state that take the place of a layer's attention. Importing the package
 registers them."""
 
+from .gated_linear import GatedLinear as GatedLinear
 from .geometry import Geometry as Geometry
 from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
