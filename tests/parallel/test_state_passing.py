@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from .jobs_states import call_of, masks, mixers, passed
+from .jobs import Case
+from .jobs_states import Convolved, call_of, masks, mixers, passed
+from .test_generate import assert_same
 from .world import World
 
 CALLS = [(0, 21, 1), (0, 2, 1), (5, 1, 1), (7, 30, 8), (0, 17, 16)]  # past, length, block multiple
@@ -32,3 +36,27 @@ def test_passed_states_are_those_of_one_device(name: str, size: int, world: Worl
                 for a, b, first in zip(end, after, ranks[0][kind][1], strict=True):
                     assert torch.allclose(a, b, rtol=0, atol=1e-12), where
                     assert torch.equal(a, first), f"not the bits of rank 0: {where}"
+
+
+def patched(rule: str, **more: Any) -> dict[str, Any]:
+    """Options of patch: two of the three layers have a mixer."""
+    return {"mixers": {0: Convolved(rule=rule).double(), 2: Convolved(rule=rule, seed=1).double()}, **more}
+
+
+def test_generate_with_mixers_is_that_of_one_device(world: World):
+    """Beside dense and sparse attention: padded batches, several turns, chunked prefill, beams, short
+    prompts, and lengths that leave a rank without tokens."""
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    sparse = "block_topk:k=32,block=16 + quest:k=32"
+    cases = [
+        Case(lengths=(61,), patch=patched("delta")),
+        Case(lengths=(70, 41, 2), turns=(20, 1), new=4, patch=patched("head")),
+        Case(lengths=(90, 57), new=4, patch=patched("channel", prefill_chunk=24)),
+        Case(lengths=(61, 30), new=4, how=beams, patch=patched("head")),
+        Case(lengths=(9,), turns=(30,), new=3, patch=patched("delta")),
+        Case(lengths=(121, 80), new=4, spec=sparse, patch=patched("head")),
+        Case(lengths=(33,), new=3, spec="block_topk:k=32,block=16", patch=patched("head")),
+    ]
+    ranks = assert_same(world, (2, 3, 4), cases, 1e-9)
+    for report in (done[0]["report"] for done in ranks):
+        assert {"halo", "transitions"} <= report.traffic.keys()
