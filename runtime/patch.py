@@ -85,7 +85,8 @@ def patch(
     at decode every query is measured. The values are in ``report``. Calls become slower. It works on one
     device only.
     mixers: ``Mixer`` modules by layer number. They replace the attention of the layer until ``remove``, and
-    are moved to its device. The cache holds their state instead of keys. The state cannot be cropped.
+    are moved to its device. The cache holds their state instead of keys. The state can be
+    cropped only where it is keys and values alone (sigmoid).
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
 

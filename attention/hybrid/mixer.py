@@ -1,4 +1,4 @@
-"""The abstraction of a layer without a KV cache: hidden states and a recurrent state in, both out."""
+"""The abstraction of a layer without the model's KV cache: hidden states and a state in, both out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .growing import Growing
+
 State = tuple[Tensor, ...]
-"""The state of a batch: one tensor for each of ``Mixer.state_shapes``, batch first."""
+"""The state of a batch: one tensor for each part of ``Mixer.layout``, batch first."""
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [B or 1, T, rotated numbers] of the tokens' positions, as the layer's attention would get
@@ -31,8 +33,9 @@ class Mixer(nn.Module):
     """Base of the modules that may stand in place of a layer's ``self_attn`` (``patch(..., mixers=...)``).
 
     A mixer sees the layer's hidden states behind its norm, in the model's dtype, and returns what the layer
-    adds to its residual. All that it keeps of earlier tokens is its state, whose size does not depend on
-    their number. It never changes a state in place.
+    adds to its residual. All that it keeps of earlier tokens is its state: parts whose size does not depend
+    on their number (``state_shapes``), and, in few mixers, parts that grow with it (``growing``). It never
+    changes a state in place.
 
     It obeys three laws, which make chunked prefill, decode and batches right:
 
@@ -68,7 +71,7 @@ class Mixer(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of one row's state tensors, without the batch dimension."""
+        """The shapes of one row's state tensors of constant size, without the batch dimension."""
         raise NotImplementedError(f"{type(self).__name__} does not say what shapes its state has.")
 
     @property
@@ -77,15 +80,32 @@ class Mixer(nn.Module):
         return torch.float32
 
     @property
+    def growing(self) -> tuple[Growing, ...]:
+        """The parts of the state that grow with the number of tokens: none by default."""
+        return ()
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...] | Growing, ...]:
+        """The parts of a state in their order: those of constant size, those that grow, and, where some grow,
+        the number of tokens of each row, [B] int64."""
+        return (*self.state_shapes, *self.growing, *([()] if self.growing else []))
+
+    @property
     def state_bytes(self) -> int:
-        """Bytes of one row's state."""
-        return sum(map(math.prod, self.state_shapes)) * self.state_dtype.itemsize
+        """Bytes of one row's state before its first token. Without growing parts they stay the same."""
+        fixed = sum(map(math.prod, self.state_shapes)) * self.state_dtype.itemsize
+        return fixed + (torch.int64.itemsize if self.growing else 0)
+
+    def state_bytes_after(self, tokens: int) -> int:
+        """Bytes of one row's state after ``tokens`` tokens."""
+        return self.state_bytes + sum(part.bytes_after(tokens) for part in self.growing)
 
     def initial_state(self, batch: int, device: torch.device) -> State:
-        """The state before the first token: zeros."""
-        return tuple(
-            torch.zeros((batch, *shape), dtype=self.state_dtype, device=device) for shape in self.state_shapes
-        )
+        """The state before the first token: zeros, and no entries in the parts that grow."""
+        fixed = [torch.zeros((batch, *x), dtype=self.state_dtype, device=device) for x in self.state_shapes]
+        grown = [torch.zeros((batch, 0, *x.shape), dtype=x.dtype, device=device) for x in self.growing]
+        count = [torch.zeros(batch, dtype=torch.int64, device=device)] if grown else []
+        return (*fixed, *grown, *count)
 
     def forward(
         self,
