@@ -13,7 +13,6 @@ from ..errors import SpecError
 from .feature_map import FeatureMap, Softmax
 from .gated_norm import GatedNorm
 from .geometry import Geometry
-from .rotary import rotate
 from .scan_mixer import Local, Recurrence, ScanMixer
 from .tokens import Tokens, follow
 from .window import window_attention
@@ -60,39 +59,41 @@ class GatedLinear(ScanMixer):
         super().__init__(geometry, key_dim=int(size), value_dim=geometry.head_dim)
         self.window = self.halo = window
         if not window:
-            low, high = nn.Linear(self.hidden_size, 16, bias=False), nn.Linear(16, self.kv_heads * int(size))
-            self.gate_proj: nn.Module = nn.Sequential(low, high)
-            self.norm = GatedNorm(self.hidden_size, self.heads, self.value_dim, eps=geometry.eps)
+            rank = nn.Linear(self.hidden_size, 16, bias=False)
+            channels = nn.Linear(16, geometry.num_kv_heads * self.key_dim)
+            self.gate_proj: nn.Module = nn.Sequential(rank, channels)
+            self.norm = GatedNorm(self.hidden_size, geometry.num_heads, self.value_dim, eps=geometry.eps)
             return
-        self.gate_proj = nn.Linear(self.hidden_size, self.kv_heads)
+        self.gate_proj = nn.Linear(self.hidden_size, geometry.num_kv_heads)
         nn.init.zeros_(self.gate_proj.weight), nn.init.constant_(self.gate_proj.bias, _REMEMBER)
-        self.log_share = nn.Parameter(torch.zeros(self.heads))
+        self.log_share = nn.Parameter(torch.zeros(geometry.num_heads))
         half = self.key_dim // 2
         self.q_features, self.k_features = (
             FeatureMap(heads, self.key_dim, half) if features == "learned" else Softmax()
-            for heads in (self.heads, self.kv_heads)
+            for heads in (geometry.num_heads, geometry.num_kv_heads)
         )
         self.feature_dim = 2 * half if features == "learned" else self.key_dim
 
     @property
     def scan_shape(self) -> tuple[int, int, int]:
-        return (self.kv_heads, self.feature_dim, self.value_dim + 1) if self.window else super().scan_shape
+        if not self.window:
+            return super().scan_shape
+        return self.geometry.num_kv_heads, self.feature_dim, self.value_dim + 1
 
     @property
     def local_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Keys behind RoPE and values of the last tokens, and how many of them there are."""
-        kept = (self.window, self.kv_heads)
+        kept = (self.window, self.geometry.num_kv_heads)
         return ((*kept, self.key_dim), (*kept, self.value_dim), (1,)) if self.window else ()
 
     def inputs(self, tokens: Tokens, local: Local) -> tuple[Recurrence, Local, Local]:
-        q, k, v = self.projected(tokens)
+        q, k, v = self.project(tokens.hidden, tokens.rotary if self.window else None)
         g = logsigmoid(self.gate_proj(tokens.hidden).to(self.state_dtype)) / 16
         t, n = q.shape[1], self.window
         if not n:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            g = g.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+            g = g.unflatten(2, (self.geometry.num_kv_heads, -1)).transpose(1, 2)
             return Recurrence(q, k, v, g, scale=self.key_dim**-0.5), (), ()
-        q, k = rotate(q, tokens.rotary), rotate(k, tokens.rotary)
         keys, keys_after = follow(local[0], k, tokens.count)
         values, values_after = follow(local[1], v, tokens.count)
         seen = local[2][:, 0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.scan import scan, scan_step
-from .geometry import Geometry
-from .mixer import Mixer, Rotary, State
+from .mixer import Rotary, State, Transition
+from .passing import scan_advance, scan_transition
+from .projections import Projected
 from .tokens import Tokens
 
 
@@ -28,32 +29,19 @@ class Recurrence(NamedTuple):
 Local = tuple[Tensor, ...]
 
 
-class ScanMixer(Mixer):
+class ScanMixer(Projected):
     """``inputs`` -> scan -> ``outputs``. Nothing but the scan and the local states looks at other tokens.
 
     The state is the scan's state [Hs, Dk, Dv] of each row, and the local states: what the mixer keeps of its
-    last ``halo`` tokens. Projections have the names and the shapes of the attention's where the sizes of keys
-    and values are ``head_dim``.
+    last ``halo`` tokens.
     """
 
-    def __init__(self, geometry: Geometry, *, key_dim: int, value_dim: int) -> None:
-        super().__init__()
-        self.geometry, self.hidden_size = geometry, geometry.hidden_size
-        self.heads, self.kv_heads = geometry.num_heads, geometry.num_kv_heads
-        self.key_dim, self.value_dim = key_dim, value_dim
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(self.hidden_size, size, bias=geometry.bias)
-            for size in (self.heads * key_dim, self.kv_heads * key_dim, self.kv_heads * value_dim)
-        )
-        self.o_proj = nn.Linear(self.heads * value_dim, self.hidden_size, bias=geometry.out_bias)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(key_dim, geometry.eps) if geometry.qk_norm else nn.Identity() for _ in range(2)
-        )
+    halo = 0
 
     @property
     def scan_shape(self) -> tuple[int, int, int]:
         """The shape of one row's state of the scan."""
-        return self.kv_heads, self.key_dim, self.value_dim
+        return self.geometry.num_kv_heads, self.key_dim, self.value_dim
 
     @property
     def local_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -90,23 +78,23 @@ class ScanMixer(Mixer):
         out, s = run(recurrence, before, tokens.real)
         return tokens.place(self.outputs(out, tokens, kept)), (s, *after)
 
-    def projected(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, Dk], keys [B, T, Hkv, Dk] and values [B, T, Hkv, Dv]."""
-        q, k, v = (
-            proj(tokens.hidden).unflatten(2, (-1, size))
-            for proj, size in (
-                (self.q_proj, self.key_dim),
-                (self.k_proj, self.key_dim),
-                (self.v_proj, self.value_dim),
-            )
-        )
-        return self.q_norm(q), self.k_norm(k), v
+    def transition(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Transition:
+        tokens = Tokens(hidden, mask, rotary)
+        x, after, _ = self.inputs(tokens, state[1:])
+        return (*scan_transition(x.k, x.v, x.log_decay, beta=x.beta, mask=tokens.real), *after)
+
+    def advance(self, state: State, transition: Transition) -> State:
+        change, own, *local = transition
+        return (scan_advance(state[0], change, own), *local)
 
     def value_size(self) -> Tensor:
         """[H]: root mean squares of the values of each head's KV head, for hidden states that are white with
         a mean square of 1."""
-        size = self.v_proj.weight.detach().unflatten(0, (self.kv_heads, -1)).square().sum(2).mean(1).sqrt()
-        return size.repeat_interleave(self.heads // self.kv_heads)
+        g = self.geometry
+        size = self.v_proj.weight.detach().unflatten(0, (g.num_kv_heads, -1)).square().sum(2).mean(1).sqrt()
+        return size.repeat_interleave(g.num_heads // g.num_kv_heads)
 
 
 def run(x: Recurrence, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from farspan import SpecError
 from farspan.attention.hybrid import Geometry, Mixer, mixers, parse_mixer
 
-from .tools import GEOMETRY, SPECS, close, make, part, random, rotary, row, same
+from .tools import GEOMETRY, SPECS, close, equal, make, part, random, rotary, row, same
 
 T = 40
 
@@ -43,15 +43,15 @@ def test_segments_and_steps(mixer: Mixer) -> None:
     for a, b in itertools.pairwise((0, 1, 3, 10, 27, 28, T)):
         out, state = mixer(x[:, a:b], state, None, part(turn, a, b))
         outs.append(out)
-    assert close(torch.cat(outs, 1), whole) and same(state, end)
+    assert close(torch.cat(outs, 1), whole) and same(mixer, state, end)
     state, outs = mixer.initial_state(2, x.device), []
     for t in range(T):
         before = tuple(s.clone() for s in state)
         out, after = mixer.step(x[:, t], state, part(turn, t, t + 1))
-        assert all(torch.equal(*pair) for pair in zip(state, before, strict=True)), "changed in place"
+        assert equal(state, before), "changed in place"
         state = after
         outs.append(out)
-    assert close(torch.stack(outs, 1), whole) and same(state, end)
+    assert close(torch.stack(outs, 1), whole) and same(mixer, state, end)
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_causality_and_batch(mixer: Mixer) -> None:
     out, state = mixer(x, None, None, turn)
     for i in range(3):
         alone, end = mixer(x[i : i + 1], None, None, turn)
-        assert close(out[i : i + 1], alone) and same(row(state, i), end)
+        assert close(out[i : i + 1], alone) and same(mixer, row(mixer, state, i), end)
     x[:, 25:] = random(3, T - 25, 32, seed=1)
     changed, _ = mixer(x, None, None, turn)
     assert close(changed[:, :25], out[:, :25]) and not close(changed[:, 25:], out[:, 25:])
@@ -80,12 +80,12 @@ def test_padding(mixer: Mixer, mask: Tensor, cuts: tuple[int, ...]) -> None:
         outs.append(out)
         for i in range(6):
             if not mask[i, a:b].any():
-                assert all(map(torch.equal, row(state, i), row(before, i))), "padding changed the state"
+                assert equal(row(mixer, state, i), row(mixer, before, i)), "padding changed the state"
     got = torch.cat(outs, 1)
     for i in range(5):
         real = mask[i]
         alone, end = mixer(x[i : i + 1, real], None, None, rotary(int(real.sum())))
-        assert close(got[i : i + 1, real], alone) and same(row(state, i), end)
+        assert close(got[i : i + 1, real], alone) and same(mixer, row(mixer, state, i), end)
 
 
 @torch.no_grad()
@@ -100,10 +100,33 @@ def test_padding_in_the_middle_of_a_conversation(mixer: Mixer, mask: Tensor) -> 
     for i in range(6):
         n = int(mask[i].sum())
         if n == 0:
-            assert all(map(torch.equal, row(after, i), row(state, i)))
+            assert equal(row(mixer, after, i), row(mixer, state, i))
             continue
-        alone, end = mixer(y[i : i + 1, mask[i]], row(state, i), None, part(turn, T, T + n))
-        assert close(out[i : i + 1, mask[i]], alone) and same(row(after, i), end)
+        alone, end = mixer(y[i : i + 1, mask[i]], row(mixer, state, i), None, part(turn, T, T + n))
+        assert close(out[i : i + 1, mask[i]], alone) and same(mixer, row(mixer, after, i), end)
+
+
+@torch.no_grad()
+def test_shards_advance_the_state(mixer: Mixer, mask: Tensor) -> None:
+    """What a mixer over ranks rests on: the state after a shard, from its transition and the state before."""
+    if mixer.halo is None:
+        with pytest.raises(NotImplementedError):
+            mixer.transition(random(1, 4, 32), mixer.initial_state(1, torch.device("cpu")))
+        return
+    x, turn = random(6, T, 32), rotary(T, mask)
+    state = mixer.initial_state(6, x.device)
+    for a, b in itertools.pairwise((0, 16, 17, 30, T)):
+        now = part(turn, a, b)
+        want = mixer(x[:, a:b], state, mask[:, a:b], now)[1]
+        local = mixer.initial_state(6, x.device)
+        if a:  # from the tokens before the shard, without the first five where no halo reaches them
+            far = (mask[:, 5:a].sum(1) >= mixer.halo) | ~mask[:, :5].any(1)
+            begin = 5 if bool(far.all()) else 0
+            local = mixer.skip(local, mask[:, :begin].sum(1))
+            local = mixer(x[:, begin:a], local, mask[:, begin:a], part(turn, begin, a))[1]
+        got = mixer.advance(state, mixer.transition(x[:, a:b], local, mask[:, a:b], now))
+        assert same(mixer, got, want)
+        state = want
 
 
 @torch.no_grad()
@@ -115,11 +138,12 @@ def test_the_state_has_the_declared_sizes(spec: str) -> None:
         out, state = mixer(x, None, None, turn)
         one, next_state = mixer.step(x[:, 0], state, tuple(z[:, :1] for z in turn))
         assert out.dtype == one.dtype == dtype and one.shape == (2, 32)
-        for s in (mixer.initial_state(2, x.device), state, next_state):
-            assert tuple(tuple(z.shape[1:]) for z in s) == mixer.state_shapes
-            assert all(z.dtype == mixer.state_dtype and len(z) == 2 for z in s)
-            assert sum(z[0].numel() * z.element_size() for z in s) == mixer.state_bytes
-            assert all(z.untyped_storage().nbytes() == z.numel() * z.element_size() for z in state)
+        fixed = len(mixer.state_shapes)
+        for s, tokens in ((mixer.initial_state(2, x.device), 0), (state, 9), (next_state, 10)):
+            assert tuple(tuple(z.shape[1:]) for z in s[:fixed]) == mixer.state_shapes
+            assert all(z.dtype == mixer.state_dtype and len(z) == 2 for z in s[:fixed])
+            assert sum(z.nbytes for z in row(mixer, s, 0)) == mixer.state_bytes_after(tokens)
+            assert tokens == 0 or all(z.untyped_storage().nbytes() == z.nbytes for z in s), "a view"
     assert mixer.hidden_size == 32 and mixer.name == spec.partition(":")[0]
 
 

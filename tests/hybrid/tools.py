@@ -40,13 +40,22 @@ def part(x: Rotary, begin: int, end: int) -> Rotary:
     return x[0][:, begin:end], x[1][:, begin:end]
 
 
-def row(state: State, index: int) -> State:
-    return tuple(x[index : index + 1] for x in state)
+def row(mixer: Mixer, state: State, index: int) -> State:
+    """The state of one row, without the room behind it that longer rows have made in parts that grow."""
+    one = [x[index : index + 1] for x in state]
+    for i, grows in enumerate(mixer.growing, len(mixer.state_shapes)):
+        one[i] = one[i][:, : int(one[-1]) // grows.every]
+    return tuple(one)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-9, atol=1e-10))
 
 
-def same(a: State, b: State) -> bool:
-    return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+def same(mixer: Mixer, a: State, b: State) -> bool:
+    rows = [zip(row(mixer, a, i), row(mixer, b, i), strict=True) for i in range(len(b[0]))]
+    return len(a[0]) == len(b[0]) and all(close(x, y) for pairs in rows for x, y in pairs)
+
+
+def equal(a: State, b: State) -> bool:
+    return all(map(torch.equal, a, b))
