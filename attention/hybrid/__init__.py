@@ -1,8 +1,8 @@
 """Mixers: modules with a state of their own that take the place of a layer's attention. Importing the package
 registers them."""
 
-from . import gated_convolution as gated_convolution
 from .aaren import Aaren as Aaren
+from .gated_convolution import GatedConvolution as GatedConvolution
 from .gated_linear import GatedLinear as GatedLinear
 from .geometry import Geometry as Geometry
 from .mixer import Mixer as Mixer
