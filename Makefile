@@ -1,4 +1,4 @@
-# make demo | demo-32k | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long.
+# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -60,6 +60,11 @@ demo-32k: $(VENV)/.evals ## one document of 16K on a model of 32K, unpatched bes
 	rm -rf $(DEMO_OUT)/32k
 	$(BIN)/farspan eval speed --model qwen2.5-coder-0.5b --needle --lengths $(DEMO_32K_LENGTH) --repeats 1 \
 		--new-tokens 32 --methods "$(DEMO_32K_PAIR)" --out $(DEMO_OUT)/32k
+
+# What kinds of sequence mixers can recall: two-layer models trained from scratch.
+demo-mqar: $(VENV)/.evals ## attention, a hybrid and a gated convolution on 4 key-value pairs (about 5 minutes on two cores)
+	$(BIN)/farspan eval mqar --mixers "attention,base_conv:length=3+attention,base_conv" --settings 64x4 --lr 3e-3 \
+		--epochs 12 --out $(DEMO_OUT)/mqar
 
 # Two budgets each. Interrupt it as you like: the same command goes on where it stopped.
 RESULTS_OUT ?= docs/results

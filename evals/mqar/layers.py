@@ -36,8 +36,8 @@ class Layer(nn.Module):
     attends: bool
 
     @abstractmethod
-    def state_numbers(self, length: int) -> int:
-        """How many numbers it keeps of a sequence of ``length`` tokens."""
+    def state_bytes(self, length: int) -> int:
+        """How many bytes it keeps of a sequence of ``length`` tokens."""
 
 
 class Attention(Layer):
@@ -72,8 +72,8 @@ class Attention(Layer):
             out = attend(self.method, PREFILL, q, keys)[0].out.to(x.dtype)
         return self.o_proj(out.transpose(1, 2).reshape(x.shape))
 
-    def state_numbers(self, length: int) -> int:
-        return 2 * length * self.o_proj.in_features
+    def state_bytes(self, length: int) -> int:
+        return 2 * length * self.o_proj.in_features * self.o_proj.weight.element_size()
 
 
 class Recurrent(Layer):
@@ -88,10 +88,8 @@ class Recurrent(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return self.mixer(x)[0]
 
-    def state_numbers(self, length: int) -> int:
-        x = next(self.mixer.parameters()).new_zeros(1, length, self.mixer.hidden_size)
-        with torch.no_grad():
-            return sum(part.numel() for part in self.mixer(x)[1])
+    def state_bytes(self, length: int) -> int:
+        return self.mixer.state_bytes_after(length)
 
 
 def split_mixers(values: list[str]) -> list[str]:

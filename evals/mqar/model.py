@@ -53,6 +53,6 @@ class Model(nn.Module):
             ]
         return int(torch.stack(right).sum()) / examples.answers.numel()
 
-    def state_numbers(self, setting: Setting) -> list[int]:
-        """What each layer keeps of one sequence, in numbers."""
-        return [layer.state_numbers(setting.length) for layer in self.layers]
+    def state_bytes(self, setting: Setting) -> list[int]:
+        """What each layer keeps of one sequence, in bytes."""
+        return [layer.state_bytes(setting.length) for layer in self.layers]

@@ -109,8 +109,8 @@ def _accuracy(cell: Mapping[str, Any] | None) -> str:
 
 
 def _state(cell: Mapping[str, Any]) -> str:
-    """The numbers that each layer keeps, once where they are equal."""
-    return "+".join(f"{numbers:,}" for numbers in dict.fromkeys(cell["state"]))
+    """The bytes that each layer keeps, once where they are equal."""
+    return "+".join(f"{size:,}" for size in dict.fromkeys(cell["state"]))
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
@@ -120,7 +120,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     out += [
         "Accuracy: share of queries answered right, of the best learning rate"
         + (f", mean over {seeds} seeds with the lowest and highest." if seeds > 1 else ", one seed."),
-        f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: numbers kept of a "
+        f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: bytes kept of a "
         "sequence of the longest setting, by each layer where they differ.",
     ]
     if diverged := sum(cell["diverged"] for cell in data["cells"]):
@@ -149,7 +149,7 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
 
 
 def plot(data: Mapping[str, Any], path: Any) -> None:
-    """Accuracy against the numbers of state of both layers, a panel for each setting; points of one mixer at
+    """Accuracy against the bytes of state of both layers, a panel for each setting; points of one mixer at
     several dims are joined."""
     settings = data["settings"]
     figure = new_figure(1.6 + 3.0 * len(settings), 3.6)
@@ -158,12 +158,12 @@ def plot(data: Mapping[str, Any], path: Any) -> None:
     for panel, setting in zip(panels, settings, strict=True):
         for number, mixer in enumerate(mixers):
             cells = [c for c in data["cells"] if (c["mixer"], c["setting"]) == (mixer, setting)]
-            points = sorted((sum(c["state"]) * 2 / len(c["state"]), 100 * c["accuracy"]) for c in cells)
+            points = sorted((sum(c["state"]), 100 * c["accuracy"]) for c in cells)
             panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}") if points else None
         panel.set_xscale("log", base=2)
         panel.set_ylim(-3, 103)
         panel.set_title(setting.replace("x", " tokens, ") + " pairs", fontsize=9)
-        panel.set_xlabel("numbers of state")
+        panel.set_xlabel("bytes of state")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (%)")
     handles = [

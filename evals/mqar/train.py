@@ -139,7 +139,7 @@ def train(
         "ended": ended,
         "epochs": len(done["losses"]),
         "steps": len(done["losses"]) * training.steps(run.setting),
-        "state": model.state_numbers(run.setting),
+        "state": model.state_bytes(run.setting),
         "parameters": sum(p.numel() for p in model.parameters()),
         **done,
     }

@@ -73,10 +73,10 @@ def test_lists_of_mixers_and_hybrids() -> None:
     specs = ["attention", "base_conv:length=3+block_topk:k=8,block=4", "window:w=4"]
     assert split_mixers([given]) == specs
     low, high = make_layers(specs[1], 8, 2, SMALL)
-    assert low.state_numbers(24) == 2 * 8 and not low.attends
-    assert high.state_numbers(24) == 2 * 24 * 8 and high.attends
+    assert low.state_bytes(24) == 4 * 2 * 8 and not low.attends
+    assert high.state_bytes(24) == 4 * 2 * 24 * 8 and high.attends
     (own, _) = make_layers("base_conv", 8, 2, SMALL)
-    assert own.state_numbers(24) == 23 * 8  # a filter of the sequence's length
+    assert own.state_bytes(24) == 4 * 23 * 8  # a filter of the sequence's length
 
 
 @pytest.mark.parametrize("spec", ["attention", "base_conv", "base_conv:length=3+attention"])
