@@ -15,6 +15,7 @@ MORE = (
     "gated_linear:window=6,features=plain",
     "gated_linear:window=0,expand_k=0.5",
     "gated_delta:expand_v=2,conv=3",
+    "retention:expand_v=2",
     "mamba2:expand=2,headdim=16,state=10",
 )
 SPECS = (*(SMALL.get(name, name) for name in mixers()), *MORE)
