@@ -38,7 +38,7 @@ def put_hydra(model: nn.Module, modules: Mapping[int, Hydra]) -> Callable[[], No
     does not exist, a module that is no Hydra, has another hidden size or is given twice.
     """
     name = type(model).__name__
-    blocks = [x for x in model.modules() if _is_self_attention(x)]
+    blocks: list[Any] = [x for x in model.modules() if _is_self_attention(x)]
     causal = any(getattr(x.self, "is_decoder", False) for x in blocks)
     if causal or not blocks:
         why = "it is causal, and Hydra reads later tokens" if causal or hasattr(model, "generate") else ""
