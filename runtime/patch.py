@@ -157,11 +157,12 @@ def patch(
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
-    if mesh is not None and mixed:
+    if mesh is not None and (alone := {x.mixer.name for x in mixed.values() if x.mixer.halo is None}):
         mesh.close()
         raise FarspanError(
-            f"mixers= was given for a model over {mesh.size} ranks, and the state of a mixer is not passed "
-            "between ranks: leave mixers out, or patch without parallel in one process."
+            f"mixers= has {', '.join(sorted(alone))} for a model over {mesh.size} ranks, and such a mixer "
+            "defines no transition of a shard (halo is None): use another mixer, or patch without parallel "
+            "in one process."
         )
     if mesh is not None and measured:
         mesh.close()

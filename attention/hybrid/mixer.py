@@ -18,6 +18,9 @@ Rotary = tuple[Tensor, Tensor]
 """cos and sin [B or 1, T, rotated numbers] of the tokens' positions, as the layer's attention would get
 them."""
 
+Transition = tuple[Tensor, ...]
+"""What a shard of a sequence does to a state: tensors of fixed shapes, batch first."""
+
 _REGISTRY: dict[str, type[Mixer]] = {}
 
 
@@ -45,6 +48,9 @@ class Mixer(nn.Module):
     (``"gated_linear:window=64"``). It starts from the weights of the attention that it replaces
     (``initialise_from``). A class with a ``name`` is registered by being defined.
 
+    A mixer that runs over ranks sets ``halo`` and defines ``transition`` and ``advance``. They obey a fourth
+    law: for a sequence in two parts a and b, ``advance(state after a, transition(b))`` is the state after b.
+
     Parameters keep their names in the model's state dict: a mixer with a child ``q_proj`` in layer 3 has
     ``layers.3.self_attn.q_proj``, as the attention that it replaces.
     """
@@ -54,6 +60,9 @@ class Mixer(nn.Module):
     paper: ClassVar[str] = ""  # arXiv id
     from_geometry: ClassVar[bool] = False  # whether ``__init__`` takes a Geometry, so that a spec can name it
     hidden_size: int  # numbers of a hidden state
+    # Over how many earlier tokens of a row (none of them padding) the local parts of the state reach: the
+    # inputs of a convolution, the keys of an exact window. None: the mixer does not run over ranks.
+    halo: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,3 +140,24 @@ class Mixer(nn.Module):
             for name, x in weights.items():
                 if name in own and own[name].shape == x.shape:
                     own[name].copy_(x)
+
+    def skip(self, state: State, tokens: Tensor) -> State:
+        """The state with ``tokens`` [B] int64 more tokens in its counts. By default the state, for a mixer
+        that counts no tokens."""
+        return state
+
+    def transition(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Transition:
+        """What hidden [B, T, hidden], a shard of a sequence, does to the state before it. mask, rotary: see
+        ``forward``; a row may have no token that is not padding.
+
+        state: right in its local parts (those that depend on the last ``halo`` tokens) and in its counts. Its
+        other parts are unknown and must not be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no transition of a shard.")
+
+    def advance(self, state: State, transition: Transition) -> State:
+        """The state after a shard, by its ``transition`` and the state before it. Local parts and counts are
+        those of the transition, which are right already."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a transition changes a state.")

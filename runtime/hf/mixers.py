@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer, State
+from ...parallel.mechanisms.call import Call
+from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
 from ..layer import Session
+from ..layer_over_ranks import carried
 from ..mixers import Mixed
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
@@ -147,15 +151,21 @@ def _forward(
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
-    mask = _mask(session, call.get("attention_mask"), hidden)
-    rotary = call.get("position_embeddings")
-    if hidden.shape[1] == 1 and state is not None and mask is None:
+    mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
+    over = carried(mask) or session.call
+    tokens = hidden.shape[1] if over is None else over.total - over.past
+    mask = _mask(session, mask, hidden) if over is None else _mask_over_ranks(session, over, hidden)
+    if over is not None and over.split is not None:
+        assert session.mesh is not None
+        ranks = session.mesh.ranks
+        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, ranks, original)
+    elif hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
         out, state = original(hidden, state, mask, rotary)
     if layer is not None:
-        layer.keep_state(state, hidden.shape[1], mask)
+        layer.keep_state(state, tokens, mask)
     mixed.count(hidden, state)
     return out.to(hidden.dtype), None
 
@@ -175,6 +185,21 @@ def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | Non
     past = mask.shape[1] - hidden.shape[1]
     begun = padding.starts is None or max(padding.starts) <= past
     return None if begun and padding.ends is None else mask[:, past:].bool()
+
+
+def _mask_over_ranks(session: Session, call: Call, hidden: Tensor) -> Tensor | None:
+    """:func:`_mask` for all tokens of a call over ranks, also those of other ranks."""
+    ends = session.ends_below(call.total)
+    begun = call.starts is None or max(call.starts) <= call.past
+    if begun and ends is None:
+        return None
+    at = torch.arange(call.past, call.total, device=hidden.device)[None]
+    real = at.expand(hidden.shape[0], -1) >= 0
+    if call.start is not None:
+        real = real & (at >= call.start[:, None])
+    if ends is not None:
+        real = real & (at < torch.tensor(ends, device=hidden.device)[:, None])
+    return real
 
 
 def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
