@@ -98,14 +98,14 @@ class Scout(Projected):
         at = places(tokens, mask, hidden.shape[1])
         part, _ = self.growing
         keys, values = part.append(keys, k, at), part.append(values, v, at)
-        own = [x.transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
         stored = KV(keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype))
-        outs = [
-            self._attend(*rows, stored, position)
-            for *rows, position in zip(
-                *(x.split(_ROWS, 2) for x in own), at.position.split(_ROWS, 1), strict=True
+        outs = []
+        for a in range(0, q.shape[2], _ROWS):
+            rows = slice(a, a + _ROWS)
+            outs.append(
+                self._attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], stored, at.position[:, rows])
             )
-        ]
         out = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2).to(hidden.dtype))
         return mixed + out if self.mixer else out, (*after, keys, values, at.end)
 
