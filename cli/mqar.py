@@ -35,17 +35,22 @@ class Mqar:
     lr: Annotated[
         list[str], typer.Option(help="Learning rates; the best one counts. Repeat it, or one list.")
     ] = field(default_factory=lambda: ["3e-3,1e-3"])
+    apart: Annotated[
+        bool, typer.Option("--apart", help="A model for each setting, not one that learns all of them.")
+    ] = False
     all_rates: Annotated[
-        bool, typer.Option("--all-rates", help="Go on with the other rates after one that solves a cell.")
+        bool, typer.Option("--all-rates", help="Go on with the other rates after one that has solved all.")
     ] = False
     seeds: Annotated[list[str], typer.Option(help="Of weights and data. Repeat it, or one list.")] = field(
         default_factory=lambda: ["1"]
     )
-    samples: Annotated[int, options.count("Sequences of an epoch.")] = 4096
+    samples: Annotated[
+        int, options.count("Sequences of an epoch, of the shortest setting; of the others a fifth each.")
+    ] = 8192
     same_data: Annotated[
         bool, typer.Option("--same-data", help="The same sequences in every epoch, as published.")
     ] = False
-    epochs: Annotated[int, options.count("Most epochs of a run.")] = 16
+    epochs: Annotated[int, options.count("Most epochs of a run.")] = 32
     batch_tokens: Annotated[int, options.tokens("Tokens of a step, in whole sequences.")] = 4096
     test_samples: Annotated[int, options.count("Sequences that are tested after each epoch.")] = 1000
     vocabulary: Annotated[int, options.count("Tokens: the first half are keys, the others values.")] = 8192
@@ -81,6 +86,7 @@ def mqar(given: Mqar) -> None:
         dims=options.whole_numbers(given.dim, "--dim"),
         rates=_numbers(given.lr, "--lr", float),
         seeds=_numbers(given.seeds, "--seeds", int),
+        apart=given.apart,
         all_rates=given.all_rates,
         training=Training(**shared),
     )

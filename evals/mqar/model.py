@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .data import Examples, Setting
+from .data import Examples
 from .layers import make_layers
 
 
 class Model(nn.Module):
     """Embedding; two layers x + mixer(norm(x)); norm; the embedding again as the head. There is no MLP.
 
-    Learned positions of the whole length are added to the embedding where the first layer attends, since
-    attention has no order of its own; elsewhere there are none, as published. dropout: of the embedding's
-    output and of each layer's, in training.
+    Learned positions are added to the embedding where the first layer attends, since attention has no order
+    of its own; elsewhere there are none, as published. length: of the longest sequences. dropout: of the
+    embedding's output and of each layer's, in training.
     """
 
     def __init__(
-        self, spec: str, *, dim: int, heads: int, setting: Setting, vocabulary: int, dropout: float = 0.0
+        self, spec: str, *, dim: int, heads: int, length: int, vocabulary: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.layers = nn.ModuleList(make_layers(spec, dim, heads, setting))
-        self.positions = nn.Embedding(setting.length, dim) if self.layers[0].attends else None
+        self.layers = nn.ModuleList(make_layers(spec, dim, heads, length))
+        self.positions = nn.Embedding(length, dim) if self.layers[0].attends else None
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.layers)
@@ -35,7 +35,7 @@ class Model(nn.Module):
         """Logits [N, pairs, vocabulary] at the queries' positions alone: elsewhere nothing is asked."""
         x = self.tokens(examples.tokens)
         if self.positions is not None:
-            x = x + self.positions.weight
+            x = x + self.positions.weight[: x.shape[1]]
         x = self.dropout(x)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + self.dropout(layer(norm(x)))
@@ -53,6 +53,6 @@ class Model(nn.Module):
             ]
         return int(torch.stack(right).sum()) / examples.answers.numel()
 
-    def state_bytes(self, setting: Setting) -> list[int]:
+    def state_bytes(self, length: int) -> list[int]:
         """What each layer keeps of one sequence, in bytes."""
-        return [layer.state_bytes(setting.length) for layer in self.layers]
+        return [layer.state_bytes(length) for layer in self.layers]

@@ -20,7 +20,8 @@ PUBLISHED: dict[str, Any] = {
     "dropout": 0.1,
     "rates": [1e-4, 1e-4 * 100 ** (1 / 3), 1e-4 * 100 ** (2 / 3), 1e-2],
 }
-"""What figure 2 of 2312.04927 was made with."""
+"""What the tables of 2312.04927 (figure 2) and 2402.18668 were made with."""
+TRAINED = ("samples", "epochs", "test_samples", "dropout", "stop")
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -28,17 +29,19 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
     highest accuracy counts; ``accuracy`` is the mean over seeds, ``low`` and ``high`` its range."""
     found: dict[tuple[str, int, Setting], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        cell = row["method"], row["dim"], Setting(**row["setting"])
-        found.setdefault(cell, {}).setdefault(row["seed"], []).append(row)
+        for setting in map(Setting.parse, row["settings"]):
+            cell = row["method"], row["dim"], setting
+            found.setdefault(cell, {}).setdefault(row["seed"], []).append(row)
     cells = []
     for (mixer, dim, setting), seeds in found.items():
-        best = [max(runs, key=lambda row: row["accuracy"]) for runs in seeds.values()]
-        accuracies = [row["accuracy"] for row in best]
+        name = str(setting)
+        best = [max(runs, key=lambda row: row["accuracy"][name]) for runs in seeds.values()]
+        accuracies = [row["accuracy"][name] for row in best]
         cells.append(
             {
                 "mixer": mixer,
                 "dim": dim,
-                "setting": str(setting),
+                "setting": name,
                 "length": setting.length,
                 "pairs": setting.pairs,
                 "accuracy": statistics.mean(accuracies),
@@ -46,21 +49,28 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                 "high": max(accuracies),
                 "seeds": len(best),
                 "rates": sorted({row["lr"] for row in best}),
-                "runs": sum(map(len, seeds.values())),
-                "diverged": sum(row["ended"] == DIVERGED for runs in seeds.values() for row in runs),
-                "state": best[0]["state"],
-                "epochs": max(row["epochs"] for row in best),
-                "cpu_seconds": sum(row["cpu_seconds"] for runs in seeds.values() for row in runs),
+                "state": best[0]["state"][name],
             }
         )
-    names = ("suite", "all_rates", "rates", "seeds", "samples", "epochs", "test_samples", "dropout", "stop")
+    costs = [
+        {
+            "mixer": mixer,
+            "dim": dim,
+            "runs": len(runs),
+            "diverged": sum(row["ended"] == DIVERGED for row in runs),
+            "cpu_seconds": sum(row["cpu_seconds"] for row in runs),
+        }
+        for mixer, dim in dict.fromkeys((row["method"], row["dim"]) for row in rows)
+        for runs in [[row for row in rows if (row["method"], row["dim"]) == (mixer, dim)]]
+    ]
+    names = ("suite", "apart", "all_rates", "rates", "seeds", *TRAINED)
     return {
         **{name: config[name] for name in names},
         "reduced": reduced(config),
         "settings": sorted(config["tasks"], key=Setting.parse),
         "cells": cells,
+        "costs": costs,
         "rows": len(rows),
-        "cpu_seconds": sum(cell["cpu_seconds"] for cell in cells),
     }
 
 
@@ -75,7 +85,7 @@ def reduced(config: Mapping[str, Any]) -> list[str]:
     if len(rates) < len(PUBLISHED["rates"]):
         said.append(f"{len(rates)} learning rates (published {len(PUBLISHED['rates'])})")
     if not config["all_rates"] and len(rates) > 1:
-        said.append("no further learning rate once one has solved a cell")
+        said.append("no further learning rate once one has solved every setting")
     return said
 
 
@@ -91,12 +101,13 @@ def terminal_table(data: Mapping[str, Any]) -> Table:
 
 def _table_rows(data: Mapping[str, Any]) -> list[list[str]]:
     out = []
-    for mixer, dim in dict.fromkeys((cell["mixer"], cell["dim"]) for cell in data["cells"]):
-        cells = {c["setting"]: c for c in data["cells"] if (c["mixer"], c["dim"]) == (mixer, dim)}
+    for cost in data["costs"]:
+        its = cost["mixer"], cost["dim"]
+        cells = {c["setting"]: c for c in data["cells"] if (c["mixer"], c["dim"]) == its}
         shown = [_accuracy(cells.get(setting)) for setting in data["settings"]]
         longest = max(cells.values(), key=lambda cell: cell["length"])
-        minutes = sum(cell["cpu_seconds"] for cell in cells.values()) / 60
-        out.append([mixer, str(dim), *shown, _state(longest), f"{minutes:.1f}"])
+        minutes = f"{cost['cpu_seconds'] / 60:.1f}"
+        out.append([cost["mixer"], str(cost["dim"]), *shown, _state(longest), minutes])
     return out
 
 
@@ -123,7 +134,10 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: bytes kept of a "
         "sequence of the longest setting, by each layer where they differ.",
     ]
-    if diverged := sum(cell["diverged"] for cell in data["cells"]):
+    out.append(
+        "A model for each setting." if data["apart"] else "One model is trained on all settings together."
+    )
+    if diverged := sum(cost["diverged"] for cost in data["costs"]):
         out.append(f"{diverged} runs ended in a loss that is not finite.")
     return out + unfinished_note(data)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...attention.errors import FarspanError
-from ..pictures import slug
 from ..results import ROW, Results
 from ..run import Summary
 from ..shape import MAYBE_NUMBER
@@ -19,15 +19,15 @@ from .train import SOLVED, Run, Training, train
 
 MQAR_ROW: dict[str, Any] = {
     **ROW,
-    "setting": {"length": int, "pairs": int},
+    "settings": [str],
     "dim": int,
     "lr": (int, float),
     "seed": int,
-    "accuracy": (int, float),
+    "accuracy": {str: (int, float)},
     "loss": MAYBE_NUMBER,
     "ended": str,
     "epochs": int,
-    "state": [int],
+    "state": {str: [int]},
     "cpu_seconds": (int, float),
 }
 
@@ -37,9 +37,10 @@ Advance = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared: each of ``mixers`` (specs, see layers.py) at each of ``dims`` numbers of a hidden
-    state, on each of ``settings``, with each of ``seeds`` (of the weights and the data), at each of
-    ``rates``, of which the best counts. all_rates: whether the sweep goes on after a rate that solves its
-    cell.
+    state, with each of ``seeds`` (of the weights and the data), at each of ``rates``, of which the best
+    counts. apart: whether there is a model for each of ``settings``, as in Zoology's figure 2; otherwise one
+    model is trained on all of them and tested on each, as in Based's comparison (2402.18668). all_rates:
+    whether a sweep goes on after a rate that has solved every setting.
 
     Raises FarspanError for an empty list, for rates that are not positive, and for what cannot be made.
     """
@@ -49,6 +50,7 @@ class Comparison:
     dims: list[int] = field(default_factory=lambda: [64])
     rates: list[float] = field(default_factory=lambda: [3e-3, 1e-3])
     seeds: list[int] = field(default_factory=lambda: [1])
+    apart: bool = False
     all_rates: bool = False
     training: Training = field(default_factory=Training)
 
@@ -62,16 +64,17 @@ class Comparison:
             raise FarspanError(f"Seeds are at least 0; got {self.seeds}.")
         for setting in self.settings:
             check(setting, self.training.vocabulary, self.training.filler)
-        check_mixers(self.mixers, self.dims, self.training.heads, self.settings)
+        check_mixers(self.mixers, self.dims, self.training.heads)
 
-    def cells(self) -> Iterator[list[Run]]:
-        """The sweeps, each a list of runs that differ in the learning rate; the shortest sequences first."""
-        for setting in sorted(self.settings):
+    def sweeps(self) -> Iterator[list[Run]]:
+        """Lists of runs that differ in the learning rate; the shortest sequences first."""
+        settings = sorted(self.settings)
+        for some in [(x,) for x in settings] if self.apart else [tuple(settings)]:
             for seed in self.seeds:
                 for dim in self.dims:
                     for mixer in self.mixers:
                         yield [
-                            Run(mixer=mixer, dim=dim, setting=setting, lr=lr, seed=seed) for lr in self.rates
+                            Run(mixer=mixer, dim=dim, settings=some, lr=lr, seed=seed) for lr in self.rates
                         ]
 
     @property
@@ -84,6 +87,8 @@ class Comparison:
             "dims": self.dims,
             "rates": self.rates,
             "seeds": self.seeds,
+            "apart": self.apart,
+            "mixture": None if self.apart else "+".join(map(str, sorted(self.settings))),
             "all_rates": self.all_rates,
             **asdict(self.training),
         }
@@ -105,7 +110,7 @@ def compare(
     with Results(out, comparison.config, session={"device": device}, row=MQAR_ROW) as results:
         results.plan({})
         try:
-            for runs in comparison.cells():
+            for runs in comparison.sweeps():
                 _sweep(runs, comparison, results, device, advance)
         except KeyboardInterrupt:
             finish(results)
@@ -114,29 +119,30 @@ def compare(
 
 
 def _sweep(runs: list[Run], comparison: Comparison, results: Results, device: str, advance: Advance) -> None:
-    """Those runs of one sweep that have no row yet; none after a rate that has solved the cell."""
+    """Those runs of one sweep that have no row yet; none after a rate that has solved every setting."""
     for run in runs:
         if not comparison.all_rates and _solved(results.rows, run):
             return
         if results.done(run.key, run.mixer, {}):
             continue
-        name = f"{run.mixer} {run.setting} d={run.dim} lr={run.lr:g} seed={run.seed}"
-        checkpoints = results.out / "checkpoints" / f"{slug(run.mixer, 0)}_{slug(run.key, run.dim)}"
+        name = hashlib.sha256(f"{run.mixer} {run.key}".encode()).hexdigest()[:16]
+        checkpoints = results.out / "checkpoints" / name
 
-        def said(epoch: int, accuracy: float, name: str = name) -> None:
-            epochs = comparison.training.epochs
-            advance(f"{name}: epoch {epoch} of at most {epochs}, {100 * accuracy:.1f} %")
+        def said(epoch: int, accuracy: dict[str, float], run: Run = run) -> None:
+            shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
+            of = f"epoch {epoch} of at most {comparison.training.epochs}"
+            advance(f"{run.mixer} d={run.dim} lr={run.lr:g} seed={run.seed}, {of}: {shown}")
 
         row = train(run, comparison.training, checkpoints, device=device, progress=said)
-        results.append([{**asdict(run), "key": run.key, "method": run.mixer, "recipe": {}, **row}])
+        named = asdict(run) | {"settings": list(map(str, run.settings))}
+        results.append([{**named, "key": run.key, "method": run.mixer, "recipe": {}, **row}])
 
 
 def _solved(rows: list[dict[str, Any]], run: Run) -> bool:
-    return any(row["ended"] == SOLVED and _cell(row) == run.cell for row in rows)
-
-
-def _cell(row: Mapping[str, Any]) -> tuple[str, int, Setting, int]:
-    return row["method"], row["dim"], Setting(**row["setting"]), row["seed"]
+    """Whether a run of the same sweep has solved every setting."""
+    return any(
+        row["ended"] == SOLVED and (row["method"], row["key"].rpartition("/")[0]) == run.sweep for row in rows
+    )
 
 
 def finish(results: Results) -> Summary:
@@ -145,19 +151,19 @@ def finish(results: Results) -> Summary:
     asked = Comparison(
         mixers=config["methods"],
         settings=[Setting.parse(name) for name in config["tasks"]],
-        **{name: config[name] for name in ("dims", "rates", "seeds", "all_rates")},
+        **{name: config[name] for name in ("dims", "rates", "seeds", "apart", "all_rates")},
         training=Training(**{name: config[name] for name in asdict(Training())}),
     )
     data = report.summarise(config, rows)
     have = {(row["method"], row["key"]) for row in rows}
-    open_cells = [
+    open_sweeps = [
         runs[0]
-        for runs in asked.cells()
+        for runs in asked.sweeps()
         if not all((run.mixer, run.key) in have for run in runs)
         and (asked.all_rates or not _solved(rows, runs[0]))
     ]
-    data["unfinished"] = list(dict.fromkeys(f"{run.mixer} {run.setting}" for run in open_cells))
-    data["complete"] = not open_cells
+    data["unfinished"] = list(dict.fromkeys(" ".join(run.sweep) for run in open_sweeps))
+    data["complete"] = not open_sweeps
     results.write_summary(data)
     summary = Summary(out=results.out, data=data, complete=data["complete"])
     return replace(summary, files=report.write(results, data))

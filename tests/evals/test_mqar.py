@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +74,17 @@ def test_lists_of_mixers_and_hybrids() -> None:
     given = "attention, base_conv:length=3+block_topk:k=8,block=4;attention,window:w=4"
     specs = ["attention", "base_conv:length=3+block_topk:k=8,block=4", "window:w=4"]
     assert split_mixers([given]) == specs
-    low, high = make_layers(specs[1], 8, 2, SMALL)
+    low, high = make_layers(specs[1], 8, 2, 24)
     assert low.state_bytes(24) == 4 * 2 * 8 and not low.attends
     assert high.state_bytes(24) == 4 * 2 * 24 * 8 and high.attends
-    (own, _) = make_layers("base_conv", 8, 2, SMALL)
+    (own, _) = make_layers("base_conv", 8, 2, 24)
     assert own.state_bytes(24) == 4 * 23 * 8  # a filter of the sequence's length
 
 
 @pytest.mark.parametrize("spec", ["attention", "base_conv", "base_conv:length=3+attention"])
 def test_models_are_causal_and_logits_stand_at_the_queries(spec: str) -> None:
     torch.manual_seed(0)
-    model = Model(spec, dim=8, heads=2, setting=SMALL, vocabulary=32).double()
+    model = Model(spec, dim=8, heads=2, length=24, vocabulary=32).double()
     assert (model.positions is None) == spec.startswith("base_conv")
     examples = draw(SMALL, 4, vocabulary=32)
     logits = model(examples)
@@ -99,14 +101,14 @@ def test_a_sparse_layer_is_masked_attention_and_its_gate_is_trained() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 24, 8, requires_grad=True)
     (dense, _), (topk, _) = (
-        make_layers(spec, 8, 2, SMALL) for spec in ("attention", "block_topk:k=none,fraction=1,block=4")
+        make_layers(spec, 8, 2, 24) for spec in ("attention", "block_topk:k=none,fraction=1,block=4")
     )
     topk.load_state_dict(dense.state_dict())
     want, got = dense(x), topk(x)
     assert torch.allclose(got, want, atol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (want, got)]
     assert torch.allclose(*grads, atol=1e-4)
-    (gated, _) = make_layers("dynamic_mask:w=6,local=2,add_bias=true", 8, 2, SMALL)
+    (gated, _) = make_layers("dynamic_mask:w=6,local=2,add_bias=true", 8, 2, 24)
     gated(x).square().sum().backward()
     named = dict(gated.named_parameters())
     assert any(name.startswith("gate.") and p.grad is not None and p.grad.any() for name, p in named.items())
@@ -124,21 +126,22 @@ def test_a_sparse_layer_is_masked_attention_and_its_gate_is_trained() -> None:
 )
 def test_what_is_no_mixer_is_refused(spec: str, sentence: str) -> None:
     with pytest.raises(FarspanError, match=sentence):
-        make_layers(spec, 8, 2, SMALL)
+        make_layers(spec, 8, 2, 24)
 
 
 TINY = Training(vocabulary=32, samples=256, epochs=3, batch_tokens=384, test_samples=64, dropout=0.1)
 
 
 def tiny(mixer: str, **changes: Any) -> Run:
-    return Run(**{"mixer": mixer, "dim": 16, "setting": SMALL, "lr": 1e-2, "seed": 0, **changes})
+    both = (Setting(length=16, pairs=2), SMALL)
+    return Run(**{"mixer": mixer, "dim": 16, "settings": both, "lr": 1e-2, "seed": 0, **changes})
 
 
 def test_a_stopped_run_ends_as_one_that_ran_through(tmp_path: Path) -> None:
     run, cost = tiny("base_conv:length=3+attention"), ("seconds", "cpu_seconds")
     whole = train(run, TINY, tmp_path / "a")
 
-    def stop(epoch: int, accuracy: float) -> None:
+    def stop(epoch: int, accuracy: dict[str, float]) -> None:
         if epoch == 2:
             raise KeyboardInterrupt
 
@@ -156,9 +159,9 @@ def test_a_stopped_run_ends_as_one_that_ran_through(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_when_it_is_solved_or_diverges(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     row = train(tiny("attention"), replace(TINY, stop=0.0), tmp_path)
-    assert (row["ended"], row["epochs"], row["steps"]) == ("solved", 1, 16)
+    steps = 256 // 24 + 1 + math.ceil(51 / 16)  # 256 sequences of 16 tokens, a fifth of those of 24
+    assert (row["ended"], row["epochs"], row["steps"]) == ("solved", 1, steps)
+    assert row["state"] == {"16x2": [2048, 2048], "24x3": [3072, 3072]}
     row = train(tiny("attention", lr=1e30), TINY, tmp_path)
-    assert row["ended"] == "not finite" and row["accuracy"] == 0.0
+    assert row["ended"] == "not finite" and row["accuracy"] == {"16x2": 0.0, "24x3": 0.0}
