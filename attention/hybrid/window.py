@@ -7,15 +7,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def window_attention(
-    q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of softmax attention over the last n keys, the query's own among them -> (sum_j e_j v_j
-    [B, H, T, Dv], sum_j e_j [B, H, T]) with e_j = exp(scale * q k_j - m), m being the largest of the row.
+def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor) -> Tensor:
+    """Softmax attention over the last n keys, the query's own among them -> [B, H, T, Dv] in float32 or
+    wider.
 
     q: [B, H, T, D]. keys, values: [B, Hkv, n + T, D]; the first n are those before the call, of which row b
-    has the last valid[b]. Sums are in float32 or wider, and the largest e of a row is 1. A block of
-    queries meets n + block keys:
+    has the last valid[b]. A block of queries meets n + block keys:
 
         n = 3:    keys -3 -2 -1  0  1  2
         query 0         .  x  x  x  .  .
@@ -29,16 +26,17 @@ def window_attention(
     rest = -t % block
     if rest:
         q, keys, values = (pad(x, (0, 0, 0, rest)) for x in (q, keys, values))
-    q = q.to(wide).reshape(b, hkv, h // hkv, -1, block, d)  # [B, Hkv, G, blocks, block, D]
-    keys = keys.to(wide).unfold(2, n + block, block)[:, :, None]  # [B, Hkv, 1, blocks, D, n + block]
-    values = values.to(wide).unfold(2, n + block, block)[:, :, None]
+    # [B, Hkv, blocks, G * block, D]: a group's queries stand side by side, so that no key is copied
+    q = (scale * q).to(wide).reshape(b, hkv, h // hkv, -1, block, d).transpose(2, 3).flatten(3, 4)
+    keys = keys.to(wide).unfold(2, n + block, block)  # [B, Hkv, blocks, D, n + block]
+    values = values.to(wide).unfold(2, n + block, block)
     place = torch.arange(n + block, device=q.device)
     query = torch.arange(block, device=q.device)[:, None]
     seen = (place > query) & (place <= query + n)  # [block, n + block]
     begin = torch.arange(0, t + rest, block, device=q.device)[:, None]  # place of each block's first key
     there = (begin + place) >= n - valid[:, None, None]  # [B, blocks, n + block]
-    hidden = ~(seen & there[:, :, None])[:, None, None]
-    scores = (scale * q @ keys).masked_fill(hidden, -torch.inf)
-    e = (scores - scores.amax(-1, keepdim=True)).exp()
-    sums = (e @ values.mT).reshape(b, h, -1, values.shape[4])[:, :, :t]
-    return sums, e.sum(-1).reshape(b, h, -1)[:, :, :t]
+    hidden = ~(seen & there[:, :, None])[:, None, :, None]  # [B, 1, blocks, 1, block, n + block]
+    scores = (q @ keys).unflatten(3, (-1, block)).masked_fill(hidden, -torch.inf)
+    out = scores.softmax(-1).flatten(3, 4) @ values.mT
+    out = out.unflatten(3, (-1, block)).transpose(2, 3)  # [B, Hkv, G, blocks, block, Dv]
+    return out.reshape(b, h, -1, out.shape[5])[:, :, :t]
