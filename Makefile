@@ -62,9 +62,9 @@ demo-32k: $(VENV)/.evals ## one document of 16K on a model of 32K, unpatched bes
 		--new-tokens 32 --methods "$(DEMO_32K_PAIR)" --out $(DEMO_OUT)/32k
 
 # What kinds of sequence mixers can recall: two-layer models trained from scratch.
-demo-mqar: $(VENV)/.evals ## attention, a hybrid and a gated convolution on 4 key-value pairs (about 5 minutes on two cores)
-	$(BIN)/farspan eval mqar --mixers "attention,base_conv:length=3+attention,base_conv" --settings 64x4 --lr 3e-3 \
-		--epochs 12 --out $(DEMO_OUT)/mqar
+demo-mqar: $(VENV)/.evals ## attention, a recurrence and a gated convolution on key-value recall (about 5 minutes on two cores)
+	$(BIN)/farspan eval mqar --mixers attention,mamba2,base_conv --settings 64x4,128x8,256x16 --lr 3e-3 --epochs 4 \
+		--out $(DEMO_OUT)/mqar
 
 # Two budgets each. Interrupt it as you like: the same command goes on where it stopped.
 RESULTS_OUT ?= docs/results

@@ -22,9 +22,12 @@ class Mqar:
         list[str],
         typer.Option(
             help='"attention", mixers, methods that select in prefill, or A+B for layers 1 and 2. Repeat it, '
-            'or one list: "attention,base_conv+block_topk:k=32,block=16".'
+            'or one list: "attention,mamba2+block_topk:k=32,block=16".'
         ),
-    ] = field(default_factory=lambda: ["attention,base_conv,base_conv+attention"])
+    ] = field(default_factory=lambda: ["attention,mamba2,base_conv,mamba2+attention"])
+    first: Annotated[
+        str, typer.Option(help='Layer 1 of the mixers that are not A+B; "same": the mixer itself.')
+    ] = "base_conv:length=3"
     settings: Annotated[
         list[str], typer.Option(help='LENGTHxPAIRS. Repeat it, or one list: "64x4,128x8".')
     ] = field(default_factory=lambda: ["64x4,128x8,256x16"])
@@ -71,8 +74,8 @@ def mqar(given: Mqar) -> None:
     """MQAR (Zoology, arXiv 2312.04927): small models trained from scratch, whose task is to recall.
 
     Each finished training is a row; the same command goes on where it was stopped. The published sizes are
-    --samples 100000 --same-data --epochs 64 --test-samples 3000 --dropout 0.1 --batch-tokens 32K --lr
-    1e-4,4.64e-4,2.15e-3,1e-2 --all-rates, for weeks of a CPU.
+    --first same --apart --samples 100000 --same-data --epochs 64 --test-samples 3000 --dropout 0.1
+    --batch-tokens 32K --lr 1e-4,4.64e-4,2.15e-3,1e-2 --all-rates, for weeks of a CPU.
     """
     from ..evals.mqar import layers, report
     from ..evals.mqar.data import Setting

@@ -65,13 +65,13 @@ class GatedConvolution(Mixer):
             out = _rows(out, back)
             last = torch.arange(self.length - 1, device=u.device) + mask.sum(1, keepdim=True)
             kept = _rows(inputs, last)
-        return out, (kept.to(before.dtype),)
+        return out, (kept.to(before.dtype).clone(),)  # no view that would keep all inputs in memory
 
     def step(self, hidden: Tensor, state: State, rotary: Rotary | None = None) -> tuple[Tensor, State]:
         inputs = torch.cat([state[0].to(hidden), hidden[:, None]], 1)  # [B, length, hidden]
         mixed = torch.einsum("bth,ht->bh", inputs, self.filter.flip(1))
         out = (mixed + self.bias) * self.gate_proj(hidden) + hidden
-        return out, (inputs[:, 1:].to(state[0].dtype),)
+        return out, (inputs[:, 1:].to(state[0].dtype).clone(),)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """[B, S, hidden] -> [B, S, hidden], y_t = sum_j filter_j x_(t - j), where x is 0 before its start."""

@@ -21,6 +21,7 @@ from ...attention.needs import Inputs
 from ...attention.softmax import Softmax
 from ...attention.spec import methods, parse_method, split_spec
 
+SAME = "same"
 ATTENTION = "attention"  # causal softmax attention over every key
 LAYERS = 2
 _OUTSIDE = r"(?![^()]*\))"  # not inside of parentheses
@@ -107,26 +108,33 @@ def split_mixers(values: list[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, specs)))
 
 
-def make_layers(spec: str, dim: int, heads: int, length: int) -> list[Layer]:
-    """The two layers of ``spec``: "A" is A twice, "A+B" is A below B.
+def make_layers(spec: str, dim: int, heads: int, length: int, first: str = SAME) -> list[Layer]:
+    """The two layers of ``spec``: "A+B" is A below B; "A" is ``first`` below A, and A twice with
+    first="same".
 
     A and B are "attention", the spec of a method that selects in prefill, or the spec of a mixer. A mixer
     with a parameter ``length`` gets ``length``, that of the longest sequences, where the spec gives none. The
-    weights come from torch's global generator. Raises FarspanError for anything else, and for heads that do not divide
-    ``dim``.
+    weights come from torch's global generator. Raises FarspanError for anything else, and for heads that do
+    not divide ``dim``.
     """
     if dim < 1 or heads < 1 or dim % heads:
         raise FarspanError(
             f"{heads} heads do not divide a model of {dim} numbers: give a --dim that is a multiple of "
             "--heads."
         )
-    parts = [part.strip() for part in re.split(rf"\+{_OUTSIDE}", spec)]
+    parts = _parts(spec)
+    if len(parts) == 1:
+        parts = [*(parts if first == SAME else _parts(first)), *parts]
     if len(parts) > LAYERS:
         raise FarspanError(
-            f"{spec!r} names {len(parts)} layers, and the models have {LAYERS}: give A or A+B."
+            f"{spec!r} with {first!r} as the first layer has {len(parts)} layers, and the models have "
+            f"{LAYERS}: give A or A+B, and one mixer as the first layer."
         )
-    parts = parts * LAYERS if len(parts) == 1 else parts
     return [_layer(part, dim, heads, length, index) for index, part in enumerate(parts)]
+
+
+def _parts(spec: str) -> list[str]:
+    return [part.strip() for part in re.split(rf"\+{_OUTSIDE}", spec)]
 
 
 def _layer(spec: str, dim: int, heads: int, length: int, index: int) -> Layer:
@@ -172,9 +180,9 @@ def _bound(method: AttentionMethod, dim: int, heads: int, index: int) -> Attenti
     return bound
 
 
-def check_mixers(specs: list[str], dims: list[int], heads: int) -> None:
+def check_mixers(specs: list[str], dims: list[int], heads: int, first: str) -> None:
     """Raises FarspanError for the first spec that cannot be made in one of the sizes."""
     with torch.random.fork_rng(devices=[]):
         for spec in specs:
             for dim in dims:
-                make_layers(spec, dim, heads, 4)
+                make_layers(spec, dim, heads, 4, first)

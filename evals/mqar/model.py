@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Examples
-from .layers import make_layers
+from .layers import SAME, make_layers
 
 
 class Model(nn.Module):
@@ -18,12 +18,20 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self, spec: str, *, dim: int, heads: int, length: int, vocabulary: int, dropout: float = 0.0
+        self,
+        spec: str,
+        *,
+        dim: int,
+        length: int,
+        vocabulary: int,
+        heads: int = 1,
+        first: str = SAME,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.layers = nn.ModuleList(make_layers(spec, dim, heads, length))
+        self.layers = nn.ModuleList(make_layers(spec, dim, heads, length, first))
         self.positions = nn.Embedding(length, dim) if self.layers[0].attends else None
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)

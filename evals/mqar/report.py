@@ -11,6 +11,7 @@ from ..pictures import new_figure
 from ..results import Results, unfinished_note
 from ..tables import markdown, percent
 from .data import Setting
+from .layers import SAME
 from .train import DIVERGED
 
 PUBLISHED: dict[str, Any] = {
@@ -21,7 +22,7 @@ PUBLISHED: dict[str, Any] = {
     "rates": [1e-4, 1e-4 * 100 ** (1 / 3), 1e-4 * 100 ** (2 / 3), 1e-2],
 }
 """What the tables of 2312.04927 (figure 2) and 2402.18668 were made with."""
-TRAINED = ("samples", "epochs", "test_samples", "dropout", "stop")
+TRAINED = ("first", "samples", "epochs", "test_samples", "dropout", "stop")
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,6 +135,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: bytes kept of a "
         "sequence of the longest setting, by each layer where they differ.",
     ]
+    if data["first"] != SAME:
+        out.append(f"The first layer is {data['first']} where a mixer is not A+B.")
     out.append(
         "A model for each setting." if data["apart"] else "One model is trained on all settings together."
     )

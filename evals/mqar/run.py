@@ -64,7 +64,7 @@ class Comparison:
             raise FarspanError(f"Seeds are at least 0; got {self.seeds}.")
         for setting in self.settings:
             check(setting, self.training.vocabulary, self.training.filler)
-        check_mixers(self.mixers, self.dims, self.training.heads)
+        check_mixers(self.mixers, self.dims, self.training.heads, self.training.first)
 
     def sweeps(self) -> Iterator[list[Run]]:
         """Lists of runs that differ in the learning rate; the shortest sequences first."""

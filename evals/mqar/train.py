@@ -27,11 +27,13 @@ _APART = 100_000  # seeds of data are this far apart, so that the epochs of two 
 class Training:
     """What all runs of a folder share.
 
-    samples: sequences of an epoch; where a model is trained on several settings, as many of the shortest and
-    a fifth of each other one. same_data: every epoch has the same ones, as published; otherwise each epoch
-    draws its own. test_samples: sequences of each setting that are never trained on. batch_tokens: tokens of
-    a step, as many whole sequences as they hold. stop: the accuracy in every setting that ends a
-    run. Weights are decayed by
+    first: the first layer of models whose mixer is not A+B; "same": the mixer itself. By default a
+    convolution of 3 tokens, as in Based's comparison (2402.18668), with which attention needs no positions
+    and finds the token before a value in few steps. samples: sequences of an epoch; where a model is trained
+    on several settings, as many of the shortest and a fifth of each other one. same_data: every epoch has the
+    same ones, as published; otherwise each epoch draws its own. test_samples: sequences of each setting that
+    are never trained on. batch_tokens: tokens of a step, as many whole sequences as they hold. stop: the
+    accuracy in every setting that ends a run. Weights are decayed by
     ``weight_decay``, and the learning rate falls to 0 by a cosine over all steps.
 
     Raises FarspanError for numbers out of range.
@@ -40,6 +42,7 @@ class Training:
     vocabulary: int = 8192
     filler: str = "zero"
     heads: int = 1
+    first: str = "base_conv:length=3"
     samples: int = 8192
     same_data: bool = False
     test_samples: int = 1000
@@ -116,6 +119,7 @@ def train(
             run.mixer,
             dim=run.dim,
             heads=training.heads,
+            first=training.first,
             length=max(run.settings).length,
             vocabulary=training.vocabulary,
             dropout=training.dropout,
@@ -177,9 +181,7 @@ def _epoch(
     one setting. Everything random follows from the seed and the number of the epoch."""
     number = 1 if training.same_data else epoch
     counts = training.counts(run.settings)
-    data = [
-        _data(run, x, training, number, n, device) for x, n in zip(run.settings, counts, strict=True)
-    ]
+    data = [_data(run, x, training, number, n, device) for x, n in zip(run.settings, counts, strict=True)]
     torch.manual_seed(run.seed * _APART + epoch)
     batches = [
         part[rows.to(device)]

@@ -77,6 +77,8 @@ def test_lists_of_mixers_and_hybrids() -> None:
     low, high = make_layers(specs[1], 8, 2, 24)
     assert low.state_bytes(24) == 4 * 2 * 8 and not low.attends
     assert high.state_bytes(24) == 4 * 2 * 24 * 8 and high.attends
+    below, above = make_layers("attention", 8, 2, 24, first="base_conv:length=3")
+    assert not below.attends and above.attends
     (own, _) = make_layers("base_conv", 8, 2, 24)
     assert own.state_bytes(24) == 4 * 23 * 8  # a filter of the sequence's length
 
@@ -118,7 +120,7 @@ def test_a_sparse_layer_is_masked_attention_and_its_gate_is_trained() -> None:
     ("spec", "sentence"),
     [
         ("nothing", "There is no sequence mixer 'nothing'"),
-        ("attention+base_conv+attention", "names 3 layers"),
+        ("attention+base_conv+attention", "has 3 layers"),
         ("base_conv:length=0", "at least 1 token"),
         ("double_sparsity", "selects nothing in prefill"),
         ("pbs", "see the future"),
@@ -129,7 +131,9 @@ def test_what_is_no_mixer_is_refused(spec: str, sentence: str) -> None:
         make_layers(spec, 8, 2, 24)
 
 
-TINY = Training(vocabulary=32, samples=256, epochs=3, batch_tokens=384, test_samples=64, dropout=0.1)
+TINY = Training(
+    vocabulary=32, samples=256, epochs=3, batch_tokens=384, test_samples=64, dropout=0.1, first="same"
+)
 
 
 def tiny(mixer: str, **changes: Any) -> Run:
