@@ -37,7 +37,7 @@ class Mqar:
     heads: Annotated[int, options.count("Heads of each mixer.")] = 1
     lr: Annotated[
         list[str], typer.Option(help="Learning rates; the best one counts. Repeat it, or one list.")
-    ] = field(default_factory=lambda: ["3e-3,1e-3"])
+    ] = field(default_factory=lambda: ["3e-3,1e-2"])
     apart: Annotated[
         bool, typer.Option("--apart", help="A model for each setting, not one that learns all of them.")
     ] = False
@@ -53,9 +53,9 @@ class Mqar:
     same_data: Annotated[
         bool, typer.Option("--same-data", help="The same sequences in every epoch, as published.")
     ] = False
-    epochs: Annotated[int, options.count("Most epochs of a run.")] = 32
+    epochs: Annotated[int, options.count("Most epochs of a run.")] = 8
     batch_tokens: Annotated[int, options.tokens("Tokens of a step, in whole sequences.")] = 4096
-    test_samples: Annotated[int, options.count("Sequences that are tested after each epoch.")] = 1000
+    test_samples: Annotated[int, options.count("Sequences that are tested after each epoch.")] = 500
     vocabulary: Annotated[int, options.count("Tokens: the first half are keys, the others values.")] = 8192
     filler: Annotated[
         str, typer.Option(help='Tokens between the queries: "zero" (0), or "random" tokens.')

@@ -48,7 +48,7 @@ class Comparison:
     mixers: list[str]
     settings: list[Setting]
     dims: list[int] = field(default_factory=lambda: [64])
-    rates: list[float] = field(default_factory=lambda: [3e-3, 1e-3])
+    rates: list[float] = field(default_factory=lambda: [3e-3, 1e-2])
     seeds: list[int] = field(default_factory=lambda: [1])
     apart: bool = False
     all_rates: bool = False
@@ -110,32 +110,30 @@ def compare(
     with Results(out, comparison.config, session={"device": device}, row=MQAR_ROW) as results:
         results.plan({})
         try:
-            for runs in comparison.sweeps():
-                _sweep(runs, comparison, results, device, advance)
+            for runs in zip(*comparison.sweeps(), strict=True):  # a whole table at each learning rate
+                for run in runs:
+                    _train(run, comparison, results, device, advance)
         except KeyboardInterrupt:
             finish(results)
             raise
         return finish(results)
 
 
-def _sweep(runs: list[Run], comparison: Comparison, results: Results, device: str, advance: Advance) -> None:
-    """Those runs of one sweep that have no row yet; none after a rate that has solved every setting."""
-    for run in runs:
-        if not comparison.all_rates and _solved(results.rows, run):
-            return
-        if results.done(run.key, run.mixer, {}):
-            continue
-        name = hashlib.sha256(f"{run.mixer} {run.key}".encode()).hexdigest()[:16]
-        checkpoints = results.out / "checkpoints" / name
+def _train(run: Run, comparison: Comparison, results: Results, device: str, advance: Advance) -> None:
+    """The row of ``run``, unless it is there or another rate of its sweep has solved every setting."""
+    if results.done(run.key, run.mixer, {}) or (not comparison.all_rates and _solved(results.rows, run)):
+        return
+    name = hashlib.sha256(f"{run.mixer} {run.key}".encode()).hexdigest()[:16]
+    checkpoints = results.out / "checkpoints" / name
 
-        def said(epoch: int, accuracy: dict[str, float], run: Run = run) -> None:
-            shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
-            of = f"epoch {epoch} of at most {comparison.training.epochs}"
-            advance(f"{run.mixer} d={run.dim} lr={run.lr:g} seed={run.seed}, {of}: {shown}")
+    def said(epoch: int, accuracy: dict[str, float], run: Run = run) -> None:
+        shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
+        of = f"epoch {epoch} of at most {comparison.training.epochs}"
+        advance(f"{run.mixer} d={run.dim} lr={run.lr:g} seed={run.seed}, {of}: {shown}")
 
-        row = train(run, comparison.training, checkpoints, device=device, progress=said)
-        named = asdict(run) | {"settings": list(map(str, run.settings))}
-        results.append([{**named, "key": run.key, "method": run.mixer, "recipe": {}, **row}])
+    row = train(run, comparison.training, checkpoints, device=device, progress=said)
+    named = asdict(run) | {"settings": list(map(str, run.settings))}
+    results.append([{**named, "key": run.key, "method": run.mixer, "recipe": {}, **row}])
 
 
 def _solved(rows: list[dict[str, Any]], run: Run) -> bool:

@@ -45,8 +45,8 @@ class Training:
     first: str = "base_conv:length=3"
     samples: int = 8192
     same_data: bool = False
-    test_samples: int = 1000
-    epochs: int = 32
+    test_samples: int = 500
+    epochs: int = 8
     batch_tokens: int = 4096
     dropout: float = 0.0
     weight_decay: float = 0.1
