@@ -10,4 +10,5 @@ from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
 from .registry import parse_mixer as parse_mixer
 from .retention import Retention as Retention
+from .scout import Scout as Scout
 from .sigmoid import Sigmoid as Sigmoid
