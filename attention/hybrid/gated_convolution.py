@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from .geometry import Geometry
-from .mixer import Mixer, Rotary, State
+from .mixer import Mixer, Rotary, State, Transition
 
 
 class GatedConvolution(Mixer):
@@ -32,6 +32,7 @@ class GatedConvolution(Mixer):
         if length < 1:
             raise SpecError(f"base_conv has a filter of at least 1 token; got length={length}.")
         self.hidden_size, self.length = geometry.hidden_size, length
+        self.halo = length - 1
         self.filter = nn.Parameter(torch.randn(self.hidden_size, length) / length**0.5)
         self.bias = nn.Parameter(torch.zeros(self.hidden_size))
         self.gate_proj = nn.Linear(self.hidden_size, self.hidden_size)
@@ -58,7 +59,7 @@ class GatedConvolution(Mixer):
             order = mask.logical_not().sort(dim=1, stable=True).indices
             u, back = _rows(hidden, order).masked_fill(_after(mask), 0), order.argsort(1)
         inputs = torch.cat([before.to(u), u], 1)  # [B, length - 1 + T, hidden]
-        mixed = self._convolve(inputs)[:, self.length - 1 :]
+        mixed = self._convolve(u if state is None else inputs, u.shape[1])
         out = (mixed + self.bias) * self.gate_proj(u) + u
         kept = inputs[:, inputs.shape[1] - self.length + 1 :]
         if mask is not None and back is not None:
@@ -73,12 +74,22 @@ class GatedConvolution(Mixer):
         out = (mixed + self.bias) * self.gate_proj(hidden) + hidden
         return out, (inputs[:, 1:].to(state[0].dtype).clone(),)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """[B, S, hidden] -> [B, S, hidden], y_t = sum_j filter_j x_(t - j), where x is 0 before its start."""
+    def transition(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Transition:
+        return type(self).forward(self, hidden, state, mask)[1]  # all of the state is local
+
+    def advance(self, state: State, transition: Transition) -> State:
+        return transition
+
+    def _convolve(self, x: Tensor, count: int) -> Tensor:
+        """[B, S, hidden] -> [B, count, hidden], the last y_t = sum_j filter_j x_(t - j), where x is 0 before
+        its start."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        size = _quick(x.shape[1] + self.length - 1)  # room for what wraps around
-        filtered = torch.fft.rfft(self.filter.to(wide), size).T * torch.fft.rfft(x.to(wide), size, dim=1)
-        return torch.fft.irfft(filtered, size, dim=1)[:, : x.shape[1]].to(x.dtype)
+        taps = self.filter[:, : x.shape[1]].to(wide)
+        size = _quick(max(x.shape[1], count + taps.shape[1] - 1))  # what wraps around meets none of the last
+        filtered = torch.fft.rfft(taps, size).T * torch.fft.rfft(x.to(wide), size, dim=1)
+        return torch.fft.irfft(filtered, size, dim=1)[:, x.shape[1] - count : x.shape[1]].to(x.dtype)
 
 
 def _after(mask: Tensor) -> Tensor:
@@ -93,5 +104,5 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _quick(size: int) -> int:
-    """The next power of two, whose Fourier transform is quick."""
-    return 1 << (size - 1).bit_length()
+    """The next multiple of 32: Fourier transforms of sizes with large prime factors are slow."""
+    return -(-size // 32) * 32
