@@ -37,7 +37,7 @@ class Mqar:
     heads: Annotated[int, options.count("Heads of each mixer.")] = 1
     lr: Annotated[
         list[str], typer.Option(help="Learning rates; the best one counts. Repeat it, or one list.")
-    ] = field(default_factory=lambda: ["3e-3,1e-2"])
+    ] = field(default_factory=lambda: ["1e-2,3e-3"])
     apart: Annotated[
         bool, typer.Option("--apart", help="A model for each setting, not one that learns all of them.")
     ] = False

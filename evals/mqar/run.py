@@ -48,7 +48,7 @@ class Comparison:
     mixers: list[str]
     settings: list[Setting]
     dims: list[int] = field(default_factory=lambda: [64])
-    rates: list[float] = field(default_factory=lambda: [3e-3, 1e-2])
+    rates: list[float] = field(default_factory=lambda: [1e-2, 3e-3])
     seeds: list[int] = field(default_factory=lambda: [1])
     apart: bool = False
     all_rates: bool = False
