@@ -126,7 +126,8 @@ results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models
 
 # Every kind of mixer in two-layer models trained from scratch; then longer sequences with more pairs, and smaller models.
 MQAR_MIXERS ?= attention,mamba2,base_conv,mamba2+attention
-MQAR_MORE ?= $(MQAR_MIXERS),"mamba2:expand=1,state=4","mamba2:expand=1,state=16",retention,gated_delta,gated_linear:window=0,gated_linear:window=16,aaren,sigmoid,scout:mixer=none,$\
+MQAR_MORE ?= $(MQAR_MIXERS),"mamba2:expand=1,state=4","mamba2:expand=1,state=16",retention,gated_delta,$\
+	gated_linear:window=0,gated_linear:window=16,aaren,sigmoid,scout:mixer=none,$\
 	"dynamic_mask:w=32,local=8,add_bias=true","block_topk:k=64,block=8"
 
 results-mqar: $(VENV)/.evals ## MQAR of every kind of mixer (the first four within an hour of two cores, the rest many hours; resumes)
