@@ -156,7 +156,7 @@ def patch(
         by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
-    mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
+    mesh = None if parallel is None else hf.join_ranks(model, info, parallel, set(mixed))
     if mesh is not None and (alone := {x.mixer.name for x in mixed.values() if x.mixer.halo is None}):
         mesh.close()
         raise FarspanError(

@@ -15,15 +15,17 @@ transitions of n bytes a row (a state and its decay, say) and hidden states of h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...attention.hybrid.mixer import Mixer, Rotary, State
+from ...attention.hybrid.mixer import Mixer, Rotary, State, Transition
 from ..group.autograd import gather_many
 from ..group.comm import Ranks
 from .layout import Split
+
+S = TypeVar("S", Tensor, tuple[Tensor, ...])
 
 
 def pass_state(
@@ -56,16 +58,61 @@ def pass_state(
     before = state or mixer.initial_state(batch, hidden.device)
     local, halo = _local(mixer, run, x, before, mine, turn, mask[:, : begin - split.begin], ranks)
     padded = None if bool(mine.all()) else mine
-    every = gather_many(mixer.transition(x, local, padded, turn), ranks, "transitions")
-    after = before
+    transition = mixer.transition(x, local, padded, turn)
+    if mixer.growing:
+        transition = _equally_long(transition, ranks)
+    before, after, every = fold(before, transition, mixer.advance, ranks)
+    out = run(x, before, padded, turn)[0][:, : end - begin]
+    out = torch.nn.functional.pad(out, (0, 0, 0, split.rows - out.shape[1]))
+    return keep_in_graph(out, *halo, *every), after
+
+
+def fold(
+    state: S, transition: Transition, advance: Callable[[S, Transition], S], ranks: Ranks
+) -> tuple[S, S, list[Tensor]]:
+    """All-gather the transitions of all shards -> (the state before this rank's shard, the state after the
+    call, what was gathered). state: that before the call. advance: see ``Mixer.advance``."""
+    every = gather_many(transition, ranks, "transitions")
+    before = after = state
     for rank in range(ranks.size):
         if rank == ranks.rank:
             before = after
-        after = mixer.advance(after, tuple(part[rank] for part in every))
-    out = run(x, before, padded, turn)[0][:, : end - begin]
-    out = torch.nn.functional.pad(out, (0, 0, 0, split.rows - out.shape[1]))
-    # Rank 0 reads nothing of what the others send, but takes part in the backward of the collectives.
-    return out + sum(g[..., :0].sum().to(out) for g in (*halo, *every) if g.requires_grad), after
+        after = advance(after, tuple(part[rank] for part in every))
+    return before, after, every
+
+
+def pass_columns(
+    x: Tensor, before: Tensor, split: Split, ranks: Ranks
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The halo of a convolution whose inputs this rank has. x: [B, channels, split.rows]; before: [B,
+    channels, K], the last K inputs before the call. -> (the last K before this rank's shard, the last K of
+    the call, what was gathered)."""
+    width, layout = before.shape[2], split.layout()
+    counts = [min(layout.count(rank), width) for rank in range(ranks.size)]
+    end, mine = layout.count(ranks.rank), counts[ranks.rank]
+    tail = torch.nn.functional.pad(x[:, :, end - mine : end], (width - mine, 0))
+    every = gather_many([tail], ranks, "halo")
+    columns = [part[:, :, width - count :] for part, count in zip(every[0], counts, strict=True)]
+    shard = torch.cat([before, *columns[: ranks.rank]], 2)[:, :, -width:]
+    return shard, torch.cat([before, *columns], 2)[:, :, -width:], every
+
+
+def keep_in_graph(x: Tensor, *gathered: Tensor) -> Tensor:
+    """x, whose backward reaches what was gathered. Rank 0 reads nothing of what the others send, but the
+    others wait for it in the backward of a collective."""
+    return x + sum(part[..., :0].sum().to(x) for part in gathered if part.requires_grad)
+
+
+def _equally_long(transition: Transition, ranks: Ranks) -> Transition:
+    """The parts of a transition that grow with the tokens, padded to the longest of all ranks."""
+    lengths = torch.tensor([x.shape[1] if x.dim() > 1 else 0 for x in transition])
+    longest = ranks.all_gather(lengths.to(transition[0].device), "lengths").amax(0).tolist()
+    return tuple(
+        x
+        if x.dim() < 2 or x.shape[1] == length
+        else torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], 1)
+        for x, length in zip(transition, longest, strict=True)
+    )
 
 
 def _local(

@@ -29,6 +29,7 @@ from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
 from .mixers import adopt_states, put_mixers
 from .models import FULL, ModelInfo, calls_attention
+from .recurrent_over_ranks import pass_states
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
 from .transformers_private import attention_of
@@ -64,7 +65,9 @@ def install(
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
     if session.mesh is not None:
-        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed)))
+        passing = pass_states(info.decoder, session)
+        undo += passing
+        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer, State
-from ...parallel.mechanisms.call import Call
 from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
 from ..layer import Session
@@ -154,7 +152,7 @@ def _forward(
     mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
     over = carried(mask) or session.call
     tokens = hidden.shape[1] if over is None else over.total - over.past
-    mask = _mask(session, mask, hidden) if over is None else _mask_over_ranks(session, over, hidden)
+    mask = _mask(session, mask, hidden) if over is None else session.token_mask(over, hidden)
     if over is not None and over.split is not None:
         assert session.mesh is not None
         ranks = session.mesh.ranks
@@ -185,21 +183,6 @@ def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | Non
     past = mask.shape[1] - hidden.shape[1]
     begun = padding.starts is None or max(padding.starts) <= past
     return None if begun and padding.ends is None else mask[:, past:].bool()
-
-
-def _mask_over_ranks(session: Session, call: Call, hidden: Tensor) -> Tensor | None:
-    """:func:`_mask` for all tokens of a call over ranks, also those of other ranks."""
-    ends = session.ends_below(call.total)
-    begun = call.starts is None or max(call.starts) <= call.past
-    if begun and ends is None:
-        return None
-    at = torch.arange(call.past, call.total, device=hidden.device)[None]
-    real = at.expand(hidden.shape[0], -1) >= 0
-    if call.start is not None:
-        real = real & (at >= call.start[:, None])
-    if ends is not None:
-        real = real & (at < torch.tensor(ends, device=hidden.device)[:, None])
-    return real
 
 
 def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:

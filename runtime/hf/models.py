@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,6 +20,7 @@ from ...parallel.group.config import ContextParallel
 from ...parallel.group.join import join
 from ...parallel.group.mesh import Mesh
 from .interface import ATTRIBUTE
+from .recurrent_over_ranks import passes_states
 from .tensor import TENSOR, count_heads, same_heads, weights_mesh
 from .transformers_private import calls_attention_interface, layer_types
 
@@ -248,12 +250,14 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
 
 
-def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
-    """The mesh of ranks for ``parallel``; None in one process. Raises Unsupported for a model whose sequence
+def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any, mixed: Set[int]) -> Mesh | None:
+    """The mesh of ranks for ``parallel``; None in one process. mixed: the layers with a mixer. Raises Unsupported for a model whose sequence
     cannot be sharded."""
+    served = {m.layer_idx for m in info.decoder.modules() if passes_states(m)} | mixed
+    stateful = {k for i, k in enumerate(info.kinds) if k not in (FULL, SLIDING, "dummy") and i not in served}
     reasons = [
-        f"layers of type {kind!r} have a recurrent state, which is not passed between ranks"
-        for kind in sorted({k for k in info.kinds if k not in (FULL, SLIDING)})
+        f"layers of type {kind!r} have a recurrent state that farspan does not know how to pass between ranks"
+        for kind in sorted(stateful)
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot compute a part of the sequence")

@@ -85,7 +85,8 @@ def generated(case: Case, **parallel: Any) -> dict[str, Any]:
                 ids = out.sequences
         report = patched.report()
     kept = out.past_key_values
-    rows = None if kept is None else [layer.keys.shape[2] for layer in kept.layers if layer.keys is not None]
+    keys = [getattr(layer, "keys", None) for layer in getattr(kept, "layers", ())]
+    rows = None if kept is None else [k.shape[2] for k in keys if k is not None]
     return {"tokens": tokens, "logits": logits, "report": report, "rows": rows, "seen": kept.get_seq_length()}
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from ..runtime import small_models
 from .jobs import Case
 from .jobs_states import Convolved, call_of, masks, mixers, passed
-from .test_generate import assert_same
+from .test_generate import FP32, assert_same
 from .world import World
 
 CALLS = [(0, 21, 1), (0, 2, 1), (5, 1, 1), (7, 30, 8), (0, 17, 16)]  # past, length, block multiple
@@ -60,3 +61,19 @@ def test_generate_with_mixers_is_that_of_one_device(world: World):
     ranks = assert_same(world, (2, 3, 4), cases, 1e-9)
     for report in (done[0]["report"] for done in ranks):
         assert {"halo", "transitions"} <= report.traffic.keys()
+
+
+@pytest.mark.parametrize("name", small_models.RECURRENT)
+def test_hybrids_of_transformers_over_ranks(name: str, world: World):
+    """Their recurrent layers, which compute in float32, are those of the model on one device."""
+    common: dict[str, Any] = {"model": name, **FP32, "overrides": {"initializer_range": 0.05}}
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    cases = [
+        Case(**common, lengths=(61,)),
+        Case(**common, lengths=(90, 57), turns=(20, 1), new=4),
+        Case(**common, lengths=(70, 41, 2), new=4, patch={"prefill_chunk": 24}),
+        Case(**common, lengths=(17, 5), new=4, how=beams),
+        Case(**common, lengths=(9,), turns=(30,), new=3),
+        Case(**common, lengths=(121, 80), new=4, spec="block_topk:k=32,block=16 + quest:k=32"),
+    ]
+    assert_same(world, (2, 3, 4), cases, 1e-5)
