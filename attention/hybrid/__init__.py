@@ -2,6 +2,7 @@
 registers them."""
 
 from .aaren import Aaren as Aaren
+from .gated_linear import GatedLinear as GatedLinear
 from .geometry import Geometry as Geometry
 from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
