@@ -7,4 +7,5 @@ from .geometry import Geometry as Geometry
 from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
 from .registry import parse_mixer as parse_mixer
+from .scout import Scout as Scout
 from .sigmoid import Sigmoid as Sigmoid

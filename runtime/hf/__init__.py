@@ -7,6 +7,7 @@ differences between the releases of transformers.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
+from .encoders import put_hydra as put_hydra
 from .generation import answer_by as answer_by
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings
