@@ -18,6 +18,7 @@ from ..layer import Session
 from ..mixers import Mixed
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
+from .recurrent import token_mask
 from .releases import given_cache
 
 
@@ -132,13 +133,13 @@ def _forward(
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
-    mask = _mask(session, call.get("attention_mask"), hidden)
+    mask = token_mask(session, call.get("attention_mask"), hidden.shape[1])
     rotary = call.get("position_embeddings")
     if hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
-        out, state = original(hidden, state, mask, rotary)
+        out, state = original(hidden, state, None if mask is None else mask.bool(), rotary)
     if layer is not None:
         layer.keep_state(state, hidden.shape[1])
     mixed.count(hidden)
@@ -150,16 +151,6 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     layer = None if cache is None else cache.layers[index]
     assert layer is None or isinstance(layer, StateLayer), "adopt_states runs before the layers"
     return layer
-
-
-def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
-    if mask is None:
-        return None
-    padding = session.padding(mask, *mask.shape)
-    past = mask.shape[1] - hidden.shape[1]
-    begun = padding.starts is None or max(padding.starts) <= past
-    return None if begun and padding.ends is None else mask[:, past:].bool()
 
 
 def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
