@@ -29,6 +29,7 @@ from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
 from .mixers import adopt_states, put_mixers
 from .models import FULL, ModelInfo, calls_attention
+from .recurrent import mask_padding
 from .recurrent_over_ranks import pass_states
 from .releases import CACHE_NAMES, cache_name, given_cache
 from .rope import follow_length
@@ -64,6 +65,7 @@ def install(
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
+    undo += mask_padding(info, session)
     if session.mesh is not None:
         passing = pass_states(info.decoder, session)
         undo += passing

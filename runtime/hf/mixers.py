@@ -20,6 +20,7 @@ from ..layer_over_ranks import carried
 from ..mixers import Mixed
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
+from .recurrent import token_mask
 from .releases import given_cache
 
 
@@ -151,8 +152,11 @@ def _forward(
     state = None if layer is None else layer.initial_state()
     mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
     over = carried(mask) or session.call
-    tokens = hidden.shape[1] if over is None else over.total - over.past
-    mask = _mask(session, mask, hidden) if over is None else session.token_mask(over, hidden)
+    if over is None:
+        tokens, mask = hidden.shape[1], token_mask(session, mask, hidden.shape[1])
+        mask = None if mask is None else mask.bool()
+    else:
+        tokens, mask = over.total - over.past, session.token_mask(over, hidden)
     if over is not None and over.split is not None:
         assert session.mesh is not None
         ranks = session.mesh.ranks
@@ -173,16 +177,6 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     layer = None if cache is None else cache.layers[index]
     assert layer is None or isinstance(layer, StateLayer), "adopt_states runs before the layers"
     return layer
-
-
-def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
-    if mask is None:
-        return None
-    padding = session.padding(mask, *mask.shape)
-    past = mask.shape[1] - hidden.shape[1]
-    begun = padding.starts is None or max(padding.starts) <= past
-    return None if begun and padding.ends is None else mask[:, past:].bool()
 
 
 def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:

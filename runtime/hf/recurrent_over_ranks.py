@@ -187,10 +187,6 @@ def _forward(
     name = next(x for x in (*CACHE_NAMES, "cache_params") if x in inspect.signature(forward).parameters)
     passing = _Passing(layer, given.arguments.get(name), call.split, session.mesh.ranks)
     given.arguments[name] = passing
-    hidden = given.arguments["hidden_states"]
-    mask = session.token_mask(call, hidden)
-    rows = call.split.take(passing.ranks.rank, hidden.device)
-    given.arguments["attention_mask"] = None if mask is None else mask[:, rows]
     names = {x: partial(scan, passing, forward.__globals__[x]) for x, scan in _SCANS.items() if x in forward.__globals__}
     mine = types.FunctionType(
         forward.__code__, {**forward.__globals__, **names}, forward.__name__, None, forward.__closure__

@@ -51,6 +51,12 @@ def calls_attention_interface(forward: Callable[..., Any]) -> bool | None:
     return None if source is None else "attention_interface" in source
 
 
+def masks_padding(forward: Callable[..., Any]) -> bool:
+    """Whether a module's ``forward`` zeroes hidden states at padding, read from its source. The layers of
+    transformers with a recurrent state or a convolution do, and no others; they have no common base class."""
+    return "apply_mask_to_padding_states" in (source_of(forward) or "")
+
+
 @functools.cache
 def source_of(forward: Callable[..., Any]) -> str | None:
     """The source text of a function; None where it is not available."""
