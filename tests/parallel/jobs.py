@@ -47,7 +47,11 @@ _MODELS: dict[str, Any] = {}
 def model_of(case: Case) -> Any:
     key = f"{case.model} {case.dtype} {case.overrides}"
     if key not in _MODELS:
-        _MODELS[key] = small_models.make(case.model, **case.overrides).to(case.dtype)
+        model = small_models.make(case.model, **case.overrides).to(case.dtype)
+        for name, parameter in model.named_parameters():  # recurrent states that last for whole shards
+            if name.endswith(("dt_bias", "A_log")):
+                torch.nn.init.constant_(parameter, -3.0 if name.endswith("dt_bias") else 0.0)
+        _MODELS[key] = model
     return _MODELS[key]
 
 
