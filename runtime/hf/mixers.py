@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
-from ...attention.hybrid.mixer import State
+from ...attention.hybrid.mixer import Mixer, State
 from ..cache import lasting
 from ..layer import Session
 from ..mixers import Mixed
@@ -99,14 +99,21 @@ def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) ->
     for index, entry in mixed.items():
         attention = info.attention[index]
         place_beside(entry.mixer, attention)
-        for parent in list(info.decoder.modules()):
-            for name, child in list(parent.named_children()):
-                if child is attention:
-                    setattr(parent, name, entry.mixer)
-                    undo.append(partial(setattr, parent, name, attention))
+        undo += replace_module(info.decoder, attention, entry.mixer)
         undo.append(
             replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
         )
+    return undo
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> list[Callable[[], None]]:
+    """Put ``new`` wherever a module below ``root`` has the child ``old``. Returns the undo steps."""
+    undo: list[Callable[[], None]] = []
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+                undo.append(partial(setattr, parent, name, old))
     return undo
 
 
@@ -127,22 +134,40 @@ def _forward(
             f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
             f"layer {index}: call remove(), or set the attention back to farspan."
         )
+    out = run_mixer(mixed.mixer, original, signature, index, partial(_mask, session), args, kwargs)
+    mixed.count(out)
+    return out, None
+
+
+def run_mixer(
+    mixer: Mixer,
+    forward: Callable[..., Any],
+    signature: Callable[..., Any],
+    index: int,
+    mask_of: Callable[[Tensor | None, Tensor, int], Tensor | None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Run a mixer on the arguments with which a decoder layer calls its attention, and keep the new state.
+
+    forward: that of ``mixer``. signature: the forward of the attention, by whose parameter names the layer
+    makes the call. mask_of: called with the attention's mask, the hidden states and the number of tokens
+    before them; returns [B, T] bool, True for tokens that are not padding, or None where none is.
+    """
     call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})
-    hidden, mixer = call["hidden_states"], mixed.mixer
-    layer = state_layer(given_cache(call), index)
+    hidden, layer = call["hidden_states"], state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
-    mask = _mask(session, call.get("attention_mask"), hidden)
+    mask = mask_of(call.get("attention_mask"), hidden, 0 if layer is None else layer.tokens_seen)
     rotary = call.get("position_embeddings")
     if hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
-        out, state = original(hidden, state, mask, rotary)
+        out, state = forward(hidden, state, mask, rotary)
     if layer is not None:
         layer.keep_state(state, hidden.shape[1])
-    mixed.count(hidden)
-    return out.to(hidden.dtype), None
+    return out.to(hidden.dtype)
 
 
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
@@ -152,7 +177,7 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     return layer
 
 
-def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+def _mask(session: Session, mask: Tensor | None, hidden: Tensor, past: int) -> Tensor | None:
     """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
     if mask is None:
         return None
@@ -162,19 +187,19 @@ def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | Non
     return None if begun and padding.ends is None else mask[:, past:].bool()
 
 
-def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
+def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:
     """Replace the layers of an adopted cache that belong to mixers by StateLayers. count: number of layers of
     the model."""
-    while mixed and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
+    while mixers and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
         cache.layers.append(cache.layer_class_to_replicate())
-    for index, entry in mixed.items():
-        layer, shapes = cache.layers[index], entry.mixer.state_shapes
+    for index, mixer in mixers.items():
+        layer, shapes = cache.layers[index], mixer.state_shapes
         if isinstance(layer, StateLayer) and layer.shapes == shapes:
             continue
         filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention
         if filled or (isinstance(layer, CacheLayerMixin) and layer.get_seq_length()):
             raise FarspanError(
                 f"This cache holds keys or another state for layer {index}, which now has the mixer "
-                f"{entry.mixer.name}: start a new cache."
+                f"{mixer.name}: start a new cache."
             )
         cache.layers[index] = StateLayer(shapes)
