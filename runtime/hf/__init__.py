@@ -11,7 +11,7 @@ from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
 from .converted import read_config as read_config
 from .converted import specs_of as specs_of
-from .converted import with_mixers as with_mixers
+from .converted import save_converted as save_converted
 from .generation import answer_by as answer_by
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings

@@ -103,11 +103,11 @@ def converted_config(info: ModelInfo, specs: Mapping[int, str]) -> Any:
     return made.from_dict({**saved, MIXERS: [specs.get(i) for i in range(len(kinds))]})
 
 
-def with_mixers(info: ModelInfo, mixers: Mapping[int, Mixer], specs: Mapping[int, str]) -> Any:
-    """A converted model that shares its tensors with ``info.model`` and ``mixers``, to be saved. Its tensors
-    that are in no state dict have no values."""
+def save_converted(info: ModelInfo, mixers: Mapping[int, Mixer], spec: str, folder: Path) -> None:
+    """Save ``info.model`` with ``mixers`` of ``spec`` in place of the attention of their layers, in the layout
+    of ``save_pretrained``."""
     model = owner(info)
-    config = converted_config(info, specs)
+    config = converted_config(info, dict.fromkeys(mixers, spec))
     with torch.device("meta"):
         made = converted_class(own_class(model))(config)
     tensors: dict[str, Tensor] = dict(model.state_dict())
@@ -120,7 +120,7 @@ def with_mixers(info: ModelInfo, mixers: Mapping[int, Mixer], specs: Mapping[int
     made.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = model.generation_config
-    return made.eval()
+    made.save_pretrained(folder)
 
 
 def read_config(target: str | Path) -> Any:
