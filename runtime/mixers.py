@@ -9,20 +9,29 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.errors import SpecError
-from ..attention.hybrid.mixer import Mixer
+from ..attention.hybrid.mixer import Mixer, State
 from .layer_numbers import by_layer
 
 
 @dataclass
 class MixerReport:
-    """The calls of a mixer in one layer. A mixer reads no (query, key) pairs; it reads a state of
-    ``state_bytes`` for each row."""
+    """The calls of a mixer in one layer. Its pairs are not counted.
+
+    state_bytes: of one row's state after the last call. bytes_per_token: by how much it grows; 0 for a state
+    of constant size.
+    """
 
     layer: int
     mixer: str
     state_bytes: int
+    bytes_per_token: float = 0.0
     calls: int = 0
     tokens: int = 0
+
+    @property
+    def kind(self) -> tuple[str, int, float]:
+        """What layers have in common that share a line of the report."""
+        return self.mixer, self.state_bytes, self.bytes_per_token
 
 
 class Mixed:
@@ -34,12 +43,15 @@ class Mixed:
 
     def clear_report(self) -> None:
         """Set the counts to zero."""
-        self.report = MixerReport(self.index, self.mixer.name, self.mixer.state_bytes)
+        mixer = self.mixer
+        grows = sum(part.bytes_after(part.every) / part.every for part in mixer.growing)
+        self.report = MixerReport(self.index, mixer.name, mixer.state_bytes, grows)
 
-    def count(self, hidden: Tensor) -> None:
-        """Count a call with hidden states [B, T, hidden]."""
+    def count(self, hidden: Tensor, state: State) -> None:
+        """Count a call with hidden states [B, T, hidden] that has returned ``state``."""
         self.report.calls += 1
         self.report.tokens += hidden.shape[0] * hidden.shape[1]
+        self.report.state_bytes = sum(x.nbytes // x.shape[0] for x in state)
 
 
 def mixed_layers(

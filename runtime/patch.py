@@ -85,7 +85,8 @@ def patch(
     at decode every query is measured. The values are in ``report``. Calls become slower. It works on one
     device only.
     mixers: ``Mixer`` modules by layer number. They replace the attention of the layer until ``remove``, and
-    are moved to its device. The cache holds their state instead of keys. The state cannot be cropped.
+    are moved to its device. The cache holds their state instead of keys. The state can be
+    cropped only where it is keys and values alone (sigmoid).
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
 
@@ -156,11 +157,12 @@ def patch(
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
     mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
-    if mesh is not None and mixed:
+    if mesh is not None and (alone := {x.mixer.name for x in mixed.values() if x.mixer.halo is None}):
         mesh.close()
         raise FarspanError(
-            f"mixers= was given for a model over {mesh.size} ranks, and the state of a mixer is not passed "
-            "between ranks: leave mixers out, or patch without parallel in one process."
+            f"mixers= has {', '.join(sorted(alone))} for a model over {mesh.size} ranks, and such a mixer "
+            "defines no transition of a shard (halo is None): use another mixer, or patch without parallel "
+            "in one process."
         )
     if mesh is not None and measured:
         mesh.close()

@@ -224,11 +224,14 @@ class Report:
             lines.append(f"read everything in {count} layer calls: {reason}")
         for reason, count in sorted(self.notices.items()):
             lines.append(f"in {count} calls of the model: {reason}")
-        for name, size in sorted({(x.mixer, x.state_bytes) for x in self.mixers}):
-            same = [x for x in self.mixers if (x.mixer, x.state_bytes) == (name, size)]
+        for name, size, grows in sorted({x.kind for x in self.mixers}):
+            same = [x for x in self.mixers if x.kind == (name, size, grows)]
+            pairs, more = (
+                ("pairs not counted", f", {as_bytes(grows)} more a token") if grows else ("no pairs", "")
+            )
             lines.append(
-                f"mixer {name} in layers {_ranges([x.layer for x in same])}: no pairs, a state of "
-                f"{as_bytes(size)} a row and layer; {sum(x.calls for x in same)} calls"
+                f"mixer {name} in layers {_ranges([x.layer for x in same])}: {pairs}, a state of "
+                f"{as_bytes(size)} a row and layer{more}; {sum(x.calls for x in same)} calls"
             )
         for reason in sorted(set(self.untouched.values())):
             names = _ranges([layer for layer, why in self.untouched.items() if why == reason])
@@ -291,7 +294,7 @@ def as_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
 
 
-def as_bytes(count: int) -> str:
+def as_bytes(count: float) -> str:
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

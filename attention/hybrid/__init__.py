@@ -1,7 +1,10 @@
-"""Mixers: modules with a recurrent state that take the place of a layer's attention. Importing the package
+"""Mixers: modules with a state of their own that take the place of a layer's attention. Importing the package
 registers them."""
 
+from .aaren import Aaren as Aaren
+from .gated_linear import GatedLinear as GatedLinear
 from .geometry import Geometry as Geometry
 from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
 from .registry import parse_mixer as parse_mixer
+from .sigmoid import Sigmoid as Sigmoid

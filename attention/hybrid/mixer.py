@@ -1,4 +1,4 @@
-"""The abstraction of a layer without a KV cache: hidden states and a recurrent state in, both out."""
+"""The abstraction of a layer without the model's KV cache: hidden states and a state in, both out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .growing import Growing
+
 State = tuple[Tensor, ...]
-"""The state of a batch: one tensor for each of ``Mixer.state_shapes``, batch first."""
+"""The state of a batch: one tensor for each part of ``Mixer.layout``, batch first."""
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [B or 1, T, rotated numbers] of the tokens' positions, as the layer's attention would get
 them."""
+
+Transition = tuple[Tensor, ...]
+"""What a shard of a sequence does to a state: tensors of fixed shapes, batch first."""
 
 _REGISTRY: dict[str, type[Mixer]] = {}
 
@@ -28,8 +33,9 @@ class Mixer(nn.Module):
     """Base of the modules that may stand in place of a layer's ``self_attn`` (``patch(..., mixers=...)``).
 
     A mixer sees the layer's hidden states behind its norm, in the model's dtype, and returns what the layer
-    adds to its residual. All that it keeps of earlier tokens is its state, whose size does not depend on
-    their number. It never changes a state in place.
+    adds to its residual. All that it keeps of earlier tokens is its state: parts whose size does not depend
+    on their number (``state_shapes``), and, in few mixers, parts that grow with it (``growing``). It never
+    changes a state in place.
 
     It obeys three laws, which make chunked prefill, decode and batches right:
 
@@ -42,6 +48,9 @@ class Mixer(nn.Module):
     (``"gated_linear:window=64"``). It starts from the weights of the attention that it replaces
     (``initialise_from``). A class with a ``name`` is registered by being defined.
 
+    A mixer that runs over ranks sets ``halo`` and defines ``transition`` and ``advance``. They obey a fourth
+    law: for a sequence in two parts a and b, ``advance(state after a, transition(b))`` is the state after b.
+
     Parameters keep their names in the model's state dict: a mixer with a child ``q_proj`` in layer 3 has
     ``layers.3.self_attn.q_proj``, as the attention that it replaces.
     """
@@ -51,6 +60,9 @@ class Mixer(nn.Module):
     paper: ClassVar[str] = ""  # arXiv id
     from_geometry: ClassVar[bool] = False  # whether ``__init__`` takes a Geometry, so that a spec can name it
     hidden_size: int  # numbers of a hidden state
+    # Over how many earlier tokens of a row (none of them padding) the local parts of the state reach: the
+    # inputs of a convolution, the keys of an exact window. None: the mixer does not run over ranks.
+    halo: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,7 +71,7 @@ class Mixer(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of one row's state tensors, without the batch dimension."""
+        """The shapes of one row's state tensors of constant size, without the batch dimension."""
         raise NotImplementedError(f"{type(self).__name__} does not say what shapes its state has.")
 
     @property
@@ -68,15 +80,32 @@ class Mixer(nn.Module):
         return torch.float32
 
     @property
+    def growing(self) -> tuple[Growing, ...]:
+        """The parts of the state that grow with the number of tokens: none by default."""
+        return ()
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...] | Growing, ...]:
+        """The parts of a state in their order: those of constant size, those that grow, and, where some grow,
+        the number of tokens of each row, [B] int64."""
+        return (*self.state_shapes, *self.growing, *([()] if self.growing else []))
+
+    @property
     def state_bytes(self) -> int:
-        """Bytes of one row's state."""
-        return sum(map(math.prod, self.state_shapes)) * self.state_dtype.itemsize
+        """Bytes of one row's state before its first token. Without growing parts they stay the same."""
+        fixed = sum(map(math.prod, self.state_shapes)) * self.state_dtype.itemsize
+        return fixed + (torch.int64.itemsize if self.growing else 0)
+
+    def state_bytes_after(self, tokens: int) -> int:
+        """Bytes of one row's state after ``tokens`` tokens."""
+        return self.state_bytes + sum(part.bytes_after(tokens) for part in self.growing)
 
     def initial_state(self, batch: int, device: torch.device) -> State:
-        """The state before the first token: zeros."""
-        return tuple(
-            torch.zeros((batch, *shape), dtype=self.state_dtype, device=device) for shape in self.state_shapes
-        )
+        """The state before the first token: zeros, and no entries in the parts that grow."""
+        fixed = [torch.zeros((batch, *x), dtype=self.state_dtype, device=device) for x in self.state_shapes]
+        grown = [torch.zeros((batch, 0, *x.shape), dtype=x.dtype, device=device) for x in self.growing]
+        count = [torch.zeros(batch, dtype=torch.int64, device=device)] if grown else []
+        return (*fixed, *grown, *count)
 
     def forward(
         self,
@@ -111,3 +140,24 @@ class Mixer(nn.Module):
             for name, x in weights.items():
                 if name in own and own[name].shape == x.shape:
                     own[name].copy_(x)
+
+    def skip(self, state: State, tokens: Tensor) -> State:
+        """The state with ``tokens`` [B] int64 more tokens in its counts. By default the state, for a mixer
+        that counts no tokens."""
+        return state
+
+    def transition(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Transition:
+        """What hidden [B, T, hidden], a shard of a sequence, does to the state before it. mask, rotary: see
+        ``forward``; a row may have no token that is not padding.
+
+        state: right in its local parts (those that depend on the last ``halo`` tokens) and in its counts. Its
+        other parts are unknown and must not be used.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no transition of a shard.")
+
+    def advance(self, state: State, transition: Transition) -> State:
+        """The state after a shard, by its ``transition`` and the state before it. Local parts and counts are
+        those of the transition, which are right already."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a transition changes a state.")

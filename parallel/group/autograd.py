@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Ranks
+from .comm import Ranks, pack, unpack
 
 
 def gather(x: Tensor, ranks: Ranks, name: str = "all_gather") -> Tensor:
@@ -21,6 +21,15 @@ def gather(x: Tensor, ranks: Ranks, name: str = "all_gather") -> Tensor:
     Backward: a reduce-scatter, summed in float32 at least; counted as ``name`` + "_backward".
     """
     return _Gather.apply(x, ranks, name)
+
+
+def gather_many(xs: Sequence[Tensor], ranks: Ranks, name: str = "all_gather") -> list[Tensor]:
+    """Tensors of any dtypes, each of the same shape on every rank -> [P, *x.shape] of each, in one
+    collective.
+
+    Backward: one reduce-scatter, summed in float32 at least; counted as ``name`` + "_backward".
+    """
+    return list(_GatherMany.apply(ranks, name, *xs))
 
 
 def exchange(
@@ -43,6 +52,30 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         wide = torch.promote_types(grad.dtype, torch.float32)
         return ctx.ranks.reduce_scatter(grad.to(wide), f"{ctx.name}_backward").to(grad.dtype), None, None
+
+
+class _GatherMany(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, name: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.name, ctx.like = ranks, name, [x.dtype for x in xs]
+        every = tuple(unpack(ranks.all_gather(pack(*xs), name), *xs))
+        ctx.mark_non_differentiable(*(x for x in every if not x.is_floating_point()))
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wide = torch.float32
+        places = [i for i, dtype in enumerate(ctx.like) if dtype.is_floating_point]
+        for i in places:
+            wide = torch.promote_types(wide, ctx.like[i])
+        flat = torch.cat([grads[i].flatten(1).to(wide) for i in places], 1)
+        parts = ctx.ranks.reduce_scatter(flat, f"{ctx.name}_backward").split(
+            [grads[i][0].numel() for i in places]
+        )
+        found: list[Tensor | None] = [None] * len(ctx.like)
+        for i, part in zip(places, parts, strict=True):
+            found[i] = part.view(grads[i].shape[1:]).to(ctx.like[i])
+        return None, None, *found
 
 
 class _Exchange(torch.autograd.Function):

@@ -24,7 +24,7 @@ from ...attention.summary import Summaries
 from ..group.mesh import Mesh
 from .call import LocalCall, Travel
 from .gather import gather_all
-from .layout import Layout, Split, usp_split, zigzag
+from .layout import Layout, Split, contiguous, usp_split, zigzag
 from .pass_q import pass_q
 from .ring import ring
 from .selected import Result, selected
@@ -35,9 +35,19 @@ from .volume import Choice, PrefillCall, choose, refusals
 _DENSE = Dense()
 
 
-def make_split(mesh: Mesh, past: int, total: int, block_multiple: int, held: Layout | None = None) -> Split:
+def make_split(
+    mesh: Mesh,
+    past: int,
+    total: int,
+    block_multiple: int,
+    held: Layout | None = None,
+    in_order: bool = False,
+) -> Split:
     """How the tokens past .. total - 1 are divided among the ranks of ``mesh``. held: the layout of the
-    tokens that the ranks hold already."""
+    tokens that the ranks hold already. in_order: one chunk a rank in the order of the ranks, because a layer
+    passes a state along the sequence; otherwise a zigzag, which balances causal attention."""
+    if in_order:
+        return contiguous(past, total, mesh.ranks.size, block_multiple)
     if mesh.ulysses is not None and mesh.ring is not None:
         return usp_split(past, total, mesh.ulysses.size, mesh.ring.size, block_multiple)
     return zigzag(past, total, mesh.ranks.size, block_multiple, held)

@@ -221,7 +221,9 @@ def _check_lengths(cache: Cache) -> None:
         )
 
 
-def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> ShardStoreLayer:
+def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> Any:
+    if isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer):
+        return layer  # a state is the same on every rank
     if isinstance(layer, ShardStoreLayer):
         ranks, old = shard(None).ranks, layer.store.ranks
         if (ranks.size, ranks.rank) != (old.size, old.rank):

@@ -28,10 +28,13 @@ from .models import ModelInfo
 from .releases import given_cache
 
 
-def split_forward(info: ModelInfo, session: Session, block_multiple: int) -> Callable[[], None]:
+def split_forward(
+    info: ModelInfo, session: Session, block_multiple: int, in_order: bool
+) -> Callable[[], None]:
     """Make the decoder split long calls over ``session.mesh``, at multiples of ``block_multiple`` tokens.
-    Short calls run whole on every rank. Returns the undo step."""
-    return replace_forward(info.decoder, partial(_forward, info, session, block_multiple))
+    Short calls run whole on every rank. in_order: some layer has a recurrent state, so the tokens of a rank
+    are contiguous. Returns the undo step."""
+    return replace_forward(info.decoder, partial(_forward, info, session, block_multiple, in_order))
 
 
 ALONG_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
@@ -89,6 +92,7 @@ def _forward(
     info: ModelInfo,
     session: Session,
     block_multiple: int,
+    in_order: bool,
     original: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
@@ -98,7 +102,7 @@ def _forward(
     if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
         return original(**kwargs)
     with stopping_all_ranks(session.mesh):
-        call, positions = _split_arguments(info, session, session.mesh, block_multiple, kwargs)
+        call, positions = _split_arguments(info, session, session.mesh, block_multiple, in_order, kwargs)
         session.call, before = call, running.set(call)
         try:
             with session.part_of(positions):
@@ -116,7 +120,12 @@ def _forward(
 
 
 def _split_arguments(
-    info: ModelInfo, session: Session, mesh: Mesh, block_multiple: int, kwargs: dict[str, Any]
+    info: ModelInfo,
+    session: Session,
+    mesh: Mesh,
+    block_multiple: int,
+    in_order: bool,
+    kwargs: dict[str, Any],
 ) -> tuple[Call, Tensor]:
     """Check that all ranks have the same arguments, and reduce ``kwargs`` to the tokens of this rank. Returns
     the call, and the positions of all its tokens."""
@@ -147,7 +156,7 @@ def _split_arguments(
                 f"{', '.join(foreign)} may not lie along the tokens: leave them out of the call."
             )
         split, memory = (
-            make_split(mesh, past, total, block_multiple, _cache_layout(cache)),
+            make_split(mesh, past, total, block_multiple, _cache_layout(cache), in_order),
             _spare_memory(mesh),
         )
         at = split.take(mesh.ranks.rank, tokens.device)

@@ -63,7 +63,7 @@ def install(
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
     if session.mesh is not None:
-        undo.append(split_forward(info, session, block_multiple))
+        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer, State
+from ...parallel.mechanisms.call import Call
+from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
 from ..layer import Session
+from ..layer_over_ranks import carried
 from ..mixers import Mixed
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
@@ -26,24 +30,28 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     transformers' layer does not count tokens, marks a state as present only with a convolution, and neither
     repeats nor selects rows. This class adds these. Masks and positions are made from the number of tokens.
-    A new state replaces the old one and is not written into it, because a state may carry gradients.
+    A new state replaces the old one and is not written into it, because a state may carry gradients. Where
+    every part of the state grows with the tokens, it can be cropped.
     """
 
     recurrent_states: dict[int, Tensor | None]
     is_compileable = False
 
-    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=len(shapes))
-        self.shapes, self.tokens_seen = shapes, 0
+        self.layout = mixer.layout
+        LinearAttentionLayer.__init__(self, number_of_states=len(self.layout))
+        self.only_grows = bool(mixer.growing) and not mixer.state_shapes
+        self.tokens_seen, self.padded_right = 0, False
 
-    def keep_state(self, state: State, tokens: int) -> None:
-        """Store the state that a call of ``tokens`` tokens has returned."""
+    def keep_state(self, state: State, tokens: int, mask: Tensor | None) -> None:
+        """Store the state that a call of ``tokens`` tokens with ``mask`` has returned."""
         self.tokens_seen += tokens
+        self.padded_right = mask is not None and not bool(mask[:, -1].all())
         for i, x in enumerate(state):
             self.recurrent_states[i] = x
             self.is_recurrent_states_initialized[i] = self.has_previous_state[i] = True
-            self.device, self.dtype = x.device, x.dtype
+        self.device, self.dtype = state[0].device, state[0].dtype
 
     def initial_state(self) -> State | None:
         """The state with which the next call begins; None before the first call."""
@@ -77,14 +85,25 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return self.only_grows
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        count = abs(tokens_to_remove)
+        if count and not self.only_grows:
             raise FarspanError(
                 "The state of a mixer cannot be cropped, because it is one sum over all tokens: start a new "
                 "cache, use a deep copy that was made earlier, or generate without assisted decoding."
             )
+        if count and self.padded_right:
+            raise FarspanError(
+                "The state of a mixer cannot be cropped after a call with padding on the right: pad on the left "
+                "(tokenizer.padding_side = 'left')."
+            )
+        if count and self.tokens_seen:
+            *_, tokens = self.recurrent_states.values()
+            assert tokens is not None
+            self.recurrent_states[len(self.layout) - 1] = (tokens - count).clamp(min=0)
+            self.tokens_seen = max(0, self.tokens_seen - count)
 
     def update(self, *_: Any, **__: Any) -> NoReturn:
         raise FarspanError(
@@ -134,40 +153,33 @@ def _forward(
             f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
             f"layer {index}: call remove(), or set the attention back to farspan."
         )
-    out = run_mixer(mixed.mixer, original, signature, index, partial(_mask, session), args, kwargs)
-    mixed.count(out)
-    return out, None
-
-
-def run_mixer(
-    mixer: Mixer,
-    forward: Callable[..., Any],
-    signature: Callable[..., Any],
-    index: int,
-    mask_of: Callable[[Tensor | None, Tensor, int], Tensor | None],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Run a mixer on the arguments with which a decoder layer calls its attention, and keep the new state.
-
-    forward: that of ``mixer``. signature: the forward of the attention, by whose parameter names the layer
-    makes the call. mask_of: called with the attention's mask, the hidden states and the number of tokens
-    before them; returns [B, T] bool, True for tokens that are not padding, or None where none is.
-    """
-    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
-    call |= call.pop("kwargs", {})
-    hidden, layer = call["hidden_states"], state_layer(given_cache(call), index)
+    call = call_of(signature, args, kwargs)
+    hidden, mixer = call["hidden_states"], mixed.mixer
+    layer = state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
-    mask = mask_of(call.get("attention_mask"), hidden, 0 if layer is None else layer.tokens_seen)
-    rotary = call.get("position_embeddings")
-    if hidden.shape[1] == 1 and state is not None and mask is None:
+    mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
+    over = carried(mask) or session.call
+    tokens = hidden.shape[1] if over is None else over.total - over.past
+    mask = _mask(session, mask, hidden) if over is None else _mask_over_ranks(session, over, hidden)
+    if over is not None and over.split is not None:
+        assert session.mesh is not None
+        ranks = session.mesh.ranks
+        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, ranks, original)
+    elif hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
-        out, state = forward(hidden, state, mask, rotary)
+        out, state = original(hidden, state, mask, rotary)
     if layer is not None:
-        layer.keep_state(state, hidden.shape[1])
-    return out.to(hidden.dtype)
+        layer.keep_state(state, tokens, mask)
+    mixed.count(hidden, state)
+    return out.to(hidden.dtype), None
+
+
+def call_of(signature: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of attention by the names in its forward, ``signature``."""
+    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
+    return call | call.pop("kwargs", {})
 
 
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
@@ -177,7 +189,7 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     return layer
 
 
-def _mask(session: Session, mask: Tensor | None, hidden: Tensor, past: int) -> Tensor | None:
+def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
     if mask is None:
         return None
@@ -187,14 +199,29 @@ def _mask(session: Session, mask: Tensor | None, hidden: Tensor, past: int) -> T
     return None if begun and padding.ends is None else mask[:, past:].bool()
 
 
+def _mask_over_ranks(session: Session, call: Call, hidden: Tensor) -> Tensor | None:
+    """:func:`_mask` for all tokens of a call over ranks, also those of other ranks."""
+    ends = session.ends_below(call.total)
+    begun = call.starts is None or max(call.starts) <= call.past
+    if begun and ends is None:
+        return None
+    at = torch.arange(call.past, call.total, device=hidden.device)[None]
+    real = at.expand(hidden.shape[0], -1) >= 0
+    if call.start is not None:
+        real = real & (at >= call.start[:, None])
+    if ends is not None:
+        real = real & (at < torch.tensor(ends, device=hidden.device)[:, None])
+    return real
+
+
 def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:
     """Replace the layers of an adopted cache that belong to mixers by StateLayers. count: number of layers of
     the model."""
     while mixers and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
         cache.layers.append(cache.layer_class_to_replicate())
     for index, mixer in mixers.items():
-        layer, shapes = cache.layers[index], mixer.state_shapes
-        if isinstance(layer, StateLayer) and layer.shapes == shapes:
+        layer = cache.layers[index]
+        if isinstance(layer, StateLayer) and layer.layout == mixer.layout:
             continue
         filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention
         if filled or (isinstance(layer, CacheLayerMixin) and layer.get_seq_length()):
@@ -202,4 +229,4 @@ def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:
                 f"This cache holds keys or another state for layer {index}, which now has the mixer "
                 f"{mixer.name}: start a new cache."
             )
-        cache.layers[index] = StateLayer(shapes)
+        cache.layers[index] = StateLayer(mixer)

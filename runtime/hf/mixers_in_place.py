@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer
 from .decoder_call import arguments, settle_cache
-from .mixers import adopt_states, replace_module, run_mixer
+from .mixers import adopt_states, call_of, replace_module, state_layer
 from .models import FULL, ModelInfo
+from .releases import given_cache
 
 _LIST = "_farspan_in_place"  # the attribute of a decoder with its InPlace objects
 
@@ -31,21 +32,24 @@ class InPlace:
         self.mask: tuple[int, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return (
-            run_mixer(
-                self.mixer, self._run, self.attention.forward, self.index, self._part_of_mask, args, kwargs
-            ),
-            None,
-        )
-
-    def _run(self, hidden: Tensor, *others: Any) -> Any:
-        return type(self.mixer).forward(self.mixer, hidden.to(dtype_of(self.mixer)), *others)
-
-    def _part_of_mask(self, attention_mask: Tensor | None, hidden: Tensor, past: int) -> Tensor | None:
-        if self.mask is None:
-            return None
-        begin, mask = self.mask
-        return mask[:, past - begin : past - begin + hidden.shape[1]]
+        call = call_of(self.attention.forward, args, kwargs)
+        mixer, layer = self.mixer, state_layer(given_cache(call), self.index)
+        hidden: Tensor = call["hidden_states"]
+        x, rotary = hidden.to(dtype_of(mixer)), call.get("position_embeddings")
+        state, mask, tokens = None, None, hidden.shape[1]
+        if layer is not None:
+            state = layer.initial_state()
+        if self.mask is not None:
+            begin = (0 if layer is None else layer.tokens_seen) - self.mask[0]
+            mask = self.mask[1][:, begin : begin + tokens]
+        if tokens == 1 and state is not None and mask is None:
+            out, state = mixer.step(x[:, 0], state, rotary)
+            out = out[:, None]
+        else:
+            out, state = type(mixer).forward(mixer, x, state, mask, rotary)
+        if layer is not None:
+            layer.keep_state(state, tokens, mask)
+        return out.to(hidden.dtype), None
 
 
 def dtype_of(mixer: nn.Module) -> torch.dtype:

@@ -1,0 +1,133 @@
+"""Aaren: attention as a recurrence, the query of each head learned."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..partial import Partial, merge
+from .geometry import Geometry
+from .mixer import Mixer, Rotary, State
+
+_CHUNK = 64  # tokens that are weighed against each other in one product
+
+
+class Aaren(Mixer):
+    """out_t = W_o sum_{j <= t} softmax_j(scale * q . k_j) v_j with one learned query q per head (arXiv
+    2405.13956, without public code).
+
+    The query does not depend on the token, so the softmax over the first t tokens is a prefix sum: the
+    largest logit m, the sum u of exp(logit - m) and the sum w of the values weighed so. Two adjacent parts
+    join by ``merge``; the state keeps (m, u, w) as the pair that ``merge`` takes, lse = m + ln u [H] and
+    out = w / u [H, D], of constant size. ``forward`` computes chunks of tokens by a matrix product, and joins
+    them in O(log chunks) steps of the parallel prefix sum.
+
+    A layer cannot look up what it is asked for, because no query depends on the input: expect near chance in
+    associative recall (MQAR). RoPE is not applied, for a fixed query has no position. Of the attention
+    replaced it takes the projections of keys, values and outputs.
+    """
+
+    name: ClassVar[str] = "aaren"
+    title: ClassVar[str] = "Aaren"
+    paper: ClassVar[str] = "2405.13956"
+    from_geometry: ClassVar[bool] = True
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        g = self.geometry = geometry
+        self.hidden_size = g.hidden_size
+        self.query = nn.Parameter(torch.randn(g.num_heads, g.head_dim))
+        self.k_proj = nn.Linear(g.hidden_size, g.num_kv_heads * g.head_dim, g.bias)
+        self.v_proj = nn.Linear(g.hidden_size, g.num_kv_heads * g.head_dim, g.bias)
+        self.o_proj = nn.Linear(g.num_heads * g.head_dim, g.hidden_size, g.out_bias)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.geometry.num_heads,), (self.geometry.num_heads, self.geometry.head_dim)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        lse, out = super().initial_state(batch, device)
+        return torch.full_like(lse, -torch.inf), out
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> tuple[Tensor, State]:
+        lse, out = state or self.initial_state(len(hidden), hidden.device)
+        length = hidden.shape[1]
+        inside = self._chunks(hidden, mask)  # [B, H, N, C]
+        ends = Partial(inside.out[..., -1, :], inside.lse[..., -1])  # [B, H, N]
+        before = prefixes(
+            Partial(
+                torch.cat([out[:, :, None], ends.out[:, :, :-1]], 2),
+                torch.cat([lse[:, :, None], ends.lse[:, :, :-1]], 2),
+            )
+        )
+        after = merge(*(Partial(x.out[:, :, -1], x.lse[:, :, -1]) for x in (before, ends)))
+        past = Partial(
+            before.out[..., None, :].expand_as(inside.out), before.lse[..., None].expand_as(inside.lse)
+        )
+        outs = merge(past, inside).out.flatten(2, 3)[:, :, :length]
+        return self.o_proj(outs.transpose(1, 2).flatten(2).to(hidden.dtype)), (after.lse, after.out)
+
+    def step(self, hidden: Tensor, state: State, rotary: Rotary | None = None) -> tuple[Tensor, State]:
+        scores, values = self._scored(hidden[:, None])
+        lse, out = state
+        joined = merge(Partial(out, lse), Partial(values[:, :, 0], scores[:, :, 0]))
+        return self.o_proj(joined.out.flatten(1).to(hidden.dtype)), (joined.lse, joined.out)
+
+    def _scored(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [B, T, hidden] -> the logits [B, H, T] and the values [B, H, T, D], in the state's dtype."""
+        g = self.geometry
+        k, v = (
+            p(hidden).unflatten(2, (-1, g.head_dim)).transpose(1, 2).to(self.state_dtype)
+            for p in (self.k_proj, self.v_proj)
+        )
+        query = self.query.to(k).unflatten(0, (g.num_kv_heads, -1))  # [Hkv, G, D]
+        scores = torch.einsum("hgd,bhtd->bhgt", query, k).flatten(1, 2) * g.softmax_scale
+        return scores, v.repeat_interleave(g.num_heads // g.num_kv_heads, 1)
+
+    def _chunks(self, hidden: Tensor, mask: Tensor | None) -> Partial:
+        """For every token the softmax over its chunk's tokens up to itself: out [B, H, N, C, D], lse [B, H,
+        N, C]."""
+        scores, values = self._scored(hidden)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        room = -hidden.shape[1] % _CHUNK
+        scores = F.pad(scores, (0, room), value=-torch.inf).unflatten(2, (-1, _CHUNK))
+        values = F.pad(values, (0, 0, 0, room)).unflatten(2, (-1, _CHUNK))
+        peak = scores.detach().cummax(-1).values  # m
+        peak = peak.masked_fill(peak == -torch.inf, 0)
+        later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=hidden.device).triu(1)
+        weights = (scores[..., None, :] - peak[..., None]).masked_fill(later, -torch.inf).exp()
+        total = weights.sum(-1)  # u
+        none = total == 0
+        safe = total.masked_fill(none, 1)
+        return Partial(
+            (weights @ values) / safe[..., None], (peak + safe.log()).masked_fill(none, -torch.inf)
+        )
+
+
+def prefixes(part: Partial) -> Partial:
+    """The merges of the first 1, 2, 3, ... parts along dimension 2 (out [B, H, N, D], lse [B, H, N]), in
+    log2(N) steps: each joins every part with the one ``shift`` before it (Hillis and Steele)."""
+    out, lse = part
+    shift = 1
+    while shift < lse.shape[2]:
+        joined = merge(
+            Partial(out[:, :, :-shift], lse[:, :, :-shift]), Partial(out[:, :, shift:], lse[:, :, shift:])
+        )
+        out = torch.cat([out[:, :, :shift], joined.out], 2)
+        lse = torch.cat([lse[:, :, :shift], joined.lse], 2)
+        shift *= 2
+    return Partial(out, lse)

@@ -1,0 +1,44 @@
+"""Exact attention over the last tokens, beside a recurrence over the earlier ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums of softmax attention over the last n keys, the query's own among them -> (sum_j e_j v_j
+    [B, H, T, Dv], sum_j e_j [B, H, T]) with e_j = exp(scale * q k_j - m), m being the largest of the row.
+
+    q: [B, H, T, D]. keys, values: [B, Hkv, n + T, D]; the first n are those before the call, of which row b
+    has the last valid[b]. Sums are in float32 or wider, and the largest e of a row is 1. A block of
+    queries meets n + block keys:
+
+        n = 3:    keys -3 -2 -1  0  1  2
+        query 0         .  x  x  x  .  .
+              1         .  .  x  x  x  .
+              2         .  .  .  x  x  x
+    """
+    b, h, t, d = q.shape
+    hkv, n = keys.shape[1], keys.shape[2] - t
+    wide = torch.promote_types(q.dtype, torch.float32)
+    block = min(n, t)
+    rest = -t % block
+    if rest:
+        q, keys, values = (pad(x, (0, 0, 0, rest)) for x in (q, keys, values))
+    q = q.to(wide).reshape(b, hkv, h // hkv, -1, block, d)  # [B, Hkv, G, blocks, block, D]
+    keys = keys.to(wide).unfold(2, n + block, block)[:, :, None]  # [B, Hkv, 1, blocks, D, n + block]
+    values = values.to(wide).unfold(2, n + block, block)[:, :, None]
+    place = torch.arange(n + block, device=q.device)
+    query = torch.arange(block, device=q.device)[:, None]
+    seen = (place > query) & (place <= query + n)  # [block, n + block]
+    begin = torch.arange(0, t + rest, block, device=q.device)[:, None]  # place of each block's first key
+    there = (begin + place) >= n - valid[:, None, None]  # [B, blocks, n + block]
+    hidden = ~(seen & there[:, :, None])[:, None, None]
+    scores = (scale * q @ keys).masked_fill(hidden, -torch.inf)
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    sums = (e @ values.mT).reshape(b, h, -1, values.shape[4])[:, :, :t]
+    return sums, e.sum(-1).reshape(b, h, -1)[:, :, :t]

@@ -1,0 +1,61 @@
+"""What the tests of mixers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farspan.attention.hybrid import Geometry, Mixer, mixers, parse_mixer
+from farspan.attention.hybrid.mixer import Rotary, State
+
+GEOMETRY = Geometry(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
+# Mixers whose defaults are not met by 40 tokens, and parameters that run other code.
+SMALL = {"gated_linear": "gated_linear:window=5"}
+MORE = ("gated_linear:window=6,features=plain", "gated_linear:window=0,expand_k=0.5")
+SPECS = (*(SMALL.get(name, name) for name in mixers()), *MORE)
+
+
+def make(spec: str, geometry: Geometry = GEOMETRY, seed: int = 0) -> Mixer:
+    """A float64 mixer none of whose parameters has the special value it begins with."""
+    torch.manual_seed(seed)
+    mixer = parse_mixer(spec, geometry).double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return mixer
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotary(tokens: int, mask: Tensor | None = None, size: int = 8) -> Rotary:
+    """cos and sin of the positions 0, 1, ..., which padding does not count."""
+    places = torch.arange(tokens)[None] if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    angles = places[..., None] * 0.5 ** torch.arange(size // 2, dtype=torch.float64)
+    return torch.cat([angles, angles], 2).cos(), torch.cat([angles, angles], 2).sin()
+
+
+def part(x: Rotary, begin: int, end: int) -> Rotary:
+    return x[0][:, begin:end], x[1][:, begin:end]
+
+
+def row(mixer: Mixer, state: State, index: int) -> State:
+    """The state of one row, without the room behind it that longer rows have made in parts that grow."""
+    one = [x[index : index + 1] for x in state]
+    for i, grows in enumerate(mixer.growing, len(mixer.state_shapes)):
+        one[i] = one[i][:, : int(one[-1]) // grows.every]
+    return tuple(one)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-9, atol=1e-10))
+
+
+def same(mixer: Mixer, a: State, b: State) -> bool:
+    rows = [zip(row(mixer, a, i), row(mixer, b, i), strict=True) for i in range(len(b[0]))]
+    return len(a[0]) == len(b[0]) and all(close(x, y) for pairs in rows for x, y in pairs)
+
+
+def equal(a: State, b: State) -> bool:
+    return all(map(torch.equal, a, b))
