@@ -79,4 +79,4 @@ class Aligned:
         with torch.enable_grad():
             got, _ = mixer(hidden.to(hf.dtype_of(mixer)), None, None, kwargs.get("position_embeddings"))
             error = (got.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-20)
-        self._on_layer(index, error)
+            self._on_layer(index, error)
