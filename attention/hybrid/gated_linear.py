@@ -21,17 +21,18 @@ _REMEMBER = 6.0  # the bias of a gate at first: it decays by a factor of e in 6,
 
 
 class GatedLinear(ScanMixer):
-    """window = w: softmax over the last w keys and linear attention over all earlier ones, with one
-    normaliser, as LoLCATs combines them (2410.10254):
+    """window = w: softmax attention over the last w keys and linear attention over all earlier ones, with one
+    normaliser, as in LoLCATs (2410.10254):
 
-        out_i = (sum_j e_ij v_j + c φ(q_i)^T S_i) / (sum_j e_ij + c φ(q_i)^T z_i)
+        out_i = (a_i + c φ(q_i)^T S_i) / (1 + c φ(q_i)^T z_i)
         S_i = exp(g_i) S_(i-1) + φ(k_(i-w)) v_(i-w)^T,  z_i = exp(g_i) z_(i-1) + φ(k_(i-w))
 
-    with e_ij = exp(q_i k_j / sqrt(d) - the row's largest), j = i - w + 1 .. i, q and k behind RoPE, and a
-    learned c of each head. LoLCATs lets its window begin anew at every w tokens and has no decay g; here the
-    window slides, and g = logsigmoid(W x + b) / 16 of each KV head. features: "learned" for φ with weights,
-    2 (head_dim // 2) numbers, or "plain" for φ = softmax. S, z and the keys of φ are of a KV head, not of a
-    query head. A new layer hardly forgets.
+    with a_i the attention over the window, q and k behind RoPE, and a learned c of each head. LoLCATs adds
+    sum_j exp(s_ij - max_j s_ij) v_j over the window in place of a_i, and the sum without v_j in place of 1;
+    fitted to the attention of SmolLM2 that left 1.4 to 1.7 times the squared error. Its window begins anew at
+    every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) / 16 of each KV
+    head, which begins with hardly any decay. features: "learned" for φ with weights, 2 (head_dim // 2)
+    numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are.
 
     window = 0: gated linear attention as published (2312.06635), S_i = diag(exp(g_i)) S_(i-1) + k_i v_i^T,
     out = RMSNorm(q^T S / sqrt(d)) ⊙ SiLU(G x), where g = logsigmoid(W_2 W_1 x + b) / 16 of each channel is
@@ -66,7 +67,7 @@ class GatedLinear(ScanMixer):
             return
         self.gate_proj = nn.Linear(self.hidden_size, geometry.num_kv_heads)
         nn.init.zeros_(self.gate_proj.weight), nn.init.constant_(self.gate_proj.bias, _REMEMBER)
-        self.log_share = nn.Parameter(torch.zeros(geometry.num_heads))
+        self.log_share = nn.Parameter(torch.full((geometry.num_heads,), -1.0))
         half = self.key_dim // 2
         self.q_features, self.k_features = (
             FeatureMap(heads, self.key_dim, half) if features == "learned" else Softmax()
@@ -104,15 +105,14 @@ class GatedLinear(ScanMixer):
         features = self.k_features(keys[:, :, :t]) * left[:, None, :, None]
         leaving = torch.cat([values[:, :, :t], torch.ones_like(values[:, :, :t, :1])], 3)
         after = keys_after, values_after, seen_after[:, None]
-        return Recurrence(self.q_features(q), features, leaving, g.transpose(1, 2)), after, exact
+        return Recurrence(self.q_features(q), features, leaving, g.transpose(1, 2)), after, (exact,)
 
     def outputs(self, out: Tensor, tokens: Tokens, kept: Local) -> Tensor:
         if not self.window:
             return self.o_proj(self.norm(out, tokens.hidden))
-        sums, total = kept
-        share = self.log_share.to(sums.dtype).exp()[:, None, None]
-        sums = sums + share * out[..., :-1]
-        y = sums / (total[..., None] + share * out[..., -1:])
+        (exact,) = kept
+        share = self.log_share.to(exact.dtype).exp()[:, None, None]
+        y = (exact + share * out[..., :-1]) / (1 + share * out[..., -1:])
         return self.o_proj(y.transpose(1, 2).flatten(2).to(tokens.hidden.dtype))
 
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:

@@ -7,15 +7,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def window_attention(
-    q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of softmax attention over the last n keys, the query's own among them -> (sum_j e_j v_j
-    [B, H, T, Dv], sum_j e_j [B, H, T]) with e_j = exp(scale * q k_j - m), m being the largest of the row.
+def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor) -> Tensor:
+    """Softmax attention over the last n keys, the query's own among them -> [B, H, T, Dv] in float32 or
+    wider.
 
     q: [B, H, T, D]. keys, values: [B, Hkv, n + T, D]; the first n are those before the call, of which row b
-    has the last valid[b]. Sums are in float32 or wider, and the largest e of a row is 1. A block of
-    queries meets n + block keys:
+    has the last valid[b]. A block of queries meets n + block keys:
 
         n = 3:    keys -3 -2 -1  0  1  2
         query 0         .  x  x  x  .  .
@@ -38,7 +35,5 @@ def window_attention(
     begin = torch.arange(0, t + rest, block, device=q.device)[:, None]  # place of each block's first key
     there = (begin + place) >= n - valid[:, None, None]  # [B, blocks, n + block]
     hidden = ~(seen & there[:, :, None])[:, None, None]
-    scores = (scale * q @ keys).masked_fill(hidden, -torch.inf)
-    e = (scores - scores.amax(-1, keepdim=True)).exp()
-    sums = (e @ values.mT).reshape(b, h, -1, values.shape[4])[:, :, :t]
-    return sums, e.sum(-1).reshape(b, h, -1)[:, :, :t]
+    weights = (scale * q @ keys).masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ values.mT).reshape(b, h, -1, values.shape[4])[:, :, :t]

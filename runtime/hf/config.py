@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ...parallel.planner.job import LayerShape, ModelShape
 from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
+from .converted import class_of_config, read_config
 from .models import SLIDING, ModelInfo, inspect_model, layer_configs
 from .transformers_private import layer_types
 
@@ -24,9 +25,10 @@ def empty_model(name_or_path: str | Path) -> Any:
     id only config.json is fetched. Raises FarspanError where the model cannot be found or read."""
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        config = AutoConfig.from_pretrained(target)
+        config = read_config(target)
+        own = class_of_config(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config) if own is None else own(config)
 
 
 def empty_llama() -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError
@@ -117,14 +117,21 @@ def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) ->
     for index, entry in mixed.items():
         attention = info.attention[index]
         place_beside(entry.mixer, attention)
-        for parent in list(info.decoder.modules()):
-            for name, child in list(parent.named_children()):
-                if child is attention:
-                    setattr(parent, name, entry.mixer)
-                    undo.append(partial(setattr, parent, name, attention))
+        undo += replace_module(info.decoder, attention, entry.mixer)
         undo.append(
             replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
         )
+    return undo
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> list[Callable[[], None]]:
+    """Put ``new`` wherever a module below ``root`` has the child ``old``. Returns the undo steps."""
+    undo: list[Callable[[], None]] = []
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+                undo.append(partial(setattr, parent, name, old))
     return undo
 
 
@@ -145,8 +152,7 @@ def _forward(
             f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
             f"layer {index}: call remove(), or set the attention back to farspan."
         )
-    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
-    call |= call.pop("kwargs", {})
+    call = call_of(signature, args, kwargs)
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
@@ -172,6 +178,12 @@ def _forward(
     return out.to(hidden.dtype), None
 
 
+def call_of(signature: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of attention by the names in its forward, ``signature``."""
+    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
+    return call | call.pop("kwargs", {})
+
+
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     """The cache layer of the mixer in layer ``index``; None without a cache."""
     layer = None if cache is None else cache.layers[index]
@@ -179,13 +191,13 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     return layer
 
 
-def adopt_states(cache: Cache, mixed: Mapping[int, Mixed], count: int) -> None:
+def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:
     """Replace the layers of an adopted cache that belong to mixers by StateLayers. count: number of layers of
     the model."""
-    while mixed and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
+    while mixers and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
         cache.layers.append(cache.layer_class_to_replicate())
-    for index, entry in mixed.items():
-        layer, mixer = cache.layers[index], entry.mixer
+    for index, mixer in mixers.items():
+        layer = cache.layers[index]
         if isinstance(layer, StateLayer) and layer.layout == mixer.layout:
             continue
         filled = any(getattr(layer, "has_previous_state", {}).values())  # transformers' own linear attention

@@ -25,6 +25,7 @@ from .tensor import TENSOR, count_heads, same_heads, weights_mesh
 from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
+MIXERS = "farspan_mixers"  # the entry of a converted model's config that lists the mixers of its layers
 _WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
 
 
@@ -176,6 +177,8 @@ def inspect_model(model: Any) -> ModelInfo:
     kinds: list[str] = []
     if not reasons:
         kinds = layer_types(config.get_text_config(decoder=True))[0]
+        specs = getattr(config, MIXERS, None) or [None] * len(kinds)
+        kinds = [LINEAR if spec else kind for kind, spec in zip(kinds, specs, strict=True)]
         known = (FULL, SLIDING, HYBRID, *_WITHOUT_ATTENTION)
         reasons += [f"layers of type {kind!r} are not served" for kind in sorted(set(kinds) - set(known))]
     if reasons:

@@ -68,9 +68,11 @@ def load(
     """
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(target)
+        from ..hf.converted import class_of_config, read_config
+
+        config = read_config(target)
         if rope is not None:
             stretch(config, rope)
         if dtype == "auto" and device_map is None and _saved_as_bf16(config) and bf16_is_slow():
@@ -78,7 +80,7 @@ def load(
             logger.debug("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
         tokenizer = _load_tokenizer(target)
         with unfit_weights_unreported():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = (class_of_config(config) or AutoModelForCausalLM).from_pretrained(
                 target,
                 config=config,
                 dtype=dtype,

@@ -53,7 +53,8 @@ def test_window_and_rest_share_one_normaliser(features: str) -> None:
         for i in range(T):
             near = range(max(0, i - window + 1), i + 1)
             score = {j: float(q[i] @ k[j]) / math.sqrt(D) for j in near}
-            weight = {j: math.exp(s - max(score.values())) for j, s in score.items()}
+            total = sum(map(math.exp, score.values()))
+            weight = {j: math.exp(s) / total for j, s in score.items()}
             for j in range(i - window + 1):  # token j has left the window since token j + window
                 decay = math.exp(float(g[j + window + 1 : i + 1].sum()))
                 feature = float(phi(w, "q", head, q[i]) @ phi(w, "k", shared, k[j]))

@@ -1,0 +1,82 @@
+"""Stage 1: every mixer learns the output of the attention that it may replace, on the model's own hidden
+states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import hf
+from .student import Student, parameters_of
+
+
+class Aligned:
+    """The mixers of all layers, trained together by one pass of the frozen model (``Trained``).
+
+    The loss of a layer is the squared error of its mixer's output, divided by the mean square of the
+    attention's: 0 is equality, 1 what an output of zeros has. Layers are learned apart from each other, since
+    each mixer gets the hidden states of the unchanged model (2410.10254, 2408.10189).
+    """
+
+    settings: dict[str, Any] = {"stage": "align"}
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self._on_layer: Callable[[int, Tensor], None] = lambda index, loss: None
+        self._hooks = [
+            student.info.attention[index].register_forward_hook(
+                partial(self._observe, index), with_kwargs=True
+            )
+            for index in student.mixers
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return self._student.device
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(parameters_of(self._student.mixers).values())
+
+    def state(self) -> dict[str, Tensor]:
+        mixers = self._student.mixers.items()
+        return {f"{i}.{name}": x for i, mixer in mixers for name, x in mixer.state_dict().items()}
+
+    def backward(self, ids: Tensor, accelerator: Any) -> Tensor:
+        losses: list[Tensor] = []
+
+        def learn(index: int, loss: Tensor) -> None:
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+
+        self._run(ids, learn)
+        return torch.stack([x.to(losses[0].device) for x in losses]).mean()
+
+    def evaluate(self, ids: Tensor) -> dict[str, float]:
+        losses: dict[int, float] = {}
+        with self._student.autocast():
+            self._run(ids, lambda index, loss: losses.update({index: loss.item()}))
+        return {"loss": sum(losses.values()) / len(losses), **{f"layer {i}": x for i, x in losses.items()}}
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _run(self, ids: Tensor, on_layer: Callable[[int, Tensor], None]) -> None:
+        self._on_layer = on_layer
+        with torch.no_grad():
+            self._student.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+
+    def _observe(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        mixer = self._student.mixers[index]
+        hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
+        wanted = out[0].float()
+        with torch.enable_grad():
+            got, _ = mixer(hidden.to(hf.dtype_of(mixer)), None, None, kwargs.get("position_embeddings"))
+            error = (got.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-20)
+            self._on_layer(index, error)
