@@ -29,7 +29,7 @@ class GatedLinear(ScanMixer):
 
     with a_i the attention over the window, q and k behind RoPE, and a learned c of each head. LoLCATs adds
     sum_j exp(s_ij - max_j s_ij) v_j over the window in place of a_i, and the sum without v_j in place of 1;
-    fitted to the attention of SmolLM2 that left 1.4 to 1.7 times the squared error. Its window begins anew at
+    fitted to the attention of SmolLM2 that left 1.4 to 1.8 times the squared error. Its window begins anew at
     every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) / 16 of each KV
     head, which begins with hardly any decay. features: "learned" for φ with weights, 2 (head_dim // 2)
     numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are.

@@ -14,6 +14,8 @@ SMALL = {"gated_linear": "gated_linear:window=5"}
 MORE = (
     "gated_linear:window=6,features=plain",
     "gated_linear:window=0,expand_k=0.5",
+    "gated_delta:expand_v=2,conv=3",
+    "retention:expand_v=2",
     "mamba2:expand=2,headdim=16,state=10",
 )
 SPECS = (*(SMALL.get(name, name) for name in mixers()), *MORE)
@@ -63,3 +65,14 @@ def same(mixer: Mixer, a: State, b: State) -> bool:
 
 def equal(a: State, b: State) -> bool:
     return all(map(torch.equal, a, b))
+
+
+def convolved(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x [T, channels], one token and one tap after another."""
+    width, out = weight.shape[1], torch.zeros_like(x)
+    for t in range(len(x)):
+        for tap in range(width):
+            if t - tap >= 0:
+                out[t] += weight[:, width - 1 - tap] * x[t - tap]
+        out[t] += 0 if bias is None else bias
+    return out * out.sigmoid()
