@@ -16,7 +16,7 @@ from farspan import FarspanError
 from farspan.attention.hybrid import Geometry, Mixer, parse_mixer
 
 GEOMETRY = Geometry(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
-SPECS = ("aaren", "sigmoid:length=64", "scout:mixer=aaren", "scout:mixer=none,every=3")
+SPECS = ("sigmoid:length=64", "scout:mixer=aaren", "scout:mixer=none,every=3")
 KEYS = 2 * 2 * 16  # numbers of one token's keys and values
 
 
