@@ -156,14 +156,8 @@ def patch(
         by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
-    mesh = None if parallel is None else hf.join_ranks(model, info, parallel, set(mixed))
-    if mesh is not None and (alone := {x.mixer.name for x in mixed.values() if x.mixer.halo is None}):
-        mesh.close()
-        raise FarspanError(
-            f"mixers= has {', '.join(sorted(alone))} for a model over {mesh.size} ranks, and such a mixer "
-            "defines no transition of a shard (halo is None): use another mixer, or patch without parallel "
-            "in one process."
-        )
+    stateful = {i: one.mixer for i, one in mixed.items()} | hf.mixers_of(info.decoder)
+    mesh = None if parallel is None else hf.join_ranks(model, info, parallel, stateful)
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention.errors import FarspanError
+from ..parallel.group.comm import Ranks
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore
@@ -128,6 +129,12 @@ class Session(threading.local):
                 f"{[batch, length]}: pass a mask with one entry for every token, including cached tokens."
             )
         return self._paddings[id(mask)][1]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of a patch that has some."""
+        assert self.mesh is not None
+        return self.mesh.ranks
 
     def token_mask(self, call: Call, hidden: Tensor) -> Tensor | None:
         """For a call over ranks: [B, T] bool for all tokens of the call, False at padding; None where no token

@@ -28,6 +28,7 @@ from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
 from .mixers import adopt_states, put_mixers
+from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
 from .recurrent import mask_padding
 from .recurrent_over_ranks import pass_states
@@ -66,7 +67,7 @@ def install(
     undo += watch_logits(model, info.decoder, session)
     undo += mask_padding(info, session)
     if session.mesh is not None:
-        passing = pass_states(info.decoder, session)
+        passing = pass_states(info.decoder, session) + pass_states_in_place(info.decoder, session)
         undo += passing
         undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:

@@ -4,6 +4,7 @@ patch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer
+from ...parallel.mechanisms.state_passing import pass_state
+from ..layer_over_ranks import carried
+from ..session import Session
 from .decoder_call import arguments, settle_cache
+from .hooks import replace_forward
 from .mixers import adopt_states, call_of, replace_module, state_layer
 from .models import FULL, ModelInfo
 from .releases import given_cache
@@ -50,6 +55,39 @@ class InPlace:
         if layer is not None:
             layer.keep_state(state, tokens, mask)
         return out.to(hidden.dtype), None
+
+
+def pass_states_in_place(decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
+    """Make the mixers of a converted model pass their states along ranks. Returns the undo steps."""
+    return [
+        replace_forward(one.mixer, partial(_over_ranks, one, session)) for one in getattr(decoder, _LIST, ())
+    ]
+
+
+def _over_ranks(
+    place: InPlace, session: Session, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The forward of a mixer in a call that may be split over ranks."""
+    arguments = call_of(place.attention.forward, args, kwargs)
+    call = carried(arguments.get("attention_mask")) or session.call
+    if call is None or call.split is None:
+        return original(*args, **kwargs)
+    mixer, layer = place.mixer, state_layer(given_cache(arguments), place.index)
+    hidden: Tensor = arguments["hidden_states"]
+    mask, state = session.token_mask(call, hidden), None if layer is None else layer.initial_state()
+    out, state = pass_state(
+        mixer,
+        hidden.to(dtype_of(mixer)),
+        state,
+        mask,
+        arguments.get("position_embeddings"),
+        call.split,
+        session.ranks,
+        partial(type(mixer).forward, mixer),
+    )
+    if layer is not None:
+        layer.keep_state(state, call.total - call.past, mask)
+    return out.to(hidden.dtype), None
 
 
 def dtype_of(mixer: nn.Module) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.errors import FarspanError, Unsupported
+from ...attention.hybrid.mixer import Mixer
 from ...attention.method import LayerInfo
 from ...parallel.group.config import ContextParallel
 from ...parallel.group.join import join
@@ -253,14 +254,21 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
 
 
-def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any, mixed: Set[int]) -> Mesh | None:
-    """The mesh of ranks for ``parallel``; None in one process. mixed: the layers with a mixer. Raises Unsupported for a model whose sequence
+def join_ranks(
+    model: nn.Module, info: ModelInfo, parallel: Any, mixers: Mapping[int, Mixer]
+) -> Mesh | None:
+    """The mesh of ranks for ``parallel``; None in one process. mixers: those in place
+    of attention, by layer. Raises Unsupported for a model whose sequence
     cannot be sharded."""
-    served = {m.layer_idx for m in info.decoder.modules() if passes_states(m)} | mixed
+    served = {m.layer_idx for m in info.decoder.modules() if passes_states(m)} | mixers.keys()
     stateful = {k for i, k in enumerate(info.kinds) if k not in (FULL, SLIDING, "dummy") and i not in served}
     reasons = [
         f"layers of type {kind!r} have a recurrent state that farspan does not know how to pass between ranks"
         for kind in sorted(stateful)
+    ]
+    reasons += [
+        f"the mixer {name} does not define what a shard of a sequence does to its state (its halo is None)"
+        for name in sorted({mixer.name for mixer in mixers.values() if mixer.halo is None})
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot compute a part of the sequence")

@@ -60,10 +60,9 @@ def token_mask(session: Session, mask: Tensor | None, tokens: int) -> Tensor | N
     none of these is padding. In a call that is split over ranks, the columns of this rank's tokens."""
     if mask is None:
         return None
-    if session.mesh is not None and session.call is not None:
-        call, rank = session.call, session.mesh.rank
-        real = session.token_mask(call, mask)
-        return real if real is None or call.split is None else real[:, call.split.take(rank, mask.device)]
+    if session.call is not None:
+        real, split = session.token_mask(session.call, mask), session.call.split
+        return real if real is None or split is None else real[:, split.take(session.ranks.rank, mask.device)]
     padding = session.padding(mask, *mask.shape)
     past = mask.shape[1] - tokens
     begun = padding.starts is None or max(padding.starts) <= past

@@ -181,11 +181,10 @@ def _forward(
                 "not passed between ranks: call model.gradient_checkpointing_disable()."
             )
         return original(*args, **kwargs)
-    assert session.mesh is not None
     forward = inspect.unwrap(type(layer).forward)
     given = inspect.signature(forward).bind(layer, *args, **kwargs)
     name = next(x for x in (*CACHE_NAMES, "cache_params") if x in inspect.signature(forward).parameters)
-    passing = _Passing(layer, given.arguments.get(name), call.split, session.mesh.ranks)
+    passing = _Passing(layer, given.arguments.get(name), call.split, session.ranks)
     given.arguments[name] = passing
     names = {x: partial(scan, passing, forward.__globals__[x]) for x, scan in _SCANS.items() if x in forward.__globals__}
     mine = types.FunctionType(

@@ -7,36 +7,76 @@ from typing import Any
 import pytest
 import torch
 
+from ..hybrid import tools
 from ..runtime import small_models
 from .jobs import Case
-from .jobs_states import Convolved, call_of, masks, mixers, passed
+from .jobs_states import (
+    OWN,
+    Convolved,
+    call_of,
+    gradients,
+    loss,
+    masks,
+    mixer_of,
+    part,
+    passed,
+)
 from .test_generate import FP32, assert_same
 from .world import World
 
-CALLS = [(0, 21, 1), (0, 2, 1), (5, 1, 1), (7, 30, 8), (0, 17, 16)]  # past, length, block multiple
+CALLS = [(5, 2, 1), (0, 21, 1), (7, 30, 8)]  # past, length, block multiple
+SPECS = [spec for spec in tools.SPECS if mixer_of(spec).halo is not None]
+
+
+@pytest.mark.parametrize("spec", [*OWN, *SPECS])
+def test_passed_states_are_those_of_one_device(spec: str, world: World):
+    """Lengths that do not divide, empty shards, shards shorter than the halo, rows that are all padding in a
+    shard, and a past."""
+    mixer = mixer_of(spec)
+    for size, calls in ((3, CALLS), (2, CALLS[:1]), (4, CALLS[:1])):
+        ranks = world.run(passed, size, spec, calls)
+        for i, (past, length, _) in enumerate(calls):
+            hidden, rotary = call_of(mixer, past + length)
+            old, new = part(rotary, slice(past)), part(rotary, slice(past, None))
+            for kind, mask in masks(length).items():
+                with torch.no_grad():
+                    state = mixer(hidden[:, :past], None, None, old)[1] if past else None
+                    want, after = mixer(hidden[:, past:], state, mask, new)
+                real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask
+                for rank, found in enumerate(done[i] for done in ranks):
+                    out, end, _ = found[kind]
+                    where = f"rank {rank} of {size}, {past} + {length} tokens, padding {kind}"
+                    assert tools.close(out[real], want[real]) and tools.same(mixer, end, after), where
+                    assert tools.equal(end, ranks[0][i][kind][1]), f"not the bits of rank 0: {where}"
+
+
+@pytest.mark.parametrize("spec", ["delta", "wide", *SPECS])
+def test_gradients_are_those_of_one_device(spec: str, world: World):
+    """In the hidden states and in every parameter; rank 0 and an empty shard take part."""
+    mixer = mixer_of(spec)
+    for size, length in ((3, 20), (4, 3)):
+        hidden, rotary = call_of(mixer, length)
+        out = mixer(hidden.requires_grad_(), None, masks(length)["left"], rotary)[0]
+        mixer.zero_grad()
+        loss(out, torch.arange(length)).backward()
+        want = [torch.zeros_like(p) if p.grad is None else p.grad for p in (hidden, *mixer.parameters())]
+        for found in world.run(gradients, size, spec, length):
+            assert all(map(tools.close, found, want)), f"{size} ranks, {length} tokens"
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("name", mixers())
-def test_passed_states_are_those_of_one_device(name: str, size: int, world: World):
-    """Lengths that do not divide, empty shards, shards shorter than the halo, rows that are all padding in a
-    shard, and a past."""
-    mixer = mixers()[name]
-    for past, length, multiple in CALLS:
-        ranks = world.run(passed, size, name, past, length, multiple)
-        hidden, cos = call_of(mixer, past, past + length)
-        for kind, mask in masks(length).items():
-            with torch.no_grad():
-                state = mixer(hidden[:, :past], None, None, (cos[:, :past],) * 2)[1] if past else None
-                want, after = mixer(hidden[:, past:], state, mask, (cos[:, past:],) * 2)
-            real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask
-            for rank, found in enumerate(ranks):
-                out, end, _ = found[kind]
-                where = f"rank {rank} of {size}, {past} + {length} tokens, padding {kind}"
-                assert torch.allclose(out[real], want[real], rtol=0, atol=1e-12), where
-                for a, b, first in zip(end, after, ranks[0][kind][1], strict=True):
-                    assert torch.allclose(a, b, rtol=0, atol=1e-12), where
-                    assert torch.equal(a, first), f"not the bits of rank 0: {where}"
+def test_the_bytes_sent_do_not_depend_on_the_length(size: int, world: World):
+    """(P - 1) times the last ``halo`` hidden states with cos and sin, and a state with its decay; float64."""
+    mixer, rows, tokens = mixer_of("head"), 3, 3
+    halo = rows * tokens * (8 * (mixer.hidden_size + 2 * 8) + 1)
+    state = rows * 8 * (2 * 8 * 8 + 2 + 3 * 48) + rows * 8
+    for short, long in (
+        (done[0], done[1]) for done in world.run(passed, size, "head", [(0, 21, 1), (0, 80, 1)])
+    ):
+        assert short["none"][2] == long["none"][2]
+        calls, sent = short["none"][2]
+        assert calls == {"halo": 1, "transitions": 1}
+        assert sent == {"halo": (size - 1) * halo, "transitions": (size - 1) * state}
 
 
 def patched(rule: str, **more: Any) -> dict[str, Any]:
