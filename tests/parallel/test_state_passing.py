@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import farspan
+from farspan import Unsupported
+
 from ..hybrid import tools
 from ..runtime import small_models
 from .jobs import Case
@@ -101,6 +104,49 @@ def test_generate_with_mixers_is_that_of_one_device(world: World):
     ranks = assert_same(world, (2, 3, 4), cases, 1e-9)
     for report in (done[0]["report"] for done in ranks):
         assert {"halo", "transitions"} <= report.traffic.keys()
+
+
+@pytest.mark.parametrize("mechanism", ["ring", "ulysses", "pass_q", "usp"])
+def test_mechanisms_of_attention_beside_mixers(mechanism: str, world: World):
+    """The ranks' tokens are contiguous for attention as well."""
+    case = Case(
+        overrides={"num_key_value_heads": 4},
+        lengths=(37, 90),
+        turns=(40,),
+        new=3,
+        patch=patched("head"),
+        parallel={"mechanism": mechanism} | ({"ulysses": 2} if mechanism == "usp" else {}),
+    )
+    assert_same(world, (4,), [case], 1e-9)
+
+
+def test_sliding_layers_and_labels_beside_mixers(world: World):
+    mixers = {0: Convolved().double(), 3: Convolved(rule="delta").double()}
+    cases = [
+        Case(model="gemma3", lengths=(90, 57), turns=(20,), new=4, patch={"mixers": mixers}),
+        Case(lengths=(90, 57), new=4, spec="dense + h2o:k=24", patch=patched("head")),
+        Case(lengths=(90, 57), new=4, spec="antidiagonal:block=16 + snapkv:k=24,window=8", patch=patched("head")),
+    ]
+    assert_same(world, (3,), cases, 1e-9)
+
+
+def test_converted_models_over_ranks(world: World):
+    specs = {0: "gated_linear:window=8", 2: "gated_delta"}
+    common: dict[str, Any] = {"converted": specs, "new": 4}
+    cases = [
+        Case(**common, lengths=(90, 57), turns=(20, 1)),
+        Case(**common, lengths=(90, 57), patch={"prefill_chunk": 24}),
+        Case(**common, lengths=(41, 30), how={"num_beams": 3, "num_return_sequences": 2}),
+        Case(**common, lengths=(121, 80), spec="block_topk:k=32,block=16 + quest:k=32"),
+    ]
+    assert_same(world, (3,), cases, 1e-9)
+
+
+def test_a_mixer_without_transitions_is_refused():
+    one = Convolved()
+    one.halo = None
+    with pytest.raises(Unsupported, match="the mixer convolved does not define"):
+        farspan.patch(small_models.shared("llama"), mixers={1: one}, parallel="auto")
 
 
 @pytest.mark.parametrize("name", [*small_models.RECURRENT, *small_models.MORE_HYBRIDS])
