@@ -9,6 +9,6 @@ from .mamba2 import Mamba2 as Mamba2
 from .mixer import Mixer as Mixer
 from .registry import mixers as mixers
 from .registry import parse_mixer as parse_mixer
-from .scout import Scout as Scout
 from .retention import Retention as Retention
+from .scout import Scout as Scout
 from .sigmoid import Sigmoid as Sigmoid

@@ -125,8 +125,10 @@ class Scout(Projected):
         the same tokens [B, Hkv, T, D], position [B, T] -> [B, H, T, D]."""
         h, hkv, t = q.shape[1], k.shape[1], q.shape[2]
         group, scale = h // hkv, self.geometry.softmax_scale
-        made_by = torch.arange(stored.length, device=q.device) * self.every + self.every - 1
-        seen = (made_by < position[..., None]).repeat(1, group, 1)[:, None]  # [B, 1, G * T, n]
+        read = position // self.every  # how many checkpoints are before the query
+        stored = stored[:, :, : max(0, int(read.max()))]
+        seen = torch.arange(stored.length, device=q.device) < read[..., None]
+        seen = seen.repeat(1, group, 1)[:, None]  # [B, 1, G * T, n]
         past = kernel.attend(kernel.fold_groups(q, hkv), stored, Softmax(scale), mask=seen, wide=True)
         past = kernel.unfold_groups(past, h, t)
         k, v = (x.to(past.out.dtype).repeat_interleave(group, 1) for x in (k, v))
