@@ -23,7 +23,7 @@ from .tensor import TENSOR, count_heads, same_heads, weights_mesh
 from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
-_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
+_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy", "mlp", "moe")
 
 
 @dataclass
