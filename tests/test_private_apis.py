@@ -62,6 +62,7 @@ USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[2], "transformers.masking_utils.causal_mask_function", None, ()),
     (SHIMS[2], "transformers.masking_utils.sliding_window_overlay", 1, ()),
     (SHIMS[2], "transformers.masking_utils.find_packed_sequence_indices", 1, ()),
+    (SHIMS[2], "transformers.models.qwen3_next.modeling_qwen3_next.apply_mask_to_padding_states", 2, ()),
 ]
 
 

@@ -27,7 +27,8 @@ from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
 MIXERS = "farspan_mixers"  # the entry of a converted model's config that lists the mixers of its layers
-_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
+STATELESS = (FULL, SLIDING, "dummy", "mlp", "moe")  # types of layers without a recurrent state
+_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy", "mlp", "moe")
 
 
 @dataclass
@@ -261,7 +262,7 @@ def join_ranks(
     of attention, by layer. Raises Unsupported for a model whose sequence
     cannot be sharded."""
     served = {m.layer_idx for m in info.decoder.modules() if passes_states(m)} | mixers.keys()
-    stateful = {k for i, k in enumerate(info.kinds) if k not in (FULL, SLIDING, "dummy") and i not in served}
+    stateful = {k for i, k in enumerate(info.kinds) if k not in STATELESS and i not in served}
     reasons = [
         f"layers of type {kind!r} have a recurrent state that farspan does not know how to pass between ranks"
         for kind in sorted(stateful)

@@ -66,7 +66,7 @@ def patched(model: Any, name: str, spec: str, **how: Any) -> Any:
 def rounding(name: str) -> float:
     """How far equal results may differ, relative to the largest logit: 8 times the effect of a change of
     every weight by half a unit in its last place."""
-    model, changed = shared(name), copy.deepcopy(shared(name))
+    model, changed = make(name), make(name)
     torch.manual_seed(0)
     for weight in changed.parameters():
         weight.data.mul_(1 + torch.randn_like(weight) * torch.finfo(weight.dtype).eps / 2)
@@ -118,8 +118,8 @@ def test_a_prompt_in_chunks_with_padding(name: str, spec: str) -> None:
     model, batch = shared(name), batch_of()
     more, lengths = prompt(3, 9, seed=7), []
     with patched(model, name, spec, prefill_chunk=24):
-        layer = model.get_decoder().layers[0]
-        watch = layer.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
+        embedding = model.get_input_embeddings()
+        watch = embedding.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
         chunked = logits(model, batch)
         assert lengths == [24, 24, 24]
         watch.remove()
