@@ -16,9 +16,9 @@ import torch
 
 from ..attention.errors import FarspanError
 from . import hf
-from .conversion.align import Aligned
+from .conversion.align import ABOUT, Aligned, taken_alignment
 from .conversion.card import memory, write_report
-from .conversion.choose import AUTO, EVEN, Measured, keep_choice, measure, most_needed, parse_layers
+from .conversion.choose import AUTO, EVEN, Measured, keep_choice, keep_json, measure, most_needed, parse_layers
 from .conversion.heal import Healed
 from .conversion.probe import ProbeText, probe_texts, retrieval_loss
 from .conversion.student import Student, candidates, check_text_model
@@ -53,6 +53,8 @@ def convert(
     save_every: int = 50,
     seed: int = 0,
     precision: str = "auto",
+    aligned: str | Path | None = None,
+    keep: bool = False,
     progress: Callable[[str, Step], None] | None = None,
     chosen: Callable[[list[Measured], list[int]], None] | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +74,9 @@ def convert(
     of the text's own loss beside the distillation. held_out: windows that are measured and not trained on.
     save_every: steps between checkpoints. The same call goes on where it was stopped, and ends at the same
     weights. precision: "no", "bf16" or "fp16"; "auto": the dtype of the model.
+    aligned: the folder of another conversion of this model with this mixer, whose stage 1 and measurements are
+    used instead of new ones: for other layers, or another stage 2. keep: leave the checkpoints in
+    ``out``/conversion, which ``aligned`` needs; without it they are removed at the end.
     progress: called with "align", "choose" or "heal" and a Step. chosen: called with what was measured and
     the layers that keep attention.
 
@@ -86,7 +91,7 @@ def convert(
     check_text_model(info)
     can = candidates(info)
     kept = parse_layers(attention_layers, can, len(info.kinds))
-    folder = _check_folder(Path(out))
+    folder = check_folder(Path(out))
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "no")
     precision = kind if precision == "auto" else precision
     shared: dict[str, Any] = {"batch": batch, "save_every": save_every, "seed": seed, "precision": precision}
@@ -102,7 +107,10 @@ def convert(
     try:
         settings = {"mixer": mixer, "model": info.geometry, "layers": layers, "held_out_windows": held_out}
         probe = probe_texts(tokenizer, seed=seed)
-        run.align(student, settings)
+        if aligned is None:
+            run.align(student, settings)
+        else:
+            run.take(student, Path(aligned), settings)
         if isinstance(kept, int):
             found = run.choose(student, probe)
             kept = most_needed(found, kept)
@@ -143,7 +151,8 @@ def convert(
         student.close()
         for module, mode in modes.items():
             module.training = mode
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
     return report
 
 
@@ -168,6 +177,13 @@ class _Run:
             self._train("align", aligned, {**settings, **aligned.settings})
         finally:
             aligned.close()
+
+    def take(self, student: Student, other: Path, settings: dict[str, Any]) -> None:
+        """Stage 1 of another conversion."""
+        made = taken_alignment(other / WORK, student, settings)
+        self.stages["align"] = made["about"]
+        if made["choice"] is not None:
+            keep_choice(self.folder, lambda: made["choice"])
 
     def choose(self, student: Student, probe: list[ProbeText]) -> list[Measured]:
         """What it costs to replace each layer alone. It is measured once, also when the run is resumed."""
@@ -195,12 +211,12 @@ class _Run:
     def _train(self, stage: str, trained: Trained, settings: dict[str, Any]) -> None:
         given = {**settings, "windows": len(self.windows.train)}
         watch = partial(self.progress, stage)
-        self.stages[stage] = optimise(
-            trained, self.windows, self.plans[stage], self.folder / stage, given, watch
-        )
+        made = optimise(trained, self.windows, self.plans[stage], self.folder / stage, given, watch)
+        self.stages[stage] = made
+        keep_json(self.folder / stage / ABOUT, made)
 
 
-def _check_folder(folder: Path) -> Path:
+def check_folder(folder: Path) -> Path:
     """Raise FarspanError unless the folder is new, empty, or holds a conversion that has not ended."""
     check_writable(folder, "give another folder")
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -3,15 +3,21 @@ states."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...attention.errors import FarspanError
 from .. import hf
+from ..training.checkpoint import FILE
 from .student import Student, parameters_of
+
+ABOUT = "about.json"  # in the folder of a stage, once it has ended: its settings and measures
 
 
 class Aligned:
@@ -80,3 +86,26 @@ class Aligned:
             got, _ = mixer(hidden.to(hf.dtype_of(mixer)), None, None, kwargs.get("position_embeddings"))
             error = (got.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-20)
             self._on_layer(index, error)
+
+
+def taken_alignment(work: Path, student: Student, settings: dict[str, Any]) -> dict[str, Any]:
+    """Give the mixers of ``student`` the weights that the alignment in the folder ``work`` of another
+    conversion has found. Returns what is known ``about`` it, and the ``choice`` that it led to, or None.
+
+    Raises FarspanError where that folder holds no complete alignment of this model, mixer and layers."""
+    advice = "give the folder of a conversion that was made with keep=True (--keep)"
+    try:
+        about = json.loads((work / "align" / ABOUT).read_text())
+        tensors = torch.load(work / "align" / FILE, weights_only=True, map_location="cpu")["state"]
+    except Exception as error:
+        raise FarspanError(f"{work} holds no complete alignment ({error}): {advice}.") from error
+    differ = [name for name in ("mixer", "model") if about[name] != json.loads(json.dumps(settings[name]))]
+    left = sorted(set(student.mixers) - set(about["layers"]))
+    if differ or left:
+        what = f"another {' and '.join(differ)}" if differ else f"not the layers {left}"
+        raise FarspanError(f"The alignment in {work} is of {what}: {advice} and fits.")
+    for index, mixer in student.mixers.items():
+        own = mixer.state_dict()
+        mixer.load_state_dict({name: tensors[f"{index}.{name}"] for name in own})
+    choice = work / "choice.json"
+    return {"about": about, "choice": json.loads(choice.read_text()) if choice.exists() else None}

@@ -113,8 +113,9 @@ def card(report: Mapping[str, Any]) -> str:
     )
 
 
-def _measures(report: Mapping[str, Any]) -> str:
-    """The table of the original, the model before stage 2, and the result."""
+def measures(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
+    """Name, perplexity of the held-out text, KL to the original and loss of values to look up, in nats a
+    token: of the original, of the model before stage 2, and of the result."""
     before, after = report["stages"]["heal"]["held_out"][0], report["after"]
     looked_up = report["retrieval"]
     rows = [
@@ -122,10 +123,12 @@ def _measures(report: Mapping[str, Any]) -> str:
         ("mixers aligned (stage 1)", before["nll"], before["kl"], looked_up["aligned"]),
         ("converted, as saved", after["nll"], after["kl"], looked_up["converted"]),
     ]
+    return [(name, math.exp(min(nll, 80.0)), kl, found) for name, nll, kl, found in rows]
+
+
+def _measures(report: Mapping[str, Any]) -> str:
     head = "| | perplexity of held-out text | KL to the original, nats | loss of values to look up, nats |"
-    body = [
-        f"| {name} | {math.exp(min(nll, 80)):.2f} | {kl:.4f} | {found:.3f} |" for name, nll, kl, found in rows
-    ]
+    body = [f"| {name} | {p:.2f} | {kl:.4f} | {found:.3f} |" for name, p, kl, found in measures(report)]
     return "\n".join([head, "|---|---:|---:|---:|", *body])
 
 

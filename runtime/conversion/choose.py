@@ -122,12 +122,19 @@ def keep_choice(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, A
         return kept
     except (OSError, ValueError):
         made = make()
+    keep_json(path, made)
+    return made
+
+
+def keep_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content``. Raises FarspanError where it cannot be written; nothing is left then."""
     new = path.with_suffix(".new")
     try:
-        new.write_text(json.dumps(made, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(content, indent=1))
         new.replace(path)
     except OSError as error:
+        new.unlink(missing_ok=True)
         raise FarspanError(
             f"{path} could not be written ({error.strerror}): free some space and give the same command again."
         ) from error
-    return made
