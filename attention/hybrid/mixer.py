@@ -141,6 +141,13 @@ class Mixer(nn.Module):
                 if name in own and own[name].shape == x.shape:
                     own[name].copy_(x)
 
+    @property
+    def inner(self) -> Mixer | None:
+        """A mixer whose outputs this one is computed from, and whose state stands first in that of this one;
+        None by default. Over ranks, ``transition`` is called with the right state of the inner mixer, and
+        returns nothing for it."""
+        return None
+
     def skip(self, state: State, tokens: Tensor) -> State:
         """The state with ``tokens`` [B] int64 more tokens in its counts. By default the state, for a mixer
         that counts no tokens."""

@@ -14,8 +14,8 @@ transitions of n bytes a row (a state and its decay, say) and hidden states of h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,23 +56,60 @@ def pass_state(
         count, mine = end - begin, mask[:, begin - split.begin : end - split.begin]
     x, turn = hidden[:, :count], None if rotary is None else _cut(rotary, count)
     before = state or mixer.initial_state(batch, hidden.device)
-    local, halo = _local(mixer, run, x, before, mine, turn, mask[:, : begin - split.begin], ranks)
     padded = None if bool(mine.all()) else mine
-    transition = mixer.transition(x, local, padded, turn)
-    if mixer.growing:
-        transition = _equally_long(transition, ranks)
-    before, after, every = fold(before, transition, mixer.advance, ranks)
+    shard = _Shard(x, mine, padded, turn, mask[:, : begin - split.begin], ranks)
+    before, after, gathered = _states(mixer, run, shard, before)
     out = run(x, before, padded, turn)[0][:, : end - begin]
     out = torch.nn.functional.pad(out, (0, 0, 0, split.rows - out.shape[1]))
-    return keep_in_graph(out, *halo, *every), after
+    return keep_in_graph(out, *gathered), after
+
+
+class _Shard(NamedTuple):
+    """This rank's tokens. hidden [B, n, hidden], rotary: of them. real [B, n]: which of them are no padding;
+    mask: the same, None where all are. earlier [B, m]: the same for the call's tokens before them."""
+
+    hidden: Tensor
+    real: Tensor
+    mask: Tensor | None
+    rotary: Rotary | None
+    earlier: Tensor
+    ranks: Ranks
+
+
+def _states(
+    mixer: Mixer, run: Callable[..., Any], shard: _Shard, state: State
+) -> tuple[State, State, list[Tensor]]:
+    """The state before this rank's shard, the state after the call, and what was gathered. state: that before
+    the call. run: the mixer's forward."""
+    first: tuple[State, State] = (), ()
+    gathered: list[Tensor] = []
+    if mixer.inner is not None:
+        count = len(mixer.inner.layout)
+        *first, gathered = _states(mixer.inner, mixer.inner.forward, shard, state[:count])
+    count = len(first[0])
+    local, halo = _local(mixer, run, shard, state)
+    local = (*first[0], *local[count:])
+    transition = mixer.transition(shard.hidden, local, shard.mask, shard.rotary)
+    if mixer.growing:
+        transition = _equally_long(transition, shard.ranks)
+    anchors = shard.hidden, *mixer.parameters()
+    before, after, every = fold(state, transition, mixer.advance, shard.ranks, anchors)
+    return (*first[0], *before[count:]), (*first[1], *after[count:]), [*gathered, *halo, *every]
 
 
 def fold(
-    state: S, transition: Transition, advance: Callable[[S, Transition], S], ranks: Ranks
+    state: S,
+    transition: Transition,
+    advance: Callable[[S, Transition], S],
+    ranks: Ranks,
+    anchors: Iterable[Tensor],
 ) -> tuple[S, S, list[Tensor]]:
     """All-gather the transitions of all shards -> (the state before this rank's shard, the state after the
-    call, what was gathered). state: that before the call. advance: see ``Mixer.advance``."""
-    every = gather_many(transition, ranks, "transitions")
+    call, what was gathered). state: that before the call. advance: see ``Mixer.advance``. anchors: what
+    the transitions of other ranks are computed from; if one requires a gradient, this rank takes part in the
+    backward, whether it has tokens or not."""
+    first, *others = transition
+    every = gather_many([keep_in_graph(first, *anchors), *others], ranks, "transitions")
     before = after = state
     for rank in range(ranks.size):
         if rank == ranks.rank:
@@ -97,10 +134,10 @@ def pass_columns(
     return shard, torch.cat([before, *columns], 2)[:, :, -width:], every
 
 
-def keep_in_graph(x: Tensor, *gathered: Tensor) -> Tensor:
-    """x, whose backward reaches what was gathered. Rank 0 reads nothing of what the others send, but the
-    others wait for it in the backward of a collective."""
-    return x + sum(part[..., :0].sum().to(x) for part in gathered if part.requires_grad)
+def keep_in_graph(x: Tensor, *others: Tensor) -> Tensor:
+    """x, whose backward reaches the others. A rank that reads nothing of a collective, or has nothing to send,
+    takes part in its backward all the same: the other ranks wait for it."""
+    return x + sum(one[None][:0].sum().to(x) for one in others if one.requires_grad)
 
 
 def _equally_long(transition: Transition, ranks: Ranks) -> Transition:
@@ -115,35 +152,21 @@ def _equally_long(transition: Transition, ranks: Ranks) -> Transition:
     )
 
 
-def _local(
-    mixer: Mixer,
-    run: Callable[..., Any],
-    x: Tensor,
-    state: State,
-    mine: Tensor,
-    rotary: Rotary | None,
-    earlier: Tensor,
-    ranks: Ranks,
-) -> tuple[State, list[Tensor]]:
+def _local(mixer: Mixer, run: Callable[..., Any], shard: _Shard, state: State) -> tuple[State, list[Tensor]]:
     """The state before this rank's shard, right in its local parts and counts alone; and what the ranks have
-    sent for it.
-
-    x, mine, rotary: the shard's tokens, which of them are no padding, and their RoPE. state: that before the
-    call. earlier [B, n]: which tokens of the call before the shard are no padding.
-    """
-    halo, seen = mixer.halo, earlier.sum(1)
+    sent for it. state: that before the call."""
+    halo, seen, ranks = mixer.halo, shard.earlier.sum(1), shard.ranks
     assert halo is not None, "patch() refuses a mixer without a halo"
     if halo == 0:
         return mixer.skip(state, seen), []
-    parts = [x, *(_each_row(part, x) for part in rotary or ())]
-    tails = [_last(part, mine, halo) for part in parts]
-    every = gather_many([*tails, _last(mine[..., None], mine, halo)], ranks, "halo")
+    parts = [shard.hidden, *(x.expand(len(shard.hidden), -1, -1) for x in shard.rotary or ())]
+    tails = [_last(part, shard.real, halo) for part in (*parts, shard.real[..., None])]
+    every = gather_many(tails, ranks, "halo")
     if ranks.rank == 0:
         return state, every
     *before, real = (part[: ranks.rank].transpose(0, 1).flatten(1, 2) for part in every)
+    tokens, *turn, real = (_last(part, real[..., 0], halo) for part in (*before, real))
     real = real[..., 0]
-    tokens, *turn = (_last(part, real, halo) for part in before)
-    real = _last(real[..., None], real, halo)[..., 0]
     at = (turn[0], turn[1]) if turn else None
     return run(tokens, mixer.skip(state, seen - real.sum(1)), real, at)[1], every
 
@@ -155,10 +178,6 @@ def _last(x: Tensor, real: Tensor, count: int) -> Tensor:
     x, real = torch.nn.functional.pad(x, (0, 0, short, 0)), torch.nn.functional.pad(real, (short, 0))
     at = real.sort(dim=1, stable=True).indices[:, -count:]
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _each_row(x: Tensor, like: Tensor) -> Tensor:
-    return x.expand(like.shape[0], -1, -1)
 
 
 def _cut(rotary: Rotary, count: int) -> Rotary:

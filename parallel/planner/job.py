@@ -34,7 +34,7 @@ class ModelShape:
     one token is multiplied with (in a mixture, of its chosen experts). intermediate: width of the MLP (in a
     mixture, of all experts of a token). element_size: bytes of a number in weights, activations and the
     cache. positions: those the model was made for; None: no limit. stretchable: whether --rope can give it
-    more.
+    more. in_order: whether some layer has a recurrent state, for which each rank takes a contiguous shard.
     """
 
     name: str
@@ -47,6 +47,7 @@ class ModelShape:
     element_size: int = 2
     positions: int | None = None
     stretchable: bool = False
+    in_order: bool = False
 
     def geometry(self, layer: LayerShape, tensor: int = 1) -> Geometry:
         """The sizes of a layer on one of ``tensor`` devices that divide its heads."""
@@ -140,7 +141,7 @@ class Job:
     def prefill_call(self, new: int, past: int) -> PrefillCall:
         """The same call as it is divided among the ranks of the sequence."""
         grid = self.local_ranks if 1 < self.local_ranks < self.ranks else None
-        return PrefillCall(self.ranks, new, past, ulysses=grid, batch=self.batch)
+        return PrefillCall(self.ranks, new, past, ulysses=grid, batch=self.batch, in_order=self.model.in_order)
 
     @property
     def calls(self) -> list[tuple[int, int]]:

@@ -79,10 +79,14 @@ class _Passing:
         """
         change = transition() if self.count else (unit, torch.zeros_like(zero))
         before = zero if self.state is None else self.state.to(zero.dtype)
-        mine, after, every = fold(before, change, lambda state, made: scan_advance(state, *made), self.ranks)
+        mine, after, every = fold(before, change, _advance, self.ranks, [like])
         out = run(mine) if self.count else like[:, :0]
         out = F.pad(out, (0, 0, 0, 0, 0, self.split.rows - self.count))
         return keep_in_graph(out, *every), after
+
+
+def _advance(state: Tensor, change: tuple[Tensor, ...]) -> Tensor:
+    return scan_advance(state, *change)
 
 
 def _gated_delta(
