@@ -137,8 +137,8 @@ class Session(threading.local):
         return self.mesh.ranks
 
     def token_mask(self, call: Call, hidden: Tensor) -> Tensor | None:
-        """For a call over ranks: [B, T] bool for all tokens of the call, False at padding; None where no token
-        is padding. hidden [B, any, any]: hidden states, for the batch and the device."""
+        """For a call over ranks: [B, T] bool for all tokens of the call, False at padding; None where no
+        token is padding. hidden [B, any, any]: hidden states, for the batch and the device."""
         ends = self.ends_below(call.total)
         begun = call.starts is None or max(call.starts) <= call.past
         if begun and ends is None:

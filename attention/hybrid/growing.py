@@ -58,8 +58,8 @@ class Growing:
         return self.append(new.new_zeros(len(new), 0, *self.shape, dtype=self.dtype), new, at)
 
     def join(self, entries: Tensor, own: Tensor, tokens: Tensor, end: Tensor) -> Tensor:
-        """The entries of rows of ``tokens`` [B] tokens, followed by those that a call has made (``own``), with
-        which a row has ``end`` [B] tokens."""
+        """The entries of rows of ``tokens`` [B] tokens, followed by those that a call has made (``own``),
+        with which a row has ``end`` [B] tokens."""
         before, index = tokens // self.every, torch.arange(own.shape[1], device=own.device)
         keep = index < (end // self.every - before)[:, None]
         return self._put(entries, own, keep, before[:, None] + index)

@@ -135,8 +135,8 @@ def pass_columns(
 
 
 def keep_in_graph(x: Tensor, *others: Tensor) -> Tensor:
-    """x, whose backward reaches the others. A rank that reads nothing of a collective, or has nothing to send,
-    takes part in its backward all the same: the other ranks wait for it."""
+    """x, whose backward reaches the others. A rank that reads nothing of a collective, or has nothing to
+    send, takes part in its backward all the same: the other ranks wait for it."""
     return x + sum(one[None][:0].sum().to(x) for one in others if one.requires_grad)
 
 

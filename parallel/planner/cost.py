@@ -23,8 +23,8 @@ _SAMPLES = 16  # calls of a chunked prefill that are simulated; the others are i
 
 @lru_cache(1024)
 def stored_rows(length: int, ranks: int, window: int | None = None, in_order: bool = False) -> int:
-    """Positions that the fullest rank keeps of a prompt of ``length`` tokens, or of its last ``window``, which
-    are laid out anew. in_order: each rank keeps one contiguous shard."""
+    """Positions that the fullest rank keeps of a prompt of ``length`` tokens, or of its last ``window``,
+    which are laid out anew. in_order: each rank keeps one contiguous shard."""
     split = contiguous if in_order and window is None else zigzag
     layout = split(0, length, ranks).layout().cut(max(0, length - (window or length)), length)
     return max(layout.count(rank) for rank in range(ranks))

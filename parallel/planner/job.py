@@ -141,7 +141,9 @@ class Job:
     def prefill_call(self, new: int, past: int) -> PrefillCall:
         """The same call as it is divided among the ranks of the sequence."""
         grid = self.local_ranks if 1 < self.local_ranks < self.ranks else None
-        return PrefillCall(self.ranks, new, past, ulysses=grid, batch=self.batch, in_order=self.model.in_order)
+        return PrefillCall(
+            self.ranks, new, past, ulysses=grid, batch=self.batch, in_order=self.model.in_order
+        )
 
     @property
     def calls(self) -> list[tuple[int, int]]:

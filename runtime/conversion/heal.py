@@ -121,7 +121,8 @@ class Healed:
         return {"loss": loss, "nll": own, "nll_dense": dense, "nll_difference": own - dense, "kl": kl}
 
     def finish(self) -> None:
-        """Round what was trained to the dtype of the model. The trained weights stay in it until ``close``."""
+        """Round what was trained to the dtype of the model. The trained weights stay in it until
+        ``close``."""
         for index in self.layers:
             self._student.mixers[index].to(self._student.model.dtype)
         for module, name in self._swap.places:

@@ -7,12 +7,12 @@ differences between the releases of transformers.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
-from .encoders import put_hydra as put_hydra
 from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
 from .converted import read_config as read_config
-from .converted import specs_of as specs_of
 from .converted import save_converted as save_converted
+from .converted import specs_of as specs_of
+from .encoders import put_hydra as put_hydra
 from .generation import answer_by as answer_by
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings

@@ -23,7 +23,6 @@ from ..shard import ShardStore, running
 from .interface import autocast
 from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
 
-
 H = TypeVar("H", bound="HybridStoreLayer")
 
 
@@ -224,7 +223,9 @@ def _check_lengths(cache: Cache) -> None:
 
 
 def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> Any:
-    if caches_nothing(layer) or isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer):
+    if caches_nothing(layer) or (
+        isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer)
+    ):
         return layer  # a state is the same on every rank
     if isinstance(layer, ShardStoreLayer):
         ranks, old = shard(None).ranks, layer.store.ranks

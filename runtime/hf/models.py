@@ -255,9 +255,7 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
 
 
-def join_ranks(
-    model: nn.Module, info: ModelInfo, parallel: Any, mixers: Mapping[int, Mixer]
-) -> Mesh | None:
+def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any, mixers: Mapping[int, Mixer]) -> Mesh | None:
     """The mesh of ranks for ``parallel``; None in one process. mixers: those in place
     of attention, by layer. Raises Unsupported for a model whose sequence
     cannot be sharded."""

@@ -2,16 +2,16 @@
 
 Such a layer (Mamba-2, gated DeltaNet, a short convolution) reads earlier tokens at two places: the cache puts
 the convolution's last inputs before those of the call, and the scan begins with the state in the cache. In a
-call that is split over ranks, the layer's own forward runs on this rank's shard with both places replaced: the
-cache by a :class:`_Passing`, which gets the inputs from the ranks before, and the scan by one that passes the
-state along the ranks. All else of the layer looks at one token at a time.
+call that is split over ranks, the layer's own forward runs on this rank's shard with both places replaced:
+the cache by a :class:`_Passing`, which gets the inputs from the ranks before, and the scan by one that passes
+the state along the ranks. All else of the layer looks at one token at a time.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ class _Passing:
 
     def passed(
         self,
-        like: Tensor,
+        inputs: Sequence[Tensor],
         zero: Tensor,
         transition: Callable[[], tuple[Tensor, Tensor]],
         run: Callable[[Tensor], Tensor],
@@ -73,14 +73,14 @@ class _Passing:
     ) -> tuple[Tensor, Tensor]:
         """The outputs [B, split.rows, H, D] of a scan, and the state after the call.
 
-        like: an input [B, split.rows, H, D]. zero: the state before the first token. transition: returns what
+        inputs: all tensors of the scan, the first of them [B, split.rows, H, D]. zero: the state before the first token. transition: returns what
         this rank's tokens do to a state; unit: a change that does nothing. run: the outputs of this rank's
         tokens by the state before them.
         """
         change = transition() if self.count else (unit, torch.zeros_like(zero))
         before = zero if self.state is None else self.state.to(zero.dtype)
-        mine, after, every = fold(before, change, _advance, self.ranks, [like])
-        out = run(mine) if self.count else like[:, :0]
+        mine, after, every = fold(before, change, _advance, self.ranks, inputs)
+        out = run(mine) if self.count else inputs[0][:, :0]
         out = F.pad(out, (0, 0, 0, 0, 0, self.split.rows - self.count))
         return keep_in_graph(out, *every), after
 
@@ -105,7 +105,8 @@ def _gated_delta(
     """The gated delta rule in chunks, query, key, value [B, T, H, D]. The change of a shard is a matrix: the
     state that the identity becomes where the values are zero."""
     n, (batch, _, heads, dv), dk = passing.count, value.shape, key.shape[3]
-    q, k, v, g, beta = (x[:, :n] for x in (query, key, value, g, beta))
+    inputs = value, query, key, g, beta
+    v, q, k, g, beta = (x[:, :n] for x in inputs)
     zero = torch.zeros(batch, heads, dk, dv, device=v.device)
     one = torch.eye(dk, device=v.device).expand(batch, heads, dk, dk)
 
@@ -116,7 +117,7 @@ def _gated_delta(
         end = scan(torch.cat([v, v.new_zeros(batch, n, heads, dk)], 3), torch.cat([zero, one], 3))[1]
         return end[..., dv:], end[..., :dv]
 
-    return passing.passed(value, zero, transition, lambda state: scan(v, state)[0], one)
+    return passing.passed(inputs, zero, transition, lambda state: scan(v, state)[0], one)
 
 
 def _mamba2(
@@ -146,10 +147,14 @@ def _mamba2(
         return decay, run(*part, initial_states=None, **how)[1].float()
 
     zero = torch.zeros(batch, heads, dim, B.shape[3], device=x.device)
-    out, after = passing.passed(
-        x, zero, transition, lambda state: run(*part, initial_states=state, **how)[0], zero[..., :1, :1] + 1
+    inputs = x, dt, A, B, C, *(y for y in how.values() if isinstance(y, Tensor))
+    return passing.passed(
+        inputs,
+        zero,
+        transition,
+        lambda state: run(*part, initial_states=state, **how)[0],
+        zero[..., :1, :1] + 1,
     )
-    return out, after
 
 
 _SCANS = {"torch_chunk_gated_delta_rule": _gated_delta, "mamba2_chunk_scan": _mamba2}
@@ -181,7 +186,7 @@ def _forward(
     if call is None or call.split is None:
         if call is None and session.mesh is not None and torch.is_grad_enabled() and not session.off:
             raise FarspanError(
-                "Gradient checkpointing runs a recurrent layer again in the backward pass, where its state is "
+                "Gradient checkpointing runs a recurrent layer again in the backward pass, where states are "
                 "not passed between ranks: call model.gradient_checkpointing_disable()."
             )
         return original(*args, **kwargs)
@@ -190,7 +195,11 @@ def _forward(
     name = next(x for x in (*CACHE_NAMES, "cache_params") if x in inspect.signature(forward).parameters)
     passing = _Passing(layer, given.arguments.get(name), call.split, session.ranks)
     given.arguments[name] = passing
-    names = {x: partial(scan, passing, forward.__globals__[x]) for x, scan in _SCANS.items() if x in forward.__globals__}
+    names = {
+        x: partial(scan, passing, forward.__globals__[x])
+        for x, scan in _SCANS.items()
+        if x in forward.__globals__
+    }
     mine = types.FunctionType(
         forward.__code__, {**forward.__globals__, **names}, forward.__name__, None, forward.__closure__
     )

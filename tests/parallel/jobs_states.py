@@ -137,9 +137,7 @@ def passed(group: Any, spec: str, calls: list[tuple[int, int, int]]) -> list[dic
             ranks.sent.clear(), ranks.calls.clear()
             with torch.no_grad():
                 state = mixer(hidden[:, :past], None, None, part(rotary, slice(past)))[1] if past else None
-                out, state = pass_state(
-                    mixer, hidden[:, at], state, mask, part(rotary, at), split, ranks
-                )
+                out, state = pass_state(mixer, hidden[:, at], state, mask, part(rotary, at), split, ranks)
             sent = dict(ranks.calls), dict(ranks.sent)
             done[kind] = split.joined(ranks.all_gather(out), 1), state, sent
         found.append(done)

@@ -25,9 +25,12 @@ from .jobs_states import (
     passed,
 )
 from .test_generate import FP32, assert_same
+from .test_training import averaged
+from .test_training import gradients as one_device
 from .world import World
 
 CALLS = [(5, 2, 1), (0, 21, 1), (7, 30, 8)]  # past, length, block multiple
+SPECS_OF = {0: "gated_linear:window=8", 2: "gated_delta"}  # of a converted model, by layer
 SPECS = [spec for spec in tools.SPECS if mixer_of(spec).halo is not None]
 
 
@@ -125,14 +128,18 @@ def test_sliding_layers_and_labels_beside_mixers(world: World):
     cases = [
         Case(model="gemma3", lengths=(90, 57), turns=(20,), new=4, patch={"mixers": mixers}),
         Case(lengths=(90, 57), new=4, spec="dense + h2o:k=24", patch=patched("head")),
-        Case(lengths=(90, 57), new=4, spec="antidiagonal:block=16 + snapkv:k=24,window=8", patch=patched("head")),
+        Case(
+            lengths=(90, 57),
+            new=4,
+            spec="antidiagonal:block=16 + snapkv:k=24,window=8",
+            patch=patched("head"),
+        ),
     ]
     assert_same(world, (3,), cases, 1e-9)
 
 
 def test_converted_models_over_ranks(world: World):
-    specs = {0: "gated_linear:window=8", 2: "gated_delta"}
-    common: dict[str, Any] = {"converted": specs, "new": 4}
+    common: dict[str, Any] = {"converted": SPECS_OF, "new": 4}
     cases = [
         Case(**common, lengths=(90, 57), turns=(20, 1)),
         Case(**common, lengths=(90, 57), patch={"prefill_chunk": 24}),
@@ -140,6 +147,21 @@ def test_converted_models_over_ranks(world: World):
         Case(**common, lengths=(121, 80), spec="block_topk:k=32,block=16 + quest:k=32"),
     ]
     assert_same(world, (3,), cases, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_h1", "qwen3_next"])
+def test_training_as_on_one_device(name: str, world: World):
+    """A rank without tokens, too: 40 tokens are three blocks of 16."""
+    common: dict[str, Any] = {"converted": SPECS_OF} if name == "llama" else {"model": name, **FP32}
+    cases = [Case(**common, lengths=(17, 70)), Case(**common, lengths=(40,), spec="block_topk:k=32,block=16")]
+    ranks = world.run(averaged, 4, cases)
+    for i, case in enumerate(cases):
+        _, want = one_device(case)
+        for got in (done[i][1] for done in ranks):
+            assert got.keys() == want.keys()
+            for key, grad in want.items():
+                error = (got[key] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)
+                assert error < (1e-8 if name == "llama" else 1e-3), f"{key} differs by {error:.1e}: {case}"
 
 
 def test_a_mixer_without_transitions_is_refused():
