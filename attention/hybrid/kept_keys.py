@@ -14,7 +14,7 @@ class KeepsKeys(Projected):
     ``every`` tokens, in the dtype of the weights, and the number of tokens of each row. Over ranks, the
     transition of a shard is its own entries; its size grows with the shard."""
 
-    halo = 0
+    halo: int | None = 0
     every = 1
 
     @property

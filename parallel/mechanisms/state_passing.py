@@ -81,20 +81,22 @@ def _states(
 ) -> tuple[State, State, list[Tensor]]:
     """The state before this rank's shard, the state after the call, and what was gathered. state: that before
     the call. run: the mixer's forward."""
-    first: tuple[State, State] = (), ()
+    inner_before: State = ()
+    inner_after: State = ()
     gathered: list[Tensor] = []
+    count = 0
     if mixer.inner is not None:
         count = len(mixer.inner.layout)
-        *first, gathered = _states(mixer.inner, mixer.inner.forward, shard, state[:count])
-    count = len(first[0])
+        inner_before, inner_after, gathered = _states(mixer.inner, mixer.inner.forward, shard, state[:count])
     local, halo = _local(mixer, run, shard, state)
-    local = (*first[0], *local[count:])
+    local = (*inner_before, *local[count:])
     transition = mixer.transition(shard.hidden, local, shard.mask, shard.rotary)
     if mixer.growing:
         transition = _equally_long(transition, shard.ranks)
     anchors = shard.hidden, *mixer.parameters()
     before, after, every = fold(state, transition, mixer.advance, shard.ranks, anchors)
-    return (*first[0], *before[count:]), (*first[1], *after[count:]), [*gathered, *halo, *every]
+    gathered += [*halo, *every]
+    return (*inner_before, *before[count:]), (*inner_after, *after[count:]), gathered
 
 
 def fold(

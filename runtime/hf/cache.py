@@ -261,7 +261,7 @@ def _beside_states(kind: type[H], store: KVStore, layer: Any) -> H:
     new = kind.__new__(kind)
     new.store = store
     kept = {k: v for k, v in vars(layer).items() if k not in ("keys", "values", "is_initialized", "store")}
-    vars(new).update(kept)
+    new.__dict__.update(kept)
     return new
 
 

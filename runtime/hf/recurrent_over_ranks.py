@@ -10,7 +10,6 @@ the state along the ranks. All else of the layer looks at one token at a time.
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from ...parallel.mechanisms.state_passing import fold, keep_in_graph, pass_colum
 from ..session import Session
 from .hooks import replace_forward
 from .releases import CACHE_NAMES
-from .transformers_private import source_of
+from .transformers_private import global_of, source_of, with_globals
 
 
 class _Passing:
@@ -73,9 +72,9 @@ class _Passing:
     ) -> tuple[Tensor, Tensor]:
         """The outputs [B, split.rows, H, D] of a scan, and the state after the call.
 
-        inputs: all tensors of the scan, the first of them [B, split.rows, H, D]. zero: the state before the first token. transition: returns what
-        this rank's tokens do to a state; unit: a change that does nothing. run: the outputs of this rank's
-        tokens by the state before them.
+        inputs: all tensors of the scan, the first of them [B, split.rows, H, D]. zero: the state before the
+        first token. transition: returns what this rank's tokens do to a state; unit: a change that does
+        nothing. run: the outputs of this rank's tokens by the state before them.
         """
         change = transition() if self.count else (unit, torch.zeros_like(zero))
         before = zero if self.state is None else self.state.to(zero.dtype)
@@ -157,15 +156,18 @@ def _mamba2(
     )
 
 
-_SCANS = {"torch_chunk_gated_delta_rule": _gated_delta, "mamba2_chunk_scan": _mamba2}
+_SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "mamba2_chunk_scan": _mamba2,
+}
 
 
 def passes_states(module: nn.Module) -> bool:
     """Whether a module is a recurrent layer whose states can be passed along ranks, by its source: it keeps a
     convolution's inputs in the cache, and a state, if any, of one of the known scans."""
-    forward = inspect.unwrap(type(module).forward)
+    forward = type(module).forward
     source = source_of(forward) or ""
-    known = any(f"{name}(" in source and name in forward.__globals__ for name in _SCANS)
+    known = any(f"{name}(" in source and global_of(forward, name) is not None for name in _SCANS)
     halo = "cache.update_conv_state(" in source and "conv_kernel_size=" in source
     return halo and (known or "update_recurrent_state" not in source)
 
@@ -190,19 +192,11 @@ def _forward(
                 "not passed between ranks: call model.gradient_checkpointing_disable()."
             )
         return original(*args, **kwargs)
-    forward = inspect.unwrap(type(layer).forward)
-    given = inspect.signature(forward).bind(layer, *args, **kwargs)
-    name = next(x for x in (*CACHE_NAMES, "cache_params") if x in inspect.signature(forward).parameters)
+    forward = type(layer).forward
+    given = inspect.signature(inspect.unwrap(forward)).bind(layer, *args, **kwargs)
+    name = next(x for x in (*CACHE_NAMES, "cache_params") if x in given.signature.parameters)
     passing = _Passing(layer, given.arguments.get(name), call.split, session.ranks)
     given.arguments[name] = passing
-    names = {
-        x: partial(scan, passing, forward.__globals__[x])
-        for x, scan in _SCANS.items()
-        if x in forward.__globals__
-    }
-    mine = types.FunctionType(
-        forward.__code__, {**forward.__globals__, **names}, forward.__name__, None, forward.__closure__
-    )
-    mine.__kwdefaults__ = forward.__kwdefaults__
-    given.apply_defaults()
-    return mine(*given.args, **given.kwargs)
+    scans = {x: (scan, global_of(forward, x)) for x, scan in _SCANS.items()}
+    names = {x: partial(scan, passing, run) for x, (scan, run) in scans.items() if run is not None}
+    return with_globals(forward, names)(*given.args, **given.kwargs)
