@@ -1,9 +1,10 @@
 """``scan`` in Triton, forward and backward.
 
-segments.py cuts the tokens; recurrence.py is the recurrence and, with its operands in other roles, its
-gradients; channels.py is what differs inside a chunk where channels decay; delta.py turns the delta rule into
-the recurrence; decays.py is the gradient of the decays. Matrix products take the inputs' dtype and sum in
-float32; states are float32. Nobody adds to another's sums: two runs give the same bits.
+The kernels: segments.py cuts the tokens; recurrence.py is the recurrence and, with its operands in other
+roles, its gradients; channels.py is what differs inside a chunk where channels decay; delta.py turns the
+delta rule into the recurrence; decays.py is the gradient of the decays. Matrix products take the inputs'
+dtype and sum in float32; states are float32. Every sum is made by one program in a fixed order, so that two
+runs give the same bits.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import launch
-from .channels import pairs, pairs_backward
-from .decays import decay_gradients
-from .delta import writes
-from .recurrence import Tokens, borders, outputs
-from .segments import Segments, cut
+from .kernels.channels import pairs, pairs_backward
+from .kernels.decays import decay_gradients
+from .kernels.delta import writes
+from .kernels.recurrence import Tokens, borders, outputs
+from .kernels.segments import Segments, cut
 
 
 def unsupported(
@@ -120,8 +121,8 @@ def _plain(
     dstate: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk [B, H, T, Dk] in float32, dv, and the states' gradients at the borders. dq and dk are less what a
-    token reads of itself."""
+    """dq, dk [B, H, T, Dk] in float32, dv, and the states' gradients at the borders. dq and dk are less what
+    a token reads of itself."""
     dstates = borders(tokens, q, dout, dstate, v.shape[1], v_scale=scale, reverse=True)
     within, in_q, in_k = None, None, None
     if tokens.by_channel:
@@ -130,7 +131,16 @@ def _plain(
     dv = outputs(tokens, k, q, dout, dstates, dtype=v.dtype, v_scale=scale, reverse=True, pairs=within)
     dq = outputs(tokens, dout, v, k, states.mT, dtype=torch.float32, scale=scale, strict=True, extra=in_q)
     dk = outputs(
-        tokens, v, dout, q, dstates.mT, dtype=torch.float32, v_scale=scale, reverse=True, strict=True, extra=in_k
+        tokens,
+        v,
+        dout,
+        q,
+        dstates.mT,
+        dtype=torch.float32,
+        v_scale=scale,
+        reverse=True,
+        strict=True,
+        extra=in_k,
     )
     return dq, dk, dv, dstates
 
@@ -149,17 +159,16 @@ def _delta(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk of what k reads, dk of what k writes [B, H, T, Dk] in float32, dv, dbeta, the states' gradients.
     dq and dk are less what q reads of its own token."""
-    single = torch.float32
     dx, dstates = writes(tokens, k, dout, beta, dstate, q=q, scale=scale, reverse=True)
     z = (-beta[..., None] * dx).to(v.dtype)  # the gradient of what x reads
     if tokens.mask is not None:
         z = torch.where(tokens.mask[:, None, :, None], z, 0)
-    dq = outputs(tokens, dout, x, k, states.mT, dtype=single, scale=scale, strict=True)
-    read = outputs(tokens, z, x, k, states.mT, dtype=single, strict=True)
-    written = outputs(tokens, x, dout, q, dstates.mT, dtype=single, v_scale=scale, reverse=True, strict=True)
-    nothing = torch.zeros_like(dstates).mT
-    written += outputs(tokens, x, z, k, nothing, dtype=single, reverse=True, strict=True)
-    held = outputs(tokens, k, k, x, states, dtype=single, strict=True)
+    how: dict[str, Any] = {"dtype": torch.float32, "strict": True}
+    dq = outputs(tokens, dout, x, k, states.mT, scale=scale, **how)
+    read = outputs(tokens, z, x, k, states.mT, **how)
+    written = outputs(tokens, x, dout, q, dstates.mT, v_scale=scale, reverse=True, **how)
+    written += outputs(tokens, x, z, k, torch.zeros_like(dstates).mT, reverse=True, **how)
+    held = outputs(tokens, k, k, x, states, **how)
     left = dx.float() * (v.float() - held)
     if tokens.mask is not None:
         left = torch.where(tokens.mask[:, None, :, None], left, 0)

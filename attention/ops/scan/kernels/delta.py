@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from ... import launch
 from .recurrence import Tokens, first_states
 from .segments import (
+    between,
     head_decays,
     load,
     load_each,
@@ -44,7 +45,7 @@ def _solve(
     C: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
+    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
     first = begin + tl.program_id(0) % CHUNKS * C
     if first >= end:
         return
@@ -57,9 +58,8 @@ def _solve(
     m = tl.dot(key, tl.trans(key), input_precision="ieee") * strength[:, None]
     ratio = tl.full((C, C), 1.0, tl.float32)
     if g is not None:
-        high, low, before, after, total = head_decays(g, row, h, token, g_stride, real)
-        d = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        ratio = tl.exp(tl.minimum(d, 0.0))
+        high, low, before, after, _total = head_decays(g, row, h, token, g_stride, real)
+        ratio = between(high, low)
     m = tl.where(i[:, None] > i[None, :], m * ratio, 0.0)
     t = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for n in range(1, C):  # row n of the inverse, of the rows above it
@@ -125,7 +125,7 @@ def _sweep(
         store(x, row, h, token, col, u_stride, token < end, write, DV)
         total = 1.0
         if g is not None:
-            high, low, before, after, total = head_decays(g, row, h, token, g_stride, real)
+            _high, _low, before, after, total = head_decays(g, row, h, token, g_stride, real)
         s = s * total
         if REVERSE:
             write = -load_each(beta, row, h, token, beta_stride, real)[:, None] * write

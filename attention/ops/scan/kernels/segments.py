@@ -160,6 +160,13 @@ def head_decays(g, row, head, token, stride, real):
 
 
 @triton.jit
+def between(high, low):
+    """exp(d_ij) [C, C] of :func:`head_decays`; 1 above the diagonal."""
+    d = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    return tl.exp(tl.minimum(d, 0.0))
+
+
+@triton.jit
 def channel_decays(g, row, head, token, col, stride, mask, mask_stride, end, last, D: tl.constexpr):
     """exp(p), exp(r) [tokens, columns] and exp of the sum [columns] of a chunk or a part of it that ends
     before token ``last``."""

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from ... import launch
 from .recurrence import Tokens
 from .segments import load, segment, store, strides, there
 

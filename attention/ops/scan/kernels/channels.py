@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from ... import launch
 from .recurrence import Tokens
 from .segments import channel_decays, load, segment, store, strides, there
 
@@ -35,7 +35,7 @@ def _pairs(
 ):  # fmt: skip
     """pairs[token i, j] for i of one part of a chunk."""
     h = tl.program_id(1)
-    slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
+    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
     first = begin + tl.program_id(0) % CHUNKS * C
     part = tl.program_id(2)
     at = first + part * _PART
@@ -68,12 +68,10 @@ def _pairs(
         token_j = begin_j + i
         real_j = there(mask, row, mask_stride, token_j, end)
         key = load(k, row, h // group, token_j, channel, k_stride, real_j, D)
-        before, after, total = channel_decays(
+        _before, after, total = channel_decays(
             g, row, h, token_j, channel, g_stride, mask, mask_stride, end, begin_j + _PART, D
         )
-        a = tl.dot(
-            far.to(query.dtype), tl.trans((key * after).to(query.dtype)), input_precision="ieee"
-        )
+        a = tl.dot(far.to(query.dtype), tl.trans((key * after).to(query.dtype)), input_precision="ieee")
         tl.store(pairs + earlier * _PART, a.to(pairs.dtype.element_ty), mask=valid)
         far = far * total[None, :]
 
@@ -99,7 +97,7 @@ def _products(
 ):  # fmt: skip
     """out[token i, j] = x_i . y_j over a chunk, float32."""
     h = tl.program_id(1)
-    slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
+    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
     first = begin + tl.program_id(0) % CHUNKS * C
     if first >= end:
         return
@@ -121,7 +119,7 @@ def _pairs_backward(
     after."""
     parts: tl.constexpr = C // _PART
     h = tl.program_id(1)
-    slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
+    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
     first = begin + tl.program_id(0) % CHUNKS * C
     part, tile = tl.program_id(2) % parts, tl.program_id(2) // parts
     at = first + part * _PART
@@ -131,9 +129,8 @@ def _pairs_backward(
     token = at + i
     real = there(mask, row, mask_stride, token, end)
     query = load(q, row, h // group, token, channel, q_stride, real, D)
-    key = load(k, row, h // group, token, channel, k_stride, real, D)
     kind = query.dtype
-    before, after, own_total = channel_decays(
+    before, after, _total = channel_decays(
         g, row, h, token, channel, g_stride, mask, mask_stride, end, at + _PART, D
     )
     weights = dpairs + row * dpairs_stride[0] + h * dpairs_stride[1]

@@ -11,8 +11,8 @@ Its gradients are recurrences of the same form. With dS the gradient of the stat
     dk_j = sum_(i >= j) exp(d_ij) (v_j . do_i) scale q_i + exp(r_j) dS v_j        reverse:  (v, do, q), dS^T
 
 so that one kernel serves them all: REVERSE walks from the last token to the first, and a transposed state
-has its strides swapped. KIND says what decays: a head (HEAD), the channels of q and k (KEY) or, in dq and dk
-of that, the channels of v (VALUE); inside a chunk, channels.py computes the last two.
+has its strides swapped. KIND says what decays: a head, the channels of q and k (key) or, in dq and dk
+of that, the channels of v (value); inside a chunk, channels.py computes the last two.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from ... import launch
 from .segments import (
     Segments,
+    between,
     channel_decays,
     head_decays,
     load,
@@ -36,8 +37,6 @@ from .segments import (
     strides,
     there,
 )
-
-HEAD, KEY, VALUE = 0, 1, 2
 
 
 class Tokens(NamedTuple):
@@ -76,12 +75,9 @@ def _walk(
     source, target = state, state + state_stride[0]
     if REVERSE:
         source, target = target, source
-    if out is None:
-        s = tl.zeros((WIDE, BLOCK_V), tl.float32)
-    else:
-        s = tl.load(source, mask=inside, other=0.0)
+    s = tl.zeros((WIDE, BLOCK_V), tl.float32) if out is None else tl.load(source, mask=inside, other=0.0)
     whole = 1.0
-    if KIND == 1:
+    if KIND == "key":
         whole = tl.full((WIDE,), 1.0, tl.float32)
     count = tl.cdiv(end - begin, C)
     for step in range(count):
@@ -94,9 +90,9 @@ def _walk(
         value = load(v, row, h // v_group, token, col, v_stride, real, DV)
         if g is None:
             total = 1.0
-        elif KIND == 0:
+        elif KIND == "head":
             high, low, before, after, total = head_decays(g, row, h, token, g_stride, real)
-        elif KIND == 1:
+        elif KIND == "key":
             before, after, total = channel_decays(
                 g, row, h, token, channel, g_stride, mask, mask_stride, end, first + C, D
             )
@@ -110,32 +106,24 @@ def _walk(
                 reading, writing = after, before
         if out is not None:
             query = load(q, row, h // q_group, token, channel, q_stride, real, D)
-            if KIND == 1:
+            if KIND == "key":
                 held = (query * reading).to(query.dtype)
                 acc = tl.dot(held, s.to(query.dtype), input_precision="ieee")
             else:
                 acc = tl.dot(query, s.to(query.dtype), input_precision="ieee")
                 if g is not None:
-                    if KIND == 0:
-                        acc = acc * reading[:, None]
-                    else:
-                        acc = acc * reading
-            if KIND == 2:
+                    acc = acc * (reading[:, None] if KIND == "head" else reading)
+            if KIND == "value":
                 acc += load(extra, row, h, token, col, extra_stride, real, DV) * v_scale
             else:
-                if REVERSE:
-                    seen = i[:, None] <= i[None, :]
-                else:
-                    seen = i[:, None] >= i[None, :]
+                seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
                 if STRICT:
                     seen = seen & (i[:, None] != i[None, :])
-                if KIND == 0:
+                if KIND == "head":
                     a = tl.dot(query, tl.trans(key), input_precision="ieee")
                     if g is not None:
-                        d = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-                        if REVERSE:
-                            d = -d
-                        a = a * tl.exp(tl.minimum(d, 0.0))
+                        ratio = between(high, low)
+                        a = a * (tl.trans(ratio) if REVERSE else ratio)
                     a = tl.where(seen, a, 0.0)
                 else:
                     place = pairs + row * pairs_stride[0] + h * pairs_stride[1]
@@ -148,15 +136,13 @@ def _walk(
             store(out, row, h, token, col, out_stride, token < end, acc * scale, DV)
         if CHUNKS > 1 or out is None:
             if g is not None:
-                if KIND == 0:
-                    value = (value * writing[:, None]).to(key.dtype)
-                elif KIND == 1:
-                    key = (key * writing).to(key.dtype)
+                if KIND == "key":
+                    key = (key * writing).to(value.dtype)
                 else:
-                    value = (value * writing).to(key.dtype)
-            if KIND == 1:
+                    value = (value * (writing[:, None] if KIND == "head" else writing)).to(key.dtype)
+            if KIND == "key":
                 s = s * total[:, None]
-            elif KIND == 2:
+            elif KIND == "value":
                 s = s * total[None, :]
             else:
                 s = s * total
@@ -165,7 +151,7 @@ def _walk(
     if out is None:
         tl.store(target, s, mask=inside)
         if g is not None:
-            if KIND == 0:
+            if KIND == "head":
                 tl.store(decays + at * heads + h, whole)
             else:
                 tl.store(decays + (at * heads + h).to(tl.int64) * D + channel, whole, mask=channel < D)
@@ -180,7 +166,7 @@ def _carry(
     """state [slots, H, D, DV], in place: slots hold what the segments add; after, the borders' states."""
     sequence_row, h = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(1)
-    slot, row, begin, end = sequence(sequence_row, bounds, offsets, each, tokens)
+    slot, _row, begin, end = sequence(sequence_row, bounds, offsets, each, tokens)
     first = slot - sequence_row  # segment
     count = tl.cdiv(end - begin, C * CHUNKS)
     item = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -198,7 +184,7 @@ def _carry(
         else:
             state += step
         if decays is not None:
-            if KIND == 0:
+            if KIND == "head":
                 s = s * tl.load(decays + at * heads + h)
             else:
                 s = s * tl.load(decays + (at * heads + h) * D + item // DV, mask=inside, other=0.0)
@@ -211,7 +197,9 @@ def _config(block_v: int, warps: int, stages: int) -> triton.Config:
 
 
 _KEY = ["D", "DV", "C", "CHUNKS", "KIND", "REVERSE"]
-_half = launch.tuned([_config(64, 4, 2), _config(64, 8, 2), _config(32, 4, 3), _config(128, 8, 2)], _KEY)(_walk)
+_half = launch.tuned([_config(64, 4, 2), _config(64, 8, 2), _config(32, 4, 3), _config(128, 8, 2)], _KEY)(
+    _walk
+)
 _wide = launch.tuned([_config(32, 8, 2), _config(64, 8, 2), _config(32, 4, 1)], _KEY)(_walk)
 _single = launch.tuned([_config(32, 8, 1), _config(16, 4, 1)], _KEY)(_walk)
 
@@ -226,7 +214,7 @@ def _launch(
     out: Tensor | None,
     *,
     heads: int,
-    kind: int,
+    kind: str,
     scale: float,
     v_scale: float,
     reverse: bool,
@@ -267,10 +255,10 @@ def borders(
     segments, g, _ = tokens
     d, dv = k.shape[3], v.shape[3]
     state_of = first_states(segments, state, heads, d, dv, k.device, reverse)
-    kind = KEY if tokens.by_channel else HEAD
+    kind = "key" if tokens.by_channel else "head"
     decays = None
     if g is not None:
-        shape = (segments.count, heads, d) if kind == KEY else (segments.count, heads)
+        shape = (segments.count, heads, d) if kind == "key" else (segments.count, heads)
         decays = torch.empty(shape, dtype=torch.float32, device=k.device)
     _launch(
         tokens, None, k, v, state_of, decays, None, heads=heads, kind=kind, scale=1.0, v_scale=v_scale,
@@ -316,7 +304,7 @@ def outputs(
     """[B, H, T, Dv] in ``dtype``; ``state``: the borders'. pairs [B, H, T, C]: exp(d_ij) q_i . k_j where
     channels decay; extra [B, H, T, Dv]: the chunk's share of the output where the channels of v do."""
     heads = state.shape[1]
-    kind = HEAD if not tokens.by_channel else VALUE if pairs is None else KEY
+    kind = "head" if not tokens.by_channel else "value" if pairs is None else "key"
     out = torch.empty(*v.shape[:1], heads, *v.shape[2:], dtype=dtype, device=v.device)
     _launch(
         tokens, q, k, v, state, None, out, heads=heads, kind=kind, scale=scale, v_scale=v_scale,
