@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -202,6 +203,33 @@ def test_triton_says_what_it_cannot_do() -> None:
         scan(x.q.half(), x.k, x.v, impl="triton")
     with pytest.raises(Unsupported, match="heads of 300 are wider than 256"):
         scan(x.q, x.k, torch.zeros(2, 4, 4, 300), impl="triton")
+
+
+def test_flash_linear_attention_says_what_it_cannot_do() -> None:
+    x = inputs("ssd", t=4, dk=4, dv=4, padded=True)
+    clauses = [
+        "the tensors are on cpu, and its kernels run on CUDA",
+        "float32 is neither float16 nor bfloat16",
+        "it knows no mask; cut the padding away and give cu_seqlens",
+    ]
+    if find_spec("fla") is None:
+        clauses.append('flash-linear-attention is not installed: "pip install flash-linear-attention"')
+    with pytest.raises(Unsupported) as raised:
+        scan(*x.args, **x.options, impl="fla")
+    for clause in clauses:
+        assert clause in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_flash_linear_attention_is_the_recurrence(kind: str) -> None:
+    """Another package's rounding: within 1 % of the largest number."""
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    x = inputs(kind, t=200, dk=64, dv=64, strong=0.1, dtype=torch.bfloat16)
+    want = results(x.map(Tensor.double), impl="reference", grads=False)
+    got = results(x.map(lambda y: y.to("cuda")), impl="fla", grads=False)
+    for name, y in want.items():
+        assert (got[name].double() - y).abs().max() <= 1e-2 * y.abs().max(), name
 
 
 def test_bad_input_is_refused_in_a_sentence() -> None:

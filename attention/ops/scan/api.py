@@ -10,6 +10,7 @@ IMPLS: Impls = {
     "reference": reference.scan,
     "eager": eager.scan,
     "triton": LazyImpl(__package__, "scan"),
+    "fla": LazyImpl(__package__, "scan", "fla"),
 }
 
 
