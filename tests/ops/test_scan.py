@@ -161,14 +161,13 @@ def test_every_implementation_keeps_its_digits(
 
     Float32 results of 16-bit inputs (states, gradients of decays) count as rounded to 16 bits, since matrix
     products take that type. The gradient of a decay is a difference of sums of q dq and k dk, and is allowed
-    a rounding of those.
+    a rounding of those. In 16 bits the delta rule is allowed 3 x: products take what a token writes, which is
+    computed, in that type too.
     """
     if run.impl == "triton":
         from farspan.attention.ops.scan.kernels import segments
 
         monkeypatch.setattr(segments, "PROGRAMS", 2)  # segments of several chunks
-    if run.impl == "triton" and case != "padded" and kind in ("none", "beta"):
-        pytest.skip("the interpreter is slow, and these kinds differ by a branch")
     size = {"t": 40, "dk": 16, "dv": 24, "strong": 1.0}
     if case == "strong":
         size = {"t": 33, "dk": 24, "dv": 16, "strong": 30.0}
@@ -182,9 +181,10 @@ def test_every_implementation_keeps_its_digits(
     eps, terms = torch.finfo(run.dtype).eps, 0.0
     for name in ("q", "k"):
         terms = max(terms, float((getattr(x, name).double() * truth[f"d{name}"]).abs().max()))
+    times = 3 if x.beta is not None and run.impl == "triton" and run.dtype.itemsize == 2 else 2
     for name, want in truth.items():
         rounded = same[name].to(run.dtype).double()
-        allowed = 2 * (rounded - want).abs().max() + 2 * torch.finfo(torch.float32).eps * (
+        allowed = times * (rounded - want).abs().max() + 2 * torch.finfo(torch.float32).eps * (
             1 + want.abs().max()
         )
         if name == "dlog_decay":

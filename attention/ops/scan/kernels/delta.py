@@ -65,41 +65,47 @@ def _solve(
     for n in range(1, C):  # row n of the inverse, of the rows above it
         weights = tl.sum(tl.where(i[:, None] == n, m, 0.0), 0)
         t -= tl.where(i[:, None] == n, tl.sum(weights[:, None] * t, 0)[None, :], 0.0)
+    # The diagonal of ones is left out of the products, which round their operands: it is most of x.
+    t = tl.where(i[:, None] == i[None, :], 0.0, t)
     if REVERSE:
         t = tl.trans(t)
         query = load(q, row, h // group, token, channel, q_stride, real, D)
         reads = tl.dot(key, tl.trans(query), input_precision="ieee") * scale  # [j, i]
         if g is not None:
             reads = reads * tl.trans(ratio)
-        reads = tl.where(i[:, None] <= i[None, :], reads, 0.0)
-        of_v, of_k = t, -t
+        reads = tl.where(i[:, None] <= i[None, :], reads, 0.0).to(key.dtype)
+        of_k = tl.full((C,), -1.0, tl.float32)
         if g is not None:
-            of_k = of_k * after[None, :]
+            of_k = -after
     else:
-        of_v = t * strength[None, :]
-        of_k = of_v
+        of_k = strength
         if g is not None:
-            of_k = of_k * before[None, :]
-    of_v, of_k = of_v.to(key.dtype), of_k.to(key.dtype)
+            of_k = of_k * before
     for at in range(0, DV, BLOCK):
         value = load(v, row, h, token, at + col, v_stride, real, DV)
         if REVERSE:
-            value = tl.dot(reads.to(key.dtype), value, input_precision="ieee").to(key.dtype)
-        store(u, row, h, token, at + col, u_stride, valid, tl.dot(of_v, value, input_precision="ieee"), DV)
+            own = tl.dot(reads, value, input_precision="ieee")
+            own += tl.dot(t.to(key.dtype), own.to(key.dtype), input_precision="ieee")
+        else:
+            own = value.to(tl.float32) * strength[:, None]
+            own += tl.dot((t * strength[None, :]).to(key.dtype), value, input_precision="ieee")
+        store(u, row, h, token, at + col, u_stride, valid, own, DV)
+    t = (t * of_k[None, :]).to(key.dtype)
     for at in range(0, D, BLOCK):
         some = load(k, row, h // group, token, at + col, k_stride, real, D)
-        store(w, row, h, token, at + col, w_stride, valid, tl.dot(of_k, some, input_precision="ieee"), D)
+        own = some.to(tl.float32) * of_k[:, None] + tl.dot(t, some, input_precision="ieee")
+        store(w, row, h, token, at + col, w_stride, valid, own, D)
 
 
 @triton.jit
 def _sweep(
     q, k, do, g, beta, mask, u, w, x, state, bounds, offsets,
-    q_stride, k_stride, do_stride, g_stride, beta_stride, mask_stride, u_stride, w_stride, state_stride,
-    each, tokens, group, scale,
+    q_stride, k_stride, do_stride, g_stride, beta_stride, mask_stride, u_stride, w_stride, x_stride,
+    state_stride, each, tokens, group, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """x, strided like u, and the states at the borders, from the first of them (REVERSE: the last)."""
+    """x, and the states at the borders, from the first of them (REVERSE: the last)."""
     h = tl.program_id(1)
     slot, row, begin, end = sequence(tl.program_id(0), bounds, offsets, each, tokens)
     i, channel = tl.arange(0, C), tl.arange(0, WIDE)
@@ -122,7 +128,7 @@ def _sweep(
         kept = load(w, row, h, token, channel, w_stride, real, D)
         write = load(u, row, h, token, col, u_stride, real, DV).to(tl.float32)
         write -= tl.dot(kept, s.to(kept.dtype), input_precision="ieee")
-        store(x, row, h, token, col, u_stride, token < end, write, DV)
+        store(x, row, h, token, col, x_stride, token < end, write, DV)
         total = 1.0
         if g is not None:
             _high, _low, before, after, total = head_decays(g, row, h, token, g_stride, real)
@@ -174,8 +180,9 @@ def writes(
     d, group = k.shape[3], h // k.shape[1]
     wide = launch.wide(d)
     borders = first_states(segments, state, h, d, dv, k.device, reverse)
-    kind = torch.float32 if reverse else v.dtype  # a gradient is rounded once, where it ends
-    u, x = (torch.empty(b, h, t, dv, dtype=kind, device=v.device) for _ in range(2))
+    u = torch.empty(b, h, t, dv, dtype=torch.float32, device=v.device)
+    # a gradient is rounded where it ends
+    x = torch.empty_like(u, dtype=torch.float32 if reverse else v.dtype)
     w = torch.empty(b, h, t, d, dtype=k.dtype, device=k.device)
     fixed = {"D": d, "DV": dv, "WIDE": wide, "REVERSE": reverse, **segments.sizes()}
     _solve[(segments.count * segments.chunks, h)](
@@ -188,7 +195,7 @@ def writes(
 
     (_single if k.dtype == torch.float32 else _half)[grid](
         q, k, v, g, beta, mask, u, w, x, borders, segments.bounds, segments.offsets,
-        *map(strides, (q, k, v, g, beta, mask, u, w, borders)),
+        *map(strides, (q, k, v, g, beta, mask, u, w, x, borders)),
         segments.each, segments.tokens, group, float(scale), **fixed,
     )  # fmt: skip
     return x, borders

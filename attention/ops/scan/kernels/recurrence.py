@@ -17,7 +17,7 @@ of that, the channels of v (value); inside a chunk, channels.py computes the las
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -197,11 +197,16 @@ def _config(block_v: int, warps: int, stages: int) -> triton.Config:
 
 
 _KEY = ["D", "DV", "C", "CHUNKS", "KIND", "REVERSE"]
-_half = launch.tuned([_config(64, 4, 2), _config(64, 8, 2), _config(32, 4, 3), _config(128, 8, 2)], _KEY)(
-    _walk
-)
-_wide = launch.tuned([_config(32, 8, 2), _config(64, 8, 2), _config(32, 4, 1)], _KEY)(_walk)
-_single = launch.tuned([_config(32, 8, 1), _config(16, 4, 1)], _KEY)(_walk)
+_half = launch.tuned([_config(64, 4, 2), _config(64, 8, 2), _config(32, 4, 3)], _KEY)(_walk)
+_wide_half = launch.tuned([_config(64, 8, 2), _config(128, 8, 2), _config(32, 8, 2)], _KEY)(_walk)
+_widest = launch.tuned([_config(32, 8, 2), _config(64, 8, 1), _config(16, 8, 2)], _KEY)(_walk)
+_single = launch.tuned([_config(32, 8, 1), _config(16, 8, 1)], _KEY)(_walk)
+
+
+def _kernel(dtype: torch.dtype, wide: int) -> Any:
+    if dtype == torch.float32:
+        return _single
+    return _half if wide <= 64 else _wide_half if wide == 128 else _widest
 
 
 def _launch(
@@ -225,12 +230,11 @@ def _launch(
     segments, g, mask = tokens
     d, dv = k.shape[3], v.shape[3]
     wide = launch.wide(d)
-    kernel = _single if k.dtype == torch.float32 else _wide if wide > 128 else _half
 
     def grid(args: dict[str, int]) -> tuple[int, int, int]:
         return segments.count, heads, triton.cdiv(dv, args["BLOCK_V"])
 
-    kernel[grid](
+    _kernel(k.dtype, wide)[grid](
         q, k, v, g, mask, pairs, extra, state, decays, out, segments.table,
         *map(strides, (q, k, v, g, mask, pairs, extra, state, out)),
         segments.each, segments.tokens,
