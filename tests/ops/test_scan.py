@@ -244,6 +244,11 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         ((q, q, v), {"state": state[:1]}, r"a state of \[2, 4, 4, 3\] here; got \[1, 4, 4, 3\]"),
         ((q, q, v), {"mask": beta[:, 0]}, r"a boolean mask \[2, 5\]"),
         ((q, q, v), {"cu_seqlens": torch.tensor([0, 5])}, "for a batch of 1; got .* and a batch of 2"),
+        (
+            (q[:1], q[:1], v[:1]),
+            {"cu_seqlens": torch.tensor([0, 3, 2, 5])},
+            r"from 0 to T = 5, ascending; got \[0, 3, 2, 5\]",
+        ),
         ((q, q, v), {"chunk": 0}, "chunks of at least 1 token; got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
