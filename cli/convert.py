@@ -120,7 +120,7 @@ def _show_choice(measured: list[Any], kept: list[int]) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from ..runtime.conversion.card import measures
+    from ..runtime.conversion.card import break_even, measures
 
     table = output.Table("", "perplexity", "KL to the original", "loss of values to look up", numbers_from=1)
     for name, perplexity, kl, looked_up in measures(report):
@@ -130,6 +130,5 @@ def _show(report: dict[str, Any]) -> None:
     output.show_text(
         f"{len(report['replaced'])} of {report['layers']} layers have {report['mixer']}. KV cache: "
         f"{size['kv_bytes_per_token_after']:,} bytes a token, before {size['kv_bytes_per_token_before']:,}; "
-        f"states: {size['state_bytes']:,} bytes a sequence. Below {size['break_even_tokens']:,} tokens "
-        "conversion saves no memory."
+        f"states: {size['state_bytes']:,} bytes a sequence. {break_even(size)}"
     )

@@ -244,13 +244,13 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _memory(student: Student, replaced: list[int]) -> dict[str, int]:
+def _memory(student: Student, replaced: list[int]) -> dict[str, int | None]:
     size, info = student.model.dtype.itemsize, student.info
     tokens = {}
     for index in candidates(info):
         layer = info.layer_info(index)
         tokens[index] = 2 * layer.num_kv_heads * layer.head_dim * size
-    return memory(tokens, replaced, {i: student.mixers[i].state_bytes for i in replaced})
+    return memory(tokens, {i: student.mixers[i] for i in replaced})
 
 
 def _how(given: str | Sequence[int]) -> str:
