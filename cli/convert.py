@@ -1,4 +1,4 @@
-"""`farspan convert` replaces attention layers of a model by mixers with a state of constant size."""
+"""`farspan convert` replaces attention layers of a model by mixers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Convert:
     attention_layers: Annotated[
         str,
         typer.Option(
-            help='Which layers keep attention: "auto:N", the N that are needed most by measurement; "even:N"; '
-            "or numbers such as 0,8,16."
+            help='Which layers keep attention: "auto:N", the N that are needed most by measurement; '
+            '"even:N"; or numbers such as 0,8,16.'
         ),
     ] = "auto:8"
     steps_align: Annotated[int, options.count("Steps of stage 1, layer by layer.")] = 200
@@ -53,7 +53,9 @@ class Convert:
     held_out: Annotated[int, options.count("Windows that are measured and not trained on.")] = 4
     save_every: Annotated[int, options.count("Steps between checkpoints.")] = 50
     seed: Annotated[int, typer.Option(help="Of new weights, of the order of windows, and of the probe.")] = 0
-    precision: Annotated[str, typer.Option(help='"no", "bf16", "fp16", or "auto": the model\'s dtype.')] = "auto"
+    precision: Annotated[str, typer.Option(help='"no", "bf16", "fp16", or "auto": the model\'s dtype.')] = (
+        "auto"
+    )
     aligned: Annotated[
         Path | None,
         typer.Option(help="Use stage 1 and the measurements of this conversion, which was made with --keep."),

@@ -18,14 +18,23 @@ from ..attention.errors import FarspanError
 from . import hf
 from .conversion.align import ABOUT, Aligned, taken_alignment
 from .conversion.card import memory, write_report
-from .conversion.choose import AUTO, EVEN, Measured, keep_choice, keep_json, measure, most_needed, parse_layers
-from .conversion.heal import Healed
+from .conversion.choose import (
+    AUTO,
+    EVEN,
+    Measured,
+    keep_choice,
+    keep_json,
+    measure,
+    most_needed,
+    parse_layers,
+)
+from .conversion.heal import Healed, check_healing
 from .conversion.probe import ProbeText, probe_texts, retrieval_loss
 from .conversion.student import Student, candidates, check_text_model
+from .train import check_length
 from .training.loop import Schedule, Step, optimise
 from .training.objective import Trained
 from .training.windows import Windows, cut_windows
-from .train import check_length
 from .writable import check_writable
 
 WORK = "conversion"  # the folder inside ``out`` with the checkpoints, until the model is saved
@@ -74,8 +83,8 @@ def convert(
     of the text's own loss beside the distillation. held_out: windows that are measured and not trained on.
     save_every: steps between checkpoints. The same call goes on where it was stopped, and ends at the same
     weights. precision: "no", "bf16" or "fp16"; "auto": the dtype of the model.
-    aligned: the folder of another conversion of this model with this mixer, whose stage 1 and measurements are
-    used instead of new ones: for other layers, or another stage 2. keep: leave the checkpoints in
+    aligned: the folder of another conversion of this model with this mixer, whose stage 1 and measurements
+    are used instead of new ones: for other layers, or another stage 2. keep: leave the checkpoints in
     ``out``/conversion, which ``aligned`` needs; without it they are removed at the end.
     progress: called with "align", "choose" or "heal" and a Step. chosen: called with what was measured and
     the layers that keep attention.
@@ -92,6 +101,7 @@ def convert(
     can = candidates(info)
     kept = parse_layers(attention_layers, can, len(info.kinds))
     folder = check_folder(Path(out))
+    check_healing(train, cross_entropy)
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "no")
     precision = kind if precision == "auto" else precision
     shared: dict[str, Any] = {"batch": batch, "save_every": save_every, "seed": seed, "precision": precision}
@@ -172,11 +182,7 @@ class _Run:
 
     def align(self, student: Student, settings: dict[str, Any]) -> None:
         """Stage 1."""
-        aligned = Aligned(student)
-        try:
-            self._train("align", aligned, {**settings, **aligned.settings})
-        finally:
-            aligned.close()
+        self._train("align", Aligned(student), {**settings, **Aligned.settings})
 
     def take(self, student: Student, other: Path, settings: dict[str, Any]) -> None:
         """Stage 1 of another conversion."""

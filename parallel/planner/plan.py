@@ -198,9 +198,9 @@ def _mixers(job: Job) -> list[str]:
         tokens = -(-model.mixer_states // model.mixer_kv)
         even = f"Below {tokens} tokens their states take more memory than they save"
     return [
-        f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which takes "
-        f"{readable(kept)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their recurrences are "
-        "not in the seconds."
+        f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which "
+        f"takes {readable(kept)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their "
+        "recurrences are not in the seconds."
     ]
 
 

@@ -58,9 +58,9 @@ Text: {text} (sha256 {sha}), {windows} windows of {window} tokens, {held_out} he
 {choice}"""
 
 _CAUTION = """\
-The text is held out from the training text and of the same kind. The values are numbers that stand once before
-in a short synthetic text. Nothing else was measured here: `farspan eval ruler --model DIR` and `farspan eval
-needle --model DIR` measure more, beside the original."""
+The text is held out from the training text and of the same kind. The values are numbers that stand once
+before in a short synthetic text. Nothing else was measured here: `farspan eval ruler --model DIR` and
+`farspan eval needle --model DIR` measure more, beside the original."""
 
 
 def memory(kv_bytes: Mapping[int, int], mixers: Mapping[int, Mixer]) -> dict[str, int | None]:
@@ -108,7 +108,9 @@ def card(report: Mapping[str, Any]) -> str:
         kv_after=f"{size['kv_bytes_per_token_after']:,}",
         state=f"{size['state_bytes']:,}",
         even=break_even(size),
-        stages="\n".join([_stage("Stage 1, layers to attention", align), _stage("Stage 2, end to end", heal)]),
+        stages="\n".join(
+            [_stage("Stage 1, layers to attention", align), _stage("Stage 2, end to end", heal)]
+        ),
         text=report["text"],
         sha=heal["text_sha256"],
         windows=heal["windows"],

@@ -10,8 +10,8 @@ from .cache import adopt_cache as adopt_cache
 from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
 from .converted import read_config as read_config
-from .converted import specs_of as specs_of
 from .converted import save_converted as save_converted
+from .converted import specs_of as specs_of
 from .generation import answer_by as answer_by
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...attention.errors import FarspanError, Unsupported
@@ -56,7 +56,7 @@ class ConvertedModel:
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         info = inspect_model(self)
         self.made_by = {i: (spec, geometry_of(info, i)) for i, spec in specs_of(config).items()}
         settle(info, {i: parse_mixer(*made) for i, made in self.made_by.items()})
@@ -107,8 +107,8 @@ def converted_config(info: ModelInfo, specs: Mapping[int, str]) -> Any:
 
 
 def save_converted(info: ModelInfo, mixers: Mapping[int, Mixer], spec: str, folder: Path) -> None:
-    """Save ``info.model`` with ``mixers`` of ``spec`` in place of the attention of their layers, in the layout
-    of ``save_pretrained``."""
+    """Save ``info.model`` with ``mixers`` of ``spec`` in place of the attention of their layers, in the
+    layout of ``save_pretrained``."""
     model = owner(info)
     config = converted_config(info, dict.fromkeys(mixers, spec))
     with torch.device("meta"):
@@ -171,4 +171,3 @@ def __getattr__(name: str) -> Any:
     if name.startswith(_PREFIX) and hasattr(transformers, name.removeprefix(_PREFIX)):
         return _class(name.removeprefix(_PREFIX))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-

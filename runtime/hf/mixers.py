@@ -96,8 +96,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
             )
         if count and self.padded_right:
             raise FarspanError(
-                "The state of a mixer cannot be cropped after a call with padding on the right: pad on the left "
-                "(tokenizer.padding_side = 'left')."
+                "The state of a mixer cannot be cropped after a call with padding on the right: pad on the "
+                "left (tokenizer.padding_side = 'left')."
             )
         if count and self.tokens_seen:
             *_, tokens = self.recurrent_states.values()

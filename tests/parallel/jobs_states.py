@@ -110,7 +110,10 @@ def call_of(mixer: Mixer, begin: int, end: int, rows: int = 3) -> tuple[Tensor, 
 def masks(length: int) -> dict[str, Tensor | None]:
     """No padding; padding on the left, over whole shards too; and on the right."""
     at = torch.arange(length)[None]
-    first, last = torch.tensor([[0], [length // 2 + 1], [length - 1]]), torch.tensor([[length], [2], [length - 1]])
+    first, last = (
+        torch.tensor([[0], [length // 2 + 1], [length - 1]]),
+        torch.tensor([[length], [2], [length - 1]]),
+    )
     return {"none": None, "left": at >= first, "right": at < last}
 
 
@@ -124,8 +127,6 @@ def passed(group: Any, name: str, past: int, length: int, multiple: int) -> dict
         with torch.no_grad():
             state = mixer(hidden[:, :past], None, None, (cos[:, :past],) * 2)[1] if past else None
             at = past + split.take(ranks.rank)
-            out, state = pass_state(
-                mixer, hidden[:, at], state, mask, (cos[:, at],) * 2, split, ranks
-            )
+            out, state = pass_state(mixer, hidden[:, at], state, mask, (cos[:, at],) * 2, split, ranks)
         found[kind] = split.joined(ranks.all_gather(out), 1), state, dict(ranks.sent)
     return found

@@ -167,7 +167,9 @@ def test_geometry_and_weights_of_attention() -> None:
         hook.remove()
         [(kwargs, want)] = seen
         assert torch.allclose(attention(g, w, kwargs), want, atol=1e-5), name
-    assert g == Geometry(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, bias=True, scale=0.25, eps=1e-6)
+    assert g == Geometry(
+        hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, bias=True, scale=0.25, eps=1e-6
+    )
 
 
 def attention(g: Geometry, w: dict[str, Any], kwargs: Any) -> torch.Tensor:
