@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.errors import SpecError
+from ..attention.hybrid.hydra import Hydra
 from ..attention.hybrid.mixer import Mixer, State
 from .layer_numbers import by_layer
 
@@ -73,6 +74,11 @@ def mixed_layers(
         if index not in attention:
             raise SpecError(
                 f"mixers= names layer {index}, which has no attention: name a layer that has attention."
+            )
+        if isinstance(mixer, Hydra):
+            raise SpecError(
+                f"mixers= gives layer {index} a Hydra, which reads later tokens and cannot stand in a causal "
+                "LM: take another mixer, or put it into an encoder with farspan.runtime.hf.put_hydra."
             )
         if not isinstance(mixer, Mixer):
             raise SpecError(

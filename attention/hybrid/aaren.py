@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..partial import Partial, merge
 from .geometry import Geometry
-from .mixer import Mixer, Rotary, State
+from .mixer import Mixer, Rotary, State, Transition
 
 _CHUNK = 64  # tokens that are weighed against each other in one product
 
@@ -34,6 +34,7 @@ class Aaren(Mixer):
     title: ClassVar[str] = "Aaren"
     paper: ClassVar[str] = "2405.13956"
     from_geometry: ClassVar[bool] = True
+    halo = 0
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -85,6 +86,16 @@ class Aaren(Mixer):
         lse, out = state
         joined = merge(Partial(out, lse), Partial(values[:, :, 0], scores[:, :, 0]))
         return self.o_proj(joined.out.flatten(1).to(hidden.dtype)), (joined.lse, joined.out)
+
+    def transition(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Transition:
+        """The state of the shard alone."""
+        return type(self).forward(self, hidden, None, mask)[1]
+
+    def advance(self, state: State, transition: Transition) -> State:
+        joined = merge(Partial(state[1], state[0]), Partial(transition[1], transition[0]))
+        return joined.lse, joined.out
 
     def _scored(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [B, T, hidden] -> the logits [B, H, T] and the values [B, H, T, D], in the state's dtype."""

@@ -27,12 +27,13 @@ class GatedLinear(ScanMixer):
         out_i = (a_i + c φ(q_i)^T S_i) / (1 + c φ(q_i)^T z_i)
         S_i = exp(g_i) S_(i-1) + φ(k_(i-w)) v_(i-w)^T,  z_i = exp(g_i) z_(i-1) + φ(k_(i-w))
 
-    with a_i the attention over the window, q and k behind RoPE, and a learned c of each head. LoLCATs adds
-    sum_j exp(s_ij - max_j s_ij) v_j over the window in place of a_i, and the sum without v_j in place of 1;
-    fitted to the attention of SmolLM2 that left 1.4 to 1.7 times the squared error. Its window begins anew at
-    every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) / 16 of each KV
-    head, which begins with hardly any decay. features: "learned" for φ with weights, 2 (head_dim // 2)
-    numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are.
+    with a_i the attention over the window, q and k behind RoPE, and a learned c of each head, 1 at first.
+    LoLCATs has sum_j exp(s_ij - max_j s_ij) v_j over the window in place of a_i, and the sum without v_j in
+    place of 1; fitted to three layers of SmolLM2, that left 1.4 to 1.8 times the squared error. Its window
+    begins anew at every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) /
+    16 of each KV head begins with hardly any decay. features: "learned" for φ with weights, about head_dim
+    numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are. Up to w tokens a
+    converted layer is the attention that it replaces.
 
     window = 0: gated linear attention as published (2312.06635), S_i = diag(exp(g_i)) S_(i-1) + k_i v_i^T,
     out = RMSNorm(q^T S / sqrt(d)) ⊙ SiLU(G x), where g = logsigmoid(W_2 W_1 x + b) / 16 of each channel is
@@ -67,8 +68,8 @@ class GatedLinear(ScanMixer):
             return
         self.gate_proj = nn.Linear(self.hidden_size, geometry.num_kv_heads)
         nn.init.zeros_(self.gate_proj.weight), nn.init.constant_(self.gate_proj.bias, _REMEMBER)
-        self.log_share = nn.Parameter(torch.full((geometry.num_heads,), -1.0))
-        half = self.key_dim // 2
+        self.log_share = nn.Parameter(torch.zeros(geometry.num_heads))
+        half = max(1, self.key_dim // 2)
         self.q_features, self.k_features = (
             FeatureMap(heads, self.key_dim, half) if features == "learned" else Softmax()
             for heads in (geometry.num_heads, geometry.num_kv_heads)

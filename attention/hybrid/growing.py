@@ -13,12 +13,12 @@ from torch import Tensor
 class Places(NamedTuple):
     """Where the tokens of a call stand in their rows, padding not counted.
 
-    index: [B, T], for a token the number of tokens before it in its row, and for padding that of the last
+    position: [B, T], for a token the number of tokens before it in its row, and for padding that of the last
     token before it (-1 without one). real: [B, T] bool, False at padding. end: [B], the number of tokens of
     each row after the call.
     """
 
-    index: Tensor
+    position: Tensor
     real: Tensor
     end: Tensor
 
@@ -27,8 +27,8 @@ def places(tokens: Tensor, mask: Tensor | None, length: int) -> Places:
     """The places of a call of ``length`` tokens on rows that have had ``tokens`` [B]. mask: [B, T] bool,
     False at padding; None where there is none."""
     real = torch.ones(len(tokens), length, dtype=torch.bool, device=tokens.device) if mask is None else mask
-    index = tokens[:, None] + real.cumsum(1) - 1
-    return Places(index, real, tokens + real.sum(1))
+    position = tokens[:, None] + real.cumsum(1) - 1
+    return Places(position, real, tokens + real.sum(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Growing:
     def append(self, entries: Tensor, new: Tensor, at: Places) -> Tensor:
         """The entries [B, n', *shape] after a call. new: [B, T, *shape], what each token of the call would
         leave; those that ``every`` passes over are dropped. ``entries`` is not written to."""
-        keep = at.real & (at.index % self.every == self.every - 1)
+        keep = at.real & (at.position % self.every == self.every - 1)
         rows, columns = keep.nonzero(as_tuple=True)
         if len(rows) == 0:
             return entries
-        slots = at.index[rows, columns] // self.every
+        slots = at.position[rows, columns] // self.every
         more = max(0, int(slots.max()) + 1 - entries.shape[1])
         room = entries.new_zeros(len(entries), more, *self.shape)
         return torch.cat([entries, room], 1).index_put_((rows, slots), new[rows, columns].to(entries.dtype))

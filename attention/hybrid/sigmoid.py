@@ -71,8 +71,8 @@ class Sigmoid(Projected):
         entry = torch.arange(keys.shape[1], device=keys.device)
         scale = self.geometry.softmax_scale
         outs = [
-            sigmoid_sum(rows, keys, values, entry <= index[..., None], scale=scale, bias=self.bias)
-            for rows, index in zip(q.split(_ROWS, 1), at.index.split(_ROWS, 1), strict=True)
+            sigmoid_sum(rows, keys, values, entry <= position[..., None], scale=scale, bias=self.bias)
+            for rows, position in zip(q.split(_ROWS, 1), at.position.split(_ROWS, 1), strict=True)
         ]
         out = self.o_proj(torch.cat(outs, 1).flatten(2).to(hidden.dtype))
         return out if self.norm is None else self.norm(out), (keys, values, at.end)

@@ -26,14 +26,17 @@ def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, v
     rest = -t % block
     if rest:
         q, keys, values = (pad(x, (0, 0, 0, rest)) for x in (q, keys, values))
-    q = q.to(wide).reshape(b, hkv, h // hkv, -1, block, d)  # [B, Hkv, G, blocks, block, D]
-    keys = keys.to(wide).unfold(2, n + block, block)[:, :, None]  # [B, Hkv, 1, blocks, D, n + block]
-    values = values.to(wide).unfold(2, n + block, block)[:, :, None]
+    # [B, Hkv, blocks, G * block, D]: a group's queries stand side by side, so that no key is copied
+    q = (scale * q).to(wide).reshape(b, hkv, h // hkv, -1, block, d).transpose(2, 3).flatten(3, 4)
+    keys = keys.to(wide).unfold(2, n + block, block)  # [B, Hkv, blocks, D, n + block]
+    values = values.to(wide).unfold(2, n + block, block)
     place = torch.arange(n + block, device=q.device)
     query = torch.arange(block, device=q.device)[:, None]
     seen = (place > query) & (place <= query + n)  # [block, n + block]
     begin = torch.arange(0, t + rest, block, device=q.device)[:, None]  # place of each block's first key
     there = (begin + place) >= n - valid[:, None, None]  # [B, blocks, n + block]
-    hidden = ~(seen & there[:, :, None])[:, None, None]
-    weights = (scale * q @ keys).masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ values.mT).reshape(b, h, -1, values.shape[4])[:, :, :t]
+    hidden = ~(seen & there[:, :, None])[:, None, :, None]  # [B, 1, blocks, 1, block, n + block]
+    scores = (q @ keys).unflatten(3, (-1, block)).masked_fill(hidden, -torch.inf)
+    out = scores.softmax(-1).flatten(3, 4) @ values.mT
+    out = out.unflatten(3, (-1, block)).transpose(2, 3)  # [B, Hkv, G, blocks, block, Dv]
+    return out.reshape(b, h, -1, out.shape[5])[:, :, :t]

@@ -25,7 +25,7 @@ def test_rows_under_padding_keep_the_entries_of_the_rows_alone(every: int) -> No
             rows[row] += new[row, left:]
             want = rows[row][every - 1 :: every]
             assert tokens[row] == len(rows[row])
-            assert at.index[row, left:].tolist() == list(
+            assert at.position[row, left:].tolist() == list(
                 range(len(rows[row]) - length + left, len(rows[row]))
             )
             if want:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from farspan import SpecError
 from farspan.attention.hybrid import parse_mixer
 from farspan.attention.hybrid.short_convolution import ShortConvolution
 
-from .tools import GEOMETRY, close, make, random
+from .tools import GEOMETRY, close, convolved, make, random
 
 T = 19
-
-
-def convolved(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x [T, channels], one token and one tap after another."""
-    width, out = weight.shape[1], torch.zeros_like(x)
-    for t in range(len(x)):
-        for tap in range(width):
-            if t - tap >= 0:
-                out[t] += weight[:, width - 1 - tap] * x[t - tap]
-        out[t] += 0 if bias is None else bias
-    return out * out.sigmoid()
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,17 @@ from farspan.attention.hybrid.mixer import Rotary, State
 
 GEOMETRY = Geometry(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
 # Mixers whose defaults are not met by 40 tokens, and parameters that run other code.
-SMALL = {"gated_linear": "gated_linear:window=5"}
+SMALL = {
+    "gated_linear": "gated_linear:window=5",
+    "scout": "scout:mixer=(gated_linear:window=5),every=4",
+}
 MORE = (
     "gated_linear:window=6,features=plain",
     "gated_linear:window=0,expand_k=0.5",
+    "gated_delta:expand_v=2,conv=3",
     "mamba2:expand=2,headdim=16,state=10",
+    "retention:expand_v=2",
+    "scout:mixer=none,every=3",
 )
 SPECS = (*(SMALL.get(name, name) for name in mixers()), *MORE)
 
@@ -63,3 +69,14 @@ def same(mixer: Mixer, a: State, b: State) -> bool:
 
 def equal(a: State, b: State) -> bool:
     return all(map(torch.equal, a, b))
+
+
+def convolved(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x [T, channels], one token and one tap after another."""
+    width, out = weight.shape[1], torch.zeros_like(x)
+    for t in range(len(x)):
+        for tap in range(width):
+            if t - tap >= 0:
+                out[t] += weight[:, width - 1 - tap] * x[t - tap]
+        out[t] += 0 if bias is None else bias
+    return out * out.sigmoid()

@@ -16,7 +16,7 @@ from farspan import FarspanError
 from farspan.attention.hybrid import Geometry, Mixer, parse_mixer
 
 GEOMETRY = Geometry(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
-SPECS = ("aaren", "sigmoid:length=64")
+SPECS = ("sigmoid:length=64", "scout:mixer=aaren", "scout:mixer=none,every=3")
 KEYS = 2 * 2 * 16  # numbers of one token's keys and values
 
 
@@ -89,20 +89,23 @@ def test_rows_are_reordered_repeated_and_selected(spec: str, model: Any) -> None
 
 
 def test_the_report_says_how_a_state_grows(model: Any) -> None:
-    with farspan.patch(model, mixers={0: mixer("sigmoid"), 1: mixer("aaren")}) as patched:
+    mixers = {0: mixer("sigmoid"), 1: mixer("aaren"), 2: mixer("scout:mixer=none")}
+    with farspan.patch(model, mixers=mixers) as patched:
         decode(model, prompt(1, 30), new=5)
-        grown, fixed = patched.report().mixers
+        grown, fixed, tenth = patched.report().mixers
         assert (grown.bytes_per_token, grown.state_bytes) == (8 * KEYS, 8 * KEYS * 34 + 8)
         assert (fixed.bytes_per_token, fixed.state_bytes) == (0, 8 * 4 * 17)
+        assert (tenth.bytes_per_token, tenth.state_bytes) == (0.8 * KEYS, 8 * KEYS * 3 + 8)
         text = str(patched.report())
     assert "pairs not counted, a state of 17.4 kB a row and layer, 512 B more a token" in text
     assert "mixer aaren in layers 1: no pairs, a state of 544 B a row and layer; 5 calls" in text
 
 
-def test_a_state_of_keys_alone_is_cropped(model: Any) -> None:
+@pytest.mark.parametrize("kind", ["sigmoid", "scout:mixer=none,every=4"])
+def test_a_state_of_keys_alone_is_cropped(model: Any, kind: str) -> None:
     inputs = padded((40, 6))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    with farspan.patch(model, mixers={1: mixer("sigmoid")}):
+    with farspan.patch(model, mixers={1: mixer(kind)}):
         feed = Feed(model, ids, mask)
         want = feed(36)[:, 30:]
         feed.cache.crop(-6)  # a row keeps none of its tokens
