@@ -158,6 +158,7 @@ def _config(block_v: int, warps: int, stages: int) -> triton.Config:
 
 _KEY = ["D", "DV", "C", "CHUNKS", "REVERSE"]
 _half = launch.tuned([_config(32, 4, 2), _config(64, 4, 2), _config(16, 4, 3)], _KEY)(_sweep)
+_widest = launch.tuned([_config(32, 8, 1), _config(16, 8, 2)], _KEY)(_sweep)
 _single = launch.tuned([_config(16, 8, 1), _config(32, 8, 1)], _KEY)(_sweep)
 
 
@@ -193,7 +194,8 @@ def writes(
     def grid(args: dict[str, int]) -> tuple[int, int, int]:
         return segments.rows, h, triton.cdiv(dv, args["BLOCK_V"])
 
-    (_single if k.dtype == torch.float32 else _half)[grid](
+    kernel = _single if k.dtype == torch.float32 else _widest if wide > 128 else _half
+    kernel[grid](
         q, k, v, g, beta, mask, u, w, x, borders, segments.bounds, segments.offsets,
         *map(strides, (q, k, v, g, beta, mask, u, w, x, borders)),
         segments.each, segments.tokens, group, float(scale), **fixed,
