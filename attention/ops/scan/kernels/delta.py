@@ -188,7 +188,7 @@ def writes(
     fixed = {"D": d, "DV": dv, "WIDE": wide, "REVERSE": reverse, **segments.sizes()}
     _solve[(segments.count * segments.chunks, h)](
         q, k, v, g, beta, mask, u, w, segments.table, *map(strides, (q, k, v, g, beta, mask, u, w)),
-        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=4,
+        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=8 if k.dtype == torch.float32 else 4,
     )  # fmt: skip
 
     def grid(args: dict[str, int]) -> tuple[int, int, int]:
