@@ -186,9 +186,10 @@ def writes(
     x = torch.empty_like(u, dtype=torch.float32 if reverse else v.dtype)
     w = torch.empty(b, h, t, d, dtype=k.dtype, device=k.device)
     fixed = {"D": d, "DV": dv, "WIDE": wide, "REVERSE": reverse, **segments.sizes()}
+    warps = 8 if k.dtype == torch.float32 else 4
     _solve[(segments.count * segments.chunks, h)](
         q, k, v, g, beta, mask, u, w, segments.table, *map(strides, (q, k, v, g, beta, mask, u, w)),
-        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=8 if k.dtype == torch.float32 else 4,
+        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=warps,
     )  # fmt: skip
 
     def grid(args: dict[str, int]) -> tuple[int, int, int]:
