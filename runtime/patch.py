@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def patch(
     for index, layer in bound.items():
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
-    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
+    continues = partial(hf.continues_exactly, info)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues)
     if adapters is not None:
         undo += adapters.put_on(merge)
     if mesh is not None:

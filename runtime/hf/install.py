@@ -44,6 +44,7 @@ def install(
     chunk: Chunking | None,
     block_multiple: int = 1,
     mixed: Mapping[int, Mixed] | None = None,
+    continues: Callable[[], bool] = lambda: True,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -51,6 +52,7 @@ def install(
     chunk: how prefill calls are cut into chunks; None: they are not cut.
     block_multiple: over ranks, the tokens of a call are split at multiples of this number.
     mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
+    continues: whether layers without attention continue exactly in a call of several tokens on a cache.
     """
     register()
     mixed = mixed or {}
@@ -65,7 +67,7 @@ def install(
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
-    undo += mask_padding(info, session)
+    undo += mask_padding(info, session, continues)
     if session.mesh is not None:
         passing = pass_states(info.decoder, session) + pass_states_in_place(info.decoder, session)
         undo += passing

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention.errors import FarspanError
 from ..session import Session
 from .hooks import Hook, replace_forward
 from .models import ModelInfo
@@ -38,9 +39,15 @@ class _Masks(threading.local):
     layer: Tensor | None = None
 
 
-def mask_padding(info: ModelInfo, session: Session) -> list[Callable[[], None]]:
+def mask_padding(
+    info: ModelInfo, session: Session, continues: Callable[[], bool]
+) -> list[Callable[[], None]]:
     """Make the recurrent layers of a model leave out padding in every call. Returns the undo steps; there are
-    none for a model without recurrent layers."""
+    none for a model without recurrent layers.
+
+    continues: whether recurrent layers continue their state in a call of several tokens; it is called at the
+    first such call. If they do not, the call raises FarspanError.
+    """
     recurrent, masks = [m for m in info.decoder.modules() if _is_recurrent(m)], _Masks()
     undo: list[Callable[[], None]] = []
     for module in recurrent:
@@ -51,7 +58,7 @@ def mask_padding(info: ModelInfo, session: Session) -> list[Callable[[], None]]:
             if isinstance(linear, nn.Linear) and linear.bias is not None:
                 undo.append(linear.register_forward_hook(Hook(partial(_zero_padding, masks))).remove)
     if recurrent:
-        undo.append(replace_forward(info.decoder, partial(_forward, info.decoder, session, masks)))
+        undo.append(replace_forward(info.decoder, partial(_forward, info, session, masks, continues)))
     return undo
 
 
@@ -75,9 +82,10 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 def _forward(
-    decoder: nn.Module,
+    info: ModelInfo,
     session: Session,
     masks: _Masks,
+    continues: Callable[[], bool],
     original: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
@@ -90,7 +98,13 @@ def _forward(
         return original(*args, **kwargs)
     cache, length = given_cache(kwargs), tokens.shape[1]
     past = 0 if cache is None else cache.get_seq_length()
-    takes_positions = "position_ids" in inspect.signature(type(decoder).forward).parameters
+    if past and length > 1 and not continues():
+        raise FarspanError(
+            f"This call continues a cache of {past} tokens by {length} tokens, and in this release of "
+            f"transformers, layers of {type(info.model).__name__} without attention forget their state in "
+            "such a call: pass all tokens in one call without a cache."
+        )
+    takes_positions = "position_ids" in inspect.signature(type(info.decoder).forward).parameters
     if past and takes_positions and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = torch.arange(past, past + length, device=tokens.device)[None]
     masks.call = token_mask(session, kwargs.get("attention_mask"), length)

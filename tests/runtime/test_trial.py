@@ -15,6 +15,7 @@ from small_models import (
     COMMON,
     UNTIED,
     WINDOW,
+    Feed,
     close,
     decode,
     logits,
@@ -62,7 +63,12 @@ def test_f12_a_prompt_is_not_cut_where_layers_do_not_continue_exactly():
     assert type(model).__name__ in str(warned[0].message) and warned[0].filename == __file__
     with patched:
         assert close(logits(model, batch), expected, batch["attention_mask"])
-    assert lengths == [60]
+        assert lengths == [60]
+        feed = Feed(model, batch["input_ids"], batch["attention_mask"])
+        feed(40)
+        feed(1)
+        with pytest.raises(farspan.FarspanError, match="JambaForCausalLM without attention forget their"):
+            feed(19)
 
 
 def test_f12_recurrent_gemma_gives_back_no_cache_and_does_not_continue_exactly():
