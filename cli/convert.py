@@ -1,4 +1,4 @@
-"""`farspan convert` replaces attention layers of a model by mixers with a state of constant size."""
+"""`farspan convert` replaces attention layers of a model by mixers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Convert:
     attention_layers: Annotated[
         str,
         typer.Option(
-            help='Which layers keep attention: "auto:N", the N that are needed most by measurement; "even:N"; '
-            "or numbers such as 0,8,16."
+            help='Which layers keep attention: "auto:N", the N that are needed most by measurement; '
+            '"even:N"; or numbers such as 0,8,16.'
         ),
     ] = "auto:8"
     steps_align: Annotated[int, options.count("Steps of stage 1, layer by layer.")] = 200
@@ -122,7 +122,7 @@ def _show_choice(measured: list[Any], kept: list[int]) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from ..runtime.conversion.card import measures
+    from ..runtime.conversion.card import break_even, measures
 
     table = output.Table("", "perplexity", "KL to the original", "loss of values to look up", numbers_from=1)
     for name, perplexity, kl, looked_up in measures(report):
@@ -132,6 +132,5 @@ def _show(report: dict[str, Any]) -> None:
     output.show_text(
         f"{len(report['replaced'])} of {report['layers']} layers have {report['mixer']}. KV cache: "
         f"{size['kv_bytes_per_token_after']:,} bytes a token, before {size['kv_bytes_per_token_before']:,}; "
-        f"states: {size['state_bytes']:,} bytes a sequence. Below {size['break_even_tokens']:,} tokens "
-        "conversion saves no memory."
+        f"states: {size['state_bytes']:,} bytes a sequence. {break_even(size)}"
     )

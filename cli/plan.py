@@ -213,6 +213,7 @@ def _spelt(name: str, result: Any) -> str:
         "weights": "weights",
         "kv_cache": "KV cache, its share",
         "room_to_grow": "room for the cache to grow",
+        "states": "states of mixers",
         "transient": f"while a layer runs (its {tall})",
         "logits": "logits of the last token",
         "reserved": "left for the runtime",

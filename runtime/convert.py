@@ -28,7 +28,7 @@ from .conversion.choose import (
     most_needed,
     parse_layers,
 )
-from .conversion.heal import Healed
+from .conversion.heal import Healed, check_healing
 from .conversion.probe import ProbeText, probe_texts, retrieval_loss
 from .conversion.student import Student, candidates, check_text_model
 from .train import check_length
@@ -101,6 +101,7 @@ def convert(
     can = candidates(info)
     kept = parse_layers(attention_layers, can, len(info.kinds))
     folder = check_folder(Path(out))
+    check_healing(train, cross_entropy)
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "no")
     precision = kind if precision == "auto" else precision
     shared: dict[str, Any] = {"batch": batch, "save_every": save_every, "seed": seed, "precision": precision}
@@ -181,11 +182,7 @@ class _Run:
 
     def align(self, student: Student, settings: dict[str, Any]) -> None:
         """Stage 1."""
-        aligned = Aligned(student)
-        try:
-            self._train("align", aligned, {**settings, **aligned.settings})
-        finally:
-            aligned.close()
+        self._train("align", Aligned(student), {**settings, **Aligned.settings})
 
     def take(self, student: Student, other: Path, settings: dict[str, Any]) -> None:
         """Stage 1 of another conversion."""
@@ -253,13 +250,13 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _memory(student: Student, replaced: list[int]) -> dict[str, int]:
+def _memory(student: Student, replaced: list[int]) -> dict[str, int | None]:
     size, info = student.model.dtype.itemsize, student.info
     tokens = {}
     for index in candidates(info):
         layer = info.layer_info(index)
         tokens[index] = 2 * layer.num_kv_heads * layer.head_dim * size
-    return memory(tokens, replaced, {i: student.mixers[i].state_bytes for i in replaced})
+    return memory(tokens, {i: student.mixers[i] for i in replaced})
 
 
 def _how(given: str | Sequence[int]) -> str:

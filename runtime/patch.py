@@ -111,6 +111,7 @@ def patch(
         for i, kind in enumerate(info.kinds)
         if kind == hf.SLIDING or i not in info.attention
     }
+    untouched |= {i: f"the model's own mixer {x.name}" for i, x in hf.mixers_of(info.decoder).items()}
     untouched |= {i: f"the mixer {one.mixer.name} replaces its attention" for i, one in mixed.items()}
     chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)

@@ -42,6 +42,7 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
         "weights": -(-job.weights // job.tensor),
         "kv_cache": kv,
         "room_to_grow": spare,
+        **({"states": job.batch * model.mixer_states} if model.mixers else {}),
         "transient": 0,
         "logits": job.batch * model.vocab * (e + 4),  # of the last position, and in float32
         "reserved": int(RESERVED * job.memory),

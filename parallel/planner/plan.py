@@ -159,7 +159,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = _beyond_positions(job) + _in_order(job)
+    notes = _beyond_positions(job) + _mixers(job) + _in_order(job)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
@@ -186,6 +186,22 @@ def _notes(result: Plan) -> list[str]:
         elif method.selective and cost.density == 1:
             notes.append(f"{dense}: it reads every one of {job.length} tokens.")
     return notes
+
+
+def _mixers(job: Job) -> list[str]:
+    model = job.model
+    if not model.mixers:
+        return []
+    kept = sum(model.geometry(layer).kv for layer in model.layers)
+    even = "They save no memory"
+    if model.mixer_kv > 0:
+        tokens = -(-model.mixer_states // model.mixer_kv)
+        even = f"Below {tokens} tokens their states take more memory than they save"
+    return [
+        f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which "
+        f"takes {readable(kept)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their "
+        "recurrences are not in the seconds."
+    ]
 
 
 def _beyond_positions(job: Job) -> list[str]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,10 @@ class Aligned:
     each mixer gets the hidden states of the unchanged model (2410.10254, 2408.10189).
     """
 
-    settings: dict[str, Any] = {"stage": "align"}
+    settings: ClassVar[dict[str, Any]] = {"stage": "align"}
 
     def __init__(self, student: Student) -> None:
         self._student = student
-        self._on_layer: Callable[[int, Tensor], None] = lambda index, loss: None
-        self._hooks = [
-            student.info.attention[index].register_forward_hook(
-                partial(self._observe, index), with_kwargs=True
-            )
-            for index in student.mixers
-        ]
 
     @property
     def device(self) -> torch.device:
@@ -68,16 +61,30 @@ class Aligned:
         return {"loss": sum(losses.values()) / len(losses), **{f"layer {i}": x for i, x in losses.items()}}
 
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        """Nothing is left in the model."""
 
     def _run(self, ids: Tensor, on_layer: Callable[[int, Tensor], None]) -> None:
-        self._on_layer = on_layer
-        with torch.no_grad():
-            self._student.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+        """Run the model, and call ``on_layer`` with each layer's number and loss."""
+        attention = self._student.info.attention
+        hooks = [
+            attention[index].register_forward_hook(partial(self._observe, on_layer, index), with_kwargs=True)
+            for index in self._student.mixers
+        ]
+        try:
+            with torch.no_grad():
+                self._student.model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _observe(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self,
+        on_layer: Callable[[int, Tensor], None],
+        index: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
     ) -> None:
         mixer = self._student.mixers[index]
         hidden = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
@@ -85,7 +92,7 @@ class Aligned:
         with torch.enable_grad():
             got, _ = mixer(hidden.to(hf.dtype_of(mixer)), None, None, kwargs.get("position_embeddings"))
             error = (got.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-20)
-            self._on_layer(index, error)
+            on_layer(index, error)
 
 
 def taken_alignment(work: Path, student: Student, settings: dict[str, Any]) -> dict[str, Any]:

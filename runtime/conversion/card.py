@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...attention.hybrid.mixer import Mixer
+from ..mixers import state_growth
+
 REPORT = "conversion.json"
 
 _CARD = """\
@@ -44,7 +47,7 @@ layers {kept}, {how}.
 | KV cache, bytes a token | {kv_before} | {kv_after} |
 | state, bytes a sequence | 0 | {state} |
 
-Below {even} tokens the states take more memory than the KV cache that they replace.
+{even}
 
 ## How it was made
 
@@ -60,18 +63,25 @@ before in a short synthetic text. Nothing else was measured here: `farspan eval 
 `farspan eval needle --model DIR` measure more, beside the original."""
 
 
-def memory(
-    kv_bytes: Mapping[int, int], replaced: Sequence[int], state_bytes: Mapping[int, int]
-) -> dict[str, int]:
-    """Bytes of a sequence. kv_bytes: of one token in each layer of the original. state_bytes: of the mixers'
-    states by layer. break_even: the tokens from which the converted model takes less."""
-    saved, states = sum(kv_bytes[i] for i in replaced), sum(state_bytes.values())
+def memory(kv_bytes: Mapping[int, int], mixers: Mapping[int, Mixer]) -> dict[str, int | None]:
+    """Bytes of a sequence. kv_bytes: of one token in each layer of the original. mixers: by layer.
+    break_even_tokens: from how many tokens the converted model takes less; None: never."""
+    saved = sum(kv_bytes[i] for i in mixers) - math.ceil(sum(map(state_growth, mixers.values())))
+    states = sum(mixer.state_bytes for mixer in mixers.values())
     return {
         "kv_bytes_per_token_before": sum(kv_bytes.values()),
         "kv_bytes_per_token_after": sum(kv_bytes.values()) - saved,
         "state_bytes": states,
-        "break_even_tokens": -(-states // saved),
+        "break_even_tokens": -(-states // saved) if saved > 0 else None,
     }
+
+
+def break_even(size: Mapping[str, int | None]) -> str:
+    """From how many tokens conversion saves memory, as a sentence."""
+    tokens = size["break_even_tokens"]
+    if tokens is None:
+        return "The states take more memory than the KV cache that they replace, at any length."
+    return f"Below {tokens:,} tokens the states take more memory than the KV cache that they replace."
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -97,7 +107,7 @@ def card(report: Mapping[str, Any]) -> str:
         kv_before=f"{size['kv_bytes_per_token_before']:,}",
         kv_after=f"{size['kv_bytes_per_token_after']:,}",
         state=f"{size['state_bytes']:,}",
-        even=f"{size['break_even_tokens']:,}",
+        even=break_even(size),
         stages="\n".join(
             [_stage("Stage 1, layers to attention", align), _stage("Stage 2, end to end", heal)]
         ),

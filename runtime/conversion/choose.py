@@ -49,8 +49,8 @@ def parse_layers(given: str | Sequence[int], can: Sequence[int], count: int) -> 
         number = whole_number(int(text) if text.isdigit() else text)
         if number is None or not 1 <= number < len(can):
             raise FarspanError(
-                f"attention_layers={given!r} must name a number from 1 to {len(can) - 1}, since the model has "
-                f"{len(can)} layers that can be converted."
+                f"attention_layers={given!r} must name a number from 1 to {len(can) - 1}, since the model "
+                f"has {len(can)} layers that can be converted."
             )
         if kind == "auto":
             return number
@@ -136,5 +136,6 @@ def keep_json(path: Path, content: dict[str, Any]) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         raise FarspanError(
-            f"{path} could not be written ({error.strerror}): free some space and give the same command again."
+            f"{path} could not be written ({error.strerror}): free some space and give the same command "
+            "again."
         ) from error

@@ -16,6 +16,14 @@ from .student import Student, parameters_of
 TRAINS = ("mixers", "all")
 
 
+def check_healing(trains: str, cross_entropy: float) -> None:
+    """Raise FarspanError for options of stage 2 that are not allowed."""
+    if trains not in TRAINS:
+        raise FarspanError(f"train is {' or '.join(TRAINS)}; got {trains!r}.")
+    if not 0 <= cross_entropy < float("inf"):
+        raise FarspanError(f"cross_entropy is a finite number, at least 0; got {cross_entropy!r}.")
+
+
 class Healed:
     """The model with mixers in ``layers``, trained end to end (``Trained``).
 
@@ -30,10 +38,7 @@ class Healed:
     def __init__(
         self, student: Student, layers: Iterable[int], *, trains: str = "mixers", cross_entropy: float = 0.0
     ) -> None:
-        if trains not in TRAINS:
-            raise FarspanError(f"train is {' or '.join(TRAINS)}; got {trains!r}.")
-        if not 0 <= cross_entropy < float("inf"):
-            raise FarspanError(f"cross_entropy is a finite number, at least 0; got {cross_entropy!r}.")
+        check_healing(trains, cross_entropy)
         self._student, self.layers = student, list(layers)
         self._ce, self._trains = float(cross_entropy), trains
         self._undo: list[Any] = []

@@ -38,7 +38,7 @@ def _text(tokenizer: Any, draw: random.Random, pairs: int) -> ProbeText:
     names = draw.sample([f"{kind} {thing}" for kind in _KINDS for thing in _THINGS], pairs)
     codes = {name: str(draw.randrange(10_000, 100_000)) for name in names}
     again = draw.sample(names, pairs)
-    ids, answers = _first(tokenizer), []
+    ids, answers = _first(tokenizer), list[int]()
     for turn, order in enumerate((names, again)):
         for name in order:
             ids += _ids(tokenizer, f"The code of the {name} is")

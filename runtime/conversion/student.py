@@ -46,7 +46,7 @@ class Student:
         try:
             mixer = parse_mixer(self.spec, geometry)
         except SpecError as error:
-            raise SpecError(f"The mixer {self.spec!r} cannot replace layer {index}. {error}") from error
+            raise SpecError(f"Layer {index} cannot get the mixer {self.spec!r}: {error}") from error
         mixer.initialise_from(hf.attention_weights(self.info, index))
         hf.place_beside(mixer, self.info.attention[index])
         return mixer.float()

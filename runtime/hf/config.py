@@ -10,9 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ...parallel.planner.job import LayerShape, ModelShape
+from ..mixers import state_growth
 from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
 from .converted import class_of_config, read_config
+from .mixers_in_place import mixers_of
 from .models import SLIDING, STATELESS, ModelInfo, inspect_model, layer_configs
 from .transformers_private import layer_types
 
@@ -47,6 +49,9 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
     """
     model = empty_model(name_or_path)
     info = inspect_model(model)
+    mixers = mixers_of(info.decoder)
+    growth = round(sum(map(state_growth, mixers.values())))
+    replaced = [geometry for _, geometry in model.made_by.values()] if mixers else []
     saved = getattr(model.config, "dtype", None) or getattr(info.config, "dtype", None) or torch.bfloat16
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
     size = (getattr(torch, chosen) if isinstance(chosen, str) else chosen).itemsize
@@ -59,6 +64,9 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
         parameters=sum(p.numel() for p in model.parameters()),
         layer_parameters=_passed(info),
         element_size=size,
+        mixers=len(mixers),
+        mixer_kv=sum(2 * g.num_kv_heads * g.head_dim * size for g in replaced) - growth,
+        mixer_states=sum(m.state_bytes for m in mixers.values()),
         positions=positions(model),
         stretchable=can_stretch(model.config),
         in_order=not set(info.kinds) <= set(STATELESS),

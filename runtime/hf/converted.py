@@ -50,19 +50,22 @@ class ConvertedConfig:
 
 
 class ConvertedModel:
-    """What the class of a converted model adds to the original: it makes the mixers of its config."""
+    """What the class of a converted model adds to the original: it makes the mixers of its config.
+
+    made_by: the spec of each mixer, and the geometry of the attention that it replaces, by layer.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         info = inspect_model(self)
-        self._made = {i: (spec, geometry_of(info, i)) for i, spec in specs_of(config).items()}
-        settle(info, {i: parse_mixer(*made) for i, made in self._made.items()})
+        self.made_by = {i: (spec, geometry_of(info, i)) for i, spec in specs_of(config).items()}
+        settle(info, {i: parse_mixer(*made) for i, made in self.made_by.items()})
 
     def initialize_weights(self) -> None:
         """Called by transformers when tensors are in no file. Mixers may have buffers that are never saved:
         they get the values of a new mixer."""
         super().initialize_weights()  # type: ignore[misc]
-        made = getattr(self, "_made", {})  # it is called while the original is made, too
+        made = getattr(self, "made_by", {})  # it is called while the original is made, too
         for index, mixer in mixers_of(self.get_decoder()).items() if made else ():  # type: ignore[attr-defined]
             with torch.device("cpu"):
                 fresh = dict(parse_mixer(*made[index]).named_buffers())

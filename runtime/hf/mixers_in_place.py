@@ -102,8 +102,9 @@ def stand_in(info: ModelInfo, mixers: Mapping[int, Mixer]) -> list[Callable[[], 
     for index, mixer in mixers.items():
         attention = info.attention[index]
         undo += replace_module(info.decoder, attention, mixer)
-        mixer.forward = InPlace(mixer, index, type(attention))  # type: ignore[method-assign]
-        undo.append(lambda mixer=mixer: vars(mixer).pop("forward"))  # type: ignore[misc]
+        place: Any = InPlace(mixer, index, type(attention))
+        mixer.forward = place  # type: ignore[method-assign]
+        undo.append(partial(delattr, mixer, "forward"))
     return undo
 
 

@@ -23,8 +23,8 @@ class Toy(Mixer):
     def __init__(self, geometry: Geometry, *, bound: float = 1.0) -> None:
         super().__init__()
         g = self.geometry = geometry
-        if g.head_dim % 2:
-            raise SpecError(f"toy takes an even head_dim; got {g.head_dim}.")
+        if g.head_dim > 16:
+            raise SpecError(f"toy takes a head_dim up to 16; got {g.head_dim}.")
         self.hidden_size, self.bound = g.hidden_size, bound
         self.q_proj = nn.Linear(g.hidden_size, g.num_heads * g.head_dim, bias=g.bias)
         self.k_proj, self.v_proj = (
