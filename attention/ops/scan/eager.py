@@ -71,7 +71,8 @@ class _Scan(torch.autograd.Function):
         v, befores = tokens[2], []
         out, end = torch.empty_like(v), state.clone()
         for span in _spans(v, state.shape[2], how.chunk):
-            befores.append(end)
+            if any(ctx.needs_input_grad):
+                befores.append(end)
             of_span, end = _span(how, end, *(_of(x, span) for x in (mask, *tokens)))
             out[:, :, span] = of_span
         ctx.how = how
