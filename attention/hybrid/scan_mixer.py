@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,19 @@ class ScanMixer(Projected):
     def transition(
         self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
     ) -> Transition:
+        return self.shard(hidden, state, mask, rotary)[0]
+
+    def shard(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> tuple[Transition, Callable[[State], Tensor]]:
         tokens = Tokens(hidden, mask, rotary)
-        x, after, _ = self.inputs(tokens, state[1:])
-        return (*scan_transition(x.k, x.v, x.log_decay, beta=x.beta, mask=tokens.real), *after)
+        x, after, kept = self.inputs(tokens, state[1:])
+
+        def outputs(before: State) -> Tensor:
+            return tokens.place(self.outputs(run(x, before[0], tokens.real)[0], tokens, kept))
+
+        change = scan_transition(x.k, x.v, x.log_decay, beta=x.beta, mask=tokens.real)
+        return (*change, *after), outputs
 
     def advance(self, state: State, transition: Transition) -> State:
         change, own, *local = transition

@@ -15,7 +15,7 @@ transitions of n bytes a row (a state and its decay, say) and hidden states of h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,17 +36,14 @@ def pass_state(
     rotary: Rotary | None,
     split: Split,
     ranks: Ranks,
-    forward: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, State]:
     """``mixer.forward`` over one call whose tokens are divided among ranks by ``split``, one chunk a rank.
 
     hidden [B, split.rows, hidden], rotary [B or 1, split.rows, any]: what this rank has computed. state: that
     before the call, the same on every rank; None before the first token. mask: [B, T] bool for all tokens of
-    the call, False at padding; None where there is none. forward: the mixer's forward, where an attribute of
-    the module hides it. -> (out [B, split.rows, hidden], zero at split padding; the state after the call, the
+    the call, False at padding; None where there is none. -> (out [B, split.rows, hidden], zero at split padding; the state after the call, the
     same on every rank). Differentiable in hidden and in the mixer's parameters.
     """
-    run = forward or mixer.forward
     (((begin, end),), batch) = split.chunks[ranks.rank], hidden.shape[0]
     if mask is None:
         mask = hidden.new_ones(1, split.end - split.begin, dtype=torch.bool).expand(batch, -1)
@@ -58,8 +55,8 @@ def pass_state(
     before = state or mixer.initial_state(batch, hidden.device)
     padded = None if bool(mine.all()) else mine
     shard = _Shard(x, mine, padded, turn, mask[:, : begin - split.begin], ranks)
-    before, after, gathered = _states(mixer, run, shard, before)
-    out = run(x, before, padded, turn)[0][:, : end - begin]
+    before, after, outputs, gathered = _states(mixer, shard, before)
+    out = outputs(before)[:, : end - begin]
     out = torch.nn.functional.pad(out, (0, 0, 0, split.rows - out.shape[1]))
     return keep_in_graph(out, *gathered), after
 
@@ -77,26 +74,26 @@ class _Shard(NamedTuple):
 
 
 def _states(
-    mixer: Mixer, run: Callable[..., Any], shard: _Shard, state: State
-) -> tuple[State, State, list[Tensor]]:
-    """The state before this rank's shard, the state after the call, and what was gathered. state: that before
-    the call. run: the mixer's forward."""
+    mixer: Mixer, shard: _Shard, state: State
+) -> tuple[State, State, Callable[[State], Tensor], list[Tensor]]:
+    """The state before this rank's shard, the state after the call, the shard's outputs by the first, and
+    what was gathered. state: that before the call."""
     inner_before: State = ()
     inner_after: State = ()
     gathered: list[Tensor] = []
     count = 0
     if mixer.inner is not None:
         count = len(mixer.inner.layout)
-        inner_before, inner_after, gathered = _states(mixer.inner, mixer.inner.forward, shard, state[:count])
-    local, halo = _local(mixer, run, shard, state)
+        inner_before, inner_after, _, gathered = _states(mixer.inner, shard, state[:count])
+    local, halo = _local(mixer, shard, state)
     local = (*inner_before, *local[count:])
-    transition = mixer.transition(shard.hidden, local, shard.mask, shard.rotary)
+    transition, outputs = mixer.shard(shard.hidden, local, shard.mask, shard.rotary)
     if mixer.growing:
         transition = _equally_long(transition, shard.ranks)
     anchors = shard.hidden, *mixer.parameters()
     before, after, every = fold(state, transition, mixer.advance, shard.ranks, anchors)
     gathered += [*halo, *every]
-    return (*inner_before, *before[count:]), (*inner_after, *after[count:]), gathered
+    return (*inner_before, *before[count:]), (*inner_after, *after[count:]), outputs, gathered
 
 
 def fold(
@@ -154,7 +151,7 @@ def _equally_long(transition: Transition, ranks: Ranks) -> Transition:
     )
 
 
-def _local(mixer: Mixer, run: Callable[..., Any], shard: _Shard, state: State) -> tuple[State, list[Tensor]]:
+def _local(mixer: Mixer, shard: _Shard, state: State) -> tuple[State, list[Tensor]]:
     """The state before this rank's shard, right in its local parts and counts alone; and what the ranks have
     sent for it. state: that before the call."""
     halo, seen, ranks = mixer.halo, shard.earlier.sum(1), shard.ranks
@@ -170,7 +167,8 @@ def _local(mixer: Mixer, run: Callable[..., Any], shard: _Shard, state: State) -
     tokens, *turn, real = (_last(part, real[..., 0], halo) for part in (*before, real))
     real = real[..., 0]
     at = (turn[0], turn[1]) if turn else None
-    return run(tokens, mixer.skip(state, seen - real.sum(1)), real, at)[1], every
+    before = mixer.skip(state, seen - real.sum(1))
+    return type(mixer).forward(mixer, tokens, before, real, at)[1], every
 
 
 def _last(x: Tensor, real: Tensor, count: int) -> Tensor:

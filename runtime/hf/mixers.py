@@ -164,7 +164,7 @@ def _forward(
     else:
         tokens, mask = over.total - over.past, session.token_mask(over, hidden)
     if over is not None and over.split is not None:
-        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, session.ranks, original)
+        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, session.ranks)
     elif hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]

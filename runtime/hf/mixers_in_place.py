@@ -83,7 +83,6 @@ def _over_ranks(
         arguments.get("position_embeddings"),
         call.split,
         session.ranks,
-        partial(type(mixer).forward, mixer),
     )
     if layer is not None:
         layer.keep_state(state, call.total - call.past, mask)
