@@ -95,7 +95,10 @@ def convert(given: Convert) -> None:
             if name != stage:
                 stage = name
                 output.note(f"{titles[name]}: {step.total} {'layers' if name == 'choose' else 'steps'}")
-            advance(step)
+            if name != "choose":
+                advance(step)
+            elif step.done % max(step.total // 10, 1) == 0:
+                output.note(f"{step.done} of {step.total} layers measured")
 
         report = run(
             causal_lm, tokenizer, given.mixer, prose, progress=watch, chosen=_show_choice, **given.settings()
