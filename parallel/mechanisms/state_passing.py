@@ -41,8 +41,9 @@ def pass_state(
 
     hidden [B, split.rows, hidden], rotary [B or 1, split.rows, any]: what this rank has computed. state: that
     before the call, the same on every rank; None before the first token. mask: [B, T] bool for all tokens of
-    the call, False at padding; None where there is none. -> (out [B, split.rows, hidden], zero at split padding; the state after the call, the
-    same on every rank). Differentiable in hidden and in the mixer's parameters.
+    the call, False at padding; None where there is none. -> (out [B, split.rows, hidden], zero at split
+    padding; the state after the call, the same on every rank). Differentiable in hidden and in the mixer's
+    parameters.
     """
     (((begin, end),), batch) = split.chunks[ranks.rank], hidden.shape[0]
     if mask is None:
@@ -167,8 +168,8 @@ def _local(mixer: Mixer, shard: _Shard, state: State) -> tuple[State, list[Tenso
     tokens, *turn, real = (_last(part, real[..., 0], halo) for part in (*before, real))
     real = real[..., 0]
     at = (turn[0], turn[1]) if turn else None
-    before = mixer.skip(state, seen - real.sum(1))
-    return type(mixer).forward(mixer, tokens, before, real, at)[1], every
+    state = mixer.skip(state, seen - real.sum(1))
+    return type(mixer).forward(mixer, tokens, state, real, at)[1], every
 
 
 def _last(x: Tensor, real: Tensor, count: int) -> Tensor:
