@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .attention.spec import methods, parse_method
     from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
+    from .runtime.convert import convert
     from .runtime.models import load
     from .runtime.patch import Patched, Report, patch
     from .runtime.recipe import Recipe
@@ -41,6 +42,7 @@ _HOMES = {
     "patch": ".runtime.patch",
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",
+    "convert": ".runtime.convert",
     "load": ".runtime.models",
     "train": ".runtime.train",
     "tune": ".runtime.tune",
@@ -56,6 +58,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "calibrate",
+    "convert",
     "load",
     "methods",
     "parse_method",

@@ -9,6 +9,7 @@ import typer
 
 from . import evaluate, launch, options, output
 from .calibrate import calibrate, tune
+from .convert import convert
 from .doctor import doctor
 from .gates import import_gates
 from .generate import generate
@@ -142,3 +143,4 @@ app.command()(tune)
 app.command()(calibrate)
 app.command()(import_gates)
 app.command()(train)
+app.command()(convert)

@@ -45,14 +45,18 @@ class Mixed:
     def clear_report(self) -> None:
         """Set the counts to zero."""
         mixer = self.mixer
-        grows = sum(part.bytes_after(part.every) / part.every for part in mixer.growing)
-        self.report = MixerReport(self.index, mixer.name, mixer.state_bytes, grows)
+        self.report = MixerReport(self.index, mixer.name, mixer.state_bytes, state_growth(mixer))
 
     def count(self, hidden: Tensor, state: State) -> None:
         """Count a call with hidden states [B, T, hidden] that has returned ``state``."""
         self.report.calls += 1
         self.report.tokens += hidden.shape[0] * hidden.shape[1]
         self.report.state_bytes = sum(x.nbytes // x.shape[0] for x in state)
+
+
+def state_growth(mixer: Mixer) -> float:
+    """Bytes by which one row's state grows at each token, on average: 0 for a state of constant size."""
+    return sum(part.bytes_after(part.every) / part.every for part in mixer.growing)
 
 
 def mixed_layers(

@@ -87,7 +87,7 @@ def train(
             f"{learns.name} has no gate that learns by distillation: give tune='lora' to train adapters "
             "under it, or a method that has one (farspan methods lists them)."
         )
-    _check_length(model, window)
+    check_length(model, window)
     cut = cut_windows(tokenizer, text, window, held_out, windows)
     begin = Recipe.load(start) if isinstance(start, str | Path) else start
     modes = {module: module.training for module in model.modules()}
@@ -131,7 +131,8 @@ def _objective(
     return Tuned(model, method, start, tune=tune, **tuning)
 
 
-def _check_length(model: Any, window: int) -> None:
+def check_length(model: Any, window: int) -> None:
+    """Raise FarspanError for windows longer than the model's positions."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and window > most:
         raise FarspanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ class Retention(ScanMixer):
 
     γ = 1 - 2^(-5-h) of query head h; q and k behind RoPE; a norm of each head; no normaliser of the sum. Keys
     and values of a KV head are shared by its query heads, states are not, because the decays differ.
-    expand_v: numbers of a value per head_dim (the paper: 2). From attention, with expand_v = 1, it begins
-    without gates, and heads are as large as their values.
+    expand_v: numbers of a value per head_dim (the paper: 2). From attention it begins without gates, and with
+    small outputs.
 
     Raises SpecError for an expand_v that leaves no whole number.
     """
@@ -39,8 +40,7 @@ class Retention(ScanMixer):
                 f"number of at least 1; got expand_v={expand_v}."
             )
         super().__init__(geometry, value_dim=int(size))
-        heads = torch.arange(geometry.num_heads, dtype=torch.float64)
-        self.log_decay = [float(x) for x in torch.log1p(-(2.0 ** (-5 - heads)))]
+        self.log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(geometry.num_heads)]
         self.norm = GatedNorm(self.hidden_size, geometry.num_heads, self.value_dim, eps=geometry.eps)
 
     @property
@@ -59,5 +59,4 @@ class Retention(ScanMixer):
 
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
         super().initialise_from(weights)
-        if self.value_dim == self.geometry.head_dim:
-            self.norm.begin_as_norm(self.value_size())
+        self.norm.begin_as_norm(self.first_sizes())

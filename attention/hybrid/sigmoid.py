@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from ..ops.kernel import fold_groups
 from .geometry import Geometry
-from .growing import Growing, places
+from .growing import places
+from .kept_keys import KeepsKeys
 from .mixer import Rotary, State
-from .projections import Projected
 
 _ROWS = 256  # queries whose weights are in memory at a time
 
 
-class Sigmoid(Projected):
+class Sigmoid(KeepsKeys):
     """out_t = W_o sum_{j <= t} sigmoid(scale * q_t . k_j + b) v_j with b = -ln(length) (arXiv 2409.04431).
 
     A key's weight does not depend on the other keys, so sums over disjoint sets of keys are added as they
@@ -52,10 +52,6 @@ class Sigmoid(Projected):
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ()
-
-    @property
-    def growing(self) -> tuple[Growing, ...]:
-        return (Growing(shape=self.key_shape, dtype=self.k_proj.weight.dtype),) * 2
 
     def forward(
         self,

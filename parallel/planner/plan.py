@@ -159,7 +159,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = _beyond_positions(job)
+    notes = _beyond_positions(job) + _mixers(job) + _in_order(job)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
@@ -188,6 +188,22 @@ def _notes(result: Plan) -> list[str]:
     return notes
 
 
+def _mixers(job: Job) -> list[str]:
+    model = job.model
+    if not model.mixers:
+        return []
+    kept = sum(model.geometry(layer).kv for layer in model.layers)
+    even = "They save no memory"
+    if model.mixer_kv > 0:
+        tokens = -(-model.mixer_states // model.mixer_kv)
+        even = f"Below {tokens} tokens their states take more memory than they save"
+    return [
+        f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which "
+        f"takes {readable(kept)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their "
+        "recurrences are not in the seconds."
+    ]
+
+
 def _beyond_positions(job: Job) -> list[str]:
     model = job.model
     if model.positions is None or job.length <= model.positions:
@@ -202,6 +218,19 @@ def _beyond_positions(job: Job) -> list[str]:
     return [
         f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it "
         f"does not understand later tokens; {advice}."
+    ]
+
+
+def _in_order(job: Job) -> list[str]:
+    """The imbalance of attention where each rank has a contiguous shard."""
+    if not job.model.in_order or job.ranks == 1:
+        return []
+    ranks = job.ranks
+    last = sum(new * (past + new - new / (2 * ranks)) for new, past in job.calls)
+    mean = sum(new * (past + new / 2) for new, past in job.calls)
+    return [
+        f"Layers with a recurrent state need the tokens in order, so each of the {ranks} ranks has a "
+        f"contiguous shard, and in full attention the last one has {last / mean:.2f} times the mean work."
     ]
 
 

@@ -7,6 +7,11 @@ differences between the releases of transformers.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
+from .converted import class_of_config as class_of_config
+from .converted import converted_config as converted_config
+from .converted import read_config as read_config
+from .converted import save_converted as save_converted
+from .converted import specs_of as specs_of
 from .encoders import put_hydra as put_hydra
 from .generation import answer_by as answer_by
 from .generation import generate_by as generate_by
@@ -17,6 +22,10 @@ from .generation import streams as streams
 from .head import Head as Head
 from .hooks import Hook as Hook
 from .install import install as install
+from .mixers_in_place import dtype_of as dtype_of
+from .mixers_in_place import mixers_of as mixers_of
+from .mixers_in_place import stand_in as stand_in
+from .models import FULL as FULL
 from .models import SLIDING as SLIDING
 from .models import ModelInfo as ModelInfo
 from .models import inspect_model as inspect_model
@@ -25,6 +34,8 @@ from .models import join_ranks as join_ranks
 from .models import place_beside as place_beside
 from .observe import observe as observe
 from .observe import replace_attention as replace_attention
+from .projections import attention_weights as attention_weights
+from .projections import geometry_of as geometry_of
 from .releases import returned_cache as returned_cache
 from .releases import with_cache as with_cache
 from .trial import check_by_trial as check_by_trial

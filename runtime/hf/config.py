@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ...parallel.planner.job import LayerShape, ModelShape
+from ..mixers import state_growth
 from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
-from .models import SLIDING, ModelInfo, inspect_model, layer_configs
+from .converted import class_of_config, read_config
+from .mixers_in_place import mixers_of
+from .models import SLIDING, STATELESS, ModelInfo, inspect_model, layer_configs
 from .transformers_private import layer_types
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -24,9 +27,10 @@ def empty_model(name_or_path: str | Path) -> Any:
     id only config.json is fetched. Raises FarspanError where the model cannot be found or read."""
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        config = AutoConfig.from_pretrained(target)
+        config = read_config(target)
+        own = class_of_config(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config) if own is None else own(config)
 
 
 def empty_llama() -> Any:
@@ -45,6 +49,9 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
     """
     model = empty_model(name_or_path)
     info = inspect_model(model)
+    mixers = mixers_of(info.decoder)
+    growth = round(sum(map(state_growth, mixers.values())))
+    replaced = [geometry for _, geometry in model.made_by.values()] if mixers else []
     saved = getattr(model.config, "dtype", None) or getattr(info.config, "dtype", None) or torch.bfloat16
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
     size = (getattr(torch, chosen) if isinstance(chosen, str) else chosen).itemsize
@@ -57,8 +64,12 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
         parameters=sum(p.numel() for p in model.parameters()),
         layer_parameters=_passed(info),
         element_size=size,
+        mixers=len(mixers),
+        mixer_kv=sum(2 * g.num_kv_heads * g.head_dim * size for g in replaced) - growth,
+        mixer_states=sum(m.state_bytes for m in mixers.values()),
         positions=positions(model),
         stretchable=can_stretch(model.config),
+        in_order=not set(info.kinds) <= set(STATELESS),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
@@ -22,14 +21,17 @@ from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
+from .decoder_call import arguments, settle_cache
 from .decoder_over_ranks import split_forward, stopping_all_ranks
 from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
-from .mixers import adopt_states, put_mixers
+from .mixers import adopt_states, check_rope, put_mixers
+from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
-from .releases import CACHE_NAMES, cache_name, given_cache
+from .recurrent import mask_padding
+from .recurrent_over_ranks import pass_states
 from .rope import follow_length
 from .transformers_private import attention_of
 
@@ -42,6 +44,7 @@ def install(
     chunk: Chunking | None,
     block_multiple: int = 1,
     mixed: Mapping[int, Mixed] | None = None,
+    continues: Callable[[], bool] = lambda: True,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -49,9 +52,11 @@ def install(
     chunk: how prefill calls are cut into chunks; None: they are not cut.
     block_multiple: over ranks, the tokens of a call are split at multiples of this number.
     mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
+    continues: whether layers without attention continue exactly in a call of several tokens on a cache.
     """
     register()
     mixed = mixed or {}
+    check_rope(info, mixed)
     served = {module for i, module in info.attention.items() if i in layers}
     fed = {i: layer.needs for i, layer in layers.items() if layer.needs.inputs}
     undo = feed_inputs(info, fed, session)
@@ -63,8 +68,11 @@ def install(
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
+    undo += mask_padding(info, session, continues)
     if session.mesh is not None:
-        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed)))
+        passing = pass_states(info.decoder, session) + pass_states_in_place(info.decoder, session)
+        undo += passing
+        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 
@@ -116,35 +124,16 @@ def _before_decoder(
     ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. count: number of
     layers of the model.
     """
-    call = (
-        dict(inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments)
-        if args
-        else dict(kwargs)
-    )
-    if args:
-        call.pop("self", None)
-        for name in ("kwargs", "args"):
-            call.update(call.pop(name, None) or {})
+    call = arguments(decoder, args, kwargs)
     if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise FarspanError(
             "output_attentions=True was given, and farspan never computes attention weights: leave it out."
         )
-    use_cache = call.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(decoder.config, "use_cache", False)
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        use_cache = False  # the model switches the cache off in this case
-    cache = given_cache(call)
-    for name in CACHE_NAMES:  # keep one name only: where both are given, transformers drops the older one
-        call.pop(name, None)
-    if cache is None and use_cache:
-        cache = DynamicCache(config=decoder.config)
-    if cache is not None:
-        call[cache_name(decoder)] = cache
+    cache = settle_cache(decoder, call)
     mesh = session.mesh
     if cache is not None:
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
-        adopt_states(cache, mixed, count)
+        adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, count)
     past = 0 if cache is None else cache.get_seq_length()
     tokens = _tokens(call)
     mask = _checked_mask(call, tokens, past)

@@ -68,17 +68,20 @@ def load(
     """
     target = resolve(name_or_path)
     with errors_as_sentences(str(name_or_path), target), quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(target)
+        from ..hf.converted import class_of_config, read_config
+
+        config = read_config(target)
+        own = class_of_config(config)
         if rope is not None:
             stretch(config, rope)
         if dtype == "auto" and device_map is None and _saved_as_bf16(config) and bf16_is_slow():
             dtype = "float32"
             logger.debug("Loading %s in float32: this CPU has no instructions for bfloat16.", name_or_path)
-        tokenizer = _load_tokenizer(target)
+        tokenizer = _load_tokenizer(target, {} if own is None else {"config": config})
         with unfit_weights_unreported():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = (own or AutoModelForCausalLM).from_pretrained(
                 target,
                 config=config,
                 dtype=dtype,
@@ -95,13 +98,13 @@ def load(
     return model.eval(), tokenizer
 
 
-def _load_tokenizer(target: Path | str) -> Any:
+def _load_tokenizer(target: Path | str, how: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # AutoTokenizer would replace the GGUF's rule for splitting text by that of the architecture.
     kind: Any = PreTrainedTokenizerFast if is_converted(target) else AutoTokenizer
     try:
-        return kind.from_pretrained(target)
+        return kind.from_pretrained(target, **how)
     except Exception as error:
         if not isinstance(target, Path):
             raise

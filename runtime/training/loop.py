@@ -19,7 +19,7 @@ from ...attention.errors import FarspanError
 from ..recipe import Recipe
 from ..writable import check_writable
 from .checkpoint import FILE, load_checkpoint, save_checkpoint
-from .objective import Objective
+from .objective import Objective, Trained
 from .windows import Windows
 
 LOG = "log.jsonl"
@@ -82,13 +82,33 @@ def run(
     *,
     half: bool = False,
 ) -> Recipe:
-    """Train ``objective`` on windows of a text, save its recipe to the folder ``out``, and return it.
+    """Train ``objective`` by ``optimise``, save its recipe to the folder ``out``, and return it. half: save
+    the recipe's weights in float16."""
+    recipe = objective.recipe(optimise(objective, windows, schedule, out, settings, progress))
+    recipe = recipe.half() if half else recipe
+    from accelerate import PartialState
 
-    The folder also gets ``checkpoint.pt`` and ``log.jsonl``. Where it holds a checkpoint of the same
+    processes = PartialState()
+    if processes.is_main_process:
+        recipe.save(out)
+    processes.wait_for_everyone()
+    return recipe.full()
+
+
+def optimise(
+    objective: Trained,
+    windows: Windows,
+    schedule: Schedule,
+    out: str | Path,
+    settings: dict[str, Any],
+    progress: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """Train ``objective`` on windows of a text. Returns the settings, and what was measured.
+
+    The folder ``out`` gets ``checkpoint.pt`` and ``log.jsonl``. Where it holds a checkpoint of the same
     settings, training goes on from there and ends at the same weights as without a stop. settings: what else
-    the result depends on; the recipe records them. half: save the recipe's weights in float16. Raises
-    FarspanError for a folder that cannot be written or that holds another training, and for a loss that is
-    not finite.
+    the result depends on. Raises FarspanError for a folder that cannot be written or that holds another
+    training, and for a loss that is not finite.
     """
     from accelerate import Accelerator
 
@@ -140,18 +160,13 @@ def run(
             training.since = time.monotonic()
             save()
     about = {**given, "held_out": training.held_out, "minutes": round(training.seconds / 60, 1)}
-    recipe = objective.recipe({**about, "processes": accelerator.num_processes, "torch": torch.__version__})
-    recipe = recipe.half() if half else recipe
-    if accelerator.is_main_process:
-        recipe.save(folder)
-    accelerator.wait_for_everyone()
-    return recipe.full()
+    return {**about, "processes": accelerator.num_processes, "torch": torch.__version__}
 
 
 class _Training:
     """The state of a training between two steps."""
 
-    def __init__(self, objective: Objective, windows: Windows, schedule: Schedule, accelerator: Any) -> None:
+    def __init__(self, objective: Trained, windows: Windows, schedule: Schedule, accelerator: Any) -> None:
         self.objective, self.windows, self.schedule, self.accelerator = (
             objective,
             windows,

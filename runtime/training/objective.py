@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..recipe import Recipe
 
 
-class Objective(Protocol):
+class Trained(Protocol):
     """Tensors that are trained on windows of a text, and their loss.
 
     The model is in evaluation mode and on its device during every call.
@@ -40,10 +40,14 @@ class Objective(Protocol):
         """Measures of held-out ids [B, T], without gradients; "loss" is among them."""
         ...
 
-    def recipe(self, settings: dict[str, Any]) -> Recipe:
-        """The present tensors as a recipe for ``patch``. settings: how they were made."""
-        ...
-
     def close(self) -> None:
         """Leave the model as it was."""
+        ...
+
+
+class Objective(Trained, Protocol):
+    """The same, for tensors that a recipe carries."""
+
+    def recipe(self, settings: dict[str, Any]) -> Recipe:
+        """The present tensors as a recipe for ``patch``. settings: how they were made."""
         ...

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
 
 from ...attention.checks import whole_number
 from ...attention.errors import FarspanError
@@ -25,10 +24,10 @@ from .. import hf
 from ..lora import TUNES, projections, replace_parameter
 from ..patch import patch
 from ..recipe import Recipe
+from .losses import SCALE, divergence, nll, pieces
+from .swap import Swap, place_of
 
 LOSSES = ("kl", "nll")
-_LOGITS = 1 << 24  # numbers of logits that exist at a time, of teacher and student each
-_SCALE = 1024.0  # gradients of logits are small numbers: in float16 they would be rounded to 0
 _NAME = "farspan"  # of the adapters, for peft
 
 
@@ -105,11 +104,11 @@ class Tuned:
                 "weights from it: leave start out."
             )
 
-    def _add_lora(self) -> tuple[dict[str, nn.Parameter], _Swap]:
+    def _add_lora(self) -> tuple[dict[str, nn.Parameter], Swap]:
         config, inject = _peft()
         attention = {target.partition(".")[0]: None for target in self._linear}
         root = nn.ModuleDict({index: self._info.attention[int(index)] for index in attention})
-        swap = _Swap([_place(root, target) for target in self._linear])
+        swap = Swap([place_of(root, target) for target in self._linear])
         self._undo.append(swap.original)
         inject(config(r=self._rank, lora_alpha=self._alpha, target_modules=list(self._linear)), root, _NAME)
         swap.taken()
@@ -122,9 +121,9 @@ class Tuned:
                 tensors[f"{target}.{name}"] = p
         return tensors, swap
 
-    def _open_weights(self) -> tuple[dict[str, nn.Parameter], _Swap]:
+    def _open_weights(self) -> tuple[dict[str, nn.Parameter], Swap]:
         places = [(module, name) for module in self._linear.values() for name, _ in module.named_parameters()]
-        swap = _Swap(places)
+        swap = Swap(places)
         for module in self._linear.values():
             for name, p in module.named_parameters():
                 self._undo.append(replace_parameter(module, name, p))
@@ -183,15 +182,15 @@ class Tuned:
             for at in self._pieces(ids):
                 logits = self._logits(output, leaf, ids, at)
                 if teacher is None:
-                    piece = _nll(logits, ids, at)
+                    piece = nll(logits, ids, at)
                 else:
                     with torch.no_grad():
                         wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
                     piece = self._kl(wanted, logits) / ids[:, 1:].numel()
-                (piece * _SCALE).backward()
+                (piece * SCALE).backward()
                 losses.append(piece.detach())
             assert leaf.grad is not None
-            accelerator.backward((hidden.float() * (leaf.grad.float() / _SCALE)).sum())
+            accelerator.backward((hidden.float() * (leaf.grad.float() / SCALE)).sum())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
@@ -204,13 +203,13 @@ class Tuned:
         for at in self._pieces(ids):
             wanted, logits = (self._logits(x, x.last_hidden_state, ids, at) for x in (dense, tuned))
             kl = self._kl(wanted, logits) / ids[:, 1:].numel()
-            sums += torch.stack([_nll(logits, ids, at), _nll(wanted, ids, at), kl]).double().cpu()
-        nll, nll_dense, kl = sums.tolist()
+            sums += torch.stack([nll(logits, ids, at), nll(wanted, ids, at), kl]).double().cpu()
+        own, dense_nll, kl = sums.tolist()
         return {
-            "loss": kl if self._loss == "kl" else nll,
-            "nll": nll,
-            "nll_dense": nll_dense,
-            "nll_difference": nll - nll_dense,
+            "loss": kl if self._loss == "kl" else own,
+            "nll": own,
+            "nll_dense": dense_nll,
+            "nll_difference": own - dense_nll,
             "kl": kl,
         }
 
@@ -235,19 +234,13 @@ class Tuned:
             self._undo.pop()()
 
     def _pieces(self, ids: Tensor) -> Iterator[slice]:
-        """Positions that predict a token, a few at a time."""
-        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
-        step = max(1, _LOGITS // (ids.shape[0] * vocabulary))
-        last = ids.shape[1] - 1
-        return (slice(a, min(a + step, last)) for a in range(0, last, step))
+        return pieces(ids, self._model.config.get_text_config(decoder=True).vocab_size)
 
     def _logits(self, output: Any, hidden: Tensor, ids: Tensor, at: slice) -> Tensor:
         return self._head.logits(output, hidden[:, at], ids[:, at]).float()
 
     def _kl(self, wanted: Tensor, logits: Tensor) -> Tensor:
-        """The sum over positions of the divergence, at the temperature."""
-        target, got = (log_softmax(x / self._temperature, -1) for x in (wanted, logits))
-        return (target.exp() * (target - got)).sum() * self._temperature**2
+        return divergence(wanted, logits, self._temperature)
 
     def _dense_hidden(self, ids: Tensor) -> Any:
         """What the decoder returns with dense attention and the weights from before training."""
@@ -267,53 +260,12 @@ class Tuned:
                 step()
 
 
-class _Swap:
-    """Attributes of modules (parameters or modules) that are exchanged and exchanged back."""
-
-    def __init__(self, places: Sequence[tuple[nn.Module, str]]) -> None:
-        self._places = places
-        self._before = [getattr(module, name) for module, name in places]
-        self._after = self._before
-
-    def taken(self) -> None:
-        """The present values are the new ones."""
-        self._after = [getattr(module, name) for module, name in self._places]
-
-    def original(self) -> None:
-        self._put(self._before)
-
-    @contextmanager
-    def originals(self) -> Iterator[None]:
-        """A context with the old values in place."""
-        self._put(self._before)
-        try:
-            yield
-        finally:
-            self._put(self._after)
-
-    def _put(self, values: list[Any]) -> None:
-        for (module, name), value in zip(self._places, values, strict=True):
-            setattr(module, name, value)
-
-
-def _place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
-    parent, _, name = target.rpartition(".")
-    return root.get_submodule(parent), name
-
-
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
     """Dense attention [B, T, H, D] of windows without padding."""
     part = flash(q, KV(k, v), softmax)
     if softmax.sinks is not None:
         part = add_sinks(part, softmax.sinks)
     return part.out.to(q.dtype).transpose(1, 2).contiguous()
-
-
-def _nll(logits: Tensor, ids: Tensor, at: slice) -> Tensor:
-    """The part of ``at`` in the mean negative log-likelihood of the tokens."""
-    following = ids[:, at.start + 1 : at.stop + 1]
-    total = cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
-    return total / ids[:, 1:].numel()
 
 
 def _in_training(method: AttentionMethod) -> AttentionMethod:

@@ -16,7 +16,7 @@ import farspan
 from farspan import FarspanError
 from farspan.attention.recycled import teacher_forced
 from farspan.runtime import hf
-from farspan.runtime.training import tuned
+from farspan.runtime.training import losses
 from farspan.runtime.training.tuned import Tuned
 
 IDS = prompt(2, 48)
@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, tune: str, name: str, spec: str, loss: str
 ) -> None:
     """The oracle takes all logits of the model at once and one backward."""
-    monkeypatch.setattr(tuned, "_LOGITS", 2 * 128 * 10)  # ten positions at a time
+    monkeypatch.setattr(losses, "_LOGITS", 2 * 128 * 10)  # ten positions at a time
     model = make(name)
     dense = logits(model, IDS)
     before = snapshot(model)
