@@ -38,7 +38,7 @@ class GatedLinear(ScanMixer):
     window = 0: gated linear attention as published (2312.06635), S_i = diag(exp(g_i)) S_(i-1) + k_i v_i^T,
     out = RMSNorm(q^T S / sqrt(d)) ⊙ SiLU(G x), where g = logsigmoid(W_2 W_1 x + b) / 16 of each channel is
     of rank 16; no RoPE, no φ. expand_k: numbers of a key per head_dim (the paper: 0.5). From attention it
-    begins without gates, with heads as large as their values.
+    begins without gates, and with small outputs.
 
     Raises SpecError for a window below 0, other features, and an expand_k that leaves no whole number.
     """
@@ -119,5 +119,5 @@ class GatedLinear(ScanMixer):
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
         super().initialise_from(weights)
         if not self.window:
-            self.norm.begin_as_norm(self.value_size())
+            self.norm.begin_as_norm(self.first_sizes())
             nn.init.constant_(self.get_parameter("gate_proj.1.bias"), _REMEMBER)

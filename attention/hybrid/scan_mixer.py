@@ -100,12 +100,13 @@ class ScanMixer(Projected):
         change, own, *local = transition
         return (scan_advance(state[0], change, own), *local)
 
-    def value_size(self) -> Tensor:
-        """[H]: root mean squares of the values of each head's KV head, for hidden states that are white with
-        a mean square of 1."""
+    def first_sizes(self) -> Tensor:
+        """[H]: the root mean squares with which normalised heads begin in the place of attention: a fiftieth
+        of those of their values for white hidden states. What an untrained scan adds is noise, and heads as
+        large as values raise the loss far above that of the model without the layer."""
         g = self.geometry
         size = self.v_proj.weight.detach().unflatten(0, (g.num_kv_heads, -1)).square().sum(2).mean(1).sqrt()
-        return size.repeat_interleave(g.num_heads // g.num_kv_heads)
+        return size.repeat_interleave(g.num_heads // g.num_kv_heads) / 50
 
 
 def run(x: Recurrence, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,15 @@ def test_convert_and_use(farspan_command: Any, tiny_folder: Path, prose: str, tm
     model, tokenizer = farspan.load(out)
     assert type(model).__name__ == "FarspanLlamaForCausalLM" and tokenizer.padding_side == "left"
     code, shown, told = farspan_command(
-        "generate", "--model", str(out), "--prompt", "It rained", "--max-new-tokens", "3", "--method", "window:w=8"
+        "generate",
+        "--model",
+        str(out),
+        "--prompt",
+        "It rained",
+        "--max-new-tokens",
+        "3",
+        "--method",
+        "window:w=8",
     )
     assert code == 0 and "the model's own mixer gated_linear" in shown + told
     code, shown, _ = farspan_command("plan", "--model", str(out), "--length", "4096", "--gpus", "1", "--json")
@@ -60,7 +68,12 @@ def test_convert_and_use(farspan_command: Any, tiny_folder: Path, prose: str, tm
 def test_bad_commands(
     given: list[str], says: str, farspan_command: Any, tiny_folder: Path, prose: str, tmp_path: Path
 ) -> None:
-    words = {"--model": str(tiny_folder), "--mixer": "gated_linear", "--text": prose, "--out": str(tmp_path / "o")}
+    words = {
+        "--model": str(tiny_folder),
+        "--mixer": "gated_linear",
+        "--text": prose,
+        "--out": str(tmp_path / "o"),
+    }
     words |= {"--attention-layers": "auto:1", **dict(zip(given[::2], given[1::2], strict=True))}
     code, _, told = farspan_command("convert", *(x for pair in words.items() for x in pair))
     assert code == 2 and says in told and told.count("\n") == 1 and not (tmp_path / "o").exists()

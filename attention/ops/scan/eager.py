@@ -160,7 +160,7 @@ def _span(
         weights = between.exp()
         pairs = ((q @ k.mT) * weights).tril()
         reads, writes, decay = q * before, k * after[..., None], before[..., -1:, :]
-    x, added = v, None
+    x = v
     if beta is not None:
         strength = chunks(beta)[..., None]
         among = k @ k.mT if weights is None else (k @ k.mT) * weights
@@ -170,7 +170,7 @@ def _span(
         x, kept = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
             (v.shape[-1], k.shape[-1]), -1
         )
-    added = writes.mT @ x
+    added = writes.mT @ x  # with beta, x is so far what it would be from a state of zeros
     state = state.unflatten(1, heads)
     lost = None if kept is None else writes.mT @ kept
     befores = []

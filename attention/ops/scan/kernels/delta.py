@@ -158,6 +158,7 @@ def _config(block_v: int, warps: int, stages: int) -> triton.Config:
 
 _KEY = ["D", "DV", "C", "CHUNKS", "REVERSE"]
 _half = launch.tuned([_config(32, 4, 2), _config(64, 4, 2), _config(16, 4, 3)], _KEY)(_sweep)
+_widest = launch.tuned([_config(32, 8, 1), _config(16, 8, 2)], _KEY)(_sweep)
 _single = launch.tuned([_config(16, 8, 1), _config(32, 8, 1)], _KEY)(_sweep)
 
 
@@ -185,15 +186,17 @@ def writes(
     x = torch.empty_like(u, dtype=torch.float32 if reverse else v.dtype)
     w = torch.empty(b, h, t, d, dtype=k.dtype, device=k.device)
     fixed = {"D": d, "DV": dv, "WIDE": wide, "REVERSE": reverse, **segments.sizes()}
+    warps = 8 if k.dtype == torch.float32 else 4
     _solve[(segments.count * segments.chunks, h)](
         q, k, v, g, beta, mask, u, w, segments.table, *map(strides, (q, k, v, g, beta, mask, u, w)),
-        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=4,
+        segments.each, segments.tokens, group, float(scale), BLOCK=32, **fixed, num_warps=warps,
     )  # fmt: skip
 
     def grid(args: dict[str, int]) -> tuple[int, int, int]:
         return segments.rows, h, triton.cdiv(dv, args["BLOCK_V"])
 
-    (_single if k.dtype == torch.float32 else _half)[grid](
+    kernel = _single if k.dtype == torch.float32 else _widest if wide > 128 else _half
+    kernel[grid](
         q, k, v, g, beta, mask, u, w, x, borders, segments.bounds, segments.offsets,
         *map(strides, (q, k, v, g, beta, mask, u, w, x, borders)),
         segments.each, segments.tokens, group, float(scale), **fixed,

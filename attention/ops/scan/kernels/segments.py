@@ -69,7 +69,8 @@ class Segments:
 def cut(v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Segments:
     """The segments of v [B, H, T, Dv]. Nothing is read back from the device."""
     b, h, t, _ = v.shape
-    chunk = min(64, max(16, 1 << (chunk.bit_length() - 1)))
+    most = 32 if v.dtype == torch.float32 else 64  # float32 has no matrix unit, and fills the registers
+    chunk = min(most, max(16, 1 << (chunk.bit_length() - 1)))
     wanted = triton.cdiv(b * h * triton.cdiv(t, chunk), PROGRAMS)
     chunks = min(MOST, 1 << max(0, wanted.bit_length() - 1))
     size = chunk * chunks
