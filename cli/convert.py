@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..attention.errors import FarspanError
-from . import launch, options, output
+from . import options, output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,6 @@ def convert(given: Convert) -> None:
     The result is a folder for `farspan.load` and every --model option. The same command goes on where it was
     stopped. README.md in the folder says what was measured, and nothing else is claimed.
     """
-    if launch.size() > 1:
-        raise FarspanError("farspan convert runs in one process: start it without torchrun.")
     from ..attention.hybrid import Geometry, parse_mixer
     from ..runtime.convert import check_folder
     from ..runtime.convert import convert as run
@@ -95,7 +92,10 @@ def convert(given: Convert) -> None:
             if name != stage:
                 stage = name
                 output.note(f"{titles[name]}: {step.total} {'layers' if name == 'choose' else 'steps'}")
-            advance(step)
+            if name != "choose":
+                advance(step)
+            elif step.done % max(step.total // 10, 1) == 0:
+                output.note(f"{step.done} of {step.total} layers measured")
 
         report = run(
             causal_lm, tokenizer, given.mixer, prose, progress=watch, chosen=_show_choice, **given.settings()

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def training_progress() -> Iterator[Callable[[Step], None]]:
     """A progress bar on stderr with the loss, tokens per second and time left; yields `advance(step)`.
 
-    Without a terminal, a line is printed for each tenth of the steps."""
+    Without a terminal, a line is printed for each tenth of the steps. A second stage begins its steps
+    anew."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -123,12 +125,20 @@ def training_progress() -> Iterator[Callable[[Step], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), loss, speed, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not interactive()) as bar:
         task = bar.add_task("steps", total=None, loss=math.nan, speed=0.0)
+        begun, first, last = time.monotonic(), 0, 0
 
         def advance(step: Step) -> None:
-            speed = step.tokens_per_second
+            nonlocal begun, first, last
+            if not last or step.done <= last:  # the first step, perhaps of a second stage
+                begun, first = time.monotonic(), step.done
+            last, speed = step.done, step.tokens_per_second
             bar.update(task, completed=step.done, total=step.total, loss=step.loss, speed=speed)
             if not interactive() and step.done % max(step.total // 10, 1) == 0:
-                note(f"step {step.done} of {step.total}: loss {step.loss:.4f}, {speed:,.0f} tokens/s")
+                left = (time.monotonic() - begun) / max(step.done - first, 1) * (step.total - step.done)
+                note(
+                    f"step {step.done} of {step.total}: loss {step.loss:.4f}, {speed:,.0f} tokens/s, "
+                    f"{left / 60:.0f} minutes left"
+                )
 
         yield advance
 

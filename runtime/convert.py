@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,6 @@ def convert(
     check_length(model, window)
     run = _Run(folder, plans, cut_windows(tokenizer, text, window, held_out, windows), progress)
     layers = can if isinstance(kept, int) else [i for i in can if i not in kept]
-    modes = {module: module.training for module in model.modules()}
     student = Student(model, mixer, layers, seed=seed, precision=precision)
     try:
         settings = {"mixer": mixer, "model": info.geometry, "layers": layers, "held_out_windows": held_out}
@@ -127,6 +127,7 @@ def convert(
             if chosen is not None:
                 chosen(found, kept)
         replaced = [i for i in can if i not in kept]
+        student.mixers = {i: student.mixers[i] for i in replaced}
         looked_up = {"original": retrieval_loss(student, probe, [])}
         looked_up["aligned"] = retrieval_loss(student, probe, replaced)
         healed = Healed(student, replaced, trains=train, cross_entropy=cross_entropy)
@@ -159,8 +160,6 @@ def convert(
             healed.close()
     finally:
         student.close()
-        for module, mode in modes.items():
-            module.training = mode
     if not keep:
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return report
@@ -223,7 +222,10 @@ class _Run:
 
 
 def check_folder(folder: Path) -> Path:
-    """Raise FarspanError unless the folder is new, empty, or holds a conversion that has not ended."""
+    """Raise FarspanError unless the folder is new, empty, or holds a conversion that has not ended; and under
+    a launcher of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FarspanError("A model is converted in one process: start it without torchrun.")
     check_writable(folder, "give another folder")
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if inside - {WORK}:

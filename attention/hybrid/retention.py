@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -39,8 +40,7 @@ class Retention(ScanMixer):
                 f"number of at least 1; got expand_v={expand_v}."
             )
         super().__init__(geometry, value_dim=int(size))
-        heads = torch.arange(geometry.num_heads, dtype=torch.float64)
-        self.log_decay = [float(x) for x in torch.log1p(-(2.0 ** (-5 - heads)))]
+        self.log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(geometry.num_heads)]
         self.norm = GatedNorm(self.hidden_size, geometry.num_heads, self.value_dim, eps=geometry.eps)
 
     @property

@@ -159,7 +159,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = _beyond_positions(job) + _in_order(job) + _mixers(job)
+    notes = _beyond_positions(job) + _mixers(job) + _in_order(job)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."

@@ -16,7 +16,7 @@ import torch
 
 import farspan
 from farspan import FarspanError, Unsupported
-from farspan.attention.hybrid import Geometry, parse_mixer
+from farspan.attention.hybrid import Geometry, mixers, parse_mixer
 from farspan.attention.hybrid.mixer import Mixer
 from farspan.runtime import hf
 
@@ -30,12 +30,12 @@ LAYERS = {"llama": (0, 2), "qwen2": (1,), "qwen3": (0, 1), "phi3": (0,), "qwen3_
 
 def convert(model: Any, layers: tuple[int, ...], folder: Path) -> dict[int, Mixer]:
     """Save the model with mixers that start from its attention. Returns the mixers."""
-    info, mixers = hf.inspect_model(model), {}
+    info, made = hf.inspect_model(model), {}
     for index in layers:
-        mixers[index] = parse_mixer(SPEC, hf.geometry_of(info, index))
-        mixers[index].initialise_from(hf.attention_weights(info, index))
-    hf.save_converted(info, mixers, SPEC, folder)
-    return mixers
+        made[index] = parse_mixer(SPEC, hf.geometry_of(info, index))
+        made[index].initialise_from(hf.attention_weights(info, index))
+    hf.save_converted(info, made, SPEC, folder)
+    return made
 
 
 def load(folder: Path) -> Any:
@@ -53,10 +53,10 @@ def test_a_folder_loads_generates_and_takes_patches(name: str, tmp_path: Path) -
     are the rows alone; a patch works on the layers that are left, and leaves nothing behind."""
     original = make(name)
     before = snapshot(original)
-    mixers = convert(original, LAYERS[name], tmp_path)
+    made = convert(original, LAYERS[name], tmp_path)
     assert snapshot(original) == before
     model, ids, inputs = load(tmp_path), prompt(1, 40), padded((25, 18))
-    undo = hf.stand_in(hf.inspect_model(original), mixers)
+    undo = hf.stand_in(hf.inspect_model(original), made)
     want = logits(original, ids, use_cache=False)
     for step in reversed(undo):
         step()
@@ -110,6 +110,27 @@ def test_copies_pickles_saves_again_and_half_precision(tmp_path: Path) -> None:
     half = type(model).from_pretrained(tmp_path / "b", config=model.config, dtype=torch.bfloat16)
     assert half.model.layers[0].self_attn.decay.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4], rel=1e-2)
     assert (logits(half, ids).float() - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_every_mixer_is_saved_and_loaded(tmp_path: Path) -> None:
+    """With each registered mixer: the logits are those of the mixer that was saved, and steps with a cache
+    those of the whole text."""
+    original, ids = make("llama"), prompt(1, 70)
+    info = hf.inspect_model(original)
+    for spec in mixers():
+        torch.manual_seed(0)
+        mixer = parse_mixer(spec, hf.geometry_of(info, 1))
+        mixer.initialise_from(hf.attention_weights(info, 1))
+        hf.save_converted(info, {1: mixer}, spec, tmp_path / spec)
+        undo = hf.stand_in(info, {1: mixer})
+        want = logits(original, ids, use_cache=False)
+        for step in reversed(undo):
+            step()
+        model = load(tmp_path / spec)
+        assert torch.equal(logits(model, ids, use_cache=False), want), spec
+        feed = Feed(model, ids, torch.ones_like(ids))
+        parts = torch.cat([feed(66), feed(1), feed(3)], 1)
+        assert (parts - want).abs().max() <= 2e-4 * want.abs().max(), spec
 
 
 def test_gradients_reach_a_loaded_mixer(tmp_path: Path) -> None:
