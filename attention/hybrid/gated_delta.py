@@ -37,6 +37,7 @@ class GatedDelta(ScanMixer):
     title: ClassVar[str] = "Gated DeltaNet"
     paper: ClassVar[str] = "2412.06464"
     from_geometry: ClassVar[bool] = True
+    rotates = False
 
     def __init__(self, geometry: Geometry, *, expand_v: float = 1.0, conv: int = 4) -> None:
         size = geometry.head_dim * expand_v

@@ -33,7 +33,7 @@ class GatedLinear(ScanMixer):
     begins anew at every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) /
     16 of each KV head begins with hardly any decay. features: "learned" for φ with weights, about head_dim
     numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are. Up to w tokens a
-    converted layer is the attention that it replaces.
+    converted layer is the attention that it replaces, but for a soft-cap of its scores.
 
     window = 0: gated linear attention as published (2312.06635), S_i = diag(exp(g_i)) S_(i-1) + k_i v_i^T,
     out = RMSNorm(q^T S / sqrt(d)) ⊙ SiLU(G x), where g = logsigmoid(W_2 W_1 x + b) / 16 of each channel is
@@ -60,6 +60,7 @@ class GatedLinear(ScanMixer):
             )
         super().__init__(geometry, key_dim=int(size), value_dim=geometry.head_dim)
         self.window = self.halo = window
+        self.rotates = window > 0
         if not window:
             rank = nn.Linear(self.hidden_size, 16, bias=False)
             channels = nn.Linear(16, geometry.num_kv_heads * self.key_dim)

@@ -41,6 +41,7 @@ class Mamba2(ScanMixer):
     title: ClassVar[str] = "Mamba-2"
     paper: ClassVar[str] = "2405.21060"
     from_geometry: ClassVar[bool] = True
+    rotates = False
 
     def __init__(
         self, geometry: Geometry, *, expand: float = 0.0, headdim: int = 64, state: int = 128, conv: int = 4

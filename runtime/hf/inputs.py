@@ -104,7 +104,7 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     own = type(module)
     rotate = getattr(inspect.getmodule(own), "apply_rotary_pos_emb", None)
     given = "position_embeddings" in inspect.signature(own.forward).parameters
-    if not given and (rotate is None or not _mentions_rotation(own)):
+    if not given and (rotate is None or not mentions_rope(own)):
         return None
     rotaries = _rotaries(decoder)
     if given and not rotaries and getattr(decoder, "rotary_emb", module) is None:
@@ -114,7 +114,7 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     reasons = []
     if rotate is None or not given or not rotaries:
         reasons.append("its rotation is not transformers' apply_rotary_pos_emb of position_embeddings")
-    elif not hasattr(module, "use_rope") and _conditional(own.forward):
+    elif not hasattr(module, "use_rope") and applies_rope_conditionally(own.forward):
         reasons.append("it applies RoPE only under a condition, which farspan does not know")
     reasons += [
         f"its RoPE of type {name!r} depends on the length of each call and cannot be undone for stored keys"
@@ -126,14 +126,14 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     return rotate
 
 
-def _mentions_rotation(own: type) -> bool:
+def mentions_rope(own: type) -> bool:
     """Whether any method of a class names a rotation; true where its source is not available. Nemotron-H's
     attention has no RoPE, though its file has the function."""
     sources = [source_of(f) for f in vars(own).values() if inspect.isfunction(f)]
     return any(source is None or re.search("rotary|rope", source, re.IGNORECASE) for source in sources)
 
 
-def _conditional(forward: Callable[..., Any]) -> bool:
+def applies_rope_conditionally(forward: Callable[..., Any]) -> bool:
     """Whether a forward applies RoPE inside a conditional branch, other than one for the case that it is
     given position embeddings."""
     source = source_of(forward)

@@ -27,7 +27,7 @@ from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
-from .mixers import adopt_states, put_mixers
+from .mixers import adopt_states, check_rope, put_mixers
 from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
 from .recurrent import mask_padding
@@ -56,6 +56,7 @@ def install(
     """
     register()
     mixed = mixed or {}
+    check_rope(info, mixed)
     served = {module for i, module in info.attention.items() if i in layers}
     fed = {i: layer.needs for i, layer in layers.items() if layer.needs.inputs}
     undo = feed_inputs(info, fed, session)
