@@ -115,6 +115,7 @@ def convert(
     layers = can if isinstance(kept, int) else [i for i in can if i not in kept]
     student = Student(model, mixer, layers, seed=seed, precision=precision)
     try:
+        hf.empty_converted(info, dict.fromkeys(layers, mixer))
         settings = {"mixer": mixer, "model": info.geometry, "layers": layers, "held_out_windows": held_out}
         probe = probe_texts(tokenizer, seed=seed)
         if aligned is None:

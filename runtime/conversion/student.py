@@ -94,6 +94,7 @@ def check_text_model(info: hf.ModelInfo) -> None:
             ["fewer than 2 of its layers have full attention, and one must keep it"],
         )
     hf.converted_config(info, {})
+    hf.check_by_trial(info)
 
 
 def parameters_of(modules: Mapping[int, nn.Module]) -> dict[str, nn.Parameter]:
