@@ -18,7 +18,7 @@ import torch
 from ..attention.errors import FarspanError
 from . import hf
 from .conversion.align import ABOUT, Aligned, taken_alignment
-from .conversion.card import memory, write_report
+from .conversion.card import REPORT, memory, write_report
 from .conversion.choose import (
     AUTO,
     EVEN,
@@ -32,6 +32,7 @@ from .conversion.choose import (
 from .conversion.heal import Healed, check_healing
 from .conversion.probe import ProbeText, probe_texts, retrieval_loss
 from .conversion.student import Student, candidates, check_text_model
+from .models import positions
 from .train import check_length
 from .training.loop import Schedule, Step, optimise
 from .training.objective import Trained
@@ -115,8 +116,9 @@ def convert(
     layers = can if isinstance(kept, int) else [i for i in can if i not in kept]
     student = Student(model, mixer, layers, seed=seed, precision=precision)
     try:
+        hf.empty_converted(info, dict.fromkeys(layers, mixer))
         settings = {"mixer": mixer, "model": info.geometry, "layers": layers, "held_out_windows": held_out}
-        probe = probe_texts(tokenizer, seed=seed)
+        probe = probe_texts(tokenizer, seed=seed, positions=positions(model))
         if aligned is None:
             run.align(student, settings)
         else:
@@ -228,7 +230,8 @@ def check_folder(folder: Path) -> Path:
         raise FarspanError("A model is converted in one process: start it without torchrun.")
     check_writable(folder, "give another folder")
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if inside - {WORK}:
+    ended = WORK not in inside or REPORT in inside  # the report is written last
+    if inside - {WORK} and ended:
         what = "a model" if "config.json" in inside else f"{min(inside - {WORK})}"
         raise FarspanError(
             f"{folder} exists and holds {what}: give a new folder, or one with an unfinished conversion."

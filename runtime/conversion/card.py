@@ -85,9 +85,9 @@ def break_even(size: Mapping[str, int | None]) -> str:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write conversion.json and README.md."""
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """Write README.md, and conversion.json last: a folder that has it holds a whole model."""
     (folder / "README.md").write_text(card(report), encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def card(report: Mapping[str, Any]) -> str:

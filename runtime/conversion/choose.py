@@ -55,6 +55,10 @@ def parse_layers(given: str | Sequence[int], can: Sequence[int], count: int) -> 
         if kind == "auto":
             return number
         return [can[(2 * i + 1) * len(can) // (2 * number)] for i in range(number)]
+    if not isinstance(given, str | Sequence):
+        raise FarspanError(
+            f"attention_layers is 'auto:N', 'even:N' or a list of layer numbers; got {given!r}."
+        )
     parts = given.split(",") if isinstance(given, str) else list(given)
     chosen = set()
     for part in parts:

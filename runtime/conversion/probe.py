@@ -28,10 +28,16 @@ class ProbeText:
     answers: Tensor
 
 
-def probe_texts(tokenizer: Any, *, texts: int = 3, pairs: int = 16, seed: int = 0) -> list[ProbeText]:
-    """Texts of ``pairs`` lines "The code of the red door is 48213.", then the same lines in another order."""
+def probe_texts(
+    tokenizer: Any, *, texts: int = 3, pairs: int = 16, seed: int = 0, positions: int | None = None
+) -> list[ProbeText]:
+    """Texts of ``pairs`` lines "The code of the red door is 48213.", then the same lines in another order.
+    positions: of the model; the number of pairs is halved until the texts fit. None: there is no limit."""
     draw = random.Random(seed)
-    return [_text(tokenizer, draw, pairs) for _ in range(texts)]
+    made = [_text(tokenizer, draw, pairs) for _ in range(texts)]
+    if positions is not None and pairs > 1 and max(text.ids.shape[1] for text in made) > positions:
+        return probe_texts(tokenizer, texts=texts, pairs=pairs // 2, seed=seed, positions=positions)
+    return made
 
 
 def _text(tokenizer: Any, draw: random.Random, pairs: int) -> ProbeText:

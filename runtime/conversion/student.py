@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from ...attention.errors import FarspanError, SpecError, Unsupported
 from ...attention.hybrid.mixer import Mixer
 from ...attention.hybrid.registry import parse_mixer
 from .. import hf
+from ..models.sentences import sentence_of
 
 
 class Student:
@@ -94,6 +96,17 @@ def check_text_model(info: hf.ModelInfo) -> None:
             ["fewer than 2 of its layers have full attention, and one must keep it"],
         )
     hf.converted_config(info, {})
+    hf.check_by_trial(info)
+    generation = getattr(info.model, "generation_config", None)
+    if generation is not None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                generation.save_pretrained(folder)
+        except ValueError as error:
+            raise FarspanError(
+                f"The model's generation_config cannot be saved ({sentence_of(error)}): correct it, then "
+                "convert the model."
+            ) from error
 
 
 def parameters_of(modules: Mapping[int, nn.Module]) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
 from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
+from .converted import empty_converted as empty_converted
 from .converted import read_config as read_config
 from .converted import save_converted as save_converted
 from .converted import specs_of as specs_of

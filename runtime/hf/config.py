@@ -50,11 +50,12 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
     model = empty_model(name_or_path)
     info = inspect_model(model)
     mixers = mixers_of(info.decoder)
-    growth = round(sum(map(state_growth, mixers.values())))
     replaced = [geometry for _, geometry in model.made_by.values()] if mixers else []
     saved = getattr(model.config, "dtype", None) or getattr(info.config, "dtype", None) or torch.bfloat16
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
-    size = (getattr(torch, chosen) if isinstance(chosen, str) else chosen).itemsize
+    chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    size = chosen.itemsize
+    growth = round(sum(state_growth(mixer.to(chosen)) for mixer in mixers.values()))
     return ModelShape(
         name=str(name_or_path),
         layers=_layers(info),

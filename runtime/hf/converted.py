@@ -36,17 +36,24 @@ class ConvertedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        kinds = saved.get("layer_types")
-        if kinds:
+        name = _layer_types(type(self))
+        if kinds := saved.get(name):
             specs = saved[MIXERS]
-            saved["layer_types"] = [_LAYER if spec else kind for kind, spec in zip(kinds, specs, strict=True)]
+            saved[name] = [_LAYER if spec else kind for kind, spec in zip(kinds, specs, strict=True)]
         return saved
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        kinds = config_dict.get("layer_types") or []
-        own = {**config_dict, "layer_types": [FULL if kind == _LAYER else kind for kind in kinds] or None}
-        return super().from_dict(own, **kwargs)  # type: ignore[misc]
+        name = _layer_types(cls)
+        if kinds := config_dict.get(name):
+            config_dict = {**config_dict, name: [FULL if kind == _LAYER else kind for kind in kinds]}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+def _layer_types(config: type[Any]) -> str:
+    """The name under which configs of this class save the types of their layers (Nemotron-H has another)."""
+    name: str = config.attribute_map.get("layer_types", "layer_types")
+    return name
 
 
 class ConvertedModel:
@@ -106,13 +113,25 @@ def converted_config(info: ModelInfo, specs: Mapping[int, str]) -> Any:
     return made.from_dict({**saved, MIXERS: [specs.get(i) for i in range(len(kinds))]})
 
 
+def empty_converted(info: ModelInfo, specs: Mapping[int, str]) -> Any:
+    """``info.model`` with the mixers ``specs`` by layer, on torch's meta device and without weights. Raises
+    Unsupported where it cannot be made."""
+    config = converted_config(info, specs)
+    try:
+        with torch.device("meta"):
+            return converted_class(own_class(owner(info)))(config)
+    except FarspanError:
+        raise
+    except Exception as error:  # a class may raise anything about a config
+        reason = f"its class cannot be made with mixers ({type(error).__name__}: {error})"
+        raise Unsupported(f"farspan cannot convert a {type(info.model).__name__}", [reason]) from error
+
+
 def save_converted(info: ModelInfo, mixers: Mapping[int, Mixer], spec: str, folder: Path) -> None:
     """Save ``info.model`` with ``mixers`` of ``spec`` in place of the attention of their layers, in the
     layout of ``save_pretrained``."""
     model = owner(info)
-    config = converted_config(info, dict.fromkeys(mixers, spec))
-    with torch.device("meta"):
-        made = converted_class(own_class(model))(config)
+    made = empty_converted(info, dict.fromkeys(mixers, spec))
     tensors: dict[str, Tensor] = dict(model.state_dict())
     for index, mixer in mixers.items():
         path = next(name for name, m in model.named_modules() if m is info.attention[index])

@@ -132,6 +132,8 @@ def test_the_probe_asks_for_values_that_came_before() -> None:
             for t in texts
         ]
     assert retrieval_loss(student, texts, [1]) == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-5)
+    few = probe_texts(tokenizer, pairs=16, positions=400)
+    assert all(len(t.answers) == 4 * 6 and t.ids.shape[1] <= 400 for t in few)
     assert retrieval_loss(student, texts, []) != pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-3)
 
 
@@ -201,6 +203,7 @@ def test_a_killed_conversion_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: An
         convert(make("llama"), out, attention_layers="auto:1")
     assert [p.name for p in out.iterdir()] == ["conversion"]
     monkeypatch.setattr(hf, "save_converted", save)
+    (out / "config.json").write_text("{}")  # a kill in the middle of writing leaves half a model
     with pytest.raises(FarspanError, match=r"other settings: lr=0.0003 .now 0.01"):
         convert(make("llama"), out, attention_layers="auto:1", lr=0.01)
     convert(make("llama"), out, attention_layers="auto:1")
@@ -233,6 +236,7 @@ def test_layers_that_stay() -> None:
         ("0,8", "names '8': it takes layers with full attention, which are 0, 1, 2, 4, 5, 7 here"),
         ([3], "names '3'"),
         ("one", "names 'one'"),
+        (3, "a list of layer numbers; got 3"),
         ([], "keeps 0 of 6 layers"),
         (can, "keeps 6 of 6 layers: keep at least one, and leave at least one"),
     ):
@@ -271,6 +275,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: Any) -> None:
         convert(make("llama", head_dim=32), out, attention_layers=[1])
     with pytest.raises(Unsupported, match="fewer than 2 of its layers have full attention"):
         convert(make("mistral"), out)
+    odd = make("llama")
+    odd.generation_config.temperature = 0.5
+    with pytest.raises(FarspanError, match=r"generation_config cannot be saved .*temperature"):
+        convert(odd, out)
     with farspan.patch(model, "dense"), pytest.raises(FarspanError, match=r"call remove.. on the patch"):
         convert(model, out)
 

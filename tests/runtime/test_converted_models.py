@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import farspan
 from farspan import FarspanError, Unsupported
 from farspan.attention.hybrid import Geometry, mixers, parse_mixer
 from farspan.attention.hybrid.mixer import Mixer
 from farspan.runtime import hf
+from farspan.runtime.hf.config import read_shape
 
 from . import toy_mixer  # noqa: F401  (registers the mixer)
-from .small_models import Feed, decode, logits, make, padded, prompt, snapshot
+from .small_models import COMMON, Feed, close, decode, logits, make, padded, prompt, snapshot
 
 SPEC = "toy:bound=0.5"
 # by architecture, the layers that are replaced: full attention, at least one of which stays
@@ -174,6 +176,43 @@ def test_without_farspan_a_folder_is_refused(tmp_path: Path) -> None:
     assert "layer_types" in second and "farspan_linear_attention" in second
 
 
+def tiny(family: str, **settings: Any) -> Any:
+    """A random model of a family that ``make`` does not know, with 4 layers."""
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, "num_hidden_layers": 4, **settings})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def test_layers_without_rope(tmp_path: Path) -> None:
+    """SmolLM3 has no RoPE in every fourth layer. There a mixer with an exact window that covers everything
+    is the attention, and not elsewhere; in place, under a patch, and reloaded."""
+    model, ids, spec = tiny("SmolLM3"), prompt(1, 30), "gated_linear:window=32"
+    info, want = hf.inspect_model(model), logits(model, ids)
+    made = {i: parse_mixer(spec, hf.geometry_of(info, i)) for i in (2, 3)}
+    for i, mixer in made.items():
+        mixer.initialise_from(hf.attention_weights(info, i))
+    hf.save_converted(info, made, spec, tmp_path)
+    assert close(logits(load(tmp_path), ids), want)
+    with farspan.patch(model, mixers=made):
+        assert close(logits(model, ids), want)
+
+
+def test_layer_types_under_another_name(tmp_path: Path) -> None:
+    """Nemotron-H saves them as layers_block_type."""
+    model = make("nemotron_h")
+    convert(model, (3,), tmp_path)
+    kinds = json.loads((tmp_path / "config.json").read_text())["layers_block_type"]
+    assert kinds == ["linear_attention", "full_attention", "mlp", "farspan_linear_attention"]
+    assert load(tmp_path).config.layers_block_type == model.config.layers_block_type
+
+
+def test_the_plan_counts_growth_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    """Sigmoid attention keeps keys and values as attention does, so nothing is saved."""
+    info = hf.inspect_model(make("llama"))
+    hf.save_converted(info, {1: parse_mixer("sigmoid", hf.geometry_of(info, 1))}, "sigmoid", tmp_path)
+    assert read_shape(tmp_path).mixer_kv == read_shape(tmp_path, "bfloat16").mixer_kv == 0
+
+
 def test_geometry_and_weights_of_attention() -> None:
     """A mixer that is plain causal attention by the weights computes what the model's attention does."""
     for name, index in (("phi3", 0), ("qwen3", 1), ("gemma3", 1), ("qwen2", 2)):
@@ -219,6 +258,14 @@ def test_what_cannot_be_converted() -> None:
     info = hf.inspect_model(make("olmo2"))
     with pytest.raises(Unsupported, match="its q_norm is not one over the numbers of a head"):
         hf.geometry_of(info, 0)
+    info = hf.inspect_model(make("gpt_oss"))  # cos and sin of half the numbers that are rotated
+    with pytest.raises(Unsupported, match=r"its sinks would be lost.*; its RoPE is not that of Llama"):
+        hf.geometry_of(info, 1)
+    for family in ("Cohere", "Glm"):  # neighbours are rotated
+        with pytest.raises(Unsupported, match="its RoPE is not that of Llama"):
+            hf.geometry_of(hf.inspect_model(tiny(family)), 0)
+    with pytest.raises(Unsupported, match="it applies RoPE only under a condition"):
+        hf.geometry_of(hf.inspect_model(tiny("Exaone4")), 3)
     info = hf.inspect_model(make("qwen3_next"))
     with pytest.raises(Unsupported, match="its q_proj has 128 outputs, not 4 heads of 16"):
         hf.geometry_of(info, 1)

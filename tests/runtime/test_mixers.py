@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import farspan
 from farspan import FarspanError, SpecError, Unsupported
+from farspan.attention.hybrid import Geometry, parse_mixer
 from farspan.attention.hybrid.mixer import Mixer, Rotary, State
 
 CHUNK = 16
@@ -323,3 +324,17 @@ def test_bad_input() -> None:
         fresh(1)
     with pytest.raises(FarspanError, match="holds the state of a mixer"):
         fresh(1)
+
+
+def test_rope_that_mixers_do_not_have() -> None:
+    """gpt-oss rotates by cos and sin of half the width; a mixer without RoPE may stand in its place."""
+    model = make("gpt_oss")
+    before = snapshot(model)
+    geometry = Geometry(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+    says = r"cannot put the mixer retention into layer 1 of GptOss.*: its RoPE is not that of Llama"
+    with pytest.raises(Unsupported, match=says):
+        farspan.patch(model, mixers={1: parse_mixer("retention", geometry)})
+    assert snapshot(model) == before
+    for spec in ("mamba2", "gated_linear:window=0"):
+        with farspan.patch(model, mixers={1: parse_mixer(spec, geometry)}):
+            assert logits(model, prompt()).isfinite().all()
