@@ -119,7 +119,7 @@ def _device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # a device without memory, such as meta, refuses this
     except (RuntimeError, AssertionError):
         raise FarspanError(
             f"--device {name} is not there: give cpu, or cuda on a machine with a GPU."

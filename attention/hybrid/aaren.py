@@ -114,6 +114,7 @@ class Aaren(Mixer):
         scores, values = self._scored(hidden)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
+            values = values.masked_fill(~mask[:, None, :, None], 0)  # whatever is there: 0 * NaN is NaN
         room = -hidden.shape[1] % _CHUNK
         scores = F.pad(scores, (0, room), value=-torch.inf).unflatten(2, (-1, _CHUNK))
         values = F.pad(values, (0, 0, 0, room)).unflatten(2, (-1, _CHUNK))

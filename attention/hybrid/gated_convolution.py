@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from .geometry import Geometry
 from .mixer import Mixer, Rotary, State, Transition
+from .tokens import Tokens, follow
 
 
 class GatedConvolution(Mixer):
@@ -30,7 +31,7 @@ class GatedConvolution(Mixer):
     def __init__(self, geometry: Geometry, *, length: int = 64) -> None:
         super().__init__()
         if length < 1:
-            raise SpecError(f"base_conv has a filter of at least 1 token; got length={length}.")
+            raise SpecError(f"base_conv has a filter of at least 1 token; got a length of {length}.")
         self.hidden_size, self.length = geometry.hidden_size, length
         self.halo = length - 1
         self.filter = nn.Parameter(torch.randn(self.hidden_size, length) / length**0.5)
@@ -54,25 +55,18 @@ class GatedConvolution(Mixer):
     ) -> tuple[Tensor, State]:
         """As ``Mixer.forward``. The convolution is a product of Fourier transforms in float32 or wider."""
         (before,) = state or self.initial_state(hidden.shape[0], hidden.device)
-        u, back = hidden, None
-        if mask is not None:  # padding goes behind the real tokens, which then follow the state directly
-            order = mask.logical_not().sort(dim=1, stable=True).indices
-            u, back = _rows(hidden, order).masked_fill(_after(mask), 0), order.argsort(1)
-        inputs = torch.cat([before.to(u), u], 1)  # [B, length - 1 + T, hidden]
+        tokens = Tokens(hidden, mask, None)
+        u = tokens.hidden
+        inputs, after = follow(before, u, tokens.count)  # [B, length - 1 + T, hidden]
         mixed = self._convolve(u if state is None else inputs, u.shape[1])
         out = (mixed + self.bias) * self.gate_proj(u) + u
-        kept = inputs[:, inputs.shape[1] - self.length + 1 :]
-        if mask is not None and back is not None:
-            out = _rows(out, back)
-            last = torch.arange(self.length - 1, device=u.device) + mask.sum(1, keepdim=True)
-            kept = _rows(inputs, last)
-        return out, (kept.to(before.dtype).clone(),)  # no view that would keep all inputs in memory
+        return tokens.place(out), (after,)
 
     def step(self, hidden: Tensor, state: State, rotary: Rotary | None = None) -> tuple[Tensor, State]:
-        inputs = torch.cat([state[0].to(hidden), hidden[:, None]], 1)  # [B, length, hidden]
+        inputs, after = follow(state[0], hidden[:, None], None)  # [B, length, hidden]
         mixed = torch.einsum("bth,ht->bh", inputs, self.filter.flip(1))
         out = (mixed + self.bias) * self.gate_proj(hidden) + hidden
-        return out, (inputs[:, 1:].to(state[0].dtype).clone(),)
+        return out, (after,)
 
     def transition(
         self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
@@ -90,17 +84,6 @@ class GatedConvolution(Mixer):
         size = _quick(max(x.shape[1], count + taps.shape[1] - 1))  # what wraps around meets none of the last
         filtered = torch.fft.rfft(taps, size).T * torch.fft.rfft(x.to(wide), size, dim=1)
         return torch.fft.irfft(filtered, size, dim=1)[:, x.shape[1] - count : x.shape[1]].to(x.dtype)
-
-
-def _after(mask: Tensor) -> Tensor:
-    """[B, T, 1] bool: the places behind the real tokens of each row, once these come first."""
-    places = torch.arange(mask.shape[1], device=mask.device)
-    return (places >= mask.sum(1, keepdim=True))[..., None]
-
-
-def _rows(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, S, hidden] at places [B, R] -> [B, R, hidden]."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _quick(size: int) -> int:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from ..errors import SpecError
 from .decay import Decay
 from .gated_norm import GatedNorm
-from .geometry import Geometry
+from .geometry import Geometry, whole
 from .scan_mixer import Local, Recurrence, ScanMixer
 from .short_convolution import ShortConvolution
 from .tokens import Tokens
@@ -40,13 +40,13 @@ class GatedDelta(ScanMixer):
     rotates = False
 
     def __init__(self, geometry: Geometry, *, expand_v: float = 1.0, conv: int = 4) -> None:
-        size = geometry.head_dim * expand_v
-        if size < 1 or size != int(size) or conv < 1:
+        size = whole(geometry.head_dim * expand_v)
+        if size is None or size < 1 or conv < 1:
             raise SpecError(
                 "gated_delta takes conv >= 1 and an expand_v whose product with head_dim "
                 f"{geometry.head_dim} is a whole number of at least 1; got conv={conv}, expand_v={expand_v}."
             )
-        super().__init__(geometry, value_dim=int(size))
+        super().__init__(geometry, value_dim=size)
         heads = geometry.num_kv_heads
         self.widths = [p.out_features for p in (self.q_proj, self.k_proj, self.v_proj)]
         self.conv = ShortConvolution(sum(self.widths), conv, bias=False)
@@ -68,7 +68,8 @@ class GatedDelta(ScanMixer):
             x.unflatten(2, (-1, size)).transpose(1, 2)
             for x, size in zip(joined.split(self.widths, 2), sizes, strict=True)
         )
-        q, k = normalize(q, dim=3), normalize(k, dim=3)
+        # in float32, as float16 rounds the least norm of ``normalize`` to 0: padding would have NaN gradients
+        q, k = (normalize(x.to(self.state_dtype), dim=3).to(x.dtype) for x in (q, k))
         beta = self.beta_proj(tokens.hidden).to(self.state_dtype).sigmoid().transpose(1, 2)
         g = self.decay(tokens.hidden, self.state_dtype)[1]
         return Recurrence(q, k, v, g, beta, self.key_dim**-0.5), (after,), ()

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from ..errors import SpecError
 from .feature_map import FeatureMap, Softmax
 from .gated_norm import GatedNorm
-from .geometry import Geometry
+from .geometry import Geometry, whole
 from .scan_mixer import Local, Recurrence, ScanMixer
 from .tokens import Tokens, follow
 from .window import window_attention
@@ -51,14 +51,14 @@ class GatedLinear(ScanMixer):
     def __init__(
         self, geometry: Geometry, *, window: int = 64, features: str = "learned", expand_k: float = 1.0
     ) -> None:
-        size = geometry.head_dim * expand_k
-        if window < 0 or features not in ("learned", "plain") or size < 1 or size != int(size):
+        size = whole(geometry.head_dim * expand_k)
+        if window < 0 or features not in ("learned", "plain") or size is None or size < 1:
             raise SpecError(
                 f"gated_linear takes window >= 0, features learned or plain, and an expand_k whose product "
-                f"with head_dim {geometry.head_dim} is a whole number; got window={window}, "
-                f"features={features!r}, expand_k={expand_k}."
+                f"with head_dim {geometry.head_dim} is a whole number; got "
+                f"gated_linear:window={window},features={features},expand_k={expand_k}."
             )
-        super().__init__(geometry, key_dim=int(size), value_dim=geometry.head_dim)
+        super().__init__(geometry, key_dim=size, value_dim=geometry.head_dim)
         self.window = self.halo = window
         self.rotates = window > 0
         if not window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..errors import SpecError
@@ -39,3 +40,8 @@ class Geometry:
     def softmax_scale(self) -> float:
         """The factor of the attention's scores."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+def whole(number: float) -> int | None:
+    """The number as an integer; None where it is not whole, not finite, or no number."""
+    return int(number) if math.isfinite(number) and number == int(number) else None

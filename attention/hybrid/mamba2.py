@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from .decay import Decay
 from .gated_norm import GatedNorm
-from .geometry import Geometry
+from .geometry import Geometry, whole
 from .scan_mixer import Local, Recurrence, ScanMixer
 from .short_convolution import ShortConvolution
 from .tokens import Tokens
@@ -46,8 +46,8 @@ class Mamba2(ScanMixer):
     def __init__(
         self, geometry: Geometry, *, expand: float = 0.0, headdim: int = 64, state: int = 128, conv: int = 4
     ) -> None:
-        inner = int(geometry.hidden_size * expand)
-        if expand < 0 or min(headdim, state, conv) < 1 or inner % headdim or (expand and not inner):
+        inner = whole(geometry.hidden_size * expand)
+        if inner is None or inner < 0 or min(headdim, state, conv) < 1 or inner % headdim:
             raise SpecError(
                 f"mamba2 takes headdim, state and conv of at least 1, and an expand whose product with "
                 f"hidden_size {geometry.hidden_size} is 0 or a multiple of headdim; got expand={expand}, "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from .gated_norm import GatedNorm
-from .geometry import Geometry
+from .geometry import Geometry, whole
 from .scan_mixer import Local, Recurrence, ScanMixer
 from .tokens import Tokens
 
@@ -33,13 +33,13 @@ class Retention(ScanMixer):
     from_geometry: ClassVar[bool] = True
 
     def __init__(self, geometry: Geometry, *, expand_v: float = 1.0) -> None:
-        size = geometry.head_dim * expand_v
-        if size < 1 or size != int(size):
+        size = whole(geometry.head_dim * expand_v)
+        if size is None or size < 1:
             raise SpecError(
                 f"retention takes an expand_v whose product with head_dim {geometry.head_dim} is a whole "
                 f"number of at least 1; got expand_v={expand_v}."
             )
-        super().__init__(geometry, value_dim=int(size))
+        super().__init__(geometry, value_dim=size)
         self.log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(geometry.num_heads)]
         self.norm = GatedNorm(self.hidden_size, geometry.num_heads, self.value_dim, eps=geometry.eps)
 

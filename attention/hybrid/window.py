@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+_SCORES = 1 << 25  # scores in memory at a time; more where one block has more
+
 
 def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor) -> Tensor:
     """Softmax attention over the last n keys, the query's own among them -> [B, H, T, Dv] in float32 or
@@ -35,8 +37,12 @@ def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, v
     seen = (place > query) & (place <= query + n)  # [block, n + block]
     begin = torch.arange(0, t + rest, block, device=q.device)[:, None]  # place of each block's first key
     there = (begin + place) >= n - valid[:, None, None]  # [B, blocks, n + block]
-    hidden = ~(seen & there[:, :, None])[:, None, :, None]  # [B, 1, blocks, 1, block, n + block]
-    scores = (q @ keys).unflatten(3, (-1, block)).masked_fill(hidden, -torch.inf)
-    out = scores.softmax(-1).flatten(3, 4) @ values.mT
-    out = out.unflatten(3, (-1, block)).transpose(2, 3)  # [B, Hkv, G, blocks, block, Dv]
+    step = max(1, _SCORES // (b * h * block * (n + block)))  # blocks that are computed side by side
+    outs = []
+    for parts in zip(*(x.split(step, 2) for x in (q, keys, values)), there.split(step, 1), strict=True):
+        of_q, of_keys, of_values, of_there = parts
+        hidden = ~(seen & of_there[:, :, None])[:, None, :, None]  # [B, 1, blocks, 1, block, n + block]
+        scores = (of_q @ of_keys).unflatten(3, (-1, block)).masked_fill(hidden, -torch.inf)
+        outs.append(scores.softmax(-1).flatten(3, 4) @ of_values.mT)
+    out = torch.cat(outs, 2).unflatten(3, (-1, block)).transpose(2, 3)  # [B, Hkv, G, blocks, block, Dv]
     return out.reshape(b, h, -1, out.shape[5])[:, :, :t]

@@ -139,10 +139,13 @@ def _parts(spec: str) -> list[str]:
 
 def _layer(spec: str, dim: int, heads: int, length: int, index: int) -> Layer:
     name, parameters = split_spec(spec)
-    if spec == ATTENTION:
+    if name == ATTENTION:
+        if ":" in spec:
+            raise FarspanError(f"{ATTENTION} takes no parameters; got {spec!r}.")
         return Attention(dim, heads)
     if name in mixers():
-        if "length" in inspect.signature(mixers()[name].__init__).parameters and "length=" not in parameters:
+        given = {piece.partition("=")[0].strip() for piece in parameters.split(",")}
+        if "length" in inspect.signature(mixers()[name].__init__).parameters.keys() - given:
             spec = f"{name}:" + ",".join(filter(None, (parameters, f"length={length}")))
         geometry = Geometry(hidden_size=dim, num_heads=heads, num_kv_heads=heads, head_dim=dim // heads)
         return Recurrent(parse_mixer(spec, geometry))

@@ -31,6 +31,9 @@ MQAR_ROW: dict[str, Any] = {
     "cpu_seconds": (int, float),
 }
 
+_LARGEST = 1 << 14  # numbers of a hidden state: larger models do not fit into memory
+_LONGEST = 1 << 20  # tokens of a sequence
+
 Advance = Callable[[str], None]
 
 
@@ -42,7 +45,8 @@ class Comparison:
     model is trained on all of them and tested on each, as in Based's comparison (2402.18668). all_rates:
     whether a sweep goes on after a rate that has solved every setting.
 
-    Raises FarspanError for an empty list, for rates that are not positive, and for what cannot be made.
+    Raises FarspanError for an empty list, for rates and seeds out of range, for sizes that are too large, and
+    for what cannot be made.
     """
 
     mixers: list[str]
@@ -60,8 +64,18 @@ class Comparison:
                 raise FarspanError(f"MQAR was given no {name}; give at least one.")
         if not all(0 < rate < 1 for rate in self.rates):
             raise FarspanError(f"Learning rates are above 0 and below 1; got {self.rates}.")
-        if min(self.seeds) < 0:
-            raise FarspanError(f"Seeds are at least 0; got {self.seeds}.")
+        if not all(0 <= seed < 1 << 31 for seed in self.seeds):
+            raise FarspanError(f"Seeds are at least 0 and below 2^31; got {self.seeds}.")
+        largest = max(self.dims)
+        if largest > _LARGEST or largest * self.training.vocabulary > 1 << 31:
+            raise FarspanError(
+                f"Models of {largest:,} numbers and {self.training.vocabulary:,} tokens are too large: give "
+                f"at most {_LARGEST:,} numbers, and at most 2^31 of numbers times tokens."
+            )
+        if max(self.settings).length > _LONGEST:
+            raise FarspanError(
+                f"Sequences are of at most {_LONGEST:,} tokens; got {max(self.settings).length:,}."
+            )
         for setting in self.settings:
             check(setting, self.training.vocabulary, self.training.filler)
         check_mixers(self.mixers, self.dims, self.training.heads, self.training.first)

@@ -81,6 +81,7 @@ def test_lists_of_mixers_and_hybrids() -> None:
     below, above = make_layers("attention", 8, 2, 24, first="base_conv:length=3")
     assert not below.attends and above.attends
     (own, _) = make_layers("base_conv", 8, 2, 24)
+    assert make_layers("base_conv:length = 5", 8, 2, 24)[0].mixer.length == 5
     assert own.state_bytes(24) == 4 * 23 * 8  # a filter of the sequence's length
 
 

@@ -79,5 +79,5 @@ def test_half_precision_is_near_and_a_length_of_0_is_refused(mixer: torch.nn.Mod
     low, state = mixer.bfloat16()(u.bfloat16())
     assert low.dtype == state[0].dtype == torch.bfloat16
     assert (low.double() - want).abs().max() <= 0.05 * want.abs().max()
-    with pytest.raises(SpecError, match="at least 1 token; got length=0"):
+    with pytest.raises(SpecError, match="at least 1 token; got a length of 0"):
         parse_mixer("base_conv:length=0", GEOMETRY)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from farspan import SpecError
-from farspan.attention.hybrid import Geometry, parse_mixer
+from farspan.attention.hybrid import Geometry, parse_mixer, window
+from farspan.attention.hybrid.window import window_attention
 
 from .tools import GEOMETRY, close, make, random, rotary
 
@@ -100,6 +101,15 @@ def test_within_the_window_it_is_the_attention() -> None:
     q, k = (y * cos + torch.cat([-y[..., 4:], y[..., :4]], 3) * sin for y in (q, k))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert close(mixer(x, None, None, rotary(30))[0], y.transpose(1, 2).flatten(2) @ w["o_proj.weight"].T)
+
+
+@torch.no_grad()
+def test_a_wide_window_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random(2, 4, 23, 8), random(2, 2, 28, 8, seed=1), random(2, 2, 28, 6, seed=2)
+    valid = torch.tensor([2, 5])
+    whole = window_attention(q, k, v, scale=0.3, valid=valid)
+    monkeypatch.setattr(window, "_SCORES", 2 * 4 * 5 * 10 * 2)  # two of the five blocks
+    assert close(window_attention(q, k, v, scale=0.3, valid=valid), whole)
 
 
 def test_from_attention_and_bad_parameters() -> None:

@@ -88,6 +88,18 @@ def test_padding(mixer: Mixer, mask: Tensor, cuts: tuple[int, ...]) -> None:
         assert close(got[i : i + 1, real], alone) and same(mixer, row(mixer, state, i), end)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_padding_may_hold_anything(mixer: Mixer, mask: Tensor, dtype: torch.dtype) -> None:
+    """NaN at padding reaches no other token and no state, and no gradient is NaN."""
+    mixer = mixer.to(dtype)
+    x, turn = random(6, T, 32).to(dtype), tuple(z.to(dtype) for z in rotary(T, mask))
+    want, end = mixer(x, None, mask, turn)
+    torch.where(mask[..., None], want, 0).float().square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in mixer.parameters() if p.grad is not None)
+    got, after = mixer(x.masked_fill(~mask[..., None], torch.nan), None, mask, turn)
+    assert torch.equal(got[mask], want[mask]) and equal(after, end)
+
+
 @torch.no_grad()
 def test_padding_in_the_middle_of_a_conversation(mixer: Mixer, mask: Tensor) -> None:
     """A call that begins with a state may have padding too."""
@@ -218,3 +230,22 @@ def test_bad_input(name: str) -> None:
         Geometry(hidden_size=32, num_heads=3, num_kv_heads=2, head_dim=8)
     with pytest.raises(SpecError, match="has no parameter 'nothing'"):
         parse_mixer(f"{name}:nothing=1", GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (None, "A mixer is a string such as"),
+        ("mamba2:expand=nan", "mamba2 takes headdim, state and conv"),
+        ("mamba2:expand=2.01", "mamba2 takes headdim, state and conv"),
+        ("mamba2:expand=1e300", "cannot be made"),
+        ("gated_delta:expand_v=inf", "gated_delta takes conv >= 1"),
+        ("gated_linear:expand_k=inf", "gated_linear takes window >= 0"),
+        ("gated_linear:window=1000000000000", "bytes of each sequence"),
+        ("retention:expand_v=nan", "retention takes an expand_v"),
+        ("base_conv:length=1000000000000000000000", "cannot be made"),
+    ],
+)
+def test_sizes_that_cannot_be(spec: str, sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        parse_mixer(spec, GEOMETRY)
