@@ -32,6 +32,7 @@ class LayerInfo:
     """What a method may know of the layer it will serve.
 
     hidden_size: numbers of a hidden state; num_layers: layers of the model; 0 where it is not known.
+    scale: the factor of q k^T in the layer's softmax; None: 1 / sqrt(head_dim).
     weights: the recipe's tensors for this layer, by name. over_weights: the same of the method that this one
     goes over. Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; the
     tensors of a recipe are the whole layer's.
@@ -47,6 +48,7 @@ class LayerInfo:
     over_weights: Mapping[str, Tensor] | None = None
     hidden_size: int = 0
     num_layers: int = 0
+    scale: float | None = None
 
     def checked(self, method: AttentionMethod) -> Mapping[str, Tensor]:
         """``weights``, with those that ``method.needs`` declares. Raises FarspanError where one is missing or

@@ -30,46 +30,17 @@ DECODE = (
 TASKS = "niah_single_2,niah_multiquery,fwe"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--prefill", default=PREFILL, help='specs with ";" between')
-    parser.add_argument("--decode", default=DECODE, help='specs with ";" between')
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--recipe", default="docs/results/recipe")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    model, tokenizer = farspan.load(args.model)
-    model.to(args.device)
-    pairs = [f"{a.strip()} + {b.strip()}" for a in args.prefill.split(";") for b in args.decode.split(";")]
-    found: dict[str, list[tuple[float, float, float]]] = {pair: [] for pair in pairs}
-    for task in args.tasks.split(","):
-        for sample in ruler.make_samples(tokenizer, task, args.length, args.samples, seed=1):
-            prompt = forward.collate([encode(tokenizer, sample)], tokenizer.pad_token_id, model.device)
-            gold = encode_gold(tokenizer, sample)
+Found = dict[str, list[tuple[float, float, float]]]  # by pair, of each prompt: loss, shares of keys read
 
-            def measure(
-                patched: Any, started: Any, prompt: Any = prompt, gold: list[int] = gold
-            ) -> tuple[float, float, float]:
-                [losses] = forward.teacher_forced(
-                    model, prompt, started.take(), [gold], pad=tokenizer.pad_token_id
-                )
-                decode = patched.report().summary["decode_density"]
-                return fmean(losses), started.summary["prefill_density"], decode
 
-            with Job(model, None) as job:
-                for pair, numbers in under_each(model, prompt, pairs, args.recipe, measure, job):
-                    found[pair].append(numbers)
-            print(f"{task}: {len(found[pairs[0]])} prompts", flush=True)
+def rows_of(found: Found, pairs: list[str]) -> list[dict[str, Any]]:
+    """A row for each pair, over the prompts so far."""
     base = [loss for loss, _, _ in found[pairs[0]]]
     rows = []
     for pair, numbers in found.items():
         prefill, decode = pair.split(" + ")
-        off = paired_interval([x[0] - y for x, y in zip(numbers, base, strict=True)])
+        differences = [x[0] - y for x, y in zip(numbers, base, strict=True)]
+        off = paired_interval(differences)
         assert off is not None
         rows.append(
             {
@@ -79,10 +50,59 @@ def main() -> None:
                 "±": off.high - off.mean if off.high is not None else float("nan"),
                 "prefill keys": fmean(x[1] for x in numbers),
                 "decode keys": fmean(x[2] for x in numbers),
+                "each ΔNLL": differences,
             }
         )
-    print(table(rows))
-    print("written to", save("pairs", rows, arguments=vars(args)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prefill", default=PREFILL, help='specs with ";" between')
+    parser.add_argument("--decode", default=DECODE, help='specs with ";" between')
+    parser.add_argument("--also", default="", help='further pairs "PREFILL + DECODE" with ";" between')
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--samples", type=int, default=2, help="of each task; the first of all come first")
+    parser.add_argument("--recipe", default="docs/results/recipe")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="pairs", help="of the file under benchmarks/results")
+    args = parser.parse_args()
+    model, tokenizer = farspan.load(args.model)
+    model.to(args.device)
+    pairs = [f"{a.strip()} + {b.strip()}" for a in args.prefill.split(";") for b in args.decode.split(";")]
+    pairs += [pair.strip() for pair in args.also.split(";") if pair.strip()]
+    found: Found = {pair: [] for pair in pairs}
+    samples = {
+        task: list(ruler.make_samples(tokenizer, task, args.length, args.samples, seed=1))
+        for task in args.tasks.split(",")
+    }
+    for number, task in ((i, task) for i in range(args.samples) for task in samples):
+        sample = samples[task][number]
+        prompt = forward.collate([encode(tokenizer, sample)], tokenizer.pad_token_id, model.device)
+        gold = encode_gold(tokenizer, sample)
+
+        def measure(
+            patched: Any, started: Any, prompt: Any = prompt, gold: list[int] = gold
+        ) -> tuple[float, float, float]:
+            [losses] = forward.teacher_forced(
+                model, prompt, started.take(), [gold], pad=tokenizer.pad_token_id
+            )
+            decode = patched.report().summary["decode_density"]
+            return fmean(losses), started.summary["prefill_density"], decode
+
+        with Job(model, None) as job:
+            for pair, numbers in under_each(model, prompt, pairs, args.recipe, measure, job):
+                found[pair].append(numbers)
+                said = f"{task} {number + 1}: {pair}: {numbers[0] - found[pairs[0]][-1][0]:+.4f}, read"
+                print(said, " and ".join(f"{x:.4f}" for x in numbers[1:]), flush=True)
+        rows = rows_of(found, pairs)
+        path = save(args.name, rows, arguments=vars(args))
+    print(table([{name: x for name, x in row.items() if name != "each ΔNLL"} for row in rows]))
+    print("written to", path)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ class Train:
     windows: Annotated[
         int | None, options.count("Windows of the text to use; more steps use them again [default: all].")
     ] = None
+    keep: Annotated[
+        int | None,
+        options.memory("Memory for what gates observe of windows that come again [default: 16G]."),
+    ] = None
     batch: Annotated[int, options.count("Windows of one step, over all processes.")] = 1
     lr: Annotated[
         float | None,

@@ -45,6 +45,7 @@ def train(
     tune: str | None = None,
     start: Recipe | str | Path | None = None,
     half: bool = False,
+    keep: int = 16 << 30,
     progress: Callable[[Step], None] | None = None,
     **tuning: Any,
 ) -> Recipe:
@@ -56,7 +57,8 @@ def train(
 
     steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many windows of
     the text are used, at most; steps beyond them use them again. The model then reads each once, for a
-    method that can keep what it has observed (``observes``), which makes many steps cheap. lr: 1e-3 for
+    method that can keep what it has observed (``observes``), which makes many steps cheap. keep: bytes of
+    memory for that; windows beyond them are read again at each step. lr: 1e-3 for
     gates, 1e-4 for LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and
     not trained on. save_every: steps between checkpoints; the same call goes on from the last one and
     ends at the same weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training
@@ -97,7 +99,7 @@ def train(
             torch.manual_seed(seed)
             objective = _objective(model, tokenizer, learns, begin, tune, tuning)
         if isinstance(objective, Distilled):
-            objective.keep = learns.observes and steps * batch > len(cut.train)
+            objective.keep = keep if learns.observes and steps * batch > len(cut.train) else 0
         try:
             settings = {
                 "spec": str(learns),

@@ -17,18 +17,20 @@ from ..sources import Source, Sources
 class BlockValues:
     """A summary with one key and one value of each block, side by side: 2 * D numbers.
 
-    Only finished blocks are summarised; the entry of an unfinished one is zero, and nothing reads it.
+    scale: the factor of the logits that weigh the values of a block; None: 1 / sqrt(D). Only finished blocks
+    are summarised; the entry of an unfinished one is zero, and nothing reads it.
     Subclasses have ``name`` and ``of_blocks``.
     """
 
     block: int
+    scale: float | None = None
     name: ClassVar[str]
     dtype: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys", "values", "queries"})
 
     @property
     def key(self) -> tuple:
-        return (self.name, self.block)
+        return (self.name, self.block, self.scale)
 
     def width(self, head_dim: int) -> int:
         return 2 * head_dim
@@ -52,7 +54,7 @@ class CoreTokens(BlockValues):
     name: ClassVar[str] = "core_tokens"
 
     def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        weights = attention_of(q[..., -1, :].mean(2), k)
+        weights = attention_of(q[..., -1, :].mean(2), k, self.scale)
         return weighted(weights, k), weighted(weights, v)
 
 
@@ -63,15 +65,15 @@ class Spans(BlockValues):
     name: ClassVar[str] = "spans"
 
     def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k.amax(3), weighted(attention_of(q.amax((2, 4)), k), v)
+        return k.amax(3), weighted(attention_of(q.amax((2, 4)), k, self.scale), v)
 
 
-def attention_of(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) in float32, or float64 of float64: q [B, Hkv, N, D], k [B, Hkv, N, block, D]
-    -> [B, Hkv, N, block]."""
+def attention_of(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """softmax(q k^T * scale) in float32, or float64 of float64: q [B, Hkv, N, D], k [B, Hkv, N, block, D]
+    -> [B, Hkv, N, block]. scale None: 1 / sqrt(D)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (k.to(wide) @ q.to(wide)[..., None])[..., 0]
-    return torch.softmax(logits * k.shape[-1] ** -0.5, -1)
+    return torch.softmax(logits * (k.shape[-1] ** -0.5 if scale is None else scale), -1)
 
 
 def weighted(weights: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..keys import Keys
-from ..method import AttentionMethod
+from ..method import AttentionMethod, LayerInfo
 from ..selection import Index, Summarised
 from ..summary import Summary
 from .block_values import Spans, read_entries
@@ -42,8 +42,8 @@ class Combiner(AttentionMethod):
 
     There are no weights: it runs on any model, and is meant to be trained. Its laws are its own: it is dense
     attention exactly while a row has no more than ``span`` tokens. Chunks of a prompt may be cut anywhere.
-    The scale 1 / sqrt(D) of a summary's softmax is the paper's. In a layer that attends with another scale or
-    a soft-cap (Granite, Gemma), summaries are pooled without them, and read with them.
+    In a layer that attends with another scale than 1 / sqrt(D) (Granite, Gemma), a summary's softmax has that
+    scale. A soft-cap is applied where summaries are read, and not where they are pooled.
 
     The cache keeps the summaries, the keys from the last open span on, and the queries of all heads of the
     last L + max(L, 32) tokens, where L is the size of the largest spans: ``span`` in the fixed form. A crop
@@ -60,6 +60,7 @@ class Combiner(AttentionMethod):
     span: int = 64
     largest: int = 1024
     count_correction: bool = False
+    scale: float | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, form=("fixed", "logsparse"), span=(1, None), largest=(1, None))
@@ -68,6 +69,9 @@ class Combiner(AttentionMethod):
                 f"combiner takes a largest span of at least span={self.span} tokens; got "
                 f"largest={self.largest}."
             )
+
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod:
+        return replace(self, scale=layer.scale)
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
@@ -81,7 +85,7 @@ class Combiner(AttentionMethod):
     def _spans(self) -> tuple[Spans, ...]:
         """By level, the summary of spans of 2^level blocks."""
         levels = (self.largest // self.span).bit_length() if self.form == "logsparse" else 1
-        return tuple(Spans(self.span << level) for level in range(levels))
+        return tuple(Spans(self.span << level, self.scale) for level in range(levels))
 
     def reads(self, queries: Queries) -> Cost:
         behind = (queries.seen - 1) // self.span

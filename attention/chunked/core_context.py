@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
 from ..keys import Keys
-from ..method import AttentionMethod
+from ..method import AttentionMethod, LayerInfo
 from ..selection import Index, Summarised
 from ..summary import Summary
 from .block_values import CoreTokens, read_entries
@@ -38,8 +38,8 @@ class CoreContext(AttentionMethod):
     The queries of the last g + max(g, 32) tokens are kept, too: a crop that opens an earlier group is
     refused.
 
-    The scale 1 / sqrt(D) of the core's softmax is the paper's. In a layer that attends with another scale or
-    a soft-cap (Granite, Gemma), the cores are pooled without them, and read with them.
+    In a layer that attends with another scale than 1 / sqrt(D) (Granite, Gemma), the core's softmax has that
+    scale. A soft-cap is applied where cores are read, and not where they are pooled.
     """
 
     name: ClassVar[str] = "core_context"
@@ -48,6 +48,7 @@ class CoreContext(AttentionMethod):
 
     g: int = 16
     s: int = 1024
+    scale: float | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, g=(1, None), s=(1, None))
@@ -57,9 +58,16 @@ class CoreContext(AttentionMethod):
                 f"got g={self.g}, s={self.s}."
             )
 
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod:
+        return replace(self, scale=layer.scale)
+
     @property
     def summaries(self) -> tuple[Summary, ...]:
-        return (CoreTokens(self.g),)
+        return (self._cores,)
+
+    @property
+    def _cores(self) -> CoreTokens:
+        return CoreTokens(self.g, self.scale)
 
     @property
     def keys_needed(self) -> int:
@@ -78,4 +86,4 @@ class CoreContext(AttentionMethod):
     def _select(self, keys: Keys) -> Index:
         if keys.longest() < self.s + self.g:
             return None
-        return Summarised(block=self.g, local=self.s, levels=(read_entries(keys, CoreTokens(self.g)),))
+        return Summarised(block=self.g, local=self.s, levels=(read_entries(keys, self._cores),))

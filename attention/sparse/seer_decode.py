@@ -65,11 +65,13 @@ class SeerDecode(AttentionMethod):
     threshold: float | None = None
     block: int = 64
     gate_dim: int = 32
+    dense_layers: int = 0
     recipe: str = ""
     gate: GroupGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), threshold=(0, 1.0), block=(1, None), gate_dim=(2, None))
+        require(self, dense_layers=(0, None))
         if self.k is None and self.threshold is None:
             raise SpecError("seer_decode takes a budget: k=TOKENS, threshold=, or both; got none.")
         if self.gate_dim % 2:
@@ -84,10 +86,14 @@ class SeerDecode(AttentionMethod):
         size = self.gate_dim if self.gate is None else self.gate.size
         return (CompressedKeys(self.block, size, self.gate),)
 
-    def for_layer(self, layer: LayerInfo) -> AttentionMethod:
+    def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
+        if layer.index < self.dense_layers:
+            return None
         return dataclasses.replace(self, gate=GroupGate.load(layer, layer.checked(self)))
 
-    def for_training(self, layer: LayerInfo) -> AttentionMethod:
+    def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
+        if layer.index < self.dense_layers:
+            return None
         return dataclasses.replace(self, gate=GroupGate.start(layer, self.gate_dim))
 
     def observed(self, q: Tensor, keys: Keys) -> State:

@@ -92,6 +92,7 @@ class ModelInfo:
         heads = config.num_attention_heads
         group = int(getattr(self.attention[index], "num_key_value_groups", 1))
         head_dim = getattr(self.attention[index], "head_dim", None) or config.hidden_size // heads
+        scale = getattr(self.attention[index], "scaling", None)
         return LayerInfo(
             index=index,
             num_heads=heads,
@@ -99,6 +100,7 @@ class ModelInfo:
             head_dim=int(head_dim),
             hidden_size=int(self.config.hidden_size),
             num_layers=len(self.kinds),
+            scale=None if scale is None else float(scale),
         )
 
     @cached_property

@@ -21,8 +21,6 @@ from ..patch import patch
 from ..recipe import Recipe
 from .sentence_ends import SentenceEnds
 
-_MOST = 16 << 30  # bytes of observations that are kept
-
 
 class Distilled:
     """The modules of ``method`` in all layers, trained by its ``distillation_loss`` (an ``Objective``).
@@ -32,9 +30,9 @@ class Distilled:
     that learn from the ends of sentences. start: a recipe whose weights training begins with, in place of new
     ones.
 
-    The attribute ``keep`` says whether what the layers observe of a window is kept in memory, up to 16 GiB,
-    so that the model runs once for each window, however many steps it serves. It is for a method that
-    ``observes``, where windows come again.
+    The attribute ``keep`` says how many bytes of what the layers observe of windows are kept in memory, so
+    that the model runs once for each of these windows, however many steps it serves; 0 keeps nothing. It is
+    for a method that ``observes``, where windows come again.
 
     Raises FarspanError for a method that is not trained.
     """
@@ -70,7 +68,7 @@ class Distilled:
         by_sentences = any(made.needs.sentence_ends for made in self._made.values())
         self._find_ends = SentenceEnds(tokenizer) if by_sentences else None
         self._ends: Tensor | None = None
-        self.keep, self._bytes = False, 0
+        self.keep, self._bytes = 0, 0
         self._kept: dict[bytes, dict[int, State]] = {}  # by the tokens of a window, what each layer observed
         self._on_layer: Callable[[int, Tensor, Keys], None] = lambda index, q, keys: None
         self._undo = [patch(model, "dense").remove]
@@ -124,9 +122,10 @@ class Distilled:
                 found[index] = {name: x.cpu() for name, x in seen.items()}
 
             self._run(ids, observe)
-            self._bytes += sum(x.nbytes for seen in found.values() for x in seen.values())
-            if self._bytes > _MOST:
+            size = sum(x.nbytes for seen in found.values() for x in seen.values())
+            if self._bytes + size > self.keep:
                 return found
+            self._bytes += size
             self._kept[key] = found
         return self._kept[key]
 

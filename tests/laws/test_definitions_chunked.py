@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from farspan.attention.sources import Supply
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 
 from . import naive_chunked as naive
-from .tools import HKV, D, Data, H, Stream, assert_same, decode_cuts
+from .tools import HKV, D, Data, H, Stream, assert_same, decode_cuts, layer_info
 
 G = H // HKV
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[int]]]] = {
@@ -122,6 +123,17 @@ def test_gradients(spec: str) -> None:
 def test_bad_parameters(spec: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         farspan.parse_method(spec)
+
+
+@pytest.mark.parametrize("spec", ["core_context:g=4,s=8", "combiner:span=8"])
+def test_summaries_are_pooled_with_the_scale_of_the_layer(spec: str) -> None:
+    """A scale of c does what 1 / sqrt(D) does to queries that are c * sqrt(D) times as large."""
+    data, scale, outs = Data.random(40), 0.7, []
+    for layer, q in ((scale, data.q), (None, data.q * scale * D**0.5)):
+        method = farspan.parse_method(spec).for_layer(dataclasses.replace(layer_info(), scale=layer))
+        source = LocalKeys(q, KV(data.k, data.v), Softmax(layer or data.scale))
+        outs.append(LayerCall(method, method)(source).part(q, D).out)
+    assert (outs[0] - outs[1]).abs().max() < 1e-10
 
 
 def test_a_summary_of_a_layer_of_other_sizes() -> None:

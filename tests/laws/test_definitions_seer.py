@@ -3,6 +3,7 @@ both layouts of a recipe, losses with their gradients, and the weights that trai
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -133,6 +134,13 @@ def test_seer_decode(settings: dict[str, Any], starts: list[int] | None) -> None
                     assert got == sorted(want), f"row {b}, KV head {head}, position {end - 1}"
                     left_out += end - first - len(want)
     assert left_out
+
+
+def test_layers_below_dense_layers_have_no_gate() -> None:
+    method, weights = SeerDecode(dense_layers=2), decode_weights(8)
+    for index, dense in ((1, True), (2, False)):
+        layer = dataclasses.replace(layer_info(weights), index=index)
+        assert (method.for_layer(layer) is None) == (method.for_training(layer) is None) == dense
 
 
 # --- training ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 import farspan
 from farspan.attention.selection import Window
+from farspan.runtime.hf import inspect_model
 
 NAMES = list(ARCHITECTURES)
 SELECTIVE = [name for name in NAMES if name not in ALL_SLIDING]
@@ -177,6 +178,11 @@ def test_a_layer_that_is_not_served_cannot_be_given_a_method():
         with pytest.raises(farspan.SpecError, match=why):
             farspan.patch(model, "dense", layers={index: "quest:k=16"})
         assert snapshot(model) == before
+
+
+def test_a_layer_is_described_with_the_scale_that_it_attends_with():
+    scales = {name: inspect_model(shared(name)).layer_info(1).scale for name in ("gemma2", "llama")}
+    assert scales == {"gemma2": 16**-0.5, "llama": shared("llama").config.head_dim ** -0.5}
 
 
 def test_layers_can_have_methods_of_their_own():

@@ -16,7 +16,6 @@ from torch import Tensor
 import farspan
 from farspan import FarspanError, Recipe
 from farspan.runtime.training import checkpoint
-from farspan.runtime.training.distilled import Distilled
 from farspan.runtime.training.windows import cut_windows
 
 from .pooled_gate import BLOCK, PooledGate
@@ -122,10 +121,7 @@ def test_what_a_window_shows_is_kept_for_later_steps(tmp_path: Path, monkeypatch
     monkeypatch.setattr(PooledGate, "observed", counted)
     kept = train(make("llama"), tmp_path / "kept", steps=9, windows=3, batch=2, held_out=1)
     assert len(observed) == 3 * (3 + 1 + 1)  # layers; windows, and the one held out before and after
-    monkeypatch.setattr(
-        Distilled, "keep", property(lambda self: False, lambda self, value: None), raising=False
-    )
-    anew = train(make("llama"), tmp_path / "anew", steps=9, windows=3, batch=2, held_out=1)
+    anew = train(make("llama"), tmp_path / "anew", steps=9, windows=3, batch=2, held_out=1, keep=1)
     assert len(observed) == 3 * (5 + 9 * 2 + 2)
     assert all(torch.equal(x, anew.tensors[name]) for name, x in kept.tensors.items())
 
