@@ -1,4 +1,4 @@
-# make demo | demo-32k | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long.
+# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long | results-mqar.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k test test-releases test-slow test-gpu bench results results-prefill results-long lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -60,6 +60,11 @@ demo-32k: $(VENV)/.evals ## one document of 16K on a model of 32K, unpatched bes
 	rm -rf $(DEMO_OUT)/32k
 	$(BIN)/farspan eval speed --model qwen2.5-coder-0.5b --needle --lengths $(DEMO_32K_LENGTH) --repeats 1 \
 		--new-tokens 32 --methods "$(DEMO_32K_PAIR)" --out $(DEMO_OUT)/32k
+
+# What kinds of sequence mixers can recall: two-layer models trained from scratch.
+demo-mqar: $(VENV)/.evals ## attention, a recurrence and a gated convolution on key-value recall (about 5 minutes on two cores)
+	$(BIN)/farspan eval mqar --mixers attention,mamba2,base_conv --settings 64x4,128x8,256x16 --lr 1e-2 --epochs 4 \
+		--out $(DEMO_OUT)/mqar
 
 # Two budgets each. Interrupt it as you like: the same command goes on where it stopped.
 RESULTS_OUT ?= docs/results
@@ -118,6 +123,18 @@ results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models
 	ruler "$(LONG_METHODS)" 16384 10
 	ruler "$(LONG_METHODS)" 32768 5
 	ruler "$(LONG_MORE)" 4096,8192 20
+
+# Every kind of mixer in two-layer models trained from scratch; then longer sequences with more pairs, and smaller models.
+MQAR_MIXERS ?= attention,mamba2,base_conv,mamba2+attention
+MQAR_MORE ?= $(MQAR_MIXERS),"mamba2:expand=1,state=4","mamba2:expand=1,state=16",retention,gated_delta,gated_linear:window=0,gated_linear:window=16,aaren,sigmoid,scout:mixer=none,$\
+	"dynamic_mask:w=32,local=8,add_bias=true","block_topk:k=64,block=8"
+
+results-mqar: $(VENV)/.evals ## MQAR of every kind of mixer (the first four within an hour of two cores, the rest many hours; resumes)
+	mqar() { $(BIN)/farspan eval mqar --mixers "$$1" --settings "$$2" --dim "$$3" --out "$$4"; }
+	mqar $(MQAR_MIXERS) 64x4,128x8,256x16 64 $(RESULTS_OUT)/mqar
+	mqar $(MQAR_MORE) 64x4,128x8,256x16 64 $(RESULTS_OUT)/mqar
+	mqar $(MQAR_MORE) 64x4,128x8,256x16 32,128 $(RESULTS_OUT)/mqar
+	mqar $(MQAR_MIXERS) 64x4,128x8,256x16,256x64,512x64 64 $(RESULTS_OUT)/mqar_hard
 
 bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into benchmarks/results/
 	$(BIN)/python -m benchmarks.decode_step

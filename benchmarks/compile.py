@@ -39,6 +39,7 @@ from farspan.attention.ops.flash import flash
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.ops.int4_scores import int4_block_max, int4_scores, quantise_int4
 from farspan.attention.ops.pool import pool, pool_segments
+from farspan.attention.ops.scan import scan
 from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.selection import BlockIndex, TokenIndex
@@ -121,6 +122,24 @@ def _pool(dtype: torch.dtype, d: int) -> None:
     pool_segments(x, torch.zeros(1, 9, dtype=torch.long), mode="length_normalised", impl="triton")
 
 
+def _scan(dtype: torch.dtype, d: int) -> None:
+    def tokens(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(1, *shape, dtype=kind, requires_grad=True)
+
+    q, k, v = (tokens(heads, 4096, d, kind=dtype) for heads in (2, 2, 8))
+    decay, beta, state = tokens(8, 4096), tokens(8, 4096), torch.randn(2, 8, d, d)
+    every: dict[str, Any] = {"mask": torch.ones(1, 4096, dtype=torch.bool), "state": state}
+    every["cu_seqlens"] = torch.tensor([0, 100, 4096])
+    for log_decay, more in (
+        (decay, {}),
+        (tokens(8, 4096, d), every),
+        (decay, {"beta": beta, **every}),
+        (None, {}),
+    ):
+        out, _ = scan(q, k, v, log_decay, impl="triton", **more)
+        out.sum().backward()
+
+
 def _scores(dtype: torch.dtype, d: int) -> None:
     for queries in (1, 16, 512):
         scores(*_qkv(dtype, d, queries, 1024)[:2], impl="triton")
@@ -143,6 +162,7 @@ CASES: dict[str, Callable[[torch.dtype, int], None]] = {
     "gather_decode": _gather_decode,
     "int4_scores": _int4_scores,
     "pool": _pool,
+    "scan": _scan,
     "scores": _scores,
     "select": _select,
 }

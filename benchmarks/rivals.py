@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,6 +77,14 @@ def _serves(
         except RuntimeError:
             return False
     return True
+
+
+def fla_is_there() -> bool:
+    """Whether flash-linear-attention is installed."""
+    found = importlib.util.find_spec("fla") is not None
+    if not found:
+        said.add("flash-linear-attention is not installed")
+    return found
 
 
 def flex_run(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> Callable[[], Any]:

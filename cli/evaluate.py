@@ -1,4 +1,5 @@
-"""`farspan eval`: ruler, needle, ppl and speed, each method beside the dense model in one run."""
+"""`farspan eval`: ruler, needle, ppl and speed, each method beside the dense model in one run; mqar stands in
+a file of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import typer
 from ..attention.errors import FarspanError
 from . import launch, options, output
 from .eval_options import Needle, Perplexity, Ruler, Speed
+from .mqar import mqar
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -20,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+app.command()(mqar)
 
 
 @app.command(cls=launch.SpreadCommand)

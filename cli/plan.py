@@ -235,7 +235,9 @@ def _simulate(job: Any, counts: list[int], out: Path | None, json: bool) -> None
 
     layer = next((x for x in job.model.layers if x.window is None), job.model.layers[0])
     per_rank = max(1, job.length // job.ranks)
-    rows = scaling(work(job, layer), sequence_device(job), counts, job.length, per_rank)
+    rows = scaling(
+        work(job, layer), sequence_device(job), counts, job.length, per_rank, in_order=job.model.in_order
+    )
     about = {
         "model": job.model.name,
         "device": dataclasses.asdict(sequence_device(job)),

@@ -50,7 +50,7 @@ def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
     """
     grid, lengths, depths = needle_grid(data, method)
     width = 2.6 + 0.75 * len(lengths)
-    figure = _figure(width, 1.8 + 0.42 * len(depths))
+    figure = new_figure(width, 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
@@ -76,7 +76,7 @@ def score_grid(data: Mapping[str, Any], path: Any) -> None:
     means = {(row["method"], "mean", row["length"]): row.get("score") for row in data["overall"]}
     columns = [*tasks, "mean"]
     height = len(lengths) * (1.6 + 0.3 * len(methods))
-    figure = _figure(4.5 + 0.7 * len(columns), height + 0.6)
+    figure = new_figure(4.5 + 0.7 * len(columns), height + 0.6)
     panels = figure.subplots(len(lengths), 1, squeeze=False)[:, 0]
     for axes, length in zip(panels, lengths, strict=True):
         found = [[(scores | means).get((method, task, length)) for task in columns] for method in methods]
@@ -108,7 +108,7 @@ def what_was_read(picture: LayerPicture, method: str, path: Any) -> None:
     tall = -(-count // wide)
     width = max(left + wide * (side + gap) - gap + right, 6.5)
     height = top + tall * (side + gap + 0.1) - gap - 0.1 + bottom
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.set_layout_engine("none")
 
     def place(x: float, y: float, across: float, up: float) -> Any:
@@ -184,7 +184,7 @@ def check_matplotlib() -> None:
         raise FarspanError("A picture needs matplotlib: pip install 'farspan[evals]'.")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure on the Agg canvas, made without pyplot: no display, no global state."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -12,7 +12,7 @@ from typing import Any
 
 from .shape import Shape, short
 
-GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repeats")
+GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repeats", "dims", "rates", "seeds")
 """Settings that may grow from session to session. They add rows, and do not change what earlier rows mean."""
 LABELS = ("model", "rope")
 """Names of what `identity` has by content. They are compared only if a folder has no identity yet."""

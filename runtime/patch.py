@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -157,14 +158,8 @@ def patch(
         by_prompt = any(pre.lookahead.is_prompt for pre, _ in chosen)
         chunking = Chunking(tokens=tokens, block_multiple=block_multiple, by_prompt=by_prompt)
     measured = rows_to_measure(measure_mass)
-    mesh = None if parallel is None else hf.join_ranks(model, info, parallel)
-    if mesh is not None and (alone := {x.mixer.name for x in mixed.values() if x.mixer.halo is None}):
-        mesh.close()
-        raise FarspanError(
-            f"mixers= has {', '.join(sorted(alone))} for a model over {mesh.size} ranks, and such a mixer "
-            "defines no transition of a shard (halo is None): use another mixer, or patch without parallel "
-            "in one process."
-        )
+    stateful = {i: one.mixer for i, one in mixed.items()} | hf.mixers_of(info.decoder)
+    mesh = None if parallel is None else hf.join_ranks(model, info, parallel, stateful)
     if mesh is not None and measured:
         mesh.close()
         raise FarspanError(
@@ -195,7 +190,8 @@ def patch(
     for index, layer in bound.items():
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
-    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed)
+    continues = partial(hf.continues_exactly, info)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues)
     if adapters is not None:
         undo += adapters.put_on(merge)
     if mesh is not None:

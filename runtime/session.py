@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
 from ..attention.errors import FarspanError
+from ..parallel.group.comm import Ranks
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore
@@ -127,6 +129,23 @@ class Session(threading.local):
                 f"{[batch, length]}: pass a mask with one entry for every token, including cached tokens."
             )
         return self._paddings[id(mask)][1]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of a patch that has some."""
+        assert self.mesh is not None
+        return self.mesh.ranks
+
+    def token_mask(self, call: Call, hidden: Tensor) -> Tensor | None:
+        """For a call over ranks: [B, T] bool for all tokens of the call, False at padding; None where no
+        token is padding. hidden [B, any, any]: hidden states, for the batch and the device."""
+        ends = self.ends_below(call.total)
+        begun = call.starts is None or max(call.starts) <= call.past
+        if begun and ends is None:
+            return None
+        at = torch.arange(call.past, call.total, device=hidden.device).expand(hidden.shape[0], -1)
+        real = torch.ones_like(at, dtype=torch.bool) if call.start is None else at >= call.start[:, None]
+        return real if ends is None else real & (at < torch.tensor(ends, device=at.device)[:, None])
 
     @contextmanager
     def part_of(self, positions: Tensor) -> Iterator[None]:

@@ -28,7 +28,9 @@ SHIMS = (
     "runtime/hf/transformers_private.py",
     "evals/private_apis.py",
 )
-CHECKED_BY_WHAT_IT_DOES = {  # by a test below
+CHECKED_BY_WHAT_IT_DOES = {
+    "__code__",
+    "__globals__",  # by a test below
     "_attn_implementation_internal",
     "_non_persistent_buffers_set",
     "_hf_hook",
@@ -62,6 +64,7 @@ USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[2], "transformers.masking_utils.causal_mask_function", None, ()),
     (SHIMS[2], "transformers.masking_utils.sliding_window_overlay", 1, ()),
     (SHIMS[2], "transformers.masking_utils.find_packed_sequence_indices", 1, ()),
+    (SHIMS[2], "transformers.models.qwen3_next.modeling_qwen3_next.apply_mask_to_padding_states", 2, ()),
 ]
 
 
@@ -201,6 +204,21 @@ def test_the_cache_says_which_layers_it_makes():
     transformers_private.replicate_layer(cache, Other)
     cache.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), 0)
     assert type(cache.layers[0]) is Other
+
+
+def test_the_names_of_scans_in_the_files_of_hybrid_models():
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    release = f"transformers {version('transformers')}"
+    for layer, name in (
+        (FalconH1Mixer, "mamba2_chunk_scan"),
+        (Qwen3NextGatedDeltaNet, "torch_chunk_gated_delta_rule"),
+    ):
+        assert transformers_private.global_of(layer.forward, name) is not None, f"not so in {release}"
+        other = transformers_private.with_globals(layer.forward, {name: 3})
+        assert other.__globals__[name] == 3 and layer.forward is not other
+        assert transformers_private.global_of(layer.forward, name) != 3
 
 
 def test_saved_buffers_and_hooks_are_told_apart():

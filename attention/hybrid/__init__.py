@@ -2,6 +2,7 @@
 registers them."""
 
 from .aaren import Aaren as Aaren
+from .gated_convolution import GatedConvolution as GatedConvolution
 from .gated_delta import GatedDelta as GatedDelta
 from .gated_linear import GatedLinear as GatedLinear
 from .geometry import Geometry as Geometry

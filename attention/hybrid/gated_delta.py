@@ -27,8 +27,8 @@ class GatedDelta(ScanMixer):
     16] and softplus(dt_bias) log-uniform in [0.001, 0.1] at first; a norm of each head; no RoPE. β, g and the
     state are of a KV head, as keys and values are, and are shared by its query heads.
 
-    expand_v: numbers of a value per head_dim (the paper: 2). From attention, with expand_v = 1, the
-    convolution begins without effect, gates at 1 and heads as large as their values.
+    expand_v: numbers of a value per head_dim (the paper: 2). From attention the convolution begins without
+    effect, gates at 1, and outputs small.
 
     Raises SpecError for an expand_v that leaves no whole number and for a conv below 1.
     """
@@ -37,6 +37,7 @@ class GatedDelta(ScanMixer):
     title: ClassVar[str] = "Gated DeltaNet"
     paper: ClassVar[str] = "2412.06464"
     from_geometry: ClassVar[bool] = True
+    rotates = False
 
     def __init__(self, geometry: Geometry, *, expand_v: float = 1.0, conv: int = 4) -> None:
         size = geometry.head_dim * expand_v
@@ -78,5 +79,4 @@ class GatedDelta(ScanMixer):
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
         super().initialise_from(weights)
         self.conv.pass_through()
-        if self.value_dim == self.geometry.head_dim:
-            self.norm.begin_as_norm(self.value_size())
+        self.norm.begin_as_norm(self.first_sizes())

@@ -33,12 +33,12 @@ class GatedLinear(ScanMixer):
     begins anew at every w tokens and it has no decay; here the window slides, and g = logsigmoid(W x + b) /
     16 of each KV head begins with hardly any decay. features: "learned" for φ with weights, about head_dim
     numbers, or "plain" for φ = softmax. S and z are of a KV head, as keys and values are. Up to w tokens a
-    converted layer is the attention that it replaces.
+    converted layer is the attention that it replaces, but for a soft-cap of its scores.
 
     window = 0: gated linear attention as published (2312.06635), S_i = diag(exp(g_i)) S_(i-1) + k_i v_i^T,
     out = RMSNorm(q^T S / sqrt(d)) ⊙ SiLU(G x), where g = logsigmoid(W_2 W_1 x + b) / 16 of each channel is
     of rank 16; no RoPE, no φ. expand_k: numbers of a key per head_dim (the paper: 0.5). From attention it
-    begins without gates, with heads as large as their values.
+    begins without gates, and with small outputs.
 
     Raises SpecError for a window below 0, other features, and an expand_k that leaves no whole number.
     """
@@ -60,6 +60,7 @@ class GatedLinear(ScanMixer):
             )
         super().__init__(geometry, key_dim=int(size), value_dim=geometry.head_dim)
         self.window = self.halo = window
+        self.rotates = window > 0
         if not window:
             rank = nn.Linear(self.hidden_size, 16, bias=False)
             channels = nn.Linear(16, geometry.num_kv_heads * self.key_dim)
@@ -119,5 +120,5 @@ class GatedLinear(ScanMixer):
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
         super().initialise_from(weights)
         if not self.window:
-            self.norm.begin_as_norm(self.value_size())
+            self.norm.begin_as_norm(self.first_sizes())
             nn.init.constant_(self.get_parameter("gate_proj.1.bias"), _REMEMBER)

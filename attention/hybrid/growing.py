@@ -49,10 +49,27 @@ class Growing:
         """The entries [B, n', *shape] after a call. new: [B, T, *shape], what each token of the call would
         leave; those that ``every`` passes over are dropped. ``entries`` is not written to."""
         keep = at.real & (at.position % self.every == self.every - 1)
+        return self._put(entries, new, keep, at.position // self.every)
+
+    def own(self, new: Tensor, at: Places) -> Tensor:
+        """The entries [B, n, *shape] that a call alone has made, each row's first one in front."""
+        before = (at.end - at.real.sum(1)) // self.every * self.every
+        at = at._replace(position=at.position - before[:, None])
+        return self.append(new.new_zeros(len(new), 0, *self.shape, dtype=self.dtype), new, at)
+
+    def join(self, entries: Tensor, own: Tensor, tokens: Tensor, end: Tensor) -> Tensor:
+        """The entries of rows of ``tokens`` [B] tokens, followed by those that a call has made (``own``),
+        with which a row has ``end`` [B] tokens."""
+        before, index = tokens // self.every, torch.arange(own.shape[1], device=own.device)
+        keep = index < (end // self.every - before)[:, None]
+        return self._put(entries, own, keep, before[:, None] + index)
+
+    def _put(self, entries: Tensor, new: Tensor, keep: Tensor, slots: Tensor) -> Tensor:
+        """``entries`` [B, n', *shape] with new [B, m, *shape] at ``slots`` [B, m], where ``keep`` [B, m]."""
         rows, columns = keep.nonzero(as_tuple=True)
         if len(rows) == 0:
             return entries
-        slots = at.position[rows, columns] // self.every
+        slots = slots[rows, columns]
         more = max(0, int(slots.max()) + 1 - entries.shape[1])
         room = entries.new_zeros(len(entries), more, *self.shape)
         return torch.cat([entries, room], 1).index_put_((rows, slots), new[rows, columns].to(entries.dtype))

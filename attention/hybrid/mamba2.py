@@ -28,7 +28,7 @@ class Mamba2(ScanMixer):
     In the place of attention (the default) it has the form of MambaInLlama (2408.15237): x is v_proj, B
     k_proj, C q_proj and O o_proj. There are as many heads as query heads, each with its own C and with the B
     and x of its KV head, states of head_dim x head_dim, and a norm of each head. From attention the
-    convolution begins without effect, gates at 1 and heads as large as their values; the rest is new.
+    convolution begins without effect, gates at 1, and outputs small; the rest is new.
 
     expand > 0: the published form instead, expand * hidden_size numbers of x in heads of ``headdim``, and one
     B and C of ``state`` numbers for all heads. The heads of the attention do not matter, and none of its
@@ -41,6 +41,7 @@ class Mamba2(ScanMixer):
     title: ClassVar[str] = "Mamba-2"
     paper: ClassVar[str] = "2405.21060"
     from_geometry: ClassVar[bool] = True
+    rotates = False
 
     def __init__(
         self, geometry: Geometry, *, expand: float = 0.0, headdim: int = 64, state: int = 128, conv: int = 4
@@ -108,4 +109,4 @@ class Mamba2(ScanMixer):
         if not self.published:
             super().initialise_from(weights)
             self.conv.pass_through()
-            self.norm.begin_as_norm(self.value_size())
+            self.norm.begin_as_norm(self.first_sizes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -141,6 +141,13 @@ class Mixer(nn.Module):
                 if name in own and own[name].shape == x.shape:
                     own[name].copy_(x)
 
+    @property
+    def inner(self) -> Mixer | None:
+        """A mixer whose outputs this one is computed from, and whose state stands first in that of this one;
+        None by default. Over ranks, ``transition`` is called with the right state of the inner mixer, and
+        returns nothing for it."""
+        return None
+
     def skip(self, state: State, tokens: Tensor) -> State:
         """The state with ``tokens`` [B] int64 more tokens in its counts. By default the state, for a mixer
         that counts no tokens."""
@@ -156,6 +163,18 @@ class Mixer(nn.Module):
         other parts are unknown and must not be used.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no transition of a shard.")
+
+    def shard(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> tuple[Transition, Callable[[State], Tensor]]:
+        """The ``transition`` of a shard, and a function that returns its outputs [B, T, hidden] by the state
+        before it, right in all its parts. By default the function runs ``forward``; a mixer may define both
+        together, so that what they share is computed once."""
+
+        def outputs(before: State) -> Tensor:
+            return type(self).forward(self, hidden, before, mask, rotary)[0]
+
+        return self.transition(hidden, state, mask, rotary), outputs
 
     def advance(self, state: State, transition: Transition) -> State:
         """The state after a shard, by its ``transition`` and the state before it. Local parts and counts are

@@ -34,8 +34,10 @@ class Projected(Mixer):
     ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``q_norm`` and ``k_norm``.
 
     key_dim: numbers of a query or a key, value_dim: of a value; both are ``head_dim`` by default. Projections
-    of another size begin anew in a conversion.
+    of another size begin anew in a conversion. rotates: whether queries and keys get RoPE.
     """
+
+    rotates: bool = True
 
     def __init__(
         self, geometry: Geometry, *, key_dim: int | None = None, value_dim: int | None = None

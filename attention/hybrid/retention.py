@@ -21,8 +21,8 @@ class Retention(ScanMixer):
 
     γ = 1 - 2^(-5-h) of query head h; q and k behind RoPE; a norm of each head; no normaliser of the sum. Keys
     and values of a KV head are shared by its query heads, states are not, because the decays differ.
-    expand_v: numbers of a value per head_dim (the paper: 2). From attention, with expand_v = 1, it begins
-    without gates, and heads are as large as their values.
+    expand_v: numbers of a value per head_dim (the paper: 2). From attention it begins without gates, and with
+    small outputs.
 
     Raises SpecError for an expand_v that leaves no whole number.
     """
@@ -59,5 +59,4 @@ class Retention(ScanMixer):
 
     def initialise_from(self, weights: Mapping[str, Tensor]) -> None:
         super().initialise_from(weights)
-        if self.value_dim == self.geometry.head_dim:
-            self.norm.begin_as_norm(self.value_size())
+        self.norm.begin_as_norm(self.first_sizes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -81,20 +82,31 @@ class ScanMixer(Projected):
     def transition(
         self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
     ) -> Transition:
+        return self.shard(hidden, state, mask, rotary)[0]
+
+    def shard(
+        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> tuple[Transition, Callable[[State], Tensor]]:
         tokens = Tokens(hidden, mask, rotary)
-        x, after, _ = self.inputs(tokens, state[1:])
-        return (*scan_transition(x.k, x.v, x.log_decay, beta=x.beta, mask=tokens.real), *after)
+        x, after, kept = self.inputs(tokens, state[1:])
+
+        def outputs(before: State) -> Tensor:
+            return tokens.place(self.outputs(run(x, before[0], tokens.real)[0], tokens, kept))
+
+        change = scan_transition(x.k, x.v, x.log_decay, beta=x.beta, mask=tokens.real)
+        return (*change, *after), outputs
 
     def advance(self, state: State, transition: Transition) -> State:
         change, own, *local = transition
         return (scan_advance(state[0], change, own), *local)
 
-    def value_size(self) -> Tensor:
-        """[H]: root mean squares of the values of each head's KV head, for hidden states that are white with
-        a mean square of 1."""
+    def first_sizes(self) -> Tensor:
+        """[H]: the root mean squares with which normalised heads begin in the place of attention: a fiftieth
+        of those of their values for white hidden states. What an untrained scan adds is noise, and heads as
+        large as values raise the loss far above that of the model without the layer."""
         g = self.geometry
         size = self.v_proj.weight.detach().unflatten(0, (g.num_kv_heads, -1)).square().sum(2).mean(1).sqrt()
-        return size.repeat_interleave(g.num_heads // g.num_kv_heads)
+        return size.repeat_interleave(g.num_heads // g.num_kv_heads) / 50
 
 
 def run(x: Recurrence, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

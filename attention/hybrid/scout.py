@@ -14,15 +14,15 @@ from ..ops import kernel
 from ..partial import Partial, merge
 from ..softmax import Softmax
 from .geometry import Geometry
-from .growing import Growing, places
-from .mixer import Rotary, State
-from .projections import Projected
+from .growing import places
+from .kept_keys import KeepsKeys
+from .mixer import Mixer, Rotary, State
 from .registry import parse_mixer
 
 _ROWS = 512  # queries whose mask is in memory at a time
 
 
-class Scout(Projected):
+class Scout(KeepsKeys):
     """A linear mixer m, then attention over checkpoints (arXiv 2509.00935): tokens 9, 19, 29, ... of a row,
     counted from its first token, not from its padding. A query reads the checkpoints strictly before it and
     itself in one softmax; a query that is a checkpoint reads itself once. Keys are rotated at the tokens'
@@ -57,6 +57,7 @@ class Scout(Projected):
             mixer = mixer[1:-1]
         self.mixer = None if mixer is None else parse_mixer(mixer, geometry)
         self.norm = nn.Identity() if mixer is None else nn.RMSNorm(geometry.hidden_size, geometry.eps)
+        self.halo = 0 if self.mixer is None or self.mixer.halo is not None else None
         if self.mixer is not None and self.mixer.growing:
             raise SpecError(
                 f"scout takes a mixer whose state has a constant size; the state of {mixer} grows: take "
@@ -72,8 +73,8 @@ class Scout(Projected):
         return super().state_dtype if self.mixer is None else self.mixer.state_dtype
 
     @property
-    def growing(self) -> tuple[Growing, ...]:
-        return (Growing(shape=self.key_shape, dtype=self.k_proj.weight.dtype, every=self.every),) * 2
+    def inner(self) -> Mixer | None:
+        return self.mixer
 
     def initial_state(self, batch: int, device: torch.device) -> State:
         own = super().initial_state(batch, device)
@@ -109,6 +110,12 @@ class Scout(Projected):
         out = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2).to(hidden.dtype))
         return mixed + out if self.mixer else out, (*after, keys, values, at.end)
 
+    def keys_of(
+        self, hidden: Tensor, state: State, mask: Tensor | None, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor]:
+        mixed, _ = self._mix(hidden, state[:-3], mask, rotary)
+        return self.project(self.norm(hidden + mixed) if self.mixer else hidden, rotary)[1:]
+
     def _mix(
         self, hidden: Tensor, state: State, mask: Tensor | None, rotary: Rotary | None
     ) -> tuple[Tensor, State]:
@@ -125,8 +132,10 @@ class Scout(Projected):
         the same tokens [B, Hkv, T, D], position [B, T] -> [B, H, T, D]."""
         h, hkv, t = q.shape[1], k.shape[1], q.shape[2]
         group, scale = h // hkv, self.geometry.softmax_scale
-        made_by = torch.arange(stored.length, device=q.device) * self.every + self.every - 1
-        seen = (made_by < position[..., None]).repeat(1, group, 1)[:, None]  # [B, 1, G * T, n]
+        read = position // self.every  # how many checkpoints are before the query
+        stored = stored[:, :, : max(0, int(read.max()))]
+        seen = torch.arange(stored.length, device=q.device) < read[..., None]
+        seen = seen.repeat(1, group, 1)[:, None]  # [B, 1, G * T, n]
         past = kernel.attend(kernel.fold_groups(q, hkv), stored, Softmax(scale), mask=seen, wide=True)
         past = kernel.unfold_groups(past, h, t)
         k, v = (x.to(past.out.dtype).repeat_interleave(group, 1) for x in (k, v))

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
+from ..ops.kernel import fold_groups
 from .geometry import Geometry
-from .growing import Growing, places
+from .growing import places
+from .kept_keys import KeepsKeys
 from .mixer import Rotary, State
-from .projections import Projected
 
 _ROWS = 256  # queries whose weights are in memory at a time
 
 
-class Sigmoid(Projected):
+class Sigmoid(KeepsKeys):
     """out_t = W_o sum_{j <= t} sigmoid(scale * q_t . k_j + b) v_j with b = -ln(length) (arXiv 2409.04431).
 
     A key's weight does not depend on the other keys, so sums over disjoint sets of keys are added as they
@@ -52,10 +53,6 @@ class Sigmoid(Projected):
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ()
 
-    @property
-    def growing(self) -> tuple[Growing, ...]:
-        return (Growing(shape=self.key_shape, dtype=self.k_proj.weight.dtype),) * 2
-
     def forward(
         self,
         hidden: Tensor,
@@ -68,21 +65,40 @@ class Sigmoid(Projected):
         q, k, v = self.project(hidden, rotary)
         part, _ = self.growing
         keys, values = part.append(keys, k, at), part.append(values, v, at)
-        entry = torch.arange(keys.shape[1], device=keys.device)
-        scale = self.geometry.softmax_scale
+        k, v = (x.transpose(1, 2) for x in (keys, values))  # [B, Hkv, n, D]
         outs = [
-            sigmoid_sum(rows, keys, values, entry <= position[..., None], scale=scale, bias=self.bias)
-            for rows, position in zip(q.split(_ROWS, 1), at.position.split(_ROWS, 1), strict=True)
+            self._attend(rows, k, v, position)
+            for rows, position in zip(
+                q.transpose(1, 2).split(_ROWS, 2), at.position.split(_ROWS, 1), strict=True
+            )
         ]
-        out = self.o_proj(torch.cat(outs, 1).flatten(2).to(hidden.dtype))
+        out = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2).to(hidden.dtype))
         return out if self.norm is None else self.norm(out), (keys, values, at.end)
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """q [B, H, T, D] at position [B, T] over keys and values [B, Hkv, n, D]: the sum over the keys that
+        every query reads, which needs no mask, and that over the others up to the last query."""
+        first, last = (int(x) + 1 for x in position.aminmax())
+        scale = self.geometry.softmax_scale
+        out = sigmoid_sum(q, k[:, :, :first], v[:, :, :first], scale=scale, bias=self.bias)
+        if first == last:
+            return out
+        keep = torch.arange(first, last, device=q.device) <= position[..., None]
+        k, v = k[:, :, first:last], v[:, :, first:last]
+        return out + sigmoid_sum(q, k, v, keep, scale=scale, bias=self.bias)
 
-def sigmoid_sum(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float, bias: float) -> Tensor:
-    """Sums of values weighed by sigmoids: q [B, T, H, D], k, v [B, n, Hkv, D], keep [B, T, n] bool -> [B, T,
-    H, D] in float32, or float64 for float64 inputs. Query heads h // (H / Hkv) share a KV head."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = q.to(wide).unflatten(2, (k.shape[2], -1))  # [B, T, Hkv, G, D]
-    logits = torch.einsum("bthgd,bnhd->bhgtn", rows, k.to(wide)) * scale + bias
-    weights = logits.masked_fill(~keep[:, None, None], -torch.inf).sigmoid()
-    return torch.einsum("bhgtn,bnhd->bthgd", weights, v.to(wide)).flatten(2, 3)
+
+def sigmoid_sum(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, *, scale: float, bias: float
+) -> Tensor:
+    """Sums of values weighed by sigmoids: q [B, H, T, D], k, v [B, Hkv, n, D] -> [B, H, T, D] in float32, or
+    float64 for float64 inputs. keep: [B, T, n] bool, False where a query does not read a key; None where each
+    reads all."""
+    wide, (b, h, t, d), hkv = torch.promote_types(q.dtype, torch.float32), q.shape, k.shape[1]
+    rows, keys, values = (x.to(wide) for x in (fold_groups(q, hkv), k, v))
+    rows, keys, values = (x.flatten(0, 1) for x in (rows, keys, values))  # [B * Hkv, G * T or n, D]
+    logits = torch.baddbmm(rows.new_full((1, 1, 1), bias), rows, keys.mT, alpha=scale)
+    if keep is not None:
+        hidden = ~keep[:, None, None].expand(b, hkv, h // hkv, t, -1).reshape(logits.shape)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return torch.bmm(logits.sigmoid(), values).view(b, h, t, d)

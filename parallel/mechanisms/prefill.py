@@ -92,6 +92,7 @@ def _auto_choice(local: LocalCall) -> Choice:
         past_rows=max(past.count(rank) for rank in range(past.size)),
         ulysses=mesh.ulysses.size if mesh.ulysses is not None else None,
         batch=local.q.shape[0],
+        in_order=len(local.split.chunks[0]) == 1,
     )
     return _cached_choice(local.geometry, call, local.call.memory)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from .layout import zigzag
+from .layout import contiguous, zigzag
 
 MECHANISMS = ("gather", "ring", "ulysses", "usp", "pass_q")
 LSE_SIZE = 4  # bytes of a partial's log-sum-exp
@@ -62,7 +62,8 @@ class PrefillCall:
     that each rank contributes, those of the fullest rank; None: past / ranks, rounded up. ulysses: U of ranks
     = U
     * R, such as the ranks of one node; None: there is no such grid. block_multiple: of the split. batch: rows
-    of the batch.
+    of the batch. in_order: each rank has one contiguous shard, because a layer passes a state along the
+    sequence; otherwise two chunks of a zigzag.
     """
 
     ranks: int
@@ -72,11 +73,12 @@ class PrefillCall:
     ulysses: int | None = None
     block_multiple: int = 1
     batch: int = 1
+    in_order: bool = False
 
     @property
     def rows(self) -> int:
         """Tokens that each rank computes, with split padding."""
-        return padded(self.new, self.ranks, self.block_multiple) // self.ranks
+        return padded(self.new, self.ranks, self.block_multiple, self.in_order) // self.ranks
 
     @property
     def stored(self) -> int:
@@ -101,9 +103,10 @@ class Choice:
 
 
 @lru_cache(4096)
-def padded(tokens: int, ranks: int, block_multiple: int = 1) -> int:
+def padded(tokens: int, ranks: int, block_multiple: int = 1, in_order: bool = False) -> int:
     """Tokens that all ranks compute, with split padding: ``Split.rows`` times the number of ranks."""
-    return zigzag(0, tokens, ranks, block_multiple).rows * ranks
+    split = contiguous if in_order else zigzag
+    return split(0, tokens, ranks, block_multiple).rows * ranks
 
 
 def refusals(geometry: Geometry, ranks: int, past: int = 0, ulysses: int | None = None) -> dict[str, str]:
@@ -195,12 +198,12 @@ def decode_volume(geometry: Geometry, ranks: int, tokens: int = 1, batch: int = 
 def window_volume(geometry: Geometry, call: PrefillCall, window: int) -> int:
     """Bytes that a rank sends for a layer with a sliding window: an upper bound, the mean over the ranks.
 
-    A bit for every key and KV head says which keys the rank reads. Then the keys move that lie before its two
+    A bit for every key and KV head says which keys the rank reads. Then the keys move that lie before its
     chunks, as far as their queries reach.
     """
     ranks, length = call.ranks, call.past + call.new
-    width = zigzag(0, call.new, ranks, call.block_multiple).width
-    reach = min(2 * (window - 1), length - 2 * width) if ranks > 1 else 0
+    chunks = 1 if call.in_order else 2
+    reach = min(chunks * (window - 1), length - call.rows) if ranks > 1 else 0
     bits = (ranks - 1) * geometry.num_kv_heads * -(-length // 8)
     return call.batch * (bits + max(0, reach) * geometry.kv)
 

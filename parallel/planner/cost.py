@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ...attention.errors import FarspanError
-from ..mechanisms.layout import zigzag
+from ..mechanisms.layout import contiguous, zigzag
 from ..mechanisms.volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
 from .device import Device
 from .job import Job, LayerShape
@@ -22,9 +22,11 @@ _SAMPLES = 16  # calls of a chunked prefill that are simulated; the others are i
 
 
 @lru_cache(1024)
-def stored_rows(length: int, ranks: int, window: int | None = None) -> int:
-    """Positions that the fullest rank keeps of a prompt of ``length`` tokens, or of its last ``window``."""
-    layout = zigzag(0, length, ranks).layout().cut(max(0, length - (window or length)), length)
+def stored_rows(length: int, ranks: int, window: int | None = None, in_order: bool = False) -> int:
+    """Positions that the fullest rank keeps of a prompt of ``length`` tokens, or of its last ``window``,
+    which are laid out anew. in_order: each rank keeps one contiguous shard."""
+    split = contiguous if in_order and window is None else zigzag
+    layout = split(0, length, ranks).layout().cut(max(0, length - (window or length)), length)
     return max(layout.count(rank) for rank in range(ranks))
 
 
@@ -33,7 +35,7 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     model, e = job.model, job.model.element_size
     kv, spare = 0, 0
     for layer, count in _layers(job).items():
-        rows = stored_rows(job.length, job.ranks, layer.window)
+        rows = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
         size = count * job.batch * model.geometry(layer, job.tensor).kv
         kv, spare = kv + rows * size, spare + max(256, rows // 8) * size  # as KVStore grows
     found = {
@@ -46,7 +48,7 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
         "reserved": int(RESERVED * job.memory),
     }
     geometry = model.geometry(_widest(job), job.tensor)
-    tokens = job.batch * padded(job.call(0)[0], job.ranks) // job.ranks
+    tokens = job.batch * padded(job.call(0)[0], job.ranks, in_order=job.model.in_order) // job.ranks
     wide = 4 * geometry.num_heads * (geometry.head_dim + 1)  # the partial result, in float32
     attention = tokens * (2 * model.hidden * e + 2 * geometry.query + geometry.kv + wide)
     mlp = tokens * (2 * model.hidden + 3 * -(-model.intermediate // job.tensor)) * e
@@ -166,7 +168,7 @@ def least_sent(job: Job, travelled: int) -> int:
 def decode_sent(job: Job) -> int:
     """Bytes that a rank sends for one token: the partials of every layer, and 8 bytes for each candidate of a
     method that ranks single keys."""
-    stored = stored_rows(job.length, job.ranks)
+    stored = stored_rows(job.length, job.ranks, None, job.model.in_order)
     candidates = 8 * min(stored, job.decode_cost.candidates)
     total = 0.0
     for index, layer in enumerate(job.model.layers):
@@ -180,7 +182,9 @@ def decode_sent(job: Job) -> int:
 def decode_reads(job: Job) -> tuple[int, int]:
     """-> (bytes of K and V that a rank reads for one token, bytes that it reads to select)."""
     method = job.decode_cost
-    rows = {layer: stored_rows(job.length, job.ranks, layer.window) for layer in _layers(job)}
+    rows = {
+        layer: stored_rows(job.length, job.ranks, layer.window, job.model.in_order) for layer in _layers(job)
+    }
     kv, selection = 0.0, 0.0
     for index, layer in enumerate(job.model.layers):
         size = job.batch * rows[layer] * job.model.geometry(layer, job.tensor).kv
@@ -243,7 +247,8 @@ def _tensor_seconds(job: Job, new: int) -> float:
     """Two all-reduces of a layer's activations inside a group of tensor parallelism."""
     if job.tensor == 1:
         return 0.0
-    size = job.batch * padded(new, job.ranks) // job.ranks * job.model.hidden * job.model.element_size
+    tokens = job.batch * padded(new, job.ranks, in_order=job.model.in_order) // job.ranks
+    size = tokens * job.model.hidden * job.model.element_size
     inside = job.tensor <= job.device.per_node
     link = job.device.link_bandwidth if inside else job.device.node_bandwidth
     latency = job.device.latency if inside else job.device.node_latency

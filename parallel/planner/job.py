@@ -35,8 +35,8 @@ class ModelShape:
     mixture, of all experts of a token). element_size: bytes of a number in weights, activations and the
     cache. mixers: layers in which a mixer has replaced attention, which are not among ``layers``; mixer_kv:
     bytes by which that makes a token's entries smaller; mixer_states: bytes of their states for a sequence.
-    positions: those the model was made for; None: no limit. stretchable: whether --rope can give it
-    more.
+    positions: those the model was made for; None: no limit. stretchable: whether --rope can give it more.
+    in_order: whether some layer has a recurrent state, for which each rank takes a contiguous shard.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ModelShape:
     mixer_states: int = 0
     positions: int | None = None
     stretchable: bool = False
+    in_order: bool = False
 
     def geometry(self, layer: LayerShape, tensor: int = 1) -> Geometry:
         """The sizes of a layer on one of ``tensor`` devices that divide its heads."""
@@ -145,7 +146,9 @@ class Job:
     def prefill_call(self, new: int, past: int) -> PrefillCall:
         """The same call as it is divided among the ranks of the sequence."""
         grid = self.local_ranks if 1 < self.local_ranks < self.ranks else None
-        return PrefillCall(self.ranks, new, past, ulysses=grid, batch=self.batch)
+        return PrefillCall(
+            self.ranks, new, past, ulysses=grid, batch=self.batch, in_order=self.model.in_order
+        )
 
     @property
     def calls(self) -> list[tuple[int, int]]:

@@ -159,7 +159,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = _beyond_positions(job) + _mixers(job)
+    notes = _beyond_positions(job) + _mixers(job) + _in_order(job)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
@@ -218,6 +218,19 @@ def _beyond_positions(job: Job) -> list[str]:
     return [
         f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it "
         f"does not understand later tokens; {advice}."
+    ]
+
+
+def _in_order(job: Job) -> list[str]:
+    """The imbalance of attention where each rank has a contiguous shard."""
+    if not job.model.in_order or job.ranks == 1:
+        return []
+    ranks = job.ranks
+    last = sum(new * (past + new - new / (2 * ranks)) for new, past in job.calls)
+    mean = sum(new * (past + new / 2) for new, past in job.calls)
+    return [
+        f"Layers with a recurrent state need the tokens in order, so each of the {ranks} ranks has a "
+        f"contiguous shard, and in full attention the last one has {last / mean:.2f} times the mean work."
     ]
 
 

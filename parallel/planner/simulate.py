@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..mechanisms.layout import Split, usp_split
+from ..mechanisms.layout import Split, contiguous, usp_split
 from ..mechanisms.volume import Geometry, PrefillCall, refusals, window_volume
 from .device import Device
 
@@ -135,10 +135,10 @@ class _Attention:
         return self.call.batch
 
     @property
-    def _grid(self) -> tuple[int, int, int, int, int]:
-        """past, new, ulysses, ring, block_multiple: the arguments of the split."""
-        ring = self.call.ranks // self.ulysses
-        return self.call.past, self.call.new, self.ulysses, ring, self.call.block_multiple
+    def _grid(self) -> tuple[int, int, int, int, int, bool]:
+        """past, new, ulysses, ring, block_multiple, in_order: the arguments of the split."""
+        call, ring = self.call, self.call.ranks // self.ulysses
+        return call.past, call.new, self.ulysses, ring, call.block_multiple, call.in_order
 
     def split(self) -> Split:
         return _split(*self._grid)
@@ -169,7 +169,9 @@ class _Attention:
 
 
 @lru_cache(64)
-def _split(past: int, new: int, ulysses: int, ring: int, block_multiple: int) -> Split:
+def _split(past: int, new: int, ulysses: int, ring: int, block_multiple: int, in_order: bool) -> Split:
+    if in_order:
+        return contiguous(past, past + new, ulysses * ring, block_multiple)
     return usp_split(past, past + new, ulysses, ring, block_multiple)
 
 
@@ -190,8 +192,8 @@ def _pairs_before(position: np.ndarray, window: int | None) -> np.ndarray:
 
 
 @lru_cache(2)
-def _pairs_by_source(past: int, new: int, ulysses: int, ring: int, block_multiple: int) -> np.ndarray:
-    begin, end = (x.reshape(ring, -1) for x in _edges(_split(past, new, ulysses, ring, block_multiple)))
+def _pairs_by_source(past: int, new: int, ulysses: int, ring: int, *how: Any) -> np.ndarray:
+    begin, end = (x.reshape(ring, -1) for x in _edges(_split(past, new, ulysses, ring, *how)))
     pairs = np.zeros((ring, ring))  # chunk by chunk: all at once would be several times as large
     for a, b in zip(begin.T[..., None], end.T[..., None], strict=True):  # queries [R, 1]
         for c, d in zip(begin.T, end.T, strict=True):  # keys [R]
@@ -294,9 +296,10 @@ def scaling(
     length: int,
     per_rank: int,
     mechanisms: Sequence[str] = ("gather", "ring", "ulysses", "usp"),
+    in_order: bool = False,
 ) -> list[dict[str, Any]]:
     """Strong scaling (``length`` tokens on any number of ranks) and weak scaling (``per_rank`` tokens on each
-    rank).
+    rank). in_order: see ``PrefillCall``.
 
     -> one row for each kind, mechanism and number of ranks that are possible: the seconds of one layer, those
     of one rank with the same tokens, and efficiency = one rank's seconds / (ranks * seconds). Attention grows
@@ -310,7 +313,7 @@ def scaling(
             alone = simulate("gather", work, device, PrefillCall(1, tokens)).seconds
             group = device.per_node if 1 < device.per_node < count else None
             absent = refusals(work.geometry, count, 0, group)
-            call = PrefillCall(count, tokens, ulysses=group)
+            call = PrefillCall(count, tokens, ulysses=group, in_order=in_order)
             for mechanism in mechanisms:
                 if mechanism in absent:
                     continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import (
@@ -22,6 +22,8 @@ from ..session import in_call
 from ..shard import ShardStore, running
 from .interface import autocast
 from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
+
+H = TypeVar("H", bound="HybridStoreLayer")
 
 
 class KVStoreLayer(DynamicLayer):
@@ -154,6 +156,10 @@ class HybridStoreLayer(KVStoreLayer, LinearAttentionAndFullAttentionLayer):
         self.store.reorder(beam_idx)
 
 
+class HybridShardStoreLayer(ShardStoreLayer, HybridStoreLayer):
+    """The same over ranks: the keys are sharded, the states are the same on every rank."""
+
+
 _KEPT = (
     KVStoreLayer,
     DynamicSlidingWindowLayer,
@@ -192,12 +198,7 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
         elif type(layer) is DynamicLayer:
             fresh.append(_filled(KVStoreLayer(), layer))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
-            hybrid = HybridStoreLayer.__new__(HybridStoreLayer)
-            hybrid.store = KVStore()
-            hybrid.__dict__.update(
-                {k: v for k, v in vars(layer).items() if k not in ("keys", "values", "is_initialized")}
-            )
-            fresh.append(_filled(hybrid, layer))
+            fresh.append(_filled(_beside_states(HybridStoreLayer, KVStore(), layer), layer))
         elif isinstance(layer, _KEPT) or caches_nothing(layer):
             fresh.append(layer)
         else:
@@ -222,7 +223,9 @@ def _check_lengths(cache: Cache) -> None:
 
 
 def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> Any:
-    if isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer):
+    if caches_nothing(layer) or (
+        isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer)
+    ):
         return layer  # a state is the same on every rank
     if isinstance(layer, ShardStoreLayer):
         ranks, old = shard(None).ranks, layer.store.ranks
@@ -233,10 +236,13 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
             )
         layer.store.ranks = ranks  # the ranks of this patch, since removing a patch closes its ranks
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
-        raise _wrong_cache(cache, type(layer))
     window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
-    new = ShardStoreLayer(partial(shard, window))
+    if type(layer) in (LinearAttentionAndFullAttentionLayer, HybridStoreLayer):
+        new: ShardStoreLayer = _beside_states(HybridShardStoreLayer, shard(None), layer)
+    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
+        new = ShardStoreLayer(partial(shard, window))
+    else:
+        raise _wrong_cache(cache, type(layer))
     if layer.is_initialized and layer.get_seq_length() > 0:
         if window is not None:
             raise FarspanError(
@@ -247,6 +253,15 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
             layer.store.require(None, layer.store.total)
         new.lazy_initialization(layer.keys, layer.values)
         new.store.take_shared(layer.keys, layer.values)
+    return new
+
+
+def _beside_states(kind: type[H], store: KVStore, layer: Any) -> H:
+    """A layer of class ``kind`` with ``store``, and with the states of ``layer``."""
+    new = kind.__new__(kind)
+    new.store = store
+    kept = {k: v for k, v in vars(layer).items() if k not in ("keys", "values", "is_initialized", "store")}
+    new.__dict__.update(kept)
     return new
 
 

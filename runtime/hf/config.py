@@ -15,7 +15,7 @@ from ..models import errors_as_sentences, positions, quiet, resolve
 from ..rope import can_stretch
 from .converted import class_of_config, read_config
 from .mixers_in_place import mixers_of
-from .models import SLIDING, ModelInfo, inspect_model, layer_configs
+from .models import SLIDING, STATELESS, ModelInfo, inspect_model, layer_configs
 from .transformers_private import layer_types
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -69,6 +69,7 @@ def read_shape(name_or_path: str | Path, dtype: str = "auto") -> ModelShape:
         mixer_states=sum(m.state_bytes for m in mixers.values()),
         positions=positions(model),
         stretchable=can_stretch(model.config),
+        in_order=not set(info.kinds) <= set(STATELESS),
     )
 
 

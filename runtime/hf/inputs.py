@@ -104,15 +104,17 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     own = type(module)
     rotate = getattr(inspect.getmodule(own), "apply_rotary_pos_emb", None)
     given = "position_embeddings" in inspect.signature(own.forward).parameters
-    if rotate is None and not given:
+    if not given and (rotate is None or not mentions_rope(own)):
         return None
     rotaries = _rotaries(decoder)
+    if given and not rotaries and getattr(decoder, "rotary_emb", module) is None:
+        return None  # a config without RoPE, for a class that can have it
     kinds = [r.rope_type for r in rotaries]
     types = {x for kind in kinds for x in (kind.values() if isinstance(kind, dict) else [kind])}
     reasons = []
     if rotate is None or not given or not rotaries:
         reasons.append("its rotation is not transformers' apply_rotary_pos_emb of position_embeddings")
-    elif not hasattr(module, "use_rope") and _conditional(own.forward):
+    elif not hasattr(module, "use_rope") and applies_rope_conditionally(own.forward):
         reasons.append("it applies RoPE only under a condition, which farspan does not know")
     reasons += [
         f"its RoPE of type {name!r} depends on the length of each call and cannot be undone for stored keys"
@@ -124,15 +126,26 @@ def _rotation(decoder: nn.Module, module: nn.Module, needs: Needs) -> Callable[.
     return rotate
 
 
-def _conditional(forward: Callable[..., Any]) -> bool:
-    """Whether a forward applies RoPE inside a conditional branch."""
+def mentions_rope(own: type) -> bool:
+    """Whether any method of a class names a rotation; true where its source is not available. Nemotron-H's
+    attention has no RoPE, though its file has the function."""
+    sources = [source_of(f) for f in vars(own).values() if inspect.isfunction(f)]
+    return any(source is None or re.search("rotary|rope", source, re.IGNORECASE) for source in sources)
+
+
+def applies_rope_conditionally(forward: Callable[..., Any]) -> bool:
+    """Whether a forward applies RoPE inside a conditional branch, other than one for the case that it is
+    given position embeddings."""
     source = source_of(forward)
     if source is None:
         return False
     source = inspect.cleandoc("\n" + source)
     body = re.search(r"^( +)\S", source[source.index(":\n") :], re.MULTILINE)
     call = re.search(r"^( +).*apply_rotary_pos_emb\(", source, re.MULTILINE)
-    return body is not None and call is not None and len(call[1]) > len(body[1])
+    if body is None or call is None or len(call[1]) <= len(body[1]):
+        return False
+    around = re.findall(rf"^(?! {{{len(call[1])}}}) *(\S.*)$", source[: call.start()], re.MULTILINE)
+    return around[-1] != "if position_embeddings is not None:"
 
 
 def _after_rotary(
@@ -163,7 +176,7 @@ def _before_attention(
     early = None
     if needs.early_hidden_states is not None and session.early is not None:
         early = session.early.get(needs.early_hidden_states)
-    if rotate is None:
+    if rotate is None or given["position_embeddings"] is None:
         session.given = Given(needs, hidden, early=early)
         return
     call = _find_rotary_call(list(session.rotary_calls.values()), given["position_embeddings"][0])

@@ -27,8 +27,11 @@ from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
-from .mixers import adopt_states, put_mixers
+from .mixers import adopt_states, check_rope, put_mixers
+from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
+from .recurrent import mask_padding
+from .recurrent_over_ranks import pass_states
 from .rope import follow_length
 from .transformers_private import attention_of
 
@@ -41,6 +44,7 @@ def install(
     chunk: Chunking | None,
     block_multiple: int = 1,
     mixed: Mapping[int, Mixed] | None = None,
+    continues: Callable[[], bool] = lambda: True,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -48,9 +52,11 @@ def install(
     chunk: how prefill calls are cut into chunks; None: they are not cut.
     block_multiple: over ranks, the tokens of a call are split at multiples of this number.
     mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
+    continues: whether layers without attention continue exactly in a call of several tokens on a cache.
     """
     register()
     mixed = mixed or {}
+    check_rope(info, mixed)
     served = {module for i, module in info.attention.items() if i in layers}
     fed = {i: layer.needs for i, layer in layers.items() if layer.needs.inputs}
     undo = feed_inputs(info, fed, session)
@@ -62,8 +68,11 @@ def install(
     if session.mesh is not None or chunk is not None:
         undo += follow_length(info.decoder, session)
     undo += watch_logits(model, info.decoder, session)
+    undo += mask_padding(info, session, continues)
     if session.mesh is not None:
-        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed)))
+        passing = pass_states(info.decoder, session) + pass_states_in_place(info.decoder, session)
+        undo += passing
+        undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
 

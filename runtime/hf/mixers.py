@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-from ...attention.errors import FarspanError
+from ...attention.errors import FarspanError, Unsupported
 from ...attention.hybrid.mixer import Mixer, State
-from ...parallel.mechanisms.call import Call
+from ...attention.hybrid.projections import Projected
 from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
 from ..layer import Session
@@ -22,6 +21,8 @@ from ..layer_over_ranks import carried
 from ..mixers import Mixed
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
+from .projections import has_rope, rope_reasons
+from .recurrent import token_mask
 from .releases import given_cache
 
 
@@ -112,6 +113,15 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         )
 
 
+def check_rope(info: ModelInfo, mixed: Mapping[int, Mixed]) -> None:
+    """Raise Unsupported where a mixer cannot apply RoPE as the model does."""
+    for index, entry in mixed.items():
+        mixer = entry.mixer
+        if isinstance(mixer, Projected) and mixer.rotates and (reasons := rope_reasons(info.attention[index])):
+            what = f"farspan cannot put the mixer {mixer.name} into layer {index}"
+            raise Unsupported(f"{what} of {type(info.model).__name__}", reasons)
+
+
 def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) -> list[Callable[[], None]]:
     """Put each mixer in place of the attention module of its layer. Returns the undo steps."""
     undo: list[Callable[[], None]] = []
@@ -119,9 +129,8 @@ def put_mixers(info: ModelInfo, mixed: Mapping[int, Mixed], session: Session) ->
         attention = info.attention[index]
         place_beside(entry.mixer, attention)
         undo += replace_module(info.decoder, attention, entry.mixer)
-        undo.append(
-            replace_forward(entry.mixer, partial(_forward, type(attention).forward, index, entry, session))
-        )
+        call = partial(call_of, type(attention).forward, has_rope(attention))
+        undo.append(replace_forward(entry.mixer, partial(_forward, call, index, entry, session)))
     return undo
 
 
@@ -138,7 +147,7 @@ def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> list[Call
 
 @lasting()
 def _forward(
-    signature: Callable[..., Any],
+    read: Callable[..., dict[str, Any]],
     index: int,
     mixed: Mixed,
     session: Session,
@@ -146,25 +155,26 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The forward of a mixer that stands in place of attention. signature: the forward of that attention, by
-    whose parameter names the decoder layer calls the mixer."""
+    """The forward of a mixer that stands in place of attention. read: returns the arguments by the parameter
+    names of that attention, see ``call_of``."""
     if session.off:
         raise FarspanError(
             f"The model was set to another attention while the mixer {mixed.mixer.name} replaces that of "
             f"layer {index}: call remove(), or set the attention back to farspan."
         )
-    call = call_of(signature, args, kwargs)
+    call = read(args, kwargs)
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
     state = None if layer is None else layer.initial_state()
     mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
     over = carried(mask) or session.call
-    tokens = hidden.shape[1] if over is None else over.total - over.past
-    mask = _mask(session, mask, hidden) if over is None else _mask_over_ranks(session, over, hidden)
+    if over is None:
+        tokens, mask = hidden.shape[1], token_mask(session, mask, hidden.shape[1])
+        mask = None if mask is None else mask.bool()
+    else:
+        tokens, mask = over.total - over.past, session.token_mask(over, hidden)
     if over is not None and over.split is not None:
-        assert session.mesh is not None
-        ranks = session.mesh.ranks
-        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, ranks, original)
+        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, session.ranks)
     elif hidden.shape[1] == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
@@ -176,10 +186,14 @@ def _forward(
     return out.to(hidden.dtype), None
 
 
-def call_of(signature: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of attention by the names in its forward, ``signature``."""
+def call_of(
+    signature: Callable[..., Any], rope: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of attention by the names in its forward, ``signature``. rope: whether this
+    layer has RoPE; without it the position embeddings are left out."""
     call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
-    return call | call.pop("kwargs", {})
+    call |= call.pop("kwargs", {})
+    return call if rope else {**call, "position_embeddings": None}
 
 
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
@@ -187,31 +201,6 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     layer = None if cache is None else cache.layers[index]
     assert layer is None or isinstance(layer, StateLayer), "adopt_states runs before the layers"
     return layer
-
-
-def _mask(session: Session, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """[B, T] bool, True for the call's tokens that are not padding; None where no token is padding."""
-    if mask is None:
-        return None
-    padding = session.padding(mask, *mask.shape)
-    past = mask.shape[1] - hidden.shape[1]
-    begun = padding.starts is None or max(padding.starts) <= past
-    return None if begun and padding.ends is None else mask[:, past:].bool()
-
-
-def _mask_over_ranks(session: Session, call: Call, hidden: Tensor) -> Tensor | None:
-    """:func:`_mask` for all tokens of a call over ranks, also those of other ranks."""
-    ends = session.ends_below(call.total)
-    begun = call.starts is None or max(call.starts) <= call.past
-    if begun and ends is None:
-        return None
-    at = torch.arange(call.past, call.total, device=hidden.device)[None]
-    real = at.expand(hidden.shape[0], -1) >= 0
-    if call.start is not None:
-        real = real & (at >= call.start[:, None])
-    if ends is not None:
-        real = real & (at < torch.tensor(ends, device=hidden.device)[:, None])
-    return real
 
 
 def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 
 from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer
+from ...parallel.mechanisms.state_passing import pass_state
+from ..layer_over_ranks import carried
+from ..session import Session
 from .decoder_call import arguments, settle_cache
+from .hooks import replace_forward
 from .mixers import adopt_states, call_of, replace_module, state_layer
 from .models import FULL, ModelInfo
+from .projections import has_rope
 from .releases import given_cache
 
 _LIST = "_farspan_in_place"  # the attribute of a decoder with its InPlace objects
@@ -24,16 +29,17 @@ class InPlace:
     """The forward of a mixer in a converted model, called as the layer's attention would be. It can be copied
     and pickled with the mixer.
 
-    attention: the class of the attention that was replaced. mask: of the running call, [B, T] and the number
-    of tokens before it; None where no token is padding.
+    attention: the attention that is replaced; its class is kept. mask: of the running call, [B, T] and the
+    number of tokens before it; None where no token is padding.
     """
 
-    def __init__(self, mixer: Mixer, index: int, attention: type[nn.Module]) -> None:
-        self.mixer, self.index, self.attention = mixer, index, attention
+    def __init__(self, mixer: Mixer, index: int, attention: nn.Module) -> None:
+        self.mixer, self.index, self.attention = mixer, index, type(attention)
+        self.has_rope = has_rope(attention)
         self.mask: tuple[int, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        call = call_of(self.attention.forward, args, kwargs)
+        call = self.call(args, kwargs)
         mixer, layer = self.mixer, state_layer(given_cache(call), self.index)
         hidden: Tensor = call["hidden_states"]
         x, rotary = hidden.to(dtype_of(mixer)), call.get("position_embeddings")
@@ -52,6 +58,42 @@ class InPlace:
             layer.keep_state(state, tokens, mask)
         return out.to(hidden.dtype), None
 
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names in the forward of the attention."""
+        return call_of(self.attention.forward, self.has_rope, args, kwargs)
+
+
+def pass_states_in_place(decoder: nn.Module, session: Session) -> list[Callable[[], None]]:
+    """Make the mixers of a converted model pass their states along ranks. Returns the undo steps."""
+    return [
+        replace_forward(one.mixer, partial(_over_ranks, one, session)) for one in getattr(decoder, _LIST, ())
+    ]
+
+
+def _over_ranks(
+    place: InPlace, session: Session, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The forward of a mixer in a call that may be split over ranks."""
+    arguments = place.call(args, kwargs)
+    call = carried(arguments.get("attention_mask")) or session.call
+    if call is None or call.split is None:
+        return original(*args, **kwargs)
+    mixer, layer = place.mixer, state_layer(given_cache(arguments), place.index)
+    hidden: Tensor = arguments["hidden_states"]
+    mask, state = session.token_mask(call, hidden), None if layer is None else layer.initial_state()
+    out, state = pass_state(
+        mixer,
+        hidden.to(dtype_of(mixer)),
+        state,
+        mask,
+        arguments.get("position_embeddings"),
+        call.split,
+        session.ranks,
+    )
+    if layer is not None:
+        layer.keep_state(state, call.total - call.past, mask)
+    return out.to(hidden.dtype), None
+
 
 def dtype_of(mixer: nn.Module) -> torch.dtype:
     """The dtype of the parameters of a mixer."""
@@ -65,7 +107,7 @@ def stand_in(info: ModelInfo, mixers: Mapping[int, Mixer]) -> list[Callable[[], 
     for index, mixer in mixers.items():
         attention = info.attention[index]
         undo += replace_module(info.decoder, attention, mixer)
-        place: Any = InPlace(mixer, index, type(attention))
+        place: Any = InPlace(mixer, index, attention)
         mixer.forward = place  # type: ignore[method-assign]
         undo.append(partial(delattr, mixer, "forward"))
     return undo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -14,17 +15,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.errors import FarspanError, Unsupported
+from ...attention.hybrid.mixer import Mixer
 from ...attention.method import LayerInfo
 from ...parallel.group.config import ContextParallel
 from ...parallel.group.join import join
 from ...parallel.group.mesh import Mesh
 from .interface import ATTRIBUTE
+from .recurrent_over_ranks import passes_states
 from .tensor import TENSOR, count_heads, same_heads, weights_mesh
 from .transformers_private import calls_attention_interface, layer_types
 
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
 MIXERS = "farspan_mixers"  # the entry of a converted model's config that lists the mixers of its layers
-_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy")
+STATELESS = (FULL, SLIDING, "dummy", "mlp", "moe")  # types of layers without a recurrent state
+_WITHOUT_ATTENTION = (LINEAR, "conv", "mamba", "dummy", "mlp", "moe")
 
 
 @dataclass
@@ -251,12 +255,19 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is not False and "CrossAttention" not in type(module).__name__
 
 
-def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any) -> Mesh | None:
-    """The mesh of ranks for ``parallel``; None in one process. Raises Unsupported for a model whose sequence
+def join_ranks(model: nn.Module, info: ModelInfo, parallel: Any, mixers: Mapping[int, Mixer]) -> Mesh | None:
+    """The mesh of ranks for ``parallel``; None in one process. mixers: those in place
+    of attention, by layer. Raises Unsupported for a model whose sequence
     cannot be sharded."""
+    served = {m.layer_idx for m in info.decoder.modules() if passes_states(m)} | mixers.keys()
+    stateful = {k for i, k in enumerate(info.kinds) if k not in STATELESS and i not in served}
     reasons = [
-        f"layers of type {kind!r} have a recurrent state, which is not passed between ranks"
-        for kind in sorted({k for k in info.kinds if k not in (FULL, SLIDING)})
+        f"layers of type {kind!r} have a recurrent state that farspan does not know how to pass between ranks"
+        for kind in sorted(stateful)
+    ]
+    reasons += [
+        f"the mixer {name} does not define what a shard of a sequence does to its state (its halo is None)"
+        for name in sorted({mixer.name for mixer in mixers.values() if mixer.halo is None})
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so it cannot compute a part of the sequence")

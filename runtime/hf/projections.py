@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +12,21 @@ from torch import Tensor, nn
 
 from ...attention.errors import Unsupported
 from ...attention.hybrid.geometry import Geometry
+from ...attention.hybrid.projections import rotate
 from ...attention.method import LayerInfo
+from .inputs import applies_rope_conditionally, mentions_rope
 from .models import ModelInfo
 
 _OUT = ("o_proj", "out_proj", "dense")
 _FUSED = "qkv_proj"  # Phi-3: queries, keys and values side by side
+_KNOWN = {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm", _FUSED, *_OUT}
 
 
 def geometry_of(info: ModelInfo, index: int) -> Geometry:
-    """The geometry of the attention of layer ``index``, which may be on torch's meta device. Raises
-    Unsupported, with the reasons, for attention whose weights a mixer cannot start from."""
+    """The geometry of the attention of layer ``index``, which may be on torch's meta device. A soft-cap of
+    scores is not part of it: mixers begin without it.
+
+    Raises Unsupported, with the reasons, for attention whose weights a mixer cannot start from."""
     module, layer = info.attention[index], info.layer_info(index)
     reasons = _reasons(info, module, layer)
     if reasons:
@@ -93,9 +100,9 @@ def _reasons(info: ModelInfo, module: nn.Module, layer: LayerInfo) -> list[str]:
     norm: Any = getattr(module, "q_norm", None)
     if norm is not None and [p.shape for p in norm.parameters()] != [(size,)]:
         reasons.append("its q_norm is not one over the numbers of a head")
-    if not _turns_halves(module):
-        reasons.append("its RoPE turns neighbouring numbers, and mixers turn halves of a head")
-    return reasons
+    if lost := sorted({name.partition(".")[0] for name, _ in module.named_parameters()} - _KNOWN):
+        reasons.append(f"its {', '.join(lost)} would be lost, because no mixer has them")
+    return [*reasons, *rope_reasons(module)]
 
 
 def _linear(module: nn.Module, *names: str) -> nn.Linear | None:
@@ -105,13 +112,39 @@ def _linear(module: nn.Module, *names: str) -> nn.Linear | None:
     return found if plain else None
 
 
-def _turns_halves(module: nn.Module) -> bool:
-    """Whether the module's RoPE pairs number i of a head with number i + D / 2."""
-    rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
-    if rotate is None:
-        return True
-    with torch.device("cpu"):
-        return bool(rotate(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [-3.0, -4.0, 1.0, 2.0])
+def has_rope(attention: nn.Module) -> bool:
+    """Whether this layer may apply RoPE; some models have layers without it (SmolLM3). A mixer in its place
+    gets cos and sin only then."""
+    return bool(getattr(attention, "use_rope", True)) and mentions_rope(type(attention))
+
+
+def rope_reasons(attention: nn.Module) -> list[str]:
+    """Why a mixer cannot apply RoPE as this attention does."""
+    own = type(attention)
+    if not has_rope(attention):
+        return []
+    if not hasattr(attention, "use_rope") and applies_rope_conditionally(own.forward):
+        return ["it applies RoPE only under a condition, which farspan does not know"]
+    turn = getattr(inspect.getmodule(own), "apply_rotary_pos_emb", None)
+    if turn is None or not _turns_halves(turn):
+        return ["its RoPE is not that of Llama, by which mixers turn the halves of a head"]
+    return []
+
+
+@functools.cache
+def _turns_halves(turn: Callable[..., Any]) -> bool:
+    """Whether an ``apply_rotary_pos_emb`` pairs number i of a head with number i + D / 2, for cos and sin of
+    D numbers. Cohere's and GLM's pair neighbours; that of gpt-oss takes cos and sin of D / 2 numbers."""
+    with torch.device("cpu"), torch.no_grad():
+        x = torch.arange(24, dtype=torch.float32).view(1, 3, 1, 8)  # [B, T, heads, D]
+        angles = torch.arange(12, dtype=torch.float32).view(1, 3, 4).repeat(1, 1, 2)
+        rotary, heads = (angles.cos(), angles.sin()), x.transpose(1, 2)
+        try:
+            q, k = turn(heads, heads, *rotary)
+        except Exception:  # a function of this name that takes or returns something else
+            return False
+        want = rotate(x, rotary).transpose(1, 2)
+        return all(y.shape == want.shape and torch.allclose(y, want, atol=1e-5) for y in (q, k))
 
 
 def _eps(module: Any) -> float | None:

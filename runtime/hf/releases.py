@@ -3,6 +3,7 @@
 | since | what changed | used by |
 |---|---|---|
 | 5.22 | the cache has a `DummyLayer` for a layer that caches nothing | `cache.adopt_cache`, by its name |
+| 5.23 | layers of type "mlp" and "moe" have the type "dummy" for a cache | `models.inspect_model` |
 | 5.24 | `forward` takes `cache=`; `past_key_values=` still works there, with a FutureWarning | `cache_name` |
 | 5.24 | outputs carry `.cache`; `.past_key_values` reads it | `returned_cache` |
 | 5.24 | `Cache.update` passes the attention's keyword arguments on to the layer | `KVStoreLayer.update` |
@@ -30,9 +31,11 @@ ARCHITECTURES = frozenset(
         "Gemma3ForCausalLM",
         "Gemma3ForConditionalGeneration",
         "GptOssForCausalLM",
+        "GraniteMoeHybridForCausalLM",
         "LlamaForCausalLM",
         "LlavaForConditionalGeneration",
         "MistralForCausalLM",
+        "NemotronHForCausalLM",
         "OPTForCausalLM",
         "Olmo2ForCausalLM",
         "Phi3ForCausalLM",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,28 @@ def calls_attention_interface(forward: Callable[..., Any]) -> bool | None:
     a table of functions, and a module looks its function up while it runs."""
     source = source_of(forward)
     return None if source is None else "attention_interface" in source
+
+
+def masks_padding(forward: Callable[..., Any]) -> bool:
+    """Whether a module's ``forward`` zeroes hidden states at padding, read from its source. The layers of
+    transformers with a recurrent state or a convolution do, and no others; they have no common base class."""
+    return "apply_mask_to_padding_states" in (source_of(forward) or "")
+
+
+def global_of(function: Callable[..., Any], name: str) -> Any:
+    """What a global name is in the file of a function; None where it is not defined. Recurrent layers call
+    their scans by such names, whichever kernel is installed."""
+    return inspect.unwrap(function).__globals__.get(name)
+
+
+def with_globals(function: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a function, without its decorators, in which ``names`` stand for the globals of its file."""
+    own = inspect.unwrap(function)
+    copy = types.FunctionType(
+        own.__code__, {**own.__globals__, **names}, own.__name__, own.__defaults__, own.__closure__
+    )
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return copy
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import math
 import warnings
@@ -147,6 +148,8 @@ def run(model: Any, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
     cache, parts = None, []
     for a, b in itertools.pairwise(cuts):
         how = {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b], "use_cache": True}
+        if a and "position_ids" in inspect.signature(type(model).forward).parameters:
+            how["position_ids"] = torch.arange(a, b).expand(len(ids), -1)  # Bamba counts from 0 without them
         output = model(**how, **releases.with_cache(model, cache))
         if cache is None and releases.returned_cache(output) is None:
             # RecurrentGemma does not return the cache that it makes, so it is called with one.

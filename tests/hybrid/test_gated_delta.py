@@ -62,7 +62,7 @@ def test_a_key_that_comes_again_replaces_its_value() -> None:
 def test_from_attention_and_bad_parameters() -> None:
     mixer = parse_mixer("gated_delta", GEOMETRY)
     mixer.initialise_from({"v_proj.weight": torch.full((16, 32), 0.5)})
-    assert torch.allclose(mixer.norm.weight, torch.full((32,), 8**0.5))
+    assert torch.allclose(mixer.norm.weight, torch.full((32,), 8**0.5 / 50))
     assert bool((mixer.conv.weight[:, -1] == 1).all()) and not mixer.conv.weight[:, :-1].any()
     for spec in ("expand_v=0.3", "conv=0", "expand_v=0"):
         with pytest.raises(SpecError, match="gated_delta takes conv >= 1"):

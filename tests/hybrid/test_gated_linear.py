@@ -105,9 +105,9 @@ def test_within_the_window_it_is_the_attention() -> None:
 def test_from_attention_and_bad_parameters() -> None:
     mixer = parse_mixer("gated_linear:window=0", GEOMETRY)
     mixer.initialise_from({"v_proj.weight": torch.full((16, 32), 0.5)})
-    assert torch.allclose(mixer.norm.weight, torch.full((32,), 8**0.5))
+    assert torch.allclose(mixer.norm.weight, torch.full((32,), 8**0.5 / 50))
     y, x = random(1, 4, 3, 8).float(), random(1, 3, 32).float()
-    assert torch.allclose(mixer.norm(y, x).square().mean(2), torch.tensor(8.0), rtol=1e-3)
+    assert torch.allclose(mixer.norm(y, x).square().mean(2), torch.tensor(8 / 2500), rtol=1e-3)
     for spec in ("window=-1", "features=other", "expand_k=0.3"):
         with pytest.raises(SpecError, match="gated_linear takes window >= 0"):
             parse_mixer(f"gated_linear:{spec}", GEOMETRY)

@@ -86,10 +86,10 @@ def test_a_norm_of_the_output() -> None:
 
 
 def test_sums_over_disjoint_keys_add() -> None:
-    q, k, v = (torch.randn(1, 7, 2, 4).double() for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 7, 4).double() for _ in range(3))
     keep = torch.ones(7, 7, dtype=torch.bool).tril()[None]
     whole, a, b = (
-        sigmoid_sum(q, k[:, part], v[:, part], keep[..., part], scale=0.5, bias=-1.0)
+        sigmoid_sum(q, k[:, :, part], v[:, :, part], keep[..., part], scale=0.5, bias=-1.0)
         for part in (slice(None), slice(3), slice(3, None))
     )
     assert torch.allclose(whole, a + b, atol=1e-12)

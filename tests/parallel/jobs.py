@@ -11,6 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import farspan
+from farspan.runtime.hf.converted import converted_class, converted_config
+from farspan.runtime.hf.models import inspect_model
 
 from ..runtime import small_models
 from ..runtime.mixed_gate import MixedGate
@@ -25,12 +27,14 @@ class Case:
     """One run of ``generate``, or of several on one cache.
 
     lengths: tokens of each row; shorter rows are padded on the left. turns: tokens of further prompts on the
-    same cache. how: arguments of generate; patch: of farspan.patch; parallel: of ContextParallel.
+    same cache. how: arguments of generate; patch: of farspan.patch; parallel: of ContextParallel. converted:
+    specs of mixers by layer, for a model that has been converted.
     """
 
     model: str = "llama"
     dtype: torch.dtype = torch.float64
     overrides: dict[str, Any] = field(default_factory=dict)
+    converted: dict[int, str] = field(default_factory=dict)
     spec: Any = "dense"
     lengths: tuple[int, ...] = (61,)
     turns: tuple[int, ...] = ()
@@ -45,10 +49,24 @@ _MODELS: dict[str, Any] = {}
 
 
 def model_of(case: Case) -> Any:
-    key = f"{case.model} {case.dtype} {case.overrides}"
+    key = f"{case.model} {case.dtype} {case.overrides} {case.converted}"
     if key not in _MODELS:
-        _MODELS[key] = small_models.make(case.model, **case.overrides).to(case.dtype)
+        model = small_models.make(case.model, **case.overrides)
+        if case.converted:
+            model = converted(model, case.converted)
+        model = model.to(case.dtype)
+        for name, parameter in model.named_parameters():  # recurrent states that last for whole shards
+            if name.endswith(("dt_bias", "A_log")):
+                torch.nn.init.constant_(parameter, -3.0 if name.endswith("dt_bias") else 0.0)
+        _MODELS[key] = model
     return _MODELS[key]
+
+
+def converted(model: Any, specs: dict[int, str]) -> Any:
+    """A converted model with mixers of fresh weights."""
+    config = converted_config(inspect_model(model), specs)
+    torch.manual_seed(3)
+    return converted_class(type(model))(config).eval()
 
 
 def prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +103,8 @@ def generated(case: Case, **parallel: Any) -> dict[str, Any]:
                 ids = out.sequences
         report = patched.report()
     kept = out.past_key_values
-    rows = None if kept is None else [layer.keys.shape[2] for layer in kept.layers if layer.keys is not None]
+    keys = [getattr(layer, "keys", None) for layer in getattr(kept, "layers", ())]
+    rows = None if kept is None else [k.shape[2] for k in keys if k is not None]
     return {"tokens": tokens, "logits": logits, "report": report, "rows": rows, "seen": kept.get_seq_length()}
 
 

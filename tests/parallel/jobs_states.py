@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,8 @@ from farspan.attention.ops.scan import scan
 from farspan.parallel.group.comm import Ranks
 from farspan.parallel.mechanisms.layout import contiguous
 from farspan.parallel.mechanisms.state_passing import pass_state
+
+from ..hybrid import tools
 
 
 class Convolved(Mixer):
@@ -93,40 +96,71 @@ class Convolved(Mixer):
         return scan_advance(state[0], *transition[:2]), *transition[2:]
 
 
-def mixers() -> dict[str, Mixer]:
-    """The mixers of this file, in float64."""
-    made: dict[str, Mixer] = {rule: Convolved(rule=rule) for rule in ("head", "channel", "delta")}
-    made |= {"local": Convolved(width=1), "wide": Convolved(width=12)}
-    return {name: one.double() for name, one in made.items()}
+OWN = {
+    **{rule: Convolved(32, rule=rule) for rule in ("head", "channel", "delta")},
+    "wide": Convolved(32, width=12),
+}
 
 
-def call_of(mixer: Mixer, begin: int, end: int, rows: int = 3) -> tuple[Tensor, Tensor]:
-    """(hidden states of all tokens, RoPE's cosine)."""
+def mixer_of(spec: str) -> Mixer:
+    """A registered mixer by its spec, or one of this file by its rule."""
+    return copy.deepcopy(OWN[spec]).double() if spec in OWN else tools.make(spec)
+
+
+def call_of(mixer: Mixer, end: int, rows: int = 3) -> tuple[Tensor, Rotary]:
+    """(hidden states, RoPE) of tokens 0 .. end - 1."""
     draw = torch.Generator().manual_seed(end)
-    hidden = torch.randn(rows, end, mixer.hidden_size, generator=draw).double()
-    return hidden, torch.arange(end).double().cos()[None, :, None]
+    return torch.randn(rows, end, mixer.hidden_size, generator=draw).double(), tools.rotary(end)
 
 
 def masks(length: int) -> dict[str, Tensor | None]:
     """No padding; padding on the left, over whole shards too; and on the right."""
-    at = torch.arange(length)[None]
-    first, last = (
-        torch.tensor([[0], [length // 2 + 1], [length - 1]]),
-        torch.tensor([[length], [2], [length - 1]]),
-    )
+    at, half = torch.arange(length)[None], length // 2 + 1
+    first, last = torch.tensor([[0], [half], [length - 1]]), torch.tensor([[length], [2], [length - 1]])
     return {"none": None, "left": at >= first, "right": at < last}
 
 
-def passed(group: Any, name: str, past: int, length: int, multiple: int) -> dict[str, Any]:
-    """By kind of padding: the outputs of all ranks, the state after the call, and the bytes sent."""
+def part(x: Rotary, at: Any) -> Rotary:
+    return x[0][:, at], x[1][:, at]
+
+
+def passed(group: Any, spec: str, calls: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """For calls of (tokens before, tokens, block multiple), by kind of padding: the outputs of all ranks, the
+    state after the call, and the collectives and bytes of it."""
     torch.use_deterministic_algorithms(True)
-    ranks, mixer, found = Ranks(group), mixers()[name], {}
-    hidden, cos = call_of(mixer, past, past + length)
-    split = contiguous(past, past + length, ranks.size, multiple)
-    for kind, mask in masks(length).items():
-        with torch.no_grad():
-            state = mixer(hidden[:, :past], None, None, (cos[:, :past],) * 2)[1] if past else None
-            at = past + split.take(ranks.rank)
-            out, state = pass_state(mixer, hidden[:, at], state, mask, (cos[:, at],) * 2, split, ranks)
-        found[kind] = split.joined(ranks.all_gather(out), 1), state, dict(ranks.sent)
+    ranks, mixer, found = Ranks(group), mixer_of(spec), []
+    for past, length, multiple in calls:
+        (hidden, rotary), done = call_of(mixer, past + length), {}
+        split = contiguous(past, past + length, ranks.size, multiple)
+        at = past + split.take(ranks.rank)
+        for kind, mask in masks(length).items():
+            ranks.sent.clear(), ranks.calls.clear()
+            with torch.no_grad():
+                state = mixer(hidden[:, :past], None, None, part(rotary, slice(past)))[1] if past else None
+                out, state = pass_state(mixer, hidden[:, at], state, mask, part(rotary, at), split, ranks)
+            sent = dict(ranks.calls), dict(ranks.sent)
+            done[kind] = split.joined(ranks.all_gather(out), 1), state, sent
+        found.append(done)
     return found
+
+
+def gradients(group: Any, spec: str, length: int) -> list[Tensor]:
+    """The gradients of a loss over all tokens in the hidden states and in the mixer's parameters, summed over
+    ranks."""
+    ranks, mixer = Ranks(group), mixer_of(spec)
+    hidden, rotary = call_of(mixer, length)
+    split = contiguous(0, length, ranks.size)
+    at, mask = split.take(ranks.rank), masks(length)["left"]
+    mine = hidden.requires_grad_()[:, at]
+    out, _ = pass_state(mixer, mine, None, mask, part(rotary, at), split, ranks)
+    loss(split.real(out, ranks.rank, 1), split.layout().positions(ranks.rank)).backward()
+    return [
+        ranks.all_gather(x if x is not None else torch.zeros_like(p)).sum(0)
+        for p, x in ((p, p.grad) for p in (hidden, *mixer.parameters()))
+    ]
+
+
+def loss(out: Tensor, positions: Tensor) -> Tensor:
+    """A loss of outputs [B, T, hidden] at ``positions``, in which row 1 begins at the middle."""
+    weight = (positions[None, :, None] + torch.arange(out.shape[2])).double().sin()
+    return (out * weight)[[0]].sum() + out[:1].square().sum()

@@ -48,6 +48,18 @@ def job(model: ModelShape = LLAMA_8B, length: int = 1 << 17, gpus: int = 8, **ch
     return Job(model=model, length=length, gpus=gpus, **settings)
 
 
+def test_contiguous_shards_of_models_with_recurrent_layers():
+    """Rank P - 1 has (2 P - 1) / P times the mean work of attention; in chunks, which follow a past, less."""
+    hybrid = replace(LLAMA_8B, in_order=True)
+    zigzagged, whole = plan(job(mechanism="gather")), plan(job(hybrid, mechanism="gather"))
+    chunked = plan(job(hybrid, chunk=8192))
+    assert any("the last one has 1.88 times the mean work" in note for note in whole.notes)
+    assert any("the last one has 1.05 times the mean work" in note for note in chunked.notes)
+    assert not any("contiguous" in note for note in [*zigzagged.notes, *plan(job(hybrid, gpus=1)).notes])
+    assert whole.sent["gather"] == zigzagged.sent["gather"] and whole.memory == zigzagged.memory
+    assert whole.prefill_seconds > zigzagged.prefill_seconds
+
+
 # --- the choice ----------------------------------------------------------------------------------
 
 

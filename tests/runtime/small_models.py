@@ -70,16 +70,70 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon_h1": (
         "FalconH1",
-        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention", "mlp", "full_attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "time_step_min": 1e-6,  # time steps are clamped to it in calls of several tokens only
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "shared_intermediate_size": 32,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
     ),
 }
+MORE_HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {  # a trial accepts them; test_hybrids.py runs them
+    "bamba": (
+        "Bamba",
+        {
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], **UNTIED}),
+}
 ALL_SLIDING = ("mistral",)
-RECURRENT = ("qwen3_next", "falcon_h1")
+RECURRENT = ("qwen3_next", "falcon_h1", "nemotron_h", "granitemoehybrid")
 
 
 def make(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A fresh random fp32 model in eval mode; its learned sinks are random too."""
-    family, settings = ARCHITECTURES[name]
+    family, settings = (ARCHITECTURES | MORE_HYBRIDS)[name]
     prefix = f"{family}Text" if family == "Gemma3" else family
     config = getattr(hf, f"{prefix}Config")(**{**COMMON, **settings, **overrides})
     torch.manual_seed(seed)

@@ -106,7 +106,7 @@ def test_full_budget_is_dense(name):
 @pytest.mark.parametrize("name", SELECTIVE)
 def test_small_budget_reads_less_where_it_serves(name):
     model, batch = shared(name), padded((LONG, 55))
-    own = {"sliding_attention": "sliding window", "linear_attention": "no attention"}
+    own = {"sliding_attention": "sliding window", "linear_attention": "no attention", "mlp": "no attention"}
     for spec, phases in SMALL_BUDGET.items():
         needed = recipe(name) if spec.startswith("double_sparsity") else None
         with farspan.patch(model, spec, recipe=needed) as patched:

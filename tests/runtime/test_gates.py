@@ -272,7 +272,7 @@ def test_what_cannot_be_served_is_refused() -> None:
         farspan.tune(model, PooledGate(), lengths=[64], repeats=1)
 
 
-@pytest.mark.parametrize("name", ["phi3", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1", "olmo_hybrid"])
 def test_other_architectures(name: str) -> None:
     """Fused projections, norms behind projections, two rotary embeddings, partial rotation: the input of the
     family's own ``apply_rotary_pos_emb`` is the oracle."""

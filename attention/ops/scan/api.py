@@ -10,6 +10,7 @@ IMPLS: Impls = {
     "reference": reference.scan,
     "eager": eager.scan,
     "triton": LazyImpl(__package__, "scan"),
+    "fla": LazyImpl(__package__, "scan", "fla"),
 }
 
 
@@ -52,6 +53,10 @@ def scan(
             f"scan takes cu_seqlens [N + 1] for a batch of 1; got {list(cu_seqlens.shape)} and a "
             f"batch of {b}."
         )
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":  # elsewhere it would wait for the device
+        bounds = cu_seqlens.tolist()
+        if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] != t:
+            raise ValueError(f"scan takes cu_seqlens from 0 to T = {t}, ascending; got {bounds}.")
     rows = b if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and state.shape != (rows, h, k.shape[3], dv):
         raise ValueError(

@@ -71,7 +71,8 @@ class _Scan(torch.autograd.Function):
         v, befores = tokens[2], []
         out, end = torch.empty_like(v), state.clone()
         for span in _spans(v, state.shape[2], how.chunk):
-            befores.append(end)
+            if any(ctx.needs_input_grad):
+                befores.append(end)
             of_span, end = _span(how, end, *(_of(x, span) for x in (mask, *tokens)))
             out[:, :, span] = of_span
         ctx.how = how
@@ -159,7 +160,7 @@ def _span(
         weights = between.exp()
         pairs = ((q @ k.mT) * weights).tril()
         reads, writes, decay = q * before, k * after[..., None], before[..., -1:, :]
-    x, added = v, None
+    x = v
     if beta is not None:
         strength = chunks(beta)[..., None]
         among = k @ k.mT if weights is None else (k @ k.mT) * weights
@@ -169,7 +170,7 @@ def _span(
         x, kept = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
             (v.shape[-1], k.shape[-1]), -1
         )
-    added = writes.mT @ x
+    added = writes.mT @ x  # with beta, x is so far what it would be from a state of zeros
     state = state.unflatten(1, heads)
     lost = None if kept is None else writes.mT @ kept
     befores = []

@@ -1,0 +1,1 @@
+"""The Triton kernels of ``scan``, for triton.py."""

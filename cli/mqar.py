@@ -1,0 +1,133 @@
+"""`farspan eval mqar`: what kinds of sequence mixers can recall, by small models trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..attention.errors import FarspanError
+from . import options, output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mqar:
+    """Options of `farspan eval mqar`."""
+
+    mixers: Annotated[
+        list[str],
+        typer.Option(
+            help='"attention", mixers, methods that select in prefill, or A+B for layers 1 and 2. Repeat it, '
+            'or one list: "attention,mamba2+block_topk:k=32,block=16".'
+        ),
+    ] = field(default_factory=lambda: ["attention,mamba2,base_conv,mamba2+attention"])
+    first: Annotated[
+        str, typer.Option(help='Layer 1 of the mixers that are not A+B; "same": the mixer itself.')
+    ] = "base_conv:length=3"
+    settings: Annotated[
+        list[str], typer.Option(help='LENGTHxPAIRS. Repeat it, or one list: "64x4,128x8".')
+    ] = field(default_factory=lambda: ["64x4,128x8,256x16"])
+    dim: Annotated[
+        list[str], typer.Option(help="Numbers of a hidden state. Several give a curve in the plot.")
+    ] = field(default_factory=lambda: ["64"])
+    heads: Annotated[int, options.count("Heads of each mixer.")] = 1
+    lr: Annotated[
+        list[str], typer.Option(help="Learning rates; the best one counts. Repeat it, or one list.")
+    ] = field(default_factory=lambda: ["1e-2,3e-3"])
+    apart: Annotated[
+        bool, typer.Option("--apart", help="A model for each setting, not one that learns all of them.")
+    ] = False
+    all_rates: Annotated[
+        bool, typer.Option("--all-rates", help="Go on with the other rates after one that has solved all.")
+    ] = False
+    seeds: Annotated[list[str], typer.Option(help="Of weights and data. Repeat it, or one list.")] = field(
+        default_factory=lambda: ["1"]
+    )
+    samples: Annotated[
+        int, options.count("Sequences of an epoch, of the shortest setting; of the others a fifth each.")
+    ] = 8192
+    same_data: Annotated[
+        bool, typer.Option("--same-data", help="The same sequences in every epoch, as published.")
+    ] = False
+    epochs: Annotated[int, options.count("Most epochs of a run.")] = 8
+    batch_tokens: Annotated[int, options.tokens("Tokens of a step, in whole sequences.")] = 4096
+    test_samples: Annotated[int, options.count("Sequences that are tested after each epoch.")] = 500
+    vocabulary: Annotated[int, options.count("Tokens: the first half are keys, the others values.")] = 8192
+    filler: Annotated[
+        str, typer.Option(help='Tokens between the queries: "zero" (0), or "random" tokens.')
+    ] = "zero"
+    dropout: Annotated[float, typer.Option(help="Of embeddings and layers. Published: 0.1.")] = 0.0
+    stop: Annotated[float, typer.Option(help="The accuracy that ends a run.")] = 0.99
+    device: Annotated[str, typer.Option(help='"cpu", or "cuda".')] = "cpu"
+    out: Annotated[Path, typer.Option("--out", "-o", help="The output folder; resumed if it is there.")] = (
+        Path("out/mqar")
+    )
+    json: options.Json = False
+
+
+@options.command
+def mqar(given: Mqar) -> None:
+    """MQAR (Zoology, arXiv 2312.04927): small models trained from scratch, whose task is to recall.
+
+    Each finished training is a row; the same command goes on where it was stopped. The published sizes are
+    --first same --apart --samples 100000 --same-data --epochs 64 --test-samples 3000 --dropout 0.1
+    --batch-tokens 32K --lr 1e-4,4.64e-4,2.15e-3,1e-2 --all-rates, for weeks of a CPU.
+    """
+    from ..evals.mqar import layers, report
+    from ..evals.mqar.data import Setting
+    from ..evals.mqar.run import Comparison, compare
+    from ..evals.mqar.train import Training
+
+    shared = {name: value for name, value in vars(given).items() if name in asdict(Training())}
+    comparison = Comparison(
+        mixers=layers.split_mixers(given.mixers),
+        settings=list(dict.fromkeys(map(Setting.parse, options.split_list(given.settings)))),
+        dims=options.whole_numbers(given.dim, "--dim"),
+        rates=_numbers(given.lr, "--lr", float),
+        seeds=_numbers(given.seeds, "--seeds", int),
+        apart=given.apart,
+        all_rates=given.all_rates,
+        training=Training(**shared),
+    )
+    try:
+        with _said(given.json) as advance:
+            summary = compare(comparison, given.out, device=_device(given.device), advance=advance)
+    except KeyboardInterrupt:
+        if not given.json:
+            output.note("\nStopped; what was finished is kept. Run the same command to go on.")
+        raise typer.Exit(130) from None
+    if given.json:
+        return output.show_json(summary.data)
+    output.show(report.terminal_table(summary.data))
+    files = ["config.json", "samples.jsonl", "summary.json", *summary.files]
+    output.note(f"Written to {summary.out}: {', '.join(files)}")
+
+
+def _numbers(values: list[str], option: str, kind: type[Any]) -> list[Any]:
+    try:
+        return list(dict.fromkeys(kind(item) for item in options.split_list(values)))
+    except ValueError:
+        example = "1e-3" if kind is float else "1"
+        raise FarspanError(f"{option} takes numbers such as {example}; got {', '.join(values)}.") from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise FarspanError(
+            f"--device {name} is not there: give cpu, or cuda on a machine with a GPU."
+        ) from None
+    return name
+
+
+@contextmanager
+def _said(json: bool) -> Iterator[Any]:
+    """`advance(sentence)`: a line on stderr; nothing with --json."""
+    yield (lambda sentence: None) if json else output.note

@@ -1,0 +1,191 @@
+"""The table of MQAR on the terminal and as Markdown, and the plot of accuracy against state size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...runtime.table import Table
+from ..pictures import new_figure
+from ..results import Results, unfinished_note
+from ..tables import markdown, percent
+from .data import Setting
+from .layers import SAME
+from .train import DIVERGED
+
+PUBLISHED: dict[str, Any] = {
+    "samples": 100_000,
+    "epochs": 64,
+    "test_samples": 3000,
+    "dropout": 0.1,
+    "rates": [1e-4, 1e-4 * 100 ** (1 / 3), 1e-4 * 100 ** (2 / 3), 1e-2],
+}
+"""What the tables of 2312.04927 (figure 2) and 2402.18668 were made with."""
+TRAINED = ("first", "samples", "epochs", "test_samples", "dropout", "stop")
+
+
+def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """summary.json: a cell for each mixer, dim and setting with rows. Of each seed the learning rate with the
+    highest accuracy counts; ``accuracy`` is the mean over seeds, ``low`` and ``high`` its range."""
+    found: dict[tuple[str, int, Setting], dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        for setting in map(Setting.parse, row["settings"]):
+            cell = row["method"], row["dim"], setting
+            found.setdefault(cell, {}).setdefault(row["seed"], []).append(row)
+    cells = []
+    for (mixer, dim, setting), seeds in found.items():
+        name = str(setting)
+        best = [max(runs, key=lambda row: row["accuracy"][name]) for runs in seeds.values()]
+        accuracies = [row["accuracy"][name] for row in best]
+        cells.append(
+            {
+                "mixer": mixer,
+                "dim": dim,
+                "setting": name,
+                "length": setting.length,
+                "pairs": setting.pairs,
+                "accuracy": statistics.mean(accuracies),
+                "low": min(accuracies),
+                "high": max(accuracies),
+                "seeds": len(best),
+                "rates": sorted({row["lr"] for row in best}),
+                "state": best[0]["state"][name],
+            }
+        )
+    costs = [
+        {
+            "mixer": mixer,
+            "dim": dim,
+            "runs": len(runs),
+            "diverged": sum(row["ended"] == DIVERGED for row in runs),
+            "cpu_seconds": sum(row["cpu_seconds"] for row in runs),
+        }
+        for mixer, dim in dict.fromkeys((row["method"], row["dim"]) for row in rows)
+        for runs in [[row for row in rows if (row["method"], row["dim"]) == (mixer, dim)]]
+    ]
+    names = ("suite", "apart", "all_rates", "rates", "seeds", *TRAINED)
+    return {
+        **{name: config[name] for name in names},
+        "reduced": reduced(config),
+        "settings": sorted(config["tasks"], key=Setting.parse),
+        "cells": cells,
+        "costs": costs,
+        "rows": len(rows),
+    }
+
+
+def reduced(config: Mapping[str, Any]) -> list[str]:
+    """What is smaller than in the paper, each with both numbers; empty if nothing is."""
+    said = []
+    for name in ("samples", "epochs", "test_samples"):
+        if config[name] < PUBLISHED[name]:
+            what = {"samples": "sequences an epoch", "test_samples": "test sequences"}.get(name, name)
+            said.append(f"{config[name]:,} {what} (published {PUBLISHED[name]:,})")
+    rates = config["rates"]
+    if len(rates) < len(PUBLISHED["rates"]):
+        said.append(f"{len(rates)} learning rates (published {len(PUBLISHED['rates'])})")
+    if not config["all_rates"] and len(rates) > 1:
+        said.append("no further learning rate once one has solved every setting")
+    return said
+
+
+def terminal_table(data: Mapping[str, Any]) -> Table:
+    """A row for each mixer and dim: the accuracy of each setting, and the state at the longest one."""
+    title = "mqar · accuracy in percent" + (" · reduced" if data["reduced"] else "")
+    columns = ("mixer", "dim", *data["settings"], "state/layer", "CPU min")
+    table = Table(*columns, title=title, caption=" ".join(notes(data)), numbers_from=1)
+    for row in _table_rows(data):
+        table.add_row(*row)
+    return table
+
+
+def _table_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    out = []
+    for cost in data["costs"]:
+        its = cost["mixer"], cost["dim"]
+        cells = {c["setting"]: c for c in data["cells"] if (c["mixer"], c["dim"]) == its}
+        shown = [_accuracy(cells.get(setting)) for setting in data["settings"]]
+        longest = max(cells.values(), key=lambda cell: cell["length"])
+        minutes = f"{cost['cpu_seconds'] / 60:.1f}"
+        out.append([cost["mixer"], str(cost["dim"]), *shown, _state(longest), minutes])
+    return out
+
+
+def _accuracy(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    if cell["seeds"] == 1:
+        return percent(cell["accuracy"], 1)
+    return f"{percent(cell['accuracy'], 1)} ({percent(cell['low'], 0)}–{percent(cell['high'], 0)})"
+
+
+def _state(cell: Mapping[str, Any]) -> str:
+    """The bytes that each layer keeps, once where they are equal."""
+    return "+".join(f"{size:,}" for size in dict.fromkeys(cell["state"]))
+
+
+def notes(data: Mapping[str, Any]) -> list[str]:
+    """Sentences that explain the numbers."""
+    seeds = len(data["seeds"])
+    out = [f"reduced: {'; '.join(data['reduced'])}."] if data["reduced"] else []
+    out += [
+        "Accuracy: share of queries answered right, of the best learning rate"
+        + (f", mean over {seeds} seeds with the lowest and highest." if seeds > 1 else ", one seed."),
+        f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: bytes kept of a "
+        "sequence of the longest setting, by each layer where they differ.",
+    ]
+    if data["first"] != SAME:
+        out.append(f"The first layer is {data['first']} where a mixer is not A+B.")
+    out.append(
+        "A model for each setting." if data["apart"] else "One model is trained on all settings together."
+    )
+    if diverged := sum(cost["diverged"] for cost in data["costs"]):
+        out.append(f"{diverged} runs ended in a loss that is not finite.")
+    return out + unfinished_note(data)
+
+
+def write(results: Results, data: Mapping[str, Any]) -> list[str]:
+    """Write mqar.md and mqar.png beside the rows; returns the names written."""
+    if not data["cells"]:
+        return []
+    head = ["mixer", "dim", *data["settings"], "state/layer", "CPU min"]
+    rows = [[f"`{mixer}`", *rest] for mixer, *rest in _table_rows(data)]
+    text = "\n".join(
+        [
+            "# MQAR: accuracy in percent" + (" (reduced)" if data["reduced"] else "") + "\n",
+            markdown(head, rows),
+            *(note + "\n" for note in notes(data)),
+            "![accuracy against state size](mqar.png)\n",
+        ]
+    )
+    results.write_text("mqar.md", text)
+    with results.picture("mqar.png") as path:
+        plot(data, path)
+    return ["mqar.md", "mqar.png"]
+
+
+def plot(data: Mapping[str, Any], path: Any) -> None:
+    """Accuracy against the bytes of state of both layers, a panel for each setting; points of one mixer at
+    several dims are joined."""
+    settings = data["settings"]
+    figure = new_figure(1.6 + 3.0 * len(settings), 3.6)
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    mixers = list(dict.fromkeys(cell["mixer"] for cell in data["cells"]))
+    for panel, setting in zip(panels, settings, strict=True):
+        for number, mixer in enumerate(mixers):
+            cells = [c for c in data["cells"] if (c["mixer"], c["setting"]) == (mixer, setting)]
+            points = sorted((sum(c["state"]), 100 * c["accuracy"]) for c in cells)
+            panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}") if points else None
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(-3, 103)
+        panel.set_title(setting.replace("x", " tokens, ") + " pairs", fontsize=9)
+        panel.set_xlabel("bytes of state")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)")
+    handles = [
+        panels[0].plot([], [], "o-", color=f"C{number % 10}", label=mixer)[0]
+        for number, mixer in enumerate(mixers)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(mixers)), fontsize=8)
+    figure.savefig(path, dpi=150)
