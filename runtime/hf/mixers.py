@@ -117,7 +117,11 @@ def check_rope(info: ModelInfo, mixed: Mapping[int, Mixed]) -> None:
     """Raise Unsupported where a mixer cannot apply RoPE as the model does."""
     for index, entry in mixed.items():
         mixer = entry.mixer
-        if isinstance(mixer, Projected) and mixer.rotates and (reasons := rope_reasons(info.attention[index])):
+        if (
+            isinstance(mixer, Projected)
+            and mixer.rotates
+            and (reasons := rope_reasons(info.attention[index]))
+        ):
             what = f"farspan cannot put the mixer {mixer.name} into layer {index}"
             raise Unsupported(f"{what} of {type(info.model).__name__}", reasons)
 
