@@ -199,8 +199,8 @@ def _mixers(job: Job) -> list[str]:
         even = f"Below {tokens} tokens their states take more memory than they save"
     return [
         f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which "
-        f"takes {readable(kept + model.mixer_growth)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their "
-        "recurrences are not in the seconds."
+        f"takes {readable(kept + model.mixer_growth)} a token instead of {readable(kept + model.mixer_kv)}. "
+        f"{even}. Their recurrences are not in the seconds."
     ]
 
 
