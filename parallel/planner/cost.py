@@ -38,11 +38,12 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
         rows = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
         size = count * job.batch * model.geometry(layer, job.tensor).kv
         kv, spare = kv + rows * size, spare + max(256, rows // 8) * size  # as KVStore grows
+    states = job.batch * (model.mixer_states + job.length * model.mixer_growth)  # the same on every rank
     found = {
         "weights": -(-job.weights // job.tensor),
         "kv_cache": kv,
         "room_to_grow": spare,
-        **({"states": job.batch * model.mixer_states} if model.mixers else {}),
+        **({"states": states} if model.mixers else {}),
         "transient": 0,
         "logits": job.batch * model.vocab * (e + 4),  # of the last position, and in float32
         "reserved": int(RESERVED * job.memory),

@@ -34,7 +34,8 @@ class ModelShape:
     one token is multiplied with (in a mixture, of its chosen experts). intermediate: width of the MLP (in a
     mixture, of all experts of a token). element_size: bytes of a number in weights, activations and the
     cache. mixers: layers in which a mixer has replaced attention, which are not among ``layers``; mixer_kv:
-    bytes by which that makes a token's entries smaller; mixer_states: bytes of their states for a sequence.
+    bytes of a token's keys and values in the attention that they replace; mixer_states: bytes of their states
+    for a sequence, before its first token; mixer_growth: bytes by which each token makes these larger.
     positions: those the model was made for; None: no limit. stretchable: whether --rope can give it more.
     in_order: whether some layer has a recurrent state, for which each rank takes a contiguous shard.
     """
@@ -50,6 +51,7 @@ class ModelShape:
     mixers: int = 0
     mixer_kv: int = 0
     mixer_states: int = 0
+    mixer_growth: int = 0
     positions: int | None = None
     stretchable: bool = False
     in_order: bool = False

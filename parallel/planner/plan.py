@@ -194,13 +194,13 @@ def _mixers(job: Job) -> list[str]:
         return []
     kept = sum(model.geometry(layer).kv for layer in model.layers)
     even = "They save no memory"
-    if model.mixer_kv > 0:
-        tokens = -(-model.mixer_states // model.mixer_kv)
+    if (saved := model.mixer_kv - model.mixer_growth) > 0:
+        tokens = -(-model.mixer_states // saved)
         even = f"Below {tokens} tokens their states take more memory than they save"
     return [
         f"Mixers replace attention in {model.mixers} of {model.mixers + len(model.layers)} layers, which "
-        f"takes {readable(kept)} a token instead of {readable(kept + model.mixer_kv)}. {even}. Their "
-        "recurrences are not in the seconds."
+        f"takes {readable(kept + model.mixer_growth)} a token instead of {readable(kept + model.mixer_kv)}. "
+        f"{even}. Their recurrences are not in the seconds."
     ]
 
 

@@ -29,7 +29,7 @@ tags: [farspan, hybrid, linear-attention]
     import farspan
     model, tokenizer = farspan.load("this folder")
     model.generate(...)                                         # as any model of transformers
-    farspan.patch(model, "antidiagonal + double_sparsity")      # on the layers with attention
+    farspan.patch(model, "antidiagonal + quest:k=1024")         # on the layers with attention
 
 {replaced} of {layers} layers have the mixer `{mixer}` in place of attention: {numbers}. Attention stays in
 layers {kept}, {how}.

@@ -19,6 +19,9 @@ import farspan
 from farspan import FarspanError, Unsupported
 from farspan.attention.hybrid import Geometry, mixers, parse_mixer
 from farspan.attention.hybrid.mixer import Mixer
+from farspan.parallel.planner.cost import memory
+from farspan.parallel.planner.device import DEVICES
+from farspan.parallel.planner.job import Job
 from farspan.runtime import hf
 from farspan.runtime.hf.config import read_shape
 
@@ -206,11 +209,17 @@ def test_layer_types_under_another_name(tmp_path: Path) -> None:
     assert load(tmp_path).config.layers_block_type == model.config.layers_block_type
 
 
-def test_the_plan_counts_growth_in_the_dtype_of_the_model(tmp_path: Path) -> None:
-    """Sigmoid attention keeps keys and values as attention does, so nothing is saved."""
+def test_the_plan_counts_states_that_grow(tmp_path: Path) -> None:
+    """Sigmoid attention keeps keys and values as attention does, in the dtype of the model: its state after
+    1,000 tokens has the size of the cache that it replaces, and the counts of tokens."""
     info = hf.inspect_model(make("llama"))
     hf.save_converted(info, {1: parse_mixer("sigmoid", hf.geometry_of(info, 1))}, "sigmoid", tmp_path)
-    assert read_shape(tmp_path).mixer_kv == read_shape(tmp_path, "bfloat16").mixer_kv == 0
+    for dtype, size in (("auto", 4), ("bfloat16", 2)):
+        shape = read_shape(tmp_path, dtype)
+        assert shape.mixer_growth == shape.mixer_kv == 2 * 2 * 16 * size
+        device = DEVICES["H100"]
+        job = Job(model=shape, device=device, length=1000, gpus=1, memory=device.memory, weights=0)
+        assert memory(job)[0]["states"] == 1000 * shape.mixer_kv + shape.mixer_states
 
 
 def test_geometry_and_weights_of_attention() -> None:
