@@ -19,7 +19,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> R:
-        kind = next(x.device.type for x in args if isinstance(x, Tensor))
+        kind = next(x.device.type for x in (*args, *named.values()) if isinstance(x, Tensor))
         if not torch.is_autocast_enabled(kind):
             return function(*args, **named)
         with torch.autocast(kind, enabled=False):

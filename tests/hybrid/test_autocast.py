@@ -25,7 +25,7 @@ def some(*shape: int) -> Tensor:
 Q, K, V = some(1, 4, 20, 8), some(1, 2, 20, 8), some(1, 4, 20, 6)
 FUNCTIONS: dict[str, Callable[[], Any]] = {
     "scan": lambda: ops.scan(Q, Q, V, -V[..., 0].abs()),
-    "scan_step": lambda: ops.scan_step(Q[:, :, 0], Q[:, :, 0], V[:, :, 0], state=some(1, 4, 8, 6)),
+    "scan_step": lambda: ops.scan_step(q=Q[:, :, 0], k=Q[:, :, 0], v=V[:, :, 0], state=some(1, 4, 8, 6)),
     "window": lambda: (
         window_attention(Q, some(1, 2, 25, 8), some(1, 2, 25, 8), scale=1, valid=torch.tensor([3])),
     ),
