@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.autocast import without_autocast
 from ..partial import Partial, merge
 from .geometry import Geometry
 from .mixer import Mixer, Rotary, State, Transition
@@ -66,7 +67,7 @@ class Aaren(Mixer):
     ) -> tuple[Tensor, State]:
         lse, out = state or self.initial_state(len(hidden), hidden.device)
         length = hidden.shape[1]
-        inside = self._chunks(hidden, mask)  # [B, H, N, C]
+        inside = chunks(*self._scored(hidden), mask)  # [B, H, N, C]
         ends = Partial(inside.out[..., -1, :], inside.lse[..., -1])  # [B, H, N]
         before = prefixes(
             Partial(
@@ -104,30 +105,36 @@ class Aaren(Mixer):
             p(hidden).unflatten(2, (-1, g.head_dim)).transpose(1, 2).to(self.state_dtype)
             for p in (self.k_proj, self.v_proj)
         )
-        query = self.query.to(k).unflatten(0, (g.num_kv_heads, -1))  # [Hkv, G, D]
-        scores = torch.einsum("hgd,bhtd->bhgt", query, k).flatten(1, 2) * g.softmax_scale
-        return scores, v.repeat_interleave(g.num_heads // g.num_kv_heads, 1)
-
-    def _chunks(self, hidden: Tensor, mask: Tensor | None) -> Partial:
-        """For every token the softmax over its chunk's tokens up to itself: out [B, H, N, C, D], lse [B, H,
-        N, C]."""
-        scores, values = self._scored(hidden)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
-            values = values.masked_fill(~mask[:, None, :, None], 0)  # whatever is there: 0 * NaN is NaN
-        room = -hidden.shape[1] % _CHUNK
-        scores = F.pad(scores, (0, room), value=-torch.inf).unflatten(2, (-1, _CHUNK))
-        values = F.pad(values, (0, 0, 0, room)).unflatten(2, (-1, _CHUNK))
-        peak = scores.detach().cummax(-1).values  # m
-        peak = peak.masked_fill(peak == -torch.inf, 0)
-        later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=hidden.device).triu(1)
-        weights = (scores[..., None, :] - peak[..., None]).masked_fill(later, -torch.inf).exp()
-        total = weights.sum(-1)  # u
-        none = total == 0
-        safe = total.masked_fill(none, 1)
-        return Partial(
-            (weights @ values) / safe[..., None], (peak + safe.log()).masked_fill(none, -torch.inf)
+        query = self.query.to(k).unflatten(0, (g.num_kv_heads, -1))
+        return logits(query, k).flatten(1, 2) * g.softmax_scale, v.repeat_interleave(
+            g.num_heads // g.num_kv_heads, 1
         )
+
+
+@without_autocast
+def logits(query: Tensor, k: Tensor) -> Tensor:
+    """query [Hkv, G, D] . k [B, Hkv, T, D] -> [B, Hkv, G, T]."""
+    return torch.einsum("hgd,bhtd->bhgt", query, k)
+
+
+@without_autocast
+def chunks(scores: Tensor, values: Tensor, mask: Tensor | None) -> Partial:
+    """For every token the softmax over its chunk's tokens up to itself: scores [B, H, T], values [B, H, T, D]
+    -> out [B, H, N, C, D], lse [B, H, N, C]. mask: [B, T] bool, False at padding."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        values = values.masked_fill(~mask[:, None, :, None], 0)  # whatever is there: 0 * NaN is NaN
+    room = -scores.shape[2] % _CHUNK
+    scores = F.pad(scores, (0, room), value=-torch.inf).unflatten(2, (-1, _CHUNK))
+    values = F.pad(values, (0, 0, 0, room)).unflatten(2, (-1, _CHUNK))
+    peak = scores.detach().cummax(-1).values  # m
+    peak = peak.masked_fill(peak == -torch.inf, 0)
+    later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=scores.device).triu(1)
+    weights = (scores[..., None, :] - peak[..., None]).masked_fill(later, -torch.inf).exp()
+    total = weights.sum(-1)  # u
+    none = total == 0
+    safe = total.masked_fill(none, 1)
+    return Partial((weights @ values) / safe[..., None], (peak + safe.log()).masked_fill(none, -torch.inf))
 
 
 def prefixes(part: Partial) -> Partial:

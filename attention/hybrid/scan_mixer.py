@@ -26,6 +26,10 @@ class Recurrence(NamedTuple):
     beta: Tensor | None = None
     scale: float = 1.0
 
+    def in_one_dtype(self) -> Recurrence:
+        """q and k in the dtype of v, which kernels need: under autocast, norms and softmax return float32."""
+        return self._replace(q=self.q.to(self.v.dtype), k=self.k.to(self.v.dtype))
+
 
 Local = tuple[Tensor, ...]
 
@@ -76,7 +80,7 @@ class ScanMixer(Projected):
         before, *local = state or self.initial_state(hidden.shape[0], hidden.device)
         tokens = Tokens(hidden, mask, rotary)
         recurrence, after, kept = self.inputs(tokens, tuple(local))
-        out, s = run(recurrence, before, tokens.real)
+        out, s = run(recurrence.in_one_dtype(), before, tokens.real)
         return tokens.place(self.outputs(out, tokens, kept)), (s, *after)
 
     def transition(
@@ -89,6 +93,7 @@ class ScanMixer(Projected):
     ) -> tuple[Transition, Callable[[State], Tensor]]:
         tokens = Tokens(hidden, mask, rotary)
         x, after, kept = self.inputs(tokens, state[1:])
+        x = x.in_one_dtype()
 
         def outputs(before: State) -> Tensor:
             return tokens.place(self.outputs(run(x, before[0], tokens.real)[0], tokens, kept))

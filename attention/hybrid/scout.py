@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from ..kv import KV
 from ..ops import kernel
+from ..ops.autocast import without_autocast
 from ..partial import Partial, merge
 from ..softmax import Softmax
 from .geometry import Geometry
@@ -127,6 +128,7 @@ class Scout(KeepsKeys):
             return out[:, None], state
         return self.mixer(hidden, state, mask, rotary)
 
+    @without_autocast
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored: KV, position: Tensor) -> Tensor:
         """One softmax over the checkpoints before each query and the query itself: q [B, H, T, D], k, v of
         the same tokens [B, Hkv, T, D], position [B, T] -> [B, H, T, D]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
+from ..ops.autocast import without_autocast
 from ..ops.kernel import fold_groups
 from .geometry import Geometry
 from .growing import places
@@ -88,6 +89,7 @@ class Sigmoid(KeepsKeys):
         return out + sigmoid_sum(q, k, v, keep, scale=scale, bias=self.bias)
 
 
+@without_autocast
 def sigmoid_sum(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, *, scale: float, bias: float
 ) -> Tensor:

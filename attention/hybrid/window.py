@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..ops.autocast import without_autocast
+
 _SCORES = 1 << 25  # scores in memory at a time; more where one block has more
 
 
+@without_autocast
 def window_attention(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, valid: Tensor) -> Tensor:
     """Softmax attention over the last n keys, the query's own among them -> [B, H, T, Dv] in float32 or
     wider.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dispatch import Impls, LazyImpl, run
 from . import eager, reference
 
@@ -14,6 +15,7 @@ IMPLS: Impls = {
 }
 
 
+@without_autocast
 def scan(
     q: Tensor,
     k: Tensor,
@@ -72,6 +74,7 @@ def scan(
     )  # fmt: skip
 
 
+@without_autocast
 def scan_step(
     q: Tensor,
     k: Tensor,
