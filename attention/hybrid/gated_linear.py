@@ -58,6 +58,10 @@ class GatedLinear(ScanMixer):
                 f"with head_dim {geometry.head_dim} is a whole number; got "
                 f"gated_linear:window={window},features={features},expand_k={expand_k}."
             )
+        if not window and features != "learned":
+            raise SpecError(
+                f"gated_linear takes features with a window alone; got {features!r} and window=0."
+            )
         super().__init__(geometry, key_dim=size, value_dim=geometry.head_dim)
         self.window = self.halo = window
         self.rotates = window > 0

@@ -16,6 +16,8 @@ from .scan_mixer import Local, Recurrence, ScanMixer
 from .short_convolution import ShortConvolution
 from .tokens import Tokens
 
+_PUBLISHED = 64, 128  # headdim and state
+
 
 class Mamba2(ScanMixer):
     """S_t = exp(-Δ_t A) S_(t-1) + Δ_t B_t x_t^T,  y_t = S_t^T C_t + D x_t of each head (2405.21060);
@@ -34,7 +36,8 @@ class Mamba2(ScanMixer):
     B and C of ``state`` numbers for all heads. The heads of the attention do not matter, and none of its
     weights is used.
 
-    Raises SpecError for sizes below 1 and heads that do not divide expand * hidden_size.
+    Raises SpecError for sizes below 1, heads that do not divide expand * hidden_size, and headdim or state
+    without expand.
     """
 
     name: ClassVar[str] = "mamba2"
@@ -44,7 +47,13 @@ class Mamba2(ScanMixer):
     rotates = False
 
     def __init__(
-        self, geometry: Geometry, *, expand: float = 0.0, headdim: int = 64, state: int = 128, conv: int = 4
+        self,
+        geometry: Geometry,
+        *,
+        expand: float = 0.0,
+        headdim: int = _PUBLISHED[0],
+        state: int = _PUBLISHED[1],
+        conv: int = 4,
     ) -> None:
         inner = whole(geometry.hidden_size * expand)
         if inner is None or inner < 0 or min(headdim, state, conv) < 1 or inner % headdim:
@@ -52,6 +61,11 @@ class Mamba2(ScanMixer):
                 f"mamba2 takes headdim, state and conv of at least 1, and an expand whose product with "
                 f"hidden_size {geometry.hidden_size} is 0 or a multiple of headdim; got expand={expand}, "
                 f"headdim={headdim}, state={state}, conv={conv}."
+            )
+        if inner == 0 and (headdim, state) != _PUBLISHED:
+            raise SpecError(
+                f"mamba2 takes headdim and state with expand alone, because without it both are the "
+                f"attention's head_dim; got headdim={headdim}, state={state}: add expand=2."
             )
         if inner:  # one head of queries and keys, and all of x as its values
             geometry = Geometry(

@@ -239,6 +239,8 @@ def test_bad_input(name: str) -> None:
         ("mamba2:expand=nan", "mamba2 takes headdim, state and conv"),
         ("mamba2:expand=2.01", "mamba2 takes headdim, state and conv"),
         ("mamba2:expand=1e300", "cannot be made"),
+        ("mamba2:state=16", "headdim and state with expand alone"),
+        ("gated_linear:window=0,features=plain", "features with a window alone"),
         ("gated_delta:expand_v=inf", "gated_delta takes conv >= 1"),
         ("gated_linear:expand_k=inf", "gated_linear takes window >= 0"),
         ("gated_linear:window=1000000000000", "bytes of each sequence"),
