@@ -100,8 +100,8 @@ def test_speeds(ranks: int) -> None:
 
 def test_a_heatmap_has_its_method_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    real = pictures._figure
-    monkeypatch.setattr(pictures, "_figure", lambda *size: figures.append(real(*size)) or figures[-1])
+    real = pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *size: figures.append(real(*size)) or figures[-1])
     cells = [{"method": NAMES[3], "depth": depth, "length": 1024, "score": 1.0} for depth in (0.0, 1.0)]
     data = {"cells": cells, "methods": [{"method": NAMES[3], "score": 1.0, "n": 2}]}
     pictures.heatmap(data, NAMES[3], tmp_path / "heat.png")
