@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -15,16 +17,14 @@ import torch
 
 from farspan.runtime.machine import cpu_name
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = Path(os.environ.get("FARSPAN_RESULTS", HERE / "results"))
 
 
 def machine(device: str = "cuda") -> dict[str, Any]:
     """Processor, threads, versions and commit of this run; device: where it ran, if there is a choice."""
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -32,13 +32,21 @@ def machine(device: str = "cuda") -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": next(iter(d.version for d in metadata.distributions(name="triton")), None),
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
+def _commit() -> str:
+    """The commit of the checkout; "" where there is no git."""
+    if shutil.which("git") is None:
+        return ""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
 def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
-    """Write results/<name>.json."""
+    """Write <name>.json to the folder that FARSPAN_RESULTS names, or to results/ here."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     device = about.get("arguments", {}).get("device", "cuda")
