@@ -7,11 +7,13 @@ import difflib
 import re
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from . import calibrated, chunked, dense, recycled, sparse  # noqa: F401  (importing a method registers it)
 from .errors import SpecError
 from .method import AttentionMethod, registered
+
+T = TypeVar("T")
 
 _RENAMED = {"share": "gqa_reduce"}  # parameters of earlier versions, by their names now
 _SIZES = {"k", "fraction"}  # budgets that say how much is read
@@ -37,12 +39,7 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
             f"A method is a string such as 'recycled:k=512,stride=10' or a method object; got {spec!r}."
         )
     name, rest = split_spec(spec)
-    known = methods()
-    if name not in known:
-        raise SpecError(
-            f"There is no method {name!r}{nearest(name, known)}; the methods are {', '.join(known)}."
-        )
-    cls = known[name]
+    cls = find("method", name, methods())
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)}
     values = parse_parameters(name, rest, {key: f.default for key, f in fields.items()}, hints)
@@ -51,6 +48,18 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
             if type(None) in typing.get_args(hints[other]):
                 values.setdefault(other, None)
     return cls(**values)
+
+
+def find(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """``known[name]``. kind: what they are, such as "method", for the error.
+
+    Raises SpecError, naming the nearest known name, for an unknown one.
+    """
+    if name not in known:
+        raise SpecError(
+            f"There is no {kind} {name!r}{_nearest(name, known)}; the {kind}s are {', '.join(known)}."
+        )
+    return known[name]
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -74,7 +83,7 @@ def parse_parameters(
             raise SpecError(f"{name} has no parameter {key!r}: it is called {_RENAMED[key]!r} now.")
         if key not in defaults:
             takes = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
-            raise SpecError(f"{name} has no parameter {key!r}{nearest(key, defaults)}; {takes}.")
+            raise SpecError(f"{name} has no parameter {key!r}{_nearest(key, defaults)}; {takes}.")
         if not equals or not value:
             raise SpecError(
                 f"{name} needs a value for {key}, as in '{name}:{key}={defaults[key]}'; got {item!r}."
@@ -112,6 +121,6 @@ def _convert(name: str, key: str, text: str, hint: Any) -> Any:
     raise SpecError(f"{name} takes {wanted.get(kinds[0], kinds[0])} for {key}; got {text!r}.")
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -6,7 +6,7 @@ import inspect
 import typing
 
 from ..errors import SpecError
-from ..spec import nearest, parse_parameters, split_spec
+from ..spec import find, parse_parameters, split_spec
 from .geometry import Geometry
 from .mixer import Mixer, registered
 
@@ -27,12 +27,7 @@ def parse_mixer(spec: str, geometry: Geometry) -> Mixer:
     if not isinstance(spec, str):
         raise SpecError(f"A mixer is a string such as 'gated_linear:window=64'; got {spec!r}.")
     name, text = split_spec(spec)
-    known = mixers()
-    if name not in known:
-        raise SpecError(
-            f"There is no mixer {name!r}{nearest(name, known)}; the mixers are {', '.join(known)}."
-        )
-    cls = known[name]
+    cls = find("mixer", name, mixers())
     takes = {
         key: parameter.default
         for key, parameter in inspect.signature(cls.__init__).parameters.items()
