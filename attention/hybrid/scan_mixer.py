@@ -116,6 +116,11 @@ class ScanMixer(Projected):
 
 def run(x: Recurrence, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The scan, or one step of it for a token without padding -> (out [B, H, T, Dv], the state after it)."""
+    if mask is None and x.q.shape[2] == 1:
+        q, k, v = (y[:, :, 0] for y in (x.q, x.k, x.v))
+        g, beta = (None if y is None else y[:, :, 0] for y in (x.log_decay, x.beta))
+        out, state = scan_step(q, k, v, g, state=state, beta=beta, scale=x.scale)
+        return out[:, :, None], state
     group = x.q.shape[1] // x.k.shape[1]
 
     def spread(y: Tensor) -> Tensor:  # over the heads of q that share it
@@ -123,11 +128,5 @@ def run(x: Recurrence, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
 
     k, v, state = spread(x.k), spread(x.v), spread(state)
     g, beta = (None if y is None else spread(y) for y in (x.log_decay, x.beta))
-    if mask is None and x.q.shape[2] == 1:
-        g, beta = (None if y is None else y[:, :, 0] for y in (g, beta))
-        q, k, v = x.q[:, :, 0], k[:, :, 0], v[:, :, 0]
-        out, state = scan_step(q, k, v, g, state=state, beta=beta, scale=x.scale)
-        out = out[:, :, None]
-    else:
-        out, state = scan(x.q, k, v, g, beta=beta, scale=x.scale, state=state, mask=mask)
+    out, state = scan(x.q, k, v, g, beta=beta, scale=x.scale, state=state, mask=mask)
     return out, state[:, ::group].contiguous()

@@ -98,6 +98,20 @@ def test_steps_are_the_recurrence(kind: str) -> None:
     assert_equal({"out": torch.stack(outs, 2), "state": state}, want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_each_state_by_several_heads(kind: str) -> None:
+    x = inputs(kind, t=1, dk=6, dv=10, hq=4, dtype=torch.float64)
+    assert x.state is not None
+    _, k, v, g, beta = (None if y is None else y[:, :, 0] for y in (*x.args, x.beta))
+    queries = torch.randn(2, 12, 6, dtype=torch.float64)
+    got, after = scan_step(queries, k, v, g, beta=beta, state=x.state)
+    k, v, g, beta, state = (
+        None if y is None else y.repeat_interleave(3, 1) for y in (k, v, g, beta, x.state)
+    )
+    want, end = scan_step(queries, k, v, g, beta=beta, state=state)
+    assert_equal({"out": got, "state": after.repeat_interleave(3, 1)}, {"out": want, "state": end})
+
+
 @pytest.mark.parametrize("kind", ["ssd", "channels", "delta"])
 def test_a_row_alone_is_the_row_in_a_padded_batch(kind: str) -> None:
     """With NaN in the padding, on both sides of a row; gradients of the padding are zero."""

@@ -87,9 +87,9 @@ def scan_step(
 ) -> tuple[Tensor, Tensor]:
     """:func:`scan` over one token: q, k [B, Hq, Dk], v [B, H, Dv], log_decay [B, H] or [B, H, Dk], beta [B,
     H], state [B, H, Dk, Dv] -> (out [B, H, Dv], the state after the token). The given state is not written
-    to."""
-    group = v.shape[1] // q.shape[1]
-    q, k = (x.to(state.dtype).repeat_interleave(group, 1) for x in (q, k))
+    to. q may also have G heads for each state, [B, H * G, Dk]; then out is [B, H * G, Dv]."""
+    heads = v.shape[1]
+    q, k = (x.to(state.dtype).repeat_interleave(max(1, heads // x.shape[1]), 1) for x in (q, k))
     x = v.to(state.dtype)
     if log_decay is not None:
         decay = log_decay.to(state.dtype).exp()
@@ -97,7 +97,8 @@ def scan_step(
     if beta is not None:
         x = beta.to(state.dtype)[..., None] * (x - (k[..., None, :] @ state).squeeze(-2))
     state = state + k[..., None] * x[..., None, :]
-    return (scale * (q[..., None, :] @ state).squeeze(-2)).to(v.dtype), state
+    out = q.unflatten(1, (heads, -1)) @ state  # [B, H, G, Dv]
+    return (scale * out.flatten(1, 2)).to(v.dtype), state
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> None:
