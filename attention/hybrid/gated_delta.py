@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -48,8 +47,8 @@ class GatedDelta(ScanMixer):
             )
         super().__init__(geometry, value_dim=size)
         heads = geometry.num_kv_heads
-        self.widths = [p.out_features for p in (self.q_proj, self.k_proj, self.v_proj)]
-        self.conv = ShortConvolution(sum(self.widths), conv, bias=False)
+        channels = sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj))
+        self.conv = ShortConvolution(channels, conv, bias=False)
         self.halo = conv - 1
         self.beta_proj = nn.Linear(self.hidden_size, heads, bias=False)
         self.decay = Decay(self.hidden_size, heads, lowest=0)
@@ -61,13 +60,8 @@ class GatedDelta(ScanMixer):
         return (self.conv.state_shape,)
 
     def inputs(self, tokens: Tokens, local: Local) -> tuple[Recurrence, Local, Local]:
-        joined = torch.cat([x.flatten(2) for x in self.project(tokens.hidden, None)], 2)
-        joined, after = self.conv(joined, local[0], tokens.count)
-        sizes = self.key_dim, self.key_dim, self.value_dim
-        q, k, v = (
-            x.unflatten(2, (-1, size)).transpose(1, 2)
-            for x, size in zip(joined.split(self.widths, 2), sizes, strict=True)
-        )
+        parts = self.project(tokens.hidden, None)
+        (q, k, v), after = self.conv.of_heads(parts, local[0], tokens.count)
         # in float32, as float16 rounds the least norm of ``normalize`` to 0: padding would have NaN gradients
         q, k = (normalize(x.to(self.state_dtype), dim=3).to(x.dtype) for x in (q, k))
         beta = self.beta_proj(tokens.hidden).to(self.state_dtype).sigmoid().transpose(1, 2)

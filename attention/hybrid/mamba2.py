@@ -79,7 +79,8 @@ class Mamba2(ScanMixer):
         self.published = inner > 0
         self.size = headdim if inner else geometry.head_dim  # of a head of x
         self.heads = self.o_proj.in_features // self.size
-        self.conv = ShortConvolution(sum(self.widths), conv, bias=True)
+        channels = sum(p.out_features for p in (self.v_proj, self.k_proj, self.q_proj))
+        self.conv = ShortConvolution(channels, conv, bias=True)
         self.decay = Decay(self.hidden_size, self.heads, lowest=1)
         self.D = nn.Parameter(torch.ones(self.heads))
         groups = 1 if inner else self.heads
@@ -87,11 +88,6 @@ class Mamba2(ScanMixer):
             self.hidden_size, self.heads, self.size, eps=geometry.eps, groups=groups, gate_first=True
         )
         self.halo = conv - 1
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Numbers of x, B and C of a token."""
-        return self.v_proj.out_features, self.k_proj.out_features, self.q_proj.out_features
 
     @property
     def scan_shape(self) -> tuple[int, int, int]:
@@ -104,12 +100,8 @@ class Mamba2(ScanMixer):
 
     def inputs(self, tokens: Tokens, local: Local) -> tuple[Recurrence, Local, Local]:
         c, b, x = self.project(tokens.hidden, None)
-        joined, after = self.conv(torch.cat([y.flatten(2) for y in (x, b, c)], 2), local[0], tokens.count)
-        sizes = self.size, self.key_dim, self.key_dim
-        x, b, c = (
-            y.unflatten(2, (-1, size)).transpose(1, 2)
-            for y, size in zip(joined.split(self.widths, 2), sizes, strict=True)
-        )
+        x = x.flatten(2).unflatten(2, (-1, self.size))  # the published form projects to one head
+        (x, b, c), after = self.conv.of_heads((x, b, c), local[0], tokens.count)
         x = x.repeat_interleave(self.heads // x.shape[1], 1)
         b = b.repeat_interleave(c.shape[1] // b.shape[1], 1)
         delta, g = self.decay(tokens.hidden, self.state_dtype)

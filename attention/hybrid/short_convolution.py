@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -45,3 +48,12 @@ class ShortConvolution(nn.Module):
         for i in range(weight.shape[1]):
             y = torch.addcmul(y, inputs[:, i : i + x.shape[1]].to(wide), weight[:, i])
         return silu(y).to(x.dtype), after
+
+    def of_heads(
+        self, parts: Sequence[Tensor], before: Tensor, count: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Parts [B, T, heads, size], whose channels stand side by side in those of the convolution -> (each
+        part's y [B, heads, T, size], the state after them). before, count: as in ``forward``."""
+        y, after = self(torch.cat([x.flatten(2) for x in parts], 2), before, count)
+        ys = y.split([math.prod(x.shape[2:]) for x in parts], 2)
+        return [y.unflatten(2, x.shape[2:]).transpose(1, 2) for y, x in zip(ys, parts, strict=True)], after
