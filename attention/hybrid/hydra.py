@@ -51,7 +51,7 @@ class Hydra(nn.Module):
         mixed = width + 4 * state  # x, and B and C of both directions
         self.in_proj = nn.Linear(hidden_size, width + mixed + 2 * heads, bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, conv, padding=conv // 2, groups=mixed)
-        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(step + (-(-step).expm1()).log())  # softplus of it is ``step``
         self.A_log = nn.Parameter(torch.zeros(heads))  # A = -1
         self.fc_D = nn.Linear(width, heads, bias=False)
