@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import launch
 from .recurrence import Tokens
-from .segments import channel_decays, load, segment, store, strides, there
+from .segments import channel_decays, chunk_of, load, store, strides, there
 
 _PART = tl.constexpr(16)
 
@@ -29,14 +29,28 @@ def _row(x, row, head, token, channel, stride, real, D: tl.constexpr):
 
 
 @triton.jit
+def _part(
+    x, g, mask, row, x_head, head, first, channel, x_stride, g_stride, mask_stride, end, D: tl.constexpr
+):
+    """A part from token ``first`` on: its tokens, which of them there are, x[row, x_head] of them, and their
+    :func:`channel_decays`."""
+    token = first + tl.arange(0, _PART)
+    real = there(mask, row, mask_stride, token, end)
+    value = load(x, row, x_head, token, channel, x_stride, real, D)
+    before, after, total = channel_decays(
+        g, row, head, token, channel, g_stride, mask, mask_stride, end, first + _PART, D
+    )
+    return token, real, value, before, after, total
+
+
+@triton.jit
 def _pairs(
     q, k, g, mask, pairs, table, q_stride, k_stride, g_stride, mask_stride, pairs_stride, each, tokens, group,
     D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """pairs[token i, j] for i of one part of a chunk."""
     h = tl.program_id(1)
-    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
-    first = begin + tl.program_id(0) % CHUNKS * C
+    row, first, end = chunk_of(tl.program_id(0), table, each, tokens, C, CHUNKS)
     part = tl.program_id(2)
     at = first + part * _PART
     if at >= end:
@@ -64,13 +78,10 @@ def _pairs(
     far = here * tl.exp(tl.cumsum(decay, 0))
     for back in range(part):
         earlier = part - 1 - back
-        begin_j = first + earlier * _PART
-        token_j = begin_j + i
-        real_j = there(mask, row, mask_stride, token_j, end)
-        key = load(k, row, h // group, token_j, channel, k_stride, real_j, D)
-        _before, after, total = channel_decays(
-            g, row, h, token_j, channel, g_stride, mask, mask_stride, end, begin_j + _PART, D
-        )
+        _token, _real, key, _before, after, total = _part(
+            k, g, mask, row, h // group, h, first + earlier * _PART, channel, k_stride, g_stride, mask_stride,
+            end, D,
+        )  # fmt: skip
         a = tl.dot(far.to(query.dtype), tl.trans((key * after).to(query.dtype)), input_precision="ieee")
         tl.store(pairs + earlier * _PART, a.to(pairs.dtype.element_ty), mask=valid)
         far = far * total[None, :]
@@ -97,8 +108,7 @@ def _products(
 ):  # fmt: skip
     """out[token i, j] = x_i . y_j over a chunk, float32."""
     h = tl.program_id(1)
-    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
-    first = begin + tl.program_id(0) % CHUNKS * C
+    row, first, end = chunk_of(tl.program_id(0), table, each, tokens, C, CHUNKS)
     if first >= end:
         return
     i, channel = tl.arange(0, C), tl.arange(0, WIDE)
@@ -119,33 +129,26 @@ def _pairs_backward(
     after."""
     parts: tl.constexpr = C // _PART
     h = tl.program_id(1)
-    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
-    first = begin + tl.program_id(0) % CHUNKS * C
+    row, first, end = chunk_of(tl.program_id(0), table, each, tokens, C, CHUNKS)
     part, tile = tl.program_id(2) % parts, tl.program_id(2) // parts
     at = first + part * _PART
     if at >= end:
         return
     i, channel = tl.arange(0, _PART), tile * BLOCK + tl.arange(0, BLOCK)
-    token = at + i
-    real = there(mask, row, mask_stride, token, end)
-    query = load(q, row, h // group, token, channel, q_stride, real, D)
-    kind = query.dtype
-    before, after, _total = channel_decays(
-        g, row, h, token, channel, g_stride, mask, mask_stride, end, at + _PART, D
+    token, real, query, before, after, _total = _part(
+        q, g, mask, row, h // group, h, at, channel, q_stride, g_stride, mask_stride, end, D
     )
+    kind = query.dtype
     weights = dpairs + row * dpairs_stride[0] + h * dpairs_stride[1]
 
     grad_q = tl.zeros((_PART, BLOCK), tl.float32)  # of the parts before, the nearest first
     between = tl.full((BLOCK,), 1.0, tl.float32)
     for back in range(part):
         earlier = part - 1 - back
-        begin_j = first + earlier * _PART
-        token_j = begin_j + i
-        real_j = there(mask, row, mask_stride, token_j, end)
-        key_j = load(k, row, h // group, token_j, channel, k_stride, real_j, D)
-        before_j, after_j, total = channel_decays(
-            g, row, h, token_j, channel, g_stride, mask, mask_stride, end, begin_j + _PART, D
-        )
+        _token, real_j, key_j, _before, after_j, total = _part(
+            k, g, mask, row, h // group, h, first + earlier * _PART, channel, k_stride, g_stride, mask_stride,
+            end, D,
+        )  # fmt: skip
         w = tl.load(
             weights + token.to(tl.int64)[:, None] * dpairs_stride[2] + earlier * _PART + i[None, :],
             mask=real[:, None] & real_j[None, :], other=0.0,
@@ -158,13 +161,10 @@ def _pairs_backward(
     grad_k = tl.zeros((_PART, BLOCK), tl.float32)  # of the parts after
     between = tl.full((BLOCK,), 1.0, tl.float32)
     for later in range(part + 1, parts):
-        begin_j = first + later * _PART
-        token_j = begin_j + i
-        real_j = there(mask, row, mask_stride, token_j, end)
-        query_j = load(q, row, h // group, token_j, channel, q_stride, real_j, D)
-        before_j, after_j, total = channel_decays(
-            g, row, h, token_j, channel, g_stride, mask, mask_stride, end, begin_j + _PART, D
-        )
+        token_j, real_j, query_j, before_j, _after, total = _part(
+            q, g, mask, row, h // group, h, first + later * _PART, channel, q_stride, g_stride, mask_stride,
+            end, D,
+        )  # fmt: skip
         w = tl.load(
             weights + token_j.to(tl.int64)[None, :] * dpairs_stride[2] + part * _PART + i[:, None],
             mask=real[:, None] & real_j[None, :], other=0.0,

@@ -22,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import launch
-from .recurrence import Tokens, first_states
+from .recurrence import Tokens, config, first_states
 from .segments import (
     between,
+    chunk_of,
     head_decays,
     load,
     load_each,
-    segment,
     sequence,
     store,
     strides,
@@ -45,8 +45,7 @@ def _solve(
     C: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    _slot, row, begin, end = segment(tl.program_id(0) // CHUNKS, table, each, tokens, C, CHUNKS)
-    first = begin + tl.program_id(0) % CHUNKS * C
+    row, first, end = chunk_of(tl.program_id(0), table, each, tokens, C, CHUNKS)
     if first >= end:
         return
     i, channel, col = tl.arange(0, C), tl.arange(0, WIDE), tl.arange(0, BLOCK)
@@ -152,14 +151,10 @@ def _sweep(
                 tl.store(state + (n // CHUNKS + 1) * state_stride[0], s, mask=inside)
 
 
-def _config(block_v: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_V": block_v}, num_warps=warps, num_stages=stages)
-
-
 _KEY = ["D", "DV", "C", "CHUNKS", "REVERSE"]
-_half = launch.tuned([_config(32, 4, 2), _config(64, 4, 2), _config(16, 4, 3)], _KEY)(_sweep)
-_widest = launch.tuned([_config(32, 8, 1), _config(16, 8, 2)], _KEY)(_sweep)
-_single = launch.tuned([_config(16, 8, 1), _config(32, 8, 1)], _KEY)(_sweep)
+_half = launch.tuned([config(32, 4, 2), config(64, 4, 2), config(16, 4, 3)], _KEY)(_sweep)
+_widest = launch.tuned([config(32, 8, 1), config(16, 8, 2)], _KEY)(_sweep)
+_single = launch.tuned([config(16, 8, 1), config(32, 8, 1)], _KEY)(_sweep)
 
 
 def writes(

@@ -192,15 +192,15 @@ def _carry(
         tl.store(state, s, mask=inside)
 
 
-def _config(block_v: int, warps: int, stages: int) -> triton.Config:
+def config(block_v: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"BLOCK_V": block_v}, num_warps=warps, num_stages=stages)
 
 
 _KEY = ["D", "DV", "C", "CHUNKS", "KIND", "REVERSE"]
-_half = launch.tuned([_config(64, 4, 2), _config(64, 8, 2), _config(32, 4, 3)], _KEY)(_walk)
-_wide_half = launch.tuned([_config(64, 8, 2), _config(128, 8, 2), _config(32, 8, 2)], _KEY)(_walk)
-_widest = launch.tuned([_config(32, 8, 2), _config(64, 8, 1), _config(16, 8, 2)], _KEY)(_walk)
-_single = launch.tuned([_config(32, 8, 1), _config(16, 8, 1)], _KEY)(_walk)
+_half = launch.tuned([config(64, 4, 2), config(64, 8, 2), config(32, 4, 3)], _KEY)(_walk)
+_wide_half = launch.tuned([config(64, 8, 2), config(128, 8, 2), config(32, 8, 2)], _KEY)(_walk)
+_widest = launch.tuned([config(32, 8, 2), config(64, 8, 1), config(16, 8, 2)], _KEY)(_walk)
+_single = launch.tuned([config(32, 8, 1), config(16, 8, 1)], _KEY)(_walk)
 
 
 def _kernel(dtype: torch.dtype, wide: int) -> Any:

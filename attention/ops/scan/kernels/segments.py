@@ -42,10 +42,6 @@ class Segments:
         """Segments of a batch row."""
         return self.count // max(1, self.rows)
 
-    def place(self) -> tuple[Any, ...]:
-        """The arguments of :func:`segment`."""
-        return self.table, self.each, self.tokens
-
     def whole(self) -> tuple[Any, ...]:
         """The arguments of :func:`sequence`."""
         return self.bounds, self.offsets, self.each, self.tokens
@@ -103,6 +99,14 @@ def segment(at, table, each, tokens, C: tl.constexpr, CHUNKS: tl.constexpr):
         table += at * 3
         slot, begin, end = tl.load(table), tl.load(table + 1), tl.load(table + 2)
         return slot.to(tl.int64), (at * 0).to(tl.int64), begin, end
+
+
+@triton.jit
+def chunk_of(at, table, each, tokens, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """(batch row, first token, end of its segment) of chunk ``at``; an end before the first: there is
+    none."""
+    _slot, row, begin, end = segment(at // CHUNKS, table, each, tokens, C, CHUNKS)
+    return row, begin + at % CHUNKS * C, end
 
 
 @triton.jit
