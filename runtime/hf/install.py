@@ -15,7 +15,7 @@ from ..cache import KVStore
 from ..chunking import Chunking
 from ..layer import Layer
 from ..mixers import Mixed
-from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
+from ..padding import Padding, checked_2d, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
@@ -171,11 +171,7 @@ def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Ten
         mask = call["attention_mask"] = mask[FULL]
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise FarspanError(
-            f"farspan takes a 2-D attention mask (rows, positions), which marks padding; got a {shape} one."
-        )
+    mask = checked_2d(mask)
     if tokens is None:
         return mask
     want = (tokens.shape[0], past + tokens.shape[1])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer
 from ...parallel.mechanisms.state_passing import pass_state
 from ..layer_over_ranks import carried
+from ..padding import checked_2d
 from ..session import Session
 from .decoder_call import arguments, settle_cache
 from .hooks import replace_forward
@@ -148,11 +148,6 @@ def _padding_mask(mask: Any, past: int) -> Tensor | None:
         mask = mask.get(FULL)
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise FarspanError(
-            f"A converted model takes a 2-D attention mask (rows, positions), which marks padding; got a "
-            f"{shape} one: leave the mask to the model, and the cache too."
-        )
+    mask = checked_2d(mask, "A converted model", ": leave the mask to the model, and the cache too")
     own = mask[:, past:].bool()
     return None if bool(own.all()) else own
