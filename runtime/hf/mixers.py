@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError, Unsupported
-from ...attention.hybrid.mixer import Mixer, State
+from ...attention.hybrid.mixer import Mixer, Rotary, State
 from ...attention.hybrid.projections import Projected
 from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
@@ -169,7 +169,6 @@ def _forward(
     call = read(args, kwargs)
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
-    state = None if layer is None else layer.initial_state()
     mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
     over = carried(mask) or session.call
     if over is None:
@@ -177,17 +176,35 @@ def _forward(
         mask = None if mask is None else mask.bool()
     else:
         tokens, mask = over.total - over.past, session.token_mask(over, hidden)
+    forward = original
     if over is not None and over.split is not None:
-        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, session.ranks)
-    elif hidden.shape[1] == 1 and state is not None and mask is None:
+        forward = partial(pass_state, mixer, split=over.split, ranks=session.ranks)
+    out, state = run_mixer(mixer, forward, layer, hidden, tokens, mask, rotary)
+    mixed.count(hidden, state)
+    return out.to(hidden.dtype), None
+
+
+def run_mixer(
+    mixer: Mixer,
+    forward: Callable[..., tuple[Tensor, State]],
+    layer: StateLayer | None,
+    hidden: Tensor,
+    tokens: int,
+    mask: Tensor | None,
+    rotary: Rotary | None,
+) -> tuple[Tensor, State]:
+    """Run a mixer in a call of ``tokens`` tokens: by ``step`` for one token with tokens before it, else by
+    ``forward(hidden, state, mask, rotary)``. Returns the output, and the state after the call, which
+    ``layer`` keeps. hidden, rotary: over ranks, of this rank's tokens. mask: of all tokens."""
+    state = None if layer is None else layer.initial_state()
+    if tokens == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
-        out, state = original(hidden, state, mask, rotary)
+        out, state = forward(hidden, state, mask, rotary)
     if layer is not None:
         layer.keep_state(state, tokens, mask)
-    mixed.count(hidden, state)
-    return out.to(hidden.dtype), None
+    return out, state
 
 
 def call_of(
