@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,6 +25,8 @@ from .models import ModelInfo, place_beside
 from .projections import has_rope, rope_reasons
 from .recurrent import token_mask
 from .releases import given_cache
+
+_signature = functools.cache(inspect.signature)
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -212,7 +215,7 @@ def call_of(
 ) -> dict[str, Any]:
     """The arguments of a call of attention by the names in its forward, ``signature``. rope: whether this
     layer has RoPE; without it the position embeddings are left out."""
-    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
+    call = dict(_signature(signature).bind(None, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})
     return call if rope else {**call, "position_embeddings": None}
 
