@@ -149,12 +149,12 @@ def convert(
                 "stages": run.stages,
                 "retrieval": looked_up,
                 "after": after,
-                "memory": _memory(student, replaced),
+                "memory": _memory(student),
                 "text": f"{len(text):,} characters",
                 "versions": {name: version(name) for name in ("farspan", "torch", "transformers")},
             }
             with _disk_errors(folder):
-                hf.save_converted(info, {i: student.mixers[i] for i in replaced}, mixer, folder)
+                hf.save_converted(info, student.mixers, mixer, folder)
                 if hasattr(tokenizer, "save_pretrained"):
                     tokenizer.save_pretrained(folder)
                 write_report(folder, report)
@@ -255,13 +255,13 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _memory(student: Student, replaced: list[int]) -> dict[str, int | None]:
+def _memory(student: Student) -> dict[str, int | None]:
     size, info = student.model.dtype.itemsize, student.info
     tokens = {}
     for index in candidates(info):
         layer = info.layer_info(index)
         tokens[index] = 2 * layer.num_kv_heads * layer.head_dim * size
-    return memory(tokens, {i: student.mixers[i] for i in replaced})
+    return memory(tokens, student.mixers)
 
 
 def _how(given: str | Sequence[int]) -> str:

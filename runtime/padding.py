@@ -8,6 +8,7 @@ mask 1 1 0 1 1 1: a hole, refused
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ class Padding:
     start: Tensor | None = None
     starts: list[int] | None = None
     ends: list[int] | None = None
+
+
+def checked_2d(mask: Any, taker: str = "farspan", advice: str = "") -> Tensor:
+    """``mask``. Raises FarspanError unless it is a 2-D tensor. taker, advice: how the sentence of the error
+    begins and ends."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+    raise FarspanError(
+        f"{taker} takes a 2-D attention mask (rows, positions), which marks padding; got a {shape} "
+        f"one{advice}."
+    )
 
 
 def read_padding(mask: Tensor) -> Padding:

@@ -19,7 +19,7 @@ from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore
 from .inputs import Given
-from .padding import Padding, read_padding
+from .padding import Padding, checked_2d, read_padding
 
 _thread = threading.local()
 
@@ -114,11 +114,7 @@ class Session(threading.local):
         are called with the same mask."""
         if mask is None:
             return Padding()
-        if mask.dim() != 2:
-            raise FarspanError(
-                "farspan takes a 2-D attention mask (rows, positions), which marks padding; got a "
-                f"{mask.dim()}-D one."
-            )
+        mask = checked_2d(mask)
         if self._padding is not None and mask.shape == (batch, self._padding[0]) and length == mask.shape[1]:
             return self._padding[1]
         if id(mask) not in self._paddings:

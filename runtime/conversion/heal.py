@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.errors import FarspanError
-from ..training.losses import SCALE, divergence, nll, pieces
+from ..training.losses import backward, divergence, logits_at, measure, nll
 from ..training.swap import Swap
 from .student import Student, parameters_of
 
@@ -41,7 +41,6 @@ class Healed:
         check_healing(trains, cross_entropy)
         self._student, self.layers = student, list(layers)
         self._ce, self._trains = float(cross_entropy), trains
-        self._undo: list[Any] = []
         self._tensors: dict[str, nn.Parameter] = {}
         self._swap = Swap([])
         if trains == "all":
@@ -66,7 +65,6 @@ class Healed:
             setattr(module, name, made)
             self._tensors[f"model.{path}"] = made
         self._swap.taken()
-        self._undo.append(self._swap.original)
 
     @property
     def device(self) -> torch.device:
@@ -86,44 +84,29 @@ class Healed:
         return {**buffers, **{name: p.detach() for name, p in self._tensors.items()}}
 
     def backward(self, ids: Tensor, accelerator: Any) -> Tensor:
-        """See ``Trained``. The gradient of the logits is taken a few positions at a time, and goes through
-        the decoder once."""
+        """See ``Trained``."""
         ids, head = ids.to(self.device), self._student.head
         teacher = self.original(ids)
+
+        def loss(logits: Tensor, at: slice) -> Tensor:
+            with torch.no_grad():
+                wanted = logits_at(head, teacher, teacher.last_hidden_state, ids, at)
+            kl = divergence(wanted, logits, ids)
+            return kl + self._ce * nll(logits, ids, at) if self._ce else kl
+
         with torch.enable_grad(), self._student.mixed(self.layers):
-            output = head.hidden(ids)
-            hidden = output.last_hidden_state
-            leaf, losses = hidden.detach().requires_grad_(), []
-            for at in self._pieces(ids):
-                logits = self._logits(output, leaf, ids, at)
-                with torch.no_grad():
-                    wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
-                piece = divergence(wanted, logits) / ids[:, 1:].numel()
-                if self._ce:
-                    piece = piece + self._ce * nll(logits, ids, at)
-                (piece * SCALE).backward()
-                losses.append(piece.detach())
-            assert leaf.grad is not None
-            accelerator.backward((hidden.float() * (leaf.grad.float() / SCALE)).sum())
-        return torch.stack(losses).sum()
+            return backward(head, head.hidden(ids), ids, loss, accelerator)
 
     @torch.no_grad()
     def evaluate(self, ids: Tensor, teacher: Any = None) -> dict[str, float]:
         """The negative log-likelihoods (nats a token) of the converted and of the original model, their
         difference, KL(original || converted), and the "loss" that is trained. teacher: what ``original`` has
         returned for these ids; None: it is computed."""
-        ids, sums = ids.to(self.device), torch.zeros(3, dtype=torch.float64)
+        ids, head = ids.to(self.device), self._student.head
         teacher = self.original(ids) if teacher is None else teacher
         with self._student.autocast(), self._student.mixed(self.layers):
-            output = self._student.head.hidden(ids)
-            for at in self._pieces(ids):
-                logits = self._logits(output, output.last_hidden_state, ids, at)
-                wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
-                kl = divergence(wanted, logits) / ids[:, 1:].numel()
-                sums += torch.stack([nll(logits, ids, at), nll(wanted, ids, at), kl]).double().cpu()
-        own, dense, kl = sums.tolist()
-        loss = kl + self._ce * own
-        return {"loss": loss, "nll": own, "nll_dense": dense, "nll_difference": own - dense, "kl": kl}
+            found = measure(head, head.hidden(ids), teacher, ids)
+        return {"loss": found["kl"] + self._ce * found["nll"], **found}
 
     def finish(self) -> None:
         """Round what was trained to the dtype of the model. The trained weights stay in it until
@@ -135,16 +118,9 @@ class Healed:
             p.data = p.data.to(self._student.model.dtype)
 
     def close(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._swap.original()
 
     def original(self, ids: Tensor) -> Any:
         """What the body of the original model returns for ids [B, T]."""
         with torch.no_grad(), self._swap.originals():
             return self._student.head.hidden(ids)
-
-    def _pieces(self, ids: Tensor) -> Any:
-        return pieces(ids, self._student.model.config.get_text_config(decoder=True).vocab_size)
-
-    def _logits(self, output: Any, hidden: Tensor, ids: Tensor, at: slice) -> Tensor:
-        return self._student.head.logits(output, hidden[:, at], ids[:, at]).float()

@@ -14,6 +14,7 @@ from ...attention.errors import FarspanError
 from ..chunking import Chunking
 from ..padding import read_padding
 from ..session import Session
+from .decoder_call import tokens_of
 from .decoder_over_ranks import ALONG_TOKENS, along_tokens, foreign_tensors, tensors_in
 from .hooks import replace_forward
 from .releases import given_cache
@@ -24,9 +25,7 @@ def chunk_forward(decoder: Any, chunking: Chunking, session: Session) -> Callabl
     step."""
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = (
-            kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        )
+        tokens = tokens_of(kwargs)
         length = 0 if tokens is None else tokens.shape[1]
         if tokens is None or chunking.fits(length) or session.off:
             return original(*args, **kwargs)

@@ -1,10 +1,12 @@
-"""The arguments of a call of a decoder, by name, and the cache that it will use."""
+"""The arguments of a call of a decoder, by name, its tokens, and the cache that it will use."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .releases import CACHE_NAMES, cache_name, given_cache
@@ -19,6 +21,12 @@ def arguments(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for name in ("kwargs", "args"):
         call.update(call.pop(name, None) or {})
     return call
+
+
+def tokens_of(call: Mapping[str, Any]) -> Tensor | None:
+    """The tokens of a call: ids [B, T] or embeddings [B, T, hidden]; None without either."""
+    ids: Tensor | None = call.get("input_ids")
+    return call.get("inputs_embeds") if ids is None else ids
 
 
 def settle_cache(decoder: Any, call: dict[str, Any]) -> Cache | None:

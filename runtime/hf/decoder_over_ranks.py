@@ -23,6 +23,7 @@ from ..padding import Padding, read_padding
 from ..session import Session
 from ..shard import running
 from .cache import ShardStoreLayer
+from .decoder_call import tokens_of
 from .hooks import replace_forward
 from .models import ModelInfo
 from .releases import given_cache
@@ -99,7 +100,7 @@ def _forward(
 ) -> Any:
     """The forward of the decoder. The pre-hook has made every argument a keyword argument."""
     assert session.mesh is not None and not args
-    if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+    if tokens_of(kwargs) is None:
         return original(**kwargs)
     with stopping_all_ranks(session.mesh):
         call, positions = _split_arguments(info, session, session.mesh, block_multiple, in_order, kwargs)
@@ -129,8 +130,8 @@ def _split_arguments(
 ) -> tuple[Call, Tensor]:
     """Check that all ranks have the same arguments, and reduce ``kwargs`` to the tokens of this rank. Returns
     the call, and the positions of all its tokens."""
-    ids = kwargs.get("input_ids")
-    tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+    tokens = tokens_of(kwargs)
+    assert tokens is not None
     cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
     past = cache.get_seq_length() if cache is not None else 0
     total = past + tokens.shape[1]

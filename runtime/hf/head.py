@@ -18,11 +18,16 @@ class Head:
     biases of logits are thus the model's own.
     """
 
-    def __init__(self, model: nn.Module, info: ModelInfo) -> None:
+    def __init__(self, model: Any, info: ModelInfo) -> None:
         self._model, self._decoder = model, info.decoder
         path = next(name for name, module in model.named_modules() if module is info.decoder)
         self._name = path.partition(".")[0]  # what holds the decoder, where it is not the body itself
         self._body: nn.Module = getattr(model, self._name)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a position."""
+        return int(self._model.config.get_text_config(decoder=True).vocab_size)
 
     def hidden(self, ids: Tensor) -> Any:
         """The output of the body for ids [B, T]; its ``last_hidden_state`` is [B, T, hidden]."""

@@ -15,13 +15,13 @@ from ..cache import KVStore
 from ..chunking import Chunking
 from ..layer import Layer
 from ..mixers import Mixed
-from ..padding import Padding, ends_by_positions, read_padding, refuse_right_padding
+from ..padding import Padding, checked_2d, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
 from ..shard import ShardStore
 from .cache import KVStoreLayer, adopt_cache
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
-from .decoder_call import arguments, settle_cache
+from .decoder_call import arguments, settle_cache, tokens_of
 from .decoder_over_ranks import split_forward, stopping_all_ranks
 from .hooks import Hook
 from .inputs import feed_inputs
@@ -135,7 +135,7 @@ def _before_decoder(
         adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
         adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, count)
     past = 0 if cache is None else cache.get_seq_length()
-    tokens = _tokens(call)
+    tokens = tokens_of(call)
     mask = _checked_mask(call, tokens, past)
     if mask is None and cache is None:
         check_positions(call.get("position_ids"))
@@ -143,10 +143,6 @@ def _before_decoder(
     total = past + (0 if tokens is None else tokens.shape[1])
     session.begin_call(None if cache is None else _Stores(cache), padding, total)
     return (), call
-
-
-def _tokens(call: dict[str, Any]) -> Tensor | None:
-    return call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
 
 
 class _Stores:
@@ -171,11 +167,7 @@ def _checked_mask(call: dict[str, Any], tokens: Tensor | None, past: int) -> Ten
         mask = call["attention_mask"] = mask[FULL]
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise FarspanError(
-            f"farspan takes a 2-D attention mask (rows, positions), which marks padding; got a {shape} one."
-        )
+    mask = checked_2d(mask)
     if tokens is None:
         return mask
     want = (tokens.shape[0], past + tokens.shape[1])
@@ -192,7 +184,7 @@ def _padding(
 ) -> Padding:
     """The positions at which the rows of a call begin and end. Raises FarspanError for padding on the right
     where the caller uses the last position of every row."""
-    tokens = _tokens(call)
+    tokens = tokens_of(call)
     rows, length = (0, 0) if tokens is None else tokens.shape[:2]
     positions = call.get("position_ids")
     if mask is not None:

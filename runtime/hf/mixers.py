@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.errors import FarspanError, Unsupported
-from ...attention.hybrid.mixer import Mixer, State
+from ...attention.hybrid.mixer import Mixer, Rotary, State
 from ...attention.hybrid.projections import Projected
 from ...parallel.mechanisms.state_passing import pass_state
 from ..cache import lasting
@@ -24,6 +25,8 @@ from .models import ModelInfo, place_beside
 from .projections import has_rope, rope_reasons
 from .recurrent import token_mask
 from .releases import given_cache
+
+_signature = functools.cache(inspect.signature)
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -169,7 +172,6 @@ def _forward(
     call = read(args, kwargs)
     hidden, mixer = call["hidden_states"], mixed.mixer
     layer = state_layer(given_cache(call), index)
-    state = None if layer is None else layer.initial_state()
     mask, rotary = call.get("attention_mask"), call.get("position_embeddings")
     over = carried(mask) or session.call
     if over is None:
@@ -177,17 +179,35 @@ def _forward(
         mask = None if mask is None else mask.bool()
     else:
         tokens, mask = over.total - over.past, session.token_mask(over, hidden)
+    forward = original
     if over is not None and over.split is not None:
-        out, state = pass_state(mixer, hidden, state, mask, rotary, over.split, session.ranks)
-    elif hidden.shape[1] == 1 and state is not None and mask is None:
+        forward = partial(pass_state, mixer, split=over.split, ranks=session.ranks)
+    out, state = run_mixer(mixer, forward, layer, hidden, tokens, mask, rotary)
+    mixed.count(hidden, state)
+    return out.to(hidden.dtype), None
+
+
+def run_mixer(
+    mixer: Mixer,
+    forward: Callable[..., tuple[Tensor, State]],
+    layer: StateLayer | None,
+    hidden: Tensor,
+    tokens: int,
+    mask: Tensor | None,
+    rotary: Rotary | None,
+) -> tuple[Tensor, State]:
+    """Run a mixer in a call of ``tokens`` tokens: by ``step`` for one token with tokens before it, else by
+    ``forward(hidden, state, mask, rotary)``. Returns the output, and the state after the call, which
+    ``layer`` keeps. hidden, rotary: over ranks, of this rank's tokens. mask: of all tokens."""
+    state = None if layer is None else layer.initial_state()
+    if tokens == 1 and state is not None and mask is None:
         out, state = mixer.step(hidden[:, 0], state, rotary)
         out = out[:, None]
     else:
-        out, state = original(hidden, state, mask, rotary)
+        out, state = forward(hidden, state, mask, rotary)
     if layer is not None:
         layer.keep_state(state, tokens, mask)
-    mixed.count(hidden, state)
-    return out.to(hidden.dtype), None
+    return out, state
 
 
 def call_of(
@@ -195,7 +215,7 @@ def call_of(
 ) -> dict[str, Any]:
     """The arguments of a call of attention by the names in its forward, ``signature``. rope: whether this
     layer has RoPE; without it the position embeddings are left out."""
-    call = dict(inspect.signature(signature).bind(None, *args, **kwargs).arguments)
+    call = dict(_signature(signature).bind(None, *args, **kwargs).arguments)
     call |= call.pop("kwargs", {})
     return call if rope else {**call, "position_embeddings": None}
 

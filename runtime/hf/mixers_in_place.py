@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention.errors import FarspanError
 from ...attention.hybrid.mixer import Mixer
 from ...parallel.mechanisms.state_passing import pass_state
 from ..layer_over_ranks import carried
+from ..padding import checked_2d
 from ..session import Session
 from .decoder_call import arguments, settle_cache
 from .hooks import replace_forward
-from .mixers import adopt_states, call_of, replace_module, state_layer
+from .mixers import adopt_states, call_of, replace_module, run_mixer, state_layer
 from .models import FULL, ModelInfo
 from .projections import has_rope
 from .releases import given_cache
@@ -43,19 +43,12 @@ class InPlace:
         mixer, layer = self.mixer, state_layer(given_cache(call), self.index)
         hidden: Tensor = call["hidden_states"]
         x, rotary = hidden.to(dtype_of(mixer)), call.get("position_embeddings")
-        state, mask, tokens = None, None, hidden.shape[1]
-        if layer is not None:
-            state = layer.initial_state()
+        mask, tokens = None, hidden.shape[1]
         if self.mask is not None:
             begin = (0 if layer is None else layer.tokens_seen) - self.mask[0]
             mask = self.mask[1][:, begin : begin + tokens]
-        if tokens == 1 and state is not None and mask is None:
-            out, state = mixer.step(x[:, 0], state, rotary)
-            out = out[:, None]
-        else:
-            out, state = type(mixer).forward(mixer, x, state, mask, rotary)
-        if layer is not None:
-            layer.keep_state(state, tokens, mask)
+        forward = partial(type(mixer).forward, mixer)
+        out, _ = run_mixer(mixer, forward, layer, x, tokens, mask, rotary)
         return out.to(hidden.dtype), None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -80,18 +73,10 @@ def _over_ranks(
         return original(*args, **kwargs)
     mixer, layer = place.mixer, state_layer(given_cache(arguments), place.index)
     hidden: Tensor = arguments["hidden_states"]
-    mask, state = session.token_mask(call, hidden), None if layer is None else layer.initial_state()
-    out, state = pass_state(
-        mixer,
-        hidden.to(dtype_of(mixer)),
-        state,
-        mask,
-        arguments.get("position_embeddings"),
-        call.split,
-        session.ranks,
-    )
-    if layer is not None:
-        layer.keep_state(state, call.total - call.past, mask)
+    x, rotary = hidden.to(dtype_of(mixer)), arguments.get("position_embeddings")
+    mask, tokens = session.token_mask(call, hidden), call.total - call.past
+    forward = partial(pass_state, mixer, split=call.split, ranks=session.ranks)
+    out, _ = run_mixer(mixer, forward, layer, x, tokens, mask, rotary)
     return out.to(hidden.dtype), None
 
 
@@ -148,11 +133,6 @@ def _padding_mask(mask: Any, past: int) -> Tensor | None:
         mask = mask.get(FULL)
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise FarspanError(
-            f"A converted model takes a 2-D attention mask (rows, positions), which marks padding; got a "
-            f"{shape} one: leave the mask to the model, and the cache too."
-        )
+    mask = checked_2d(mask, "A converted model", ": leave the mask to the model, and the cache too")
     own = mask[:, past:].bool()
     return None if bool(own.all()) else own

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...attention.errors import FarspanError
 from ..session import Session
+from .decoder_call import tokens_of
 from .hooks import Hook, replace_forward
 from .models import ModelInfo
 from .releases import given_cache
@@ -92,8 +93,7 @@ def _forward(
 ) -> Any:
     """The forward of the decoder. It runs for each chunk of a prompt that is cut. Except where farspan is
     switched off, every argument is a keyword argument."""
-    ids = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    tokens = tokens_of(kwargs)
     if session.off or tokens is None:
         return original(*args, **kwargs)
     cache, length = given_cache(kwargs), tokens.shape[1]
@@ -104,8 +104,11 @@ def _forward(
             f"transformers, layers of {type(info.model).__name__} without attention forget their state in "
             "such a call: pass all tokens in one call without a cache."
         )
-    takes_positions = "position_ids" in inspect.signature(type(info.decoder).forward).parameters
-    if past and takes_positions and kwargs.get("position_ids") is None:
+    if (
+        past
+        and kwargs.get("position_ids") is None
+        and "position_ids" in inspect.signature(type(info.decoder).forward).parameters
+    ):
         kwargs["position_ids"] = torch.arange(past, past + length, device=tokens.device)[None]
     masks.call = token_mask(session, kwargs.get("attention_mask"), length)
     try:

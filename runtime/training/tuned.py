@@ -24,7 +24,7 @@ from .. import hf
 from ..lora import TUNES, projections, replace_parameter
 from ..patch import patch
 from ..recipe import Recipe
-from .losses import SCALE, divergence, nll, pieces
+from .losses import backward, divergence, logits_at, measure, nll
 from .swap import Swap, place_of
 
 LOSSES = ("kl", "nll")
@@ -170,28 +170,19 @@ class Tuned:
         return {f"adapters.{name}": p.detach() for name, p in self._tensors.items()}
 
     def backward(self, ids: Tensor, accelerator: Any) -> Tensor:
-        """See ``Objective``. The gradient of the logits is taken a few positions at a time, and goes through
-        the decoder once."""
+        """See ``Objective``."""
         ids = ids.to(self.device)
         teacher = self._dense_hidden(ids) if self._loss == "kl" else None
+
+        def loss(logits: Tensor, at: slice) -> Tensor:
+            if teacher is None:
+                return nll(logits, ids, at)
+            with torch.no_grad():
+                wanted = logits_at(self._head, teacher, teacher.last_hidden_state, ids, at)
+            return divergence(wanted, logits, ids, self._temperature)
+
         with torch.enable_grad():
-            output = self._head.hidden(ids)
-            hidden = output.last_hidden_state
-            leaf = hidden.detach().requires_grad_()
-            losses = []
-            for at in self._pieces(ids):
-                logits = self._logits(output, leaf, ids, at)
-                if teacher is None:
-                    piece = nll(logits, ids, at)
-                else:
-                    with torch.no_grad():
-                        wanted = self._logits(teacher, teacher.last_hidden_state, ids, at)
-                    piece = self._kl(wanted, logits) / ids[:, 1:].numel()
-                (piece * SCALE).backward()
-                losses.append(piece.detach())
-            assert leaf.grad is not None
-            accelerator.backward((hidden.float() * (leaf.grad.float() / SCALE)).sum())
-        return torch.stack(losses).sum()
+            return backward(self._head, self._head.hidden(ids), ids, loss, accelerator)
 
     @torch.no_grad()
     def evaluate(self, ids: Tensor) -> dict[str, float]:
@@ -199,19 +190,8 @@ class Tuned:
         KL(dense || tuned), and the "loss" that is trained."""
         ids = ids.to(self.device)
         dense, tuned = self._dense_hidden(ids), self._head.hidden(ids)
-        sums = torch.zeros(3, dtype=torch.float64)
-        for at in self._pieces(ids):
-            wanted, logits = (self._logits(x, x.last_hidden_state, ids, at) for x in (dense, tuned))
-            kl = self._kl(wanted, logits) / ids[:, 1:].numel()
-            sums += torch.stack([nll(logits, ids, at), nll(wanted, ids, at), kl]).double().cpu()
-        own, dense_nll, kl = sums.tolist()
-        return {
-            "loss": kl if self._loss == "kl" else own,
-            "nll": own,
-            "nll_dense": dense_nll,
-            "nll_difference": own - dense_nll,
-            "kl": kl,
-        }
+        found = measure(self._head, tuned, dense, ids, self._temperature)
+        return {"loss": found[self._loss], **found}
 
     def recipe(self, settings: dict[str, Any]) -> Recipe:
         tensors = {name: x.cpu().clone() for name, x in self.state().items()}
@@ -232,15 +212,6 @@ class Tuned:
     def close(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-    def _pieces(self, ids: Tensor) -> Iterator[slice]:
-        return pieces(ids, self._model.config.get_text_config(decoder=True).vocab_size)
-
-    def _logits(self, output: Any, hidden: Tensor, ids: Tensor, at: slice) -> Tensor:
-        return self._head.logits(output, hidden[:, at], ids[:, at]).float()
-
-    def _kl(self, wanted: Tensor, logits: Tensor) -> Tensor:
-        return divergence(wanted, logits, self._temperature)
 
     def _dense_hidden(self, ids: Tensor) -> Any:
         """What the decoder returns with dense attention and the weights from before training."""
