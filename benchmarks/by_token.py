@@ -20,11 +20,10 @@ import farspan
 from farspan.evals import batch as forward
 from farspan.evals.ranks import Job
 from farspan.evals.shared import under_each
-from farspan.evals.stats import paired_interval
 from farspan.evals.text import load_prose
 from farspan.runtime.training.windows import cut_windows
 
-from .record import save, table
+from .record import mean_difference, save, table
 
 
 def numbers_of(patched: Any, prefill_density: float, losses: list[float]) -> dict[str, float]:
@@ -76,11 +75,9 @@ def main() -> None:
                 print(spec, numbers, flush=True)
     rows = []
     for spec, every in found.items():
-        off = paired_interval([x["NLL"] - y["NLL"] for x, y in zip(every, found["dense"], strict=True)])
-        assert off is not None
+        off = mean_difference([x["NLL"] - y["NLL"] for x, y in zip(every, found["dense"], strict=True)])
         means = {name: fmean(x[name] for x in every) for name in every[0]}
-        half = off.high - off.mean if off.high is not None else float("nan")
-        rows.append({"method": spec, "NLL": means.pop("NLL"), "ΔNLL": off.mean, "±": half} | means)
+        rows.append({"method": spec, "NLL": means.pop("NLL"), **off, **means})
     print(table(rows))
     print("written to", save(args.name, rows, arguments=vars(args)))
 

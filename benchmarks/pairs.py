@@ -19,9 +19,8 @@ from farspan.evals import ruler
 from farspan.evals.ranks import Job
 from farspan.evals.sample import encode, encode_gold
 from farspan.evals.shared import under_each
-from farspan.evals.stats import paired_interval
 
-from .record import save, table
+from .record import mean_difference, save, table
 
 PREFILL = "dense; antidiagonal; dhsa:k=512,block_q=64; pbs:mass=0.7; block_topk:k=512"
 DECODE = (
@@ -40,14 +39,11 @@ def rows_of(found: Found, pairs: list[str]) -> list[dict[str, Any]]:
     for pair, numbers in found.items():
         prefill, decode = pair.split(" + ")
         differences = [x[0] - y for x, y in zip(numbers, base, strict=True)]
-        off = paired_interval(differences)
-        assert off is not None
         rows.append(
             {
                 "prefill": prefill,
                 "decode": decode,
-                "ΔNLL": off.mean,
-                "±": off.high - off.mean if off.high is not None else float("nan"),
+                **mean_difference(differences),
                 "prefill keys": fmean(x[1] for x in numbers),
                 "decode keys": fmean(x[2] for x in numbers),
                 "each ΔNLL": differences,

@@ -8,13 +8,14 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from farspan.evals.stats import paired_interval
 from farspan.runtime.machine import cpu_name
 
 HERE = Path(__file__).parent
@@ -52,6 +53,14 @@ def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
     device = about.get("arguments", {}).get("device", "cuda")
     path.write_text(json.dumps({"machine": machine(device), **about, "rows": rows}, indent=1) + "\n")
     return path
+
+
+def mean_difference(differences: Sequence[float]) -> dict[str, float]:
+    """Two columns: the mean of paired differences of NLL, and the half width of its 95 % interval (NaN where
+    there is none)."""
+    off = paired_interval(differences)
+    assert off is not None
+    return {"ΔNLL": off.mean, "±": off.high - off.mean if off.high is not None else float("nan")}
 
 
 def clock() -> float:

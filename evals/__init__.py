@@ -7,6 +7,7 @@
     setup.py     Setup: the model, the methods and the folder of an evaluation
     run.py       ruler and needle samples under each method, into a folder that resumes after a stop
     perplexity.py, speed.py   the other two evaluations
+    mqar/        recall by small models that are trained from scratch (arXiv 2312.04927); it needs no prompts
 
 A prompt depends on (tokenizer, task, length, seed, index) and on nothing else: no clock, no `hash()`, no
 order of a set, no state of an earlier sample. Each sample has a recipe, which is JSON-able and does not hold

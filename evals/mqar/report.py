@@ -93,11 +93,14 @@ def reduced(config: Mapping[str, Any]) -> list[str]:
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """A row for each mixer and dim: the accuracy of each setting, and the state at the longest one."""
     title = "mqar · accuracy in percent" + (" · reduced" if data["reduced"] else "")
-    columns = ("mixer", "dim", *data["settings"], "state/layer", "CPU min")
-    table = Table(*columns, title=title, caption=" ".join(notes(data)), numbers_from=1)
+    table = Table(*_columns(data), title=title, caption=" ".join(notes(data)), numbers_from=1)
     for row in _table_rows(data):
         table.add_row(*row)
     return table
+
+
+def _columns(data: Mapping[str, Any]) -> list[str]:
+    return ["mixer", "dim", *data["settings"], "state/layer", "CPU min"]
 
 
 def _table_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -149,12 +152,11 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
     """Write mqar.md and mqar.png beside the rows; returns the names written."""
     if not data["cells"]:
         return []
-    head = ["mixer", "dim", *data["settings"], "state/layer", "CPU min"]
     rows = [[f"`{mixer}`", *rest] for mixer, *rest in _table_rows(data)]
     text = "\n".join(
         [
             "# MQAR: accuracy in percent" + (" (reduced)" if data["reduced"] else "") + "\n",
-            markdown(head, rows),
+            markdown(_columns(data), rows),
             *(note + "\n" for note in notes(data)),
             "![accuracy against state size](mqar.png)\n",
         ]
@@ -176,7 +178,8 @@ def plot(data: Mapping[str, Any], path: Any) -> None:
         for number, mixer in enumerate(mixers):
             cells = [c for c in data["cells"] if (c["mixer"], c["setting"]) == (mixer, setting)]
             points = sorted((sum(c["state"]), 100 * c["accuracy"]) for c in cells)
-            panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}") if points else None
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}")
         panel.set_xscale("log", base=2)
         panel.set_ylim(-3, 103)
         panel.set_title(setting.replace("x", " tokens, ") + " pairs", fontsize=9)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...attention.errors import FarspanError
 from ..results import ROW, Results
-from ..run import Summary
+from ..run import Summary, finished_if_stopped
 from ..shape import MAYBE_NUMBER
 from . import report
 from .data import Setting, check
@@ -123,13 +123,10 @@ def compare(
     """
     with Results(out, comparison.config, session={"device": device}, row=MQAR_ROW) as results:
         results.plan({})
-        try:
+        with finished_if_stopped(results, finish):
             for runs in zip(*comparison.sweeps(), strict=True):  # a whole table at each learning rate
                 for run in runs:
                     _train(run, comparison, results, device, advance)
-        except KeyboardInterrupt:
-            finish(results)
-            raise
         return finish(results)
 
 
@@ -140,7 +137,7 @@ def _train(run: Run, comparison: Comparison, results: Results, device: str, adva
     name = hashlib.sha256(f"{run.mixer} {run.key}".encode()).hexdigest()[:16]
     checkpoints = results.out / "checkpoints" / name
 
-    def said(epoch: int, accuracy: dict[str, float], run: Run = run) -> None:
+    def said(epoch: int, accuracy: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
         of = f"epoch {epoch} of at most {comparison.training.epochs}"
         advance(f"{run.mixer} d={run.dim} lr={run.lr:g} seed={run.seed}, {of}: {shown}")

@@ -130,14 +130,14 @@ def train(
             model.load_state_dict(found["model"])
             optimizer.load_state_dict(found["optimizer"])
             done = found["done"]
-        tests = {str(x): _data(run, x, training, 0, training.test_samples, device) for x in run.settings}
+        tests = {x: _data(run, x, training, 0, training.test_samples, device) for x in run.settings}
         ended = None
         while ended is None:
             epoch, began = len(done["losses"]) + 1, (time.perf_counter(), time.process_time())
             loss = _epoch(model, optimizer, run, training, epoch, device)
             accuracy = {
-                name: model.accuracy(test, training.rows(Setting.parse(name))) if math.isfinite(loss) else 0.0
-                for name, test in tests.items()
+                str(x): model.accuracy(test, training.rows(x)) if math.isfinite(loss) else 0.0
+                for x, test in tests.items()
             }
             done["losses"].append(loss)
             done["accuracies"].append(accuracy)

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from farspan.cli import main
 from farspan.evals.mqar import report, run
 
 Command = Callable[..., tuple[int, str, str]]
-TINY = (
-    *(
-        "--settings",
-        "24x3,16x2",
-        "--dim",
-        "16",
-        "--vocabulary",
-        "32",
-        "--samples",
-        "64",
-        "--test-samples",
-        "32",
-    ),
-    *("--epochs", "2", "--batch-tokens", "384", "--lr", "1e-2,1e-3", "--seeds", "0,1"),
+TINY = shlex.split(
+    "--settings 24x3,16x2 --dim 16 --vocabulary 32 --samples 64 --test-samples 32 --epochs 2 "
+    "--batch-tokens 384 --lr 1e-2,1e-3 --seeds 0,1"
 )
 
 
 @pytest.fixture
-def command(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def command(farspan_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Run `farspan eval mqar` in a folder of its own: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["eval", "mqar", *arguments])
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
+    return lambda *arguments: farspan_command("eval", "mqar", *arguments, columns=120)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
