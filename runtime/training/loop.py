@@ -300,8 +300,8 @@ def _log(folder: Path, entry: dict[str, float]) -> None:
 
 
 def _cut_log(folder: Path, step: int) -> None:
-    """Drop what the log has of later steps than ``step``, and a line that a killed process left "
-    "unfinished."""
+    """Drop what the log has of later steps than ``step``, and a line that a killed process left
+    unfinished."""
     path, kept = folder / LOG, []
     if not path.exists():
         return
