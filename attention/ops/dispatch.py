@@ -18,6 +18,7 @@ from ..kv import KV
 Run = Callable[..., Any]
 Impls = Mapping[str, Run]
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
+_taken: ContextVar[set[str] | None] = ContextVar("farspan_backends", default=None)  # of the running operation
 
 
 class LazyImpl:
@@ -72,6 +73,8 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
         if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
     seen = _ran.get()
+    if seen is not None and impl == "eager" and args[0].device.type == "cuda":
+        return _named(op, seen, impls[impl], *args, **how)
     if seen is not None:
         seen.add((op, impl))
     if impl != "triton":
@@ -80,9 +83,31 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
         return impls[impl](*args, **how)
 
 
+def _named(op: str, seen: set[tuple[str, str]], eager: Run, *args: Any, **how: Any) -> Any:
+    """The eager implementation on CUDA: it is named after torch's kernels that it took, if it took any."""
+    backends: set[str] = set()
+    token = _taken.set(backends)
+    try:
+        return eager(*args, **how)
+    finally:
+        _taken.reset(token)
+        seen.update((op, name) for name in backends or ("eager",))
+
+
+def took(backend: str) -> None:
+    """Note that attention on CUDA is computed by ``backend``, one of ``backends.choose``: for the operation
+    that runs, or for "attend" where none does."""
+    backends, seen = _taken.get(), _ran.get()
+    if backends is not None:
+        backends.add(backend)
+    elif seen is not None:
+        seen.add(("attend", backend))
+
+
 @contextmanager
 def implementations() -> Iterator[set[tuple[str, str]]]:
-    """The (operation, implementation) pairs that run inside."""
+    """The (operation, implementation) pairs that run inside. The implementation of an operation that attends
+    by torch's kernels on CUDA is the kernel's name, such as "cudnn" (``backends.choose``)."""
     seen: set[tuple[str, str]] = set()
     token = _ran.set(seen)
     try:
