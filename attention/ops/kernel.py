@@ -20,6 +20,7 @@ from .torch_private import cudnn_attention, efficient_attention, flash_attention
 
 _FEW_KEYS = 2048  # causal rows that see fewer keys gain nothing by products, nor do narrow heads
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
+_DEVICE = 1 << 25  # logits of a tile there on other devices, over all heads: few keys are few launches
 
 
 def attend(
@@ -149,9 +150,12 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
 def math(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> Partial:
     """The definition, tile by tile, in float32 (float64 for float64 inputs); differentiable, lse included."""
     tq, tk = q.shape[2], k.shape[2]
+    rows = _ROWS
+    if q.device.type != "cpu":
+        rows = max(rows, _DEVICE // (q.shape[0] * q.shape[1] * min(tk, _COLS)))
     rows_out: list[Partial] = []
-    for a in range(0, tq, _ROWS):
-        b = min(a + _ROWS, tq)
+    for a in range(0, tq, rows):
+        b = min(a + rows, tq)
         parts = []
         for c in range(0, b if causal else tk, _COLS):
             d = min(c + _COLS, tk)

@@ -66,22 +66,22 @@ class Window(Selection):
     def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
         """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
         set of keys."""
-        b, h, tq, _ = q.shape
+        _, h, tq, _ = q.shape
         local = op(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
         sinks = min(self.sinks, keys.length)
         if sinks == 0 or keys.longest() <= self.size:
             return local
-        first = torch.tensor(keys.starts or [0] * b, device=q.device)[:, None]
-        places = first + torch.arange(sinks, device=q.device)  # [B, sinks]
-        mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [B, Tq, sinks]
-        hkv = keys.kv.num_kv_heads
-        spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
-        part = kernel.attend(
-            kernel.fold_groups(q, hkv),
-            keys.kv.gather(spread),
-            keys.softmax,
-            mask=mask.repeat(1, h // hkv, 1)[:, None],
-        )
+        hkv, mask = keys.kv.num_kv_heads, None
+        places = torch.arange(sinks, device=q.device)[None]  # [1 or B, sinks]
+        if keys.start is None:
+            kv = keys.kv[:, :, :sinks]
+        else:
+            places = keys.start.to(q.device)[:, None] + places
+            kv = keys.kv.gather(places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1))
+        if keys.start is not None or keys.past - self.size < sinks - 1:  # some query has one in its window
+            mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [1 or B, Tq, sinks]
+            mask = mask.repeat(1, h // hkv, 1)[:, None]
+        part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask)
         return merge(local, kernel.unfold_groups(part, h, tq))
 
     def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:

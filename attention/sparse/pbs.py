@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_shares import antidiagonal_shares
-from ..blocks import marked
+from ..blocks import holding, index_of
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
@@ -20,9 +20,8 @@ from ..method import AttentionMethod
 from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
-from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
-from ..selection import BlockIndex, Index
+from ..selection import Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +117,13 @@ class PBS(AttentionMethod):
         whole, nk = length // self.segment * self.segment, -(-length // block)
         order = keys.prepared["order"][..., :whole]
         shares = self._shares(q, keys, order[..., : int(first_own[-1]) * block], first_own)
-        chosen = marked(*by_mass(shares, self.mass), nk)
+        chosen = holding(shares, self.mass, nk)
         cols = torch.arange(nk, device=device)
         holds_first = cols == (order[..., : self.segment] == 0).int().argmax(-1, keepdim=True) // block
-        first_own, last_own = (x.to(device)[:, None] for x in (first_own, last_own))
+        first_own, last_own = (x.to(device, non_blocking=True)[:, None] for x in (first_own, last_own))
         read = chosen | ((cols >= first_own) & (cols <= last_own)) | holds_first[:, :, None]
-        blocks, counts = by_threshold(read.float(), 0.5)
         rest = torch.arange(whole, length, device=device, dtype=order.dtype).expand(*order.shape[:2], -1)
-        return BlockIndex(
-            blocks=blocks.int(),
-            counts=counts,
-            block_q=block,
-            block_k=block,
-            key_order=torch.cat([order, rest], 2),
-        )
+        return index_of(read, block, block, torch.cat([order, rest], 2))
 
     def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor) -> Tensor:
         """[1, Hs, Nq, blocks in ``order``]: each head's share of its attention over the key blocks before
@@ -143,7 +135,7 @@ class PBS(AttentionMethod):
             shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
         else:
             means = keys.prepared["means"][:, :, : order.shape[2] // self.block]
-            later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device)[:, None]
+            later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device, non_blocking=True)[:, None]
             logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
             shares = torch.softmax(logits.masked_fill_(later, -torch.inf), -1).masked_fill_(later, 0)
         return reduce_group(shares, self.gqa_reduce)

@@ -127,6 +127,8 @@ class Routing(AttentionMethod):
         else:
             means = running_centroids(k, self.clusters, self.segment, wide)  # [T, B, Hkv, C, D]
         lengths = torch.linalg.vector_norm(k, dim=3, dtype=wide).clamp_(min=1e-12)  # [B, Hkv, Tk]
+        if device.type != "cpu":  # once, for centroids of that type; on the CPU ``scores`` does it, in cache
+            k = k.to(wide)
         begins = torch.arange(keys.past, keys.length, self.block, device=device)  # of each query block
         most = (_CPU if device.type == "cpu" else _DEVICE) // (q.shape[0] * q.shape[1])
         step, blocks, counts = max(1, most // keys.length), [], []
