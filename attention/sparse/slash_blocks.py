@@ -34,17 +34,17 @@ def holding_mass(x: Tensor, mass: float, always: int) -> Tensor:
 def slash_blocks(columns: Tensor, nearer: Tensor, past: int, block: int) -> BlockIndex | None:
     """The blocks that the queries past .. Tk - 1 of an unpadded row read; None where that is everything.
 
-    columns [1, Hs, Tk] bool: the keys that are columns. nearer [1, Hs, T + 1]: how many chosen diagonals are
+    columns [B, Hs, Tk] bool: the keys that are columns. nearer [B, Hs, T + 1]: how many chosen diagonals are
     nearer than each distance. Keys that are no column come first, in order, and the columns after them.
     The call waits for the device once: to learn whether everything is read, and how long the lists are. Lists
     as wide as all blocks of keys would be larger than the keys.
     """
     length, device = columns.shape[2], columns.device
-    order = columns.to(torch.int8).argsort(dim=-1, stable=True)  # [1, Hs, length], the columns last
+    order = columns.to(torch.int8).argsort(dim=-1, stable=True)  # [B, Hs, length], the columns last
     begin = torch.arange(past, length, block, device=device)[:, None]  # [Nq, 1]
     end = (begin + block).clamp(max=length)
     step = max(1, (_CPU if device.type == "cpu" else _DEVICE) // (len(begin) * -(-length // block)))
-    heads = (x[0].split(step) for x in (columns, order, nearer))
+    heads = (x.flatten(0, 1).split(step) for x in (columns, order, nearer))
     read, found = [], []
     for some in zip(*heads, strict=True):  # their [heads, Nq, Nk] at a time
         mask, there = _blocks_of_heads(*some, begin, end, block)
@@ -56,9 +56,10 @@ def slash_blocks(columns: Tensor, nearer: Tensor, past: int, block: int) -> Bloc
     room = max(1, room)
     most = None if device.type == "cpu" else room  # counting the lists once more costs nothing on the CPU
     lists = [by_threshold(mask.float(), 0.5, most=most) for mask in read]
+    blocks = torch.cat([pad(blocks.int(), (0, room - blocks.shape[2])) for blocks, _ in lists])
     return BlockIndex(
-        blocks=torch.cat([pad(blocks.int(), (0, room - blocks.shape[2])) for blocks, _ in lists])[None],
-        counts=torch.cat([counts for _, counts in lists])[None],
+        blocks=blocks.unflatten(0, order.shape[:2]),
+        counts=torch.cat([counts for _, counts in lists]).unflatten(0, order.shape[:2]),
         block_q=block,
         block_k=block,
         key_order=order.int(),
