@@ -62,7 +62,8 @@ class Grid(NamedTuple):
         """The blocks in ``forced`` [Nq, Nk], and those that rank highest in ``ranked`` [B, Hs, Nq, Nk] (-inf:
         not a candidate), ``size`` blocks in all, one number or one per row. max_blocks: an upper bound of the
         blocks of a row, where it is known without waiting for the device."""
-        size = torch.maximum(torch.as_tensor(size, device=ranked.device), forced.sum(-1))
+        least = forced.sum(-1)
+        size = least.clamp(min=size) if isinstance(size, int) else torch.maximum(size, least)
         size = size.expand(ranked.shape[:3])
         blocks, counts = select_topk(
             ranked.masked_fill(forced, torch.inf),
@@ -77,9 +78,7 @@ class Grid(NamedTuple):
         return index_of(mask, self.block_q, self.block_k)
 
 
-def index_of(
-    mask: Tensor, block_q: int, block_k: int, key_order: Tensor | None = None
-) -> BlockIndex:
+def index_of(mask: Tensor, block_q: int, block_k: int, key_order: Tensor | None = None) -> BlockIndex:
     """The blocks in ``mask`` [B, Hs, Nq, Nk] bool, of keys in the order ``key_order`` [B, Hs, Tk]. Nothing
     waits for the device: there, the lists are as wide as the mask."""
     most = None if mask.device.type == "cpu" else mask.shape[-1]

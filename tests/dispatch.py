@@ -1,4 +1,5 @@
-"""What one layer dispatches in a call: kernels launched, waits for the device, copies to it. On the CPU and on a simulated GPU."""
+"""What one layer dispatches in a call: kernels launched, waits for the device, copies to it. On the CPU and
+on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ PADDED = [0, 33]
 
 
 def tiny_methods() -> dict[str, AttentionMethod]:
-    """Every registered method by its name, with the first of the laws' parameters that need no calibration."""
+    """Every registered method by its name, with the first of the laws' parameters that need no
+    calibration."""
     chosen = {}
     for name, cls in farspan.methods().items():
         settings = [cls(**setting) for setting in sparse_settings(cls)]
@@ -46,7 +48,9 @@ def bound(method: AttentionMethod) -> AttentionMethod:
     if method.trains:
         trained = method.for_training(info)
         assert trained is not None and trained.module is not None
-        weights = {n: torch.randn_like(x) * x.shape[-1] ** -0.5 for n, x in trained.module.state_dict().items()}
+        weights = {
+            n: torch.randn_like(x) * x.shape[-1] ** -0.5 for n, x in trained.module.state_dict().items()
+        }
     elif method.needs.recipe:
         weights = {"channels": torch.stack([torch.randperm(D) for _ in range(HKV)])}
     served = method.for_layer(dataclasses.replace(info, weights=weights))
@@ -58,7 +62,11 @@ class OneLayer:
     """A patched layer on its own store, which is called with random queries, keys and values."""
 
     def __init__(
-        self, method: AttentionMethod, device: Device, starts: list[int] | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        method: AttentionMethod,
+        device: Device,
+        starts: list[int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         dense = farspan.parse_method("dense")
         self.method, self.device = bound(method), device
@@ -109,7 +117,9 @@ def _move(module: nn.Module, device: Device) -> None:
             part._buffers[name] = device.put(x)
 
 
-def count(method: AttentionMethod, device: str, starts: list[int] | None = None) -> tuple[Counts, list[Counts], Any]:
+def count(
+    method: AttentionMethod, device: str, starts: list[int] | None = None
+) -> tuple[Counts, list[Counts], Any]:
     """(prefill, decode steps, layer) of a method on "cpu" or on a simulated "cuda"."""
     simulated = Device(device)
     with torch.no_grad(), simulated.running():

@@ -1,7 +1,7 @@
 """A CUDA device that is not there: its tensors say that they are on CUDA, and the CPU holds their numbers.
 
-Code that runs on such tensors takes the ways that it takes on a GPU, and the results are real numbers. What a GPU would
-launch is counted, and so is whatever makes the host wait for it or copies from the host to it.
+Code that runs on such tensors takes the ways that it takes on a GPU, and the results are real numbers. What a
+GPU would launch is counted, and so is whatever makes the host wait for it or copies from the host to it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from farspan.attention.ops.dispatch import LazyImpl
+from farspan.attention.ops import backends
+from farspan.attention.ops.dispatch import LazyImpl, implementations
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
-# Operators that launch nothing, besides those that torch itself calls views: they name the same memory, or allocate some.
+HOPPER = backends.Machine(capability=(9, 0), cudnn=91600)
+# Operators that launch nothing, besides those that torch itself calls views: they name the same memory, or
+# allocate some.
 FREE = {
     aten._unsafe_view, aten.lift_fresh, aten.detach, aten.alias, aten._reshape_alias,
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
@@ -34,9 +37,10 @@ READS = {
     aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.masked_select, aten._unique2,
     aten.unique_dim, aten.unique_consecutive,
 }  # fmt: skip
-INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # they read where an index is a mask
-FLASH = {aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention}
-# Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits and merged.
+# they read where an index is a mask
+INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+# Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits
+# and merged.
 LAUNCHES = {"decode": 2, "gather_decode": 2}
 
 
@@ -86,8 +90,8 @@ class Simulated(Tensor):
 class Counts:
     """What a stretch of code has done.
 
-    launches: kernels launched, by operator. free: operators that launch nothing. reads: operators that make the host wait for
-    the device. uploads: copies from the host to the device.
+    launches: kernels launched, by operator. free: operators that launch nothing. reads: operators that make
+    the host wait for the device. uploads: copies from the host to the device.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -100,7 +104,8 @@ class Counts:
 
 
 class Device(TorchDispatchMode):
-    """Runs what is inside on a device: "cuda", which is simulated, or "cpu", where launches are counted in the same way."""
+    """Runs what is inside on a device: "cuda", which is simulated, or "cpu", where launches are counted in
+    the same way."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -119,10 +124,16 @@ class Device(TorchDispatchMode):
         def call(impl: LazyImpl, *args: Any, **how: Any) -> Any:
             return self._kernels(impl, calls, *args, **how)
 
-        with patch.object(LazyImpl, "__call__", call), patch.object(torch.cuda, "device_of", lambda _: nullcontext()):
-            # Without a driver torch makes no tensor on CUDA, except in this mode, which sees no operator itself.
-            with FakeTensorMode() if self.simulated else nullcontext(), self:
-                yield
+        with (
+            patch.object(LazyImpl, "__call__", call),
+            patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
+            patch.object(backends.Machine, "of", lambda _: HOPPER),
+            # Without a driver torch makes no tensor on CUDA, except in this mode, which sees no operator
+            # itself.
+            FakeTensorMode() if self.simulated else nullcontext(),
+            self,
+        ):
+            yield
 
     @contextmanager
     def counted(self, counts: Counts | None = None) -> Iterator[Counts]:
@@ -134,13 +145,17 @@ class Device(TorchDispatchMode):
             self.counts = before
 
     def _kernels(self, impl: LazyImpl, calls: Any, *args: Any, **how: Any) -> Any:
-        """An operation by its Triton kernels: their launches are counted, and its eager implementation computes."""
+        """An operation by its Triton kernels: their launches are counted, and its eager implementation
+        computes."""
         if not self.simulated:
             return calls(impl, *args, **how)
         package, name = impl._place.rpartition(".")[0], impl._name
         if self.counts is not None:
             self.counts.launches[f"{name} (Triton)"] += LAUNCHES.get(name, 1)
-        with self.counted(Counts()):
+            # they learn how long the lists are
+            if name in ("by_mass", "by_threshold") and how["most"] is None:
+                self.counts.reads[name] += 1
+        with self.counted(Counts()), implementations():
             return getattr(importlib.import_module(f"{package}.eager"), name)(*args, **how)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,15 +168,24 @@ class Device(TorchDispatchMode):
                 self._count(func, args, tensors, on_device=True)
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        if func.overloadpacket is aten._to_copy and given and to == CUDA and kwargs.get("dtype") in (None, args[0].dtype):
+        if (
+            func.overloadpacket is aten._to_copy
+            and given
+            and to == CUDA
+            and kwargs.get("dtype") in (None, args[0].dtype)
+        ):
             return args[0]  # C++ takes it for a tensor of another device
-        on_device = isinstance(args[0], Simulated) if func.overloadpacket is aten.copy_ else to is None or to.type != "cpu"
+        on_device = (
+            isinstance(args[0], Simulated)
+            if func.overloadpacket is aten.copy_
+            else to is None or to.type != "cpu"
+        )
         self._count(func, args, tensors, on_device)
         with _disable_current_modes():
             args, kwargs = tree_map_only(Simulated, lambda x: x.held, (args, kwargs))
             if to is not None:
                 kwargs["device"] = torch.device("cpu")
-            out = (_flash if func.overloadpacket in FLASH else func)(*args, **kwargs)
+            out = STAND_INS.get(func.overloadpacket, func)(*args, **kwargs)
             if not on_device:
                 return out
             return tree_map_only(Tensor, lambda x: given[id(x)] if id(x) in given else Simulated(x), out)
@@ -187,7 +211,32 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float) -> Any:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
+) -> Any:
     """CUDA's attention by the CPU's kernel."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
     return *out, None, None, 0, 0, None, None, None
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, lse: bool, *how: Any, scale: float) -> Any:
+    out = _flash(q, k, v, *how, scale=scale)
+    return out[0], out[1][..., None], *out[2:]
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, *how: Any, scale: float
+) -> Any:
+    dropout, causal = how or (0.0, False)
+    out = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout, causal, attn_mask=bias, scale=scale
+    )
+    return out[0], torch.nn.functional.pad(out[1], (0, -q.shape[2] % 32)), None, None
+
+
+STAND_INS = {
+    aten._scaled_dot_product_flash_attention: _flash,
+    aten._scaled_dot_product_cudnn_attention: _cudnn,
+    aten._scaled_dot_product_efficient_attention: _efficient,
+}

@@ -9,10 +9,11 @@
                  under a mask
     math         the definition, tile by tile            nothing; thousands of launches for long inputs
 
-All but the last take float16 and bfloat16 alone. The order is torch's: cuDNN comes first on Hopper and Blackwell, from its release 9.15.1 on (an older one is
-wrong where the length is no multiple of 128), elsewhere FlashAttention. FlashAttention-3 and -4 come before
-both. Activating them, ``torch.nn.attention.activate_flash_attention_impl("FA3")``, changes torch's operators
-for the whole process, so it is left to the user, whose wish it then is.
+All but the last take float16 and bfloat16 alone. The order is torch's: cuDNN comes first on Hopper and
+Blackwell, from its release 9.15.1 on (an older one is wrong where the length is no multiple of 128),
+elsewhere FlashAttention. FlashAttention-3 and -4 come before both. Activating them,
+``torch.nn.attention.activate_flash_attention_impl("FA3")``, changes torch's operators for the whole process,
+so it is left to the user, whose wish it then is.
 
 The switches of ``torch.backends.cuda`` and the context manager ``torch.nn.attention.sdpa_kernel`` hold here,
 too. ``choose`` is a function of plain numbers, so that a table of tests covers every machine.
@@ -108,7 +109,9 @@ def _cudnn(call: Call, machine: Machine) -> bool:
     widths = (call.head_dim, call.value_dim)
     fits = max(widths) <= 128 or widths == (192, 128)
     whole = call.head_dim % 8 == 0 and call.value_dim % 8 == 0
-    return preferred and fits and whole and call.dtype in _HALF and call.keys > 1 and not machine.deterministic
+    return (
+        preferred and fits and whole and call.dtype in _HALF and call.keys > 1 and not machine.deterministic
+    )
 
 
 def _efficient(call: Call, machine: Machine) -> bool:

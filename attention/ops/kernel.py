@@ -85,9 +85,7 @@ def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:
     return _backend(q, *kv.dense(), softmax, causal=True, mask=None) != "math"
 
 
-def _backend(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None
-) -> str:
+def _backend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> str:
     """The kernel of torch for CUDA, one of ``backends.choose``."""
     if softmax.softcap is not None or _needs_grad(q, k, v) or q.shape[2] == 0 or k.shape[2] == 0:
         return "math"
@@ -123,7 +121,8 @@ def _cuda(
     bias[..., :width].masked_fill_(mask, 0)
     bias = bias[..., :width].expand(*q.shape[:3], -1)
     out, lse = efficient_attention(q, k, v, bias=bias, causal=False, scale=softmax.scale)
-    none = ~mask.any(-1).expand(q.shape[:3])  # what the kernel gives for a row that reads nothing is left open
+    # what the kernel gives for a row that reads nothing is left open
+    none = ~mask.any(-1).expand(q.shape[:3])
     return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
 
 

@@ -35,9 +35,7 @@ def flash_attention_cuda(
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """cuDNN's attention, with its log-sum-exp; shapes as in :func:`flash_attention_cuda`."""
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return result[0], result[1].reshape(q.shape[:3])  # [B, H, Tq, 1] in every release so far
 
 

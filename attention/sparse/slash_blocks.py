@@ -44,10 +44,10 @@ def slash_blocks(columns: Tensor, nearer: Tensor, past: int, block: int) -> Bloc
     begin = torch.arange(past, length, block, device=device)[:, None]  # [Nq, 1]
     end = (begin + block).clamp(max=length)
     step = max(1, (_CPU if device.type == "cpu" else _DEVICE) // (len(begin) * -(-length // block)))
-    heads = (x.flatten(0, 1).split(step) for x in (columns, order, nearer))
+    heads = [x.flatten(0, 1).split(step) for x in (columns, order, nearer)]
     read, found = [], []
-    for some in zip(*heads, strict=True):  # their [heads, Nq, Nk] at a time
-        mask, there = _blocks_of_heads(*some, begin, end, block)
+    for its_columns, its_order, its_nearer in zip(*heads, strict=True):  # their [heads, Nq, Nk] at a time
+        mask, there = _blocks_of_heads(its_columns, its_order, its_nearer, begin, end, block)
         read.append(mask)
         found.append(torch.stack([(~(mask | ~there)).sum(), mask.sum(-1).max()]))
     left_out, room = torch.stack(found).amax(0).tolist()

@@ -135,8 +135,9 @@ def flash(
         tiles, chunks = -(-tq // args["ROWS"]), -(-group // args["FOLD"])
         return (b * kv.num_kv_heads * tiles * chunks,)
 
+    start = launch.row_starts(start, q.device)
     _kernel(q.dtype, wide)[grid](
-        q, kv.stored, out, lse, launch.row_starts(start, q.device), q.stride(), kv.strides(), out.stride(), h, tq, kv.length, window,
+        q, kv.stored, out, lse, start, q.stride(), kv.strides(), out.stride(), h, tq, kv.length, window,
         float(softmax.scale), softmax.softcap, launch.bucket(min(kv.length, window or kv.length)),
         GROUP=group, D=d, DV=dv, WIDE=launch.wide(d), WIDE_V=launch.wide(dv),
         LOAD=kv.load_function(), FORMAT=kv.format,
