@@ -96,6 +96,8 @@ def test_a_prefill_call_has_a_budget(spec: str, launches: int, waits: int, copie
         assert counts.reads.total() <= waits, (tokens, counts.reads)
         assert counts.uploads.total() <= copies, (tokens, counts.uploads)
         assert not {impl for _, impl in ran} & {"eager", "math"}, ran
+        if spec.startswith("antidiagonal"):
+            assert counts.launches["sort"] == 1  # of a number for each pair of blocks
 
 
 def test_routing_launches_13_operators_per_segment_of_keys() -> None:
