@@ -215,9 +215,11 @@ def _flash(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
 ) -> Any:
     """CUDA's attention by the CPU's kernel."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
-    return *out, None, None, 0, 0, None, None, None
+    width, group = v.shape[3], q.shape[1] // k.shape[1]
+    v = torch.nn.functional.pad(v, (0, q.shape[3] - width))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
+    return out[..., :width], lse, None, None, 0, 0, None, None, None
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, lse: bool, *how: Any, scale: float) -> Any:

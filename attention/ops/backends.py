@@ -25,7 +25,7 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch.nn import attention
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLASH = {"FA3": ((9,), 256), "FA4": ((9, 10), 128)}  # generations of GPUs, widest head
@@ -51,13 +51,14 @@ class Machine(NamedTuple):
     def of(device: torch.device) -> Machine:
         """The machine of a CUDA device, as it is switched now. Nothing waits for the device."""
         cuda, cudnn = torch.backends.cuda, 0
+        activated = getattr(attention, "current_flash_attention_impl", lambda: None)()  # not in every release
         deprioritized = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"
         if cuda.cudnn_sdp_enabled() and torch.version.hip is None and not deprioritized:
             cudnn = torch.backends.cudnn.version() or 0
         return Machine(
             capability=torch.cuda.get_device_capability(device),
             cudnn=cudnn,
-            flash=(nn.attention.current_flash_attention_impl() or "FA2") if cuda.flash_sdp_enabled() else "",
+            flash=(activated or "FA2") if cuda.flash_sdp_enabled() else "",
             efficient=cuda.mem_efficient_sdp_enabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

@@ -81,8 +81,8 @@ def causal_of_groups(q: Tensor, kv: KV, softmax: Softmax) -> Partial | None:
 
 
 def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:
-    """Whether ``causal_of_groups`` serves the arguments, on CUDA."""
-    return _backend(q, *kv.dense(), softmax, causal=True, mask=None) != "math"
+    """Whether ``causal_of_groups`` serves the arguments on CUDA better than a Triton kernel would."""
+    return _backend(q, *kv.dense(), softmax, causal=True, mask=None) not in ("efficient", "math")
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> str:
@@ -121,8 +121,7 @@ def _cuda(
     bias[..., :width].masked_fill_(mask, 0)
     bias = bias[..., :width].expand(*q.shape[:3], -1)
     out, lse = efficient_attention(q, k, v, bias=bias, causal=False, scale=softmax.scale)
-    # what the kernel gives for a row that reads nothing is left open
-    none = ~mask.any(-1).expand(q.shape[:3])
+    none = ~mask.any(-1).expand(q.shape[:3])  # the kernel leaves open what such a row gives
     return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
 
 

@@ -45,7 +45,9 @@ def test_torch_prefers_the_same_kernel() -> None:
     """What ``scaled_dot_product_attention`` runs for the same call, as the profiler sees it."""
     q, k, v = (torch.randn(1, 4, 512, 128, dtype=torch.float16, device="cuda") for _ in range(3))
     name = choose(Call(torch.float16, 128, 128, 512, causal=True), Machine.of(q.device))
-    operator = {"cudnn": "_scaled_dot_product_cudnn_attention"}.get(name, "_scaled_dot_product_flash_attention")
+    operator = {"cudnn": "_scaled_dot_product_cudnn_attention"}.get(
+        name, "_scaled_dot_product_flash_attention"
+    )
     with torch.profiler.profile() as seen:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert f"aten::{operator}" in {event.key for event in seen.key_averages()}

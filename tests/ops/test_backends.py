@@ -141,3 +141,20 @@ def test_few_keys_are_few_launches_in_float32_too() -> None:
     assert ran == {("attend", "math")} and counts.launches.total() < 40
     want = kernel.attend(q, KV(k, v), Softmax(0.25), mask=mask[None, None])
     assert torch.allclose(got.out.held, want.out, atol=1e-6)
+
+
+def test_torch_is_left_what_it_serves_best() -> None:
+    """Values narrower than keys: cuDNN takes them, FlashAttention does not, and the definition is no
+    choice."""
+    pytest.importorskip("triton")
+    q, k, v = make_qkv(1, 4, 2, 70, 70, 192, dtype=torch.bfloat16)
+    device = Device("cuda")
+    ran = []
+    with torch.no_grad(), device.running():
+        given = device.put(q), KV(device.put(k), device.put(v[..., :128])), Softmax(0.07)
+        for machine in (Machine(HOPPER, NEW), Machine(HOPPER)):
+            with pytest.MonkeyPatch.context() as patch, implementations() as seen:
+                patch.setattr(Machine, "of", lambda _, machine=machine: machine)
+                flash(*given)
+            ran.append(seen)
+    assert ran == [{("flash", "cudnn")}, {("flash", "triton")}]
