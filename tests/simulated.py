@@ -211,30 +211,43 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
-) -> Any:
-    """CUDA's attention by the CPU's kernel."""
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> list[Tensor]:
+    """CUDA's attention, (out, lse), by the CPU's kernel."""
     width, group = v.shape[3], q.shape[1] // k.shape[1]
     v = torch.nn.functional.pad(v, (0, q.shape[3] - width))
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
-    return out[..., :width], lse, None, None, 0, 0, None, None, None
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return [out[..., :width], lse]
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, lse: bool, *how: Any, scale: float) -> Any:
-    out = _flash(q, k, v, *how, scale=scale)
-    return out[0], out[1][..., None], *out[2:]
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
+) -> Any:
+    return *_on_cpu(q, k, v, None, causal, scale), None, None, 0, 0, None, None, None
+
+
+def _cudnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    lse: bool,
+    dropout: float,
+    causal: bool = False,
+    *,
+    scale: float,
+) -> Any:
+    out, sums = _on_cpu(q, k, v, None, causal, scale)
+    return out, sums[..., None], None, None, 0, 0, None, None, None
 
 
 def _efficient(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, *how: Any, scale: float
 ) -> Any:
-    dropout, causal = how or (0.0, False)
-    out = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout, causal, attn_mask=bias, scale=scale
-    )
-    return out[0], torch.nn.functional.pad(out[1], (0, -q.shape[2] % 32)), None, None
+    out, sums = _on_cpu(q, k, v, bias, how[1] if how else False, scale)
+    return out, torch.nn.functional.pad(sums, (0, -q.shape[2] % 32)), None, None
 
 
 STAND_INS = {
