@@ -66,31 +66,31 @@ class Window(Selection):
     def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
         """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
         set of keys."""
-        _, h, tq, _ = q.shape
+        b, h, tq, _ = q.shape
         local = op(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
         sinks = min(self.sinks, keys.length)
         if sinks == 0 or keys.longest() <= self.size:
             return local
-        hkv, mask = keys.kv.num_kv_heads, None
-        places = torch.arange(sinks, device=q.device)[None]  # [1 or B, sinks]
-        if keys.start is None:
-            kv = keys.kv[:, :, :sinks]
-        else:
-            places = keys.start.to(q.device)[:, None] + places
-            kv = keys.kv.gather(places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1))
-        if keys.start is not None or keys.past - self.size < sinks - 1:  # some query has one in its window
-            mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [1 or B, Tq, sinks]
+        kv, mask, hkv = keys.kv[:, :, :sinks], None, keys.kv.num_kv_heads
+        overlap = max(keys.starts or (0,)) + sinks > keys.past + 1 - self.size  # of some query's window
+        if overlap or keys.start is not None:
+            places = torch.arange(sinks, device=q.device)[None]
+            places = places if keys.start is None else places + keys.start[:, None]  # [B or 1, sinks]
+            kv = keys.kv.gather(places.clamp(max=keys.length - 1)[:, None].expand(b, hkv, -1))
+        if overlap:
+            mask = places[:, None] <= query_positions(keys)[:, None] - self.size  # [B or 1, Tq, sinks]
             mask = mask.repeat(1, h // hkv, 1)[:, None]
         part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask)
         return merge(local, kernel.unfold_groups(part, h, tq))
 
     def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
         """The pairs that the queries ``rows`` of the call read."""
-        begin, end, pairs = keys.past + rows.start, keys.past + rows.stop, 0
+        begin, end, most, pairs = keys.past + rows.start, keys.past + rows.stop, self.size + self.sinks, 0
         for first in keys.starts or [0] * q.shape[0]:
-            # How many keys each query of the row sees.
-            seen = torch.arange(min(max(begin, first), end), end) - first + 1
-            pairs += int((seen.clamp(max=self.size) + (seen - self.size).clamp(0, self.sinks)).sum())
+            # A query that sees n keys reads min(n, most) of them: a ramp, then a plateau.
+            low, high = max(begin, first) - first + 1, end - first
+            top = min(high, most)
+            pairs += (low + top) * max(0, top - low + 1) // 2 + most * max(0, high - max(top, low - 1))
         return pairs * q.shape[1]
 
     def _pairs_here(self, q: Tensor, keys: Keys) -> int:
