@@ -32,7 +32,7 @@ SHORT, LONG = 512, 2048
 # length alone.
 BUDGETS = [
     ("dense", 1, 0, 0),
-    ("window:w=64,sinks=4", 40, 0, 0),
+    ("window:w=64,sinks=4", 52, 0, 0),
     # It waits to learn how long its list is: as wide as all blocks, it would be copied to every head.
     ("a_shape:w=64,sinks=16,block=16", 75, 1, 0),
     ("dilated:w=64,dilation=4,sinks=4", 90, 0, 0),
