@@ -17,7 +17,7 @@ from ..summary import by_start
 from .base import Pairs, Selection, total
 
 _ENTRIES = 1 << 22  # entries of an index whose pairs are counted at a time
-_CPU, _DEVICE = 1 << 22, 1 << 25  # pairs of blocks of queries and of keys that are counted at a time
+_CPU, _DEVICE = 1 << 22, 1 << 24  # pairs of blocks of queries and of keys that are counted at a time
 
 
 @dataclass(frozen=True, kw_only=True)

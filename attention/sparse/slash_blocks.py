@@ -11,7 +11,7 @@ from ..budget import select_topk
 from ..ops.select import by_threshold
 from ..selection import BlockIndex
 
-_CPU, _DEVICE = 1 << 22, 1 << 25  # pairs of blocks of queries and of keys that are looked at at a time
+_CPU, _DEVICE = 1 << 22, 1 << 24  # pairs of blocks of queries and of keys that are looked at at a time
 
 
 def highest(x: Tensor, size: Tensor, max_size: int, always: int) -> Tensor:

@@ -21,7 +21,9 @@ from farspan.attention.method import PREFILL
 from farspan.attention.ops.dispatch import implementations
 from farspan.attention.ops.sums import running_sum
 from farspan.attention.partial import Partial
+from farspan.attention.selection import blocks
 from farspan.attention.softmax import Softmax
+from farspan.attention.sparse import slash_blocks
 
 from ..dispatch import bound
 from ..laws.tools import HKV, D, H
@@ -123,6 +125,21 @@ def test_a_gpu_selects_what_the_cpu_selects(spec: str) -> None:
     assert pairs == int(reads.pairs)
     assert (got.out.float() - want.out.float()).abs().max() <= 0.02  # bfloat16
     assert torch.allclose(got.lse, want.lse, atol=2e-3)
+
+
+@pytest.mark.parametrize("spec", [b[0] for b in BUDGETS if b[0].startswith(("vertical", "pbs"))])
+def test_heads_may_be_taken_one_by_one(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of them at once would take too much memory: the same lists and the same count of pairs."""
+    q, k, v = inputs(SHORT)
+    seen = []
+    for at_a_time in (1 << 22, 1):
+        monkeypatch.setattr(slash_blocks, "_CPU", at_a_time)
+        monkeypatch.setattr(blocks, "_CPU", at_a_time)
+        keys = Keys(kv=KV(k, v), tq=SHORT, softmax=Softmax(D**-0.5))
+        with torch.no_grad():
+            seen.append(attend(bound(farspan.parse_method(spec)), PREFILL, q, keys))
+    (one, some), (other, same) = seen
+    assert torch.equal(one.out, other.out) and some.pairs == same.pairs
 
 
 def test_running_sums_on_a_gpu_are_those_of_the_cpu() -> None:
