@@ -88,10 +88,11 @@ def _named(op: str, seen: set[tuple[str, str]], eager: Run, *args: Any, **how: A
     backends: set[str] = set()
     token = _taken.set(backends)
     try:
-        return eager(*args, **how)
+        result = eager(*args, **how)
     finally:
         _taken.reset(token)
-        seen.update((op, name) for name in backends or ("eager",))
+    seen.update((op, name) for name in backends or ("eager",))
+    return result
 
 
 def took(backend: str) -> None:
@@ -109,11 +110,12 @@ def implementations() -> Iterator[set[tuple[str, str]]]:
     """The (operation, implementation) pairs that run inside. The implementation of an operation that attends
     by torch's kernels on CUDA is the kernel's name, such as "cudnn" (``backends.choose``)."""
     seen: set[tuple[str, str]] = set()
-    token = _ran.set(seen)
+    ran, taken = _ran.set(seen), _taken.set(None)  # not those of an operation that runs outside
     try:
         yield seen
     finally:
-        _ran.reset(token)
+        _ran.reset(ran)
+        _taken.reset(taken)
 
 
 def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
