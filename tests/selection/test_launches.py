@@ -29,7 +29,7 @@ from ..dispatch import bound
 from ..laws.tools import HKV, D, H
 from ..simulated import Counts, Device, Simulated
 
-SHORT, LONG = 512, 2048
+SHORT, LONG = 256, 1024
 # (spec, launches, waits for the device, small copies to it). Launches may grow with the logarithm of the
 # length alone.
 BUDGETS = [
@@ -52,7 +52,7 @@ BUDGETS = [
     ("dhsa:block_q=32,block_k=16,local=32,fraction=0.3", 100, 0, 0),
     ("dhsa:select=vertical_slash,block_q=32,block_k=16,local=32,fraction=0.3", 165, 0, 0),
     ("oracle:block=32,mass=0.8", 130, 0, 1),
-    ("block_topk:k=256,block=32", 95, 0, 0),
+    ("block_topk:k=128,block=32", 95, 0, 0),
 ]
 
 
