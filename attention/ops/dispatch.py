@@ -72,26 +72,25 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
         chosen = impls[impl]
         if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
+    return _run(op, impls, impl, args, how)
+
+
+def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+    names: set[str] = set()
+    if impl == "triton":
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            result = impls[impl](*args, **how)
+    elif impl == "eager" and args[0].device.type == "cuda":  # named after torch's kernels that it takes
+        token = _taken.set(names)
+        try:
+            result = impls[impl](*args, **how)
+        finally:
+            _taken.reset(token)
+    else:
+        result = impls[impl](*args, **how)
     seen = _ran.get()
-    if seen is not None and impl == "eager" and args[0].device.type == "cuda":
-        return _named(op, seen, impls[impl], *args, **how)
     if seen is not None:
-        seen.add((op, impl))
-    if impl != "triton":
-        return impls[impl](*args, **how)
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        return impls[impl](*args, **how)
-
-
-def _named(op: str, seen: set[tuple[str, str]], eager: Run, *args: Any, **how: Any) -> Any:
-    """The eager implementation on CUDA: it is named after torch's kernels that it took, if it took any."""
-    backends: set[str] = set()
-    token = _taken.set(backends)
-    try:
-        result = eager(*args, **how)
-    finally:
-        _taken.reset(token)
-    seen.update((op, name) for name in backends or ("eager",))
+        seen.update((op, name) for name in names or (impl,))
     return result
 
 
