@@ -21,6 +21,7 @@ from farspan.evals.perplexity import cut_windows, perplexity
 from farspan.evals.results import ResultsError, read
 from farspan.evals.sample import encode
 from farspan.evals.speed import speed, summarise
+from farspan.evals.speed_tables import terminal_table
 from farspan.runtime.table import Table
 
 _spec = importlib.util.spec_from_file_location("farspan_tests_tiny", Path(__file__).with_name("tiny.py"))
@@ -226,7 +227,20 @@ def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
     for row in summary.data["overall"]:
         assert row["repeats"] == 2 and row["prefill_seconds"] > 0 and row["decode_tokens_per_second"] > 0
         assert (row["decode_density"] is None) == (row["method"] == "unpatched")
-    assert summary.complete and "× unpatched" in (tmp_path / "speed.md").read_text()
+        low, high = row["decode_tokens_per_second_range"]
+        assert low <= row["decode_tokens_per_second"] <= high
+    written = (tmp_path / "speed.md").read_text()
+    assert summary.complete and "× unpatched" in written and "lowest to highest" in written
+    held = {(row["method"], row["length"]): row["kv_bytes_stored"] for row in summary.data["overall"]}
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert held["unpatched", 64] == (64 + 4) * token, "the last token is not fed again"
+    assert held["dense", 64] >= held["unpatched", 64], "buffers have spare room"
+    steps = {
+        (row["method"], row["length"]): row["kv_bytes_read_per_token"] for row in summary.data["overall"]
+    }
+    assert steps["unpatched", 64] is None
+    assert steps["dense", 64] == token * sum(range(64, 69)) / 5 and steps[WINDOW, 64] < steps["dense", 64] / 2
     assert model.config._attn_implementation != "farspan"
     for wrong in ({"lengths": []}, {"lengths": [1]}, {"repeats": 0}):
         with pytest.raises(FarspanError, match="at least"):
@@ -275,9 +289,7 @@ def test_a_finished_speed_run_shows_its_table_again(model: Any, tmp_path: Path, 
     again = time_them(model, tmp_path, WINDOW)
     assert len(clock.calls) == 15, "nothing is warmed up or measured"
     assert again.data == first.data
-    assert printed(speed_module.terminal_table(again.data)) == printed(
-        speed_module.terminal_table(first.data)
-    )
+    assert printed(terminal_table(again.data)) == printed(terminal_table(first.data))
     assert files == {name: (tmp_path / name).read_text() for name in files}
 
 
@@ -307,7 +319,7 @@ def test_a_stopped_speed_run_goes_on(model: Any, tmp_path: Path, clock: Clock) -
         assert row["repeats"] == 2 + ((row["method"], row["length"]) == ("unpatched", 64))
         factor = {"unpatched": 1, "dense": 2, WINDOW: 4}[row["method"]]  # in either session
         assert row["prefill_speedup"] == row["decode_speedup"] == factor
-    assert "measured in 2 sessions" in printed(speed_module.terminal_table(data)).replace("\n", " ")
+    assert "measured in 2 sessions" in printed(terminal_table(data)).replace("\n", " ")
 
 
 def test_an_added_method_is_compared_within_its_own_session(model: Any, tmp_path: Path, clock: Clock) -> None:
@@ -341,7 +353,7 @@ def test_a_run_stopped_before_its_first_row_leaves_room_for_other_methods(
         ("unpatched", 32), (WINDOW, 32), ("unpatched", 64), (WINDOW, 64),
     ]  # fmt: skip
     assert not found.complete and found.data["unfinished"] == ["dense"]
-    assert "(unfinished: dense)" in printed(speed_module.terminal_table(found.data)).replace("\n", " ")
+    assert "(unfinished: dense)" in printed(terminal_table(found.data)).replace("\n", " ")
 
 
 def test_speed_refuses_another_text_and_damaged_rows(model: Any, tmp_path: Path, clock: Clock) -> None:
