@@ -81,8 +81,9 @@ def causal_of_groups(q: Tensor, kv: KV, softmax: Softmax) -> Partial | None:
 
 
 def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:
-    """Whether ``causal_of_groups`` serves the arguments on CUDA better than a Triton kernel would."""
-    return _backend(q, *kv.dense(), softmax, causal=True, mask=None) not in ("efficient", "math")
+    """Whether ``causal_of_groups`` serves the arguments better than a Triton kernel would: never off CUDA."""
+    on_cuda = q.device.type == "cuda"
+    return on_cuda and _backend(q, *kv.dense(), softmax, causal=True, mask=None) not in ("efficient", "math")
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> str:

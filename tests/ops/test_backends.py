@@ -143,6 +143,12 @@ def test_few_keys_are_few_launches_in_float32_too() -> None:
     assert torch.allclose(got.out.held, want.out, atol=1e-6)
 
 
+def test_off_cuda_there_is_no_machine_to_ask() -> None:
+    """As where every implementation is asked why it cannot run, whatever the device."""
+    q, k, v = make_qkv(1, 4, 2, 10, 10, 16, dtype=torch.bfloat16)
+    assert not kernel.serves_groups(q, KV(k, v), Softmax(0.25))
+
+
 def test_torch_is_left_what_it_serves_best() -> None:
     """Values narrower than keys: cuDNN takes them, FlashAttention does not, and the definition is no
     choice."""
