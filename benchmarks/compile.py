@@ -2,21 +2,28 @@
 
     python -m benchmarks.compile [--arch 90] [--ops decode pool] [--dtypes bfloat16] [--head-dims 64 128]
                                  [--all-configs]
+    python -m benchmarks.compile --save       every kernel, dtype, head size and form -> compile_sm90.json
+    python -m benchmarks.compile --summary    of that file: the worst form of each kernel, in Markdown
 
 Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation,
-with --all-configs into one for every configuration that the autotuner would try.
+with --all-configs into one for every configuration (form) that the autotuner would try.
 Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
 shared memory than the chip has (227 KB on Hopper), is a defect.
+
+--save writes after each operation, dtype and head size. A second run goes on where the first was stopped: it
+compiles what is missing, and what was compiled from other sources or by another Triton.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +34,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.pop("FARSPAN_AUTOTUNE", None)  # nothing is timed here
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
@@ -44,10 +52,12 @@ from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.selection import BlockIndex, TokenIndex
 
-from .record import table
+from .record import RESULTS, machine, table
 
+_OPS = Path(launch.__file__).parent
 _TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAVED = ("bfloat16", "float16"), (64, 80, 128, 256)  # dtypes and head sizes of --save
 
 
 def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> list[torch.Tensor]:
@@ -146,12 +156,11 @@ def _scores(dtype: torch.dtype, d: int) -> None:
 
 
 def _select(dtype: torch.dtype, d: int) -> None:
-    if dtype == torch.float32 and d == 64:  # rows of scores know no head size
-        for n in (2048, 8192, 131072):
-            top_k(torch.randn(4, n), 64, impl="triton")
-        for n in (2048, 8192):
-            by_mass(torch.rand(4, n), 0.9, most=64, impl="triton")
-            by_threshold(torch.rand(4, n), 0.9, most=64, impl="triton")
+    for n in (2048, 8192, 131072):
+        top_k(torch.randn(4, n), 64, impl="triton")
+    for n in (2048, 8192):
+        by_mass(torch.rand(4, n), 0.9, most=64, impl="triton")
+        by_threshold(torch.rand(4, n), 0.9, most=64, impl="triton")
 
 
 CASES: dict[str, Callable[[torch.dtype, int], None]] = {
@@ -205,51 +214,132 @@ def resources(compiled: Any, arch: int) -> tuple[int, int]:
     return int(found.group(1)) if found else 0, sum(map(int, spills))
 
 
-def compile_all(
-    arch: int, ops: list[str], dtypes: list[str], head_dims: list[int], all_configs: bool = False
-) -> list[dict[str, Any]]:
-    """One row per kernel that the operations launched, and per configuration of it that was asked for."""
+def units(ops: list[str], dtypes: list[str], head_dims: list[int]) -> Iterator[tuple[str, str, int]]:
+    """(operation, dtype, head size) of all that there is to compile. Rows of scores (select) are float32 and
+    have no head size."""
+    for op in ops:
+        if op == "select":
+            yield op, "float32", 0
+        else:
+            yield from ((op, dtype, d) for dtype in dtypes for d in head_dims)
+
+
+def compile_unit(arch: int, op: str, dtype: str, d: int, all_configs: bool = False) -> list[dict[str, Any]]:
+    """One row per kernel that the operation launches, and per form of it that is asked for. ``first``:
+    whether it is the form that is launched where nothing is timed."""
     driver.set_active(_Chip(arch))
     launch.cannot_launch = lambda device: []
-    made: list[tuple[Any, str]] = []
+    made: list[tuple[Any, str, bool]] = []
+    first = [True]
     original, tune = jit.JITFunction.run, autotuner.Autotuner.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = original(self, *args, grid=grid, warmup=True, **options)
-        made.append((compiled, "x".join(str(options[name]) for name in _TILE if name in options)))
+        tile = "x".join(str(options[name]) for name in _TILE if name in options)
+        made.append((compiled, tile, first[0]))
         return compiled
 
     def untimed(self: Any, *args: Any, **options: Any) -> None:
-        for config in self.configs if all_configs else self.configs[:1]:
+        for n, config in enumerate(self.configs if all_configs else self.configs[:1]):
+            first[0] = n == 0
             self.fn.run(*args, **options, **config.all_kwargs())
+        first[0] = True
 
     jit.JITFunction.run, autotuner.Autotuner.run = compile_only, untimed
-    rows: dict[str, dict[str, Any]] = {}
     try:
-        for op in ops:
-            for dtype in dtypes:
-                for d in head_dims:
-                    made.clear()
-                    CASES[op](DTYPES[dtype], d)
-                    for kernel, tile in made:
-                        if kernel.hash in rows:
-                            continue
-                        registers, spilled = resources(kernel, arch)
-                        rows[kernel.hash] = {
-                            "op": op,
-                            "kernel": kernel.metadata.name,
-                            "dtype": dtype,
-                            "D": d,
-                            "tile": tile or "-",
-                            "warps": kernel.metadata.num_warps,
-                            "stages": kernel.metadata.num_stages,
-                            "registers": registers,
-                            "spilled": spilled,
-                            "shared": kernel.metadata.shared,
-                        }
+        CASES[op](DTYPES[dtype], d)
     finally:
         jit.JITFunction.run, autotuner.Autotuner.run = original, tune
+    rows: dict[str, dict[str, Any]] = {}
+    for kernel, tile, is_first in made:
+        if kernel.hash in rows:
+            rows[kernel.hash]["first"] |= is_first
+            continue
+        registers, spilled = resources(kernel, arch)
+        rows[kernel.hash] = {
+            "op": op,
+            "kernel": kernel.metadata.name,
+            "dtype": dtype,
+            "D": d,
+            "tile": tile or "-",
+            "warps": kernel.metadata.num_warps,
+            "stages": kernel.metadata.num_stages,
+            "first": is_first,
+            "registers": registers,
+            "spilled": spilled,
+            "shared": kernel.metadata.shared,
+        }
     return list(rows.values())
+
+
+def compile_all(
+    arch: int, ops: list[str], dtypes: list[str], head_dims: list[int], all_configs: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of ``compile_unit`` of all that is named."""
+    each = units(ops, dtypes, head_dims)
+    return [row for unit in each for row in compile_unit(arch, *unit, all_configs=all_configs)]
+
+
+def sources(op: str) -> str:
+    """A digest of the files that hold kernels of ``op`` or what kernels share, and of Triton's version."""
+    files = [*_OPS.glob("*.py"), *(_OPS / "load").glob("*.py"), *(_OPS / op).rglob("*.py")]
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(files):
+        text = path.read_text(encoding="utf-8")
+        if "import triton" in text:
+            digest.update(text.encode())
+    return digest.hexdigest()[:16]
+
+
+def save(arch: int, ops: list[str]) -> Path:
+    """Compile what compile_sm<arch>.json lacks of ``ops`` or has of other sources, and add it."""
+    path = RESULTS / f"compile_sm{arch}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"units": []}
+    done = {unit["of"]: unit for unit in kept["units"]}
+    for op, dtype, d in units(ops, *map(list, SAVED)):
+        of, made_of = f"{op} {dtype} {d}", sources(op)
+        if of in done and done[of]["sources"] == made_of:
+            continue
+        rows = compile_unit(arch, op, dtype, d, all_configs=True)
+        done[of] = {"of": of, "sources": made_of, "triton": triton.__version__, "rows": rows}
+        _write(path, {"machine": machine("cpu"), "arch": arch}, list(done.values()))
+        print(
+            f"{of}: {len(rows)} programs, worst spill {max(row['spilled'] for row in rows)} bytes", flush=True
+        )
+    return path
+
+
+def _write(path: Path, about: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Write the file with a line for each program."""
+    parts = []
+    for unit in found:
+        rows = ",\n".join("  " + json.dumps(row) for row in unit["rows"])
+        head = json.dumps({key: value for key, value in unit.items() if key != "rows"})
+        parts.append(f'{head[:-1]}, "rows": [\n{rows}]}}')
+    whole = json.dumps(about)[:-1] + ', "units": [\n' + ",\n".join(parts) + "]}\n"
+    draft = path.with_suffix(".part")
+    draft.write_text(whole)
+    draft.replace(path)
+
+
+def summary(path: Path) -> str:
+    """The worst form of each kernel in a file of ``save``, as a Markdown table."""
+    units = json.loads(path.read_text())["units"]
+    by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in (row for unit in units for row in unit["rows"]):
+        by_kernel.setdefault((row["op"], row["kernel"]), []).append(row)
+    lines = [
+        "| operation | kernel | programs | most registers | most shared, KB | worst spill, bytes | its form |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for (op, kernel), rows in by_kernel.items():
+        worst = max(rows, key=lambda row: row["spilled"])
+        form = f"{worst['dtype']} D {worst['D']}, {worst['tile']}, {worst['warps']} warps"
+        form += f", {worst['stages']} stages"
+        cells = [op, f"`{kernel}`", len(rows), max(row["registers"] for row in rows)]
+        cells += [f"{max(row['shared'] for row in rows) / 1024:.0f}", worst["spilled"]]
+        lines.append(f"| {' | '.join(map(str, [*cells, form if worst['spilled'] else '']))} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -261,8 +351,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 80, 96, 128, 256])
     parser.add_argument("--all-configs", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
+    if args.save:
+        print(f"saved in {save(args.arch, args.ops)}")
+    elif args.summary:
+        print(summary(RESULTS / f"compile_sm{args.arch}.json"))
+    else:
+        print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
 
 
 if __name__ == "__main__":

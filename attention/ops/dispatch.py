@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,19 @@ from ..kv import KV
 
 Run = Callable[..., Any]
 Impls = Mapping[str, Run]
+OWN = ("reference", "eager", "triton")  # the implementations that are farspan's; others are libraries
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
+_faster: ContextVar[Mapping[str, str] | None] = ContextVar("farspan_faster", default=None)
+_explained: ContextVar[list[Explained] | None] = ContextVar("farspan_explained", default=None)
+
+
+class Explained(NamedTuple):
+    """How an operation would be run on its arguments: by which implementation "auto" would run it, and the
+    reasons against each of its implementations (none: it can run them)."""
+
+    op: str
+    auto: str
+    reasons: dict[str, list[str]]
 
 
 class LazyImpl:
@@ -53,16 +65,16 @@ class LazyImpl:
 def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
 
-    "auto" is triton on CUDA where it serves the arguments better than torch, and eager torch elsewhere.
+    "auto" is the implementation that ``implementations`` names as faster, else triton on CUDA; where that one
+    cannot serve the arguments, or not better than torch, the next of these, and last eager torch.
     Raises Unsupported, with the reasons, for an implementation that there is not or that cannot serve these
     arguments.
     """
+    explained = _explained.get()
+    if explained is not None:
+        explained.append(_explain(op, impls, args, how))
     if impl == "auto":
-        triton = impls.get("triton") if args[0].device.type == "cuda" else None
-        served = isinstance(triton, LazyImpl) and not (
-            triton.unsupported(*args, **how) or triton.better_eager(*args, **how)
-        )
-        impl = "triton" if served else "eager"
+        impl = _auto(op, impls, args, how)
     elif impl not in impls:
         raise Unsupported(
             f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
@@ -74,21 +86,60 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     seen = _ran.get()
     if seen is not None:
         seen.add((op, impl))
-    if impl != "triton":
+    if not isinstance(impls[impl], LazyImpl):
         return impls[impl](*args, **how)
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+    with torch.cuda.device_of(args[0]):  # these kernels are launched on the current device
         return impls[impl](*args, **how)
+
+
+def _auto(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> str:
+    """The implementation that "auto" takes."""
+    faster = _faster.get()
+    names = [] if faster is None or op not in faster else [faster[op]]
+    if args[0].device.type == "cuda":
+        names.append("triton")
+    for name in names:
+        chosen = impls.get(name)
+        if isinstance(chosen, LazyImpl) and not (
+            chosen.unsupported(*args, **how) or chosen.better_eager(*args, **how)
+        ):
+            return name
+    return "eager"
+
+
+def _explain(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> Explained:
+    reasons = {}
+    for name, chosen in impls.items():
+        reasons[name] = chosen.unsupported(*args, **how) if isinstance(chosen, LazyImpl) else []
+        if isinstance(chosen, LazyImpl) and not reasons[name] and chosen.better_eager(*args, **how):
+            reasons[name] = ["eager torch serves such arguments better"]
+    return Explained(op, _auto(op, impls, args, how), reasons)
 
 
 @contextmanager
-def implementations() -> Iterator[set[tuple[str, str]]]:
-    """The (operation, implementation) pairs that run inside."""
+def implementations(faster: Mapping[str, str] | None = None) -> Iterator[set[tuple[str, str]]]:
+    """The (operation, implementation) pairs that run inside. faster: by operation, the implementation that
+    "auto" takes first inside."""
     seen: set[tuple[str, str]] = set()
     token = _ran.set(seen)
+    wanted = _faster.set(faster) if faster else None
     try:
         yield seen
     finally:
+        if wanted is not None:
+            _faster.reset(wanted)
         _ran.reset(token)
+
+
+@contextmanager
+def explanations() -> Iterator[list[Explained]]:
+    """How "auto" would run each operation that is called inside."""
+    explained: list[Explained] = []
+    token = _explained.set(explained)
+    try:
+        yield explained
+    finally:
+        _explained.reset(token)
 
 
 def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
