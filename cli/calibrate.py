@@ -63,7 +63,7 @@ def tune(given: Tune) -> None:
     for m in measured:
         ratios = ", ".join(
             f"{length}: {dense / seconds:.2f}"
-            for length, dense, seconds in zip(m.lengths, m.dense, m.seconds, strict=True)
+            for length, dense, seconds in zip(m.lengths, m.dense, m.taken, strict=True)
         )
         table.add_row(m.method, m.phase, ratios, str(m.crossover or "no length measured"))
     output.show(table)

@@ -22,13 +22,12 @@ import torch
 from ..attention.checks import whole_number
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
+from .faster import Faster
 from .machine import device_name
 from .models import cache_folder
 from .writable import check_writable
 
 _CLEARLY = 0.95  # a library's kernels are taken where they need at most this share of the time
-# By length, ascending: from so many keys on, the implementation of an operation that "auto" takes first.
-Faster = tuple[tuple[int, dict[str, str]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +51,32 @@ class Measured:
     def faster(self) -> Faster:
         """From each measured length on, the fastest library of each operation, where it is faster than
         farspan's own kernels."""
-        found = []
-        for at, (length, own) in enumerate(zip(self.lengths, self.seconds, strict=True)):
-            best = {}
-            for op, impls in self.rivals.items():
-                times = {name: taken for name, all_ in impls.items() if (taken := all_[at]) is not None}
-                name = min(times, key=times.__getitem__, default=None)
-                if name is not None and times[name] <= _CLEARLY * own:
-                    best[op] = name
-            found.append((length, best))
-        return tuple(found) if any(best for _, best in found) else ()
+        found = tuple((length, self._taken(at)) for at, length in enumerate(self.lengths))
+        return found if any(by_op for _, by_op in found) else ()
+
+    @property
+    def taken(self) -> list[float]:
+        """At each length, the seconds of the method with the fastest of these libraries."""
+        return [
+            min([own, *(self.rivals[op][name][at] or own for op, name in self._taken(at).items())])
+            for at, own in enumerate(self.seconds)
+        ]
+
+    def _taken(self, at: int) -> dict[str, str]:
+        found = {}
+        for op, impls in self.rivals.items():
+            times = {name: by_length[at] or math.inf for name, by_length in impls.items()}
+            name = min(times, key=times.__getitem__)
+            if times[name] <= _CLEARLY * self.seconds[at]:
+                found[op] = name
+        return found
 
     @property
     def crossover(self) -> int | None:
         """The smallest measured length from which the method is faster at every measured length; None where
         there is none."""
         found = None
-        for length, dense, seconds in zip(self.lengths, self.dense, self.seconds, strict=True):
+        for length, dense, seconds in zip(self.lengths, self.dense, self.taken, strict=True):
             if seconds >= dense:
                 found = None
             elif found is None:
@@ -124,15 +132,6 @@ def faster_kernels(
             entry = kept.get(_key(str(method), phase, geometry(layer_of(index)), model))
             if entry is not None and (faster := _measured(entry).faster):
                 found.setdefault(index, {})[phase] = faster
-    return found
-
-
-def at_length(faster: Faster, keys: int) -> dict[str, str] | None:
-    """What of ``faster`` holds for a number of keys; None where nothing was measured at so few."""
-    found = None
-    for length, by_op in faster:
-        if length <= keys:
-            found = by_op
     return found
 
 

@@ -18,7 +18,7 @@ from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
-from .crossover import Faster
+from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer

@@ -28,7 +28,7 @@ from ..attention.sources import IN_NO_CACHE, Supply
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
-from .crossover import Faster, at_length
+from .faster import Faster, at_length
 from .padding import Padding
 from .rows import Done, Run, joined, served
 from .state import States

@@ -16,7 +16,8 @@ from farspan.attention.errors import Unsupported
 from farspan.attention.ops.block_sparse import api, eager
 from farspan.attention.ops.dispatch import LazyImpl, explanations, implementations, run
 from farspan.attention.partial import Partial
-from farspan.runtime.crossover import Measured, at_length, keep
+from farspan.runtime.crossover import Measured, keep
+from farspan.runtime.faster import at_length
 
 GEOMETRY = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
 SPEC = "block_topk:k=16,block=8"
@@ -67,6 +68,8 @@ def test_the_fastest_by_length() -> None:
     assert at_length(found, 31) is None and at_length(found, 63) == {}
     assert at_length(found, 100) == {"block_sparse": "a"} and at_length(found, 999) == {"block_sparse": "b"}
     assert measured([1, 1], a=[2, 0.96]).faster == ()
+    slower = measured([10, 10, 10], a=[10, 5, 5])
+    assert slower.taken == [10, 5, 5] and slower.crossover == 64, "dense takes 9"
 
 
 def test_auto_takes_what_was_measured_and_goes_back_where_it_cannot(
