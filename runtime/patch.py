@@ -91,6 +91,9 @@ def patch(
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
 
+    Where ``farspan tune`` measured another library's kernels faster in a method on this device, its
+    operations take them.
+
     Returns Patched, a context manager that removes the patch at its end.
 
     Raises SpecError for a bad spec, and FarspanError for a model that is patched already. Raises Unsupported,

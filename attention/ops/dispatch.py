@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ _explained: ContextVar[list[Explained] | None] = ContextVar("farspan_explained",
 
 
 class Explained(NamedTuple):
-    """How an operation would be run on its arguments: by which implementation "auto" would run it, and the
-    reasons against each of its implementations (none: it can run them)."""
+    """How an operation would be run on its arguments: by which implementation "auto" would run it where no
+    library is named as faster, and the reasons against each of its implementations (none: it can run
+    them)."""
 
     op: str
     auto: str
@@ -65,46 +66,53 @@ class LazyImpl:
 def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
 
-    "auto" is the implementation that ``implementations`` names as faster, else triton on CUDA; where that one
-    cannot serve the arguments, or not better than torch, the next of these, and last eager torch.
+    "auto" is the library that ``implementations`` names as faster. Where that cannot serve the arguments, it
+    is triton on CUDA where it serves them better than torch, and eager torch elsewhere.
     Raises Unsupported, with the reasons, for an implementation that there is not or that cannot serve these
     arguments.
     """
     explained = _explained.get()
     if explained is not None:
         explained.append(_explain(op, impls, args, how))
-    if impl == "auto":
-        impl = _auto(op, impls, args, how)
-    elif impl not in impls:
-        raise Unsupported(
-            f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
-        )
-    else:
+    if impl != "auto":
+        if impl not in impls:
+            raise Unsupported(
+                f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
+            )
         chosen = impls[impl]
         if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
+        return _run(op, impls, impl, args, how)
+    faster = _faster.get()
+    if faster is not None and _serves(impls, faster.get(op), args, how):
+        with suppress(Unsupported):
+            return _run(op, impls, faster[op], args, how)
+    return _run(op, impls, _own(impls, args, how), args, how)
+
+
+def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+    if isinstance(impls[impl], LazyImpl):
+        with torch.cuda.device_of(args[0]):  # these kernels are launched on the current device
+            result = impls[impl](*args, **how)
+    else:
+        result = impls[impl](*args, **how)
     seen = _ran.get()
     if seen is not None:
         seen.add((op, impl))
-    if not isinstance(impls[impl], LazyImpl):
-        return impls[impl](*args, **how)
-    with torch.cuda.device_of(args[0]):  # these kernels are launched on the current device
-        return impls[impl](*args, **how)
+    return result
 
 
-def _auto(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> str:
-    """The implementation that "auto" takes."""
-    faster = _faster.get()
-    names = [] if faster is None or op not in faster else [faster[op]]
-    if args[0].device.type == "cuda":
-        names.append("triton")
-    for name in names:
-        chosen = impls.get(name)
-        if isinstance(chosen, LazyImpl) and not (
-            chosen.unsupported(*args, **how) or chosen.better_eager(*args, **how)
-        ):
-            return name
-    return "eager"
+def _serves(impls: Impls, name: str | None, args: tuple[Any, ...], how: dict[str, Any]) -> bool:
+    """Whether "auto" may take the implementation ``name``."""
+    chosen = None if name is None else impls.get(name)
+    return isinstance(chosen, LazyImpl) and not (
+        chosen.unsupported(*args, **how) or chosen.better_eager(*args, **how)
+    )
+
+
+def _own(impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> str:
+    """The implementation of farspan's own that "auto" takes."""
+    return "triton" if args[0].device.type == "cuda" and _serves(impls, "triton", args, how) else "eager"
 
 
 def _explain(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> Explained:
@@ -113,7 +121,7 @@ def _explain(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) 
         reasons[name] = chosen.unsupported(*args, **how) if isinstance(chosen, LazyImpl) else []
         if isinstance(chosen, LazyImpl) and not reasons[name] and chosen.better_eager(*args, **how):
             reasons[name] = ["eager torch serves such arguments better"]
-    return Explained(op, _auto(op, impls, args, how), reasons)
+    return Explained(op, _own(impls, args, how), reasons)
 
 
 @contextmanager

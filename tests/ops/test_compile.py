@@ -35,7 +35,11 @@ def launched_kernels() -> set[str]:
     found = set()
     for path in (ROOT / "attention" / "ops").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.decorator_list and "tl.program_id" in ast.unparse(node):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.decorator_list
+                and "tl.program_id" in ast.unparse(node)
+            ):
                 found.add(node.name)
     return found
 

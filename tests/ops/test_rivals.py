@@ -27,7 +27,7 @@ from farspan.attention.softmax import Softmax
 
 from .test_block_sparse import random_blocks
 from .test_gather_decode import random_tokens
-from .tools import make_qkv, oracle
+from .tools import Run, make_qkv, oracle
 
 HALF = torch.float16
 CLOSE = 4e-3  # of float16 results of standard normal inputs
@@ -357,6 +357,28 @@ def test_what_flashinfer_cannot_do_is_said(flash_infer: None) -> None:
         "torch.float32 is neither float16 nor bfloat16",
         "its keys and values are of one size, 64, 128 or 256; these have 80 and 80",
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["flash4", "flex_flash", "flashinfer"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_libraries_themselves(impl: str, per_head: bool) -> None:
+    """Where they are installed and the GPU is one of theirs."""
+    h, hkv, d, on = 8, 2, 128, "cuda"
+    hs = h if per_head else hkv
+    tq, tk = (1, 4096) if impl == "flashinfer" else (1000, 1000)
+    q, k, v = make_qkv(2, h, hkv, tq, tk, d, dtype=HALF, roomy=False)
+    index: Any = random_blocks(2, hs, tq, tk, 256, 128, 5, empty=True)
+    if impl == "flashinfer":
+        index = random_tokens(2, hs, tq, tk, 500, ragged=True)
+    truth = oracle(q, k, v, index.to_mask(tq, tk), scale=d**-0.5)
+    run: Any = gather_decode if impl == "flashinfer" else block_sparse
+    moved = Run(impl, on, HALF).to(index)
+    try:
+        got = run(q.to(on), KV(k.to(on), v.to(on)), moved, Softmax(d**-0.5), impl=impl)
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+    agree(Partial(got.out.cpu(), got.lse.cpu()), truth)
 
 
 def test_an_index_of_blocks_counts_only_its_own_query_blocks() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import Unsupported
 from ...kv import KV
 from ...lists import BlockLists
 from ...partial import Partial
 from ...softmax import Softmax
-from ..torch_private import refuse_uncompiled
+from ..torch_private import compile_errors, refuse_uncompiled
 
 
 def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
@@ -54,7 +55,10 @@ def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Part
 
 
 def attend(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax, options: dict[str, Any]) -> Partial:
-    """FlexAttention over the blocks of ``index``. options: its ``kernel_options`` on CUDA."""
+    """FlexAttention over the blocks of ``index``. options: its ``kernel_options`` on CUDA.
+
+    Raises Unsupported where it cannot be compiled for these arguments, or has been compiled too often.
+    """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
     how: dict[str, Any] = {
         "score_mod": _bend(softmax.softcap),
@@ -64,13 +68,17 @@ def attend(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax, options: dict
     }
     flex = compiled()
     k, v = kv.dense()
-    if q.device.type == "cpu":
-        out = flex(q, k.contiguous(), v.contiguous(), **how)
-        return Partial(out, torch.full(q.shape[:3], torch.nan))
-    from torch.nn.attention.flex_attention import AuxRequest
+    try:
+        if q.device.type == "cpu":
+            out = flex(q, k.contiguous(), v.contiguous(), **how)
+            return Partial(out, torch.full(q.shape[:3], torch.nan))
+        from torch.nn.attention.flex_attention import AuxRequest
 
-    out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), kernel_options=options or None, **how)
-    return Partial(out, aux.lse)
+        out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), kernel_options=options or None, **how)
+        return Partial(out, aux.lse)
+    except compile_errors() as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unsupported("FlexAttention cannot be compiled for this", [first.rstrip(".")]) from error
 
 
 @functools.cache
