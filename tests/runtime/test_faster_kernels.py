@@ -24,11 +24,11 @@ SPEC = "block_topk:k=16,block=8"
 
 
 class Library(LazyImpl):
-    """A library's kernel for block_sparse: farspan's eager one, plus ``off``. It refuses calls of ``refused``
-    queries, and of one more when it runs."""
+    """A library's kernel for block_sparse: farspan's eager one, plus ``off``, its lse times ``base``. It
+    refuses calls of ``refused`` queries, and of one more when it runs."""
 
-    def __init__(self, off: float = 0.0, refused: int = 0) -> None:
-        self.off, self.refused = off, refused
+    def __init__(self, off: float = 0.0, refused: int = 0, base: float = 1.0) -> None:
+        self.off, self.refused, self.base = off, refused, base
 
     def unsupported(self, q: Any, *args: Any, **how: Any) -> list[str]:
         return [f"it cannot take {q.shape[2]} queries"] if q.shape[2] == self.refused else []
@@ -42,7 +42,7 @@ class Library(LazyImpl):
         if self.off != self.off:
             raise RuntimeError("no kernel image")
         part = eager.block_sparse(*args, **how)
-        return Partial(part.out + self.off, part.lse)
+        return Partial(part.out + self.off, part.lse * self.base)
 
 
 @pytest.fixture
@@ -101,6 +101,7 @@ def test_tune_times_the_libraries_that_are_right(
 ) -> None:
     monkeypatch.setitem(api.IMPLS, "right", Library(refused=64))
     monkeypatch.setitem(api.IMPLS, "wrong", Library(0.5))
+    monkeypatch.setitem(api.IMPLS, "base_2", Library(base=1.44))
     monkeypatch.setitem(api.IMPLS, "broken", Library(float("nan")))
     with pytest.warns(UserWarning) as said:
         [found] = farspan.tune(model, [SPEC], lengths=[64, 96], repeats=1)
@@ -109,9 +110,9 @@ def test_tune_times_the_libraries_that_are_right(
     assert none is None and seconds is not None and seconds > 0
     texts = {str(one.message) for one in said}
     assert "broken was not timed: its block_sparse failed with RuntimeError('no kernel image')." in texts
-    assert any(
-        text.startswith("wrong was not timed: its block_sparse differs from farspan's by") for text in texts
-    )
+    for name in ("wrong", "base_2"):
+        begin = f"{name} was not timed: its block_sparse differs from farspan's by"
+        assert any(text.startswith(begin) for text in texts), name
     [kept] = json.loads((cache / "crossover.json").read_text()).values()
     assert Measured(**kept) == found
 
