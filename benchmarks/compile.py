@@ -10,14 +10,14 @@ with --all-configs into one for every configuration (form) that the autotuner wo
 Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
 shared memory than the chip has (227 KB on Hopper), is a defect.
 
---save writes after each operation, dtype and head size. A second run goes on where the first was stopped: it
-compiles what is missing, and what was compiled from other sources or by another Triton.
+--save writes after each operation, dtype and head size. A second run takes from the file what it has of the same
+programs, and the rest from Triton's cache: so it goes on where the first was stopped, and after a change it compiles
+what has changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -34,7 +34,6 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.pop("FARSPAN_AUTOTUNE", None)  # nothing is timed here
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
@@ -54,7 +53,6 @@ from farspan.attention.selection import BlockIndex, TokenIndex
 
 from .record import RESULTS, machine, table
 
-_OPS = Path(launch.__file__).parent
 _TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAVED = ("bfloat16", "float16"), (64, 80, 128, 256)  # dtypes and head sizes of --save
@@ -224,7 +222,9 @@ def units(ops: list[str], dtypes: list[str], head_dims: list[int]) -> Iterator[t
             yield from ((op, dtype, d) for dtype in dtypes for d in head_dims)
 
 
-def compile_unit(arch: int, op: str, dtype: str, d: int, all_configs: bool = False) -> list[dict[str, Any]]:
+def compile_unit(
+    arch: int, op: str, dtype: str, d: int, all_configs: bool = False, known: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """One row per kernel that the operation launches, and per form of it that is asked for. ``first``:
     whether it is the form that is launched where nothing is timed."""
     driver.set_active(_Chip(arch))
@@ -255,7 +255,8 @@ def compile_unit(arch: int, op: str, dtype: str, d: int, all_configs: bool = Fal
         if kernel.hash in rows:
             rows[kernel.hash]["first"] |= is_first
             continue
-        registers, spilled = resources(kernel, arch)
+        found = (known or {}).get(kernel.hash[:16])
+        registers, spilled = found or resources(kernel, arch)
         rows[kernel.hash] = {
             "op": op,
             "kernel": kernel.metadata.name,
@@ -268,6 +269,7 @@ def compile_unit(arch: int, op: str, dtype: str, d: int, all_configs: bool = Fal
             "registers": registers,
             "spilled": spilled,
             "shared": kernel.metadata.shared,
+            "hash": kernel.hash[:16],
         }
     return list(rows.values())
 
@@ -280,58 +282,32 @@ def compile_all(
     return [row for unit in each for row in compile_unit(arch, *unit, all_configs=all_configs)]
 
 
-def sources(op: str) -> str:
-    """A digest of the files that hold kernels of ``op`` or what kernels share, and of Triton's version."""
-    files = [*_OPS.glob("*.py"), *(_OPS / "load").glob("*.py"), *(_OPS / op).rglob("*.py")]
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(files):
-        text = path.read_text(encoding="utf-8")
-        if "import triton" in text:
-            digest.update(text.encode())
-    return digest.hexdigest()[:16]
-
-
 def save(arch: int, ops: list[str]) -> Path:
-    """Compile what compile_sm<arch>.json lacks of ``ops`` or has of other sources, and add it."""
+    """Compile every form of ``ops`` and write it to compile_sm<arch>.json in place of what that has of them."""
     path = RESULTS / f"compile_sm{arch}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"units": []}
-    done = {unit["of"]: unit for unit in kept["units"]}
-    for op, dtype, d in units(ops, *map(list, SAVED)):
-        of, made_of = f"{op} {dtype} {d}", sources(op)
-        if of in done and done[of]["sources"] == made_of:
-            continue
-        rows = compile_unit(arch, op, dtype, d, all_configs=True)
-        done[of] = {"of": of, "sources": made_of, "triton": triton.__version__, "rows": rows}
-        _write(path, {"machine": machine("cpu"), "arch": arch}, list(done.values()))
-        print(
-            f"{of}: {len(rows)} programs, worst spill {max(row['spilled'] for row in rows)} bytes", flush=True
-        )
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = {row["hash"]: (row["registers"], row["spilled"]) for row in rows}
+    for unit in units(ops, *map(list, SAVED)):
+        made = compile_unit(arch, *unit, all_configs=True, known=known)
+        rows = [row for row in rows if (row["op"], row["dtype"], row["D"]) != unit] + made
+        rows.sort(key=lambda row: list(CASES).index(row["op"]))
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        about = json.dumps({"machine": machine("cpu"), "arch": arch})
+        draft = path.with_suffix(".part")
+        draft.write_text(f'{about[:-1]}, "rows": [\n{lines}\n]}}\n')
+        draft.replace(path)
+        worst = max(row["spilled"] for row in made)
+        print(f"{' '.join(map(str, unit))}: {len(made)} programs, worst spill {worst} bytes", flush=True)
     return path
-
-
-def _write(path: Path, about: dict[str, Any], found: list[dict[str, Any]]) -> None:
-    """Write the file with a line for each program."""
-    parts = []
-    for unit in found:
-        rows = ",\n".join("  " + json.dumps(row) for row in unit["rows"])
-        head = json.dumps({key: value for key, value in unit.items() if key != "rows"})
-        parts.append(f'{head[:-1]}, "rows": [\n{rows}]}}')
-    whole = json.dumps(about)[:-1] + ', "units": [\n' + ",\n".join(parts) + "]}\n"
-    draft = path.with_suffix(".part")
-    draft.write_text(whole)
-    draft.replace(path)
 
 
 def summary(path: Path) -> str:
     """The worst form of each kernel in a file of ``save``, as a Markdown table."""
-    units = json.loads(path.read_text())["units"]
     by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in (row for unit in units for row in unit["rows"]):
+    for row in json.loads(path.read_text())["rows"]:
         by_kernel.setdefault((row["op"], row["kernel"]), []).append(row)
-    lines = [
-        "| operation | kernel | programs | most registers | most shared, KB | worst spill, bytes | its form |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    heads = "operation, kernel, programs, most registers, most shared KB, worst spill, its form".split(", ")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|---|"]
     for (op, kernel), rows in by_kernel.items():
         worst = max(rows, key=lambda row: row["spilled"])
         form = f"{worst['dtype']} D {worst['D']}, {worst['tile']}, {worst['warps']} warps"
