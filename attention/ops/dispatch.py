@@ -91,13 +91,13 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
 
 
 def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
-    if isinstance(impls[impl], LazyImpl):
-        with torch.cuda.device_of(args[0]):  # these kernels are launched on the current device
-            result = impls[impl](*args, **how)
-    else:
+    if not isinstance(impls[impl], LazyImpl):
         result = impls[impl](*args, **how)
+    else:
+        with torch.cuda.device_of(args[0]):  # its kernels are launched on the current device
+            result = impls[impl](*args, **how)
     seen = _ran.get()
-    if seen is not None:
+    if seen is not None:  # not before: what raises Unsupported has not run
         seen.add((op, impl))
     return result
 
