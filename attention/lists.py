@@ -135,31 +135,46 @@ class BlockLists:
             raise Unsupported("This BlockIndex has no BlockMask", reasons)
         from torch.nn.attention.flex_attention import BlockMask
 
-        past, block_q, block_k = tk - tq, self.block_q, self.block_k
+        past = tk - tq
+        # FlexAttention asks for room for every block.
+        partial, full = self.partial_and_full(tq, tk, width=-(-tk // self.block_k))
         group = num_heads // self.blocks.shape[1]
-        blocks = self.blocks.repeat_interleave(group, 1)
-        counts = self.counts.repeat_interleave(group, 1)
-        nq, m = blocks.shape[2:]
-        width = -(-tk // block_k)  # FlexAttention asks for room for every block
-        place = torch.arange(m, device=blocks.device)
-        first = (
-            past + torch.arange(nq, device=blocks.device)[:, None] * block_q
-        )  # position of each first query
-        last = torch.clamp(first + block_q, max=tk) - 1
-        used = (place < counts[..., None]) & (blocks * block_k <= last)
-        full = used & ((blocks + 1) * block_k <= first + 1)
+        lists = [x.repeat_interleave(group, 1) for x in (*partial, *full)]
 
         def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return key <= query + past
 
         return BlockMask.from_kv_blocks(
-            *_compact(blocks, used & ~full, width),
-            *_compact(blocks, full, width),
-            BLOCK_SIZE=(block_q, block_k),
+            lists[0],
+            lists[1],
+            lists[2],
+            lists[3],
+            BLOCK_SIZE=(self.block_q, self.block_k),
             mask_mod=mask_mod,
             seq_lengths=(tq, tk),
             compute_q_blocks=transposed,
         )
+
+    def partial_and_full(
+        self, tq: int, tk: int, *, width: int | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The blocks within which causality decides, and those that a whole query block reads, for the last
+        Tq of Tk positions of an index without padding, key order and lead.
+
+        Each are counts [B, Hs, ceil(Tq / block_q)] and blocks [B, Hs, ceil(Tq / block_q), width] int32,
+        ascending, zeros past the count. width: at least the most that count (default: the room of the index).
+        Blocks that begin after the last query of their query block are in neither.
+        """
+        nq, block_q, block_k = -(-tq // self.block_q), self.block_q, self.block_k
+        blocks, counts = self.blocks[:, :, :nq], self.counts[:, :, :nq, None]
+        width = min(max(1, blocks.shape[3]), -(-tk // block_k)) if width is None else width
+        place = torch.arange(blocks.shape[3], device=blocks.device)
+        # The position of each first query, and of each last one.
+        first = tk - tq + torch.arange(nq, device=blocks.device)[:, None] * block_q
+        last = torch.clamp(first + block_q, max=tk) - 1
+        used = (place < counts) & (blocks * block_k <= last)
+        full = used & ((blocks + 1) * block_k <= first + 1)
+        return _compact(blocks, used & ~full, width), _compact(blocks, full, width)
 
     @classmethod
     def from_block_mask(cls, mask: BlockMask, *, batch: int = 1, heads: int = 1) -> Self:
@@ -250,6 +265,5 @@ def _compact(blocks: Tensor, keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     counts = keep.sum(-1, dtype=torch.int32)
     moved = blocks.gather(-1, order)
     moved = torch.where(torch.arange(moved.shape[-1], device=moved.device) < counts[..., None], moved, 0)
-    if moved.shape[-1] < width:
-        moved = torch.nn.functional.pad(moved, (0, width - moved.shape[-1]))
+    moved = torch.nn.functional.pad(moved[..., :width], (0, max(0, width - moved.shape[-1])))
     return counts, moved.int().contiguous()

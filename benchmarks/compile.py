@@ -2,21 +2,28 @@
 
     python -m benchmarks.compile [--arch 90] [--ops decode pool] [--dtypes bfloat16] [--head-dims 64 128]
                                  [--all-configs]
+    python -m benchmarks.compile --save       every kernel, dtype, head size and form -> compile_sm90.json
+    python -m benchmarks.compile --summary    of that file: the worst form of each kernel, in Markdown
 
 Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation,
-with --all-configs into one for every configuration that the autotuner would try.
+with --all-configs into one for every configuration (form) that the autotuner would try.
 Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
 shared memory than the chip has (227 KB on Hopper), is a defect.
+
+--save writes after each operation, dtype and head size. A second run takes from the file what it has of the same
+programs, and the rest from Triton's cache: so it goes on where the first was stopped, and after a change it compiles
+what has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +51,11 @@ from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.selection import BlockIndex, TokenIndex
 
-from .record import table
+from .record import RESULTS, machine, table
 
 _TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAVED = ("bfloat16", "float16"), (64, 80, 128, 256)  # dtypes and head sizes of --save
 
 
 def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> list[torch.Tensor]:
@@ -146,12 +154,11 @@ def _scores(dtype: torch.dtype, d: int) -> None:
 
 
 def _select(dtype: torch.dtype, d: int) -> None:
-    if dtype == torch.float32 and d == 64:  # rows of scores know no head size
-        for n in (2048, 8192, 131072):
-            top_k(torch.randn(4, n), 64, impl="triton")
-        for n in (2048, 8192):
-            by_mass(torch.rand(4, n), 0.9, most=64, impl="triton")
-            by_threshold(torch.rand(4, n), 0.9, most=64, impl="triton")
+    for n in (2048, 8192, 131072):
+        top_k(torch.randn(4, n), 64, impl="triton")
+    for n in (2048, 8192):
+        by_mass(torch.rand(4, n), 0.9, most=64, impl="triton")
+        by_threshold(torch.rand(4, n), 0.9, most=64, impl="triton")
 
 
 CASES: dict[str, Callable[[torch.dtype, int], None]] = {
@@ -205,51 +212,110 @@ def resources(compiled: Any, arch: int) -> tuple[int, int]:
     return int(found.group(1)) if found else 0, sum(map(int, spills))
 
 
-def compile_all(
-    arch: int, ops: list[str], dtypes: list[str], head_dims: list[int], all_configs: bool = False
+def units(ops: list[str], dtypes: list[str], head_dims: list[int]) -> Iterator[tuple[str, str, int]]:
+    """(operation, dtype, head size) of all that there is to compile. Rows of scores (select) are float32 and
+    have no head size."""
+    for op in ops:
+        if op == "select":
+            yield op, "float32", 0
+        else:
+            yield from ((op, dtype, d) for dtype in dtypes for d in head_dims)
+
+
+def compile_unit(
+    arch: int, op: str, dtype: str, d: int, all_configs: bool = False, known: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per kernel that the operations launched, and per configuration of it that was asked for."""
+    """One row per kernel that the operation launches, and per form of it that is asked for. ``first``:
+    whether it is the form that is launched where nothing is timed."""
     driver.set_active(_Chip(arch))
     launch.cannot_launch = lambda device: []
-    made: list[tuple[Any, str]] = []
+    made: list[tuple[Any, str, bool]] = []
+    first = [True]
     original, tune = jit.JITFunction.run, autotuner.Autotuner.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = original(self, *args, grid=grid, warmup=True, **options)
-        made.append((compiled, "x".join(str(options[name]) for name in _TILE if name in options)))
+        tile = "x".join(str(options[name]) for name in _TILE if name in options)
+        made.append((compiled, tile, first[0]))
         return compiled
 
     def untimed(self: Any, *args: Any, **options: Any) -> None:
-        for config in self.configs if all_configs else self.configs[:1]:
+        for n, config in enumerate(self.configs if all_configs else self.configs[:1]):
+            first[0] = n == 0
             self.fn.run(*args, **options, **config.all_kwargs())
+        first[0] = True
 
     jit.JITFunction.run, autotuner.Autotuner.run = compile_only, untimed
-    rows: dict[str, dict[str, Any]] = {}
     try:
-        for op in ops:
-            for dtype in dtypes:
-                for d in head_dims:
-                    made.clear()
-                    CASES[op](DTYPES[dtype], d)
-                    for kernel, tile in made:
-                        if kernel.hash in rows:
-                            continue
-                        registers, spilled = resources(kernel, arch)
-                        rows[kernel.hash] = {
-                            "op": op,
-                            "kernel": kernel.metadata.name,
-                            "dtype": dtype,
-                            "D": d,
-                            "tile": tile or "-",
-                            "warps": kernel.metadata.num_warps,
-                            "stages": kernel.metadata.num_stages,
-                            "registers": registers,
-                            "spilled": spilled,
-                            "shared": kernel.metadata.shared,
-                        }
+        CASES[op](DTYPES[dtype], d)
     finally:
         jit.JITFunction.run, autotuner.Autotuner.run = original, tune
+    rows: dict[str, dict[str, Any]] = {}
+    for kernel, tile, is_first in made:
+        if kernel.hash in rows:
+            rows[kernel.hash]["first"] |= is_first
+            continue
+        found = (known or {}).get(kernel.hash[:16])
+        registers, spilled = found or resources(kernel, arch)
+        rows[kernel.hash] = {
+            "op": op,
+            "kernel": kernel.metadata.name,
+            "dtype": dtype,
+            "D": d,
+            "tile": tile or "-",
+            "warps": kernel.metadata.num_warps,
+            "stages": kernel.metadata.num_stages,
+            "first": is_first,
+            "registers": registers,
+            "spilled": spilled,
+            "shared": kernel.metadata.shared,
+            "hash": kernel.hash[:16],
+        }
     return list(rows.values())
+
+
+def compile_all(
+    arch: int, ops: list[str], dtypes: list[str], head_dims: list[int], all_configs: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of ``compile_unit`` of all that is named."""
+    each = units(ops, dtypes, head_dims)
+    return [row for unit in each for row in compile_unit(arch, *unit, all_configs=all_configs)]
+
+
+def save(arch: int, ops: list[str]) -> Path:
+    """Compile every form of ``ops`` and write it to compile_sm<arch>.json in place of what that has of them."""
+    path = RESULTS / f"compile_sm{arch}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = {row["hash"]: (row["registers"], row["spilled"]) for row in rows}
+    for unit in units(ops, *map(list, SAVED)):
+        made = compile_unit(arch, *unit, all_configs=True, known=known)
+        rows = [row for row in rows if (row["op"], row["dtype"], row["D"]) != unit] + made
+        rows.sort(key=lambda row: list(CASES).index(row["op"]))
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        about = json.dumps({"machine": machine("cpu"), "arch": arch})
+        draft = path.with_suffix(".part")
+        draft.write_text(f'{about[:-1]}, "rows": [\n{lines}\n]}}\n')
+        draft.replace(path)
+        worst = max(row["spilled"] for row in made)
+        print(f"{' '.join(map(str, unit))}: {len(made)} programs, worst spill {worst} bytes", flush=True)
+    return path
+
+
+def summary(path: Path) -> str:
+    """The worst form of each kernel in a file of ``save``, as a Markdown table."""
+    by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        by_kernel.setdefault((row["op"], row["kernel"]), []).append(row)
+    heads = "operation, kernel, programs, most registers, most shared KB, worst spill, its form".split(", ")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|---|"]
+    for (op, kernel), rows in by_kernel.items():
+        worst = max(rows, key=lambda row: row["spilled"])
+        form = f"{worst['dtype']} D {worst['D']}, {worst['tile']}, {worst['warps']} warps"
+        form += f", {worst['stages']} stages"
+        cells = [op, f"`{kernel}`", len(rows), max(row["registers"] for row in rows)]
+        cells += [f"{max(row['shared'] for row in rows) / 1024:.0f}", worst["spilled"]]
+        lines.append(f"| {' | '.join(map(str, [*cells, form if worst['spilled'] else '']))} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -261,8 +327,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 80, 96, 128, 256])
     parser.add_argument("--all-configs", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
+    if args.save:
+        print(f"saved in {save(args.arch, args.ops)}")
+    elif args.summary:
+        print(summary(RESULTS / f"compile_sm{args.arch}.json"))
+    else:
+        print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
 
 
 if __name__ == "__main__":

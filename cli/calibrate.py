@@ -36,7 +36,11 @@ class Tune:
 
 @options.command
 def tune(given: Tune) -> None:
-    """Measure from which length a method is faster than dense on this device, for --crossover auto."""
+    """Measure from which length a method is faster than dense on this device, for --crossover auto.
+
+    It also times the installed libraries that can run a method's operations. Where one is faster than
+    farspan's kernels, later runs of the method on this device use it.
+    """
     if launch.size() > 1:
         raise FarspanError(
             f"farspan tune measures one device, and a launcher has started {launch.size()} ranks: run it "
@@ -59,10 +63,14 @@ def tune(given: Tune) -> None:
     for m in measured:
         ratios = ", ".join(
             f"{length}: {dense / seconds:.2f}"
-            for length, dense, seconds in zip(m.lengths, m.dense, m.seconds, strict=True)
+            for length, dense, seconds in zip(m.lengths, m.dense, m.taken, strict=True)
         )
         table.add_row(m.method, m.phase, ratios, str(m.crossover or "no length measured"))
     output.show(table)
+    for m in measured:
+        for length, by_op in m.faster:
+            for op, name in by_op.items():
+                output.note(f"{m.method} in {m.phase}: {name} is faster in {op} from {length} keys on.")
 
 
 @dataclass(frozen=True, kw_only=True)

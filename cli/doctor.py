@@ -1,4 +1,5 @@
-"""`farspan doctor`: versions and devices, and whether a patched model computes what the model alone does."""
+"""`farspan doctor`: versions and devices, which implementation each operation takes, and whether a patched
+model computes what the model alone does."""
 
 from __future__ import annotations
 
@@ -22,6 +23,15 @@ class Doctor:
             help="Try this model's class, by its config; an alias is fetched first [default: small Llama].",
         ),
     ] = None
+    dtype: Annotated[
+        str,
+        options.dtype(
+            'Of the heads in the list of implementations: "auto" (bf16 if the GPU has it) or a type.'
+        ),
+    ] = "auto"
+    head_dim: Annotated[
+        int, typer.Option(min=2, max=1024, help="The heads' size in the list of implementations.")
+    ] = 128
     json: options.Json = False
 
 
@@ -29,13 +39,16 @@ class Doctor:
 def doctor(given: Doctor) -> None:
     """Show versions, tested releases and devices, and run a small model with and without farspan.
 
-    The small model has random weights and the class of `--model`; its logits and its `generate` must be the
-    same with and without a dense patch. Exit code 0 if all is well, else 1 with one sentence on stderr.
+    It also lists which implementation each operation takes on this machine, and why it does not take the
+    others. The small model has random weights and the class of `--model`; its logits and its `generate` must
+    be the same with and without a dense patch. Exit code 0 if all is well, else 1 with one sentence on
+    stderr.
     """
     launch.only_rank_0()
     from ..runtime.doctor import examine
+    from ..runtime.implementations import why_not
 
-    found = examine(given.model)
+    found = examine(given.model, dtype=given.dtype, head_dim=given.head_dim)
     if given.json:
         output.show_json(found)
     else:
@@ -55,6 +68,16 @@ def doctor(given: Doctor) -> None:
         trial = found["trial"]
         passed = "failed" if trial["faults"] else "the same logits and tokens with and without farspan"
         table.add_row("trial", f"{trial['model']}: {passed} ({trial['seconds']:.1f} s)", "")
+        output.show(table)
+        asked = found["implementations"]
+        heads = f"{asked['dtype']}, heads of {asked['head_dim']}, on {asked['device']}"
+        table = output.Table("operation", f"taken for {heads}")
+        for one in asked["operations"]:
+            table.add_row(one["op"], one["auto"])
+        output.show(table)
+        table = output.Table("not taken", "for", "because")
+        for row in why_not(asked["operations"]):
+            table.add_row(*row)
         output.show(table)
     if found["faults"]:
         output.fail(f"{'; '.join(found['faults'])}.")

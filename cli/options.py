@@ -121,6 +121,11 @@ def _crossover(param: typer.CallbackParam, value: str | None) -> int | str | Non
     return value if value in (None, "auto") else amounts.whole(value, f'{param.opts[0]}, if not "auto",')
 
 
+def dtype(help: str) -> Any:
+    """An option that takes "auto" or a type of tensors, by one of its names."""
+    return typer.Option(help=help, callback=_dtype)
+
+
 def _dtype(param: typer.CallbackParam, value: str) -> str:
     for name, spellings in DTYPES.items():
         if value.lower() in spellings:
@@ -161,10 +166,7 @@ Rope = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
-        help='"auto" (as saved; float32 on a CPU that has no bfloat16), "bf16", "fp16" or "fp32".',
-        callback=_dtype,
-    ),
+    dtype('"auto" (as saved; float32 on a CPU that has no bfloat16), "bf16", "fp16" or "fp32".'),
 ]
 Device = Annotated[
     str,

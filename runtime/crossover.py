@@ -1,6 +1,7 @@
-"""The crossovers that `tune` has measured: the lengths from which a method is faster than dense attention.
+"""What `tune` has measured: the lengths from which a method is faster than dense attention (crossovers), and
+from which another library's kernels are faster in it than farspan's.
 
-They are saved in a file and read again. A measurement holds for one device with its number of threads, one
+Measurements are saved in a file and read again. One holds for one device with its number of threads, one
 version of torch, one dtype and one geometry.
 """
 
@@ -10,8 +11,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ import torch
 from ..attention.checks import whole_number
 from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod, LayerInfo
+from .faster import Faster
 from .machine import device_name
 from .models import cache_folder
 from .writable import check_writable
+
+_CLEARLY = 0.95  # a library's kernels are taken where they need at most this share of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,8 @@ class Measured:
     """The measured times of one method in one phase.
 
     layer: num_heads, num_kv_heads and head_dim. lengths: numbers of keys. dense, seconds: at each length, the
-    seconds of dense attention and of the method.
+    seconds of dense attention and of the method. rivals: by operation and implementation, the seconds of the
+    method at each length with another library's kernels for that operation; None where they did not run.
     """
 
     method: str
@@ -40,13 +45,38 @@ class Measured:
     lengths: list[int]
     dense: list[float]
     seconds: list[float]
+    rivals: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+
+    @property
+    def faster(self) -> Faster:
+        """From each measured length on, the fastest library of each operation, where it is faster than
+        farspan's own kernels."""
+        found = tuple((length, self._taken(at)) for at, length in enumerate(self.lengths))
+        return found if any(by_op for _, by_op in found) else ()
+
+    @property
+    def taken(self) -> list[float]:
+        """At each length, the seconds of the method with the fastest of these libraries."""
+        return [
+            min([own, *(self.rivals[op][name][at] or own for op, name in self._taken(at).items())])
+            for at, own in enumerate(self.seconds)
+        ]
+
+    def _taken(self, at: int) -> dict[str, str]:
+        found = {}
+        for op, impls in self.rivals.items():
+            times = {name: by_length[at] or math.inf for name, by_length in impls.items()}
+            name = min(times, key=times.__getitem__)
+            if times[name] <= _CLEARLY * self.seconds[at]:
+                found[op] = name
+        return found
 
     @property
     def crossover(self) -> int | None:
         """The smallest measured length from which the method is faster at every measured length; None where
         there is none."""
         found = None
-        for length, dense, seconds in zip(self.lengths, self.dense, self.seconds, strict=True):
+        for length, dense, seconds in zip(self.lengths, self.dense, self.taken, strict=True):
             if seconds >= dense:
                 found = None
             elif found is None:
@@ -81,13 +111,36 @@ def crossovers(
                 f"{device_name(model.device)} for {shape}: run 'farspan tune --methods \"{method}\"' with "
                 "this model, or give a number."
             )
-        try:
-            crossover = Measured(**entry).crossover
-        except TypeError:
-            text = f"{_file()} holds no crossovers: delete it and run 'farspan tune' again."
-            raise FarspanError(text) from None
+        crossover = _measured(entry).crossover
         found[phase] = math.inf if crossover is None else float(crossover)
     return found
+
+
+def faster_kernels(
+    served: Mapping[int, Mapping[str, AttentionMethod]], layer_of: Callable[[int], LayerInfo], model: Any
+) -> dict[int, dict[str, Faster]]:
+    """By layer and phase, the libraries that ``tune`` has measured faster than farspan's kernels in the
+    method.
+
+    served: the methods of each layer, by phase. Nothing is measured for layers that are missing in the
+    result. Raises FarspanError where the file of measurements cannot be read.
+    """
+    kept = _read()
+    found: dict[int, dict[str, Faster]] = {}
+    for index, methods in served.items() if kept else ():
+        for phase, method in methods.items():
+            entry = kept.get(_key(str(method), phase, geometry(layer_of(index)), model))
+            if entry is not None and (faster := _measured(entry).faster):
+                found.setdefault(index, {})[phase] = faster
+    return found
+
+
+def _measured(entry: Any) -> Measured:
+    try:
+        return Measured(**entry)
+    except TypeError:
+        text = f"{_file()} holds no crossovers: delete it and run 'farspan tune' again."
+        raise FarspanError(text) from None
 
 
 def geometry(layer: LayerInfo) -> dict[str, int]:

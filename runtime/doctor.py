@@ -1,4 +1,5 @@
-"""Examine the installation: versions, devices, and whether a small model computes the same under farspan."""
+"""Examine the installation: versions, devices, which implementation each operation takes, and whether a small
+model computes the same under farspan."""
 
 from __future__ import annotations
 
@@ -15,23 +16,29 @@ from ..attention.errors import Unsupported
 from .hf import inspect_model, releases
 from .hf.config import empty_llama, empty_model
 from .hf.trial import try_out
+from .implementations import best_dtype, operations
 from .machine import cpu_name
 from .models import cache_folder
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "gguf", "triton", "peft", "deepspeed")
+_LIBRARIES = ("flash-attn", "flash-attn-4", "flash-linear-attention", "flashinfer-python")  # of kernels
 
 
-def examine(model: str | None = None) -> dict[str, Any]:
-    """Versions, tested releases, devices, the cache folder, and a trial, which runs a small copy of a model
-    patched and unpatched. ``faults`` has one entry for each fault found.
+def examine(model: str | None = None, *, dtype: str = "auto", head_dim: int = 128) -> dict[str, Any]:
+    """Versions, tested releases, devices, the cache folder, the implementations of each operation, and a
+    trial, which runs a small copy of a model patched and unpatched. ``faults`` has one entry for each fault
+    found.
 
     model: an alias, a local folder or a hub id, whose class and config the trial uses; a Llama by default.
-    Raises FarspanError where the model cannot be found or read.
+    dtype, head_dim: of the heads for which the implementations are listed; "auto": ``best_dtype``.
+    Raises FarspanError where the model cannot be found or read, and for an odd head_dim.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = best_dtype() if dtype == "auto" else getattr(torch, dtype)
     needs = _needs()
     packages = [
         {"name": name, "version": version, "needed": str(needs.get(name, ""))}
-        for name in _PACKAGES
+        for name in (*_PACKAGES, *_LIBRARIES)
         if (version := _version(name)) is not None or name in needs
     ]
     versions = {name: _version(name) for name in needs}
@@ -49,6 +56,12 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "transformers_newer_than_tested": releases.newer_than_tested(),
         "devices": _devices(),
         "cache_folder": str(cache_folder()),
+        "implementations": {
+            "device": device.type,
+            "dtype": str(kind).removeprefix("torch."),
+            "head_dim": head_dim,
+            "operations": operations(kind, head_dim, device),
+        },
         "trial": trial,
         "faults": faults + trial["faults"],
     }

@@ -18,6 +18,7 @@ from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
 from .cache import KVStore, lasting
+from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer
@@ -43,6 +44,7 @@ class Layer(Unique):
 
     left_dense: by phase, why the method of the phase leaves this layer dense.
     from_keys: by phase, the crossover; rows with fewer keys are read densely.
+    faster: by phase, the implementations that "auto" takes first.
     measure: number of queries of a prefill call on which attention mass is measured; 0 measures nothing.
     observer: called after every selection of a layer that is measured.
     phases: the report of each phase.
@@ -55,6 +57,7 @@ class Layer(Unique):
     session: Session
     left_dense: Mapping[str, str] = field(default_factory=dict)
     from_keys: dict[str, float] = field(default_factory=dict)
+    faster: dict[str, Faster] = field(default_factory=dict)
     measure: int = 0
     observer: Observer | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
@@ -62,7 +65,7 @@ class Layer(Unique):
     dense_stored: int = 0
 
     def __post_init__(self) -> None:
-        self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys)
+        self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys, self.faster)
         self.clear_report()
 
     @property

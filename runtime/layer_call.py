@@ -28,6 +28,7 @@ from ..attention.sources import IN_NO_CACHE, Supply
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
+from .faster import Faster, at_length
 from .padding import Padding
 from .rows import Done, Run, joined, served
 from .state import States
@@ -104,8 +105,9 @@ class Called(NamedTuple):
 class LayerCall:
     """The attention of a layer: each row is served by ``prefill`` or by ``decode``, according to its phase.
 
-    from_keys: by phase, the crossover; rows with fewer keys are read densely. A LayerCall has no state, so
-    several threads may call it at the same time.
+    from_keys: by phase, the crossover; rows with fewer keys are read densely. faster: by phase, the
+    implementations that "auto" takes first. A LayerCall has no state, so several threads may call it at the
+    same time.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class LayerCall:
         prefill: AttentionMethod,
         decode: AttentionMethod,
         from_keys: Mapping[str, float] | None = None,
+        faster: Mapping[str, Faster] | None = None,
     ) -> None:
         self.prefill, self.decode = prefill, decode
+        self.faster = {} if faster is None else faster
         self.from_keys = {} if from_keys is None else from_keys
         self.needed = _keys_needed(prefill, decode, self.from_keys)
         self._kept_as = str(decode)  # the name of the state; only decode methods keep state
@@ -149,7 +153,7 @@ class LayerCall:
             if run.phase == DECODE and not run.below:
                 state = states.of(self._kept_as, run.rows, source.past, source.total)
             probe = None if probe_of is None else probe_of(run.phase)
-            with implementations() as ran:
+            with implementations(at_length(self.faster.get(run.phase, ()), source.total)) as ran:
                 part, reads, travel = source.attend(self.method(run), run, state, probe)
             done.append(Done(run, part, reads, ran, travel))
         read = 0

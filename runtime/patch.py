@@ -25,7 +25,7 @@ from ..parallel.group.mesh import Mesh
 from . import hf
 from .bind import bind, check_all_run, check_no_decode, check_recipe, weighed
 from .chunking import Chunking
-from .crossover import crossovers
+from .crossover import crossovers, faster_kernels
 from .layer import Layer
 from .layer_numbers import by_layer
 from .lora import adapters_of
@@ -91,6 +91,9 @@ def patch(
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
 
+    Where ``farspan tune`` measured another library's kernels faster in a method on this device, its
+    operations take them.
+
     Returns Patched, a context manager that removes the patch at its end.
 
     Raises SpecError for a bad spec, and FarspanError for a model that is patched already. Raises Unsupported,
@@ -143,6 +146,11 @@ def patch(
         else crossovers({PREFILL: pair[0], DECODE: pair[1]}, info.layer_info(i), model, crossover)
         for i, (*pair, _) in served.items()
     }
+    faster = faster_kernels(
+        {i: {PREFILL: pre, DECODE: dec} for i, (pre, dec, _) in served.items() if i not in untouched},
+        info.layer_info,
+        model,
+    )
     block_multiple = math.lcm(*(m.block_multiple for pair in chosen for m in pair))
     if chunk is not None and not hf.continues_exactly(info):
         warnings.warn(
@@ -169,7 +177,7 @@ def patch(
     notices = Notices()
     session = Session(strict, mesh, notices)
     bound = {
-        i: Layer(i, pre, dec, session, left_dense=reasons, from_keys=from_keys[i], measure=measured)
+        i: Layer(i, pre, dec, session, reasons, from_keys[i], faster.get(i, {}), measured)
         for i, (pre, dec, reasons) in served.items()
     }
     if mesh is not None:
@@ -182,7 +190,7 @@ def patch(
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
                 "the shard of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
                 "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
-                "the options": str((strict, chunking, from_keys, mesh.config)),
+                "the options": str((strict, chunking, from_keys, faster, mesh.config)),
                 "the adapters": "" if adapters is None else f"{adapters.digest} {merge}",
                 "the version of farspan": version("farspan"),
             }

@@ -114,8 +114,12 @@ def test_doctor_says_what_there_is_and_tries_a_small_model(farspan_command, tiny
     versions = {package["name"]: package["version"] for package in found["packages"]}
     assert versions["torch"] == importlib.metadata.version("torch")
     assert found["transformers_tested"] == list(releases.TESTED) and found["devices"][0]["cores"] > 0
-    code, out, _ = farspan_command("doctor", "--model", str(tiny_folder))
+    assert found["implementations"]["head_dim"] == 128 and found["implementations"]["operations"]
+    code, out, _ = farspan_command(
+        "doctor", "--model", str(tiny_folder), "--dtype", "fp16", "--head-dim", "64"
+    )
     assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert "taken for float16, heads of 64" in " ".join(out.split())
     assert f"transformers {versions['transformers']}" in " ".join(out.split()) and "the same" in out
 
 

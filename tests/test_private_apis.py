@@ -52,6 +52,8 @@ USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[0], "torch.cpu._is_avx512_bf16_supported", 0, ()),
     (SHIMS[0], "torch.cpu._is_amx_tile_supported", 0, ()),
     (SHIMS[0], "torch._dynamo.config.fail_on_recompile_limit_hit", None, ()),
+    (SHIMS[0], "torch._dynamo.exc.TorchDynamoException", None, ()),
+    (SHIMS[0], "torch._dynamo.exc.FailOnRecompileLimitHit", None, ()),
     (SHIMS[1], "torch.distributed.distributed_c10d._get_default_store", 0, ()),
     (
         SHIMS[1],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,21 @@ from ..kv import KV
 
 Run = Callable[..., Any]
 Impls = Mapping[str, Run]
+OWN = ("reference", "eager", "triton")  # the implementations that are farspan's; others are libraries
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
 _taken: ContextVar[set[str] | None] = ContextVar("farspan_backends", default=None)  # of the running operation
+_faster: ContextVar[Mapping[str, str] | None] = ContextVar("farspan_faster", default=None)
+_explained: ContextVar[list[Explained] | None] = ContextVar("farspan_explained", default=None)
+
+
+class Explained(NamedTuple):
+    """How an operation would be run on its arguments: by which implementation "auto" would run it where no
+    library is named as faster, and the reasons against each of its implementations (none: it can run
+    them)."""
+
+    op: str
+    auto: str
+    reasons: dict[str, list[str]]
 
 
 class LazyImpl:
@@ -54,31 +67,34 @@ class LazyImpl:
 def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
     """``op`` on its arguments (the first is a tensor) by the implementation ``impl``.
 
-    "auto" is triton on CUDA where it serves the arguments better than torch, and eager torch elsewhere.
+    "auto" is the library that ``implementations`` names as faster. Where that cannot serve the arguments, it
+    is triton on CUDA where it serves them better than torch, and eager torch elsewhere.
     Raises Unsupported, with the reasons, for an implementation that there is not or that cannot serve these
     arguments.
     """
-    if impl == "auto":
-        triton = impls.get("triton") if args[0].device.type == "cuda" else None
-        served = isinstance(triton, LazyImpl) and not (
-            triton.unsupported(*args, **how) or triton.better_eager(*args, **how)
-        )
-        impl = "triton" if served else "eager"
-    elif impl not in impls:
-        raise Unsupported(
-            f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
-        )
-    else:
+    explained = _explained.get()
+    if explained is not None:
+        explained.append(_explain(op, impls, args, how))
+    if impl != "auto":
+        if impl not in impls:
+            raise Unsupported(
+                f"{op} has no implementation {impl!r}", [f"it has {', '.join(sorted(impls))} and auto"]
+            )
         chosen = impls[impl]
         if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
-    return _run(op, impls, impl, args, how)
+        return _run(op, impls, impl, args, how)
+    faster = _faster.get()
+    if faster is not None and _serves(impls, faster.get(op), args, how):
+        with suppress(Unsupported):
+            return _run(op, impls, faster[op], args, how)
+    return _run(op, impls, _own(impls, args, how), args, how)
 
 
 def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
     names: set[str] = set()
-    if impl == "triton":
-        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+    if isinstance(impls[impl], LazyImpl):
+        with torch.cuda.device_of(args[0]):  # its kernels are launched on the current device
             result = impls[impl](*args, **how)
     elif impl == "eager" and args[0].device.type == "cuda":  # named after torch's kernels that it takes
         token = _taken.set(names)
@@ -89,7 +105,7 @@ def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str,
     else:
         result = impls[impl](*args, **how)
     seen = _ran.get()
-    if seen is not None:
+    if seen is not None:  # not before: what raises Unsupported has not run
         seen.update((op, name) for name in names or (impl,))
     return result
 
@@ -104,17 +120,53 @@ def took(backend: str) -> None:
         seen.add(("attend", backend))
 
 
+def _serves(impls: Impls, name: str | None, args: tuple[Any, ...], how: dict[str, Any]) -> bool:
+    """Whether "auto" may take the implementation ``name``."""
+    chosen = None if name is None else impls.get(name)
+    return isinstance(chosen, LazyImpl) and not (
+        chosen.unsupported(*args, **how) or chosen.better_eager(*args, **how)
+    )
+
+
+def _own(impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> str:
+    """The implementation of farspan's own that "auto" takes."""
+    return "triton" if args[0].device.type == "cuda" and _serves(impls, "triton", args, how) else "eager"
+
+
+def _explain(op: str, impls: Impls, args: tuple[Any, ...], how: dict[str, Any]) -> Explained:
+    reasons = {}
+    for name, chosen in impls.items():
+        reasons[name] = chosen.unsupported(*args, **how) if isinstance(chosen, LazyImpl) else []
+        if isinstance(chosen, LazyImpl) and not reasons[name] and chosen.better_eager(*args, **how):
+            reasons[name] = ["eager torch serves such arguments better"]
+    return Explained(op, _own(impls, args, how), reasons)
+
+
 @contextmanager
-def implementations() -> Iterator[set[tuple[str, str]]]:
-    """The (operation, implementation) pairs that run inside. The implementation of an operation that attends
-    by torch's kernels on CUDA is the kernel's name, such as "cudnn" (``backends.choose``)."""
+def implementations(faster: Mapping[str, str] | None = None) -> Iterator[set[tuple[str, str]]]:
+    """The (operation, implementation) pairs that run inside. faster: by operation, the implementation that
+    "auto" takes first inside."""
     seen: set[tuple[str, str]] = set()
     ran, taken = _ran.set(seen), _taken.set(None)  # not those of an operation that runs outside
+    wanted = _faster.set(faster) if faster else None
     try:
         yield seen
     finally:
-        _ran.reset(ran)
+        if wanted is not None:
+            _faster.reset(wanted)
         _taken.reset(taken)
+        _ran.reset(ran)
+
+
+@contextmanager
+def explanations() -> Iterator[list[Explained]]:
+    """How "auto" would run each operation that is called inside."""
+    explained: list[Explained] = []
+    token = _explained.set(explained)
+    try:
+        yield explained
+    finally:
+        _explained.reset(token)
 
 
 def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:

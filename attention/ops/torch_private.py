@@ -80,6 +80,12 @@ def refuse_uncompiled() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a compiled function raises where it cannot be compiled, or has been too often;
+    ``torch.compiler`` has no public name for it."""
+    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
+
+
 def version_of(x: Tensor) -> int:
     """How often x was changed in place; -1 for a tensor of inference mode, where torch does not count."""
     return -1 if x.is_inference() else x._version

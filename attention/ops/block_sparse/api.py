@@ -17,6 +17,8 @@ IMPLS: Impls = {
     "eager": eager.block_sparse,
     "triton": LazyImpl(__package__, "block_sparse"),
     "flex": LazyImpl(__package__, "block_sparse", "flex"),
+    "flex_flash": LazyImpl(__package__, "block_sparse", "flex_flash"),
+    "flash4": LazyImpl(__package__, "block_sparse", "flash4"),
 }
 
 
@@ -33,7 +35,8 @@ def block_sparse(
 
     Queries are the last Tq positions. Rows in the left padding, and rows whose blocks hold no visible key,
     give (0, -inf). check=False spares the look at the index (on CUDA, a wait for the device) where its maker
-    vouches for it. impl may also be "flex", torch's FlexAttention (CUDA; on the CPU its lse is NaN).
+    vouches for it. impl may also be "flash4" (FlashAttention-4's block lists), "flex" (torch's FlexAttention;
+    on the CPU its lse is NaN) and "flex_flash" (its FLASH backend).
     Raises ValueError for shapes that do not fit and for an index with a block twice or out of range.
     """
     check_qkv("block_sparse", q, kv, index.start)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import Unsupported
 from ...kv import KV
 from ...lists import BlockLists
 from ...partial import Partial
 from ...softmax import Softmax
-from ..torch_private import refuse_uncompiled
+from ..torch_private import compile_errors, refuse_uncompiled
 
 
 def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
@@ -41,27 +42,43 @@ def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[
     return reasons
 
 
+def better_eager(q: Tensor, *args: Any) -> bool:
+    """Whether "auto" leaves these arguments to torch: a result without an lse cannot be merged."""
+    return q.device.type == "cpu"
+
+
 def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Partial:
+    options: dict[str, Any] = {}
+    if index.block_q < 128:  # its default tile for Hopper has 128 queries, and must divide the block
+        options = {"BLOCK_M": index.block_q, "BLOCK_N": min(64, index.block_k), "num_warps": 4}
+    return attend(q, kv, index, softmax, options)
+
+
+def attend(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax, options: dict[str, Any]) -> Partial:
+    """FlexAttention over the blocks of ``index``. options: its ``kernel_options`` on CUDA.
+
+    Raises Unsupported where it cannot be compiled for these arguments, or has been compiled too often.
+    """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv))
-    mask = index.to_block_mask(q.shape[2], kv.length, q.shape[1], transposed=needs_grad)
     how: dict[str, Any] = {
         "score_mod": _bend(softmax.softcap),
-        "block_mask": mask,
+        "block_mask": index.to_block_mask(q.shape[2], kv.length, q.shape[1], transposed=needs_grad),
         "scale": softmax.scale,
         "enable_gqa": q.shape[1] != kv.num_kv_heads,
     }
     flex = compiled()
     k, v = kv.dense()
-    if q.device.type == "cpu":
-        out = flex(q, k.contiguous(), v.contiguous(), **how)
-        return Partial(out, torch.full(q.shape[:3], torch.nan))
-    if index.block_q < 128:  # its default tile for Hopper has 128 queries, and must divide the block
-        tile = {"BLOCK_M": index.block_q, "BLOCK_N": min(64, index.block_k), "num_warps": 4}
-        how["kernel_options"] = tile
-    from torch.nn.attention.flex_attention import AuxRequest
+    try:
+        if q.device.type == "cpu":
+            out = flex(q, k.contiguous(), v.contiguous(), **how)
+            return Partial(out, torch.full(q.shape[:3], torch.nan))
+        from torch.nn.attention.flex_attention import AuxRequest
 
-    out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), **how)
-    return Partial(out, aux.lse)
+        out, aux = flex(q, k, v, return_aux=AuxRequest(lse=True), kernel_options=options or None, **how)
+        return Partial(out, aux.lse)
+    except compile_errors() as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unsupported("FlexAttention cannot be compiled for this", [first.rstrip(".")]) from error
 
 
 @functools.cache

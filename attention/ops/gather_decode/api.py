@@ -13,6 +13,7 @@ IMPLS: Impls = {
     "reference": reference.gather_decode,
     "eager": eager.gather_decode,
     "triton": LazyImpl(__package__, "gather_decode"),
+    "flashinfer": LazyImpl(__package__, "gather_decode", "flashinfer"),
 }
 
 
@@ -29,7 +30,8 @@ def gather_decode(
 
     The index holds only keys that are visible to its query; nothing else of kv is read. ``index.full``
     is ignored: rows that read everything belong to ``decode``. check=False
-    spares the look at the index (on CUDA, a wait for the device) where its maker vouches for it.
+    spares the look at the index (on CUDA, a wait for the device) where its maker vouches for it. impl may
+    also be "flashinfer", its batch decode.
     Raises ValueError for shapes that do not fit and for an index with a token twice or out of range.
     """
     check_qkv("gather_decode", q, kv, None)

@@ -6,22 +6,19 @@ It is never chosen by "auto". Its chunks are of 64 tokens, whatever is asked for
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import library
 
 
 def unsupported(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, mask: Tensor | None, **how: object
 ) -> list[str]:
     """Why flash-linear-attention cannot run these arguments, one clause each."""
-    reasons = []
-    if importlib.util.find_spec("fla") is None:
-        reasons.append('flash-linear-attention is not installed: "pip install flash-linear-attention"')
-    if v.device.type != "cuda":
-        reasons.append(f"the tensors are on {v.device.type}, and its kernels run on CUDA")
+    reasons = library.cannot_call("fla", "flash-linear-attention", v.device)
     if v.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"{v.dtype} is neither float16 nor bfloat16")
     if mask is not None:
