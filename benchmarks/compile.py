@@ -10,9 +10,9 @@ with --all-configs into one for every configuration (form) that the autotuner wo
 Registers and spills are per thread, shared memory is bytes per program; a program with spills, or with more
 shared memory than the chip has (227 KB on Hopper), is a defect.
 
---save writes after each operation, dtype and head size. A second run takes from the file what it has of the same
-programs, and the rest from Triton's cache: so it goes on where the first was stopped, and after a change it compiles
-what has changed.
+--save writes after each operation, dtype and head size. A second run takes from the file what it has of the
+same programs, and the rest from Triton's cache: so it goes on where the first was stopped, and after a change
+it compiles what has changed.
 """
 
 from __future__ import annotations
@@ -283,7 +283,8 @@ def compile_all(
 
 
 def save(arch: int, ops: list[str]) -> Path:
-    """Compile every form of ``ops`` and write it to compile_sm<arch>.json in place of what that has of them."""
+    """Compile every form of ``ops`` and write it to compile_sm<arch>.json in place of what that has of
+    them."""
     path = RESULTS / f"compile_sm{arch}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     known = {row["hash"]: (row["registers"], row["spilled"]) for row in rows}
@@ -306,7 +307,7 @@ def summary(path: Path) -> str:
     by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in json.loads(path.read_text())["rows"]:
         by_kernel.setdefault((row["op"], row["kernel"]), []).append(row)
-    heads = "operation, kernel, programs, most registers, most shared KB, worst spill, its form".split(", ")
+    heads = ["operation", "kernel", "programs", "most registers", "most shared KB", "worst spill", "its form"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|---|"]
     for (op, kernel), rows in by_kernel.items():
         worst = max(rows, key=lambda row: row["spilled"])
