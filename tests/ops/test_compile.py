@@ -39,15 +39,20 @@ def has_nvidia_backend() -> bool:
 
 
 def launched_kernels() -> set[tuple[str, str]]:
-    """(operation, name) of the Triton kernels under attention/ops: functions that ask for their program.
-    Operation is "" for what operations share."""
-    found, ops = set(), ROOT / "attention" / "ops"
+    """(operation, name) of the Triton kernels under attention/ops: functions that ask for their program and
+    that no other one calls. Operation is "" for what operations share."""
+    found, called, ops = set(), set(), ROOT / "attention" / "ops"
     for path in ops.rglob("*.py"):
         *op, _ = path.relative_to(ops).parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "tl.program_id" in ast.unparse(node):
-                found.add((op[0] if op else "", node.name))
-    return found
+            decorators = " ".join(map(ast.unparse, getattr(node, "decorator_list", [])))
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in decorators:
+                of = op[0] if op else ""
+                inner = [x.func for x in ast.walk(node) if isinstance(x, ast.Call)]
+                called |= {(of, x.id) for x in inner if isinstance(x, ast.Name)}
+                if "tl.program_id" in ast.unparse(node):
+                    found.add((of, node.name))
+    return found - called
 
 
 def assert_fits(row: dict[str, Any], spilled: int = SPILLED) -> None:
