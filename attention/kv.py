@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .ops.rows import gather_rows
+from .ops.rows import gather_each
 
 
 class KV:
@@ -83,7 +83,7 @@ class KV:
 
     def gather(self, rows: Tensor) -> Self:
         """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
-        return self.map(lambda x: gather_rows(x, rows))
+        return type(self)(*gather_each(self.stored, rows))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """``change`` of each stored tensor, which keeps the last dimension as it is."""

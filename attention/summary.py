@@ -124,14 +124,14 @@ class Channels:
     def width(self, head_dim: int) -> int:
         return self.channels.shape[1]
 
-    def on(self, device: torch.device) -> Tensor:
-        """``channels`` on a device, moved there once."""
-        if device not in self._placed:
-            self._placed[device] = self.channels.to(device)
-        return self._placed[device]
+    def on(self, device: torch.device, group: int = 1) -> Tensor:
+        """``channels`` on a device, moved there once; [H, r] for H = Hkv * ``group`` query heads."""
+        if (device, group) not in self._placed:
+            self._placed[device, group] = self.channels.to(device).repeat_interleave(group, 0)
+        return self._placed[device, group]
 
     @cached_property
-    def _placed(self) -> dict[torch.device, Tensor]:
+    def _placed(self) -> dict[tuple[torch.device, int], Tensor]:
         return {}
 
     def compute(self, x: Sources) -> Tensor:

@@ -82,7 +82,7 @@ class H2O(AttentionMethod):
             used.append(count)
         if keys.longest() <= self.k:
             return None
-        all_read = torch.tensor(full, device=q.device).expand(*lists[0].shape[:2], -1) if any(full) else None
+        all_read = torch.tensor(full).expand(*lists[0].shape[:2], -1) if any(full) else None  # on the host
         if all(count is None for count in used):
             one = keys.tq == 1 and keys.peers is None and not full[0]
             gathered = KV(rows, keys.kv.gather(lists[0]).v) if one else None
@@ -97,7 +97,8 @@ class H2O(AttentionMethod):
         h, firsts, device = self.heavy, keys.starts or [0] * q.shape[0], q.device
         sums = accumulate_all(q, keys, length)
         whole = torch.arange(h, device=device).expand(*sums.shape[:2], h)  # of a row that has evicted nothing
-        whole = whole + torch.tensor(firsts, device=device)[:, None, None]
+        if keys.start is not None:
+            whole = whole + keys.start[:, None, None]
         if length - min(firsts) > self.k:
             ranked = sums[..., : length - self.recent]
             if keys.start is not None:
@@ -136,4 +137,5 @@ class H2O(AttentionMethod):
         for b, count in enumerate(counts):
             if count < self.k:  # nothing has been evicted yet
                 tokens[b] = length - count + torch.arange(self.k, device=device) % count
-        return tokens, torch.tensor(counts, device=device)
+        seen = tokens.new_full((len(counts),), length) if keys.start is None else length - keys.start
+        return tokens, seen.clamp(max=self.k)
