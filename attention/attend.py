@@ -86,7 +86,8 @@ def attend(
             with probe.timed(ATTENTION, q.device):
                 part, pairs = selection.run_decode(q, keys, impl)
         shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
-        reads = _count(q, keys, pairs, loads_shared_by=shared_by)
+        causal = every_pair(q, keys, range(keys.tq))
+        reads = count_reads(q, keys.kv, pairs, causal, shared_by)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
     else:
@@ -125,7 +126,7 @@ def run_prefill(
     rows = range(keys.tq) if rows is None else rows
     part, pairs = selection.run_prefill(q, keys, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.kv.num_kv_heads)
-    reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
+    reads = count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), shared_by)
     return part, explained(reads, method, PREFILL, keys, selection)
 
 
@@ -158,13 +159,6 @@ def _prefill_rows(
     if reasons and all(reasons):
         total.reason = reasons[0]
     return Partial(out, lse), total
-
-
-def _count(
-    q: Tensor, keys: Keys, pairs: Pairs, *, loads_shared_by: int, rows: range | None = None
-) -> Reads:
-    rows = range(keys.tq) if rows is None else rows
-    return count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), loads_shared_by)
 
 
 def count_reads(q: Tensor, kv: KV, pairs: Pairs, causal: int, loads_shared_by: int) -> Reads:

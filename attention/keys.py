@@ -204,4 +204,5 @@ class Keys:
     def _supply(self) -> Supply:
         if self.supply is None:
             return Supply(self.kv, fed=self.fed, dropped=self.dropped)
-        return dataclasses.replace(self.supply, kv=self.kv, dropped=self.dropped)
+        given = self.supply
+        return Supply(self.kv, given.q, given.fed, given.recent, self.dropped)

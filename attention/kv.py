@@ -140,7 +140,7 @@ class KV:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one key and its value, of one KV head, as they are stored."""
-        return sum(x.shape[3] * x.element_size() for x in self.stored)
+        return sum([x.shape[3] * x.element_size() for x in self.stored])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(str(list(x.shape)) for x in self.stored)})"

@@ -282,8 +282,8 @@ class Summaries:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of all entries, and of the queries and hidden states kept."""
-        every = [*(kept.buffer for kept in self._kept.values()), *self.recent.tensors.values()]
-        return sum(x.numel() * x.element_size() for x in every)
+        every = [kept.buffer for kept in self._kept.values()]
+        return sum([x.nbytes for x in (*every, *self.recent.tensors.values())])
 
     def check_crop(self, length: int, starts: list[int] | None) -> None:
         """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the

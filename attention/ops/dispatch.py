@@ -29,25 +29,32 @@ class LazyImpl:
 
     def __init__(self, package: str | None, name: str, module: str = "triton"):
         self._place, self._name = f"{package}.{module}", name
+        self._loaded: Any = None
+
+    @property
+    def _module(self) -> Any:
+        if self._loaded is None:
+            self._loaded = importlib.import_module(self._place)
+        return self._loaded
 
     def unsupported(self, *args: Any, **how: Any) -> list[str]:
         if self._place.endswith(".triton"):
-            if importlib.util.find_spec("triton") is None:
+            if self._loaded is None and importlib.util.find_spec("triton") is None:
                 return ["triton is not installed"]
             from . import launch
 
             if reasons := launch.cannot_launch(args[0].device):
                 return reasons
-        return importlib.import_module(self._place).unsupported(*args, **how)
+        return self._module.unsupported(*args, **how)
 
     def better_eager(self, *args: Any, **how: Any) -> bool:
         """Whether "auto" should leave these arguments to eager torch: the module's ``better_eager``, if
         any."""
-        asked = getattr(importlib.import_module(self._place), "better_eager", None)
+        asked = getattr(self._module, "better_eager", None)
         return asked is not None and asked(*args, **how)
 
     def __call__(self, *args: Any, **how: Any) -> Any:
-        return getattr(importlib.import_module(self._place), self._name)(*args, **how)
+        return getattr(self._module, self._name)(*args, **how)
 
 
 def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
@@ -96,14 +103,14 @@ def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
     [B, Hkv, Tk, Dv], start [B]."""
     if not isinstance(kv, KV):
         raise TypeError(f"{op} takes keys and values as one KV(k, v); got a {type(kv).__name__}.")
-    for x in (q, *kv.stored):
-        if x.dim() != 4:
-            sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
-            raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
-    shape = kv.shape
-    fits = q.shape[0] == shape[0] and q.shape[3] == kv.head_dim
-    for x in kv.stored:
-        fits = fits and x.shape[:3] == shape
+    shapes = [x.shape for x in (q, *kv.stored)]
+    if any([len(shape) != 4 for shape in shapes]):
+        sizes = ", ".join(f"{len(shape)}-D" for shape in shapes)
+        raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
+    shape = shapes[1][:3]
+    fits = shapes[0][0] == shape[0] and shapes[0][3] == kv.head_dim
+    for stored in shapes[2:]:
+        fits = fits and stored[:3] == shape
     if not fits:
         raise ValueError(f"{op} got q {list(q.shape)} and {kv}, which do not fit together.")
     if not q.dtype == kv.dtype == kv.value_dtype:
