@@ -6,7 +6,7 @@ No GPU is needed: "cuda" is a simulated device (tests/simulated.py), on which fa
 Triton kernel counts as one launch and a view as none. Every method has the laws' tiny parameters (tests/laws/parameters.py), one
 layer of 8 query and 2 KV heads, a prompt of 120 tokens and decode steps after it, alone and in a batch of two rows, one of
 which is padded on the left by 33. "prefill" is the call of the prompt. "step" is the decode step of the median number of
-launches and "largest step" that of most, of nine steps. "waits" and "copies" are those of all nine steps.
+launches and "largest step" that of most, of five steps. "waits" and "copies" are those of all five steps.
 """
 
 from __future__ import annotations

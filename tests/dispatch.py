@@ -21,7 +21,7 @@ from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info
 from .simulated import Counts, Device
 
-PROMPT, WARM, STEPS = 120, 3, 9  # tokens of the prompt; steps before any is counted; steps counted
+PROMPT, WARM, STEPS = 120, 2, 5  # tokens of the prompt; steps before any is counted; steps counted
 PADDED = [0, 33]
 
 
@@ -94,10 +94,10 @@ class OneLayer:
     def prefill(self) -> Counts:
         return self.call(0, PROMPT)
 
-    def steps(self) -> list[Counts]:
-        """The counts of each decode step, after a few that are not counted."""
-        counts = [self.call(at, at + 1) for at in range(PROMPT, PROMPT + WARM + STEPS)]
-        return counts[WARM:]
+    def steps(self, tokens: int = 1) -> list[Counts]:
+        """The counts of each decode step, after a few that are not counted. tokens: of a step."""
+        counts = [self.call(at, at + tokens) for at in range(PROMPT, PROMPT + WARM + STEPS, tokens)]
+        return counts[-(-WARM // tokens) :]
 
 
 def _move(module: nn.Module, device: Device) -> None:
