@@ -46,8 +46,8 @@ def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
 def select_topk(
     ranked: Tensor, size: int | Tensor, max_size: int, peers: Peers | None = None, *, every: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The ``size`` highest scores of ranked [..., N] (-inf: not a candidate), in ascending order. every: all
-    of them are candidates.
+    """The ``size`` highest scores of ranked [..., N] (-inf: not a candidate), in ascending order. every: no
+    row has fewer candidates than its ``size``, as the host knows.
 
     size: one number, or one per row, [...]. max_size: none is above it; known on the host, so that nothing
     waits for the device. -> indices [..., M] int64, counts [...] int32, or None where all M count and

@@ -121,6 +121,10 @@ class Keys:
         """Most keys that the call's last query sees in any row."""
         return self.length - (min(self.starts) if self.starts else 0)
 
+    def fewest(self) -> int:
+        """Fewest keys that the call's first query sees in any row."""
+        return self.past + 1 - max(self.starts or (0,))
+
     def seen(self) -> Tensor:
         """[B or 1, 1, Tq] int64, how many keys each query sees."""
         count = torch.arange(self.past + 1, self.length + 1, device=self.kv.device)[None, None]

@@ -1,12 +1,14 @@
-"""What a layer dispatches in a call: kernels launched, waits for the device, copies to the device, by method and phase.
+"""What a layer dispatches in a call: kernels launched, waits for the device, copies to the device, by method
+and phase.
 
     python -m benchmarks.dispatch [--devices cuda,cpu] [--methods dense,quest]
 
-No GPU is needed: "cuda" is a simulated device (tests/simulated.py), on which farspan takes the ways that it takes on a GPU. A
-Triton kernel counts as one launch and a view as none. Every method has the laws' tiny parameters (tests/laws/parameters.py), one
-layer of 8 query and 2 KV heads, a prompt of 120 tokens and decode steps after it, alone and in a batch of two rows, one of
-which is padded on the left by 33. "prefill" is the call of the prompt. "step" is the decode step of the median number of
-launches and "largest step" that of most, of five steps. "waits" and "copies" are those of all five steps.
+No GPU is needed: "cuda" is a simulated device (tests/simulated.py), on which farspan takes the ways that it
+takes on a GPU. A Triton kernel counts as one launch and a view as none. Every method has the laws' tiny
+parameters (tests/laws/parameters.py), one layer of 8 query and 2 KV heads, a prompt of 120 tokens and decode
+steps after it, alone and in a batch of two rows, one of which is padded on the left by 33. "prefill" is the
+call of the prompt. "step" is the decode step of the median number of launches and "largest step" that of
+most, of five steps. "waits" and "copies" are those of all five steps.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .record import save, table
 
 def row(name: str, device: str, starts: list[int] | None) -> dict[str, Any]:
     method = tiny_methods()[name]
-    prefill, steps, _ = count(method, device, starts)
+    prefill, steps = count(method, device, starts)
     launches = [step.launches.total() for step in steps]
     return {
         "method": name,
@@ -56,7 +58,10 @@ def main() -> None:
         for name in args.methods.split(",")
     ]
     print(table(rows))
-    print("written to", save(args.name, rows, arguments=vars(args), specs={n: str(m) for n, m in tiny_methods().items()}))
+    print(
+        "written to",
+        save(args.name, rows, arguments=vars(args), specs={n: str(m) for n, m in tiny_methods().items()}),
+    )
 
 
 if __name__ == "__main__":

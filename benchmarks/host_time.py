@@ -1,11 +1,13 @@
-"""The host's time of a decode step on a tiny model, where arithmetic takes almost none: what farspan adds to a layer.
+"""The host's time of a decode step on a tiny model, where arithmetic takes almost none: what farspan adds to
+a layer.
 
     python -m benchmarks.host_time [--layers 4] [--keys 2000] [--tokens 50] [--repeats 9] [--name host_time]
 
-A random Llama of a few narrow layers reads a prompt and then decodes ``--tokens`` tokens at batch 1, patched by each method
-and unpatched (transformers' SDPA with DynamicCache). Runs are in turn on one thread, and the medians are over the repeats.
-"host us" is wall time and "CPU us" the process's time, both per token and layer with the layer's own projections and MLP;
-"added" is the difference to the unpatched model. Recycled runs a whole stride: one full step and the others recycled.
+A random Llama of a few narrow layers reads a prompt and then decodes ``--tokens`` tokens at batch 1, patched
+by each method and unpatched (transformers' SDPA with DynamicCache). Runs are in turn on one thread, and the
+medians are over the repeats. "host us" is wall time and "CPU us" the process's time, both per token and layer
+with the layer's own projections and MLP; "added" is the difference to the unpatched model. Recycled runs a
+whole stride: one full step and the others recycled.
 """
 
 from __future__ import annotations
@@ -68,11 +70,18 @@ class Decoding:
         cache = DynamicCache(config=self.model.config)
         mask = torch.ones(1, self.ids.shape[1] + self.tokens, dtype=torch.long)
         length = self.ids.shape[1]
-        self.model(self.ids, attention_mask=mask[:, :length], **with_cache(self.model, cache), logits_to_keep=1)
+        self.model(
+            self.ids, attention_mask=mask[:, :length], **with_cache(self.model, cache), logits_to_keep=1
+        )
         token = self.ids[:, :1]
         wall, cpu = time.perf_counter(), time.process_time()
         for step in range(1, self.tokens + 1):
-            self.model(token, attention_mask=mask[:, : length + step], **with_cache(self.model, cache), logits_to_keep=1)
+            self.model(
+                token,
+                attention_mask=mask[:, : length + step],
+                **with_cache(self.model, cache),
+                logits_to_keep=1,
+            )
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -100,7 +109,9 @@ def main() -> None:
             if repeat:
                 times[method].append(taken)
     per = 1e6 / (args.tokens * args.layers)
-    medians = {m: [per * statistics.median(x) for x in zip(*taken, strict=True)] for m, taken in times.items()}
+    medians = {
+        m: [per * statistics.median(x) for x in zip(*taken, strict=True)] for m, taken in times.items()
+    }
     base = medians[UNPATCHED]
     rows = [
         {

@@ -17,7 +17,6 @@ from ..attention.summary import Summaries
 from .positions import Positions
 from .state import States
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -61,9 +61,7 @@ class KeySource(Protocol):
         called before anything else."""
         ...
 
-    def begin(
-        self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]
-    ) -> None:
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
         """Store the new keys and update the summaries of both methods. It is called before any selection.
         fed: those of their summaries that read what is in no cache."""
         ...
@@ -229,9 +227,7 @@ class LocalKeys:
         if self.store is not None:
             self.store.require(needed, self.past)
 
-    def begin(
-        self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]
-    ) -> None:
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
         if self.store is not None:
             self.store.align(self.starts, self.total)
         if fed:

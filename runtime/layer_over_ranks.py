@@ -89,9 +89,7 @@ class KeysOverRanks:
     def require(self, needed: int | None) -> None:
         self.store.require(needed, self.past)
 
-    def begin(
-        self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]
-    ) -> None:
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
         """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         supply = SupplyOverRanks(self.q, self.k, self.v, store, call, self._fed)

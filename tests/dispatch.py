@@ -1,9 +1,9 @@
-"""What one layer dispatches in a call: kernels launched, waits for the device, copies to it. On the CPU and on a simulated GPU."""
+"""What one layer dispatches in a call: kernels launched, waits for the device, copies to it. On the CPU and
+on a simulated GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,16 @@ PADDED = [0, 33]
 
 
 def tiny_methods() -> dict[str, AttentionMethod]:
-    """Every registered method by its name, with the first of the laws' parameters that need no calibration."""
+    """Every registered method by its name, with the first of the laws' parameters that need no
+    calibration."""
     chosen = {}
     for name, cls in farspan.methods().items():
         settings = [cls(**setting) for setting in sparse_settings(cls)]
-        chosen[name] = next((m for m in settings if can_bind(m)), settings[0])
+        chosen[name] = next((m for m in settings if bindable(m)), settings[0])
     return chosen
 
 
-def can_bind(method: AttentionMethod) -> bool:
+def bindable(method: AttentionMethod) -> bool:
     """Whether ``bound`` can make weights for a method."""
     return method.trains or method.needs.weights.keys() <= {"channels"}
 
@@ -46,7 +47,9 @@ def bound(method: AttentionMethod) -> AttentionMethod:
     if method.trains:
         trained = method.for_training(info)
         assert trained is not None and trained.module is not None
-        weights = {n: torch.randn_like(x) * x.shape[-1] ** -0.5 for n, x in trained.module.state_dict().items()}
+        weights = {
+            n: torch.randn_like(x) * x.shape[-1] ** -0.5 for n, x in trained.module.state_dict().items()
+        }
     elif method.needs.recipe:
         weights = {"channels": torch.stack([torch.randperm(D) for _ in range(HKV)])}
     served = method.for_layer(dataclasses.replace(info, weights=weights))
@@ -58,7 +61,11 @@ class OneLayer:
     """A patched layer on its own store, which is called with random queries, keys and values."""
 
     def __init__(
-        self, method: AttentionMethod, device: Device, starts: list[int] | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        method: AttentionMethod,
+        device: Device,
+        starts: list[int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         dense = farspan.parse_method("dense")
         self.method, self.device = bound(method), device
@@ -94,10 +101,9 @@ class OneLayer:
     def prefill(self) -> Counts:
         return self.call(0, PROMPT)
 
-    def steps(self, tokens: int = 1) -> list[Counts]:
-        """The counts of each decode step, after a few that are not counted. tokens: of a step."""
-        counts = [self.call(at, at + tokens) for at in range(PROMPT, PROMPT + WARM + STEPS, tokens)]
-        return counts[-(-WARM // tokens) :]
+    def steps(self, number: int = STEPS) -> list[Counts]:
+        """The counts of each of ``number`` decode steps, after a few that are not counted."""
+        return [self.call(at, at + 1) for at in range(PROMPT, PROMPT + WARM + number)][WARM:]
 
 
 def _move(module: nn.Module, device: Device) -> None:
@@ -109,9 +115,11 @@ def _move(module: nn.Module, device: Device) -> None:
             part._buffers[name] = device.put(x)
 
 
-def count(method: AttentionMethod, device: str, starts: list[int] | None = None) -> tuple[Counts, list[Counts], Any]:
-    """(prefill, decode steps, layer) of a method on "cpu" or on a simulated "cuda"."""
+def count(
+    method: AttentionMethod, device: str, starts: list[int] | None = None, steps: int = STEPS
+) -> tuple[Counts, list[Counts]]:
+    """(prefill, decode steps) of a method on "cpu" or on a simulated "cuda"."""
     simulated = Device(device)
     with torch.no_grad(), simulated.running():
         layer = OneLayer(method, simulated, starts, torch.bfloat16 if simulated.simulated else torch.float32)
-        return layer.prefill(), layer.steps(), layer
+        return layer.prefill(), layer.steps(steps)

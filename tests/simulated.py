@@ -1,7 +1,7 @@
 """A CUDA device that is not there: its tensors say that they are on CUDA, and the CPU holds their numbers.
 
-Code that runs on such tensors takes the ways that it takes on a GPU, and the results are real numbers. What a GPU would
-launch is counted, and so is whatever makes the host wait for it or copies from the host to it.
+Code that runs on such tensors takes the ways that it takes on a GPU, and the results are real numbers. What a
+GPU would launch is counted, and so is whatever makes the host wait for it or copies from the host to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from farspan.attention.ops.dispatch import LazyImpl
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
-# Operators that launch nothing, besides those that torch itself calls views: they name the same memory, or allocate some.
+# Operators that launch nothing, besides those that torch itself calls views: they name the same memory, or
+# allocate some.
 FREE = {
     aten._unsafe_view, aten.lift_fresh, aten.detach, aten.alias, aten._reshape_alias,
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
@@ -34,9 +35,11 @@ READS = {
     aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.masked_select, aten._unique2,
     aten.unique_dim, aten.unique_consecutive,
 }  # fmt: skip
-INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # they read where an index is a mask
+# they read where an index is a mask
+INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 FLASH = {aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention}
-# Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits and merged.
+# Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits
+# and merged.
 LAUNCHES = {"decode": 2, "gather_decode": 2}
 
 
@@ -86,8 +89,8 @@ class Simulated(Tensor):
 class Counts:
     """What a stretch of code has done.
 
-    launches: kernels launched, by operator. free: operators that launch nothing. reads: operators that make the host wait for
-    the device. uploads: copies from the host to the device.
+    launches: kernels launched, by operator. free: operators that launch nothing. reads: operators that make
+    the host wait for the device. uploads: copies from the host to the device.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -100,7 +103,8 @@ class Counts:
 
 
 class Device(TorchDispatchMode):
-    """Runs what is inside on a device: "cuda", which is simulated, or "cpu", where launches are counted in the same way."""
+    """Runs what is inside on a device: "cuda", which is simulated, or "cpu", where launches are counted in
+    the same way."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -119,10 +123,15 @@ class Device(TorchDispatchMode):
         def call(impl: LazyImpl, *args: Any, **how: Any) -> Any:
             return self._kernels(impl, calls, *args, **how)
 
-        with patch.object(LazyImpl, "__call__", call), patch.object(torch.cuda, "device_of", lambda _: nullcontext()):
-            # Without a driver torch makes no tensor on CUDA, except in this mode, which sees no operator itself.
-            with FakeTensorMode() if self.simulated else nullcontext(), self:
-                yield
+        # Without a driver torch makes no tensor on CUDA, except in FakeTensorMode, which sees no operator
+        # itself.
+        with (
+            patch.object(LazyImpl, "__call__", call),
+            patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
+            FakeTensorMode() if self.simulated else nullcontext(),
+            self,
+        ):
+            yield
 
     @contextmanager
     def counted(self, counts: Counts | None = None) -> Iterator[Counts]:
@@ -134,7 +143,8 @@ class Device(TorchDispatchMode):
             self.counts = before
 
     def _kernels(self, impl: LazyImpl, calls: Any, *args: Any, **how: Any) -> Any:
-        """An operation by its Triton kernels: their launches are counted, and its eager implementation computes."""
+        """An operation by its Triton kernels: their launches are counted, and its eager implementation
+        computes."""
         if not self.simulated:
             return calls(impl, *args, **how)
         package, name = impl._place.rpartition(".")[0], impl._name
@@ -153,9 +163,18 @@ class Device(TorchDispatchMode):
                 self._count(func, args, tensors, on_device=True)
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        if func.overloadpacket is aten._to_copy and given and to == CUDA and kwargs.get("dtype") in (None, args[0].dtype):
+        if (
+            func.overloadpacket is aten._to_copy
+            and given
+            and to == CUDA
+            and kwargs.get("dtype") in (None, args[0].dtype)
+        ):
             return args[0]  # C++ takes it for a tensor of another device
-        on_device = isinstance(args[0], Simulated) if func.overloadpacket is aten.copy_ else to is None or to.type != "cpu"
+        on_device = (
+            isinstance(args[0], Simulated)
+            if func.overloadpacket is aten.copy_
+            else to is None or to.type != "cpu"
+        )
         self._count(func, args, tensors, on_device)
         with _disable_current_modes():
             args, kwargs = tree_map_only(Simulated, lambda x: x.held, (args, kwargs))
@@ -187,7 +206,9 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float) -> Any:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
+) -> Any:
     """CUDA's attention by the CPU's kernel."""
     out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
     return *out, None, None, 0, 0, None, None, None

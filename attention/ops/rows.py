@@ -33,10 +33,8 @@ def _gather(x: Tensor, rows: Tensor, places: dict[tuple[int, int], Tensor]) -> T
     place = places.get((by_row, by_head))
     if place is None:
         head = torch.arange(b * h, device=x.device).view(b, h, 1)  # its number in the batch
-        if by_row != h * by_head and b > 1:
-            begin = head // h * by_row + head % h * by_head
-        else:
-            begin = head * by_head
+        even = b == 1 or by_row == h * by_head
+        begin = head * by_head if even else head // h * by_row + head % h * by_head
         place = places[by_row, by_head] = (rows.long() + begin).view(-1)
     span = (b - 1) * by_row + (h - 1) * by_head + t
     return x.as_strided((span, d), (d, 1)).index_select(0, place).view(b, h, rows.shape[2], d)

@@ -81,9 +81,9 @@ def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tens
     for name, new in fresh.items():
         old = keys.state[name]
         if runs is not None:
-            for rows, replaced in runs:
+            for some, replaced in runs:
                 if replaced:
-                    old[rows] = new[rows]
+                    old[some] = new[some]
             continue
         chosen = which if name != "q" else which.repeat_interleave(old.shape[1] // which.shape[1], 1)
         chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
