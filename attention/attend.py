@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,12 +15,21 @@ from .mass import ATTENTION, SELECTION, Probe
 from .method import DECODE, PREFILL, AttentionMethod
 from .partial import Partial, empty_partial
 from .selection import Selection, as_selection
+from .selection.base import Pairs, Tally
 from .selection.every import every_pair
 
 DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
 TOO_SHORT = "the budget covers the length"
 PREFILL_TILE = 64  # prefill queries that share one reading of a key, when bytes are counted
-COUNTS = ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes")
+
+
+class OnDevice(NamedTuple):
+    """Pairs that only the device knows, and the bytes of K and V that they load: ``row_nbytes`` for each
+    ``loads_shared_by`` pairs."""
+
+    pairs: Tally
+    row_nbytes: int
+    loads_shared_by: int
 
 
 @dataclass
@@ -29,20 +39,25 @@ class Reads:
     pairs, causal_pairs: (query head, key) pairs read, and those that dense attention would read.
     kv_bytes, dense_bytes: bytes of K and V loaded, and those that dense attention would load. A decode query
     loads each of its keys; in prefill 64 queries share a load. selection_bytes: bytes that the method has
-    read to select. pairs and kv_bytes are 0-dimensional tensors where only the device knows them yet.
+    read to select. on_device: counts that are not in pairs and kv_bytes, because only the device knows them.
     """
 
-    pairs: int | Tensor = 0
+    pairs: int = 0
     causal_pairs: int = 0
-    kv_bytes: int | Tensor = 0
+    kv_bytes: int = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
     reason: str | None = None  # why every visible key was read although the method is selective
+    on_device: tuple[OnDevice, ...] = ()
 
     def __iadd__(self, other: Reads) -> Reads:
         """Add the counts of ``other``; the reason stays."""
-        for name in COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.pairs += other.pairs
+        self.causal_pairs += other.causal_pairs
+        self.kv_bytes += other.kv_bytes
+        self.dense_bytes += other.dense_bytes
+        self.selection_bytes += other.selection_bytes
+        self.on_device += other.on_device
         return self
 
 
@@ -61,14 +76,18 @@ def attend(
     operations runs. probe: called around the stages of the call, where it is measured.
     """
     if phase == DECODE:
-        with _timed(probe, SELECTION, q):
+        if probe is None:
             selection = as_selection(method.select_decode(q, keys), DECODE)
-        if probe is not None:
-            probe.on_select(q, keys, selection)
-        with _timed(probe, ATTENTION, q):
             part, pairs = selection.run_decode(q, keys, impl)
+        else:
+            with probe.timed(SELECTION, q.device):
+                selection = as_selection(method.select_decode(q, keys), DECODE)
+            probe.on_select(q, keys, selection)
+            with probe.timed(ATTENTION, q.device):
+                part, pairs = selection.run_decode(q, keys, impl)
         shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
-        reads = _count(q, keys, pairs, loads_shared_by=shared_by)
+        causal = every_pair(q, keys, range(keys.tq))
+        reads = count_reads(q, keys.kv, pairs, causal, shared_by)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
     else:
@@ -107,7 +126,7 @@ def run_prefill(
     rows = range(keys.tq) if rows is None else rows
     part, pairs = selection.run_prefill(q, keys, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.kv.num_kv_heads)
-    reads = _count(q, keys, pairs, loads_shared_by=shared_by, rows=rows)
+    reads = count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), shared_by)
     return part, explained(reads, method, PREFILL, keys, selection)
 
 
@@ -142,21 +161,14 @@ def _prefill_rows(
     return Partial(out, lse), total
 
 
-def _count(
-    q: Tensor, keys: Keys, pairs: int | Tensor, *, loads_shared_by: int, rows: range | None = None
-) -> Reads:
-    rows = range(keys.tq) if rows is None else rows
-    return count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), loads_shared_by)
-
-
-def count_reads(q: Tensor, kv: KV, pairs: int | Tensor, causal: int, loads_shared_by: int) -> Reads:
+def count_reads(q: Tensor, kv: KV, pairs: Pairs, causal: int, loads_shared_by: int) -> Reads:
     """The ``Reads`` of ``pairs`` out of ``causal`` (query head, key) pairs, where ``loads_shared_by`` pairs
     share one load of their key. Only the sizes of q and kv are used."""
     per_key = kv.row_nbytes
     dense_share = loads_shared_by if loads_shared_by > 1 else q.shape[1] // kv.num_kv_heads
-    return Reads(
-        pairs=pairs,
-        causal_pairs=causal,
-        kv_bytes=pairs * per_key // loads_shared_by,
-        dense_bytes=causal * per_key // dense_share,
-    )
+    reads = Reads(causal_pairs=causal, dense_bytes=causal * per_key // dense_share)
+    if isinstance(pairs, Tally):
+        reads.on_device = (OnDevice(pairs, per_key, loads_shared_by),)
+    else:
+        reads.pairs, reads.kv_bytes = pairs, pairs * per_key // loads_shared_by
+    return reads

@@ -44,9 +44,10 @@ def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
 
 
 def select_topk(
-    ranked: Tensor, size: int | Tensor, max_size: int, peers: Peers | None = None
+    ranked: Tensor, size: int | Tensor, max_size: int, peers: Peers | None = None, *, every: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The ``size`` highest scores of ranked [..., N] (-inf: not a candidate), in ascending order.
+    """The ``size`` highest scores of ranked [..., N] (-inf: not a candidate), in ascending order. every: no
+    row has fewer candidates than its ``size``, as the host knows.
 
     size: one number, or one per row, [...]. max_size: none is above it; known on the host, so that nothing
     waits for the device. -> indices [..., M] int64, counts [...] int32, or None where all M count and
@@ -59,6 +60,8 @@ def select_topk(
         return positions.gather(-1, chosen), counts
     if isinstance(size, int):
         chosen = top_k(ranked, size)
+        if every:
+            return chosen, None
         return counted_first(chosen, ranked.gather(-1, chosen) > -torch.inf)
     on_cpu = ranked.device.type == "cpu"
     chosen = top_k(ranked, int(size.max()) if on_cpu else max_size, order="score")

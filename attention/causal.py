@@ -43,7 +43,9 @@ def causal_pairs(tq: int, tk: int, starts: list[int] | None, batch: int) -> int:
     """Number of causal (query, key) pairs per head, summed over the batch, queries in the padding left
     out."""
     past, total = tk - tq, 0
-    for first in [0] * batch if starts is None else starts:
+    if starts is None:
+        return batch * (past + 1 + tk) * tq // 2
+    for first in starts:
         # Visible keys of the first and of the last query that is not padding.
         lo, hi = max(past, first) - first + 1, tk - first
         total += (lo + hi) * (hi - lo + 1) // 2 if hi >= lo else 0

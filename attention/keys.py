@@ -121,6 +121,10 @@ class Keys:
         """Most keys that the call's last query sees in any row."""
         return self.length - (min(self.starts) if self.starts else 0)
 
+    def fewest(self) -> int:
+        """Fewest keys that the call's first query sees in any row."""
+        return self.past + 1 - max(self.starts or (0,))
+
     def seen(self) -> Tensor:
         """[B or 1, 1, Tq] int64, how many keys each query sees."""
         count = torch.arange(self.past + 1, self.length + 1, device=self.kv.device)[None, None]
@@ -204,4 +208,5 @@ class Keys:
     def _supply(self) -> Supply:
         if self.supply is None:
             return Supply(self.kv, fed=self.fed, dropped=self.dropped)
-        return dataclasses.replace(self.supply, kv=self.kv, dropped=self.dropped)
+        given = self.supply
+        return Supply(self.kv, given.q, given.fed, given.recent, self.dropped)

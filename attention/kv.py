@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .ops.rows import gather_rows
+from .ops.rows import gather_each
 
 
 class KV:
@@ -83,7 +83,7 @@ class KV:
 
     def gather(self, rows: Tensor) -> Self:
         """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
-        return self.map(lambda x: gather_rows(x, rows))
+        return type(self)(*gather_each(self.stored, rows))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """``change`` of each stored tensor, which keeps the last dimension as it is."""
@@ -140,7 +140,7 @@ class KV:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one key and its value, of one KV head, as they are stored."""
-        return sum(x.shape[3] * x.element_size() for x in self.stored)
+        return sum([x.shape[3] * x.element_size() for x in self.stored])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(str(list(x.shape)) for x in self.stored)})"

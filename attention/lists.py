@@ -210,6 +210,7 @@ class TokenLists:
             one, so that reading them is harmless, and are masked.
     counts: [B, Hs, Tq] int32, or None where all K entries count.
     full:   [B, Hs, Tq] bool, rows that read every visible key instead (their tokens are ignored), or None.
+            It is best on the host: running the index reads it there.
     gathered: keys and values [B, Hs, K], the chosen rows already side by side in the order of ``tokens``,
             where the method keeps them (Tq = 1 only); or None.
     """
@@ -251,6 +252,7 @@ class TokenLists:
         mask.scatter_(3, torch.where(used, tokens, tk), True)
         mask = mask[..., :tk]
         if full is not None:
+            full = full.to(device)
             visible = causal_mask(tq, tk, start, tokens.shape[0], device, rows)
             mask = torch.where(full[..., None], visible, mask)
         return mask

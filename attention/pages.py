@@ -25,3 +25,10 @@ def page_tokens(
         valid = valid & used.repeat_interleave(page, -1)
     # Pages are in order, so only the last one of a row reaches past its query: the tokens to read come first.
     return TokenIndex.ragged(tokens, valid.sum(-1))
+
+
+def last_page_tokens(chosen: Tensor, page: int, length: int) -> TokenIndex:
+    """``page_tokens`` of one query, the last of ``length`` positions, whose row is not padded: its own page
+    is the last one, so that the host knows how many keys there are."""
+    tokens = (chosen[..., None] * page + torch.arange(page, device=chosen.device)).flatten(-2)
+    return TokenIndex(tokens=tokens[..., : tokens.shape[-1] + -length // page * page + length])

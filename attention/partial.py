@@ -45,17 +45,17 @@ def merge(*parts: Partial) -> Partial:
         return parts[0]
     lses = torch.stack([p.lse for p in parts])  # [P, B, H, Tq]
     peak = lses.detach().amax(0)
-    peak = torch.where(peak == -torch.inf, torch.zeros_like(peak), peak)  # exp(-inf - -inf) would be NaN
+    peak = peak.masked_fill(peak == -torch.inf, 0)  # exp(-inf - -inf) would be NaN
     weights = torch.exp(lses - peak)
     total = weights.sum(0)
-    seen = total > 0
-    safe = torch.where(seen, total, torch.ones_like(total))
+    none = total == 0
+    safe = total.masked_fill(none, 1)
     out = None
-    for part, weight in zip(parts, weights, strict=True):
-        term = part.out.to(lses.dtype) * (weight / safe)[..., None]
+    for part, weight in zip(parts, (weights / safe)[..., None], strict=True):
+        term = part.out.to(lses.dtype) * weight
         out = term if out is None else out + term
     assert out is not None
-    lse = torch.where(seen, peak + torch.log(safe), torch.full_like(peak, -torch.inf))
+    lse = (peak + torch.log(safe)).masked_fill(none, -torch.inf)
     return Partial(out, lse)
 
 

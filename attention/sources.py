@@ -158,6 +158,9 @@ class Recent:
         return Recent({name: change(x) for name, x in self.tensors.items()}, self.end)
 
 
+_NOTHING = Recent()
+
+
 @dataclass(frozen=True)
 class Supply:
     """What one call of a layer has for summaries.
@@ -169,7 +172,7 @@ class Supply:
     kv: KV
     q: Tensor | None = None
     fed: Inputs | None = None
-    recent: Recent = field(default_factory=Recent)
+    recent: Recent = _NOTHING
     dropped: int = 0
 
     @property

@@ -124,14 +124,14 @@ class Channels:
     def width(self, head_dim: int) -> int:
         return self.channels.shape[1]
 
-    def on(self, device: torch.device) -> Tensor:
-        """``channels`` on a device, moved there once."""
-        if device not in self._placed:
-            self._placed[device] = self.channels.to(device)
-        return self._placed[device]
+    def on(self, device: torch.device, group: int = 1) -> Tensor:
+        """``channels`` on a device, moved there once; [H, r] for H = Hkv * ``group`` query heads."""
+        if (device, group) not in self._placed:
+            self._placed[device, group] = self.channels.to(device).repeat_interleave(group, 0)
+        return self._placed[device, group]
 
     @cached_property
-    def _placed(self) -> dict[torch.device, Tensor]:
+    def _placed(self) -> dict[tuple[torch.device, int], Tensor]:
         return {}
 
     def compute(self, x: Sources) -> Tensor:
@@ -282,8 +282,8 @@ class Summaries:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of all entries, and of the queries and hidden states kept."""
-        every = [*(kept.buffer for kept in self._kept.values()), *self.recent.tensors.values()]
-        return sum(x.numel() * x.element_size() for x in every)
+        every = [kept.buffer for kept in self._kept.values()]
+        return sum([x.nbytes for x in (*every, *self.recent.tensors.values())])
 
     def check_crop(self, length: int, starts: list[int] | None) -> None:
         """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .record import host_seconds, interleaved
+from .record import clock, host_seconds, interleaved
 
-_FLUSH = 2 << 30  # bytes: far more than any L2, and long enough to write for the host to queue the run
+_FLUSH = 2 << 30  # bytes: far more than any L2, and long enough to read for the host to queue the run
 
 
 class TooMuch(Exception):
@@ -19,23 +21,34 @@ class TooMuch(Exception):
 
 
 class Timer:
-    """Seconds of one run. On CUDA between two events, with the L2 cache flushed before the first: what the
-    host needs to queue the run is hidden behind the flush, waits for the device inside the run are not. On
-    the CPU by the host's clock; its caches are left as the run before left them."""
+    """Seconds of one run. On CUDA between two events: what the host needs to queue the run is hidden behind
+    a long read before the first event, waits for the device inside the run are not. The read fills the L2
+    cache with other data that need not be written back, so that the run pays for no earlier write. On the
+    CPU by the host's clock; its caches are left as the run before left them."""
 
     def __init__(self, device: str) -> None:
-        self._flush = torch.empty(_FLUSH, dtype=torch.uint8, device=device) if device == "cuda" else None
+        self._other = torch.zeros(_FLUSH // 4, device=device) if device == "cuda" else None
 
     def __call__(self, run: Callable[[], Any]) -> float:
-        if self._flush is None:
+        if self._other is None:
             return host_seconds(run)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._other.sum()
         begin.record()
         run()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+    def queueing(self, run: Callable[[], Any], repeats: int = 5) -> float | None:
+        """Median seconds that the host needs to queue a run which has been compiled; None on the CPU. A user
+        waits for the larger of this and the device's time."""
+        taken = []
+        for _ in range(repeats if self._other is not None else 0):
+            begin = clock()
+            run()
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken) if taken else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +81,7 @@ class Ceilings:
             raise TooMuch(f"{memory / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
 
 
-def measure(device: str, dtype: torch.dtype, seconds_limit: float) -> Ceilings:
+def measure(device: str, dtype: torch.dtype, seconds_limit: float, repeats: int = 7) -> Ceilings:
     """The ceilings of ``device``, on random data (zeros can run faster)."""
     timer, on_gpu = Timer(device), device == "cuda"
     n = 8192 if on_gpu else 2048
@@ -79,7 +92,7 @@ def measure(device: str, dtype: torch.dtype, seconds_limit: float) -> Ceilings:
         "copy": lambda: target.copy_(source),
         "product": lambda: torch.matmul(a, b),
     }
-    taken = interleaved(runs, 7, seconds=timer)
+    taken = interleaved(runs, repeats, seconds=timer)
     return Ceilings(
         device=device,
         bandwidth=2 * source.nbytes / taken["copy"],

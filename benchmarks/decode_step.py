@@ -5,7 +5,8 @@ DynamicCache.
 
 Recycled is timed over a whole stride (one full step, the rest recycled) and divided by its length. The
 bandwidth row is the time to read K and V once at the rate of a large copy (bytes read plus written): no dense
-step can be faster.
+step can be faster. All times are the host's, until the device has done the step: the host's work is in
+them, as it is where a user generates.
 """
 
 from __future__ import annotations
@@ -74,15 +75,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    torch.set_default_device(args.device)
     h, hkv, d = args.heads, args.kv_heads, args.head_dim
-    k = torch.randn(1, hkv, args.keys, d, dtype=torch.bfloat16)
-    v = torch.randn_like(k)
-    q, k1, v1 = (
-        torch.randn(1, h, 1, d).bfloat16(),
-        torch.randn(1, hkv, 1, d).bfloat16(),
-        torch.randn(1, hkv, 1, d).bfloat16(),
-    )
+
+    def random(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, d, device=args.device, dtype=torch.bfloat16)
+
+    k, v = random(hkv, args.keys), random(hkv, args.keys)
+    q, k1, v1 = random(h, 1), random(hkv, 1), random(hkv, 1)
 
     module = SimpleNamespace(num_key_value_groups=h // hkv, is_causal=True)
     theirs = DynamicCache()

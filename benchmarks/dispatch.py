@@ -8,7 +8,7 @@ takes on a GPU. A Triton kernel counts as one launch and a view as none. Every m
 parameters (tests/laws/parameters.py), one layer of 8 query and 2 KV heads, a prompt of 120 tokens and decode
 steps after it, alone and in a batch of two rows, one of which is padded on the left by 33. "prefill" is the
 call of the prompt. "step" is the decode step of the median number of launches and "largest step" that of
-most, of nine steps. "waits" and "copies" are those of all nine steps.
+most, of five steps. "waits" and "copies" are those of all five steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .record import save, table
 
 def row(name: str, device: str, starts: list[int] | None) -> dict[str, Any]:
     method = tiny_methods()[name]
-    prefill, steps, _ = count(method, device, starts)
+    prefill, steps = count(method, device, starts)
     launches = [step.launches.total() for step in steps]
     return {
         "method": name,

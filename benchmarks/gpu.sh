@@ -54,15 +54,16 @@ bench() { stage "$1" "$2" "$python" -m "benchmarks.$3" "${@:4}" --device "$devic
 tests() { stage "$1" "$2" "$python" -m pytest -q -p no:cacheprovider "${@:3}"; }
 
 lengths=8192,65536,131072 keys=131072 scans=8192,32768,65536 small="pool scores select block_max int4_scores"
-[ "$dry" = 1 ] && lengths=256 keys=512 scans=256 small="pool select"
+few=() # options of a benchmark
+[ "$dry" = 1 ] && lengths=256 keys=512 scans=256 small="pool select" few=(--repeats 1)
 
 case $phase in
 A)
     stage versions 60 "$python" -c "from benchmarks.record import machine; print(machine('$device'))"
-    bench block_sparse 150 ops --ops block_sparse --lengths $lengths
-    bench decode 90 ops --ops decode gather_decode --lengths $keys
-    bench decode_step 60 decode_step --keys $keys
-    if [ "$dry" = 1 ]; then tests gpu_tests 120 -n 1 tests/ops/test_pool.py -k eager; else
+    bench block_sparse 150 ops --ops block_sparse --lengths $lengths "${few[@]}"
+    bench decode 90 ops --ops decode gather_decode --lengths $keys "${few[@]}"
+    bench decode_step 60 decode_step --keys $keys "${few[@]}"
+    if [ "$dry" = 1 ]; then tests gpu_tests 120 tests/ops/test_pool.py -k "eager and mean"; else
         tests gpu_tests 180 -n 12 -m gpu tests/ops tests/gpu; fi
     bench scan 60 scan --lengths $scans --repeats 3
     ;;
@@ -76,7 +77,7 @@ B)
         bench launches 150 launches --shape llama-3.1-8b --tokens 131072 --methods \
             "dense; double_sparsity:k=2048; quest:k=2048"
     fi
-    bench small_ops 120 ops --ops $small --lengths $lengths
+    bench small_ops 120 ops --ops $small --lengths $lengths "${few[@]}"
     bench scan_large 60 scan --lengths $scans --heads 32 --kv-heads 32 --head-dim 128 --repeats 3
     bench scan_backward 60 scan --lengths $scans --backward --repeats 3
     ;;

@@ -1,20 +1,27 @@
-"""The host's time of a decode step on a tiny model, where arithmetic takes almost none: what farspan adds to
-a layer.
+"""The host's time of a decode step on a tiny model, where arithmetic takes little.
 
-    python -m benchmarks.host_time [--layers 4] [--keys 2000] [--tokens 50] [--repeats 9] [--name host_time]
+    python -m benchmarks.host_time [--layers 4] [--keys 2000] [--tokens 50] [--repeats 9]
+    python -m benchmarks.host_time --before FOLDER
 
 A random Llama of a few narrow layers reads a prompt and then decodes ``--tokens`` tokens at batch 1, patched
 by each method and unpatched (transformers' SDPA with DynamicCache). Runs are in turn on one thread, and the
-medians are over the repeats. "host us" is wall time and "CPU us" the process's time, both per token and layer
-with the layer's own projections and MLP; "added" is the difference to the unpatched model. Recycled runs a
-whole stride: one full step and the others recycled.
+medians are over the repeats. "wall us" is by the clock and "CPU us" the process's own time, both per token
+and layer, with the layer's projections and MLP. "added" is the difference to the unpatched model in CPU
+time, which a busy machine distorts less. Recycled runs a whole stride: one full step and the others recycled.
+
+FOLDER has another checkout under the name farspan. It runs in a process of its own, in turn with this one run
+by run, and stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,36 +102,60 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default="; ".join(METHODS), help='specs with ";" between')
+    parser.add_argument("--before", help="a folder with another checkout, named farspan")
     parser.add_argument("--name", default="host_time", help="of the file in benchmarks/results")
+    parser.add_argument("--serve", action="store_true", help="run what stdin names, for another process")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     ids = torch.randint(3, 128, (1, args.keys), generator=torch.Generator().manual_seed(0))
     methods = [UNPATCHED, *(spec.strip() for spec in args.methods.split(";"))]
     runs = {method: Decoding(args, method, ids) for method in methods}
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
+    if args.serve:
+        for line in sys.stdin:
+            print(*runs[line.strip()].run(), flush=True)
+        return
+    sides: dict[str, Callable[[str], tuple[float, ...]]] = {"": lambda method: runs[method].run()}
+    if args.before:
+        sides = {" before": other(args), **sides}
+    times: dict[tuple[str, str], list[tuple[float, ...]]] = {(m, side): [] for m in methods for side in sides}
     for repeat in range(1 + args.repeats):  # in turn, so that drift of the machine hits all alike
-        for method, run in runs.items():
-            taken = run.run()
+        for method, side in times:
+            taken = sides[side](method)
             if repeat:
-                times[method].append(taken)
+                times[method, side].append(taken)
     per = 1e6 / (args.tokens * args.layers)
-    medians = {
-        m: [per * statistics.median(x) for x in zip(*taken, strict=True)] for m, taken in times.items()
-    }
-    base = medians[UNPATCHED]
-    rows = [
-        {
-            "method": method,
-            "host us": wall,
-            "CPU us": cpu,
-            "added host us": wall - base[0],
-            "added CPU us": cpu - base[1],
-        }
-        for method, (wall, cpu) in medians.items()
-    ]
+    median = {x: [per * statistics.median(t) for t in zip(*taken, strict=True)] for x, taken in times.items()}
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        row: dict[str, Any] = {"method": method}
+        for side in sides:
+            wall, cpu = median[method, side]
+            added = cpu - median[UNPATCHED, side][1]
+            row |= {f"wall us{side}": wall, f"CPU us{side}": cpu, f"added{side}": added}
+        rows.append(row)
     print(table(rows))
     print("written to", save(args.name, rows, arguments=vars(args)))
+
+
+def other(args: argparse.Namespace) -> Callable[[str], tuple[float, ...]]:
+    """Runs a method in a process of its own, with the farspan of another checkout."""
+    options = ("layers", "head_dim", "keys", "tokens", "methods")
+    given = [x for name in options for x in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.host_time", "--serve", *given],
+        env=os.environ | {"PYTHONPATH": args.before},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(method: str) -> tuple[float, ...]:
+        assert process.stdin is not None and process.stdout is not None
+        print(method, file=process.stdin, flush=True)
+        return tuple(map(float, process.stdout.readline().split()))
+
+    return run
 
 
 if __name__ == "__main__":

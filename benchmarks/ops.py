@@ -10,6 +10,9 @@ that the operations on the pairs asked for would be: a good run is near 100 % in
 that stays in a cache may pass 100 % of a copy.) "x dense" is the fastest dense run's time over the run's,
 "impl" what farspan's operations ran by.
 
+On CUDA "ms" is the device's time and "host ms" what the host needs to queue the run; alone, a run takes the
+larger of the two.
+
 Selection in prefill is block_topk's (pool of q and k, scores, select), at decode double_sparsity's and
 quest's with their summaries kept as between steps; "block_sparse + selection" is the sum of the two times.
 FlexAttention's BlockMask is made beforehand; on the CPU it is compiled half a minute, so --flex asks for it.
@@ -116,6 +119,7 @@ def timed(runs: list[Run], where: str, record: Record, ceilings: Ceilings, repea
                 "at": run.at,
                 "density": run.density,
                 "ms": 1e3 * taken,
+                "host ms": None if (host := ceilings.timer.queueing(run.call)) is None else 1e3 * host,
                 "of copy": run.bytes / ceilings.bandwidth / taken if run.bytes else None,
                 "of matmul": run.flops / ceilings.rate / taken if run.flops else None,
                 "x dense": min(dense) / taken if dense else None,
@@ -132,7 +136,9 @@ def with_selection(rows: list[Row]) -> list[Row]:
         chosen = [r for r in rows if r["run"] == "selection" and r["at"] == row["at"]]
         if row["run"] == "block_sparse" and chosen:
             ms = row["ms"] + chosen[0]["ms"]
-            kept = {"run": "block_sparse + selection", "ms": ms, "of copy": None, "of matmul": None}
+            host = None if row["host ms"] is None else row["host ms"] + chosen[0]["host ms"]
+            gone = {"of copy": None, "of matmul": None}
+            kept = {"run": "block_sparse + selection", "ms": ms, "host ms": host, **gone}
             faster = None if row["x dense"] is None else row["x dense"] * row["ms"] / ms
             both.append({**row, **kept, "x dense": faster})
     return both
@@ -285,7 +291,7 @@ def main() -> None:
         densities=args.densities,
         flex=args.flex,
     )
-    ceilings = measure(args.device, setting.dtype, args.seconds_limit)
+    ceilings = measure(args.device, setting.dtype, args.seconds_limit, args.repeats or 7)
     record = Record(setting, ceilings, vars(args), quiet=args.json)
     record.say(
         f"copy {ceilings.bandwidth / 1e9:.4g} GB/s read plus written, "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from ..attention.summary import Summaries
 from .positions import Positions
 from .state import States
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 @contextmanager
 def lasting() -> Iterator[None]:
@@ -25,6 +30,19 @@ def lasting() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def runs_lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which runs in the context ``lasting``. Outside inference mode that costs nothing."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with lasting():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class KVStore:
@@ -137,7 +155,7 @@ class KVStore:
         these rows and all summaries are dropped, because they were made with the earlier start.
         """
         starts = [0] * self._rows() if starts is None else starts
-        if self._starts is not None:
+        if self._starts is not None and self._starts != starts:
             pairs = zip(self._starts, starts, strict=True)
             moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
             if moved and self.dropped:
@@ -218,7 +236,7 @@ class KVStore:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the buffers, of the summaries and of the positions kept."""
-        buffers = sum(x.numel() * x.element_size() for x in self._buffers)
+        buffers = sum([x.nbytes for x in self._buffers])
         return buffers + self.summaries.nbytes + self.positions.nbytes
 
     def _forget_since(self, length: int) -> None:

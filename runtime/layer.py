@@ -17,7 +17,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
-from .cache import KVStore, lasting
+from .cache import KVStore, runs_lasting
 from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
@@ -88,7 +88,7 @@ class Layer(Unique):
             for phase, method in self.methods.items()
         }
 
-    @lasting()
+    @runs_lasting
     def __call__(
         self,
         q: Tensor,
@@ -213,8 +213,6 @@ class Layer(Unique):
 
     def _flag_scoring(self, done: list[Done], q: Tensor) -> None:
         """Give a notice where the caller gets logits that depend on later tokens, including padding."""
-        if not self.session.scoring:
-            return
         ahead = self.prefill.lookahead.tokens
         if not ahead or self._trains(q):
             return
@@ -238,7 +236,8 @@ class Layer(Unique):
         """Add a call to the report, with the reason where every key was read instead of a selection.
         foreign: why the keys are not those of the cache; None where they are."""
         done = called.done
-        self._flag_scoring(done, q)
+        if self.session.scoring:
+            self._flag_scoring(done, q)
         if called.prefill_end_bytes:
             self.phases[DECODE].selection_bytes += called.prefill_end_bytes
         for phase, report in self.phases.items():

@@ -18,7 +18,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.sources import Supply
-from ..attention.summary import SomeRows, Summaries
+from ..attention.summary import SomeRows, Summaries, Summary
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
@@ -89,7 +89,7 @@ class KeysOverRanks:
     def require(self, needed: int | None) -> None:
         self.store.require(needed, self.past)
 
-    def begin(self, prefill: AttentionMethod, decode: AttentionMethod) -> None:
+    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
         """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         supply = SupplyOverRanks(self.q, self.k, self.v, store, call, self._fed)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..attention.attend import Reads
+from torch import Tensor, int64
+
+from ..attention.attend import OnDevice, Reads
 from ..attention.lookahead import Lookahead
 from ..attention.method import DECODE, PREFILL
 from ..parallel.mechanisms.call import Travel
@@ -31,15 +33,17 @@ class PhaseReport:
     implementations: by operation, the implementations that ran.
     fallbacks: by reason, the number of calls that read every visible key although the method is selective.
     measured: attention mass and seconds of a patch with measure_mass; None without it.
+    on_device: counts that only the device knows, summed there, by their shape and what they count; a snapshot
+    has them in pairs and kv_bytes.
     """
 
     method: str
     lookahead: Lookahead = field(default_factory=Lookahead)  # the one that the method declares
     calls: int = 0
     queries: int = 0
-    pairs: Any = 0  # while counting, a tensor on the device, so that no call waits for it
+    pairs: int = 0
     causal_pairs: int = 0
-    kv_bytes: Any = 0
+    kv_bytes: int = 0
     dense_bytes: int = 0
     selection_bytes: int = 0
     selecting_calls: int = 0
@@ -49,6 +53,7 @@ class PhaseReport:
     implementations: dict[str, list[str]] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
     measured: Measured | None = None
+    on_device: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def density(self) -> float | None:
@@ -60,14 +65,29 @@ class PhaseReport:
         self.calls += 1
         self.queries += queries
         self.selecting_calls += reads.selection_bytes > 0
-        for name in ("pairs", "causal_pairs", "kv_bytes", "dense_bytes", "selection_bytes"):
-            setattr(self, name, getattr(self, name) + getattr(reads, name))
+        self.pairs += reads.pairs
+        self.causal_pairs += reads.causal_pairs
+        self.kv_bytes += reads.kv_bytes
+        self.dense_bytes += reads.dense_bytes
+        self.selection_bytes += reads.selection_bytes
+        for counted in reads.on_device:
+            self._add_on_device(counted)
         for op, impl in ran:
             known = self.implementations.setdefault(op, [])
             if impl not in known:
                 known.append(impl)
         if reads.reason:
             self.fallbacks[reads.reason] += 1
+
+    def _add_on_device(self, counted: OnDevice) -> None:
+        """Add counts to the sum of those of the same shape: one launch, and nothing waits for the device."""
+        counts, each = counted.pairs
+        key = (counts.shape, counts.device, each, counted.row_nbytes, counted.loads_shared_by)
+        total = self.on_device.get(key)
+        if total is None:
+            self.on_device[key] = counts.to(int64, copy=True)
+        else:
+            total += counts
 
     def moved(self, travel: Travel) -> None:
         """Add the data that one call moved between ranks."""
@@ -77,10 +97,15 @@ class PhaseReport:
 
     def snapshot(self) -> PhaseReport:
         """A copy in plain numbers; later calls do not change it."""
+        pairs, kv_bytes = self.pairs, self.kv_bytes
+        for (_, _, each, row_nbytes, shared_by), counts in self.on_device.items():
+            known = int(counts.sum()) * each
+            pairs, kv_bytes = pairs + known, kv_bytes + known * row_nbytes // shared_by
         return replace(
             self,
-            pairs=int(self.pairs),
-            kv_bytes=int(self.kv_bytes),
+            pairs=pairs,
+            kv_bytes=kv_bytes,
+            on_device={},
             mechanisms=dict(self.mechanisms),
             implementations={op: list(impls) for op, impls in self.implementations.items()},
             fallbacks=self.fallbacks.copy(),
@@ -89,11 +114,11 @@ class PhaseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-compatible values, with the measured values at the same level."""
-        known = asdict(replace(self, measured=None)) | {
+        known = asdict(replace(self, measured=None, on_device={})) | {
             "lookahead": str(self.lookahead),
             "fallbacks": dict(self.fallbacks),
         }
-        del known["measured"]
+        del known["measured"], known["on_device"]
         measured = {} if self.measured is None else self.measured.to_dict()
         return {**known, "density": self.density, **measured}
 

@@ -76,6 +76,11 @@ def served(
     crossover: by phase, the number of keys from which a row is served by the method.
     groups: the rows whose state is stored together. No run and no entry of ``ended`` spans two groups.
     """
+    if starts is None and ends is None and len(groups) == 1:  # all rows are alike
+        phase = DECODE if short and past > 0 else PREFILL
+        every = slice(0, batch)
+        runs = [Run(every, phase, total < crossover.get(phase, 0))] if total > 0 else []
+        return Served(runs, [every] if runs and phase == PREFILL else [])
     holder = [place for place, group in enumerate(groups) for _ in group]
     kinds: list[tuple[str, bool, int] | None] = []
     ended: list[int | None] = []
@@ -114,8 +119,10 @@ def joined(done: list[Done], q: Tensor, value_dim: int) -> Partial:
     return whole
 
 
-def total_reads(done: Iterable[Done]) -> Reads:
+def total_reads(done: Sequence[Done]) -> Reads:
     """The sum of what all runs have read, with the first fallback reason among them."""
+    if len(done) == 1:
+        return done[0].reads
     total = Reads()
     for _, _, reads, *_ in done:
         total += reads

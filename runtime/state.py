@@ -44,6 +44,8 @@ class States:
 
     def groups(self, batch: int) -> list[range]:
         """The groups of the ``batch`` rows."""
+        if len(self._groups) == 1 and len(self._groups[0].rows) == batch:
+            return [self._groups[0].rows]
         if not any(state for group in self._groups for state in group.states.values()):
             self._groups = [_Group(range(batch))]
         return [group.rows for group in self._groups]
@@ -82,7 +84,7 @@ class States:
 
     def _apart(self, rows: range) -> _Group:
         """The group of exactly these rows; the group that contains them is split where needed."""
-        holder = self._holder(rows.start)
+        holder = self._groups[0] if len(self._groups) == 1 else self._holder(rows.start)
         assert holder is not None and rows.stop <= holder.rows.stop, "a run lies in one group"
         if holder.rows == rows:
             return holder

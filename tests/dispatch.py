@@ -4,7 +4,6 @@ on a simulated GPU."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info
 from .simulated import Counts, Device
 
-PROMPT, WARM, STEPS = 120, 3, 9  # tokens of the prompt; steps before any is counted; steps counted
+PROMPT, WARM, STEPS = 120, 2, 5  # tokens of the prompt; steps before any is counted; steps counted
 PADDED = [0, 33]
 
 
@@ -32,11 +31,11 @@ def tiny_methods() -> dict[str, AttentionMethod]:
     chosen = {}
     for name, cls in farspan.methods().items():
         settings = [cls(**setting) for setting in sparse_settings(cls)]
-        chosen[name] = next((m for m in settings if can_bind(m)), settings[0])
+        chosen[name] = next((m for m in settings if bindable(m)), settings[0])
     return chosen
 
 
-def can_bind(method: AttentionMethod) -> bool:
+def bindable(method: AttentionMethod) -> bool:
     """Whether ``bound`` can make weights for a method."""
     return method.trains or method.needs.weights.keys() <= {"channels"}
 
@@ -102,10 +101,9 @@ class OneLayer:
     def prefill(self) -> Counts:
         return self.call(0, PROMPT)
 
-    def steps(self) -> list[Counts]:
-        """The counts of each decode step, after a few that are not counted."""
-        counts = [self.call(at, at + 1) for at in range(PROMPT, PROMPT + WARM + STEPS)]
-        return counts[WARM:]
+    def steps(self, number: int = STEPS) -> list[Counts]:
+        """The counts of each of ``number`` decode steps, after a few that are not counted."""
+        return [self.call(at, at + 1) for at in range(PROMPT, PROMPT + WARM + number)][WARM:]
 
 
 def _move(module: nn.Module, device: Device) -> None:
@@ -118,10 +116,10 @@ def _move(module: nn.Module, device: Device) -> None:
 
 
 def count(
-    method: AttentionMethod, device: str, starts: list[int] | None = None
-) -> tuple[Counts, list[Counts], Any]:
-    """(prefill, decode steps, layer) of a method on "cpu" or on a simulated "cuda"."""
+    method: AttentionMethod, device: str, starts: list[int] | None = None, steps: int = STEPS
+) -> tuple[Counts, list[Counts]]:
+    """(prefill, decode steps) of a method on "cpu" or on a simulated "cuda"."""
     simulated = Device(device)
     with torch.no_grad(), simulated.running():
         layer = OneLayer(method, simulated, starts, torch.bfloat16 if simulated.simulated else torch.float32)
-        return layer.prefill(), layer.steps(), layer
+        return layer.prefill(), layer.steps(steps)

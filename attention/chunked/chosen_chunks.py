@@ -75,8 +75,7 @@ class ChosenChunks:
             for part in zip(*found, strict=True)
         )
         whole = torch.stack(full, 1)[:, None].expand(tokens.shape[:3])  # [B, Hkv, Tq]
-        every = whole.to(q.device) if bool(whole.any()) else None
-        return TokenIndex.ragged(tokens, counted, full=every)
+        return TokenIndex.ragged(tokens, counted, full=whole if bool(whole.any()) else None)
 
     def choose(self, q: Tensor, keys: Keys, length: int, due: Tensor) -> None:
         """Choose the sets of the rows in ``due`` [B] (bool, on the host, at least one) anew, by the queries

@@ -43,25 +43,32 @@ class LazyImpl:
 
     def __init__(self, package: str | None, name: str, module: str = "triton"):
         self._place, self._name = f"{package}.{module}", name
+        self._loaded: Any = None
+
+    @property
+    def _module(self) -> Any:
+        if self._loaded is None:
+            self._loaded = importlib.import_module(self._place)
+        return self._loaded
 
     def unsupported(self, *args: Any, **how: Any) -> list[str]:
         if self._place.endswith(".triton"):
-            if importlib.util.find_spec("triton") is None:
+            if self._loaded is None and importlib.util.find_spec("triton") is None:
                 return ["triton is not installed"]
             from . import launch
 
             if reasons := launch.cannot_launch(args[0].device):
                 return reasons
-        return importlib.import_module(self._place).unsupported(*args, **how)
+        return self._module.unsupported(*args, **how)
 
     def better_eager(self, *args: Any, **how: Any) -> bool:
         """Whether "auto" should leave these arguments to eager torch: the module's ``better_eager``, if
         any."""
-        asked = getattr(importlib.import_module(self._place), "better_eager", None)
+        asked = getattr(self._module, "better_eager", None)
         return asked is not None and asked(*args, **how)
 
     def __call__(self, *args: Any, **how: Any) -> Any:
-        return getattr(importlib.import_module(self._place), self._name)(*args, **how)
+        return getattr(self._module, self._name)(*args, **how)
 
 
 def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:

@@ -7,20 +7,34 @@ from torch import Tensor
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B, Hkv, T, D] at rows [B, Hkv, R] (positions, 0 <= r < T) -> [B, Hkv, R, D].
+    """x [B, Hkv, T, D] at rows [B, Hkv, R] (positions, 0 <= r < T) -> [B, Hkv, R, D]."""
+    return gather_each((x,), rows)[0]
 
-    One flat ``index_select`` straight from the storage that x is a view of (about six times faster than
-    ``torch.gather`` on the CPU), which a KV buffer with room to grow allows because its rows are evenly
-    spaced.
+
+def gather_each(tensors: tuple[Tensor, ...], rows: Tensor) -> list[Tensor]:
+    """``gather_rows`` of each of some tensors [B, Hkv, T, any].
+
+    One flat ``index_select`` straight from the storage that a tensor is a view of (about six times faster
+    than ``torch.gather`` on the CPU), which a KV buffer with room to grow allows because its rows are evenly
+    spaced. Tensors whose rows lie alike, as keys and values do, share the index.
     """
+    places: dict[tuple[int, int], Tensor] = {}
+    return [_gather(x, rows, places) for x in tensors]
+
+
+def _gather(x: Tensor, rows: Tensor, places: dict[tuple[int, int], Tensor]) -> Tensor:
+    """places: by the rows from one batch row, and from one head, to the next, where ``rows`` lie."""
     b, h, t, d = x.shape
     s0, s1, s2, s3 = x.stride()
     if s3 != 1 or s2 != d or s0 % d or s1 % d or x.requires_grad:
         index = rows.long()[..., None].expand(-1, -1, -1, d)
         return x.gather(2, index)
-    offset = (torch.arange(b, device=x.device) * (s0 // d))[:, None] + torch.arange(h, device=x.device) * (
-        s1 // d
-    )
-    span = (b - 1) * (s0 // d) + (h - 1) * (s1 // d) + t
-    flat = x.as_strided((span, d), (d, 1))
-    return flat.index_select(0, (rows.long() + offset[..., None]).reshape(-1)).view(b, h, rows.shape[2], d)
+    by_row, by_head = s0 // d, s1 // d
+    place = places.get((by_row, by_head))
+    if place is None:
+        head = torch.arange(b * h, device=x.device).view(b, h, 1)  # its number in the batch
+        even = b == 1 or by_row == h * by_head
+        begin = head * by_head if even else head // h * by_row + head % h * by_head
+        place = places[by_row, by_head] = (rows.long() + begin).view(-1)
+    span = (b - 1) * by_row + (h - 1) * by_head + t
+    return x.as_strided((span, d), (d, 1)).index_select(0, place).view(b, h, rows.shape[2], d)

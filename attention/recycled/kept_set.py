@@ -7,6 +7,8 @@ set's rows side by side, where no peers hold keys.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
@@ -17,25 +19,26 @@ from ..keys import Keys
 from ..ops.scores import scores
 
 
-def enter(keys: Keys, position: int, size: int) -> None:
+def enter(keys: Keys, position: int, size: int, ages: list[list[int]]) -> None:
     """Put the new key at ``position`` into every set of ``size`` keys, in place of the lowest-ranked key that
-    is left; once all are replaced, in place of the oldest newcomer."""
+    is left; once all are replaced, in place of the oldest newcomer. ages: the numbers of ``clock``."""
     state = keys.state
-    slots = size - 1 - (state["clock"].clamp(min=1) - 1) % size
+    slots = [[size - 1 - (max(age, 1) - 1) % size for age in row] for row in ages]
     sources = {}
     if keys.peers is None:
         new = keys.kv[:, :, position : position + 1]
         sources = {"k": new.k, "v": new.v}
-    same = int(slots.view(-1)[0])
-    if bool((slots == same).all()):
-        state["tokens"][:, :, same] = position
+    runs = _alike(slots)
+    for rows, slot in runs or ():
+        state["tokens"][rows, :, slot] = position
         for name, source in sources.items():
-            state[name][:, :, same] = source[:, :, 0]
+            state[name][rows, :, slot] = source[rows, :, 0]
+    if runs is not None:
         return
-    slots = slots.to(keys.kv.device)[..., None]  # [B, Hkv, 1]
-    state["tokens"].scatter_(2, slots, position)
+    places = torch.tensor(slots, device=keys.kv.device)[..., None]  # [B, Hkv, 1]
+    state["tokens"].scatter_(2, places, position)
     for name, source in sources.items():
-        state[name].scatter_(2, slots[..., None].expand_as(source), source)
+        state[name].scatter_(2, places[..., None].expand_as(source), source)
 
 
 def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool: int) -> Tensor:
@@ -74,8 +77,26 @@ def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tens
     if bool(which.all()) or not keys.state:
         keys.state.update(fresh)
         return
+    runs = _alike(which.tolist())
     for name, new in fresh.items():
         old = keys.state[name]
+        if runs is not None:
+            for some, replaced in runs:
+                if replaced:
+                    old[some] = new[some]
+            continue
         chosen = which if name != "q" else which.repeat_interleave(old.shape[1] // which.shape[1], 1)
         chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
         keys.state[name] = torch.where(chosen, new, old)
+
+
+def _alike(rows: list[list[int]]) -> list[tuple[slice, int]] | None:
+    """Neighbouring rows of values [B, Hkv] that have one value, each with it; None where the heads of some
+    row differ. Rows are chosen by slices, because an index tensor would be copied to the device."""
+    if any(value != row[0] for row in rows for value in row):
+        return None
+    found, at = [], 0
+    for value, same in groupby(row[0] for row in rows):
+        begin, at = at, at + len(list(same))
+        found.append((slice(begin, at), value))
+    return found

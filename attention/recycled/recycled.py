@@ -82,52 +82,52 @@ class Recycled(AttentionMethod):
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         keys.state.clear()
         if keys.longest() > self.k:
-            self._refresh(
-                q[:, :, -1:],
-                keys,
-                keys.length,
-                torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool),
-            )
+            self._refresh(q[:, :, -1:], keys, keys.length, torch.ones(keys.kv.shape[:2], dtype=torch.bool))
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         if keys.longest() <= self.k:
             keys.state.clear()
             return None
-        tokens, full = [], []
+        tokens, full, shape = [], [], keys.kv.shape[:2]
         for t in range(keys.tq):
             full.append(self._step(q[:, :, t : t + 1], keys, keys.past + t + 1))
             chosen = keys.state.get("tokens")
             if chosen is None:  # no row is longer than the set yet
-                chosen = torch.zeros(*full[-1].shape, self.k, dtype=torch.long, device=q.device)
-            tokens.append(chosen.clone() if keys.tq > 1 else chosen)
-        whole = torch.stack(full, 2)  # [B, Hkv, Tq]
+                chosen = torch.zeros(*shape, self.k, dtype=torch.long, device=q.device)
+            tokens.append(chosen[:, :, None].clone() if keys.tq > 1 else chosen[:, :, None])
+        some = next((x for x in full if x is not None), None)
+        whole = [torch.zeros_like(some) if x is None else x for x in full] if some is not None else []
         return TokenIndex(
-            tokens=torch.stack(tokens, 2),
-            full=whole.to(q.device) if bool(whole.any()) else None,
+            tokens=torch.cat(tokens, 2) if keys.tq > 1 else tokens[0],
+            full=torch.stack(whole, 2) if whole else None,
             gathered=KV(keys.state["k"], keys.state["v"]) if keys.tq == 1 and keys.peers is None else None,
         )
 
-    def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor:
-        """Advance every row by one token, the ``length``-th. -> [B, Hkv] bool: which KV heads of which rows
-        read everything."""
-        everything = torch.ones(q.shape[0], keys.kv.num_kv_heads, dtype=torch.bool)
-        if length - min(keys.starts or [0]) <= self.k:
+    def _step(self, q: Tensor, keys: Keys, length: int) -> Tensor | None:
+        """Advance every row by one token, the ``length``-th. -> [B, Hkv] bool, on the host: which KV heads of
+        which rows read everything; None: none do."""
+        clock = keys.state.get("clock")  # [B, Hkv] steps since the last full one, on the host; -1: no set yet
+        longest = length - min(keys.starts or [0])
+        if longest <= self.k or clock is None:
+            full = torch.ones(keys.kv.shape[:2], dtype=torch.bool)
             keys.state.clear()
-            return everything
-        if "clock" not in keys.state:
-            self._refresh(q, keys, length, everything)
-            return everything
-        clock = keys.state["clock"]  # [B, Hkv] steps since the last full one, on the host; -1: no set yet
+            if longest > self.k:
+                self._refresh(q, keys, length, full)
+            return full
         clock += 1
+        ages = clock.tolist()
+        # A short row of a padded batch has nothing to leave out yet.
+        short = [b for b, first in enumerate(keys.starts or ()) if length - first <= self.k]
+        if not self.dynamic and not short and all(0 < age < self.stride for row in ages for age in row):
+            enter(keys, length - 1, self.k, ages)
+            return None
         full = self._due(q, keys, clock)
-        for b, first in enumerate(keys.starts or ()):
-            # A short row of a padded batch has nothing to leave out yet.
-            if length - first <= self.k:
-                full[b] = True
+        full[short] = True
         if not bool(full.all()):
-            enter(keys, length - 1, self.k)
-        if bool(full.any()):
-            self._refresh(q, keys, length, full)
+            enter(keys, length - 1, self.k, ages)
+        if not bool(full.any()):
+            return None
+        self._refresh(q, keys, length, full)
         return full
 
     def _due(self, q: Tensor, keys: Keys, clock: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ from torch import Tensor
 from ..keys import Keys
 from ..partial import Partial
 
-Pairs = int | Tensor  # a 0-dimensional tensor where only the device knows the number
+
+class Tally(NamedTuple):
+    """A number of pairs that only the device knows: the sum of ``counts``, which is not large, times
+    ``each``."""
+
+    counts: Tensor
+    each: int
+
+
+Pairs = int | Tally
 
 
 class Selection(ABC):
@@ -103,6 +112,7 @@ def refusal(phase: str, answer: object) -> TypeError:
     )
 
 
-def total(counts: Tensor) -> Pairs:
-    """The sum of ``counts``. Off the CPU it stays a tensor, because reading it would wait for the device."""
-    return int(counts.sum()) if counts.device.type == "cpu" else counts.sum(dtype=torch.long)
+def total(counts: Tensor, each: int) -> Pairs:
+    """The sum of ``counts`` times ``each``. Off the CPU the counts are not read, because that would wait for
+    the device."""
+    return int(counts.sum()) * each if counts.device.type == "cpu" else Tally(counts, each)

@@ -72,7 +72,7 @@ class Biased(Selection):
         places = torch.arange(rows.shape[2], device=q.device).view(index.tokens.shape[2:])
         here = replace(index, tokens=places.expand_as(index.tokens))
         part = gather_decode(_with_constant(q, keys.softmax), kv, here, keys.softmax, check=False, impl=impl)
-        return _narrowed(part, keys.kv), total(index.number()) * (q.shape[1] // index.tokens.shape[1])
+        return _narrowed(part, keys.kv), total(index.number(), q.shape[1] // index.tokens.shape[1])
 
     def needed(
         self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device

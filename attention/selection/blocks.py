@@ -32,7 +32,7 @@ class BlockIndex(BlockLists, Selection):
 
     def head_pairs(self, q: Tensor, keys: Keys, rows: range) -> Pairs:
         """The (query head, key) pairs that the queries ``rows`` of a call of q [B, H, Tq, D] read."""
-        return total(self.pairs(q.shape[2], keys.length, rows)) * (q.shape[1] // self.blocks.shape[1])
+        return total(self.pairs(q.shape[2], keys.length, rows), q.shape[1] // self.blocks.shape[1])
 
     def needed(
         self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device

@@ -48,6 +48,9 @@ class EveryKey(Selection):
         return causal_mask(tq, tk, start, batch, None if rows is None else rows.device, rows)
 
 
+_EVERY = EveryKey()
+
+
 def every_pair(q: Tensor, keys: Keys, rows: range) -> int:
     """The causal (query head, key) pairs of the queries ``rows`` of the call, summed over the batch."""
     b, h = q.shape[:2]
@@ -60,7 +63,7 @@ def as_selection(answer: Index, phase: str) -> Selection:
     Raises TypeError for an answer that cannot run in ``phase``.
     """
     if answer is None:
-        return EveryKey()
+        return _EVERY
     if not isinstance(answer, Selection) or not answer.serves(phase):
         raise refusal(phase, answer)
     return answer

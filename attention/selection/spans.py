@@ -66,9 +66,7 @@ class Spans(Selection):
         common = block_sparse(q, keys.kv, index, keys.softmax, check=False, impl=impl)
         changing = Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
         part = merge(common, changing)
-        return Partial(part.out.to(q.dtype), part.lse), self._pairs(keys, rows) * (
-            q.shape[1] // until.shape[1]
-        )
+        return Partial(part.out.to(q.dtype), part.lse), self._pairs(keys, rows, q.shape[1] // until.shape[1])
 
     def _changing(
         self, q: Tensor, kv: KV, first: Tensor, tokens: Tensor, counts: Tensor, softmax: Softmax
@@ -94,10 +92,10 @@ class Spans(Selection):
         )
         return Partial(out, lse[..., 0])
 
-    def _pairs(self, keys: Keys, rows: range) -> Pairs:
+    def _pairs(self, keys: Keys, rows: range, group: int) -> Pairs:
         place = keys.places()
         end = self.until.clamp(max=keys.past + rows.stop)
-        return total((end - place.clamp(min=keys.past + rows.start)).clamp(min=0))
+        return total((end - place.clamp(min=keys.past + rows.start)).clamp(min=0).sum(), group)
 
     def needed(
         self, chunk: tuple[int, int], starts: list[int], kv_heads: int, device: torch.device

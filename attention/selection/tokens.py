@@ -49,20 +49,23 @@ class TokenIndex(TokenLists, Selection):
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
         if self.full is None or not bool(self.full.any()):
             part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
-            used = self.tokens.numel() if self.counts is None else total(self.counts)
-            return part, used * (q.shape[1] // self.tokens.shape[1])
+            group = q.shape[1] // self.tokens.shape[1]
+            return part, self.tokens.numel() * group if self.counts is None else total(self.counts, group)
         if bool(self.full.all()):
             return EveryKey().run_decode(q, keys, impl)
         return self._run_mixed(q, keys, self.full, impl)
 
-    def _run_mixed(self, q: Tensor, keys: Keys, full: Tensor, impl: str) -> tuple[Partial, int]:
+    def _run_mixed(self, q: Tensor, keys: Keys, full: Tensor, impl: str) -> tuple[Partial, Pairs]:
         """Rows of one call in different phases of a method: the rows that read every visible key are taken
         one at a time, in place."""
         h, hs = q.shape[1], self.tokens.shape[1]
         group, hkv = h // hs, keys.kv.num_kv_heads
         part = gather_decode(q, keys.kv, self, keys.softmax, check=False, impl=impl)
         out, lse = part.out.clone(), part.lse.clone()
-        pairs = int(torch.where(full, 0, self.number()).sum()) * group
+        if self.counts is None and full.device.type == "cpu":  # the host knows all of it
+            read = torch.where(full, count_visible(keys)[:, None], self.tokens.shape[3])
+        else:
+            read = torch.where(full.to(q.device), keys.seen(), self.number())
         for b, s, t in full.nonzero().tolist():
             heads, kv = slice(s * group, (s + 1) * group), s * hkv // hs
             first, end = (keys.starts[b] if keys.starts else 0), keys.past + t + 1
@@ -70,21 +73,21 @@ class TokenIndex(TokenLists, Selection):
             one = decode(q[b : b + 1, heads, t : t + 1], keys.kv[cut], keys.softmax, impl=impl)
             out[b : b + 1, heads, t : t + 1] = one.out.to(out.dtype)
             lse[b : b + 1, heads, t : t + 1] = one.lse
-            pairs += (end - first) * group
-        return Partial(out, lse), pairs
+        return Partial(out, lse), total(read, group)
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         here = self.localised(keys.places())
         group = q.shape[1] // self.tokens.shape[1]
         part = gather_decode(q, keys.kv, here, keys.softmax, check=False)
         if self.full is None:
-            return part, total(here.number()) * group
-        full = self.full.repeat_interleave(group, 1)  # [B, H, Tq]
+            return part, total(here.number(), group)
+        rows = self.full.to(q.device)
+        full = rows.repeat_interleave(group, 1)  # [B, H, Tq]
         whole = attend_recent(q, keys, None)
         lse = torch.where(full, whole.lse, part.lse)
         out = torch.where(full[..., None], whole.out.to(q.dtype), part.out.to(q.dtype))
         seen = count_visible(keys).to(q.device)[:, None]  # [B, 1, Tq]
-        return Partial(out, lse), total(torch.where(self.full, seen, here.number())) * group
+        return Partial(out, lse), total(torch.where(rows, seen, here.number()), group)
 
     def localised(self, places: Tensor) -> TokenIndex:
         """Those of the selected tokens that are among ``places`` [N] (ascending positions), as an index of

@@ -14,8 +14,11 @@ def banded_tokens(index: Bands, keys: Keys) -> TokenIndex:
     device, length = keys.kv.device, keys.longest()
     ends = [length if band.far is None else min(band.far, length) for band in index.bands]
     near = torch.cat(
-        [torch.arange(n, max(n, end), s) for (s, n, _), end in zip(index.bands, ends, strict=True)]
-    ).to(device)
+        [
+            torch.arange(n, max(n, end), s, device=device)
+            for (s, n, _), end in zip(index.bands, ends, strict=True)
+        ]
+    )
     first = torch.zeros(1, dtype=torch.long, device=device) if keys.start is None else keys.start
     rows = torch.arange(keys.past, keys.length, device=device)[:, None]
     sinks = (first[:, None] + torch.arange(index.sinks, device=device))[:, None]  # [B or 1, 1, sinks]

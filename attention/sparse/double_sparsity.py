@@ -90,9 +90,10 @@ class DoubleSparsity(AttentionMethod):
         assert self.labels is not None, "for_layer was not called"
         labels = keys.summary(self.labels)  # [B, Hkv, N, r], N of the Tk keys held here
         b, h, tq, _ = q.shape
-        channels = self.labels.on(q.device).repeat_interleave(h // keys.kv.num_kv_heads, 0)
+        channels = self.labels.on(q.device, h // keys.kv.num_kv_heads)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
         logits = scores(q_labels, labels, keys.softmax)
         ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
-        tokens, counts = select_topk(ranked, size, max_budget(self.k, self.fraction, keys), keys.peers)
+        most = max_budget(self.k, self.fraction, keys)
+        tokens, counts = select_topk(ranked, size, most, keys.peers, every=most <= keys.fewest())
         return TokenIndex(tokens=tokens, counts=counts)

@@ -121,7 +121,8 @@ class DynamicMask(AttentionMethod):
         visible = keys.visible()
         if visible is not None:
             ranked = ranked.masked_fill(~visible[:, None], -torch.inf)
-        tokens, counts = select_topk(ranked, self.w, self.w, keys.peers)  # [B, Hkv, Tq, w]
+        every = self.w <= keys.fewest()
+        tokens, counts = select_topk(ranked, self.w, self.w, keys.peers, every=every)  # [B, Hkv, Tq, w]
         return self._answer(TokenIndex(tokens=tokens, counts=counts), bias, keys)
 
     def _answer(self, read: Selection, bias: Tensor, keys: Keys) -> Selection:

@@ -85,7 +85,7 @@ class H2O(AttentionMethod):
                 rows = accumulate(row, keys, tokens, count)
             lists.append(tokens)
             used.append(count)
-        all_read = torch.tensor(full, device=q.device).expand(*lists[0].shape[:2], -1) if any(full) else None
+        all_read = torch.tensor(full).expand(*lists[0].shape[:2], -1) if any(full) else None  # on the host
         if all(count is None for count in used):
             one = keys.tq == 1 and keys.peers is None and not full[0]
             gathered = KV(rows, keys.kv.gather(lists[0]).v) if one else None
@@ -144,4 +144,5 @@ class H2O(AttentionMethod):
         for b, count in enumerate(counts):
             if count < self.k:  # nothing has been evicted yet
                 tokens[b] = length - count + torch.arange(self.k, device=device) % count
-        return tokens, torch.tensor(counts, device=device)
+        seen = tokens.new_full((len(counts),), length) if keys.start is None else length - keys.start
+        return tokens, seen.clamp(max=self.k)

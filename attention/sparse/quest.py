@@ -15,7 +15,7 @@ from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod
 from ..ops.scores import scores
-from ..pages import page_tokens
+from ..pages import last_page_tokens, page_tokens
 from ..selection import Index
 from ..summary import BlockPool, Summary
 
@@ -63,8 +63,8 @@ class Quest(AttentionMethod):
         if isinstance(size, int) and (size % self.page == 0 or (keys.tq == 1 and keys.start is None)):
             return max(1, size // self.page)
         seen = keys.seen()
-        size = torch.as_tensor(size, device=seen.device)
-        return torch.where(size >= seen, -(-seen // self.page), (size // self.page).clamp(min=1))
+        whole = max(1, size // self.page) if isinstance(size, int) else (size // self.page).clamp(min=1)
+        return torch.where(seen <= size, -(-seen // self.page), whole)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         size = budget(self.k, self.fraction, keys)
@@ -75,6 +75,13 @@ class Quest(AttentionMethod):
         # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
         signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
         logits = scores(signed, bounds, keys.softmax)
+        max_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
+        if keys.tq == 1 and keys.start is None:  # the query's own page is the last one
+            logits[..., -1] = -torch.inf
+            ranked = group_scores(logits, None, self.gqa_reduce)
+            ranked[..., -1] = torch.inf
+            chosen, _ = select_topk(ranked, pages, max_pages, every=True)
+            return last_page_tokens(chosen, self.page, keys.length)
         first = 0 if keys.start is None else keys.start[:, None, None, None]
         rows = torch.arange(keys.past, keys.length, device=q.device)[:, None]
         own = (rows[None, None] - first) // self.page  # [B or 1, 1, Tq, 1]
@@ -82,6 +89,5 @@ class Quest(AttentionMethod):
         earlier = torch.arange(logits.shape[-1], device=q.device) < own
         ranked = group_scores(logits, earlier[:, 0], self.gqa_reduce)
         own = own.expand(*ranked.shape[:3], 1)
-        max_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
         chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
         return page_tokens(chosen, counts, self.page, first, rows)

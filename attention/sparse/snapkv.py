@@ -77,7 +77,7 @@ class SnapKV(AttentionMethod):
         full = None
         if "tokens" not in state:  # after a crop
             self._choose(q[:, :, :1], keys, keys.past + 1)
-            full = torch.zeros(q.shape[0], keys.kv.num_kv_heads, keys.tq, dtype=torch.bool, device=device)
+            full = torch.zeros(q.shape[0], keys.kv.num_kv_heads, keys.tq, dtype=torch.bool)  # on the host
             full[:, :, 0] = True
         tokens, end = state["tokens"], int(state["end"][0])
         if end - min(keys.starts or [0]) <= self.k:
@@ -90,9 +90,10 @@ class SnapKV(AttentionMethod):
             if end - first <= self.k:  # a prompt that stays whole
                 tokens = tokens.clone()
                 tokens[b] = (first + torch.arange(tokens.shape[3], device=device)).clamp(max=keys.length - 1)
-        kept = torch.tensor([min(self.k, end - first) for first in keys.starts or [0]])
-        counts = kept[:, None] + torch.arange(keys.past + 1 - end, keys.length + 1 - end)  # [B, Tq]
-        counts = counts.clamp(min=0).to(device)[:, None].expand(tokens.shape[:3])
+        since = torch.arange(keys.past + 1 - end, keys.length + 1 - end, device=device)  # of each query
+        kept = since.new_full((1,), end) if keys.start is None else end - keys.start
+        counts = (kept.clamp(max=self.k)[:, None] + since).clamp(min=0)  # [B or 1, Tq]
+        counts = counts[:, None].expand(tokens.shape[:3])
         return TokenIndex.ragged(tokens, counts, full=full)
 
     def _choose(self, q: Tensor, keys: Keys, length: int) -> None:

@@ -183,6 +183,8 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
             "DynamicCache(config=...)."
         )
     _check_lengths(cache)
+    if shard is None and replicated in (None, KVStoreLayer) and {KVStoreLayer} == {*map(type, cache.layers)}:
+        return  # all of it is farspan's
     ours = isinstance(replicated, partial) and replicated.func is ShardStoreLayer
     if replicated not in (None, DynamicLayer, KVStoreLayer) and not ours:
         raise _wrong_cache(cache, replicated)
@@ -225,8 +227,7 @@ def stored_bytes(cache: Cache) -> int:
 def _check_lengths(cache: Cache) -> None:
     """Raise FarspanError where some layers of a cache hold more positions than others. transformers crops
     layer by layer, so a crop that a layer refuses has already shortened the layers before it."""
-    stores = [layer.store for layer in cache.layers if isinstance(layer, KVStoreLayer)]
-    lengths = sorted({store.total for store in stores} - {0})
+    lengths = sorted({x.store.total for x in cache.layers if isinstance(x, KVStoreLayer)} - {0})
     if len(lengths) > 1:
         raise FarspanError(
             f"The layers of this cache hold {lengths[0]} to {lengths[-1]} tokens, because a crop or a call "

@@ -28,7 +28,8 @@ def watch_logits(model: nn.Module, decoder: nn.Module, session: Session) -> list
 
 def _watch(owner: nn.Module, signature: inspect.Signature, session: Session) -> list[Callable[[], None]]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count = signature.bind_partial(*args, **kwargs).arguments.get("logits_to_keep", 0)
+        given = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        count = given.get("logits_to_keep", 0)
         session.logits_to_keep = count if isinstance(count, int) and count > 0 else None
         session.scoring = session.logits_to_keep != 1
 

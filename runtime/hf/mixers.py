@@ -16,7 +16,7 @@ from ...attention.errors import FarspanError, Unsupported
 from ...attention.hybrid.mixer import Mixer, Rotary, State
 from ...attention.hybrid.projections import Projected
 from ...parallel.mechanisms.state_passing import pass_state
-from ..cache import lasting
+from ..cache import runs_lasting
 from ..layer import Session
 from ..layer_over_ranks import carried
 from ..mixers import Mixed
@@ -152,7 +152,7 @@ def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> list[Call
     return undo
 
 
-@lasting()
+@runs_lasting
 def _forward(
     read: Callable[..., dict[str, Any]],
     index: int,

@@ -25,7 +25,8 @@ def _top_k(scores: Tensor, k: int) -> Tensor:
     values, chosen = torch.topk(scores, k, dim=-1)  # the library leaves open which of equal scores it takes
     cut = values[..., -1:]
     # On the CPU asking whether there are ties is cheap, and mending them is not. On CUDA asking is a wait.
-    if scores.device.type == "cpu" and not bool(((scores >= cut).sum(-1) > k).any()):
+    on_cpu = scores.device.type == "cpu"
+    if on_cpu and (not scores.numel() or int((scores >= cut).sum(-1).max()) <= k):
         return chosen.sort(-1).values
     above = scores > cut
     level = scores == cut
