@@ -15,8 +15,13 @@ from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
+from ..ops.append import Labels
+from ..ops.estimate_topk import estimate_topk
 from ..ops.scores import scores
+from ..partial import Partial
 from ..selection import Index, TokenIndex
+from ..softmax import Softmax
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
 from ..summary import Channels, Summary
 
 LABELS = 32  # channels of a key, where no group_factor is given
@@ -96,3 +101,40 @@ class DoubleSparsity(AttentionMethod):
         ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
         tokens, counts = select_topk(ranked, size, max_budget(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)
+
+    @property
+    def has_static_step(self) -> bool:
+        return self.k is not None
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        assert self.k is not None and self.labels is not None
+        if self.k >= max(keys.seen()):
+            return EveryKeyStep()
+        return LabelsStep(k=self.k, labels=self.labels, reduce=self.gqa_reduce)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsStep(StaticStep):
+    """The step of ``double_sparsity`` where it leaves keys out."""
+
+    name: ClassVar[str] = "labels"
+
+    k: int
+    labels: Channels
+    reduce: str
+
+    @property
+    def summary(self) -> Summary:
+        return self.labels
+
+    def lists(self, num_heads: int, num_kv_heads: int) -> int:
+        return num_heads if self.reduce == "none" else num_kv_heads
+
+    def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
+        entries, channels = keys.entries(self.labels), self.labels.on(q.device)
+        store(keys, labels=Labels(entries, channels))
+        how = {"channels": channels, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
+        return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
+
+    def read(self, seen: int) -> int:
+        return min(seen, self.k)

@@ -14,9 +14,14 @@ from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod
+from ..ops.append import Pages
+from ..ops.estimate_topk import estimate_topk
 from ..ops.scores import scores
 from ..pages import page_tokens
+from ..partial import Partial
 from ..selection import Index
+from ..softmax import Softmax
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
 from ..summary import BlockPool, Summary
 
 
@@ -85,3 +90,42 @@ class Quest(AttentionMethod):
         max_pages = -(-max_budget(self.k, self.fraction, keys) // self.page)
         chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
         return page_tokens(chosen, counts, self.page, first, rows)
+
+    @property
+    def has_static_step(self) -> bool:
+        return self.k is not None
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        assert self.k is not None
+        if self.k >= max(keys.seen()):
+            return EveryKeyStep()
+        return PagesStep(k=self.k, pages=BlockPool(self.page, ("max", "min")), reduce=self.gqa_reduce)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesStep(StaticStep):
+    """The step of ``quest`` where it leaves keys out."""
+
+    name: ClassVar[str] = "pages"
+
+    k: int
+    pages: BlockPool
+    reduce: str
+
+    @property
+    def summary(self) -> Summary:
+        return self.pages
+
+    def lists(self, num_heads: int, num_kv_heads: int) -> int:
+        return num_heads if self.reduce == "none" else num_kv_heads
+
+    def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
+        entries, page = keys.entries(self.pages), self.pages.block
+        store(keys, pages=Pages(entries, page))
+        how = {"page": page, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
+        return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
+
+    def read(self, seen: int) -> int:
+        own, page = (seen - 1) // self.pages.block, self.pages.block
+        earlier = own if self.k >= seen else min(max(1, self.k // page) - 1, own)
+        return earlier * page + seen - own * page

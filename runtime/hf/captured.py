@@ -1,0 +1,207 @@
+"""Decode steps on stores of fixed size, captured in CUDA graphs.
+
+The decoder's call of one token is captured, not the whole model: ``generate`` stays as it is. transformers'
+own way, its StaticCache with torch.compile, does not serve, because its layers attend to all positions of the
+cache behind a mask and its graphs break at an attention function with phases, states and kernels of its own.
+
+A graph reads its inputs from fixed memory, so the arguments of a call are copied into those of the captured
+one. The first call of a kind runs as it is, which compiles and tunes the kernels, the second is captured, and
+all further ones are replayed. A kind is what the launches depend on: the steps of the layers, the addresses
+of all buffers, and the shapes of the arguments. Where a call needs other buffers (a new cache, another batch
+size), graphs of the old ones are dropped. On other devices every call runs as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.errors import Unsupported
+from ..session import Session
+from ..static_call import StaticCall
+from .cache import StaticStoreLayer
+from .hooks import replace_forward
+from .models import SLIDING, STATELESS, ModelInfo
+from .releases import given_cache
+
+
+class Graph(NamedTuple):
+    """A captured call. replay: run it again. output: what the call has returned; ``replay`` writes its
+    tensors anew. release: free its memory."""
+
+    replay: Callable[[], None]
+    output: Any
+    release: Callable[[], None]
+
+
+def capture_on_cuda(run: Callable[[], Any]) -> Graph:
+    """Capture what ``run`` launches; nothing of it is executed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = run()
+    return Graph(graph.replay, output, graph.reset)
+
+
+CAPTURE: dict[str, Callable[[Callable[[], Any]], Graph]] = {"cuda": capture_on_cuda}
+"""By type of device, how a call is captured."""
+
+
+class Captured:
+    """The graphs of one decoder, in one thread: those of the present buffers."""
+
+    def __init__(self) -> None:
+        self._pointers: tuple[int, ...] = ()
+        self._graphs: dict[Any, _Held | None] = {}  # None: the call has run once, as it is
+        self.refused = ""  # why calls cannot be captured
+
+    def call(self, step: StaticCall, capture: Callable[..., Graph], run: Callable[..., Any], call: Any) -> Any:
+        """The output of ``run(**call)``, by a replay where the same kind of call was captured."""
+        pointers = step.pointers()
+        if pointers != self._pointers:
+            self.release()
+            self._pointers = pointers
+        kind = step.names, _kind(call)
+        held = self._graphs.get(kind)
+        if held is None and kind not in self._graphs:
+            self._graphs[kind] = None
+            return run(**call)
+        if held is None:
+            held = self._graphs[kind] = _Held(capture, run, call)
+        return held.replay(call)
+
+    def release(self) -> None:
+        """Drop all graphs, and free their memory."""
+        for held in self._graphs.values():
+            if held is not None:
+                held.graph.release()
+        self._graphs, self._pointers = {}, ()
+
+
+class _Held:
+    """A captured call with the memory of its arguments."""
+
+    def __init__(self, capture: Callable[..., Graph], run: Callable[..., Any], call: dict[str, Any]) -> None:
+        with torch.inference_mode(False):
+            self._inputs = {name: x.clone() for name, x in call.items() if isinstance(x, Tensor)}
+        self._cache = given_cache(call)
+        self.graph = capture(lambda: run(**call | self._inputs))
+
+    def replay(self, call: dict[str, Any]) -> Any:
+        for name, x in self._inputs.items():
+            x.copy_(call[name])
+        self.graph.replay()
+        return self._own(self.graph.output, given_cache(call))
+
+    def _own(self, output: Any, cache: Any) -> Any:
+        """A copy of the output, which later replays leave alone, with the cache of the present call."""
+        if isinstance(output, Tensor):
+            return output.clone()
+        if isinstance(output, dict):
+            return type(output)(**{name: self._own(x, cache) for name, x in output.items()})
+        if isinstance(output, list | tuple):
+            return type(output)(self._own(x, cache) for x in output)
+        return cache if output is self._cache else output
+
+
+def check_static(info: ModelInfo, foreign_keys: bool) -> None:
+    """Raise Unsupported for a model whose decode step is not the same for every token. foreign_keys: whether
+    its attention is called with other keys than those of the cache."""
+    reasons = [
+        f"layers of type {kind!r} keep something that a cache of fixed size does not hold"
+        for kind in sorted(set(info.kinds) - (set(STATELESS) - {SLIDING}))
+    ]
+    if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
+        reasons.append("its decoder takes no position_ids, so the position of a token comes from the host")
+    types = [module.rope_type for module in info.decoder.modules() if hasattr(module, "rope_type")]
+    named = {name for x in types for name in (x.values() if isinstance(x, dict) else [x])}
+    reasons += [
+        f"its RoPE of type {name!r} is computed on the host from the length of the call"
+        for name in sorted(named & {"dynamic", "longrope"})
+    ]
+    if foreign_keys:
+        reasons.append("its attention is called with keys that are not those of the cache")
+    if reasons:
+        raise Unsupported(f"farspan cannot give {type(info.model).__name__} a cache by static=", reasons)
+
+
+def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
+    """Make the decoder run the steps that the session begins, captured where its device can. Returns the undo
+    step, which frees the graphs."""
+
+    of_thread = threading.local()
+
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        step = session.step
+        if step is None:
+            output = original(*args, **kwargs)
+            _note_padding(given_cache(kwargs), session.ends is not None)
+            return output
+        graphs = vars(of_thread).setdefault("graphs", Captured())
+        with step:
+            capture = _capture(decoder, step, kwargs)
+            if capture is None or graphs.refused:
+                return original(**kwargs)
+            try:
+                return graphs.call(step, capture, original, kwargs)
+            except RuntimeError as error:  # of an operation that cannot be captured
+                graphs.release()
+                graphs.refused = str(error).splitlines()[0]
+            session.notice(
+                f"decode steps are not captured: {graphs.refused}",
+                f"The decode step of this model cannot be captured in a CUDA graph ({graphs.refused}), so "
+                "every token waits for the host: the results are the same, and slower.",
+            )
+            return original(**kwargs)
+
+    undo = replace_forward(decoder, forward)
+
+    def remove() -> None:
+        undo()
+        vars(of_thread).setdefault("graphs", Captured()).release()
+
+    return remove
+
+
+def _note_padding(cache: Any, padded_right: bool) -> None:
+    """Note in a cache whether its last call had padding on the right, so that no step can follow."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, StaticStoreLayer):
+            layer.store.clock.padded_right = padded_right
+            return  # the layers of a cache share their clock
+
+
+def arguments_of_step(call: dict[str, Any], past: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of a step: without the mask, which it does not read, and with the position of its token,
+    which the model would take from the length on the host."""
+    call = {name: x for name, x in call.items() if name != "attention_mask"}
+    if call.get("position_ids") is None:
+        call["position_ids"] = torch.full((1, 1), past, device=device)
+    return call
+
+
+def _capture(decoder: nn.Module, step: StaticCall, call: dict[str, Any]) -> Callable[..., Graph] | None:
+    """How a call is captured; None where it is not: on a device without graphs, on several devices, in
+    training and under autocast, and with arguments of other types."""
+    devices = {x.device for store in step.stores for x in store.buffers}
+    devices |= {x.device for x in call.values() if isinstance(x, Tensor)}
+    if len(devices) > 1 or decoder.training or torch.is_autocast_enabled(next(iter(devices)).type):
+        return None
+    plain = (Tensor, bool, int, float, str, type(None))
+    cache = given_cache(call)
+    if any(x is not cache and not isinstance(x, plain) for x in call.values()):
+        return None
+    return CAPTURE.get(next(iter(devices)).type)
+
+
+def _kind(call: dict[str, Any]) -> Any:
+    """What the launches of a call depend on besides the buffers of its cache."""
+    cache = given_cache(call)
+    return tuple(
+        (name, (x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else None if x is cache else x)
+        for name, x in sorted(call.items())
+    )
