@@ -7,7 +7,6 @@ sequence of kernels for every token: it can be captured in a CUDA graph. A metho
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -26,13 +25,14 @@ from .summary import Summary
 class StaticKeys(Protocol):
     """The keys of one layer in a store of fixed size, at a step of one new token.
 
-    buffers: [B, Hkv, N], of which the first ``length`` - 1 positions are filled. new: [B, Hkv, 1], the key and
-    value of the new token, which the step stores. length: [1] int32, on the device, with the new token.
+    buffers: [B, Hkv, N], of which the first ``length`` - 1 positions are filled. new: [B, Hkv, 1], the key
+    and value of the new token, which the step stores. length: [1] int32, on the device, with the new token.
     start: [B], on the device, the first position of each row; None where no row is padded. impl: which
     implementation of operations runs.
     """
 
-    impl: str
+    @property
+    def impl(self) -> str: ...
 
     @property
     def buffers(self) -> KV: ...
@@ -74,15 +74,16 @@ class StaticKeys(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticStep(ABC):
+class StaticStep:
     """The fused step of a method: store the new token, choose keys, attend.
 
     name: what a captured graph is kept by; steps of one method and one name launch the same kernels.
-    every: whether it reads every key.
+    every: whether it is dense attention. scores_keys: whether it reads all raw keys to select.
     """
 
     name: ClassVar[str]
     every: ClassVar[bool] = False
+    scores_keys: ClassVar[bool] = False
 
     @property
     def summary(self) -> Summary | None:
@@ -96,14 +97,14 @@ class StaticStep(ABC):
     def begin(self, keys: StaticKeys) -> None:
         """Called once a step, on the host, outside of what is captured."""
 
-    @abstractmethod
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         """Store the new key and value, and attend with q [B, H, 1, D]. It may be captured, so it waits for
         nothing on a GPU and depends on no number of the host that changes from token to token."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, seen: int) -> int:
         """How many keys a query that sees ``seen`` of them reads, for the report."""
+        return seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,6 @@ class EveryKeyStep(StaticStep):
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         store(keys)
         return decode(q, keys.buffers, softmax, start=keys.start, length=keys.length, impl=keys.impl)
-
-    def read(self, seen: int) -> int:
-        return seen
 
 
 def store(keys: StaticKeys, **beside: Any) -> None:

@@ -269,7 +269,8 @@ class KVStore:
             self._starts = [self._starts[row] for row in rows]
 
     def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as these."""
+        """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as
+        these."""
         return self._grown_rows(new, buffer.shape[2])
 
     def _grown_rows(self, x: Tensor, room: int) -> Tensor:

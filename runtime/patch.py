@@ -92,9 +92,9 @@ def patch(
     cropped only where it is keys and values alone (sigmoid).
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
-    static: make caches whose buffers hold this many positions, prompt and new tokens together, and never move.
-    Each further token of a row then takes a few kernels a layer, without a wait for the device, and on CUDA
-    they are captured in a graph and replayed. It serves dense, window, quest:k=, double_sparsity:k= and
+    static: make caches whose buffers hold this many positions, prompt and new tokens together, and never
+    move. Each further token of a row then takes a few kernels a layer, without a wait for the device, and on
+    CUDA they are captured in a graph and replayed. It serves dense, window, quest:k=, double_sparsity:k= and
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. A call beyond the positions raises FarspanError.
 

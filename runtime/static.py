@@ -2,8 +2,8 @@
 
 The buffers are made for N positions once and never move. The length is also on the device, where the fused
 steps of methods read it (attention/static_step.py), so such a step is the same for every token and waits for
-nothing on a GPU. Everything else, prefill, several tokens in a call, beams and crops, goes the way of a growing
-store, of which this one is a subclass.
+nothing on a GPU. Everything else, prefill, several tokens in a call, beams and crops, goes the way of a
+growing store, of which this one is a subclass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.errors import FarspanError
 from ..attention.keys import State
 from ..attention.kv import KV
-from ..attention.sources import Supply
+from ..attention.sources import Recent, Supply
 from ..attention.static_step import StaticStep
 from ..attention.summary import Summaries, Summary
 from .cache import KVStore, lasting
@@ -69,6 +69,8 @@ class FixedSummaries(Summaries):
         self._room = room
 
     def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
+        if summary.key in self._kept and self._kept[summary.key].buffer.shape[0] != batch:
+            del self._kept[summary.key]
         buffer = super().room(summary, like, batch, max(length, self._room))
         self._kept[summary.key].done = length
         return buffer
@@ -91,6 +93,12 @@ class FixedSummaries(Summaries):
         what it should not."""
         kept = self._kept[summary.key]
         kept.done, kept.current = kept.done + whole, whole
+
+    def clear(self) -> None:
+        """Forget all entries; their buffers stay."""
+        for kept in self._kept.values():
+            kept.done = 0
+        self.recent = Recent()
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for kept in self._kept.values():

@@ -43,11 +43,13 @@ def check_methods(prefill: AttentionMethod, decode: AttentionMethod) -> None:
 
 
 class Sizes(NamedTuple):
-    """What the bytes of a step depend on: heads, bytes of a key with its value, and of a summary's entry."""
+    """What the bytes of a step depend on: heads, bytes of a key with its value, of a key, and of a summary's
+    entry."""
 
     num_heads: int
     num_kv_heads: int
     row: int
+    key: int
     entry: int
 
 
@@ -65,7 +67,8 @@ class Ledger:
         entries = None if step.summary is None else store.summaries.buffer(step.summary)
         entry = 0 if entries is None else entries.shape[3] * entries.element_size()
         kv = store.step.buffers
-        self._sizes[step.name] = Sizes(q.shape[1], kv.num_kv_heads, kv.row_nbytes, entry)
+        key = kv.key_nbytes // (kv.batch * kv.num_kv_heads * kv.length)
+        self._sizes[step.name] = Sizes(q.shape[1], kv.num_kv_heads, kv.row_nbytes, key, entry)
         self._ran |= ops
 
     def add(self, step: StaticStep, seen: list[int], total: int) -> None:
@@ -95,13 +98,14 @@ def _reads(step: StaticStep, seen: list[int], total: int, sizes: Sizes) -> Reads
     h, hkv = sizes.num_heads, sizes.num_kv_heads
     shared = h // step.lists(h, hkv)
     pairs, causal = sum(map(step.read, seen)) * h, sum(seen) * h
-    entries = 0 if step.summary is None else len(seen) * hkv * count_entries(step.summary, total)
+    lists = len(seen) * hkv
+    entries = 0 if step.summary is None else lists * count_entries(step.summary, total)
     return Reads(
         pairs=pairs,
         causal_pairs=causal,
         kv_bytes=pairs * sizes.row // shared,
         dense_bytes=causal * sizes.row // (shared if shared > 1 else h // hkv),
-        selection_bytes=entries * sizes.entry,
+        selection_bytes=entries * sizes.entry + step.scores_keys * lists * total * sizes.key,
     )
 
 
@@ -188,6 +192,6 @@ def check_alone(static: int, **others: object) -> None:
     given = [name for name, value in others.items() if value]
     if given:
         raise FarspanError(
-            f"static={static} was given together with {' and '.join(given)}, which a store of fixed size does "
-            "not serve: leave one of them out."
+            f"static={static} was given together with {' and '.join(given)}, which a store of fixed size "
+            "does not serve: leave one of them out."
         )

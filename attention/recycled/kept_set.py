@@ -7,9 +7,6 @@ set's rows side by side, where no peers hold keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
@@ -17,13 +14,7 @@ from torch.nn.functional import max_pool1d
 from ..budget import topk_positions
 from ..gqa import group_scores
 from ..keys import Keys
-from ..kv import KV
-from ..lists import TokenLists
-from ..ops.append import Kept
 from ..ops.scores import scores
-from ..partial import Partial
-from ..softmax import Softmax
-from ..static_step import StaticKeys, StaticStep, attend_listed, store
 
 
 def enter(keys: Keys, position: int, size: int) -> None:
@@ -66,8 +57,8 @@ def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool:
 
 
 def dissimilar(q: Tensor, keys: Keys, s: float, scope: str) -> Tensor:
-    """[B, Hkv] bool, on the host: where the mean cosine of the query q [B, H, 1, D] with that of the last full
-    step is below ``s``, over the heads of a layer (scope "layer") or of a KV head."""
+    """[B, Hkv] bool, on the host: where the mean cosine of the query q [B, H, 1, D] with that of the last
+    full step is below ``s``, over the heads of a layer (scope "layer") or of a KV head."""
     cosine = torch.cosine_similarity(q[:, :, 0].float(), keys.state["q"].float(), dim=-1)  # [B, H]
     cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
     if scope == "layer":
@@ -98,36 +89,3 @@ def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tens
         chosen = which if name != "q" else which.repeat_interleave(old.shape[1] // which.shape[1], 1)
         chosen = chosen.to(old.device).view(*chosen.shape, *[1] * (old.dim() - 2))
         keys.state[name] = torch.where(chosen, new, old)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptSetStep(StaticStep):
-    """The step of ``recycled`` between two full ones, in which every row reads its set of k keys."""
-
-    name: ClassVar[str] = "kept set"
-
-    k: int
-
-    @classmethod
-    def next(cls, keys: StaticKeys, k: int, stride: int) -> KeptSetStep | None:
-        """The step, where all rows have a set and none is due for a full step."""
-        clock = keys.state.get("clock")
-        if clock is None or min(keys.seen()) <= k:
-            return None
-        steps = int(clock.min())
-        alike = steps >= 0 and steps == int(clock.max())
-        return cls(k=k) if alike and steps + 1 < stride else None
-
-    def begin(self, keys: StaticKeys) -> None:
-        clock = keys.state["clock"]
-        clock += 1
-        keys.set_number("since", keys.position() - int(clock.max()))
-
-    def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
-        state, gathered = keys.state, KV(keys.state["k"], keys.state["v"])
-        store(keys, kept=Kept(state["tokens"], gathered, keys.number("since")))
-        lists = TokenLists(tokens=state["tokens"][:, :, None], gathered=gathered)
-        return attend_listed(q, keys, lists, softmax)
-
-    def read(self, seen: int) -> int:
-        return self.k

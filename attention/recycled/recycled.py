@@ -15,8 +15,9 @@ from ..keys import Keys
 from ..kv import KV
 from ..method import AttentionMethod
 from ..selection import Index, TokenIndex
-from ..static_step import EveryKeyStep, StaticKeys, StaticStep
-from .kept_set import KeptSetStep, choose, dissimilar, enter, replace_sets
+from ..static_step import StaticKeys, StaticStep
+from .kept_set import choose, dissimilar, enter, replace_sets
+from .steps import next_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,5 +147,4 @@ class Recycled(AttentionMethod):
         return not self.dynamic
 
     def static_step(self, keys: StaticKeys) -> StaticStep | None:
-        every = max(keys.seen()) <= self.k
-        return EveryKeyStep() if every else KeptSetStep.next(keys, self.k, self.stride)
+        return next_step(keys, self.k, self.stride, self.gqa_reduce, self.pool)

@@ -31,8 +31,9 @@ class Window(Selection):
         return self._run(q, keys, impl), self._pairs(q, keys, rows)
 
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
-        how = {"window": self.size, "sinks": self.sinks, "start": keys.start}
-        return decode(q, keys.kv, keys.softmax, **how, impl=impl), self._pairs(q, keys, range(keys.tq))
+        where = keys.kv, keys.softmax
+        part = decode(q, *where, window=self.size, sinks=self.sinks, start=keys.start, impl=impl)
+        return part, self._pairs(q, keys, range(keys.tq))
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         local, pairs = attend_recent(q, keys, self.size), self._pairs_here(q, keys)

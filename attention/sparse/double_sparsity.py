@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -133,7 +133,12 @@ class LabelsStep(StaticStep):
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, channels = keys.entries(self.labels), self.labels.on(q.device)
         store(keys, labels=Labels(entries, channels))
-        how = {"channels": channels, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
+        how: dict[str, Any] = {
+            "channels": channels,
+            "reduce": self.reduce,
+            "start": keys.start,
+            "impl": keys.impl,
+        }
         return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
 
     def read(self, seen: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class PagesStep(StaticStep):
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, page = keys.entries(self.pages), self.pages.block
         store(keys, pages=Pages(entries, page))
-        how = {"page": page, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
+        how: dict[str, Any] = {"page": page, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
         return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
 
     def read(self, seen: int) -> int:

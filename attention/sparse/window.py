@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -65,8 +65,8 @@ class WindowStep(StaticStep):
 
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         store(keys)
-        how = {"window": self.w, "sinks": self.sinks, "start": keys.start, "length": keys.length}
-        return decode(q, keys.buffers, softmax, **how, impl=keys.impl)
+        where: dict[str, Any] = {"start": keys.start, "length": keys.length, "impl": keys.impl}
+        return decode(q, keys.buffers, softmax, window=self.w, sinks=self.sinks, **where)
 
     def read(self, seen: int) -> int:
         return min(seen, self.w + self.sinks)

@@ -111,8 +111,8 @@ class KVStoreLayer(DynamicLayer):
 
 
 class StaticStoreLayer(KVStoreLayer):
-    """A StaticStore as a transformers cache layer. In a step of one token its ``update`` leaves the storing of
-    the token to the attention of the layer."""
+    """A StaticStore as a transformers cache layer. In a step of one token its ``update`` leaves the storing
+    of the token to the attention of the layer."""
 
     def __init__(self, make: Callable[[], StaticStore], **kwargs: Any) -> None:
         super().__init__(**kwargs)

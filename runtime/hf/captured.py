@@ -59,7 +59,9 @@ class Captured:
         self._graphs: dict[Any, _Held | None] = {}  # None: the call has run once, as it is
         self.refused = ""  # why calls cannot be captured
 
-    def call(self, step: StaticCall, capture: Callable[..., Graph], run: Callable[..., Any], call: Any) -> Any:
+    def call(
+        self, step: StaticCall, capture: Callable[..., Graph], run: Callable[..., Any], call: Any
+    ) -> Any:
         """The output of ``run(**call)``, by a replay where the same kind of call was captured."""
         pointers = step.pointers()
         if pointers != self._pointers:
@@ -117,7 +119,7 @@ def check_static(info: ModelInfo, foreign_keys: bool) -> None:
     ]
     if "position_ids" not in inspect.signature(info.decoder.forward).parameters:
         reasons.append("its decoder takes no position_ids, so the position of a token comes from the host")
-    types = [module.rope_type for module in info.decoder.modules() if hasattr(module, "rope_type")]
+    types: list[Any] = [m.rope_type for m in info.decoder.modules() if hasattr(m, "rope_type")]
     named = {name for x in types for name in (x.values() if isinstance(x, dict) else [x])}
     reasons += [
         f"its RoPE of type {name!r} is computed on the host from the length of the call"
@@ -202,6 +204,6 @@ def _kind(call: dict[str, Any]) -> Any:
     """What the launches of a call depend on besides the buffers of its cache."""
     cache = given_cache(call)
     return tuple(
-        (name, (x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else None if x is cache else x)
+        (name, (x.shape, x.dtype) if isinstance(x, Tensor) else None if x is cache else x)
         for name, x in sorted(call.items())
     )

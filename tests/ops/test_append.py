@@ -48,7 +48,13 @@ class Buffers:
     def run(self, impl: str, **more: object) -> list[Tensor]:
         given = {"pages": self.pages, "labels": self.labels, "kept": self.kept} | more
         append(self.k, self.v, self.kv, self.length, start=self.start, impl=impl, **given)
-        return [*self.kv.stored, self.pages.entries, self.labels.entries, self.kept.tokens, *self.kept.kv.stored]
+        return [
+            *self.kv.stored,
+            self.pages.entries,
+            self.labels.entries,
+            self.kept.tokens,
+            *self.kept.kv.stored,
+        ]
 
 
 @every_run()
@@ -70,7 +76,8 @@ def test_append(d: int, dv: int, length: int, starts: list[int] | None, page: in
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.nan_to_num(7e3), b.nan_to_num(7e3))
     once = [x.clone() for x in got]
-    assert all(torch.equal(a.nan_to_num(7e3), b.nan_to_num(7e3)) for a, b in zip(buffers.run(run.impl), once))
+    for a, b in zip(buffers.run(run.impl), once, strict=True):
+        assert torch.equal(a.nan_to_num(7e3), b.nan_to_num(7e3))
 
 
 @every_run()

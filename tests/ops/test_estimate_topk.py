@@ -1,4 +1,5 @@
-"""``estimate_topk``: a right choice up to rounding at the cut, in ascending order, of what the length allows."""
+"""``estimate_topk``: a right choice up to rounding at the cut, in ascending order, of what the length
+allows."""
 
 from __future__ import annotations
 

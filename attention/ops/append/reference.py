@@ -28,11 +28,12 @@ def append(
     for buffer, x in zip(kv.stored, kv.encode(k, v).stored, strict=True):
         buffer[:, :, total - 1 : total] = x
     keys = kv.k[:, :, :total]
-    for b in range(k.shape[0]) if pages is not None else ():
-        first = 0 if start is None else int(start[b])
-        number = (total - 1 - first) // pages.size
-        page = keys[b, :, first + number * pages.size :]
-        pages.entries[b, :, number] = torch.cat([page.amax(1), page.amin(1)], -1)
+    if pages is not None:
+        for b in range(k.shape[0]):
+            first = 0 if start is None else int(start[b])
+            number = (total - 1 - first) // pages.size
+            page = keys[b, :, first + number * pages.size :]
+            pages.entries[b, :, number] = torch.cat([page.amax(1), page.amin(1)], -1)
     if labels is not None:
         for head, channels in enumerate(labels.channels):
             labels.entries[:, head, :total] = keys[:, head][..., channels]

@@ -10,7 +10,7 @@ A program writes what no other program reads or writes, so there is nothing to w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -55,12 +55,14 @@ def append(
     dv = v.shape[3]
     keys, values = kv.stored
     none = (0, 0, 0)
-    paged = (None, none, 1) if pages is None else (pages.entries, pages.entries.stride()[:3], pages.size)
-    labelled = (None, none, None, 1)
+    paged: tuple[Any, ...] = (
+        (None, none, 1) if pages is None else (pages.entries, pages.entries.stride()[:3], pages.size)
+    )
+    labelled: tuple[Any, ...] = (None, none, None, 1)
     if labels is not None:
         entries, channels = labels.entries, labels.channels.contiguous()
         labelled = entries, entries.stride()[:3], channels, channels.shape[1]
-    chosen = (None, none, None, none, None, none, None, 1)
+    chosen: tuple[Any, ...] = (None, none, None, none, None, none, None, 1)
     if kept is not None:
         own = (kept.tokens, *kept.kv.stored)
         strides = [x.stride()[:3] for x in own]

@@ -42,7 +42,7 @@ def decode(
     if window is not None and window < 1:
         raise ValueError(f"decode needs a window of at least 1 key; got {window}.")
     if sinks < 0 or (sinks and window is None):
-        raise ValueError(f"decode takes sinks, at least 0, beside a window; got sinks={sinks}, window={window}.")
-    return run(
-        "decode", IMPLS, impl, q, kv, softmax, window=window, sinks=sinks, start=start, length=length
-    )
+        raise ValueError(
+            f"decode takes sinks, at least 0, beside a window; got sinks={sinks}, window={window}."
+        )
+    return run("decode", IMPLS, impl, q, kv, softmax, window=window, sinks=sinks, start=start, length=length)

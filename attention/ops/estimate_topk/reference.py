@@ -9,9 +9,7 @@ from ...lists import TokenLists
 from ...softmax import Softmax
 
 
-def estimates(
-    q: Tensor, entries: Tensor, softmax: Softmax, channels: Tensor | None, reduce: str
-) -> Tensor:
+def estimates(q: Tensor, entries: Tensor, softmax: Softmax, channels: Tensor | None, reduce: str) -> Tensor:
     """q [G, D] of one group and entries [n, any] of its KV head -> scores [1 or G, n]; channels [r]."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, entries = q.to(wide), entries.to(wide)

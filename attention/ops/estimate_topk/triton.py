@@ -82,9 +82,7 @@ def estimate_topk(
         )  # fmt: skip
     tokens = torch.empty(b, hs, 1, size, dtype=torch.int32, device=q.device)
     counts = torch.empty(b, hs, 1, dtype=torch.int32, device=q.device)
-    _choose[(b * hs,)](
-        ranked, tokens, counts, *where, hs, room, k, size, page, CHUNK=_CHUNK, num_warps=8
-    )
+    _choose[(b * hs,)](ranked, tokens, counts, *where, hs, room, k, size, page, CHUNK=_CHUNK, num_warps=8)
     return TokenLists(tokens=tokens, counts=counts)
 
 
