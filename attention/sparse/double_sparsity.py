@@ -133,13 +133,9 @@ class LabelsStep(StaticStep):
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, channels = keys.entries(self.labels), self.labels.on(q.device)
         store(keys, labels=Labels(entries, channels))
-        how: dict[str, Any] = {
-            "channels": channels,
-            "reduce": self.reduce,
-            "start": keys.start,
-            "impl": keys.impl,
-        }
-        return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
+        of = entries, softmax, keys.length, self.k
+        how: dict[str, Any] = {"channels": channels, "reduce": self.reduce, "start": keys.start}
+        return attend_listed(q, keys, estimate_topk(q, *of, **how, impl=keys.impl), softmax)
 
     def read(self, seen: int) -> int:
         return min(seen, self.k)

@@ -113,24 +113,24 @@ def _estimate(
     if (tile * COLS < hi) & (tile * COLS + COLS > lo):
         col, row, d = tile * COLS + tl.arange(0, COLS), tl.arange(0, ROWS), tl.arange(0, PIECE)
         here, there = (row < GROUP)[:, None], (col >= lo) & (col < hi)
-        q += batch * sqb + (head * GROUP + row)[:, None] * sqh
-        entries += batch * seb + head * seh + col.to(tl.int64)[None, :] * sen
+        rows = q + batch * sqb + (head * GROUP + row)[:, None] * sqh
+        columns = entries + batch * seb + head * seh + col.to(tl.int64)[None, :] * sen
         acc = tl.zeros([ROWS, COLS], tl.float32)
         for begin in range(0, D, PIECE):
             at = begin + d
             own = at
             if channels is not None:
                 own = tl.load(channels + head * D + at, mask=at < D, other=0)
-            queries = tl.load(q + own[None, :] * sqd, mask=here & (at < D)[None, :], other=0.0)
+            queries = tl.load(rows + own[None, :] * sqd, mask=here & (at < D)[None, :], other=0.0)
             mask = there[None, :] & (at < D)[:, None]
             if page is None:
-                keys = tl.load(entries + at[:, None] * sed, mask=mask, other=0.0)
+                keys = tl.load(columns + at[:, None] * sed, mask=mask, other=0.0)
                 acc = tl.dot(queries, keys, acc, input_precision="ieee")
             else:  # max(q max, q min) is q+ max + q- min
                 zero = tl.zeros_like(queries)
-                high = tl.load(entries + at[:, None] * sed, mask=mask, other=0.0)
+                high = tl.load(columns + at[:, None] * sed, mask=mask, other=0.0)
                 acc = tl.dot(tl.maximum(queries, zero), high, acc, input_precision="ieee")
-                low = tl.load(entries + (D + at)[:, None] * sed, mask=mask, other=0.0)
+                low = tl.load(columns + (D + at)[:, None] * sed, mask=mask, other=0.0)
                 acc = tl.dot(tl.minimum(queries, zero), low, acc, input_precision="ieee")
         acc = acc * scale
         if softcap is not None:
@@ -189,6 +189,28 @@ def _scores(ranked, at, hi):
     return bits.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
+@triton.jit
+def _next_digit(
+    ranked, lo, hi, edge, left, SHIFT: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The key of the k-th largest score, by BITS bits more than ``edge`` has of it, and how many of the
+    scores that begin like it are among the k largest."""
+    bins = tl.arange(0, 2048)
+    counted = tl.zeros([2048], tl.int32)
+    for begin in range(lo, hi, CHUNK):
+        at = begin + tl.arange(0, CHUNK)
+        key = _scores(ranked, at, hi)
+        matches = at < hi
+        if SHIFT + BITS < 32:
+            matches = matches & ((key >> (SHIFT + BITS)) == edge)
+        digit = ((key >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+        counted += tl.histogram(digit, 2048, mask=matches)
+    above = tl.sum(counted, 0) - tl.cumsum(counted, 0)
+    here = (above < left) & (above + counted >= left)
+    edge = edge * (1 << BITS) + tl.sum(tl.where(here, bins, 0), 0).to(tl.uint32)
+    return edge, left - tl.sum(tl.where(here, above, 0), 0)
+
+
 @triton.jit(do_not_specialize=["k", "page", "size"])
 def _choose(
     ranked, tokens, counts, length, start, ss, hs, room, k, size, page, CHUNK: tl.constexpr
@@ -202,26 +224,10 @@ def _choose(
     if page is not None:
         want = tl.minimum(tl.where(k >= seen, hi, tl.maximum(k // page, 1) - 1), hi)
     inside = tl.arange(0, CHUNK)
-    # The key of the want-th largest score, 11 + 11 + 10 bits one after the other. left: how many scores that
-    # begin like it, the equal ones among them, are still wanted.
     edge, left = tl.zeros([], tl.uint32), want
-    bins = tl.arange(0, 2048)
-    for step in tl.static_range(3):
-        shift: tl.constexpr = 21 - 11 * step if step < 2 else 0
-        bits: tl.constexpr = 11 if step < 2 else 10
-        counted = tl.zeros([2048], tl.int32)
-        for begin in range(lo, hi, CHUNK):
-            at = begin + inside
-            key = _scores(ranked, at, hi)
-            matches = at < hi
-            if step > 0:
-                matches = matches & ((key >> (shift + bits)) == edge)
-            digit = ((key >> shift) & ((1 << bits) - 1)).to(tl.int32)
-            counted += tl.histogram(digit, 2048, mask=matches)
-        above = tl.sum(counted, 0) - tl.cumsum(counted, 0)
-        here = (above < left) & (above + counted >= left)
-        edge = edge * (1 << bits) + tl.sum(tl.where(here, bins, 0), 0).to(tl.uint32)
-        left -= tl.sum(tl.where(here, above, 0), 0)
+    edge, left = _next_digit(ranked, lo, hi, edge, left, 21, 11, CHUNK)
+    edge, left = _next_digit(ranked, lo, hi, edge, left, 10, 11, CHUNK)
+    edge, left = _next_digit(ranked, lo, hi, edge, left, 0, 10, CHUNK)
     taken, level, stop = 0, 0, tl.where(want > 0, hi, lo)
     for begin in range(lo, stop, CHUNK):
         at = begin + inside
