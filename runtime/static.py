@@ -41,24 +41,23 @@ class Clock:
         for length in self._lengths.values():
             length.fill_(total)
         if starts != self._starts:
-            self._starts = starts
-            self._firsts = {}
+            self._starts, self._firsts = starts, {}
+
+    def come_to(self, device: torch.device) -> None:
+        """Be on ``device`` in the present step."""
+        with lasting():
+            if device not in self._lengths:
+                self._lengths[device] = torch.full((1,), self._total, dtype=torch.int32, device=device)
+            if device not in self._firsts and any(self._starts):
+                self._firsts[device] = torch.tensor(self._starts, device=device)
 
     def length(self, device: torch.device) -> Tensor:
         """[1] int32: the number of positions with those of the step."""
-        if device not in self._lengths:
-            with lasting():
-                self._lengths[device] = torch.full((1,), self._total, dtype=torch.int32, device=device)
         return self._lengths[device]
 
     def start(self, device: torch.device) -> Tensor | None:
         """[B]: the first position of each row; None where no row is padded."""
-        if not any(self._starts):
-            return None
-        if device not in self._firsts:
-            with lasting():
-                self._firsts[device] = torch.tensor(self._starts, device=device)
-        return self._firsts[device]
+        return self._firsts.get(device)
 
 
 class FixedSummaries(Summaries):
@@ -165,6 +164,7 @@ class StaticStore(KVStore):
     def begin(self, step: StaticStep) -> None:
         """Prepare a step that stores the next token: what it reads beside the keys becomes complete, and is
         where it always is."""
+        self.clock.come_to(self._buffers[0].device)
         if step.summary is not None and not self.summaries.complete(step.summary, self.length):
             assert self.kv is not None
             with lasting():

@@ -73,7 +73,12 @@ class Captured:
             self._graphs[kind] = None
             return run(**call)
         if held is None:
-            held = self._graphs[kind] = _Held(capture, run, call)
+            try:
+                held = self._graphs[kind] = _Held(capture, run, call)
+            except RuntimeError as error:  # of an operation that cannot be captured
+                self.release()
+                self.refused = str(error).splitlines()[0]
+                return run(**call)
         return held.replay(call)
 
     def release(self) -> None:
@@ -144,21 +149,19 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
             _note_padding(given_cache(kwargs), session.ends is not None)
             return output
         graphs = vars(of_thread).setdefault("graphs", Captured())
+        capture = CAPTURE.get(step.stores[0].buffers[0].device.type)
         with step:
-            capture = _capture(decoder, step, kwargs)
-            if capture is None or graphs.refused:
+            if capture is None:
                 return original(**kwargs)
-            try:
-                return graphs.call(step, capture, original, kwargs)
-            except RuntimeError as error:  # of an operation that cannot be captured
-                graphs.release()
-                graphs.refused = str(error).splitlines()[0]
-            session.notice(
-                f"decode steps are not captured: {graphs.refused}",
-                f"The decode step of this model cannot be captured in a CUDA graph ({graphs.refused}), so "
-                "every token waits for the host: the results are the same, and slower.",
-            )
-            return original(**kwargs)
+            reason = graphs.refused or _uncaptured(decoder, step, kwargs)
+            output = original(**kwargs) if reason else graphs.call(step, capture, original, kwargs)
+            if reason := reason or graphs.refused:
+                session.notice(
+                    f"decode steps were not captured: {reason}",
+                    f"The decode step of this model was not captured in a CUDA graph ({reason}), so every "
+                    "token waits for the host: the results are the same, and slower.",
+                )
+            return output
 
     undo = replace_forward(decoder, forward)
 
@@ -186,18 +189,19 @@ def arguments_of_step(call: dict[str, Any], past: int, device: torch.device) -> 
     return call
 
 
-def _capture(decoder: nn.Module, step: StaticCall, call: dict[str, Any]) -> Callable[..., Graph] | None:
-    """How a call is captured; None where it is not: on a device without graphs, on several devices, in
-    training and under autocast, and with arguments of other types."""
+def _uncaptured(decoder: nn.Module, step: StaticCall, call: dict[str, Any]) -> str:
+    """Why a call is not captured; "" where it is."""
     devices = {x.device for store in step.stores for x in store.buffers}
     devices |= {x.device for x in call.values() if isinstance(x, Tensor)}
-    if len(devices) > 1 or decoder.training or torch.is_autocast_enabled(next(iter(devices)).type):
-        return None
-    plain = (Tensor, bool, int, float, str, type(None))
-    cache = given_cache(call)
-    if any(x is not cache and not isinstance(x, plain) for x in call.values()):
-        return None
-    return CAPTURE.get(next(iter(devices)).type)
+    if len(devices) > 1:
+        return "the model is on several devices"
+    if decoder.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled(next(iter(devices)).type):
+        return "autocast is on"
+    cache, plain = given_cache(call), (Tensor, bool, int, float, str, type(None))
+    others = [name for name, x in call.items() if x is not cache and not isinstance(x, plain)]
+    return f"the argument {others[0]!r} is of another type than tensors and numbers" if others else ""
 
 
 def _kind(call: dict[str, Any]) -> Any:

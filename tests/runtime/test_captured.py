@@ -116,10 +116,10 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs: Graphs) -> None:
     with patched("dense"):
         want = decode(model, ids, 8)
     with patched("dense", static=64) as patch:
-        with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph .operation not permitted"):
+        with pytest.warns(UserWarning, match=r"not captured in a CUDA graph \(operation not permitted"):
             assert torch.equal(decode(model, ids, 8), want)
         notices = patch.report().notices
-    assert notices == {"decode steps are not captured: operation not permitted when stream is capturing": 1}
+    assert notices == {"decode steps were not captured: operation not permitted when stream is capturing": 6}
     assert not graphs.done["captured"]
 
 
@@ -139,13 +139,13 @@ def test_outputs_are_the_callers_own(graphs: Graphs) -> None:
 
 # --- launches ---------------------------------------------------------------------------------------
 
-BUDGET = {  # launches of a layer and decode step
+BUDGET = {  # launches of a layer and decode step, where the keys are cut into several splits
     "dense": 4,
-    "window:w=30,sinks=3": 4,
-    "quest:k=22,page=4,dense_layers=0": 6,
-    "quest:k=22,page=4,dense_layers=0,gqa_reduce=none": 6,
-    "double_sparsity:k=20,dense_layers=0": 6,
-    "recycled:k=16,stride=40": 4,
+    "window:w=200,sinks=3": 4,
+    "quest:k=200,dense_layers=0": 6,
+    "quest:k=200,dense_layers=0,gqa_reduce=none": 6,
+    "double_sparsity:k=200,dense_layers=0": 6,
+    "recycled:k=200,stride=40": 4,
 }
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
 
@@ -210,7 +210,7 @@ def no_host_reads(model: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("spec", BUDGET)
-@pytest.mark.parametrize("inputs", [prompt(1, 41), padded((41, 38))], ids=["alone", "padded"])
+@pytest.mark.parametrize("inputs", [prompt(1, 241), padded((241, 230))], ids=["alone", "padded"])
 def test_launches_of_a_step(spec: str, inputs: Any, launches: list[Counter[str]]) -> None:
     """The budgets of static decode, and that a step with its hooks reads nothing on the host."""
     model = shared("llama")
@@ -219,7 +219,7 @@ def test_launches_of_a_step(spec: str, inputs: Any, launches: list[Counter[str]]
         if isinstance(inputs, Tensor)
         else inputs
     )
-    with patched(spec, static=64), torch.no_grad():
+    with patched(spec, static=300), torch.no_grad():
         out = model(**given, use_cache=True)
         mask = torch.cat([given["attention_mask"], torch.ones(len(out.logits), 1).long()], 1)
         cache = farspan.runtime.hf.returned_cache(out)
@@ -228,5 +228,5 @@ def test_launches_of_a_step(spec: str, inputs: Any, launches: list[Counter[str]]
             model(token, mask, position, cache)
     assert len(launches) == model.config.num_hidden_layers
     for counted in launches:
-        assert counted["_append"] == 1
+        assert counted["_append"] == counted["_combine"] == 1, dict(counted)
         assert counted.total() <= BUDGET[spec], dict(counted)
