@@ -41,7 +41,9 @@ class Clock:
         for length in self._lengths.values():
             length.fill_(total)
         if starts != self._starts:
-            self._starts, self._firsts = starts, {}
+            stays = len(starts) == len(self._starts) and any(starts)
+            self._starts = starts
+            self._firsts = {d: x.copy_(torch.tensor(starts)) for d, x in self._firsts.items() if stays}
 
     def come_to(self, device: torch.device) -> None:
         """Be on ``device`` in the present step."""
