@@ -73,6 +73,11 @@ class Layer(Unique):
         return {PREFILL: self.prefill, DECODE: self.decode}
 
     @property
+    def kept_as(self) -> str:
+        """The name by which stores keep the state of the decode method."""
+        return self.layer_call.kept_as
+
+    @property
     def needs(self) -> Needs:
         """The needs of the methods of both phases."""
         return self.prefill.needs | self.decode.needs

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ from ..attention.static_step import StaticStep
 from ..attention.summary import count_entries
 from .report import PhaseReport
 from .static import StaticStore
-
-if TYPE_CHECKING:
-    from .layer import Layer
-    from .session import Stores
 
 SERVED = "dense, window, quest:k=, double_sparsity:k= and recycled without dynamic=true"
 
@@ -109,6 +105,19 @@ def _reads(step: StaticStep, seen: list[int], total: int, sizes: Sizes) -> Reads
     )
 
 
+class ServedLayer(Protocol):
+    """What a step needs of a layer: its number, its decode method and the name of that one's state, the
+    ledger, and the bytes of memory of its store."""
+
+    index: int
+    decode: AttentionMethod
+    ledger: Ledger
+    stored: int
+
+    @property
+    def kept_as(self) -> str: ...
+
+
 class StaticCall:
     """A call of one token for each row, which every layer serves by its fused step. As a context it surrounds
     the call of the decoder.
@@ -116,7 +125,7 @@ class StaticCall:
     names: the steps of the layers by name. Calls with the same names and pointers launch the same kernels.
     """
 
-    def __init__(self, steps: list[tuple[Layer, StaticStore, StaticStep]]) -> None:
+    def __init__(self, steps: list[tuple[ServedLayer, StaticStore, StaticStep]]) -> None:
         self._steps = steps
         self._by_layer = {layer.index: (store, step) for layer, store, step in steps}
         self.names = tuple(step.name for _, _, step in steps)
@@ -126,19 +135,23 @@ class StaticCall:
 
     @classmethod
     def of(
-        cls, layers: Mapping[int, Layer], stores: Stores, tokens: Tensor | None, masked: bool
+        cls,
+        layers: Mapping[int, ServedLayer],
+        store_of: Callable[[int], object],
+        tokens: Tensor | None,
+        masked: bool,
     ) -> StaticCall | None:
         """The call of ``tokens`` [B, T, ...] as one step; None where it goes the way of a growing store: the
         prompt, several tokens, rows that begin, a step that a method does not fuse, or gradients. masked:
         whether the call has a mask of padding, which is not read: it continues the one of the prompt."""
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        steps: list[tuple[Layer, StaticStore, StaticStep]] = []
+        steps: list[tuple[ServedLayer, StaticStore, StaticStep]] = []
         for index, layer in layers.items():
-            store = stores[index]
+            store = store_of(index)
             if not isinstance(store, StaticStore) or not _goes_on(store, tokens.shape[0], masked):
                 return None
-            step = layer.decode.static_step(store.step.of_next(layer.layer_call.kept_as))
+            step = layer.decode.static_step(store.step.of_next(layer.kept_as))
             if step is None:
                 return None
             steps.append((layer, store, step))
@@ -160,7 +173,7 @@ class StaticCall:
             if kind is None:
                 layer.ledger.add(step, self._seen, self.total)
 
-    def run(self, layer: Layer, q: Tensor, softmax: Softmax) -> Partial:
+    def run(self, layer: ServedLayer, q: Tensor, softmax: Softmax) -> Partial:
         """The attention of one layer with q [B, H, 1, D], over its store and the token that it was given."""
         store, step = self._by_layer[layer.index]
         with implementations() as ran:

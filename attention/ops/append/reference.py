@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ...kv import KV
-
-if TYPE_CHECKING:
-    from .api import Kept, Labels, Pages
+from .beside import Kept, Labels, Pages
 
 
 def append(

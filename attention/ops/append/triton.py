@@ -10,7 +10,7 @@ A program writes what no other program reads or writes, so there is nothing to w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from ...kv import KV
 from .. import launch
-
-if TYPE_CHECKING:
-    from .api import Kept, Labels, Pages
+from .beside import Kept, Labels, Pages
 
 
 def unsupported(
