@@ -40,16 +40,20 @@ def _with_sinks(
     as a second, small set of keys."""
     b, h, tq, _ = q.shape
     hkv, tk = kv.num_kv_heads, kv.length
-    starts = [0] * b if start is None else start.tolist()
+    starts = [0] if start is None else start.tolist()
     if tk - min(starts) <= window:
         return local
-    first = torch.tensor(starts, device=q.device)[:, None]
-    places = first + torch.arange(sinks, device=q.device)  # [B, sinks]
-    rows = torch.arange(tk - tq, tk, device=q.device)[:, None]
-    mask = places[:, None, :] <= rows - window  # [B, Tq, sinks]
-    spread = places.clamp(max=tk - 1)[:, None].expand(-1, hkv, -1)
-    mask = mask.repeat(1, h // hkv, 1)[:, None]
-    part = kernel.attend(kernel.fold_groups(q, hkv), kv.gather(spread), softmax, mask=mask)
+    first, mask = kv[:, :, :sinks], None
+    overlap = max(starts) + sinks > tk - tq + 1 - window  # of some query's window
+    if overlap or start is not None:
+        places = torch.arange(sinks, device=q.device)[None]
+        places = places if start is None else places + start[:, None]  # [B or 1, sinks]
+        first = kv.gather(places.clamp(max=tk - 1)[:, None].expand(b, hkv, -1))
+    if overlap:
+        rows = torch.arange(tk - tq, tk, device=q.device)[:, None]
+        mask = places[:, None] <= rows - window  # [B or 1, Tq, sinks]
+        mask = mask.repeat(1, h // hkv, 1)[:, None]
+    part = kernel.attend(kernel.fold_groups(q, hkv), first, softmax, mask=mask)
     return merge(local, kernel.unfold_groups(part, h, tq))
 
 
