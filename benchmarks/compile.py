@@ -123,6 +123,7 @@ def _estimate_topk(dtype: torch.dtype, d: int) -> None:
     for reduce, first in (("max", None), ("sum", start), ("none", start)):
         estimate_topk(q, pages, *how, page=16, reduce=reduce, start=first, impl="triton")
         estimate_topk(q, labels, *how, channels=channels, reduce=reduce, start=first, impl="triton")
+    estimate_topk(q, pages, *how[:2], None, fraction=0.1, page=16, impl="triton")
 
 
 def _flash(dtype: torch.dtype, d: int) -> None:

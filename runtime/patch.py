@@ -94,7 +94,7 @@ def patch(
     old ones back. Without it they are computed beside the weights.
     static: make caches whose buffers hold this many positions, prompt and new tokens together, and never
     move. Each further token of a row then takes a few kernels a layer, without a wait for the device, and on
-    CUDA they are captured in a graph and replayed. It serves dense, window, quest:k=, double_sparsity:k= and
+    CUDA they are captured in a graph and replayed. It serves dense, window, quest, double_sparsity and
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. A call beyond the positions raises FarspanError.
 

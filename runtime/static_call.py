@@ -21,7 +21,7 @@ from ..attention.summary import count_entries
 from .report import PhaseReport
 from .static import StaticStore
 
-SERVED = "dense, window, quest:k=, double_sparsity:k= and recycled without dynamic=true"
+SERVED = "dense, window, quest, double_sparsity and recycled without dynamic=true"
 
 
 def check_methods(prefill: AttentionMethod, decode: AttentionMethod) -> None:

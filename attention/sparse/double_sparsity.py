@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..budget import budget, budget_at, check_budget, max_budget, select_topk
+from ..budget import budget, budget_at, check_budget, covers, max_budget, select_topk
 from ..calibration.double_sparsity import ChannelRanking
 from ..checks import require
 from ..cost import Cost, Queries
@@ -102,15 +102,11 @@ class DoubleSparsity(AttentionMethod):
         tokens, counts = select_topk(ranked, size, max_budget(self.k, self.fraction, keys), keys.peers)
         return TokenIndex(tokens=tokens, counts=counts)
 
-    @property
-    def has_static_step(self) -> bool:
-        return self.k is not None
-
     def static_step(self, keys: StaticKeys) -> StaticStep | None:
-        assert self.k is not None and self.labels is not None
-        if self.k >= max(keys.seen()):
+        assert self.labels is not None, "for_layer was not called"
+        if covers(self.k, self.fraction, keys):
             return EveryKeyStep()
-        return LabelsStep(k=self.k, labels=self.labels, reduce=self.gqa_reduce)
+        return LabelsStep(k=self.k, fraction=self.fraction, labels=self.labels, reduce=self.gqa_reduce)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +115,8 @@ class LabelsStep(StaticStep):
 
     name: ClassVar[str] = "labels"
 
-    k: int
+    k: int | None
+    fraction: float | None
     labels: Channels
     reduce: str
 
@@ -134,8 +131,9 @@ class LabelsStep(StaticStep):
         entries, channels = keys.entries(self.labels), self.labels.on(q.device)
         store(keys, labels=Labels(entries, channels))
         of = entries, softmax, keys.length, self.k
-        how: dict[str, Any] = {"channels": channels, "reduce": self.reduce, "start": keys.start}
-        return attend_listed(q, keys, estimate_topk(q, *of, **how, impl=keys.impl), softmax)
+        how: dict[str, Any] = {"fraction": self.fraction, "channels": channels, "reduce": self.reduce}
+        lists = estimate_topk(q, *of, **how, start=keys.start, impl=keys.impl)
+        return attend_listed(q, keys, lists, softmax)
 
     def read(self, seen: int) -> int:
-        return min(seen, self.k)
+        return min(seen, budget_at(self.k, self.fraction, seen))

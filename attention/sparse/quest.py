@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import budget, budget_at, check_budget, max_budget, select_topk
+from ..budget import budget, budget_at, check_budget, covers, max_budget, select_topk
 from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
@@ -91,15 +91,11 @@ class Quest(AttentionMethod):
         chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
         return page_tokens(chosen, counts, self.page, first, rows)
 
-    @property
-    def has_static_step(self) -> bool:
-        return self.k is not None
-
     def static_step(self, keys: StaticKeys) -> StaticStep | None:
-        assert self.k is not None
-        if self.k >= max(keys.seen()):
+        if covers(self.k, self.fraction, keys):
             return EveryKeyStep()
-        return PagesStep(k=self.k, pages=BlockPool(self.page, ("max", "min")), reduce=self.gqa_reduce)
+        pages = BlockPool(self.page, ("max", "min"))
+        return PagesStep(k=self.k, fraction=self.fraction, pages=pages, reduce=self.gqa_reduce)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +104,8 @@ class PagesStep(StaticStep):
 
     name: ClassVar[str] = "pages"
 
-    k: int
+    k: int | None
+    fraction: float | None
     pages: BlockPool
     reduce: str
 
@@ -122,10 +119,13 @@ class PagesStep(StaticStep):
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, page = keys.entries(self.pages), self.pages.block
         store(keys, pages=Pages(entries, page))
-        how: dict[str, Any] = {"page": page, "reduce": self.reduce, "start": keys.start, "impl": keys.impl}
-        return attend_listed(q, keys, estimate_topk(q, entries, softmax, keys.length, self.k, **how), softmax)
+        of = entries, softmax, keys.length, self.k
+        how: dict[str, Any] = {"fraction": self.fraction, "page": page, "reduce": self.reduce}
+        lists = estimate_topk(q, *of, **how, start=keys.start, impl=keys.impl)
+        return attend_listed(q, keys, lists, softmax)
 
     def read(self, seen: int) -> int:
-        own, page = (seen - 1) // self.pages.block, self.pages.block
-        earlier = own if self.k >= seen else min(max(1, self.k // page) - 1, own)
+        page, size = self.pages.block, budget_at(self.k, self.fraction, seen)
+        own = (seen - 1) // page
+        earlier = own if size >= seen else min(max(1, size // page) - 1, own)
         return earlier * page + seen - own * page

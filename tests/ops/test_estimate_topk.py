@@ -52,16 +52,20 @@ def make(
         (64, 288, 300, 40, 16, [0, 250], "none", 2.0),  # a full one; k holds half a page more
         (128, 301, 301, 7, 16, [1, 2], "sum", None),  # less than a page
         (64, 5000, 5001, 64, 2, None, "sum", None),  # pages in two chunks
+        (64, 105, 140, 0.1, None, [0, 20], "sum", None),  # half a key more than 10, and than 8
+        (64, 300, 333, 0.5, 16, [0, 250], "max", None),
+        (64, 25, 30, 1.0, 4, [0, 3], "none", None),  # all of it
     ],
 )
 def test_estimate_topk(
-    d: int, total: int, room: int, k: int, page: int | None, starts: list[int] | None, reduce: str,
+    d: int, total: int, room: int, k: int | float, page: int | None, starts: list[int] | None, reduce: str,
     softcap: float | None, run: Run,
 ) -> None:  # fmt: skip
     q, entries, channels = make(d, total, room, page, starts, run.dtype)
     length, softmax = torch.tensor([total], dtype=torch.int32), Softmax(d**-0.5, softcap)
     start = None if starts is None else torch.tensor(starts)
-    how = {"page": page, "channels": channels, "reduce": reduce, "start": start}
+    fraction, k = (k, None) if isinstance(k, float) else (None, k)
+    how = {"fraction": fraction, "page": page, "channels": channels, "reduce": reduce, "start": start}
     moved = {name: run.to(x) if isinstance(x, Tensor) else x for name, x in how.items()}
     want = estimate_topk(q.double(), entries.double(), softmax, length, k, **how, impl="reference")
     got = estimate_topk(*map(run.to, (q, entries)), softmax, run.to(length), k, **moved, impl=run.impl)
@@ -117,6 +121,7 @@ def test_estimate_topk_refuses_what_does_not_fit() -> None:
     for match, k, how in [
         ("give page or channels", 4, {}),
         ("k and page of at least 1", 0, {"page": 4}),
+        ("k or fraction; got k=4 and fraction=0.5", 4, {"page": 4, "fraction": 0.5}),
         ("reduce 'sum', 'max' or 'none'", 4, {"page": 4, "reduce": "mean"}),
         (r"entries \[B, Hkv, any, 3\]", 4, {"channels": torch.zeros(2, 3, dtype=torch.long)}),
     ]:

@@ -21,8 +21,9 @@ STATIC: dict[str, set[str]] = {  # the steps that a run from 41 to 61 keys takes
     "window:w=42,sinks=3": {"every", "window"},
     "quest:k=48,page=8,dense_layers=1": {"every", "pages"},
     "quest:k=22,page=4,dense_layers=0,gqa_reduce=none": {"pages"},
+    "quest:k=none,fraction=0.4,page=4,dense_layers=0": {"pages"},
     "double_sparsity:k=20,dense_layers=0": {"labels"},
-    "double_sparsity:k=20,dense_layers=0,gqa_reduce=none": {"labels"},
+    "double_sparsity:k=none,fraction=0.3,dense_layers=0,gqa_reduce=none": {"labels"},
     "recycled:k=16,stride=4": {"full", "kept set"},
     "recycled:k=50,stride=3,pool=3,gqa_reduce=max": {"every", "full", "kept set"},
 }
@@ -230,9 +231,8 @@ def test_caches_from_before_and_under_other_patches() -> None:
     [
         ("dense", {"static": 0}, "static is a number of positions, at least 1; got 0"),
         ("dense", {"static": 2.5}, "static is a number of positions, at least 1; got 2.5"),
-        ("snapkv", {"static": 9}, "static= does not serve snapkv: .* are dense, window, quest:k="),
+        ("snapkv", {"static": 9}, "static= does not serve snapkv: .* are dense, window, quest, double_spa"),
         ("recycled:dynamic=true", {"static": 9}, "static= does not serve recycled:dynamic=True"),
-        ("quest:k=none,fraction=0.5", {"static": 9}, "static= does not serve quest"),
         ("dense", {"static": 9, "parallel": "auto"}, "static=9 was given together with parallel"),
         ("dense", {"static": 9, "measure_mass": True}, "together with measure_mass"),
         ("dense", {"static": 9, "crossover": 100}, "together with crossover"),

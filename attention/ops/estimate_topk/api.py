@@ -19,15 +19,17 @@ def estimate_topk(
     entries: Tensor,
     softmax: Softmax,
     length: Tensor,
-    k: int,
+    k: int | None,
     *,
+    fraction: float | None = None,
     page: int | None = None,
     channels: Tensor | None = None,
     reduce: str = "sum",
     start: Tensor | None = None,
     impl: str = "auto",
 ) -> TokenLists:
-    """The at most ``k`` keys that the query q [B, H, 1, D] at position length - 1 should read.
+    """The at most ``k`` keys that the query q [B, H, 1, D] at position length - 1 should read; or the
+    ``fraction`` of the keys that it sees, rounded to even, at least 1.
 
     entries: with ``page``, [B, Hkv, P, 2 D], the maximum and the minimum of each channel over every ``page``
     keys from the row's start on. A page is estimated by sum over channels of max(q max, q min), Quest's
@@ -45,7 +47,9 @@ def estimate_topk(
     """
     if (page is None) == (channels is None):
         raise ValueError("estimate_topk takes entries of pages or of channels: give page or channels.")
-    if k < 1 or (page is not None and page < 1):
+    if (k is None) == (fraction is None):
+        raise ValueError(f"estimate_topk takes k or fraction; got k={k} and fraction={fraction}.")
+    if (k is not None and k < 1) or (page is not None and page < 1):
         raise ValueError(f"estimate_topk takes k and page of at least 1; got k={k} and page={page}.")
     if reduce not in ("sum", "max", "none"):
         raise ValueError(f"estimate_topk takes reduce 'sum', 'max' or 'none'; got {reduce!r}.")
@@ -56,6 +60,6 @@ def estimate_topk(
             f"estimate_topk takes one query q [B, H, 1, D] and entries [B, Hkv, any, {width}]; got "
             f"{list(q.shape)} and {list(entries.shape)}."
         )
-    how = {"page": page, "channels": channels, "reduce": reduce, "start": start}
+    how = {"fraction": fraction, "page": page, "channels": channels, "reduce": reduce, "start": start}
     chosen: TokenLists = run("estimate_topk", IMPLS, impl, q, entries, softmax, length, k, **how)
     return chosen

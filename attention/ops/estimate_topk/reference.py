@@ -32,8 +32,9 @@ def estimate_topk(
     entries: Tensor,
     softmax: Softmax,
     length: Tensor,
-    k: int,
+    k: int | None,
     *,
+    fraction: float | None,
     page: int | None,
     channels: Tensor | None,
     reduce: str,
@@ -43,6 +44,7 @@ def estimate_topk(
     lists = []
     for b, heads in enumerate(q[:, :, 0].unflatten(1, (hkv, -1))):
         first = 0 if start is None else int(start[b])
+        size = max(1, round((fraction or 0.0) * (total - first))) if k is None else k
         for head, group in enumerate(heads):
             own, mine = entries[b, head], None if channels is None else channels[head]
             if page is None:
@@ -53,9 +55,9 @@ def estimate_topk(
             for scores in ranked:
                 best = torch.sort(scores, descending=True, stable=True).indices
                 if page is None:
-                    lists.append(first + best[:k].sort().values)
+                    lists.append(first + best[:size].sort().values)
                     continue
-                pages = last + 1 if k >= total - first else max(1, k // page)
+                pages = last + 1 if size >= total - first else max(1, size // page)
                 places = torch.cat([best[: pages - 1].sort().values, torch.tensor([last], device=q.device)])
                 tokens = (places[:, None] * page + torch.arange(page, device=q.device)).flatten() + first
                 lists.append(tokens[tokens < total])

@@ -31,8 +31,9 @@ def unsupported(
     entries: Tensor,
     softmax: Softmax,
     length: Tensor,
-    k: int,
+    k: int | None,
     *,
+    fraction: float | None,
     page: int | None,
     channels: Tensor | None,
     reduce: str,
@@ -49,8 +50,9 @@ def estimate_topk(
     entries: Tensor,
     softmax: Softmax,
     length: Tensor,
-    k: int,
+    k: int | None,
     *,
+    fraction: float | None,
     page: int | None,
     channels: Tensor | None,
     reduce: str,
@@ -60,7 +62,8 @@ def estimate_topk(
     hkv, room = entries.shape[1], entries.shape[2]
     group, reduces = h // hkv, reduce != "none" and h > hkv
     hs = hkv if reduces or h == hkv else h
-    size = min(k, room) if page is None else page * -(-k // page)
+    most = int((fraction or 0.0) * room * (page or 1)) + 1 if k is None else k
+    size = min(most, room) if page is None else page * -(-most // page)
     width = d if channels is None else channels.shape[1]
     cols = 64 if q.dtype == torch.float32 else 128
     piece = min(launch.wide(width), 32 if q.dtype == torch.float32 else 64)
@@ -82,7 +85,10 @@ def estimate_topk(
         )  # fmt: skip
     tokens = torch.empty(b, hs, 1, size, dtype=torch.int32, device=q.device)
     counts = torch.empty(b, hs, 1, dtype=torch.int32, device=q.device)
-    _choose[(b * hs,)](ranked, tokens, counts, *where, hs, room, k, size, page, CHUNK=_CHUNK, num_warps=8)
+    _choose[(b * hs,)](
+        ranked, tokens, counts, *where, hs, room, k or 0, size, page,
+        FRACTION=fraction, CHUNK=_CHUNK, num_warps=8,
+    )  # fmt: skip
     return TokenLists(tokens=tokens, counts=counts)
 
 
@@ -213,16 +219,24 @@ def _next_digit(
 
 @triton.jit(do_not_specialize=["k", "page", "size"])
 def _choose(
-    ranked, tokens, counts, length, start, ss, hs, room, k, size, page, CHUNK: tl.constexpr
+    ranked, tokens, counts, length, start, ss, hs, room, k, size, page,
+    FRACTION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first, lo, hi = _range(length, start, ss, row // hs, page)
     ranked += row * room
     tokens += row * size
     seen = tl.load(length).to(tl.int32) - first
-    want = tl.minimum(k, seen)
+    budget = k
+    if FRACTION is not None:  # rounded to even, in float64, as Python rounds
+        exact = seen.to(tl.float64) * FRACTION
+        below = tl.floor(exact).to(tl.int32)
+        rest = exact - below.to(tl.float64)
+        up = (rest > 0.5) | ((rest == 0.5) & (below % 2 == 1))
+        budget = tl.maximum(below + up.to(tl.int32), 1)
+    want = tl.minimum(budget, seen)
     if page is not None:
-        want = tl.minimum(tl.where(k >= seen, hi, tl.maximum(k // page, 1) - 1), hi)
+        want = tl.minimum(tl.where(budget >= seen, hi, tl.maximum(budget // page, 1) - 1), hi)
     inside = tl.arange(0, CHUNK)
     edge, left = tl.zeros([], tl.uint32), want
     edge, left = _next_digit(ranked, lo, hi, edge, left, 21, 11, CHUNK)
