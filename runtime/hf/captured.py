@@ -8,7 +8,7 @@ A graph reads its inputs from fixed memory, so the arguments of a call are copie
 one. The first call of a kind runs as it is, which compiles and tunes the kernels, the second is captured, and
 all further ones are replayed. A kind is what the launches depend on: the steps of the layers, the addresses
 of all buffers, and the shapes of the arguments. Where a call needs other buffers (a new cache, another batch
-size), graphs of the old ones are dropped. On other devices every call runs as it is.
+size, a model that was moved), graphs of the old ones are dropped. On other devices every call runs as it is.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ CAPTURE: dict[str, Callable[[Callable[[], Any]], Graph]] = {"cuda": capture_on_c
 class Captured:
     """The graphs of one decoder, in one thread: those of the present buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
         self._pointers: tuple[int, ...] = ()
         self._graphs: dict[Any, _Held | None] = {}  # None: the call has run once, as it is
         self.refused = ""  # why calls cannot be captured
@@ -63,7 +64,8 @@ class Captured:
         self, step: StaticCall, capture: Callable[..., Graph], run: Callable[..., Any], call: Any
     ) -> Any:
         """The output of ``run(**call)``, by a replay where the same kind of call was captured."""
-        pointers = step.pointers()
+        weight = next(self._decoder.parameters(), None)
+        pointers = (*step.pointers(), 0 if weight is None else weight.data_ptr())
         if pointers != self._pointers:
             self.release()
             self._pointers = pointers
@@ -96,13 +98,19 @@ class _Held:
         with torch.inference_mode(False):
             self._inputs = {name: x.clone() for name, x in call.items() if isinstance(x, Tensor)}
         self._cache = given_cache(call)
-        self.graph = capture(lambda: run(**call | self._inputs))
+        with self._device():
+            self.graph = capture(lambda: run(**call | self._inputs))
 
     def replay(self, call: dict[str, Any]) -> Any:
         for name, x in self._inputs.items():
             x.copy_(call[name])
-        self.graph.replay()
+        with self._device():
+            self.graph.replay()
         return self._own(self.graph.output, given_cache(call))
+
+    def _device(self) -> Any:
+        """The context of the device of the arguments; nothing on a CPU."""
+        return torch.cuda.device_of(next(iter(self._inputs.values())))
 
     def _own(self, output: Any, cache: Any) -> Any:
         """A copy of the output, which later replays leave alone, with the cache of the present call."""
@@ -148,7 +156,7 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
             output = original(*args, **kwargs)
             _note_padding(given_cache(kwargs), session.ends is not None)
             return output
-        graphs = vars(of_thread).setdefault("graphs", Captured())
+        graphs = vars(of_thread).setdefault("graphs", Captured(decoder))
         capture = CAPTURE.get(step.stores[0].buffers[0].device.type)
         with step:
             if capture is None:
@@ -167,7 +175,8 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
 
     def remove() -> None:
         undo()
-        vars(of_thread).setdefault("graphs", Captured()).release()
+        if (graphs := vars(of_thread).get("graphs")) is not None:
+            graphs.release()
 
     return remove
 
