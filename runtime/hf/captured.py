@@ -97,30 +97,40 @@ class _Held:
     def __init__(self, capture: Callable[..., Graph], run: Callable[..., Any], call: dict[str, Any]) -> None:
         with torch.inference_mode(False):
             self._inputs = {name: x.clone() for name, x in call.items() if isinstance(x, Tensor)}
-        self._cache = given_cache(call)
+        cache = given_cache(call)
         with self._device():
-            self.graph = capture(lambda: run(**call | self._inputs))
+            graph = capture(lambda: run(**call | self._inputs))
+        # the output without the cache, which may be freed before the graph
+        output = _mapped(graph.output, lambda x: _CACHE if x is cache else x)
+        self.graph = graph._replace(output=output)
 
     def replay(self, call: dict[str, Any]) -> Any:
+        """The output of a call. It is a copy, which later replays leave alone."""
         for name, x in self._inputs.items():
             x.copy_(call[name])
         with self._device():
             self.graph.replay()
-        return self._own(self.graph.output, given_cache(call))
+        cache = given_cache(call)
+        return _mapped(
+            self.graph.output,
+            lambda x: cache if x is _CACHE else x.clone() if isinstance(x, Tensor) else x,
+        )
 
     def _device(self) -> Any:
         """The context of the device of the arguments; nothing on a CPU."""
         return torch.cuda.device_of(next(iter(self._inputs.values())))
 
-    def _own(self, output: Any, cache: Any) -> Any:
-        """A copy of the output, which later replays leave alone, with the cache of the present call."""
-        if isinstance(output, Tensor):
-            return output.clone()
-        if isinstance(output, dict):
-            return type(output)(**{name: self._own(x, cache) for name, x in output.items()})
-        if isinstance(output, list | tuple):
-            return type(output)(self._own(x, cache) for x in output)
-        return cache if output is self._cache else output
+
+_CACHE = object()  # stands for the cache of a call in the output of a captured one
+
+
+def _mapped(output: Any, change: Callable[[Any], Any]) -> Any:
+    """An output with ``change`` of each of its entries, those inside of tuples and lists included."""
+    if isinstance(output, dict):
+        return type(output)(**{name: _mapped(x, change) for name, x in output.items()})
+    if isinstance(output, list | tuple):
+        return type(output)(_mapped(x, change) for x in output)
+    return change(output)
 
 
 def check_static(info: ModelInfo, foreign_keys: bool) -> None:

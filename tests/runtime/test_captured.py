@@ -3,6 +3,8 @@ CUDA's; and how many kernels a step launches."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,7 @@ from test_static import STATIC, every_static, generated, patched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import farspan
-from farspan.runtime.hf import captured
+from farspan.runtime.hf import captured, returned_cache, with_cache
 from farspan.runtime.hf.captured import Graph
 from farspan.runtime.layer import Layer
 from farspan.runtime.static import StaticStore
@@ -38,12 +39,14 @@ class Graphs:
         self.done["captured"] += 1
         lengths = [store.length for store in self.stores]
         output = run()
+        tensors = _tensors(output)
 
         def replay() -> None:
             self.done["replayed"] += 1
             now = [store.length for store in self.stores]
             self._believe(lengths)
-            output.last_hidden_state.copy_(run().last_hidden_state)
+            for mine, new in zip(tensors, _tensors(run()), strict=True):
+                mine.copy_(new)
             self._believe(now)
 
         return Graph(replay, output, lambda: self.done.update(["released"]))
@@ -51,6 +54,11 @@ class Graphs:
     def _believe(self, lengths: list[int]) -> None:
         for store, length in zip(self.stores, lengths, strict=True):
             store._resize(length)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    parts = [output.last_hidden_state, *(output.hidden_states or ())]
+    return parts
 
 
 @pytest.fixture
@@ -124,17 +132,33 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs: Graphs) -> None:
 
 
 def test_outputs_are_the_callers_own(graphs: Graphs) -> None:
-    """A later replay leaves earlier outputs alone, hidden states of all layers included."""
+    """A later replay leaves earlier outputs alone, hidden states of all layers included, and names the cache
+    of its own call."""
     model = shared("llama")
     how: dict[str, Any] = {"output_hidden_states": True, "return_dict_in_generate": True}
     given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     states = []
     for size in ({}, {"static": 64}):
         with patched("dense", **size):
-            states.append(model.generate(prompt(1, 40), **given, **how).hidden_states)
+            out = model.generate(prompt(1, 40), **given, **how)
+            states.append(out.hidden_states)
+            assert returned_cache(out).get_seq_length() == 47
+    assert graphs.done["replayed"] == 6
     for mine, right in zip(*states, strict=True):
-        assert len(mine) == len(right)
-        assert all(torch.equal(a[:, -1:], b[:, -1:]) for a, b in zip(mine[-1:], right[-1:], strict=True))
+        assert len(mine) == len(right) and all(map(torch.equal, mine, right))
+
+
+def test_a_graph_keeps_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of a sequence are freed with its cache, not with the next capture."""
+    monkeypatch.setitem(captured.CAPTURE, "cpu", lambda run: Graph(lambda: None, run(), lambda: None))
+    with patched("dense", static=64), torch.no_grad():
+        out = shared("llama")(prompt(1, 40), use_cache=True)
+        for _ in range(3):
+            out = shared("llama")(prompt(1, 1), **with_cache(shared("llama"), returned_cache(out)))
+        cache = weakref.ref(returned_cache(out).layers[0].store)
+        del out
+        gc.collect()
+        assert cache() is None
 
 
 # --- launches ---------------------------------------------------------------------------------------
@@ -222,7 +246,7 @@ def test_launches_of_a_step(spec: str, inputs: Any, launches: list[Counter[str]]
     with patched(spec, static=300), torch.no_grad():
         out = model(**given, use_cache=True)
         mask = torch.cat([given["attention_mask"], torch.ones(len(out.logits), 1).long()], 1)
-        cache = farspan.runtime.hf.returned_cache(out)
+        cache = returned_cache(out)
         token, position = out.logits[:, -1:].argmax(-1), mask.sum(1, keepdim=True) - 1
         with no_host_reads(model):
             model(token, mask, position, cache)
