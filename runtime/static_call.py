@@ -21,6 +21,7 @@ from ..attention.summary import count_entries
 from .report import PhaseReport
 from .static import StaticStore
 
+_NOTED = 1024  # steps that a ledger notes before it is settled
 SERVED = "dense, window, quest, double_sparsity and recycled without dynamic=true"
 
 
@@ -67,9 +68,11 @@ class Ledger:
         self._sizes[step.name] = Sizes(q.shape[1], kv.num_kv_heads, kv.row_nbytes, key, entry)
         self._ran |= ops
 
-    def add(self, step: StaticStep, seen: list[int], total: int) -> None:
-        """Note a step whose rows have seen so many keys, of a sequence of ``total`` positions."""
+    def add(self, step: StaticStep, seen: list[int], total: int) -> int:
+        """Note a step whose rows have seen so many keys, of a sequence of ``total`` positions. Returns how
+        many steps are noted."""
         self._steps.append((step, seen, total))
+        return len(self._steps)
 
     def clear(self) -> None:
         """Drop the steps that are not in the report."""
@@ -106,8 +109,8 @@ def _reads(step: StaticStep, seen: list[int], total: int, sizes: Sizes) -> Reads
 
 
 class ServedLayer(Protocol):
-    """What a step needs of a layer: its number, its decode method and the name of that one's state, the
-    ledger, and the bytes of memory of its store."""
+    """What a step needs of a layer: its number, its decode method and the name of that one's state, the bytes
+    of memory of its store, and the ledger, whose steps ``settle`` brings into the report."""
 
     index: int
     decode: AttentionMethod
@@ -116,6 +119,8 @@ class ServedLayer(Protocol):
 
     @property
     def kept_as(self) -> str: ...
+
+    def settle(self) -> None: ...
 
 
 class StaticCall:
@@ -142,8 +147,10 @@ class StaticCall:
         masked: bool,
     ) -> StaticCall | None:
         """The call of ``tokens`` [B, T, ...] as one step; None where it goes the way of a growing store: the
-        prompt, several tokens, rows that begin, a step that a method does not fuse, or gradients. masked:
-        whether the call has a mask of padding, which is not read: it continues the one of the prompt."""
+        prompt, several tokens, rows that begin, a step that a method does not fuse, or gradients.
+
+        store_of: the store of a layer, by its number. masked: whether the call has a mask and position ids,
+        without which padded rows take no step. The mask is not read: it continues the one of the prompt."""
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return None
         steps: list[tuple[ServedLayer, StaticStore, StaticStep]] = []
@@ -170,8 +177,8 @@ class StaticCall:
         self._clock.stepping = False
         for layer, store, step in self._steps:
             store.finish(step, done=kind is None)
-            if kind is None:
-                layer.ledger.add(step, self._seen, self.total)
+            if kind is None and layer.ledger.add(step, self._seen, self.total) >= _NOTED:
+                layer.settle()
 
     def run(self, layer: ServedLayer, q: Tensor, softmax: Softmax) -> Partial:
         """The attention of one layer with q [B, H, 1, D], over its store and the token that it was given."""

@@ -47,6 +47,8 @@ def capture_on_cuda(run: Callable[[], Any]) -> Graph:
     return Graph(graph.replay, output, graph.reset)
 
 
+_MOST = 16  # kinds of calls whose graphs are kept
+
 CAPTURE: dict[str, Callable[[Callable[[], Any]], Graph]] = {"cuda": capture_on_cuda}
 """By type of device, how a call is captured."""
 
@@ -72,6 +74,9 @@ class Captured:
         kind = step.names, _kind(call)
         held = self._graphs.get(kind)
         if held is None and kind not in self._graphs:
+            if len(self._graphs) >= _MOST:
+                self.release()
+                self._pointers = pointers
             self._graphs[kind] = None
             return run(**call)
         if held is None:

@@ -153,7 +153,8 @@ def _before_decoder(
     stores = None if cache is None else _Stores(cache)
     if fixed is not None and stores is not None and tokens is not None:
         check_room(total, fixed.room)
-        step = StaticCall.of(fixed.layers, stores.__getitem__, tokens, mask is not None)
+        masked = mask is not None and call.get("position_ids") is not None
+        step = StaticCall.of(fixed.layers, stores.__getitem__, tokens, masked)
         if step is not None:
             session.begin_call(stores, Padding(), total)
             session.step = step

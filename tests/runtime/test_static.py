@@ -12,6 +12,7 @@ from torch import Tensor
 
 import farspan
 from farspan.attention.errors import FarspanError, Unsupported
+from farspan.runtime import static_call
 from farspan.runtime.hf import returned_cache, with_cache
 from farspan.runtime.static import StaticStore
 from farspan.runtime.static_call import StaticCall
@@ -105,6 +106,32 @@ def test_a_fixed_store_equals_a_growing_one_bit_for_bit(
         # rows of which some have no more keys than the set of recycled go the way of a growing store
         assert len(steps) == 19 or (spec.startswith("recycled:k=50") and len(steps) > 6)
         steps.clear()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "olmo2", "qwen3_moe"])
+def test_other_architectures(name: str, steps: list[tuple[str, ...]]) -> None:
+    model, results = shared(name), []
+    for size in ({}, {"static": 50}):
+        with farspan.patch(model, "quest:k=22,page=4,dense_layers=1", **size):
+            results.append(decode(model, padded((41, 38)), 6))
+    assert torch.equal(*results) and len(steps) == 5
+
+
+def test_padded_rows_without_position_ids_take_no_step(steps: list[tuple[str, ...]]) -> None:
+    """A model may make them of the mask, which steps do not give it."""
+    given = padded((41, 38))
+    with patched("dense", static=50), torch.no_grad():
+        out = shared("llama")(**given, use_cache=True)
+        mask = torch.cat([given["attention_mask"], torch.ones(2, 1).long()], 1)
+        shared("llama")(prompt(2, 1), attention_mask=mask, **with_cache(shared("llama"), returned_cache(out)))
+    assert not steps
+
+
+def test_many_steps_are_counted_before_a_report_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server that never asks keeps no list of its tokens."""
+    monkeypatch.setattr(static_call, "_NOTED", 4)
+    want, got = (generated("window:w=42,sinks=3", prompt(1, 41), **size) for size in ({}, {"static": 61}))
+    assert got[2] == want[2]
 
 
 @every_static
