@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .method import AttentionMethod
+from .static_step import EveryKeyStep, StaticKeys, StaticStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +16,6 @@ class Dense(AttentionMethod):
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense attention"
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        return EveryKeyStep()

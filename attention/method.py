@@ -21,6 +21,7 @@ from .keys import Keys, State
 from .lookahead import Lookahead
 from .needs import Needs
 from .selection import Index
+from .static_step import StaticKeys, StaticStep
 from .summary import Summary
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
@@ -276,6 +277,16 @@ class AttentionMethod:
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means
         all."""
+        return None
+
+    @property
+    def has_static_step(self) -> bool:
+        """Whether it has a ``static_step`` at its parameters."""
+        return type(self).static_step is not AttentionMethod.static_step
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        """The fused step by which it serves the next token on a store of fixed size, where all rows can take
+        it; None: the token is served by ``select_decode``. It is called on the host and changes nothing."""
         return None
 
     def __str__(self) -> str:

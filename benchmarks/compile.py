@@ -39,9 +39,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import autotuner, driver, jit
 
 from farspan.attention.ops import launch
+from farspan.attention.ops.append import Kept, Labels, Pages, append
 from farspan.attention.ops.block_max import block_max
 from farspan.attention.ops.block_sparse import block_sparse
 from farspan.attention.ops.decode import decode
+from farspan.attention.ops.estimate_topk import estimate_topk
 from farspan.attention.ops.flash import flash
 from farspan.attention.ops.gather_decode import gather_decode
 from farspan.attention.ops.int4_scores import int4_block_max, int4_scores, quantise_int4
@@ -66,6 +68,22 @@ def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> li
 def _q_kv(*args: Any, **how: Any) -> tuple[torch.Tensor, KV]:
     q, k, v = _qkv(*args, **how)
     return q, KV(k, v)
+
+
+def _append(dtype: torch.dtype, d: int) -> None:
+    _, *new = _qkv(dtype, d, 1, 1)
+    k, v = (torch.empty(1, 2, 1024, d, dtype=dtype) for _ in range(2))
+    length, since = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    pages = Pages(torch.empty(1, 2, 64, 2 * d, dtype=dtype), 16)
+    labels = Labels(k[..., :32], torch.arange(32).expand(2, 32))
+    kept = Kept(torch.zeros(1, 2, 64, dtype=torch.long), KV(k[:, :, :64], v[:, :, :64]), since)
+    for more in (
+        {},
+        {"pages": pages, "start": torch.zeros(1, dtype=torch.long)},
+        {"labels": labels},
+        {"kept": kept},
+    ):
+        append(*new, KV(k, v), length, impl="triton", **more)
 
 
 def _block_max(dtype: torch.dtype, d: int) -> None:
@@ -100,6 +118,20 @@ def _decode(dtype: torch.dtype, d: int) -> None:
     for softcap, more in ((None, {}), (None, {"start": start}), (5.0, {"window": 100})):
         decode(*_q_kv(dtype, d, 1, 1024), Softmax(1.0, softcap), impl="triton", **more)
     decode(*_q_kv(dtype, d, 16, 1024), Softmax(1.0), impl="triton")
+    length = torch.ones(1, dtype=torch.int32)
+    for more in ({}, {"window": 100, "sinks": 4, "start": start}):
+        decode(*_q_kv(dtype, d, 1, 1024), Softmax(1.0), length=length, impl="triton", **more)
+
+
+def _estimate_topk(dtype: torch.dtype, d: int) -> None:
+    q = torch.randn(1, 8, 1, d, dtype=dtype)
+    how = Softmax(1.0), torch.ones(1, dtype=torch.int32), 512
+    pages, labels = (torch.empty(1, 2, 1024, width, dtype=dtype) for width in (2 * d, 32))
+    start, channels = torch.zeros(1, dtype=torch.long), torch.arange(32).expand(2, 32)
+    for reduce, first in (("max", None), ("sum", start), ("none", start)):
+        estimate_topk(q, pages, *how, page=16, reduce=reduce, start=first, impl="triton")
+        estimate_topk(q, labels, *how, channels=channels, reduce=reduce, start=first, impl="triton")
+    estimate_topk(q, pages, *how[:2], None, fraction=0.1, page=16, impl="triton")
 
 
 def _flash(dtype: torch.dtype, d: int) -> None:
@@ -162,9 +194,11 @@ def _select(dtype: torch.dtype, d: int) -> None:
 
 
 CASES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "append": _append,
     "block_max": _block_max,
     "block_sparse": _block_sparse,
     "decode": _decode,
+    "estimate_topk": _estimate_topk,
     "flash": _flash,
     "gather_decode": _gather_decode,
     "int4_scores": _int4_scores,

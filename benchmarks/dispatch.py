@@ -8,7 +8,8 @@ takes on a GPU. A Triton kernel counts as one launch and a view as none. Every m
 parameters (tests/laws/parameters.py), one layer of 8 query and 2 KV heads, a prompt of 120 tokens and decode
 steps after it, alone and in a batch of two rows, one of which is padded on the left by 33. "prefill" is the
 call of the prompt. "step" is the decode step of the median number of launches and "largest step" that of
-most, of five steps. "waits" and "copies" are those of all five steps.
+most, of five steps. "waits" and "copies" are those of all five steps. "static" behind a method: its cache has
+a fixed size; a step then has one launch more, once for all layers, which sets the length.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .record import save, table
 
 
 def row(name: str, device: str, starts: list[int] | None) -> dict[str, Any]:
-    method = tiny_methods()[name]
-    prefill, steps = count(method, device, starts)
+    method = tiny_methods()[name.removesuffix(" static")]
+    prefill, steps, _ = count(method, device, starts, 160 if name.endswith(" static") else None)
     launches = [step.launches.total() for step in steps]
     return {
         "method": name,
@@ -47,7 +48,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", default="cuda,cpu")
-    parser.add_argument("--methods", default=",".join(tiny_methods()))
+    fixed = [f"{name} static" for name, method in tiny_methods().items() if method.has_static_step]
+    parser.add_argument("--methods", default=",".join([*tiny_methods(), *fixed]))
     parser.add_argument("--name", default="dispatch", help="of the file in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,7 +3,9 @@
     python -m benchmarks.generate [--model smollm2-135m] [--tokens 7900] [--repeats 3] [--device cuda]
     python -m benchmarks.generate --tokens 4096,32768 --new 1 --methods "dense; antidiagonal; dhsa"
     python -m benchmarks.generate --shape llama-3.1-8b --device cuda --tokens 32768,131072 --new 256
+    python -m benchmarks.generate --methods "dense; dense static; quest:k=512; quest:k=512 static"
 
+"static" behind a method gives it a cache of fixed size (``patch(..., static=N)``).
 The prompt is real text; positions are stretched (YaRN) where it is longer than the model's. ``--shape`` makes
 a model of random weights instead, as large as the real one: its queries and keys are no real ones, and what
 methods read that choose by them is not what they would read. Prefill is time to first token but for sampling
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,15 @@ class Times:
     token: list[float] = field(default_factory=list)
     peak: float = 0.0
     densities: dict[str, float | None] = field(default_factory=dict)
+
+
+def patch(model: Any, name: str, recipe: Any, room: int) -> AbstractContextManager[farspan.Patched | None]:
+    """The patch by a method's name, "static" behind it or not; room: the positions of a static cache."""
+    if name == "unpatched":
+        return nullcontext()
+    spec = name.removesuffix(" static")
+    takes: dict[str, Any] = {"recipe": recipe} if "double_sparsity" in spec else {}
+    return farspan.patch(model, spec, static=room if spec != name else None, **takes)
 
 
 def prefill(model: Any, ids: torch.Tensor) -> tuple[float, Any]:
@@ -174,8 +185,7 @@ def run(
     model: Any, ids: torch.Tensor, name: str, recipe: Any, found: Times, args: argparse.Namespace
 ) -> None:
     """One prefill and, of more than one new token, one decode."""
-    takes = {"recipe": recipe} if "double_sparsity" in name else {}
-    with nullcontext() if name == "unpatched" else farspan.patch(model, name, **takes) as patched:
+    with patch(model, name, recipe, ids.shape[1] + args.new) as patched:
         forget_peak(args.device)
         before = resident(args.device, "VmRSS")
         seconds, cache = prefill(model, ids[:, :-1])

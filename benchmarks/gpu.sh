@@ -69,13 +69,14 @@ A)
     ;;
 B)
     if [ "$dry" = 1 ]; then
-        bench generate 300 generate --shape tiny --tokens 64 --new 12 --repeats 1 --methods "dense; quest:k=16"
-        bench launches 120 launches --shape tiny --tokens 64 --methods "dense; quest:k=16"
+        bench generate 300 generate --shape tiny --tokens 64 --new 12 --repeats 1 --methods "dense; quest:k=16; quest:k=16 static"
+        bench launches 120 launches --shape tiny --tokens 64 --methods "dense; quest:k=16; quest:k=16 static"
     else
         bench generate 300 generate --shape llama-3.1-8b --tokens 32768 --new 64 --repeats 1 --name generate_8b --methods \
-            "dense; dense + double_sparsity:k=2048; dense + quest:k=2048; antidiagonal; block_topk:k=4096"
+            "dense; dense static; dense + double_sparsity:k=2048; dense + double_sparsity:k=2048 static; \
+dense + quest:k=2048; dense + quest:k=2048 static; antidiagonal; block_topk:k=4096"
         bench launches 150 launches --shape llama-3.1-8b --tokens 131072 --methods \
-            "dense; double_sparsity:k=2048; quest:k=2048"
+            "dense; dense static; double_sparsity:k=2048; double_sparsity:k=2048 static; quest:k=2048; quest:k=2048 static"
     fi
     bench small_ops 120 ops --ops $small --lengths $lengths "${few[@]}"
     bench scan_large 60 scan --lengths $scans --heads 32 --kv-heads 32 --head-dim 128 --repeats 3

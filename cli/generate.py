@@ -37,6 +37,9 @@ class Generate:
         str | None,
         options.crossover('Read densely below this many keys; "auto" takes what `farspan tune` measured.'),
     ] = None
+    static: Annotated[
+        bool, typer.Option("--static", help="Use a cache of fixed size; on CUDA, decode in a captured graph.")
+    ] = False
     recipe: options.Recipe = None
     rope: options.Rope = None
     beyond_positions: Annotated[
@@ -92,6 +95,7 @@ def generate(given: Generate) -> None:
         "recipe": given.recipe,
         "prefill_chunk": given.prefill_chunk,
         "crossover": given.crossover,
+        "static": length + given.max_new_tokens if given.static else None,
     }
     with Job(causal_lm, ranks) as job, patch(causal_lm, given.method, parallel=job.mesh, **how) as patched:
         streamer = text_streamer(tokenizer) if streams(config) and not given.json else None

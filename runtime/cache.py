@@ -279,14 +279,17 @@ class KVStore:
         if not self._buffers:
             return
         self._kv = self._handles = None
-        self._buffers = tuple(
-            self._grown_rows(change(x[:, :, : self.length]), x.shape[2]) for x in self._buffers
-        )
+        self._buffers = tuple(self._refilled(x, change(x[:, :, : self.length])) for x in self._buffers)
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
         self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]
+
+    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as
+        these."""
+        return self._grown_rows(new, buffer.shape[2])
 
     def _grown_rows(self, x: Tensor, room: int) -> Tensor:
         b, h, t, d = x.shape

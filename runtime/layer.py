@@ -26,6 +26,7 @@ from .report import PhaseReport
 from .rows import Done, Run, total_reads
 from .session import Session, Unique
 from .shard import ShardStore
+from .static_call import Ledger
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not those of the cache"
@@ -66,12 +67,18 @@ class Layer(Unique):
 
     def __post_init__(self) -> None:
         self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys, self.faster)
+        self.ledger = Ledger()
         self.clear_report()
 
     @property
     def methods(self) -> dict[str, AttentionMethod]:
         """The method of each phase."""
         return {PREFILL: self.prefill, DECODE: self.decode}
+
+    @property
+    def kept_as(self) -> str:
+        """The name by which stores keep the state of the decode method."""
+        return self.layer_call.kept_as
 
     @property
     def needs(self) -> Needs:
@@ -81,6 +88,7 @@ class Layer(Unique):
     def clear_report(self) -> None:
         """Set the counts of this layer to zero."""
         self.stored = self.dense_stored = 0
+        self.ledger.clear()
         self.phases = {
             phase: PhaseReport(
                 str(method), lookahead=method.lookahead, measured=Measured() if self.measure else None
@@ -102,6 +110,8 @@ class Layer(Unique):
         Where k is the handle of the layer's store, the store's keys and values are read, in its format."""
         if self._trains(q):
             self._flag_training()
+        if self.session.step is not None:
+            return self._finished(self.session.step.run(self, q, softmax), q, softmax)
         call = self.session.call or carried(mask)
         if call is not None and mask is None:
             raise FarspanError(
@@ -123,9 +133,19 @@ class Layer(Unique):
             )
         else:
             part = self._on_one_device(q, k, v, mask, softmax)
+        return self._finished(part, q, softmax)
+
+    @staticmethod
+    def _finished(part: Partial, q: Tensor, softmax: Softmax) -> Tensor:
+        """The output of the layer [B, Tq, H, D] in the dtype of q, with the model's learned sinks."""
         if softmax.sinks is not None:
             part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
+
+    def settle(self) -> None:
+        """Bring the steps of a store of fixed size into the report."""
+        dense = self.ledger.settle(self.phases[DECODE], self.decode.selective, self.left_dense.get(DECODE))
+        self.dense_stored = dense or self.dense_stored
 
     def _on_one_device(
         self,

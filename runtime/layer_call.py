@@ -122,7 +122,7 @@ class LayerCall:
         self.faster = {} if faster is None else faster
         self.from_keys = {} if from_keys is None else from_keys
         self.needed = _keys_needed(prefill, decode, self.from_keys)
-        self._kept_as = str(decode)  # the name of the state; only decode methods keep state
+        self.kept_as = str(decode)  # the name of the state; only decode methods keep state
         declared = (*prefill.summaries, *decode.summaries)
         self._fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
         self._sets_up = type(decode).on_prefill_end is not AttentionMethod.on_prefill_end
@@ -154,7 +154,7 @@ class LayerCall:
         for run in rows.runs:
             state: State = {}
             if run.phase == DECODE and not run.below:
-                state = states.of(self._kept_as, run.rows, source.past, source.total)
+                state = states.of(self.kept_as, run.rows, source.past, source.total)
             probe = None if probe_of is None else probe_of(run.phase)
             with implementations(at_length(self.faster.get(run.phase, ()), source.total)) as ran:
                 part, reads, travel = source.attend(self.method(run), run, state, probe)
@@ -176,7 +176,7 @@ class LayerCall:
         last = source.last_queries(count) if self._sets_up else None
         read = 0
         for rows in ended:
-            state = source.states.of(self._kept_as, rows, source.past, source.total)
+            state = source.states.of(self.kept_as, rows, source.past, source.total)
             if last is not None:
                 keys = source.keys(rows, state, count)
                 self.decode.on_prefill_end(last[rows], keys)

@@ -34,6 +34,7 @@ from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .session import Notices, Session
+from .static_call import check_alone, check_methods
 
 __all__ = ["Patched", "Report", "patch", "resolve"]
 
@@ -55,6 +56,7 @@ def patch(
     measure_mass: bool | int = False,
     mixers: Mapping[int, Mixer] | None = None,
     merge: bool = False,
+    static: int | None = None,
 ) -> Patched:
     """Replace the attention of ``model`` by a method. ``generate`` and plain calls work as before.
 
@@ -90,6 +92,11 @@ def patch(
     cropped only where it is keys and values alone (sigmoid).
     merge: add LoRA adapters of the recipe to the weights, which takes a copy of these; ``remove`` puts the
     old ones back. Without it they are computed beside the weights.
+    static: make caches whose buffers hold this many positions, prompt and new tokens together, and never
+    move. Each further token of a row then takes a few kernels a layer, without a wait for the device, and on
+    CUDA they are captured in a graph and replayed. It serves dense, window, quest, double_sparsity and
+    recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
+    padding is read with the prompt and taken to stay. A call beyond the positions raises FarspanError.
 
     Where ``farspan tune`` measured another library's kernels faster in a method on this device, its
     operations take them.
@@ -107,7 +114,14 @@ def patch(
         raise FarspanError(
             "This model is patched already: call remove() on the first patch, then patch again."
         )
+    room = None if static is None else whole_number(static)
+    if static is not None:
+        if room is None or room < 1:
+            raise FarspanError(f"static is a number of positions, at least 1; got {static!r}.")
+        check_alone(room, parallel=parallel, mixers=mixers, measure_mass=measure_mass, crossover=crossover)
     trial = hf.check_by_trial(info)
+    if room is not None:
+        hf.check_static(info, trial.foreign_keys)
     mixed = mixed_layers(mixers or {}, len(info.kinds), info.attention, info.config.hidden_size)
     untouched = {
         i: "the model's own sliding window" if kind == hf.SLIDING else "no attention in this layer"
@@ -138,6 +152,9 @@ def patch(
         for i in info.attention
         if i not in mixed
     }
+    if room is not None:
+        for pair in served.values():
+            check_methods(*pair[:2])
     if strict:
         check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
     from_keys = {
@@ -199,7 +216,7 @@ def patch(
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
     continues = partial(hf.continues_exactly, info)
-    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues, room)
     if adapters is not None:
         undo += adapters.put_on(merge)
     if mesh is not None:
@@ -279,6 +296,8 @@ class Patched:
                 "This patch has measured no attention mass: patch the model with measure_mass=True, and call "
                 "the model before report(measure_mass=True)."
             )
+        for layer in self._layers.values():
+            layer.settle()
         layers = [
             LayerReport(
                 i,

@@ -20,6 +20,7 @@ from ..parallel.mechanisms.call import Call
 from .cache import KVStore
 from .inputs import Given
 from .padding import Padding, checked_2d, read_padding
+from .static_call import StaticCall
 
 _thread = threading.local()
 
@@ -77,6 +78,7 @@ class Session(threading.local):
         self.rotary_calls: dict[tuple[int, str], Any] = {}  # the last calls of rotary embeddings
         self.cached = False  # whether the call keeps its keys in a cache
         self.stores: Stores | None = None
+        self.step: StaticCall | None = None  # the call, where stores of fixed size serve it by fused steps
         self.ends: list[int] | None = None  # where rows end; None without padding on the right
         self._padding: tuple[int, Padding] | None = None  # (number of positions, their padding) of the call
         self._paddings: dict[int, tuple[Tensor, Padding]] = {}  # by mask id: kinds of layers have own masks
@@ -158,4 +160,5 @@ class Session(threading.local):
         """End the call and drop its values."""
         _thread.running = False
         self.cached, self.stores, self.ends, self.early = False, None, None, None
+        self.step = None
         self._padding, self._paddings, self._noticed = None, {}, set()

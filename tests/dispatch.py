@@ -4,6 +4,9 @@ on a simulated GPU."""
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,13 @@ from torch import Tensor, nn
 import farspan
 from farspan.attention.method import DECODE, PREFILL, AttentionMethod
 from farspan.attention.softmax import Softmax
-from farspan.runtime.hf.cache import KVStoreLayer
+from farspan.runtime.hf.cache import KVStoreLayer, StaticStoreLayer
 from farspan.runtime.inputs import Given
 from farspan.runtime.layer import Layer
 from farspan.runtime.padding import Padding
 from farspan.runtime.session import Session
+from farspan.runtime.static import Clock, StaticStore
+from farspan.runtime.static_call import StaticCall
 
 from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info
@@ -58,7 +63,8 @@ def bound(method: AttentionMethod) -> AttentionMethod:
 
 
 class OneLayer:
-    """A patched layer on its own store, which is called with random queries, keys and values."""
+    """A patched layer on its own store, which is called with random queries, keys and values. static: the
+    positions of a store of fixed size; None: it grows."""
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class OneLayer:
         device: Device,
         starts: list[int] | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        static: int | None = None,
     ) -> None:
         dense = farspan.parse_method("dense")
         self.method, self.device = bound(method), device
@@ -74,6 +81,8 @@ class OneLayer:
         prefill, decode = (self.method if phase in method.phases else dense for phase in (PREFILL, DECODE))
         self.session = Session(strict=False)
         self.layer, self.cache = Layer(0, prefill, decode, self.session), KVStoreLayer()
+        if static is not None:
+            self.cache = StaticStoreLayer(partial(StaticStore, static, Clock()))
         self.data, self.starts = Data.random(PROMPT + WARM + STEPS, starts, dtype=dtype), starts
         self.start = None if starts is None else device.put(torch.tensor(starts))
         self.softmax = Softmax(self.data.scale)
@@ -92,7 +101,9 @@ class OneLayer:
             frequencies = put(THETA ** (-torch.arange(D // 2) / (D // 2)))
             early = None if needs.early_hidden_states is None else hidden
             session.given = Given(needs, hidden, places, frequencies=frequencies, early=early)
-        with self.device.counted() as counts:
+        tokens = torch.empty(len(q), end - begin, device="meta")
+        session.step = StaticCall.of({0: self.layer}, lambda _: self.cache.store, tokens, True)
+        with self.device.counted() as counts, session.step or nullcontext():
             keys, values = self.cache.update(k, v)
             out = self.layer(q, keys, values, mask, self.softmax)
         self.results.append(getattr(out, "held", out))
@@ -116,10 +127,16 @@ def _move(module: nn.Module, device: Device) -> None:
 
 
 def count(
-    method: AttentionMethod, device: str, starts: list[int] | None = None, steps: int = STEPS
-) -> tuple[Counts, list[Counts]]:
-    """(prefill, decode steps) of a method on "cpu" or on a simulated "cuda"."""
+    method: AttentionMethod,
+    device: str,
+    starts: list[int] | None = None,
+    static: int | None = None,
+    steps: int = STEPS,
+) -> tuple[Counts, list[Counts], Any]:
+    """(prefill, decode steps, layer) of a method on "cpu" or on a simulated "cuda". static: positions of the
+    cache, where it has a fixed size."""
     simulated = Device(device)
     with torch.no_grad(), simulated.running():
-        layer = OneLayer(method, simulated, starts, torch.bfloat16 if simulated.simulated else torch.float32)
-        return layer.prefill(), layer.steps(steps)
+        dtype = torch.bfloat16 if simulated.simulated else torch.float32
+        layer = OneLayer(method, simulated, starts, dtype, static)
+        return layer.prefill(), layer.steps(steps), layer

@@ -41,7 +41,7 @@ READS = {
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits
 # and merged.
-LAUNCHES = {"decode": 2, "gather_decode": 2}
+LAUNCHES = {"decode": 2, "gather_decode": 2, "estimate_topk": 3}
 
 
 def launches_nothing(func: Any) -> bool:
@@ -234,7 +234,7 @@ def _cudnn(
     v: Tensor,
     bias: None,
     lse: bool,
-    dropout: float,
+    dropout: float = 0.0,
     causal: bool = False,
     *,
     scale: float,

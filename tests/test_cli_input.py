@@ -87,6 +87,16 @@ def test_a_prompt_is_the_same_from_a_file_and_from_stdin(farspan_command, tiny_f
     assert (code, out) == (2, "") and "farspan: stdin is not UTF-8 text" in err
 
 
+def test_a_cache_of_fixed_size_writes_the_same(farspan_command, tiny_folder):
+    how = ["-m", str(tiny_folder), "-p", "one two three four", "--method", "quest:k=2,page=2", "--json"]
+    plain, static = (
+        json.loads(farspan_command("generate", *how, "--max-new-tokens", "6", "--no-chat", *more)[1])
+        for more in ([], ["--static"])
+    )
+    assert static["text"] == plain["text"] and static["new_tokens"] == plain["new_tokens"]
+    assert "append" in static["report"]["layers"][0]["decode"]["implementations"]
+
+
 @pytest.mark.parametrize(("encoding", "dash"), [("latin-1", b"-"), ("ascii", b"-"), ("cp1252", b"\x96")])
 def test_a_terminal_that_is_not_utf8(farspan_command, small_needle, tmp_path, monkeypatch, encoding, dash):
     def shown(*arguments: str) -> bytes:

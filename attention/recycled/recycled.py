@@ -15,7 +15,9 @@ from ..keys import Keys
 from ..kv import KV
 from ..method import AttentionMethod
 from ..selection import Index, TokenIndex
-from .kept_set import choose, enter, replace_sets
+from ..static_step import StaticKeys, StaticStep
+from .kept_set import choose, dissimilar, enter, replace_sets
+from .steps import next_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +139,16 @@ class Recycled(AttentionMethod):
         compared = (clock % self.qc == 0) & (clock > 0)
         if not bool(compared.any()):
             return clock <= 0
-        last = keys.state["q"]  # [B, H, D]
-        cosine = torch.cosine_similarity(q[:, :, 0].float(), last.float(), dim=-1)
-        cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
-        if self.scope == "layer":
-            cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
-        return (compared & (cosine < self.s)) | (clock <= 0)
+        return (compared & dissimilar(q, keys, self.s, self.scope)) | (clock <= 0)
 
     def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
         """Choose the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
         tokens = choose(q, keys, length, self.k, self.gqa_reduce, self.pool)
         replace_sets(q, keys, length, tokens, full)
+
+    @property
+    def has_static_step(self) -> bool:
+        return not self.dynamic
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        return next_step(keys, self.k, self.stride, self.gqa_reduce, self.pool)

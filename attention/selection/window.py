@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,10 +28,12 @@ class Window(Selection):
     sinks: int = 0
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
-        return self._run(q, keys, impl, flash), self._pairs(q, keys, rows)
+        return self._run(q, keys, impl), self._pairs(q, keys, rows)
 
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
-        return self._run(q, keys, impl, decode), self._pairs(q, keys, range(keys.tq))
+        where = keys.kv, keys.softmax
+        part = decode(q, *where, window=self.size, sinks=self.sinks, start=keys.start, impl=impl)
+        return part, self._pairs(q, keys, range(keys.tq))
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         local, pairs = attend_recent(q, keys, self.size), self._pairs_here(q, keys)
@@ -63,11 +64,11 @@ class Window(Selection):
         recent = (cols > places - self.size)[None, None]
         return mask & (recent | first_keys(self.sinks, cols, start, batch))
 
-    def _run(self, q: Tensor, keys: Keys, impl: str, op: Callable[..., Partial]) -> Partial:
+    def _run(self, q: Tensor, keys: Keys, impl: str) -> Partial:
         """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
         set of keys."""
         b, h, tq, _ = q.shape
-        local = op(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
+        local = flash(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
         sinks = min(self.sinks, keys.length)
         if sinks == 0 or keys.longest() <= self.size:
             return local

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..budget import budget, budget_at, check_budget, max_budget, select_topk
+from ..budget import budget, budget_at, check_budget, covers, max_budget, select_topk
 from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod
+from ..ops.append import Pages
+from ..ops.estimate_topk import estimate_topk
 from ..ops.scores import scores
 from ..pages import last_page_tokens, page_tokens
+from ..partial import Partial
 from ..selection import Index
+from ..softmax import Softmax
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
 from ..summary import BlockPool, Summary
 
 
@@ -91,3 +96,42 @@ class Quest(AttentionMethod):
         own = own.expand(*ranked.shape[:3], 1)
         chosen, counts = select_topk(ranked.scatter(3, own, torch.inf), pages, max_pages)  # [B, Hs, Tq, M]
         return page_tokens(chosen, counts, self.page, first, rows)
+
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        if covers(self.k, self.fraction, keys):
+            return EveryKeyStep()
+        pages = BlockPool(self.page, ("max", "min"))
+        return PagesStep(k=self.k, fraction=self.fraction, pages=pages, reduce=self.gqa_reduce)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesStep(StaticStep):
+    """The step of ``quest`` where it leaves keys out."""
+
+    name: ClassVar[str] = "pages"
+
+    k: int | None
+    fraction: float | None
+    pages: BlockPool
+    reduce: str
+
+    @property
+    def summary(self) -> Summary:
+        return self.pages
+
+    def lists(self, num_heads: int, num_kv_heads: int) -> int:
+        return num_heads if self.reduce == "none" else num_kv_heads
+
+    def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
+        entries, page = keys.entries(self.pages), self.pages.block
+        store(keys, pages=Pages(entries, page))
+        of = entries, softmax, keys.length, self.k
+        how: dict[str, Any] = {"fraction": self.fraction, "page": page, "reduce": self.reduce}
+        lists = estimate_topk(q, *of, **how, start=keys.start, impl=keys.impl)
+        return attend_listed(q, keys, lists, softmax)
+
+    def read(self, seen: int) -> int:
+        page, size = self.pages.block, budget_at(self.k, self.fraction, seen)
+        own = (seen - 1) // page
+        earlier = own if size >= seen else min(max(1, size // page) - 1, own)
+        return earlier * page + seen - own * page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,7 +11,11 @@ from ..checks import require
 from ..cost import Cost, Queries
 from ..keys import Keys
 from ..method import AttentionMethod
+from ..ops.decode import decode
+from ..partial import Partial
 from ..selection import Index, Window
+from ..softmax import Softmax
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,5 +45,28 @@ class SlidingWindow(AttentionMethod):
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         return self._select(keys)
 
+    def static_step(self, keys: StaticKeys) -> StaticStep | None:
+        if max(keys.seen()) <= self.w + self.sinks:
+            return EveryKeyStep()
+        return WindowStep(w=self.w, sinks=self.sinks)
+
     def _select(self, keys: Keys) -> Index:
         return None if keys.longest() <= self.w + self.sinks else Window(size=self.w, sinks=self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowStep(StaticStep):
+    """The step of ``window`` where it leaves keys out."""
+
+    name: ClassVar[str] = "window"
+
+    w: int
+    sinks: int
+
+    def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
+        store(keys)
+        where: dict[str, Any] = {"start": keys.start, "length": keys.length, "impl": keys.impl}
+        return decode(q, keys.buffers, softmax, window=self.w, sinks=self.sinks, **where)
+
+    def read(self, seen: int) -> int:
+        return min(seen, self.w + self.sinks)

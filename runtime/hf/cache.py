@@ -20,6 +20,7 @@ from ...attention.errors import FarspanError
 from ..cache import KVStore
 from ..session import in_call
 from ..shard import ShardStore, running
+from ..static import Clock, StaticStore
 from .interface import autocast
 from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
 
@@ -109,6 +110,15 @@ class KVStoreLayer(DynamicLayer):
     prefetch = offload
 
 
+class StaticStoreLayer(KVStoreLayer):
+    """A StaticStore as a transformers cache layer. In a step of one token its ``update`` leaves the storing
+    of the token to the attention of the layer."""
+
+    def __init__(self, make: Callable[[], StaticStore], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.store: StaticStore = make()
+
+
 class ShardStoreLayer(KVStoreLayer):
     """A ShardStore as a transformers cache layer. Its ``update`` returns the new keys and values unchanged;
     the attention of the layer stores this rank's part of them."""
@@ -168,12 +178,15 @@ _KEPT = (
 )
 
 
-def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None = None) -> None:
+def adopt_cache(
+    cache: Cache, shard: Callable[[int | None], ShardStore] | None = None, static: int | None = None
+) -> None:
     """Replace the layers of a user's cache by farspan's, in place and with their contents. Raises
     FarspanError for a cache that cannot be converted.
 
     shard: for a cache that is sharded over ranks, makes the store of a layer; called with the layer's sliding
-    window or None.
+    window or None. static: the number of positions for which stores of fixed size are made; None: stores
+    grow.
     """
     replicated = replicated_layer(cache)
     if is_offloading(cache) or not isinstance(getattr(cache, "layers", None), list):
@@ -183,11 +196,17 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
             "DynamicCache(config=...)."
         )
     _check_lengths(cache)
-    if shard is None and replicated in (None, KVStoreLayer) and {KVStoreLayer} == {*map(type, cache.layers)}:
+    if (
+        shard is None
+        and static is None
+        and replicated in (None, KVStoreLayer)
+        and {KVStoreLayer} == {*map(type, cache.layers)}
+    ):
         return  # all of it is farspan's
-    ours = isinstance(replicated, partial) and replicated.func is ShardStoreLayer
+    ours = isinstance(replicated, partial) and replicated.func in (ShardStoreLayer, StaticStoreLayer)
     if replicated not in (None, DynamicLayer, KVStoreLayer) and not ours:
         raise _wrong_cache(cache, replicated)
+    make = KVStoreLayer if static is None else _static_maker(cache, static)
     fresh: list[Any] = []
     for layer in cache.layers:
         if shard is not None:
@@ -197,8 +216,8 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
                 "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
                 "with a patch that has the same parallel=, or start a new cache."
             )
-        elif type(layer) is DynamicLayer:
-            fresh.append(_filled(KVStoreLayer(), layer))
+        elif type(layer) is DynamicLayer or (static is not None and type(layer) is KVStoreLayer):
+            fresh.append(_filled(make(), layer))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
             fresh.append(_filled(_beside_states(HybridStoreLayer, KVStore(), layer), layer))
         elif isinstance(layer, _KEPT) or caches_nothing(layer):
@@ -206,10 +225,15 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
         else:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
-    if replicated is DynamicLayer:
-        replicate_layer(
-            cache, KVStoreLayer if shard is None else partial(ShardStoreLayer, partial(shard, None))
-        )
+    if replicated is DynamicLayer or (static is not None and replicated is KVStoreLayer):
+        replicate_layer(cache, make if shard is None else partial(ShardStoreLayer, partial(shard, None)))
+
+
+def _static_maker(cache: Cache, room: int) -> Callable[[], StaticStoreLayer]:
+    """A function that makes the layers of a cache with ``room`` positions, which share one clock."""
+    stores = [layer.store for layer in cache.layers if isinstance(layer, StaticStoreLayer)]
+    clock = stores[0].clock if stores else Clock()
+    return partial(StaticStoreLayer, partial(StaticStore, room, clock))
 
 
 def stored_bytes(cache: Cache) -> int:
@@ -280,6 +304,8 @@ def _beside_states(kind: type[H], store: KVStore, layer: Any) -> H:
 
 def _filled(new: KVStoreLayer, old: DynamicLayer) -> KVStoreLayer:
     if old.is_initialized and old.get_seq_length() > 0:
+        if isinstance(old, KVStoreLayer):
+            old.store.require(None, old.store.total)
         new.update(old.keys, old.values)
     return new
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -18,7 +18,10 @@ from ..mixers import Mixed
 from ..padding import Padding, checked_2d, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
 from ..shard import ShardStore
+from ..static import check_room
+from ..static_call import StaticCall
 from .cache import KVStoreLayer, adopt_cache
+from .captured import arguments_of_step, run_steps
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
 from .decoder_call import arguments, settle_cache, tokens_of
@@ -45,6 +48,7 @@ def install(
     block_multiple: int = 1,
     mixed: Mapping[int, Mixed] | None = None,
     continues: Callable[[], bool] = lambda: True,
+    static: int | None = None,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -53,6 +57,7 @@ def install(
     block_multiple: over ranks, the tokens of a call are split at multiples of this number.
     mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
     continues: whether layers without attention continue exactly in a call of several tokens on a cache.
+    static: the number of positions for which caches of fixed size are made; None: caches grow.
     """
     register()
     mixed = mixed or {}
@@ -75,7 +80,10 @@ def install(
         undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
+    if static is not None:
+        undo.append(run_steps(info.decoder, session))
 
+    fixed = None if static is None else _Fixed(static, layers)
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
     def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,7 +91,7 @@ def install(
             return (
                 None
                 if _switched_off(module, session)
-                else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds))
+                else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds), fixed)
             )
 
     before = info.decoder.register_forward_pre_hook(Hook(pre_hook), with_kwargs=True)
@@ -117,12 +125,13 @@ def _before_decoder(
     ahead: list[str],
     mixed: Mapping[int, Mixed],
     count: int,
+    fixed: _Fixed | None,
 ) -> tuple[tuple[()], dict[str, Any]]:
     """The pre-hook of the decoder. It refuses calls that cannot be served, gives the cache farspan's storage,
     and begins the call in the session. Returns the new arguments.
 
     ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. count: number of
-    layers of the model.
+    layers of the model. fixed: the stores of fixed size; None where they grow.
     """
     call = arguments(decoder, args, kwargs)
     if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
@@ -132,17 +141,34 @@ def _before_decoder(
     cache = settle_cache(decoder, call)
     mesh = session.mesh
     if cache is not None:
-        adopt_cache(cache, None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block))
+        shard = None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block)
+        adopt_cache(cache, shard, None if fixed is None else fixed.room)
         adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, count)
     past = 0 if cache is None else cache.get_seq_length()
     tokens = tokens_of(call)
     mask = _checked_mask(call, tokens, past)
     if mask is None and cache is None:
         check_positions(call.get("position_ids"))
-    padding = _padding(mask, call, past, session, ahead)
     total = past + (0 if tokens is None else tokens.shape[1])
-    session.begin_call(None if cache is None else _Stores(cache), padding, total)
+    stores = None if cache is None else _Stores(cache)
+    if fixed is not None and stores is not None and tokens is not None:
+        check_room(total, fixed.room)
+        masked = mask is not None and call.get("position_ids") is not None
+        step = StaticCall.of(fixed.layers, stores.__getitem__, tokens, masked)
+        if step is not None:
+            session.begin_call(stores, Padding(), total)
+            session.step = step
+            return (), arguments_of_step(call, past, tokens.device)
+    padding = _padding(mask, call, past, session, ahead)
+    session.begin_call(stores, padding, total)
     return (), call
+
+
+class _Fixed(NamedTuple):
+    """The stores of fixed size of a patch: their number of positions, and the layers that use them."""
+
+    room: int
+    layers: Mapping[int, Layer]
 
 
 class _Stores:

@@ -232,6 +232,12 @@ def every_method(phase: str | None = None, *, whole_prompt: bool = True, of_summ
     return pytest.mark.parametrize("method", cases)
 
 
+def every_method_with_static_step() -> Any:
+    """Parametrise ``method`` over those that serve a store of fixed size, at budgets that leave keys out."""
+    cases = _cases(sparse_settings, "decode")
+    return pytest.mark.parametrize("method", [case for case in cases if case.values[0].has_static_step])
+
+
 def every_method_with_full_budget() -> Any:
     return pytest.mark.parametrize("method", _cases(full_settings, None))
 

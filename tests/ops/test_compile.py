@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile_sm90.json"  # python -m benchmarks.compile --save
 CASES = [  # of benchmarks.compile
-    *((op, "bfloat16", 128) for op in ("block_max", "block_sparse", "decode", "flash")),
+    *(
+        (op, "bfloat16", 128)
+        for op in ("append", "block_max", "block_sparse", "decode", "estimate_topk", "flash")
+    ),
     *((op, "bfloat16", 128) for op in ("gather_decode", "int4_scores", "pool", "scores")),
     ("scan", "bfloat16", 64),
     ("select", "float32", 0),

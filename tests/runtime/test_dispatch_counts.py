@@ -63,10 +63,10 @@ def reads_by_definition(method: AttentionMethod) -> bool:
 def test_launches_stay_within_their_budget(name: str) -> None:
     method = tiny_methods()[name]
     decodes = DECODE in method.phases
-    prefill, steps = count(method, "cuda", steps=STEPS if decodes else 0)
+    prefill, steps, _ = count(method, "cuda", steps=STEPS if decodes else 0)
     got = [prefill.launches.total()]
     if decodes:
-        _, padded = count(method, "cuda", PADDED)
+        _, padded, _ = count(method, "cuda", PADDED)
         got += [max(step.launches.total() for step in many) for many in (steps, padded)]
         if not reads_by_definition(method):
             assert waits(*steps, *padded) == Counter()
@@ -84,7 +84,7 @@ OTHERS = [
 @pytest.mark.parametrize("method", OTHERS, ids=str)
 def test_no_decode_step_waits_for_the_device(method: AttentionMethod) -> None:
     """By the other parameters of the laws, in a padded batch with a row that is shorter than the budgets."""
-    _, steps = count(method, "cuda", [0, 110], steps=3)
+    _, steps, _ = count(method, "cuda", [0, 110], steps=3)
     assert waits(*steps) == Counter()
 
 

@@ -9,8 +9,10 @@ The G query heads of a KV head times the Tq queries are the rows of one tile, in
      3      1     1            . . x x x x        tile may not read is masked in the logits
                                  lo ..... hi
 
-Outside lo .. hi (left padding, keys behind the window) nothing is loaded. The keys lo .. hi are cut into
-splits (see ``ops/combine.py``); where a row begins is read on the device, so nothing waits for the host.
+Outside lo .. hi (left padding, keys behind the window) nothing is loaded, but for the sinks: they are slots
+before those of lo .. hi. All slots are cut into splits (see ``ops/combine.py``). Where a row begins, and how
+many keys of a buffer count (``length``), is read on the device, so nothing waits for the host. The grid is
+for as many splits as the buffer has room for; splits without keys return at once.
 """
 
 from __future__ import annotations
@@ -48,40 +50,42 @@ def decode(
     softmax: Softmax,
     *,
     window: int | None,
+    sinks: int,
     start: Tensor | None,
+    length: Tensor | None,
 ) -> Partial:
     b, h, tq, d = q.shape
     hkv, tk, dv = kv.num_kv_heads, kv.length, kv.value_dim
     group = h // hkv
     rows = tile_rows(group * tq, q.element_size())
     tiles = triton.cdiv(group * tq, rows)
-    seen = tk if window is None else min(tk, window + tq - 1)
+    seen = tk if window is None else min(tk, window + tq - 1 + sinks)
     splits = number_of_splits(tiles * b * hkv, seen, q.device)
     outs, lses = scratch(q, dv, splits)
     inner, outer = factors(softmax)
     _decode[(tiles, splits, b * hkv)](
-        q, kv.stored, start, outs, lses,
+        q, kv.stored, start, length, outs, lses,
         *q.stride(), kv.strides(), 0 if start is None else start.stride(0),
-        b, hkv, tq, tk, tk if window is None else window, inner, outer,
+        b, hkv, tq, tk, tk if window is None else window, sinks, inner, outer,
         launch.bucket(seen // splits), GROUP=group, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
         ROWS=rows, KEYS=tile_keys(d, dv, q.element_size()),
-        SEVERAL=tq > 1, PADDED=start is not None, SOFTCAP=softmax.softcap is not None,
-        LOAD=kv.load_function(), FORMAT=kv.format,
+        SEVERAL=tq > 1, PADDED=start is not None, SINKS=sinks > 0, COUNTED=length is not None,
+        SOFTCAP=softmax.softcap is not None, LOAD=kv.load_function(), FORMAT=kv.format,
     )  # fmt: skip
     return combine(outs, lses, q.dtype)
 
 
-@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SOFTCAP", "FORMAT", "bucket"])
-@triton.jit(do_not_specialize=["b", "tq", "tk", "window", "bucket"])
+@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SINKS", "SOFTCAP", "FORMAT", "bucket"])
+@triton.jit(do_not_specialize=["b", "tq", "tk", "window", "sinks", "bucket"])
 def _decode(
-    q, kv, start, out, lse,
+    q, kv, start, length, out, lse,
     sqb, sqh, sqt, sqd, skv, ss,
-    b, hkv, tq, tk, window, inner, outer,
+    b, hkv, tq, tk, window, sinks, inner, outer,
     bucket,  # of the keys of a split; only a key of the tuning
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SEVERAL: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
-    LOAD: tl.constexpr,
+    SEVERAL: tl.constexpr, PADDED: tl.constexpr, SINKS: tl.constexpr, COUNTED: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOAD: tl.constexpr,
     FORMAT: tl.constexpr,  # likewise
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (query, head of the group)
@@ -89,6 +93,8 @@ def _decode(
     batch, head = tl.program_id(2) // hkv, tl.program_id(2) % hkv
     keep = row < GROUP * tq
     query = row // GROUP
+    if COUNTED:
+        tk = tl.load(length).to(tl.int32)
     qhead = head * GROUP + row % GROUP
     position = tk - tq + query
     at = ((split * b + batch).to(tl.int64) * (hkv * GROUP) + qhead) * tq + query  # place in out and lse
@@ -96,8 +102,15 @@ def _decode(
     first = tl.program_id(0) * ROWS // GROUP
     last = tl.minimum((tl.program_id(0) * ROWS + ROWS - 1) // GROUP, tq - 1)
     lo, hi = tl.maximum(tk - tq + first - window + 1, 0), tk - tq + last + 1
+    begins = 0
     if PADDED:
-        lo = tl.maximum(lo, tl.load(start + batch * ss).to(tl.int32))
+        begins = tl.load(start + batch * ss).to(tl.int32)
+        lo = tl.maximum(lo, begins)
+    early = 0  # sinks that lie before lo: slot s < early is key begins + s, the others follow from lo on
+    if SINKS:
+        early = tl.maximum(tl.minimum(sinks, lo - begins), 0)
+        lo -= early
+    before, after = lo, lo + early
     share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), of), KEYS) * KEYS
     lo += split * share
     hi = tl.minimum(hi, lo + share)
@@ -111,12 +124,20 @@ def _decode(
     for begin in range(lo, hi, KEYS):
         inside = n < hi - begin
         # The tile's place in int64, the offsets inside it in int32: cheap, and safe past 2^31 elements.
-        key = LOAD(kv, skv, 0, batch, head, begin, n, inside, D, BD)
-        value = LOAD(kv, skv, 1, batch, head, begin, n, inside, DV, BDV)
-        place = begin + n[None, :]
-        valid = place < hi
+        place = begin + n
+        if SINKS:
+            place = tl.where(place < after, begins + place - before, place)
+            key = LOAD(kv, skv, 0, batch, head, 0, place.to(tl.int64), inside, D, BD)
+            value = LOAD(kv, skv, 1, batch, head, 0, place.to(tl.int64), inside, DV, BDV)
+        else:
+            key = LOAD(kv, skv, 0, batch, head, begin, n, inside, D, BD)
+            value = LOAD(kv, skv, 1, batch, head, begin, n, inside, DV, BDV)
+        valid = inside[None, :]
         if SEVERAL:
-            valid = valid & (place <= position[:, None]) & (place > position[:, None] - window)
+            recent = place[None, :] > position[:, None] - window
+            if SINKS:
+                recent = recent | (place < begins + sinks)[None, :]
+            valid = valid & (place[None, :] <= position[:, None]) & recent
         peak, total, acc = attend_tile(
             queries, key, value, valid, peak, total, acc, inner, outer, SOFTCAP
         )  # fmt: skip

@@ -1,0 +1,86 @@
+"""``estimate_topk`` by the operations of a growing store, on the entries up to the length. The length is read
+on the host: on CUDA that is a wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...budget import select_topk
+from ...gqa import group_scores
+from ...lists import TokenLists
+from ...pages import page_tokens
+from ...softmax import Softmax
+from ..scores import scores
+
+
+def estimate_topk(
+    q: Tensor,
+    entries: Tensor,
+    softmax: Softmax,
+    length: Tensor,
+    k: int | None,
+    *,
+    fraction: float | None,
+    page: int | None,
+    channels: Tensor | None,
+    reduce: str,
+    start: Tensor | None,
+) -> TokenLists:
+    total = int(length)
+    size, most = _budget(k, fraction, total, start)
+    if page is not None:
+        return _of_pages(q, entries, softmax, total, size, most, page, reduce, start)
+    assert channels is not None
+    b, h = q.shape[:2]
+    spread = channels.repeat_interleave(h // entries.shape[1], 0)[None, :, None].expand(b, h, 1, -1)
+    logits = scores(q.gather(3, spread), entries[:, :, :total], softmax)
+    visible = None
+    if start is not None:
+        visible = (torch.arange(total, device=q.device) >= start[:, None])[:, None]
+    tokens, counts = select_topk(group_scores(logits, visible, reduce), size, most)
+    return TokenLists(tokens=tokens, counts=counts)
+
+
+def _budget(
+    k: int | None, fraction: float | None, total: int, start: Tensor | None
+) -> tuple[int | Tensor, int]:
+    """How many keys a row reads, a number or [B, 1, 1], and the most of it."""
+    if fraction is None:
+        assert k is not None
+        return k, k
+    if start is None:
+        size = max(1, round(fraction * total))
+        return size, size
+    seen = (total - start[:, None, None]).double()
+    return (seen * fraction).round().long().clamp(min=1), int(fraction * (total - int(start.min()))) + 1
+
+
+def _of_pages(
+    q: Tensor,
+    bounds: Tensor,
+    softmax: Softmax,
+    total: int,
+    size: int | Tensor,
+    most: int,
+    page: int,
+    reduce: str,
+    start: Tensor | None,
+) -> TokenLists:
+    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+    logits = scores(signed, bounds[:, :, : -(-total // page)], softmax)
+    rows = torch.tensor([[total - 1]], device=q.device)
+    first: Tensor | int = 0 if start is None else start[:, None, None, None]
+    own = (rows[None, None] - first) // page  # [B or 1, 1, 1, 1]
+    earlier = torch.arange(logits.shape[-1], device=q.device) < own
+    ranked = group_scores(logits, earlier[:, 0], reduce)
+    ranked = ranked.scatter(3, own.expand(*ranked.shape[:3], 1), torch.inf)
+    pages: int | Tensor
+    if start is None or (isinstance(size, int) and size % page == 0):
+        pages = max(1, int(size) // page)
+    else:  # a row that the budget covers reads the rest of its last page, too
+        seen = total - start[:, None, None]
+        whole = max(1, size // page) if isinstance(size, int) else (size // page).clamp(min=1)
+        pages = torch.where(seen <= size, -(-seen // page), whole)
+    chosen, counts = select_topk(ranked, pages, -(-most // page))
+    return page_tokens(chosen, counts, page, first, rows)
