@@ -20,10 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from farspan.attention.ops.dispatch import LazyImpl
+from farspan.attention.ops import backends
+from farspan.attention.ops.dispatch import LazyImpl, implementations
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
+HOPPER = backends.Machine(capability=(9, 0), cudnn=91600)
 # Operators that launch nothing, besides those that torch itself calls views: they name the same memory, or
 # allocate some.
 FREE = {
@@ -37,7 +39,6 @@ READS = {
 }  # fmt: skip
 # they read where an index is a mask
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-FLASH = {aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention}
 # Launches of farspan's operations by their Triton kernels: those of many keys, where they are cut into splits
 # and merged.
 LAUNCHES = {"decode": 2, "gather_decode": 2}
@@ -123,11 +124,12 @@ class Device(TorchDispatchMode):
         def call(impl: LazyImpl, *args: Any, **how: Any) -> Any:
             return self._kernels(impl, calls, *args, **how)
 
-        # Without a driver torch makes no tensor on CUDA, except in FakeTensorMode, which sees no operator
-        # itself.
         with (
             patch.object(LazyImpl, "__call__", call),
             patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
+            patch.object(backends.Machine, "of", lambda _: HOPPER),
+            # Without a driver torch makes no tensor on CUDA, except in this mode, which sees no operator
+            # itself.
             FakeTensorMode() if self.simulated else nullcontext(),
             self,
         ):
@@ -150,7 +152,10 @@ class Device(TorchDispatchMode):
         package, name = impl._place.rpartition(".")[0], impl._name
         if self.counts is not None:
             self.counts.launches[f"{name} (Triton)"] += LAUNCHES.get(name, 1)
-        with self.counted(Counts()):
+            # they learn how long the lists are
+            if name in ("by_mass", "by_threshold") and how["most"] is None:
+                self.counts.reads[name] += 1
+        with self.counted(Counts()), implementations():
             return getattr(importlib.import_module(f"{package}.eager"), name)(*args, **how)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +185,7 @@ class Device(TorchDispatchMode):
             args, kwargs = tree_map_only(Simulated, lambda x: x.held, (args, kwargs))
             if to is not None:
                 kwargs["device"] = torch.device("cpu")
-            out = (_flash if func.overloadpacket in FLASH else func)(*args, **kwargs)
+            out = STAND_INS.get(func.overloadpacket, func)(*args, **kwargs)
             if not on_device:
                 return out
             return tree_map_only(Tensor, lambda x: given[id(x)] if id(x) in given else Simulated(x), out)
@@ -206,9 +211,47 @@ def _is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> list[Tensor]:
+    """CUDA's attention, (out, lse), by the CPU's kernel."""
+    width, group = v.shape[3], q.shape[1] // k.shape[1]
+    v = torch.nn.functional.pad(v, (0, q.shape[3] - width))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return [out[..., :width], lse]
+
+
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *, scale: float
 ) -> Any:
-    """CUDA's attention by the CPU's kernel."""
-    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
-    return *out, None, None, 0, 0, None, None, None
+    return *_on_cpu(q, k, v, None, causal, scale), None, None, 0, 0, None, None, None
+
+
+def _cudnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    lse: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float,
+) -> Any:
+    out, sums = _on_cpu(q, k, v, None, causal, scale)
+    return out, sums[..., None], None, None, 0, 0, None, None, None
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, *how: Any, scale: float
+) -> Any:
+    out, sums = _on_cpu(q, k, v, bias, how[1] if len(how) > 1 else False, scale)
+    return out, torch.nn.functional.pad(sums, (0, -q.shape[2] % 32)), None, None
+
+
+STAND_INS = {
+    aten._scaled_dot_product_flash_attention: _flash,
+    aten._scaled_dot_product_cudnn_attention: _cudnn,
+    aten._scaled_dot_product_efficient_attention: _efficient,
+}
