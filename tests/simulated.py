@@ -246,7 +246,7 @@ def _cudnn(
 def _efficient(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: bool, *how: Any, scale: float
 ) -> Any:
-    out, sums = _on_cpu(q, k, v, bias, how[1] if how else False, scale)
+    out, sums = _on_cpu(q, k, v, bias, how[1] if len(how) > 1 else False, scale)
     return out, torch.nn.functional.pad(sums, (0, -q.shape[2] % 32)), None, None
 
 

@@ -34,7 +34,7 @@ BUDGET: dict[str, tuple[int, ...]] = {
     "double_sparsity": (5, 11, 20),
     "dynamic_mask": (326, 65, 72),
     "h2o": (25, 38, 38),
-    "oracle": (110,),
+    "oracle": (117,),
     "pbs": (290,),
     "quest": (5, 20, 56),
     "recycled": (16, 15, 20),
