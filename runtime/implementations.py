@@ -9,10 +9,12 @@ import torch
 
 from ..attention.errors import FarspanError
 from ..attention.kv import KV
+from ..attention.ops.append import append
 from ..attention.ops.block_max import block_max
 from ..attention.ops.block_sparse import block_sparse
 from ..attention.ops.decode import decode
 from ..attention.ops.dispatch import OWN, explanations
+from ..attention.ops.estimate_topk import estimate_topk
 from ..attention.ops.flash import flash
 from ..attention.ops.gather_decode import gather_decode
 from ..attention.ops.int4_scores import int4_block_max, int4_scores, quantise_int4
@@ -65,13 +67,16 @@ def _calls(dtype: torch.dtype, d: int, device: torch.device) -> list[Callable[[]
     blocks = tensor(2, _KEYS // _BLOCK, 1, kind=torch.int32)
     index = BlockIndex(blocks=blocks, counts=blocks[..., 0] + 1, block_q=_BLOCK, block_k=_BLOCK)
     tokens = TokenIndex(tokens=tensor(2, 1, 1, kind=torch.int64))
-    bounds = tensor(2, kind=torch.int64)
+    bounds, channels = tensor(2, kind=torch.int64), torch.arange(d, device=device).expand(2, d)
+    new, length = tensor(2, 1, d), tensor(kind=torch.int32) + 1  # of a store of fixed size
     k4 = quantise_int4(k, 64, impl="eager")
     return [
         lambda: flash(q, kv, plain, impl="eager"),
         lambda: block_sparse(q, kv, index, plain, impl="eager"),
         lambda: decode(one, kv, plain, impl="eager"),
         lambda: gather_decode(one, kv, tokens, plain, impl="eager"),
+        lambda: append(new, new, kv, length, impl="eager"),
+        lambda: estimate_topk(one, k, plain, length, 1, channels=channels, impl="eager"),
         lambda: scores(one, k, impl="eager"),
         lambda: top_k(lse[0], 4, impl="eager"),
         lambda: pool(k, 16, mode="mean", impl="eager"),

@@ -34,7 +34,7 @@ from .mixers import Mixed, mixed_layers
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .session import Notices, Session
-from .static_call import check_alone, check_methods
+from .static_call import check_methods, checked_room
 
 __all__ = ["Patched", "Report", "patch", "resolve"]
 
@@ -114,11 +114,8 @@ def patch(
         raise FarspanError(
             "This model is patched already: call remove() on the first patch, then patch again."
         )
-    room = None if static is None else whole_number(static)
-    if static is not None:
-        if room is None or room < 1:
-            raise FarspanError(f"static is a number of positions, at least 1; got {static!r}.")
-        check_alone(room, parallel=parallel, mixers=mixers, measure_mass=measure_mass, crossover=crossover)
+    alone = {"parallel": parallel, "mixers": mixers, "measure_mass": measure_mass, "crossover": crossover}
+    room = checked_room(static, **alone)
     trial = hf.check_by_trial(info)
     if room is not None:
         hf.check_static(info, trial.foreign_keys)

@@ -207,11 +207,18 @@ def _goes_on(store: StaticStore, batch: int, masked: bool) -> bool:
     return max(starts) < store.length and (masked or not any(starts))
 
 
-def check_alone(static: int, **others: object) -> None:
-    """Raise FarspanError for options of ``patch`` that cannot be given together with ``static``."""
+def checked_room(static: int | None, **others: object) -> int | None:
+    """The positions of a store of fixed size, as ``patch(static=)`` was given them. Raises FarspanError for
+    what is no number of positions, and for options ``others`` that cannot be given together with it."""
+    if static is None:
+        return None
+    room = whole_number(static)
+    if room is None or room < 1:
+        raise FarspanError(f"static is a number of positions, at least 1; got {static!r}.")
     given = [name for name, value in others.items() if value]
     if given:
         raise FarspanError(
-            f"static={static} was given together with {' and '.join(given)}, which a store of fixed size "
+            f"static={room} was given together with {' and '.join(given)}, which a store of fixed size "
             "does not serve: leave one of them out."
         )
+    return room

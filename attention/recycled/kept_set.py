@@ -59,14 +59,18 @@ def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool:
     return topk_positions(ranked, size, peers)
 
 
-def dissimilar(q: Tensor, keys: Keys, s: float, scope: str) -> Tensor:
-    """[B, Hkv] bool, on the host: where the mean cosine of the query q [B, H, 1, D] with that of the last
-    full step is below ``s``, over the heads of a layer (scope "layer") or of a KV head."""
+def drifted(q: Tensor, keys: Keys, clock: Tensor, qc: int, s: float, scope: str) -> Tensor:
+    """[B, Hkv] bool, on the host: where the query-similarity schedule makes the step a full one. Every ``qc``
+    steps of ``clock`` [B, Hkv] the query q [B, H, 1, D] is compared with that of the last full step; the mean
+    cosine over the heads of a layer (scope "layer") or of a KV head is below ``s``."""
+    compared = (clock % qc == 0) & (clock > 0)
+    if not bool(compared.any()):
+        return compared
     cosine = torch.cosine_similarity(q[:, :, 0].float(), keys.state["q"].float(), dim=-1)  # [B, H]
     cosine = cosine.unflatten(1, (keys.kv.num_kv_heads, -1)).mean(-1).cpu()  # [B, Hkv]
     if scope == "layer":
         cosine = cosine.mean(1, keepdim=True).expand_as(cosine)
-    return cosine < s
+    return compared & (cosine < s)
 
 
 def replace_sets(q: Tensor, keys: Keys, length: int, tokens: Tensor, which: Tensor) -> None:

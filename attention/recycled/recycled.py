@@ -16,7 +16,7 @@ from ..kv import KV
 from ..method import AttentionMethod
 from ..selection import Index, TokenIndex
 from ..static_step import StaticKeys, StaticStep
-from .kept_set import choose, dissimilar, enter, replace_sets
+from .kept_set import choose, drifted, enter, replace_sets
 from .steps import next_step
 
 
@@ -123,7 +123,8 @@ class Recycled(AttentionMethod):
         if not self.dynamic and not short and all(0 < age < self.stride for row in ages for age in row):
             enter(keys, length - 1, self.k, ages)
             return None
-        full = self._due(q, keys, clock)
+        again = drifted(q, keys, clock, self.qc, self.s, self.scope) if self.dynamic else clock >= self.stride
+        full = again | (clock <= 0)
         full[short] = True
         if not bool(full.all()):
             enter(keys, length - 1, self.k, ages)
@@ -131,15 +132,6 @@ class Recycled(AttentionMethod):
             return None
         self._refresh(q, keys, length, full)
         return full
-
-    def _due(self, q: Tensor, keys: Keys, clock: Tensor) -> Tensor:
-        """[B, Hkv] bool: for which KV heads this step is a full one."""
-        if not self.dynamic:
-            return (clock >= self.stride) | (clock <= 0)
-        compared = (clock % self.qc == 0) & (clock > 0)
-        if not bool(compared.any()):
-            return clock <= 0
-        return (compared & dissimilar(q, keys, self.s, self.scope)) | (clock <= 0)
 
     def _refresh(self, q: Tensor, keys: Keys, length: int, full: Tensor) -> None:
         """Choose the set of the (row, KV head) pairs in ``full`` anew, by the attention of q [B, H, 1, D]."""
