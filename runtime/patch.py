@@ -98,8 +98,7 @@ def patch(
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. A call beyond the positions raises FarspanError.
 
-    Where ``farspan tune`` measured another library's kernels faster in a method on this device, its
-    operations take them.
+    Where ``farspan tune`` measured another library's kernels faster on this device, operations take them.
 
     Returns Patched, a context manager that removes the patch at its end.
 
@@ -149,22 +148,17 @@ def patch(
         for i in info.attention
         if i not in mixed
     }
-    if room is not None:
-        for pair in served.values():
-            check_methods(*pair[:2])
+    for prefill_method, decode_method, _ in served.values() if room is not None else ():
+        check_methods(prefill_method, decode_method)
+    at_work = {i: pair for i, pair in served.items() if i not in untouched}
     if strict:
-        check_all_run(chosen, {i: pair for i, pair in served.items() if i not in untouched})
+        check_all_run(chosen, at_work)
+    by_phase = {i: {PREFILL: pre, DECODE: dec} for i, (pre, dec, _) in at_work.items()}
     from_keys = {
-        i: {}
-        if i in untouched
-        else crossovers({PREFILL: pair[0], DECODE: pair[1]}, info.layer_info(i), model, crossover)
-        for i, (*pair, _) in served.items()
+        i: crossovers(by_phase[i], info.layer_info(i), model, crossover) if i in by_phase else {}
+        for i in served
     }
-    faster = faster_kernels(
-        {i: {PREFILL: pre, DECODE: dec} for i, (pre, dec, _) in served.items() if i not in untouched},
-        info.layer_info,
-        model,
-    )
+    faster = faster_kernels(by_phase, info.layer_info, model)
     block_multiple = math.lcm(*(m.block_multiple for pair in chosen for m in pair))
     if chunk is not None and not hf.continues_exactly(info):
         warnings.warn(
