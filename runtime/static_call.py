@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.attend import TOO_SHORT, Reads
+from ..attention.checks import whole_number
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import AttentionMethod
 from ..attention.ops.dispatch import implementations
