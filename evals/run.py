@@ -40,7 +40,7 @@ from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
 from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
-from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
+from .shared import Started, check_methods, common_settings, costs, evaluating, meter, read_of, under_each
 from .summary import summarise
 
 ANSWER: dict[str, Any] = {
@@ -60,6 +60,8 @@ ANSWER: dict[str, Any] = {
     "fallbacks": (dict, list, NoneType),
 }
 """The fields that the summary needs in a row."""
+QUOTED = 400
+"""Characters of a prompt's end that a row holds: the question and the start of the answer."""
 AT_DEPTH: dict[str, Any] = {**ANSWER, "extra": {"depth": NUMBER, "true_depth": MAYBE_NUMBER}}
 """The same for a row of needle."""
 
@@ -195,7 +197,7 @@ def evaluate(
         patched.reset_report()  # the report covers the answer alone
         with forward.timed(model.device) as clock:
             answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
-        common = costs(started, job.report(patched).summary, clock.seconds, len(samples))
+        common = costs(started, read_of(job.report(patched)), clock.seconds, len(samples))
         common["steps"] = min(
             limit, max(len(answer) for answer in answers) + 1
         )  # the end token took a step too
@@ -222,6 +224,8 @@ def _row(
         "extra": sample.extra,
         "recipe": sample.recipe,
         "prompt_tokens": len(prompt),
+        "question": (sample.question + sample.answer_prefix)[-QUOTED:],
+        "references": list(sample.references),
         "prompt_sha256": hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16],
         "answer": text,
         "tokens": len(answer),

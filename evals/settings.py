@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -82,7 +85,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine of this session, on which seconds depend."""
+    """The machine of this session, on which seconds depend, and the command that began it."""
     import torch
 
     from ..runtime.machine import cpu_name
@@ -96,7 +99,16 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "python": platform.python_version(),
         "system": platform.platform(),
+        **({"command": command} if (command := _command()) else {}),
     }
+
+
+def _command() -> str | None:
+    """The command line of this process, if it is one of farspan's."""
+    program = Path(sys.argv[0])
+    if program.name != "farspan" and program.parts[-2:] != ("farspan", "__main__.py"):
+        return None
+    return shlex.join(["farspan", *sys.argv[1:]])
 
 
 def _named(value: Any) -> Any:

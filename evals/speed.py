@@ -337,15 +337,16 @@ def _cells(data: Mapping[str, Any]) -> list[list[str]]:
             "–" if row["decode_density"] is None else share_read(row).removesuffix(" %"),
         ]
         cells += [percent(row["score"], 0, " %")] if _scored(data) else []
-        cells.append(_size(row["peak_memory_bytes"]))
+        cells.append(as_size(row["peak_memory_bytes"]))
         if data["ranks"] > 1:
             sent = (row["prefill_sent_bytes"], row["decode_sent_bytes_per_token"])
-            cells.append(" / ".join(map(_size, sent)))
+            cells.append(" / ".join(map(as_size, sent)))
         rows.append(cells)
     return rows
 
 
-def _size(count: float | None) -> str:
+def as_size(count: float | None) -> str:
+    """Bytes as `1.5 GB`; a dash for None."""
     if count is None:
         return "–"
     for unit in ("B", "kB", "MB"):
