@@ -78,33 +78,28 @@ def as_markdown(
         if lengths_of(one):
             head = headline(found, one, drops, confidence)
             method = f"`{head.method}` " if head.method else ""
-            parts += [f"**{head.where}**: {method}{_plain(head.sentence)}\n"]
+            parts += [f"**{head.where}**: {method}{head.sentence}\n"]
             parts += [f"    {head.patch}\n"] if head.patch else []
-            parts += [f"- {_plain(doubt)}" for doubt in head.doubts] + [""]
+            parts += [f"- {doubt}" for doubt in head.doubts] + [""]
     for one in found.evaluations:
         if one.suite in (SPEED, MQAR, PERPLEXITY):
             continue
-        parts += [f"## {_plain(one.model)}, {_plain(one.suite)}\n"]
+        parts += [f"## {one.model}, {one.suite}\n"]
         parts += [ruler_table(one.data) if one.suite == RULER else needle_table(one.data)]
         if any(row["n"] for row in one.data["in_reach"]):
             parts += ["Tasks in reach of dense:\n", reach_table(one.data)]
-        parts += [f"{_plain(note)}\n" for note in report.notes(one.data, short=True)]
+        parts += [f"{note}\n" for note in report.notes(one.data, short=True)]
     for one in found.of(SPEED):
-        parts += [f"## Speed of {_plain(one.model)}\n", _grid(break_even(one)), _grid(speed_table(one))]
+        parts += [f"## Speed of {one.model}\n", _grid(break_even(one)), _grid(speed_table(one))]
     grids = [*perplexities(found), *(grid for grid, _ in recalls(found))]
-    parts += [f"## {_plain(grid.caption)}\n\n{_grid(grid)}" for grid in grids]
+    parts += [f"## {grid.caption}\n\n{_grid(grid)}" for grid in grids]
     parts += ["## Commands\n", *(f"    {line}\n" for one in found.evaluations for line in made(one).commands)]
-    return "\n".join(parts)
+    return "\n".join(parts).replace("<", "&lt;")  # no text of a result starts HTML
 
 
 def _grid(grid: Grid) -> str:
     rows = [[f"`{row[0]}`" if grid.code else str(row[0]), *map(str, row[1:])] for row in grid.rows]
     return markdown(grid.columns, rows)
-
-
-def _plain(text: str) -> str:
-    """A text of the results in Markdown: no character of it starts HTML."""
-    return text.replace("<", "&lt;")
 
 
 def frame(found: Found) -> Any:

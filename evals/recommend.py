@@ -163,9 +163,7 @@ def check_bounds(max_drop: float, confidence: float) -> None:
             f"The loss max_drop={max_drop:g} was given; it is in points of score, from 0 to 100."
         )
     if not 0.5 <= confidence < 1:
-        raise FarspanError(
-            f"The confidence confidence={confidence:g} was given; it is a share from 0.5 to below 1, such as 0.95."
-        )
+        raise FarspanError(f"The confidence confidence={confidence:g} was given; it is from 0.5 to below 1.")
 
 
 def lengths_of(evaluation: Evaluation) -> list[int]:

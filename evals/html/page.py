@@ -38,14 +38,14 @@ def page(
     except ImportError:
         raise FarspanError("A report needs jinja2: pip install 'farspan[evals]'.") from None
 
-    scored = sorted((one for one in found.answers() if lengths_of(one)), key=lambda one: -len(one.rows))
-    sections = [section(found, one, number, drops, confidence) for number, one in enumerate(scored, 1)]
+    answers = sorted(found.answers(), key=lambda one: -len(one.rows))
+    sections = [section(found, one, number, drops, confidence) for number, one in enumerate(answers, 1)]
     context: dict[str, Any] = {
         "title": title or f"farspan report: {', '.join(dict.fromkeys(_names(found)))}",
         "version": versions()["farspan"],
         "folders": ", ".join(folder.name for one in found.evaluations for folder in one.folders)
         or f"{len(found.inspections)} inspections",
-        "headlines": [headline(found, one, drops, confidence) for one in scored],
+        "headlines": [headline(found, one, drops, confidence) for one in answers if lengths_of(one)],
         "perplexities": perplexities(found),
         "speeds": [_speed(one) for one in found.of(SPEED)],
         "layers": [
@@ -68,7 +68,7 @@ def page(
     template = environment.get_template("report.html.j2")
     text = ""
     for most in (None, 4, 0):  # fewer samples where the page is too large
-        shown = [choose(one)[:most] for one in scored]
+        shown = [choose(one)[:most] for one in answers]
         context["sections"] = [
             replace(item, samples=samples) for item, samples in zip(sections, shown, strict=True)
         ]

@@ -130,13 +130,13 @@ def section(
     every = {size: recommendations(found, one, size, drops, confidence) for size in sizes}
     chosen = {rec.chosen.method: rec.chosen for recs in every.values() for rec in recs.values() if rec.chosen}
     title = f"{one.model} ({one.config.get('dtype')}), {one.suite}"
-    lengths = [_length(one, size, every[size]) for size in reversed(sizes)]
+    lengths = [_length(one, size, every.get(size, {})) for size in reversed(one.data["lengths"])]
     return Section(
         title=title,
         anchor=f"evaluation-{number_}",
         choices=_choices(every, confidence) if chosen else None,
         patches=[(name, c.patch, c.options) for name, c in chosen.items()],
-        lengths=lengths,
+        lengths=[length for length in lengths if length.figures or length.tasks],
         heatmaps=_heatmaps(one) if one.suite == NEEDLE else [],
         notes=_notes(one.data),
     )
@@ -161,12 +161,18 @@ def _choices(every: Mapping[int, Mapping[float, Recommendation]], confidence: fl
 
 
 def _length(one: Evaluation, size: int, recs: Mapping[float, Recommendation]) -> Length:
+    name, what = short_length(size), f"{one.model}, {one.suite}, {short_length(size)} tokens"
+    return Length(name, _figures(one, size, recs, name, what) if recs else [], _tasks(one, size))
+
+
+def _figures(
+    one: Evaluation, size: int, recs: Mapping[float, Recommendation], name: str, what: str
+) -> list[Figure]:
     from . import charts
 
     drop = next((drop for drop, of in recs.items() if of.chosen), max(recs))
     of = recs[drop]
     ordered = sorted(of.candidates, key=lambda c: (c.cost is None, c.cost or 0.0))
-    name, what = short_length(size), f"{one.model}, {one.suite}, {short_length(size)} tokens"
     points = [
         {
             "number": place,
@@ -202,7 +208,7 @@ def _length(one: Evaluation, size: int, recs: Mapping[float, Recommendation]) ->
         )
         axis = f"score minus dense (points, {percent(of.confidence, 0)} % interval)"
         figures.append(Figure(charts.intervals(lost, axis, what), table, folded=True))
-    return Length(name, figures, _tasks(one, size))
+    return figures
 
 
 def _ends(one: Candidate) -> tuple[float, float]:
@@ -239,7 +245,7 @@ def _tasks(one: Evaluation, size: int) -> Grid | None:
     for cell in data["cells"]:
         if cell["length"] == size:
             cells.setdefault((cell["method"], cell["task"]), []).append(cell)
-    tasks = [task for task in data["tasks"] if (BASELINE, task) in cells]
+    tasks = [task for task in data["tasks"] if any(name == task for _, name in cells)]
     methods = [row["method"] for row in data["methods"] if any((row["method"], t) in cells for t in tasks)]
     if len(tasks) < 2:
         return None
