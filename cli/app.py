@@ -16,6 +16,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .report import recommend, report
+from .sweep import sweep
 from .train import train
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(report)
 app.command()(recommend)
+app.command()(sweep)
 app.command()(doctor)
 
 

@@ -103,7 +103,9 @@ def _with_results(path: Path) -> list[Path]:
     if not path.is_dir():
         what = "is a file" if path.exists() else "is not there"
         raise ResultsError(f"The folder {path} {what}; give the output folder of an evaluation.")
-    inside = sorted({file.parent for name in (ROWS, INSPECTED) for file in path.rglob(name)})
+    every = {file.parent for name in (ROWS, INSPECTED) for file in path.rglob(name)}
+    hidden = lambda folder: any(part.startswith(".") for part in folder.relative_to(path).parts)  # noqa: E731
+    inside = sorted(folder for folder in every if not hidden(folder))  # a sweep works in a hidden folder
     if not inside:
         raise ResultsError(
             f"{path} has no results ({ROWS} or {INSPECTED}), neither itself nor a folder below it; give the "

@@ -40,7 +40,7 @@ class Results:
     config: JSON-able settings that give the numbers their meaning. All but those in `GROWING` must equal the
     folder's settings. The growing ones are united with the folder's; `plan` writes the result to config.json.
     The model is compared by `identity` (see identity.py), or by name if one side has no identity.
-    row: the shape that rows must have.
+    row: the shape that rows must have. log: whether config.json lists this session.
     Raises ResultsError, with one sentence, for anything wrong with the folder.
     """
 
@@ -51,6 +51,7 @@ class Results:
         *,
         session: Mapping[str, Any] | None = None,
         row: Shape = ROW,
+        log: bool = True,
     ):
         self.out = Path(out)
         self.rows: list[dict[str, Any]] = []
@@ -72,7 +73,8 @@ class Results:
             self._done = {(row["key"], row["method"]): row["recipe"] for row in self.rows}
             written = {name: value for name, value in wanted.items() if name not in GROWING} | (found or {})
             written["identity"] = written.get("identity") or wanted.get("identity")
-            written["sessions"] = [*written.get("sessions", []), environment() | dict(session or {})]
+            begun = [environment() | dict(session or {})] if log else []
+            written["sessions"] = [*written.get("sessions", []), *begun]
             if "planned" not in written:
                 written["planned"] = self._planned_before()
             self._write_json("config.json", written)

@@ -76,18 +76,25 @@ class Summary:
     files: list[str] = field(default_factory=list)
 
 
-def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "auto") -> Summary:
+def run(
+    setup: Setup,
+    samples: Iterable[Sample],
+    *,
+    batch_size: int | str = "auto",
+    end: Callable[[Results], Summary] | None = None,
+) -> Summary:
     """Evaluate every method of the setup on all samples into its folder; what is there is not done again.
 
     `setup.config` says how the samples were made (suite, seed, lengths, tasks, haystack, ...): it is written
     first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or "auto" for as
-    many as the free memory holds.
+    many as the free memory holds. end: makes the summary of the folder; by default `finish`, with tables and
+    pictures.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
     check_batch_size(batch_size)
-    model = setup.model
+    model, end = setup.model, end or finish
     with Job(model, setup.parallel) as job:
         specs = check_methods(model, setup.methods, setup.recipe, job)
         common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
@@ -102,12 +109,12 @@ def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "aut
                     work.append(sample)
                     advance(1, f"drawing prompts · {sample.task} {sample.length}")
             plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
-            with finished_if_stopped(results, finish):
+            with finished_if_stopped(results, end):
                 batches = plan(model, work, batch_size, job)
                 with meter(setup.progress, len(work) * len(specs)) as advance:
                     for batch in batches:
                         _work_through(setup, job, batch, specs, results, advance)
-            return finish(results)
+            return end(results)
 
 
 @contextmanager
@@ -242,7 +249,7 @@ def finish(results: Results) -> Summary:
     The summary is complete if the folder has every row that any session asked for.
     """
     data = summarise(results.config, results.rows)
-    data["unfinished"] = results.unfinished()
+    data["unfinished"], data["stopped"] = results.unfinished(), results.config.get("stopped", [])
     data["complete"] = not data["unfinished"]
     summary = Summary(out=results.out, data=data, complete=data["complete"])
     if isinstance(results, Replica):

@@ -19,7 +19,7 @@ GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repea
 """Settings that may grow from session to session. They add rows, and do not change what earlier rows mean."""
 LABELS = ("model", "rope")
 """Names of what `identity` has by content. They are compared only if a folder has no identity yet."""
-APART = (*GROWING, *LABELS, "identity", "sessions", "planned")
+APART = (*GROWING, *LABELS, "identity", "sessions", "planned", "stopped")
 VERSIONED = ("farspan", "torch", "transformers")
 
 CONFIG: Shape = {
