@@ -1,9 +1,9 @@
 """A results folder that several processes fill, one cell at a time.
 
-Each cell is evaluated in a working folder of its own, by the evaluation that `farspan eval` runs. Its rows are
-added to the results folder when it is finished. A lock belongs to each cell, and one to the results folder.
-The system drops the locks of a process that was killed, so that another one goes on with its cell: what the
-killed process had finished stands in the working folder.
+Each cell is evaluated in a working folder of its own, by the evaluation that `farspan eval` runs. Its rows
+are added to the results folder when it is finished. A lock belongs to each cell, and one to the results
+folder. The system drops the locks of a process that was killed, so that another one goes on with its cell:
+what the killed process had finished stands in the working folder.
 """
 
 from __future__ import annotations

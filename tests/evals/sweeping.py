@@ -1,8 +1,8 @@
-"""`python sweeping.py WHAT OUT CONFIG`: sweeps of a tiny model in forked processes, for test_sweep.py.
+"""`python sweeping.py FOLDER CONFIG`: the same sweep of a tiny model three times, for test_sweep.py.
 
-WHAT is `whole` (one process), `killed` (kill -9 at random moments, then to the end) or `pair` (two processes
-at once). Forks share the imports, so that a process takes a second rather than ten. It prints one JSON
-object.
+Into FOLDER/whole by one process, into FOLDER/killed with kill -9 at random moments, into FOLDER/pair by two
+processes at once. Forks share the imports, so that a process takes a second rather than ten. It prints how
+often a process was killed, and how many finished rows each of them left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def main(what: str, out: Path, config: Path) -> None:
+def main(base: Path, config: Path) -> None:
     import torch
 
     from farspan.evals.asked import Asked
@@ -59,31 +59,35 @@ def main(what: str, out: Path, config: Path) -> None:
         return (tiny.sample(cell.task, i, length=cell.length) for i in numbers)
 
     Asked.draw = draw  # type: ignore[method-assign]  # prompts of a hundred characters and twelve new ones
-    model, plan = tiny.tiny_model(), read(config, out)
+    model = tiny.tiny_model()
 
-    def work(name: str) -> None:
-        with (out.parent / f"{out.name}-{name}.log").open("a", buffering=1) as log:
+    def work(out: Path, name: str) -> None:
+        with (base / f"{name}.log").open("a", buffering=1) as log:
+            plan = read(config, out)
             sweep(plan, lambda grid: (model, tiny.CharTokenizer()), lambda line: print(line, file=log))
 
     begun = time.monotonic()
-    if what == "pair":
-        children = [forked(lambda name=name: work(name)) for name in "ab"]
-        codes = [os.waitpid(child, 0)[1] for child in children]
-        print(json.dumps({"codes": codes}))
-        return
-    kills, rng = 0, random.Random(0)
-    span = float(os.environ.get("FARSPAN_TEST_SPAN", "1"))
-    while what == "killed" and kills < KILLS:
-        child = forked(lambda: work("killed"))
-        time.sleep(rng.uniform(0.02, span))
+    assert ended(forked(lambda: work(base / "whole", "whole"))) == 0
+    span = time.monotonic() - begun
+    rng, left = random.Random(0), []
+    while len(left) < KILLS:
+        child = forked(lambda: work(base / "killed", "killed"))
+        time.sleep(rng.uniform(0.02, span / 6))
         os.kill(child, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        if kills < KILLS and not (out / "ruler-tiny" / "summary.json").exists():
-            continue
-        break
-    _, code = os.waitpid(forked(lambda: work("last")), 0)
-    print(json.dumps({"codes": [code], "kills": kills, "seconds": time.monotonic() - begun}))
+        if not os.WIFSIGNALED(ended(child)):
+            break  # it was done before
+        files = (base / "killed").rglob("samples.jsonl")  # a row may stand in the working folder, too
+        left.append(len({line for file in files for line in file.read_bytes().split(b"\n")[:-1]}))
+    assert ended(forked(lambda: work(base / "killed", "last"))) == 0
+    pair = [forked(lambda name=name: work(base / "pair", f"pair-{name}")) for name in "ab"]
+    assert [ended(child) for child in pair] == [0, 0]
+    print(json.dumps({"left": left, "seconds": span}))
+
+
+def ended(child: int) -> int:
+    """How a process ended, as os.waitpid says it."""
+    return os.waitpid(child, 0)[1]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

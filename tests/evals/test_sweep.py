@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +19,15 @@ from farspan.evals.asked import Asked, Cell
 from farspan.evals.results import Results, read
 from farspan.evals.run import ANSWER
 from farspan.evals.sample import key
+from farspan.evals.settings import versions
 from farspan.evals.sweep.config import read as read_sweep
 from farspan.evals.sweep.share import Shared, file_name
 from farspan.evals.sweep.stops import Stops
-from farspan.evals.sweep.work import duration, seconds_left
+from farspan.evals.sweep.work import Work, duration, seconds_left
 
 from . import folder
 
+FOLDERS = Path(__file__).parents[2] / "docs" / "results"
 SCRIPT = Path(__file__).with_name("sweeping.py")
 CONFIG = """
 grids:
@@ -39,48 +43,43 @@ grids:
 QUEST = "quest:k=16,dense_layers=0"
 
 
-def sweeping(what: str, out: Path, config: Path) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), what, str(out), str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert not any(found["codes"]), done.stderr
-    return dict(found)
-
-
 def comparable(out: Path) -> list[dict[str, Any]]:
     rows = [{n: v for n, v in row.items() if n != "seconds"} for row in read(out)[1]]
     return sorted(rows, key=lambda row: (row["method"], row["key"]))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a sweep that nothing has disturbed; its configuration stands beside it."""
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders whole, killed and pair of sweeping.py, and what it printed."""
     base = tmp_path_factory.mktemp("sweep")
     (base / "config.yaml").write_text(CONFIG)
-    sweeping("whole", base / "whole", base / "config.yaml")
+    command = [sys.executable, str(SCRIPT), str(base), str(base / "config.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (base / "printed.json").write_text(done.stdout)
+    return base
+
+
+@pytest.fixture
+def whole(base: Path) -> Path:
+    """The results folder of the sweep that nothing disturbed."""
     return base / "whole" / "ruler-tiny"
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_rows(whole: Path) -> None:
-    base = whole.parents[1]
-    found = sweeping("killed", base / "killed", base / "config.yaml")
-    assert found["kills"] >= 1
+def test_killed_at_random_moments_it_ends_with_the_same_rows(base: Path, whole: Path) -> None:
+    left = json.loads((base / "printed.json").read_text())["left"]
+    assert left and left == sorted(left), "no finished row is lost"
     again = base / "killed" / "ruler-tiny"
     assert comparable(again) == comparable(whole)
-    scores = [
-        [row["score"] for row in json.loads((out / "summary.json").read_text())["cells"]]
-        for out in (again, whole)
-    ]
-    assert scores[0] == scores[1]
     assert len(read(again)[1]) == 3 * 4 * 2, "no row twice"
+    cells = [json.loads((out / "summary.json").read_text())["cells"] for out in (again, whole)]
+    scores = [[(cell["method"], cell["task"], cell["score"]) for cell in found] for found in cells]
+    assert scores[0] == scores[1]
     assert read(again)[0]["planned"] == read(whole)[0]["planned"]
 
 
-def test_two_processes_share_the_cells(whole: Path) -> None:
-    base = whole.parents[1]
-    sweeping("pair", base / "pair", base / "config.yaml")
+def test_two_processes_share_the_cells(base: Path, whole: Path) -> None:
     assert comparable(base / "pair" / "ruler-tiny") == comparable(whole)
     lines = [(base / f"pair-{name}.log").read_text().splitlines() for name in "ab"]
     done = [line.split()[1] for log in lines for line in log if " is done" in line]
@@ -147,6 +146,32 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pyt
     assert not here.rows() and len(read(work)[1]) == 2
     here.begin({})
     assert list(here.rows().values()) == rows[:2]
+
+
+def test_results_long_goes_on_from_the_recorded_rows(tmp_path: Path) -> None:
+    """The committed folder and file: nothing recorded changes, and nothing of it is asked for again."""
+    recorded = FOLDERS / "ruler_long"
+    shutil.copytree(recorded, tmp_path / "ruler_long")
+    config, rows = read(recorded)
+    (tmp_path / "ruler_long" / "config.json").write_text(json.dumps(config | {"versions": versions()}))
+    grid = read_sweep(FOLDERS / "long.yaml", tmp_path).grids[0]
+    _, settings = grid.asked.config(SimpleNamespace(chat_template=None))
+    settings |= {
+        "model": grid.model,
+        "dtype": grid.dtype,
+        "methods": grid.methods,
+        "recipes": config["recipes"],
+    }
+    shared = Shared(tmp_path / "ruler_long", settings, grid.asked.shape)
+    shared.begin({})
+    assert (tmp_path / "ruler_long" / "samples.jsonl").read_bytes() == (
+        recorded / "samples.jsonl"
+    ).read_bytes()
+    work: Any = Work(grid=grid, setup=None, shared=shared, stops=None, say=print)  # type: ignore[arg-type]
+    missing = [one for cell in grid.asked.cells() for one in work._missing(cell, shared.rows())]
+    assert not set(missing) & {(row["key"], row["method"]) for row in rows}
+    asked = {(key, m) for cell in grid.asked.cells() for key in cell.keys(1) for m in grid.methods}
+    assert len(asked) - len(missing) == sum(row["length"] == 16384 for row in rows)
 
 
 def rows_of(method: str, scores: list[float]) -> list[dict[str, Any]]:
