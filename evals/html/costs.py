@@ -42,7 +42,8 @@ def layer_densities(one: Evaluation) -> list[Figure]:
         if series:
             what = f"{one.model}, {one.suite}, {phase} at {short_length(length)} tokens"
             svg = charts.lines(series, "layer", "keys read (%)", what)
-            out.append(Figure(svg, _by_layer(f"Keys read in percent by layer, {what}", series)))
+            grid = _by_layer(f"Keys read in percent by layer, {what}", series)
+            out.append(Figure(svg, grid, grid.caption))
     return out
 
 
@@ -59,7 +60,8 @@ def inspected(inspections: Sequence[Mapping[str, Any]]) -> list[Figure]:
         }
         what = f"{data['method']} on {data['model']}, a prompt of {data['prompt_tokens']} tokens"
         svg = charts.lines(series, "layer", "percent of dense", what)
-        out.append(Figure(svg, _by_layer(f"Prefill by layer in percent, {what}", series)))
+        grid = _by_layer(f"Prefill by layer in percent, {what}", series)
+        out.append(Figure(svg, grid, grid.caption))
     return out
 
 
@@ -92,7 +94,9 @@ def speed_figures(one: Evaluation) -> list[Figure]:
         ]
         heads = ["method", *map(short_length, _lengths(data))]
         grid = Grid(f"{title[0].upper()}{title[1:]} by length, {one.model}", heads, rows)
-        out.append(Figure(charts.lines(series, "prompt (tokens)", title, one.model, log=True), grid))
+        out.append(
+            Figure(charts.lines(series, "prompt (tokens)", title, one.model, log=True), grid, grid.caption)
+        )
     return out
 
 

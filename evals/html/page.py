@@ -14,6 +14,7 @@ from ..folders import MQAR, SPEED, Evaluation, Found
 from ..pictures import check_matplotlib
 from ..recommend import lengths_of
 from ..settings import versions
+from ..tables import short_length
 from .costs import break_even, inspected, layer_densities, speed_figures, speed_table
 from .samples import choose
 from .settings import made
@@ -46,6 +47,7 @@ def page(
         "folders": ", ".join(folder.name for one in found.evaluations for folder in one.folders)
         or f"{len(found.inspections)} inspections",
         "headlines": [headline(found, one, drops, confidence) for one in answers if lengths_of(one)],
+        "measured": _measured(answers),
         "perplexities": perplexities(found),
         "speeds": [_speed(one) for one in found.of(SPEED)],
         "layers": [
@@ -88,6 +90,14 @@ def _breakable(method: object) -> Any:
 def _names(found: Found) -> list[str]:
     named = [one.model for one in found.evaluations if one.suite != MQAR]
     return named or [one.model for one in found.evaluations] or [str(x["model"]) for x in found.inspections]
+
+
+def _measured(answers: Sequence[Evaluation]) -> str:
+    sizes = sorted({size for one in answers for size in lengths_of(one)})
+    if not sizes:
+        return ""
+    named = ", ".join(map(short_length, sizes))
+    return f"Lengths measured here: {named} tokens. Of any other length this page says nothing."
 
 
 def _speed(one: Evaluation) -> dict[str, Any]:

@@ -43,11 +43,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with the table of its values. folded: whether the table is closed at first."""
+    """A plot with the table of its values. With a title the table is closed at first."""
 
     svg: Any
     grid: Grid
-    folded: bool = False
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def headline(
         if (chosen := of.chosen) is not None:
             said = f"{words.claim(found, one, of, chosen)} It is {words.bound(of)}."
             command = f"farspan generate --model {one.model} {chosen.options} --prompt-file FILE"
-            return Headline(where, chosen.method, said, chosen.patch, command, [*words.doubts(of), beyond])
+            doubts = [*_less_likely(one, length, chosen.method), *words.doubts(of), beyond]
+            return Headline(where, chosen.method, said, chosen.patch, command, doubts)
     last = by_drop[max(by_drop)]
     if (closest := last.closest) is None:
         return Headline(where, None, "No method here reads fewer keys than dense.", doubts=[beyond])
@@ -120,6 +121,18 @@ def headline(
         beyond,
     ]
     return Headline(where, None, said, doubts=doubts)
+
+
+def _less_likely(one: Evaluation, length: int, method: str) -> list[str]:
+    """A sentence where the likelihood of the right answers shows a loss that the score may not show yet."""
+    for row in one.data["overall"]:
+        found = row.get("nll_diff")
+        if (row["method"], row["length"]) == (method, length) and found and (found["low"] or 0) > 0:
+            return [
+                "Right answers are less likely under it than under dense: by "
+                f"{difference(row)} nats per token (95 %)."
+            ]
+    return []
 
 
 def section(
@@ -192,12 +205,12 @@ def _figures(
         [*head, "read %", "KV bytes", "bound"],
         [_quality_row(place, c, nll[c.method]) for place, c in enumerate(ordered, 1)],
     )
-    figures = [Figure(charts.pareto(points, what), grid)] if points else []
+    figures = [Figure(charts.pareto(points, what) if len(points) > 1 else None, grid)]
     lost = [
         (c.method, -100 * c.loss, *((None, None) if c.half is None else _ends(c)))
         for c in sorted(of.candidates, key=lambda c: c.loss)
     ]
-    if lost:
+    if len(lost) > 1:
         table = Grid(
             f"Score minus dense's at {name}, in points",
             ["method", "difference", "interval"],
@@ -207,7 +220,7 @@ def _figures(
             ],
         )
         axis = f"score minus dense (points, {percent(of.confidence, 0)} % interval)"
-        figures.append(Figure(charts.intervals(lost, axis, what), table, folded=True))
+        figures.append(Figure(charts.intervals(lost, axis, what), table, table.caption))
     return figures
 
 
@@ -307,7 +320,7 @@ def _heatmaps(one: Evaluation) -> list[Figure]:
             ],
             code=False,
         )
-        out.append(Figure(charts.heatmap(grid, names, places, total), table, folded=True))
+        out.append(Figure(charts.heatmap(grid, names, places, total), table, total))
     return out
 
 
