@@ -1,8 +1,9 @@
 """The cheapest method whose loss against dense is within a bound, with confidence.
 
 The loss of a method is dense's score minus its own, on the same prompts, as the mean over tasks (see
-stats.py). A method is within the bound if the one-sided upper confidence limit of its loss is, and beyond the
-bound if the lower limit is above it. Between the two the prompts decide nothing: the method is open.
+stats.py). Tasks at which dense scores nothing are left out, because no method can lose there. A method is
+within the bound if the one-sided upper confidence limit of its loss is, and beyond the bound if the lower
+limit is above it. Between the two the prompts decide nothing: the method is open.
 
 Each limit holds for its method alone. Where many methods are compared, one whose true loss is just above the
 bound may pass by luck, about one in 20 of such methods at a confidence of 0.95.
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from .folders import Evaluation, Found
-from .stats import paired, stratified_interval
+from .stats import stratified_interval
 from .summary import BASELINE
 
 KEYS, SECONDS = "keys", "seconds"
@@ -81,8 +82,8 @@ class Candidate:
 class Recommendation:
     """What a length's results say about a bound on the loss. `chosen` is None if no method passes.
 
-    candidates: every other method, the cheapest first. blind: the tasks at which dense scores nothing, so
-    that no method can lose there. asked: the length that was asked for, where `length` stands in for it.
+    candidates: every other method, the cheapest first. tasks: all of them; blind: those at which dense scores
+    nothing, which are left out. asked: the length that was asked for, where `length` stands in for it.
     """
 
     suite: str
@@ -198,11 +199,12 @@ def at_length(
     overall = {row["method"]: row for row in evaluation.data["overall"] if row["length"] == length}
     candidates = []
     for method, line in overall.items():
-        losses = _losses([row for row in rows if row["method"] == method], dense)
-        if method != BASELINE and losses:
+        mine = [row for row in rows if row["method"] == method and row["task"] not in blind]
+        groups = _pairs(mine, dense)
+        if method != BASELINE and groups:
             cost, full = (seconds.get(method), seconds.get(None)) if by == SECONDS else (keys_read(line), 1.0)
             recipe = method in evaluation.config["recipes"] and "recipe=" not in method
-            candidates.append(_candidate(line, losses, max_drop / 100, confidence, cost, full, recipe))
+            candidates.append(_candidate(line, groups, max_drop / 100, confidence, cost, full, recipe))
     order = {WITHIN: 0, OPEN: 1, BEYOND: 2}
     candidates.sort(
         key=lambda one: (order[one.verdict], one.cost is None, one.cost or 0.0, one.kv_read or 0.0)
@@ -244,24 +246,27 @@ def keys_read(line: Mapping[str, Any]) -> float | None:
     return None if None in shares else sum(shares) / 2
 
 
-def _losses(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> list[list[float]]:
-    """dense's score minus the method's, prompt by prompt, in one list for each task."""
-    tasks: dict[str, dict[str, float]] = {}
+def _pairs(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> list[list[tuple[float, float]]]:
+    """Dense's score and the method's, prompt by prompt, in one list for each task."""
+    tasks: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        tasks.setdefault(row["task"], {})[row["key"]] = row["score"]
-    losses = [[-x for x in paired(scores, dense).values()] for scores in tasks.values()]
-    return [group for group in losses if group]
+        base = dense.get(row["key"])
+        if base is not None and row["score"] is not None:
+            tasks.setdefault(row["task"], []).append((base, row["score"]))
+    return list(tasks.values())
 
 
 def _candidate(
     line: Mapping[str, Any],
-    losses: list[list[float]],
+    groups: list[list[tuple[float, float]]],
     allowed: float,
     confidence: float,
     cost: float | None,
     full_cost: float | None,
     recipe: bool,
 ) -> Candidate:
+    losses = [[base - score for base, score in group] for group in groups]
+    baseline = sum(sum(base for base, _ in group) / len(group) for group in groups) / len(groups)
     one_sided = stratified_interval(losses, bound=1, confidence=2 * confidence - 1)
     two_sided = stratified_interval(losses, bound=1, confidence=confidence)
     assert one_sided is not None and two_sided is not None
@@ -278,8 +283,8 @@ def _candidate(
         method=line["method"],
         n=one_sided.n,
         tasks=len(losses),
-        score=line["baseline_score"] - one_sided.mean,
-        baseline=line["baseline_score"],
+        score=baseline - one_sided.mean,
+        baseline=baseline,
         loss=one_sided.mean,
         least=least,
         most=most,

@@ -99,6 +99,13 @@ def rivals(of: Recommendation) -> list[Candidate]:
     return [one for one in of.of(OPEN) if one.saves and (chosen is None or _cheaper(one, chosen))]
 
 
+def unanswerable(of: Recommendation) -> str:
+    """Why there is nothing to choose from; empty where there is."""
+    if of.candidates:
+        return ""
+    return "Dense scores 0 on every task here, so these prompts cannot show what a method loses."
+
+
 def doubts(of: Recommendation) -> list[str]:
     """What limits the recommendation besides the open methods."""
     out = []
@@ -109,13 +116,14 @@ def doubts(of: Recommendation) -> list[str]:
         )
     if of.blind:
         out.append(
-            f"Dense scores 0 at {', '.join(of.blind)}: no method can lose there, and these tasks count in "
-            "the mean."
+            f"Dense scores 0 at {', '.join(of.blind)}: no method can lose there, so these prompts are left "
+            "out of the scores above."
         )
-    fewer = [one.method for one in of.candidates if one.tasks < of.tasks]
+    counted = of.tasks - len(of.blind)
+    fewer = [one.method for one in of.candidates if one.tasks < counted]
     if fewer:
         out.append(
-            f"{len(fewer)} methods were measured on fewer than the {of.tasks} tasks; each is compared with "
+            f"{len(fewer)} methods were measured on fewer than the {counted} tasks; each is compared with "
             "dense on its own prompts."
         )
     return out
@@ -151,6 +159,8 @@ def recommendation(of: Recommendation) -> str:
         lines += [f"  Cost: {cost(of, chosen)} ({of.by}).", ""]
         lines += [f"    {chosen.patch}"]
         lines += [f"    farspan generate --model {of.model} {chosen.options} --prompt-file FILE", ""]
+    elif said := unanswerable(of):
+        return "\n".join([*lines, f"  {said}", ""])
     else:
         lines += [f"  No method that costs less than dense is shown to be {bound(of)}.", ""]
     if open_ones := rivals(of):

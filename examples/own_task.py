@@ -11,27 +11,25 @@ import sys
 import farspan
 from farspan.evals.tasks import Prompt, Task
 
-GOODS = ("apples", "bolts", "candles", "drums", "engines", "flutes", "gloves", "hammers")
+COLOURS = ("blue", "green", "white", "black", "brown", "grey")
+GOODS = ("apples", "bolts", "candles", "drums", "flutes", "gloves", "hammers")
 
 
-class Prices(Task):
-    """The price of one article in a list. A unit is a line of the list."""
+class Code(Task):
+    """The code of a safe, in a line somewhere between lines about boxes. A unit is a line about a box."""
 
-    name = "prices"
+    name = "code"
     max_new_tokens = 8
 
     def prompt(self, units: int, rng: random.Random) -> Prompt:
-        prices = [rng.randrange(1000, 10000) for _ in range(units)]
-        lines = [
-            f"Article {i} ({GOODS[i % len(GOODS)]}) costs {price} crowns." for i, price in enumerate(prices)
-        ]
-        asked = rng.randrange(units)
+        lines = [f"The {rng.choice(COLOURS)} box holds {rng.choice(GOODS)}." for _ in range(units)]
+        code = str(rng.randrange(1000, 10000))
+        lines.insert(rng.randrange(len(lines) + 1), f"The code of the red safe is {code}.")
         return Prompt(
             context="\n".join(lines),
-            question=f"\n\nWhat does article {asked} cost?",
-            answer_prefix=f" Article {asked} ({GOODS[asked % len(GOODS)]}) costs",
-            references=(str(prices[asked]),),
-            gold=f" {prices[asked]} crowns.",
+            question="\n\nWhat is the code of the red safe?",
+            answer_prefix=" The code of the red safe is",
+            references=(code,),
         )
 
 
@@ -39,7 +37,7 @@ def main(name: str = "smollm2-135m", length: int = 1024, samples: int = 6) -> No
     model, tokenizer = farspan.load(name)
     methods = ["dense", "quest:k=256", "window:w=252,sinks=4"]
     result = farspan.evaluate(
-        model, tokenizer, methods, tasks=[Prices()], lengths=[length], samples=samples, progress=False
+        model, tokenizer, methods, tasks=[Code()], lengths=[length], samples=samples, progress=False
     )
     print(result)
     frame = result.to_pandas()

@@ -111,7 +111,8 @@ def headline(
             return Headline(where, chosen.method, said, chosen.patch, command, doubts)
     last = by_drop[max(by_drop)]
     if (closest := last.closest) is None:
-        return Headline(where, None, "No method here reads fewer keys than dense.", doubts=[beyond])
+        said = words.unanswerable(last) or "No method here reads fewer keys than dense."
+        return Headline(where, None, said, doubts=[beyond])
     said = f"No method is shown to be {words.bound(last)}."
     more = words.needed(last, closest)
     doubts = [
@@ -185,6 +186,8 @@ def _figures(
 
     drop = next((drop for drop, of in recs.items() if of.chosen), max(recs))
     of = recs[drop]
+    if not of.candidates:
+        return []
     ordered = sorted(of.candidates, key=lambda c: (c.cost is None, c.cost or 0.0))
     points = [
         {
@@ -289,7 +292,8 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     many = "" if min(counts) == max(counts) else f" to {max(counts)}"
     where = depths.note(data["cells"])
     return [
-        "Score: mean over tasks of the published metric, in percent, of greedy answers. Lost: dense's score "
+        "Score: mean over tasks of the published metric, in percent, of greedy answers; tasks at which dense "
+        "scores 0 are left out, since no method can lose there. Lost: dense's score "
         "minus the method's on the same prompts, as the mean over tasks; at most: its upper confidence "
         "limit, which counts one prompt more at each end of the scale. An interval needs six prompts.",
         "ΔNLL: how much less likely the right answer is than under dense, in nats per token, with its 95 % "

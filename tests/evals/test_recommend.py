@@ -13,6 +13,7 @@ from scipy.stats import t
 from farspan import FarspanError
 from farspan.evals.folders import Found, read_folders
 from farspan.evals.recommend import BEYOND, OPEN, WITHIN, recommend
+from farspan.evals.words import recommendation
 
 from . import folder
 
@@ -84,6 +85,18 @@ def test_a_method_that_loses_more_passes_in_about_one_of_twenty() -> None:
         assert found is not None and found.high is not None
         passed += found.high <= 0.12
     assert passed / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def test_tasks_at_which_dense_scores_nothing_prove_nothing(tmp_path: Path) -> None:
+    dense = [folder.row("dense", task, i, float(task == "vt")) for task in ("vt", "cwe") for i in range(40)]
+    lost = [folder.row("quest", task, i, 0.0) for task in ("vt", "cwe") for i in range(40)]
+    folder.write(tmp_path / "a", [*dense, *lost])
+    [of] = recommend(read_folders([tmp_path / "a"]), max_drop=60)
+    assert of.blind == ["cwe"] and of.chosen is None and of.candidates[0].loss == 1.0
+    folder.write(tmp_path / "b", [row for row in [*dense, *lost] if row["task"] == "cwe"])
+    [of] = recommend(read_folders([tmp_path / "b"]), max_drop=60)
+    assert of.chosen is None and of.candidates == []
+    assert "cannot show what a method loses" in recommendation(of)
 
 
 def test_lengths_that_were_not_measured_are_refused(tmp_path: Path) -> None:
