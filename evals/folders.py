@@ -24,6 +24,18 @@ from .shape import NUMBER, Shape, misfit
 CONFIG, ROWS, INSPECTED = "config.json", "samples.jsonl", "inspect.json"
 SPEED, MQAR, PERPLEXITY, NEEDLE, RULER = "speed", "mqar", "ppl", "needle", "ruler"
 SHAPES: dict[str, Shape] = {SPEED: speed.TIMING, MQAR: MQAR_ROW, NEEDLE: AT_DEPTH}
+SETTINGS: dict[str, Shape] = {
+    SPEED: {"new_tokens": int, "batch_size": int, "baseline": str},
+    MQAR: {
+        "tasks": [str],
+        "rates": [NUMBER],
+        "seeds": [int],
+        "first": str,
+        "stop": NUMBER,
+        **dict.fromkeys(("samples", "epochs", "test_samples"), int),
+    },
+}
+"""The fields of config.json that a suite's report needs besides those of every folder."""
 SUMMARISE: dict[str, Callable[..., dict[str, Any]]] = {SPEED: speed.summarise, MQAR: mqar.summarise}
 INSPECTION: dict[str, Any] = {
     "model": str,
@@ -116,8 +128,19 @@ def _with_results(path: Path) -> list[Path]:
 
 def _read(folder: Path) -> Evaluation:
     config = EMPTY | parse_config(_bytes(folder / CONFIG), folder / CONFIG)
-    rows, _ = parse_rows(_bytes(folder / ROWS), folder / ROWS, SHAPES.get(config.get("suite") or "", ANSWER))
+    suite = config.get("suite") or ""
+    if wrong := misfit(config, SETTINGS.get(suite, {}), "it"):
+        raise ResultsError(f"{folder / CONFIG} is damaged ({wrong}); mend it, or leave the folder out.")
+    rows, _ = parse_rows(_bytes(folder / ROWS), folder / ROWS, SHAPES.get(suite, ANSWER))
+    if suite == MQAR and not all(_whole(row) for row in rows):
+        raise ResultsError(f"{folder / ROWS} is damaged (a row lacks one of its settings); leave it out.")
     return Evaluation([folder], config, rows)
+
+
+def _whole(row: Mapping[str, Any]) -> bool:
+    """Whether a row of MQAR has an accuracy and a state for each of its settings, of which there are some."""
+    names = set(row["settings"])
+    return bool(names) and names <= row["accuracy"].keys() and names <= row["state"].keys()
 
 
 def _read_inspection(path: Path) -> dict[str, Any]:
@@ -143,7 +166,8 @@ def _add(evaluations: list[Evaluation], new: Evaluation) -> None:
             known = {(row["key"], row["method"]) for row in old.rows}
             rows = [row for row in new.rows if (row["key"], row["method"]) not in known]
             sessions = [*old.config["sessions"], *new.config["sessions"]]
-            joined = grown(old.config, new.config) | {"sessions": sessions}
+            stopped = list(dict.fromkeys([*old.config["stopped"], *new.config["stopped"]]))
+            joined = grown(old.config, new.config) | {"sessions": sessions, "stopped": stopped}
             evaluations[i] = Evaluation([*old.folders, *new.folders], joined, [*old.rows, *rows])
             return
     evaluations.append(new)

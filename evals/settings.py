@@ -33,9 +33,17 @@ CONFIG: Shape = {
     "recipes": {str: str},
     "lengths": [int],
     "planned": {str: {str: int}},
+    "stopped": [str],
 }
 """The fields that readers of a folder's config.json need."""
-EMPTY: dict[str, Any] = {"sessions": [], "methods": [], "recipes": {}, "lengths": [], "planned": {}}
+EMPTY: dict[str, Any] = {
+    "sessions": [],
+    "methods": [],
+    "recipes": {},
+    "lengths": [],
+    "planned": {},
+    "stopped": [],
+}
 """The fields of `CONFIG` that a config.json may lack, with the values that stand for them."""
 
 

@@ -60,24 +60,17 @@ def pareto(points: Sequence[Mapping[str, Any]], what: str) -> Markup:
         axes.plot(
             [p["cost"] for p in front], [p["kept"] for p in front], color=ACCENT, linewidth=1.2, zorder=2
         )
-        for point in points:
-            colour = ACCENT if point in front else DIM
+        for same in _together(points):
+            point, chosen = same[0], any(p["chosen"] for p in same)
+            colour = ACCENT if any(p in front for p in same) else DIM
             if point["low"] is not None:
                 axes.plot([point["cost"]] * 2, [point["low"], point["high"]], color=colour, linewidth=1)
-            face = ACCENT if point["chosen"] else GROUND
-            axes.plot(
-                point["cost"], point["kept"], "o", color=colour, markersize=13, markerfacecolor=face, zorder=3
-            )
-            axes.text(
-                point["cost"],
-                point["kept"],
-                str(point["number"]),
-                ha="center",
-                va="center_baseline",
-                fontsize=8,
-                color=GROUND if point["chosen"] else INK,
-                zorder=4,
-            )
+            face, ink = (ACCENT, GROUND) if chosen else (GROUND, INK)
+            place = point["cost"], point["kept"]
+            axes.plot(*place, "o", color=colour, markersize=13, markerfacecolor=face, zorder=3)
+            numbers = ",".join(str(p["number"]) for p in same)
+            size = 8 if len(numbers) < 3 else 6
+            axes.text(*place, numbers, ha="center", va="center_baseline", fontsize=size, color=ink, zorder=4)
         axes.set_xlabel("keys read, mean of prefill and decode (% of dense)")
         axes.set_ylabel("score (% of dense)")
         axes.set_xlim(left=0)
@@ -85,6 +78,14 @@ def pareto(points: Sequence[Mapping[str, Any]], what: str) -> Markup:
         f"{p['number']} keeps {p['kept']:.0f} % at {p['cost']:.0f} % of the keys" for p in points
     )
     return done(f"Score against keys read, {what}. {said}. The table below names the numbers.")
+
+
+def _together(points: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The points in groups that would be drawn at the same place."""
+    places: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+    for point in points:
+        places.setdefault((round(point["cost"]), round(point["kept"])), []).append(point)
+    return list(places.values())
 
 
 def front_of(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -106,6 +107,8 @@ def lines(
     level: float | None = None,
 ) -> Markup:
     """A line for each name over its (x, y) points. log: both axes. level: a value of y to mark."""
+    from matplotlib.ticker import LogLocator
+
     with _drawn(5.2, 3.1 + 0.17 * len(series)) as (figure, done):
         axes = figure.add_subplot()
         if level is not None:
@@ -126,6 +129,7 @@ def lines(
             sizes = sorted({px for points in series.values() for px, _ in points})
             axes.set_xticks(sizes, [_count(size) for size in sizes])
             axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         else:
             axes.set_ylim(bottom=0)

@@ -37,6 +37,8 @@ def made(one: Evaluation) -> Made:
     """Commands, settings and machines of an evaluation."""
     sessions = one.config.get("sessions", [])
     ran = list(dict.fromkeys(s["command"] for s in sessions if isinstance(s.get("command"), str)))
+    found = one.config.get("versions")
+    versions = found if isinstance(found, dict) else {}
     facts = [
         ("model", one.model),
         ("dtype", str(one.config.get("dtype") or "not recorded")),
@@ -44,7 +46,7 @@ def made(one: Evaluation) -> Made:
         ("seed", str(one.config.get("seed", "not recorded"))),
         ("rope", str(one.config.get("rope") or "as the model has it")),
         ("rows", f"{len(one.rows):,}"),
-        *((name, str(version)) for name, version in (one.config.get("versions") or {}).items()),
+        *((name, str(version)) for name, version in versions.items()),
     ]
     machines: dict[str, int] = {}
     for session in sessions:

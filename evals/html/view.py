@@ -152,7 +152,7 @@ def section(
         patches=[(name, c.patch, c.options) for name, c in chosen.items()],
         lengths=[length for length in lengths if length.figures or length.tasks],
         heatmaps=_heatmaps(one) if one.suite == NEEDLE else [],
-        notes=_notes(one.data),
+        notes=[*_notes(one.data), *one.config["stopped"]],
     )
 
 

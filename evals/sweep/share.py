@@ -40,10 +40,11 @@ class Shared:
         with _disk(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, keys: Mapping[str, Sequence[str]]) -> None:
-        """Write down that this process begins, and which rows are asked for. Collect what killed processes
-        have left. Raises ResultsError for a folder of another configuration."""
-        with self._locked(), self._opened(log=True) as results:
+    def begin(self, keys: Mapping[str, Sequence[str]], session: Mapping[str, Any] | None = None) -> None:
+        """Write down that this process begins, and which rows are asked for; collect what killed processes have
+        left. session: what config.json says of the process. Raises ResultsError for a folder of another
+        configuration."""
+        with self._locked(), self._opened(log=True, session=session) as results:
             results.plan(keys)
         for folder in sorted(path for path in self.work.iterdir() if path.is_dir()):
             with self.cell_lock(folder.name) as mine:
@@ -105,8 +106,8 @@ class Shared:
             return finish(results)
 
     @contextmanager
-    def _opened(self, log: bool = False) -> Iterator[Results]:
-        with Results(self.out, self.settings, row=self.shape, log=log) as results:
+    def _opened(self, log: bool = False, session: Mapping[str, Any] | None = None) -> Iterator[Results]:
+        with Results(self.out, self.settings, session=session, row=self.shape, log=log) as results:
             yield results
 
     @contextmanager

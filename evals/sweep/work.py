@@ -86,7 +86,8 @@ class Work:
         """Evaluate every cell that no other process has, and wait for those that others have."""
         asked = self.grid.asked
         count = asked.samples if self.stops is None else min(asked.samples, self.stops.prompts)
-        self.shared.begin(self._keys(asked.cells(), count))
+        session = {"batch_size": self.grid.batch_size, "device": str(self.setup.model.device)}
+        self.shared.begin(self._keys(asked.cells(), count), session)
         waiting = False
         while left := [cell for cell in asked.cells() if not self._done(cell, self.shared.rows())]:
             found = False

@@ -4,6 +4,7 @@ real browser shows it without an error and without a request."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -143,6 +144,30 @@ def test_the_page_is_sound_and_accessible(html: str) -> None:
     assert all(value.startswith(("#", "data:")) for value in outside), "no request"
 
 
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_have_the_contrast_that_text_needs() -> None:
+    """4.5 to 1 for text (WCAG 2.2, AA), 3 to 1 for lines, in the light theme and in the dark one."""
+    css = (Path(export.__file__).parent / "html" / "report.css").read_text()
+    for theme in css.split("prefers-color-scheme: dark"):
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme))
+        pairs = [
+            ("ink", "ground", 4.5),
+            ("dim", "ground", 4.5),
+            ("accent", "ground", 4.5),
+            ("ink", "soft", 4.5),
+        ]
+        pairs += [("dim", "soft", 4.5), ("dim", "unsure", 4.5), ("ink", "good", 4.5), ("ink", "bad", 4.5)]
+        pairs += [(f"series-{number}", "ground", 3) for number in range(1, 9)]
+        for one, other, least in pairs:
+            low, high = sorted(luminance(colours[name]) for name in (one, other))
+            assert (high + 0.05) / (low + 0.05) >= least, (one, other)
+
+
 def test_every_part_is_there(html: str) -> None:
     text = Outline(html).text
     for part in (
@@ -176,6 +201,15 @@ def test_the_committed_results_make_a_page_within_its_size(tmp_path: Path) -> No
     Outline(text)
     assert len(text.encode()) < MOST_BYTES
     assert "special magic number" in text and "A right answer contains" in text
+
+
+def test_the_committed_page_is_a_sound_report() -> None:
+    """docs/report.html, as `make report` writes it."""
+    text = (RESULTS.parent / "report.html").read_text()
+    outline = Outline(text)
+    assert len(text.encode()) <= MOST_BYTES and outline.headings[0] == 1
+    for name in ("ruler_long", "ruler_prefill", "needle_long", "mqar"):
+        assert name in outline.text, f"{name} is missing: run `make report`"
 
 
 def test_other_forms(folders: Path, tmp_path: Path) -> None:
