@@ -41,8 +41,8 @@ class Shared:
             self.work.mkdir(parents=True, exist_ok=True)
 
     def begin(self, keys: Mapping[str, Sequence[str]], session: Mapping[str, Any] | None = None) -> None:
-        """Write down that this process begins, and which rows are asked for; collect what killed processes have
-        left. session: what config.json says of the process. Raises ResultsError for a folder of another
+        """Write down that this process begins, and which rows are asked for; collect what killed processes
+        have left. session: what config.json says of the process. Raises ResultsError for a folder of another
         configuration."""
         with self._locked(), self._opened(log=True, session=session) as results:
             results.plan(keys)
