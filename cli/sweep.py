@@ -24,8 +24,8 @@ def sweep(
 
     Several processes may run the same command at once, on one machine or on several that share the folder:
     each takes the cells (task and length) that no other one has. Under a launcher each rank is such a
-    process. A process that is killed loses at most the prompts in flight. The docstring of
-    evals/sweep/config.py has the fields of the file.
+    process. A process that is killed loses at most the prompts in flight. The README has an example of
+    the file.
     """
     from ..evals.sweep import config as files
     from ..evals.sweep.work import sweep as work

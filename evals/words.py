@@ -20,7 +20,7 @@ def length_of(found: Recommendation) -> str:
 def basis(found: Recommendation, one: Candidate) -> str:
     """`ruler, 11 tasks, 220 prompts`."""
     tasks = "1 task" if one.tasks == 1 else f"{one.tasks} tasks"
-    return f"{found.suite}, {tasks}, {one.n} prompts"
+    return f"{found.suite}, {tasks}, {one.n} {'prompt' if one.n == 1 else 'prompts'}"
 
 
 def quality(one: Candidate) -> str:

@@ -67,6 +67,7 @@ def page(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["tied"] = lambda text: str(text).replace(" %", "\N{NO-BREAK SPACE}%")
     template = environment.get_template("report.html.j2")
     text = ""
     for most in (None, 4, 0):  # fewer samples where the page is too large
