@@ -75,8 +75,32 @@ def test_a_sweep_of_a_model_on_the_disk(tmp_path: Path, tiny_folder: Path, farsp
     grid = f"suite: needle, models: ['{tiny_folder}'], text: '{text}', lengths: [256], depths: [0, 1]"
     more = "samples: 1, methods: [dense, 'window:w=32'], folder: needle"
     path.write_text(f"out: {tmp_path}/out\ngrids:\n  - {{{grid}, {more}}}\n")
+    # `farspan eval` has begun the folder: its settings are the sweep's, and its rows are not made again.
+    words = [
+        "--model",
+        str(tiny_folder),
+        "--text",
+        str(text),
+        "--lengths",
+        "256",
+        "--depths",
+        "0",
+        "--samples",
+        "1",
+    ]
+    begun = [
+        "eval",
+        "needle",
+        *words,
+        "--methods",
+        "dense; window:w=32",
+        "--out",
+        str(tmp_path / "out" / "needle"),
+    ]
+    assert farspan_command(*begun)[0] == 0
     code, out, err = farspan_command("sweep", str(path))
     assert code == 0 and "needle/needle/256/depth=1 is done, 2 of 2 cells." in err, err
+    assert "depth=0 is done" not in err
     assert "window:w=32" in out and len(read(tmp_path / "out" / "needle")[1]) == 4
     before = (tmp_path / "out" / "needle" / "samples.jsonl").read_bytes()
     code, _, err = farspan_command("sweep", str(path))
