@@ -22,7 +22,7 @@ def block_shares(q: Tensor, k: Tensor, seen: Tensor, block_q: int, block_k: int,
     (float64 for float64 q); a query block of n queries has n in all. Nothing of size T x N is made.
     """
     length, (nq, nk) = k.shape[2], (-(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-    cols = torch.arange(length, device=q.device)
+    cols, here = torch.arange(length, device=q.device), seen.to(q.device, non_blocking=True)
     most = _TILE.get(q.device.type, _TILE["cpu"])
     step = block_q * max(1, most // (q.shape[1] * block_q * length))
     tiles = []
@@ -30,7 +30,7 @@ def block_shares(q: Tensor, k: Tensor, seen: Tensor, block_q: int, block_k: int,
         rows = seen[a : a + step]
         end = min(length, max(1, -(-int(rows[-1]) // block_k)) * block_k)  # whole blocks of keys
         logits = scores(q[:, :, a : a + step], k[:, :, :end], softmax)
-        visible = rows.to(q.device)[:, None]
+        visible = here[a : a + step, None]
         share = torch.softmax(logits.masked_fill_(cols[:end] >= visible, -torch.inf), -1)
         if int(rows[0]) == 0:  # some query sees nothing
             share = share.masked_fill(visible == 0, 0)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .budget import select_topk
 from .keys import Keys
+from .ops.select import by_mass, by_threshold
+from .ops.sums import running_sum
 from .selection import BlockIndex
 
 
@@ -60,7 +62,8 @@ class Grid(NamedTuple):
         """The blocks in ``forced`` [Nq, Nk], and those that rank highest in ``ranked`` [B, Hs, Nq, Nk] (-inf:
         not a candidate), ``size`` blocks in all, one number or one per row. max_blocks: an upper bound of the
         blocks of a row, where it is known without waiting for the device."""
-        size = torch.maximum(torch.as_tensor(size, device=ranked.device), forced.sum(-1))
+        least = forced.sum(-1)
+        size = least.clamp(min=size) if isinstance(size, int) else torch.maximum(size, least)
         size = size.expand(ranked.shape[:3])
         blocks, counts = select_topk(
             ranked.masked_fill(forced, torch.inf),
@@ -70,16 +73,49 @@ class Grid(NamedTuple):
         assert counts is not None
         return BlockIndex(blocks=blocks.int(), counts=counts, block_q=self.block_q, block_k=self.block_k)
 
+    def read(self, mask: Tensor) -> BlockIndex:
+        """The blocks in ``mask`` [B, Hs, Nq, Nk] bool. Nothing waits for the device."""
+        return index_of(mask, self.block_q, self.block_k)
+
+
+def index_of(mask: Tensor, block_q: int, block_k: int, key_order: Tensor | None = None) -> BlockIndex:
+    """The blocks in ``mask`` [B, Hs, Nq, Nk] bool, of keys in the order ``key_order`` [B, Hs, Tk]. Nothing
+    waits for the device: there, the lists are as wide as the mask."""
+    most = None if mask.device.type == "cpu" else mask.shape[-1]
+    blocks, counts = by_threshold(mask.float(), 0.5, most=most)
+    return BlockIndex(
+        blocks=blocks.int(), counts=counts, block_q=block_q, block_k=block_k, key_order=key_order
+    )
+
 
 def covering(shares: Tensor, forced: Tensor, mass: float) -> Tensor:
     """The number of blocks [...] that hold ``mass`` of the sum of each row of shares [..., Nk] (>= 0). All
     blocks in ``forced`` [Nq, Nk] are counted first, then the largest others; a block with a share of 0 is not
     counted."""
+    return forced.sum(-1) + _largest(shares, forced, mass)[0].sum(-1)
+
+
+def covered(shares: Tensor, forced: Tensor, mass: float) -> Tensor:
+    """The blocks that ``covering`` counts, [..., Nk] bool; of equal shares the first blocks. One sort."""
+    counted, order = _largest(shares, forced, mass)
+    return torch.zeros_like(counted).scatter_(-1, order, counted) | forced
+
+
+def _largest(shares: Tensor, forced: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """(counted [..., Nk] bool, order [..., Nk]): the blocks in the order of their shares, those in ``forced``
+    as if they had none, and which of them are needed, besides those in ``forced``, for ``mass``."""
     taken = shares.masked_fill(~forced, 0).sum(-1, keepdim=True)
-    rest = shares.masked_fill(forced, 0).sort(dim=-1, descending=True).values
-    before = taken + rest.cumsum(-1) - rest
+    rest, order = shares.masked_fill(forced, 0).sort(dim=-1, descending=True, stable=True)
+    before = taken + running_sum(rest) - rest
     goal = mass * shares.sum(-1, keepdim=True)
-    return forced.sum(-1) + ((before < goal) & (rest > 0)).sum(-1)
+    return (before < goal) & (rest > 0), order
+
+
+def holding(shares: Tensor, mass: float, n: int) -> Tensor:
+    """[..., n] bool: the fewest of shares [..., N] (>= 0) that hold ``mass`` of their sum; N is at most n.
+    Nothing waits for the device."""
+    most = None if shares.device.type == "cpu" else shares.shape[-1]
+    return marked(*by_mass(shares, mass, most=most), n)
 
 
 def marked(chosen: Tensor, counts: Tensor, n: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from .blocks import Grid
 from .keys import Keys
 from .ops.select import top_k
+from .ops.sums import running_sum
 from .received import attention_of_last
 
 
@@ -36,7 +37,7 @@ def block_sums(columns: Tensor, diagonals: Tensor, grid: Grid) -> Tensor:
     of keys and of the ``diagonals`` [..., T], by distance, that pass from some query of the one to some key
     of the other."""
     columns = pad(columns, (0, -columns.shape[-1] % grid.block_k)).unflatten(-1, (-1, grid.block_k)).sum(-1)
-    nearer = pad(diagonals.double().cumsum(-1), (1, 0))  # small shares are differences of large sums
+    nearer = pad(running_sum(diagonals.double()), (1, 0))  # small shares are differences of large sums
     first = grid.cols * grid.block_k
     upto = (grid.end[:, None] - first).clamp(min=0)  # after the furthest of their distances
     since = (grid.begin[:, None] - first - (grid.block_k - 1)).clamp(min=0)

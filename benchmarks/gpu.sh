@@ -2,7 +2,8 @@
 # What a GPU session measures: bash benchmarks/gpu.sh A|B|C, from the root of the repository.
 #
 #   A  versions, the operations that the goals name, tests that need a GPU, a decode step, scan
-#   B  a model of an 8B's size from prompt to answer, the smaller operations, scan with large heads
+#   B  a model of an 8B's size from prompt to answer, what its decode launches, the smaller operations, scan
+#      with large heads
 #   C  compute-sanitizer, and the operations' tests with the autotuner on
 #
 # Nothing is installed and no network or git is needed: python3 must have torch, transformers, triton and pytest. A stage
@@ -68,9 +69,12 @@ A)
 B)
     if [ "$dry" = 1 ]; then
         bench generate 300 generate --shape tiny --tokens 64 --new 12 --repeats 1 --methods "dense; quest:k=16"
+        bench launches 120 launches --shape tiny --tokens 64 --methods "dense; quest:k=16"
     else
         bench generate 300 generate --shape llama-3.1-8b --tokens 32768 --new 64 --repeats 1 --name generate_8b --methods \
             "dense; dense + double_sparsity:k=2048; dense + quest:k=2048; antidiagonal; block_topk:k=4096"
+        bench launches 150 launches --shape llama-3.1-8b --tokens 131072 --methods \
+            "dense; double_sparsity:k=2048; quest:k=2048"
     fi
     bench small_ops 120 ops --ops $small --lengths $lengths
     bench scan_large 60 scan --lengths $scans --heads 32 --kv-heads 32 --head-dim 128 --repeats 3

@@ -128,6 +128,7 @@ def speed(given: Speed) -> None:
     longest = max(sizes) + given.new_tokens - (MAX_NEW_TOKENS if given.needle else 0)
     causal_lm, tokenizer = _load(given, longest, ranks)
     from ..evals import speed as measure
+    from ..evals.speed_tables import terminal_table
 
     config: dict[str, Any] = {"text": given.files.text_name, "rope": given.rope}
     if given.needle:
@@ -138,7 +139,7 @@ def speed(given: Speed) -> None:
     how: dict[str, Any] = {"new_tokens": given.new_tokens, "repeats": given.repeats}
     with output.resumable(given.json):
         summary = measure.speed(setup, prose, lengths=sizes, batch_size=given.batch_size, **how)
-    output.show_summary(summary, measure.terminal_table, given.json)
+    output.show_summary(summary, terminal_table, given.json)
 
 
 Given = Ruler | Needle | Perplexity | Speed

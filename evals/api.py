@@ -10,7 +10,7 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from . import report as tables
-from . import speed as timing
+from . import speed_tables
 from .asked import NEEDLE, RULER, Asked
 from .folders import Found, read_folders
 from .perplexity import perplexity
@@ -18,6 +18,7 @@ from .recommend import Recommendation, recommend
 from .run import Summary, run
 from .sample import Sample
 from .setup import Setup
+from .speed import speed
 from .tasks import CUSTOM, Task, make_samples
 from .text import load_prose
 
@@ -61,7 +62,7 @@ class Evaluated:
         return read_folders([self.out])
 
     def __str__(self) -> str:
-        table = timing.terminal_table if self.summary["suite"] == SPEED else tables.terminal_table
+        table = speed_tables.terminal_table if self.summary["suite"] == SPEED else tables.terminal_table
         return str(table(self.summary).text(100))
 
 
@@ -121,7 +122,7 @@ def evaluate(
         if suite == SPEED:
             rows = 1 if batch_size == "auto" else int(batch_size)
             how: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "batch_size": rows}
-            return _result(timing.speed(ready, prose, lengths=lengths, **how))
+            return _result(speed(ready, prose, lengths=lengths, **how))
         sized: dict[str, Any] = {"new_tokens": new_tokens, "samples": samples, "batch_size": batch_size}
         return _result(perplexity(ready, prose, lengths=lengths, **sized))
     if own:

@@ -22,22 +22,30 @@ from types import NoneType
 from typing import Any
 
 from ..attention.errors import FarspanError
-from ..runtime.table import Table
+from ..runtime.hf import stored_bytes
 from . import batch as forward
+from .energy import energy
 from .memory import peak
 from .perplexity import cut_windows
 from .ranks import Job
-from .results import ROW, Replica, Results, open_results, plan, record, unfinished_note
+from .results import ROW, Replica, Results, open_results, plan, record
 from .run import Summary, finished_if_stopped
 from .sample import Sample, encode, score
 from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
-from .tables import markdown, number, percent, share_read
+from .speed_tables import speed_table
 
 UNPATCHED, DENSE = "unpatched", "dense"
 _PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
-_HIGHEST = ("peak_memory_bytes", "prefill_sent_bytes", "decode_sent_bytes_per_token")
+_HIGHEST = (
+    "peak_memory_bytes",
+    "kv_bytes_stored",
+    "kv_bytes_read_per_token",
+    "prefill_sent_bytes",
+    "decode_sent_bytes_per_token",
+)
+_ENERGY = ("prefill_joules", "decode_joules_per_token")
 TIMING: dict[str, Any] = {
     **ROW,
     "length": int,
@@ -76,8 +84,10 @@ def speed(
 
     text: prose that the prompts are cut from, or `batch_size` samples for each length, whose answers are then
     scored as well. Decoding is a plain `model.generate` that may not stop early. Peak memory (bytes) is that
-    of the process, weights included: on CUDA what torch has allocated, elsewhere the resident set. Over ranks
-    it is the highest of them, and so are the bytes that a rank sends. Writes and resumes a folder as `run`
+    of the process, weights included: on CUDA what torch has allocated, elsewhere the resident set. The KV
+    cache is measured after the last token, spare room included, and what a decode step reads of it with what
+    it reads to select. Joules are those of the device, where it counts them. Over ranks each is the highest
+    of the ranks, and so are the bytes that a rank sends. Writes and resumes a folder as `run`
     does: what was measured stays, what is missing is measured, with the baseline anew beside it.
     Raises FarspanError for sizes that are too small.
     """
@@ -190,16 +200,19 @@ class Timer:
             nullcontext() if unpatched else patched_with(model, spec, self.recipe, job) as patched,
         ):
             sent = [job.sent]
-            started = start(model, batch, patched, job)
+            with energy(model.device) as prefill_energy:
+                started = start(model, batch, patched, job)
             sent.append(job.sent)
             if patched:
                 patched.reset_report()
-            with forward.timed(model.device) as clock:
-                answers = forward.greedy(model, batch, started.take(), max_new_tokens=count, pad=pad, eos=())
+            cache = started.take()
+            with forward.timed(model.device) as clock, energy(model.device) as decode_energy:
+                answers = forward.greedy(model, batch, cache, max_new_tokens=count, pad=pad, eos=())
             sent.append(job.sent)
             read = job.report(patched).summary if patched else {}
-        ranks = job.gather([most.bytes, sent[1] - sent[0], sent[2] - sent[1]])
-        memory, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
+        steps = read["kv_bytes_read"] + read["selection_bytes"] if patched else None
+        ranks = job.gather([most.bytes, stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
+        memory, stored, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
         assert decode_sent is not None
         return {
             "score": _mean_score(self.tokenizer, prompts.asked, answers),
@@ -209,8 +222,12 @@ class Timer:
             "decode_density": read.get("decode_density"),
             "implementation": read.get("implementation"),
             "peak_memory_bytes": memory,
+            "kv_bytes_stored": stored,
+            "kv_bytes_read_per_token": None if steps is None else steps / (len(prompts.ids) * count),
             "prefill_sent_bytes": prefill_sent,
             "decode_sent_bytes_per_token": decode_sent / count,
+            "prefill_joules": prefill_energy.joules,
+            "decode_joules_per_token": _over(decode_energy.joules, len(prompts.ids) * count),
         }
 
 
@@ -220,7 +237,11 @@ def _mean_score(tokenizer: Any, samples: Sequence[Sample], answers: Sequence[lis
     return sum(scores) / len(scores) if scores else None
 
 
-def _highest(values: Sequence[int | None]) -> int | None:
+def _over(value: float | None, count: int) -> float | None:
+    return None if value is None else value / count
+
+
+def _highest(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return max(known) if known else None
 
@@ -265,11 +286,24 @@ def _cell(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any
     return {
         "repeats": len(rows),
         **{name: median(row[name] for row in rows) for name in (_PREFILL, _DECODE)},
+        **{f"{name}_range": _range(rows, name) for name in (_PREFILL, _DECODE)},
         "prefill_speedup": _ratio(baseline, rows, _PREFILL),
         "decode_speedup": _ratio(rows, baseline, _DECODE),
         **{name: rows[0].get(name) for name in ("prefill_density", "decode_density", "score")},
         **{name: _highest([row.get(name) for row in rows]) for name in _HIGHEST},
+        **{name: _median([row.get(name) for row in rows]) for name in _ENERGY},
     }
+
+
+def _range(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The lowest and the highest value, over all sessions."""
+    values = [row[name] for row in rows]
+    return [min(values), max(values)]
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -280,77 +314,3 @@ def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]
         if all(values):
             ratios += [median(values[0]) / median(values[1])] * min(map(len, values))
     return median(ratios) if ratios else None
-
-
-def speed_table(data: Mapping[str, Any]) -> str:
-    """Markdown: a row per method and length."""
-    head = [f"× {data['baseline']}" if name == "×" else name for name in _head(data)]
-    body = [[f"`{cells[0]}`", *cells[1:]] for cells in _cells(data)]
-    return f"{markdown(head, body)}\n{_caption(data)}\n"
-
-
-def terminal_table(data: Mapping[str, Any]) -> Table:
-    """The same rows for the terminal."""
-    title = f"speed · {data['model']}"
-    table = Table(*_head(data), title=title, caption=_caption(data), numbers_from=1)
-    for cells in _cells(data):
-        table.add_row(*cells)
-    return table
-
-
-def _caption(data: Mapping[str, Any]) -> str:
-    alone, baseline = data["ranks"] == 1, data["baseline"]
-    beside = f"the {baseline} model" if alone else f"{baseline} over the same {data['ranks']} ranks"
-    parts = [
-        f"× = faster than {beside} by this factor",
-        "prefill: the time to the first token, but for one step",
-        "read: share of keys read in prefill / decode",
-        *(["found: right answers"] if _scored(data) else []),
-        f"memory: {'the process' if alone else 'a rank'} at its peak, weights included",
-        *([] if alone else ["sent: what a rank sends in prefill / per token"]),
-        *([] if data["sessions"] == 1 else [f"measured in {data['sessions']} sessions, × within each"]),
-    ]
-    return " ".join([f"{'; '.join(parts)}.", *unfinished_note(data)])
-
-
-def _scored(data: Mapping[str, Any]) -> bool:
-    return any(row.get("score") is not None for row in data["overall"])
-
-
-def _head(data: Mapping[str, Any]) -> list[str]:
-    head = ["method", "length", "prefill s", "×", "tokens/s", "×", "read %"]
-    head += ["found"] if _scored(data) else []
-    return [*head, "memory", *(["sent"] if data["ranks"] > 1 else [])]
-
-
-def _cells(data: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of both tables, under the columns of `_head`."""
-    rows = []
-    for row in data["overall"]:
-        cells = [
-            row["method"],
-            str(row["length"]),
-            number(row["prefill_seconds"], 2),
-            number(row["prefill_speedup"], 2),
-            number(row["decode_tokens_per_second"], 1),
-            number(row["decode_speedup"], 2),
-            "–" if row["decode_density"] is None else share_read(row).removesuffix(" %"),
-        ]
-        cells += [percent(row["score"], 0, " %")] if _scored(data) else []
-        cells.append(as_size(row["peak_memory_bytes"]))
-        if data["ranks"] > 1:
-            sent = (row["prefill_sent_bytes"], row["decode_sent_bytes_per_token"])
-            cells.append(" / ".join(map(as_size, sent)))
-        rows.append(cells)
-    return rows
-
-
-def as_size(count: float | None) -> str:
-    """Bytes as `1.5 GB`; a dash for None."""
-    if count is None:
-        return "–"
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

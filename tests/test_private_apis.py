@@ -44,6 +44,8 @@ BELONGS_TO_PYTHON = {"_replace", "_asdict", "_fields"}  # of a NamedTuple
 USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[0], "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", 5, ("attn_mask", "scale")),
     (SHIMS[0], "torch.ops.aten._scaled_dot_product_flash_attention", 5, ("scale",)),
+    (SHIMS[0], "torch.ops.aten._scaled_dot_product_cudnn_attention", 7, ("scale",)),
+    (SHIMS[0], "torch.ops.aten._scaled_dot_product_efficient_attention", 7, ("scale",)),
     (SHIMS[0], "torch.ops.aten._int_mm", 2, ()),  # what torch._int_mm calls, with a signature to read
     (SHIMS[0], "torch._int_mm", None, ()),
     (SHIMS[0], "torch.cpu._is_vnni_supported", 0, ()),

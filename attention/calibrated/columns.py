@@ -13,6 +13,7 @@ from ..keys import Keys
 from ..kv import KV
 from ..ops.block_sparse import block_sparse
 from ..ops.scores import scores
+from ..ops.sums import running_sum
 from ..received import attention_received
 from ..selection import BlockIndex
 from ..selection.rescaled import HeadReads, of_heads
@@ -64,7 +65,8 @@ def column_bound(blocks: BlockMaxima, heads: Tensor, keys: Keys) -> Tensor:
     device, end = maxima.device, keys.length
     begins = torch.arange(keys.past, end, block_q, device=device)
     sizes = (end - begins).clamp(max=block_q)
-    after = (maxima * sizes[:, None]).flip(2).cumsum(2).flip(2)  # of a query block and all later ones
+    later = (maxima * sizes[:, None]).flip(2).transpose(2, 3)
+    after = running_sum(later).transpose(2, 3).flip(2)  # of a query block and all later ones
     after = pad(after, (0, 0, 0, 1))
     place = torch.arange(end, device=device)
     own = (place - keys.past).clamp(min=0) // block_q  # the query block that it is in, or the first

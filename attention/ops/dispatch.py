@@ -18,6 +18,7 @@ from ..kv import KV
 Run = Callable[..., Any]
 Impls = Mapping[str, Run]
 _ran: ContextVar[set[tuple[str, str]] | None] = ContextVar("farspan_implementations", default=None)
+_taken: ContextVar[set[str] | None] = ContextVar("farspan_backends", default=None)  # of the running operation
 
 
 class LazyImpl:
@@ -71,24 +72,49 @@ def run(op: str, impls: Impls, impl: str, *args: Any, **how: Any) -> Any:
         chosen = impls[impl]
         if isinstance(chosen, LazyImpl) and (reasons := chosen.unsupported(*args, **how)):
             raise Unsupported(f"The {impl} implementation of {op} cannot run this", reasons)
+    return _run(op, impls, impl, args, how)
+
+
+def _run(op: str, impls: Impls, impl: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+    names: set[str] = set()
+    if impl == "triton":
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            result = impls[impl](*args, **how)
+    elif impl == "eager" and args[0].device.type == "cuda":  # named after torch's kernels that it takes
+        token = _taken.set(names)
+        try:
+            result = impls[impl](*args, **how)
+        finally:
+            _taken.reset(token)
+    else:
+        result = impls[impl](*args, **how)
     seen = _ran.get()
     if seen is not None:
-        seen.add((op, impl))
-    if impl != "triton":
-        return impls[impl](*args, **how)
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        return impls[impl](*args, **how)
+        seen.update((op, name) for name in names or (impl,))
+    return result
+
+
+def took(backend: str) -> None:
+    """Note that attention on CUDA is computed by ``backend``, one of ``backends.choose``: for the operation
+    that runs, or for "attend" where none does."""
+    backends, seen = _taken.get(), _ran.get()
+    if backends is not None:
+        backends.add(backend)
+    elif seen is not None:
+        seen.add(("attend", backend))
 
 
 @contextmanager
 def implementations() -> Iterator[set[tuple[str, str]]]:
-    """The (operation, implementation) pairs that run inside."""
+    """The (operation, implementation) pairs that run inside. The implementation of an operation that attends
+    by torch's kernels on CUDA is the kernel's name, such as "cudnn" (``backends.choose``)."""
     seen: set[tuple[str, str]] = set()
-    token = _ran.set(seen)
+    ran, taken = _ran.set(seen), _taken.set(None)  # not those of an operation that runs outside
     try:
         yield seen
     finally:
-        _ran.reset(token)
+        _ran.reset(ran)
+        _taken.reset(taken)
 
 
 def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:

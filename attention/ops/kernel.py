@@ -1,9 +1,9 @@
 """torch's own attention kernels with their log-sum-exp, for equal numbers of query and KV heads.
 
 What the library does best is not rewritten: on the CPU the flash kernel behind
-``scaled_dot_product_attention`` (in bfloat16, its matrix products: products.py), on CUDA its FlashAttention.
-Where neither can run (soft-cap, an input that needs gradients, other devices) the same definition is computed
-in float32 over tiles of queries and keys, so that memory stays bounded.
+``scaled_dot_product_attention`` (in bfloat16, its matrix products: products.py), on CUDA the kernel that
+``backends.choose`` names. Where none can run (soft-cap, an input that needs gradients, other devices) the
+same definition is computed in float32 over tiles of queries and keys, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from torch import Tensor
 from ..kv import KV
 from ..partial import Partial, empty_partial, merge
 from ..softmax import Softmax
-from . import products
-from .torch_private import flash_attention_cpu, flash_attention_cuda
+from . import backends, products
+from .dispatch import took
+from .torch_private import cudnn_attention, efficient_attention, flash_attention_cpu, flash_attention_cuda
 
 _FEW_KEYS = 2048  # causal rows that see fewer keys gain nothing by products, nor do narrow heads
 _ROWS, _COLS = 512, 4096  # tile of the math path: at most 8 MiB of float32 logits per head
+_DEVICE = 1 << 25  # logits of a tile there on other devices, over all heads: few keys are few launches
 
 
 def attend(
@@ -56,18 +58,72 @@ def attend(
     q, k, v = (x.to(kind) for x in (q, k, v))
     if mask is not None and mask.shape[-1] < k.shape[2]:
         mask = torch.nn.functional.pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
-    if softcap is None and not needs_grad and v.shape[-1] == q.shape[-1]:
-        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
-            return _cpu(q, k, v, scale, causal, mask)
-        if (
-            q.device.type == "cuda"
-            and mask is None
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 256
-        ):
-            return Partial(*flash_attention_cuda(q, k, v, causal=causal, scale=scale))
+    if q.device.type == "cuda":
+        part = _cuda(q, k, v, softmax, causal=causal, mask=mask)
+        if part is not None:
+            return part
+        took("math")
+    if (
+        softcap is None
+        and not needs_grad
+        and v.shape[-1] == q.shape[-1]
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ):
+        return _cpu(q, k, v, scale, causal, mask)
     return math(q, k, v, softmax, causal=causal, mask=mask)
+
+
+def causal_of_groups(q: Tensor, kv: KV, softmax: Softmax) -> Partial | None:
+    """Causal attention of q [B, H, T, D] over kv [B, Hkv, T], of which each head serves a group of query
+    heads, by one kernel of torch for CUDA. None where none of them serves the arguments."""
+    return _cuda(q, *kv.dense(), softmax, causal=True, mask=None)
+
+
+def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:
+    """Whether ``causal_of_groups`` serves the arguments better than a Triton kernel would: never off CUDA."""
+    on_cuda = q.device.type == "cuda"
+    return on_cuda and _backend(q, *kv.dense(), softmax, causal=True, mask=None) not in ("efficient", "math")
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> str:
+    """The kernel of torch for CUDA, one of ``backends.choose``."""
+    if softmax.softcap is not None or _needs_grad(q, k, v) or q.shape[2] == 0 or k.shape[2] == 0:
+        return "math"
+    call = backends.Call(
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        keys=k.shape[2],
+        causal=causal,
+        masked=mask is not None,
+        grouped=q.shape[1] != k.shape[1],
+    )
+    return backends.choose(call, backends.Machine.of(q.device))
+
+
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None
+) -> Partial | None:
+    """Attention by one kernel of torch for CUDA; None where only the definition serves the arguments."""
+    backend = _backend(q, k, v, softmax, causal=causal, mask=mask)
+    if backend == "math":
+        return None
+    took(backend)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if backend == "cudnn":
+        return Partial(*cudnn_attention(q, k, v, causal=causal, scale=softmax.scale))
+    if backend != "efficient":
+        return Partial(*flash_attention_cuda(q, k, v, causal=causal, scale=softmax.scale))
+    if mask is None:
+        return Partial(*efficient_attention(q, k, v, bias=None, causal=causal, scale=softmax.scale))
+    width = mask.shape[-1]
+    bias = torch.full((*mask.shape[:-1], -(-width // 8) * 8), -torch.inf, dtype=q.dtype, device=q.device)
+    bias[..., :width].masked_fill_(mask, 0)
+    bias = bias[..., :width].expand(*q.shape[:3], -1)
+    out, lse = efficient_attention(q, k, v, bias=bias, causal=False, scale=softmax.scale)
+    none = ~mask.any(-1).expand(q.shape[:3])  # the kernel leaves open what such a row gives
+    return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -93,9 +149,12 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
 def math(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> Partial:
     """The definition, tile by tile, in float32 (float64 for float64 inputs); differentiable, lse included."""
     tq, tk = q.shape[2], k.shape[2]
+    rows = _ROWS
+    if q.device.type != "cpu":
+        rows = max(rows, _DEVICE // (q.shape[0] * q.shape[1] * min(tk, _COLS)))
     rows_out: list[Partial] = []
-    for a in range(0, tq, _ROWS):
-        b = min(a + _ROWS, tq)
+    for a in range(0, tq, rows):
+        b = min(a + rows, tq)
         parts = []
         for c in range(0, b if causal else tk, _COLS):
             d = min(c + _COLS, tk)

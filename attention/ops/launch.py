@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -62,14 +64,62 @@ def wide(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
-    """``triton.autotune`` over a few configurations, its choice kept on disk (triton's cache folder).
+def bucket(length: int) -> int:
+    """The class of lengths whose calls share a tuned configuration: lengths up to 1,024 are 0, up to 4,096
+    1, up to 16,384 2, and so on: each class ends at four times the length of the one before.
 
-    Under the interpreter, and where FARSPAN_AUTOTUNE=0, the first configuration is taken untimed.
+    It is an argument of each kernel whose work grows with the number of keys, and part of its tuning key, so
+    that a warm-up with 64 tokens does not decide for 128K. A generation that passes the end of a class times
+    the configurations in that step, once: the choice is kept in the process and on disk, and no later call
+    of the class times anything. In a range of 128K keys this happens at most four times.
     """
-    if INTERPRETED or os.environ.get("FARSPAN_AUTOTUNE") == "0":
-        configs = configs[:1]
-    return triton.autotune(configs=list(configs), key=list(key), cache_results=True)
+    return max(0, (length - 1).bit_length() - 9) // 2
+
+
+class Tuned(triton.KernelInterface):
+    """A kernel with several configurations, of which ``triton.autotune`` takes the fastest for each tuning
+    key; its choice is kept on disk (triton's cache folder).
+
+    Under the interpreter, and where FARSPAN_AUTOTUNE=0, the first configuration is taken untimed. Inside
+    ``configuration(n)`` the n-th is.
+    """
+
+    def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
+        self.kernel, self.configs, self.key = kernel, list(configs), list(key)
+        self.timed = triton.autotune(configs=self.configs, key=self.key, cache_results=True)(kernel)
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        n = _configuration.get()
+        if n is None and (INTERPRETED or os.environ.get("FARSPAN_AUTOTUNE") == "0"):
+            n = 0
+        if n is None:
+            return self.timed.run(*args, **options)
+        return self.kernel.run(*args, **options, **self.configs[n % len(self.configs)].all_kwargs())
+
+
+_configuration: ContextVar[int | None] = ContextVar("farspan_configuration", default=None)
+
+
+@contextmanager
+def configuration(n: int) -> Iterator[None]:
+    """Each tuned kernel takes its n-th configuration inside, untimed, beginning again after its last one: so
+    that tests reach the forms that tuning may choose."""
+    token = _configuration.set(n)
+    try:
+        yield
+    finally:
+        _configuration.reset(token)
+
+
+def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Tuned]:
+    """A decorator that makes a kernel a :class:`Tuned` one. key: names of its arguments; calls that differ in
+    one of them are tuned apart."""
+    return lambda kernel: Tuned(kernel, configs, key)
+
+
+def row_starts(start: Tensor | None, device: torch.device) -> Tensor | None:
+    """Each row's first valid position [B] as the kernels read it: on their device, one behind the other."""
+    return None if start is None else start.to(device).contiguous()
 
 
 @triton.jit

@@ -198,14 +198,26 @@ def config(block_m: int, block_n: int, warps: int, stages: int) -> triton.Config
     return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
 
 
-def sized(kernel: Any, key: list[str], half: list[Any], wide_half: list[Any], single: list[Any]) -> Callable:
-    """The kernel tuned for an element type and a padded head: sized(...)(dtype, WIDE)."""
-    tuned = [launch.tuned(configs, key)(kernel) for configs in (half, wide_half, single)]
+def sized(
+    kernel: Any,
+    key: list[str],
+    half: list[Any],
+    wide_half: list[Any],
+    single: list[Any],
+    whole_blocks: list[Any] | None = None,
+) -> Callable[..., launch.Tuned]:
+    """The kernel tuned for an element type, a padded head and blocks of keys: sized(...)(dtype, WIDE,
+    BLOCK_K). whole_blocks: the configurations for 16-bit heads of at most 128 where a block of keys is a
+    whole number of tiles of 128, so that a tile needs one block number; None: ``half``."""
+    lists = {"half": half, "wide_half": wide_half, "single": single, "whole_blocks": whole_blocks or half}
+    tuned = {name: launch.tuned(configs, key)(kernel) for name, configs in lists.items()}
 
-    def choose(dtype: torch.dtype, wide: int) -> Any:
+    def choose(dtype: torch.dtype, wide: int, block_k: int = 0) -> launch.Tuned:
         if dtype == torch.float32 and not launch.INTERPRETED:  # the interpreter is quicker with large tiles
-            return tuned[2]
-        return tuned[int(wide > 128)]
+            return tuned["single"]
+        if wide > 128:
+            return tuned["wide_half"]
+        return tuned["whole_blocks" if block_k and block_k % 128 == 0 else "half"]
 
     return choose
 
@@ -214,7 +226,7 @@ ROWS_OF_A_TILE = {
     "ROWS": lambda args: fold(args["BLOCK_Q"], args["GROUP"], args["BLOCK_M"])[0],
     "FOLD": lambda args: fold(args["BLOCK_Q"], args["GROUP"], args["BLOCK_M"])[1],
 }
-KEY = ["GROUP", "BLOCK_Q", "BLOCK_K", "D"]
+KEY = ["GROUP", "BLOCK_Q", "BLOCK_K", "D", "bucket"]
 
 
 def geometry(q: Tensor, dv: int, counts: Tensor, block_q: int, block_k: int) -> dict[str, int]:

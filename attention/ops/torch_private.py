@@ -25,10 +25,29 @@ def flash_attention_cpu(
 def flash_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention as torch has it for CUDA, with its log-sum-exp; shapes as in
-    :func:`flash_attention_cpu`. The public ``scaled_dot_product_attention`` returns no log-sum-exp."""
+    """FlashAttention as torch has it for CUDA, with its log-sum-exp: FlashAttention-2, or what
+    ``torch.nn.attention.activate_flash_attention_impl`` has put in its place. Shapes as in
+    :func:`flash_attention_cpu`, but k and v may have fewer heads, [B, Hkv, Tk, D]. The public
+    ``scaled_dot_product_attention`` returns no log-sum-exp."""
     result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     return result[0], result[1]
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention, with its log-sum-exp; shapes as in :func:`flash_attention_cuda`."""
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return result[0], result[1].reshape(q.shape[:3])  # [B, H, Tq, 1] in every release so far
+
+
+def efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernel for CUDA, with its log-sum-exp; shapes as in :func:`flash_attention_cpu`.
+    Rows of the bias begin at multiples of 8 numbers, and its last dimension has stride 1."""
+    result = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, 0.0, causal, scale=scale
+    )
+    return result[0], result[1][..., : q.shape[2]]  # its rows are filled up to a multiple of 32
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..summary import by_start
 from .base import Pairs, Selection, total
 
 _ENTRIES = 1 << 22  # entries of an index whose pairs are counted at a time
+_CPU, _DEVICE = 1 << 22, 1 << 24  # pairs of blocks of queries and of keys that are counted at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +96,22 @@ class BlockIndex(BlockLists, Selection):
         for i, first in enumerate(starts):
             begin = max(past, first) + torch.arange(nq, device=device) * self.block_q - self.lead
             begin, end = (x.clamp(past + rows.start, past + rows.stop) for x in (begin, begin + self.block_q))
-            for s in range(hs):  # one head at a time: [key blocks, query blocks] of each
-                order = self.key_order[i, s, first:].long()
-                places = pad(order, (0, -len(order) % self.block_k), value=tk).view(-1, self.block_k)
-                places = places.sort(-1).values
+            nk = -(-(tk - first) // self.block_k)
+            step = max(1, (_CPU if device.type == "cpu" else _DEVICE) // (nk * nq))
+            for s in range(0, hs, step):  # [heads, key blocks, query blocks] of some heads
+                order = self.key_order[i, s : s + step, first:].long()
+                places = pad(order, (0, nk * self.block_k - order.shape[1]), value=tk)
+                places = places.unflatten(1, (nk, self.block_k)).sort(-1).values
                 sums = pad(places.cumsum(-1), (1, 0))
                 before, until = (
-                    torch.searchsorted(places, x.expand(len(places), nq).contiguous()) for x in (begin, end)
+                    torch.searchsorted(places, x.expand(*places.shape[:2], nq).contiguous())
+                    for x in (begin, end)
                 )
-                late = (until - before) * end - (sums.gather(1, until) - sums.gather(1, before))
-                seen = (before * (end - begin) + late).T  # [Nq, Nk]
-                there = used[i, s] & (self.blocks[i, s] < len(places))
-                count += (seen.gather(1, self.blocks[i, s].long().clamp(max=len(places) - 1)) * there).sum()
+                late = (until - before) * end - (sums.gather(2, until) - sums.gather(2, before))
+                seen = (before * (end - begin) + late).transpose(1, 2)  # [heads, Nq, Nk]
+                blocks = self.blocks[i, s : s + step]
+                there = used[i, s : s + step] & (blocks < nk)
+                count += (seen.gather(2, blocks.long().clamp(max=nk - 1)) * there).sum()
         return count
 
     def _seen_by(self, rows: Tensor) -> Tensor:

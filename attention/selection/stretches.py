@@ -20,7 +20,7 @@ from ..partial import Partial
 from .base import Pairs, Selection
 from .every import EveryKey
 
-_NUMBERS = 1 << 22  # of gathered keys, or of logits, that are worked on at a time
+_CPU, _DEVICE = 1 << 22, 1 << 27  # numbers of gathered keys, or of logits, that are worked on at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class Stretches(Selection):
         count, size = self.tokens.shape[2:]
         whole = (keys.length - self.first) // self.stride  # the last stretch may be shorter
         widest = max(keys.length, self.stride * (size + self.stride), (size + self.stride) * q.shape[3])
-        step = max(1, _NUMBERS // (q.shape[0] * q.shape[1] * widest))
+        most = _CPU if q.device.type == "cpu" else _DEVICE
+        step = max(1, most // (q.shape[0] * q.shape[1] * widest))
         bounds = sorted({*range(0, whole, step), whole, count})
         kv = KV(*keys.kv.dense())
         for a, z in itertools.pairwise(bounds):

@@ -71,26 +71,26 @@ class Window(Selection):
         sinks = min(self.sinks, keys.length)
         if sinks == 0 or keys.longest() <= self.size:
             return local
-        first = torch.tensor(keys.starts or [0] * b, device=q.device)[:, None]
-        places = first + torch.arange(sinks, device=q.device)  # [B, sinks]
-        mask = places[:, None, :] <= query_positions(keys)[:, None] - self.size  # [B, Tq, sinks]
-        hkv = keys.kv.num_kv_heads
-        spread = places.clamp(max=keys.length - 1)[:, None].expand(-1, hkv, -1)
-        part = kernel.attend(
-            kernel.fold_groups(q, hkv),
-            keys.kv.gather(spread),
-            keys.softmax,
-            mask=mask.repeat(1, h // hkv, 1)[:, None],
-        )
+        kv, mask, hkv = keys.kv[:, :, :sinks], None, keys.kv.num_kv_heads
+        overlap = max(keys.starts or (0,)) + sinks > keys.past + 1 - self.size  # of some query's window
+        if overlap or keys.start is not None:
+            places = torch.arange(sinks, device=q.device)[None]
+            places = places if keys.start is None else places + keys.start[:, None]  # [B or 1, sinks]
+            kv = keys.kv.gather(places.clamp(max=keys.length - 1)[:, None].expand(b, hkv, -1))
+        if overlap:
+            mask = places[:, None] <= query_positions(keys)[:, None] - self.size  # [B or 1, Tq, sinks]
+            mask = mask.repeat(1, h // hkv, 1)[:, None]
+        part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask)
         return merge(local, kernel.unfold_groups(part, h, tq))
 
     def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
         """The pairs that the queries ``rows`` of the call read."""
-        begin, end, pairs = keys.past + rows.start, keys.past + rows.stop, 0
+        begin, end, most, pairs = keys.past + rows.start, keys.past + rows.stop, self.size + self.sinks, 0
         for first in keys.starts or [0] * q.shape[0]:
-            # How many keys each query of the row sees.
-            seen = torch.arange(min(max(begin, first), end), end) - first + 1
-            pairs += int((seen.clamp(max=self.size) + (seen - self.size).clamp(0, self.sinks)).sum())
+            # A query that sees n keys reads min(n, most) of them: a ramp, then a plateau.
+            low, high = max(begin, first) - first + 1, end - first
+            top = min(high, most)
+            pairs += (low + top) * max(0, top - low + 1) // 2 + most * max(0, high - max(top, low - 1))
         return pairs * q.shape[1]
 
     def _pairs_here(self, q: Tensor, keys: Keys) -> int:

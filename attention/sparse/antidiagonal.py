@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_shares import antidiagonal_shares
-from ..blocks import Grid, covering
+from ..blocks import Grid, covered
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
@@ -81,5 +81,4 @@ class Antidiagonal(AttentionMethod):
         shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
         shares = reduce_group(shares, self.gqa_reduce)
         forced = grid.between(grid.first, grid.last) | (grid.cols == 0)
-        size = covering(shares, forced, self.mass)
-        return grid.choose(shares.masked_fill(grid.cols > grid.last[:, None], -torch.inf), forced, size)
+        return grid.read(covered(shares, forced, self.mass))

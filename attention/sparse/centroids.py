@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from ..gqa import group_scores
 
@@ -20,10 +20,10 @@ def running_centroids(k: Tensor, clusters: int, segment: int, dtype: torch.dtype
     first = torch.arange(clusters, device=k.device) * segment // clusters
     mean = normalize(k[:, :, first.clamp(max=k.shape[2] - 1)].to(dtype), dim=-1)
     sums, counts, means = torch.zeros_like(mean), mean.new_zeros(*mean.shape[:3], 1), []
-    for a in range(0, k.shape[2] - segment + 1, segment):
-        x = normalize(k[:, :, a : a + segment].to(dtype), dim=-1)
+    number = torch.arange(clusters, device=k.device)
+    for x in normalize(k[:, :, : k.shape[2] // segment * segment].to(dtype), dim=-1).split(segment, 2):
         nearest = (x @ mean.transpose(2, 3)).argmax(3)  # the first of equals
-        member = one_hot(nearest, clusters).to(dtype).transpose(2, 3)  # [B, Hkv, C, segment]
+        member = (nearest[..., None] == number).to(dtype).transpose(2, 3)  # [B, Hkv, C, segment]
         sums, counts = sums + member @ x, counts + member.sum(3, keepdim=True)
         mean = torch.where(counts > 0, normalize(sums, dim=-1), mean)
         means.append(mean)

@@ -61,12 +61,17 @@ class H2O(AttentionMethod):
         return None
 
     def reads(self, queries: Queries) -> Cost:
-        return queries.cost(queries.seen.clamp(max=self.k), selection=queries.raw_keys(self.k))
+        rows = queries.raw_keys(min(self.k, queries.length))
+        return queries.cost(queries.seen.clamp(max=self.k), selection=rows)
 
     def on_prefill_end(self, q: Tensor, keys: Keys) -> None:
         self._begin(q, keys, keys.length)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
+        if keys.longest() <= self.k:  # nothing is evicted, and only the scores are kept
+            for t in range(keys.tq):
+                accumulate_all(q[:, :, t : t + 1], keys, keys.past + t + 1)
+            return None
         lists, used, full = [], [], []
         for t in range(keys.tq):
             row, length = q[:, :, t : t + 1], keys.past + t + 1
@@ -80,8 +85,6 @@ class H2O(AttentionMethod):
                 rows = accumulate(row, keys, tokens, count)
             lists.append(tokens)
             used.append(count)
-        if keys.longest() <= self.k:
-            return None
         all_read = torch.tensor(full, device=q.device).expand(*lists[0].shape[:2], -1) if any(full) else None
         if all(count is None for count in used):
             one = keys.tq == 1 and keys.peers is None and not full[0]
@@ -94,17 +97,22 @@ class H2O(AttentionMethod):
     def _begin(self, q: Tensor, keys: Keys, length: int) -> None:
         """Accumulate the attention of queries q [B, H, n, D], the last of ``length`` positions, which have
         read every key before them, and choose the heavy hitters anew."""
-        h, firsts, device = self.heavy, keys.starts or [0] * q.shape[0], q.device
         sums = accumulate_all(q, keys, length)
-        whole = torch.arange(h, device=device).expand(*sums.shape[:2], h)  # of a row that has evicted nothing
-        whole = whole + torch.tensor(firsts, device=device)[:, None, None]
-        if length - min(firsts) > self.k:
+        keys.state.pop("heavy", None)
+        if length - min(keys.starts or [0]) > self.k:
             ranked = sums[..., : length - self.recent]
             if keys.start is not None:
-                padding = torch.arange(ranked.shape[2], device=device) < keys.start[:, None, None]
+                padding = torch.arange(ranked.shape[2], device=q.device) < keys.start[:, None, None]
                 ranked = ranked.masked_fill(padding, -torch.inf)
-            whole = torch.where(self._grown(keys, length), top_k(ranked, h), whole)
-        keys.state["heavy"] = whole
+            best = top_k(ranked, self.heavy)
+            keys.state["heavy"] = torch.where(self._grown(keys, length), best, self._heavy(keys))
+
+    def _heavy(self, keys: Keys) -> Tensor:
+        """The heavy hitters [B, Hkv, h]; the first keys of each row where nothing has been evicted yet."""
+        if "heavy" in keys.state:
+            return keys.state["heavy"]
+        first = torch.arange(self.heavy, device=keys.kv.device).expand(*keys.kv.shape[:2], self.heavy)
+        return first if keys.start is None else first + keys.start[:, None, None]
 
     def _grown(self, keys: Keys, length: int) -> Tensor:
         """[B or 1, 1, 1] bool: rows with more keys than the budget."""
@@ -116,7 +124,7 @@ class H2O(AttentionMethod):
         and one of them leaves."""
         if length - min(keys.starts or [0]) <= self.k:
             return
-        heavy, h = keys.state["heavy"], self.heavy
+        heavy, h = self._heavy(keys), self.heavy
         joined = torch.nn.functional.pad(heavy, (0, 1), value=length - 1 - self.recent)  # ascending
         worth = keys.state["scores"].gather(2, joined.clamp(max=length - 1))
         leaves = h - worth.flip(-1).argmin(-1, keepdim=True)  # of equals the newest
@@ -127,7 +135,7 @@ class H2O(AttentionMethod):
     def _kept(self, keys: Keys, length: int) -> tuple[Tensor, Tensor | None]:
         """What the ``length``-th query reads, tokens [B, Hkv, k], and how many of them count in each row [B],
         None where all do."""
-        heavy, device = keys.state["heavy"], keys.kv.device
+        heavy, device = self._heavy(keys), keys.kv.device
         recent = torch.arange(length - self.recent, length, device=device).expand(*heavy.shape[:2], -1)
         tokens = torch.cat([heavy, recent], 2)
         counts = [min(self.k, length - first) for first in keys.starts or [0] * heavy.shape[0]]

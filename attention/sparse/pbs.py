@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_shares import antidiagonal_shares
-from ..blocks import marked
+from ..blocks import holding, index_of
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
@@ -20,9 +20,8 @@ from ..method import AttentionMethod
 from ..needs import Needs
 from ..ops.pool import pool
 from ..ops.scores import scores
-from ..ops.select import by_mass, by_threshold
 from ..received import attention_received
-from ..selection import BlockIndex, Index
+from ..selection import Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,25 +116,19 @@ class PBS(AttentionMethod):
         last_own = ((begins + block).clamp(max=length) - 1) // self.segment * per + per - 1
         whole, nk = length // self.segment * self.segment, -(-length // block)
         order = keys.prepared["order"][..., :whole]
-        shares = self._shares(q, keys, order[..., : int(first_own[-1]) * block], first_own)
-        chosen = marked(*by_mass(shares, self.mass), nk)
+        here = first_own.to(device, non_blocking=True)[:, None]
+        shares = self._shares(q, keys, order[..., : int(first_own[-1]) * block], first_own, here)
+        chosen = holding(shares, self.mass, nk)
         cols = torch.arange(nk, device=device)
         holds_first = cols == (order[..., : self.segment] == 0).int().argmax(-1, keepdim=True) // block
-        first_own, last_own = (x.to(device)[:, None] for x in (first_own, last_own))
-        read = chosen | ((cols >= first_own) & (cols <= last_own)) | holds_first[:, :, None]
-        blocks, counts = by_threshold(read.float(), 0.5)
+        own = (cols >= here) & (cols <= last_own.to(device, non_blocking=True)[:, None])
+        read = chosen | own | holds_first[:, :, None]
         rest = torch.arange(whole, length, device=device, dtype=order.dtype).expand(*order.shape[:2], -1)
-        return BlockIndex(
-            blocks=blocks.int(),
-            counts=counts,
-            block_q=block,
-            block_k=block,
-            key_order=torch.cat([order, rest], 2),
-        )
+        return index_of(read, block, block, torch.cat([order, rest], 2))
 
-    def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor) -> Tensor:
+    def _shares(self, q: Tensor, keys: Keys, order: Tensor, first_own: Tensor, here: Tensor) -> Tensor:
         """[1, Hs, Nq, blocks in ``order``]: each head's share of its attention over the key blocks before
-        ``first_own`` [Nq]."""
+        ``first_own`` [Nq], which is on the host; ``here`` [Nq, 1] is the same on the device of q."""
         if self.select == "antidiagonal":
             per = self.block // self.stride
             k = gather_head_rows(keys.read_all_keys(), order)
@@ -143,7 +136,7 @@ class PBS(AttentionMethod):
             shares = antidiagonal_shares(q, k, seen, self.stride, self.block, keys.softmax)
         else:
             means = keys.prepared["means"][:, :, : order.shape[2] // self.block]
-            later = torch.arange(means.shape[2], device=q.device) >= first_own.to(q.device)[:, None]
+            later = torch.arange(means.shape[2], device=q.device) >= here
             logits = scores(pool(q, self.block, mode="mean"), means, keys.softmax)
             shares = torch.softmax(logits.masked_fill_(later, -torch.inf), -1).masked_fill_(later, 0)
         return reduce_group(shares, self.gqa_reduce)

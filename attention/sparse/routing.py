@@ -22,7 +22,7 @@ from ..ops.scores import scores
 from ..selection import BlockIndex, Index
 from .centroids import Centroids, routed, running_centroids
 
-_CPU, _DEVICE = 1 << 22, 1 << 26  # scores held at a time
+_CPU, _DEVICE = 1 << 22, 1 << 25  # scores held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +127,24 @@ class Routing(AttentionMethod):
         else:
             means = running_centroids(k, self.clusters, self.segment, wide)  # [T, B, Hkv, C, D]
         lengths = torch.linalg.vector_norm(k, dim=3, dtype=wide).clamp_(min=1e-12)  # [B, Hkv, Tk]
+        on_cpu = device.type == "cpu"  # there ``scores`` widens the keys itself, in cache
+        k = k if on_cpu else k.to(wide)
         begins = torch.arange(keys.past, keys.length, self.block, device=device)  # of each query block
-        most = (_CPU if device.type == "cpu" else _DEVICE) // (q.shape[0] * q.shape[1])
-        step, blocks, counts = max(1, most // keys.length), [], []
+        most = _CPU // q.shape[1] if on_cpu else _DEVICE // k.shape[1]
+        step, blocks, counts = max(1, most // (q.shape[0] * keys.length)), [], []
         for n in range(0, len(begins), step):
             begin = begins[n : n + step, None]  # [n, 1]
             end = min(keys.past + (n + step) * self.block, keys.length)
             known = means[(begin[:, 0] // self.segment - 1).clamp(0, len(means) - 1)]  # [n, B, Hkv, C, D]
             centre = routed(pooled[:, :, n : n + step], known.permute(1, 2, 0, 3, 4), self.gqa_reduce)
-            near = scores(centre, k[:, :, :end]) / lengths[:, :, None, None, :end]  # [B, Hkv, _, n, end]
-            near = near.flatten(1, 2)
+            near = (scores(centre, k[:, :, :end]) / lengths[:, :, None, None, :end]).flatten(1, 2)
             place = torch.arange(end, device=device)
             forced = (place < self.sinks) | (place > begin - self.window)
             near = near.masked_fill(forced, torch.inf).masked_fill(place >= begin + self.block, -torch.inf)
             chosen, count = select_topk(near, self.k, self.k)
-            if count is None:
-                count = torch.full(chosen.shape[:3], chosen.shape[3], dtype=torch.int, device=device)
             blocks.append(pad(chosen, (0, self.k - chosen.shape[3])).int())
-            counts.append(count)
+            every = chosen.new_full(chosen.shape[:3], chosen.shape[3], dtype=torch.int)
+            counts.append(every if count is None else count)
         return BlockIndex(
             blocks=torch.cat(blocks, 2), counts=torch.cat(counts, 2), block_q=self.block, block_k=1
         )

@@ -60,6 +60,7 @@ class SALE(EstimatesBlockMaxima):
     q_bits: int | None = 8
     recipe: str = ""
     log_tau: Tensor | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+    selects: bool = field(default=True, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, threshold=(0.0, None), block_q=(1, None), block_k=(1, None), dense_below=(0, None))
@@ -81,7 +82,8 @@ class SALE(EstimatesBlockMaxima):
 
     def with_thresholds(self, tau: Tensor) -> SALE:
         """This method with these thresholds [H], one per query head."""
-        return replace(self, log_tau=torch.where(tau <= self.dense_threshold, 0, tau.double()).log())
+        log_tau = torch.where(tau <= self.dense_threshold, 0, tau.double()).log()
+        return replace(self, log_tau=log_tau, selects=bool(log_tau.isfinite().any()))
 
     def calibration(self, layer: LayerInfo, *, start: float = 0.008, error: float = 0.4) -> ThresholdSearch:
         """Thresholds begin at ``start`` and are halved until the outputs of a head differ from dense
@@ -116,7 +118,7 @@ class SALE(EstimatesBlockMaxima):
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         assert self.log_tau is not None, "for_layer was not called"
-        if self._covers(keys.length) or not bool(self.log_tau.isfinite().any()):
+        if self._covers(keys.length) or not self.selects:
             return None
         return self.keep(self.estimate(q, keys), keys)
 
@@ -139,7 +141,8 @@ class SALE(EstimatesBlockMaxima):
         """The blocks whose estimate [1, H, Nq, Nk] (of ``estimate``) reaches the threshold of their head."""
         assert self.log_tau is not None
         grid = Grid.of(keys, self.block_q, self.block_k)
-        limit = self.log_tau.to(largest)[:, None].repeat(1, len(grid.end))
-        limit[:, grid.end <= self.dense_below] = -torch.inf
+        limit = self.log_tau.to(largest, non_blocking=True)[:, None]
+        limit = limit.where(grid.end > self.dense_below, -torch.inf)  # [H, Nq]
+        # One wait for the device: as wide as all blocks of keys, the lists would be larger than the keys.
         blocks, counts = by_threshold(largest, limit[None])
         return BlockIndex(blocks=blocks.int(), counts=counts, block_q=self.block_q, block_k=self.block_k)

@@ -128,7 +128,7 @@ class VerticalSlash(AttentionMethod):
             return {}
         largest = sizes.amax(0).tolist()
         columns, diagonals = columns_and_diagonals(q, keys)
-        sizes = sizes.to(q.device)
+        sizes = sizes.to(q.device, non_blocking=True)
         columns = self._chosen(columns, sizes[:, 0], largest[0], self.sinks)
         diagonals = self._chosen(diagonals, sizes[:, 1], largest[1], self.local)
         return {"columns": columns, "nearer": pad(diagonals.cumsum(-1), (1, 0))}

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from ..folders import MQAR, SPEED, Evaluation
-from ..speed import as_size
+from ..speed_tables import wide
 from ..tables import number, short_length
 from .view import Figure, Grid
 
@@ -101,24 +101,12 @@ def speed_figures(one: Evaluation) -> list[Figure]:
 
 
 def speed_table(one: Evaluation) -> Grid:
-    """Every length and method: medians, ratios to the baseline, memory."""
-    data = one.data
-    head = ["method", "length", "repeats", "first token s", "×", "tokens/s", "×", "memory"]
-    rows: list[list[Any]] = [
-        [
-            row["method"],
-            short_length(row["length"]),
-            str(row["repeats"]),
-            number(row["prefill_seconds"], 2),
-            number(row["prefill_speedup"], 2),
-            number(row["decode_tokens_per_second"], 1),
-            number(row["decode_speedup"], 2),
-            as_size(row["peak_memory_bytes"]),
-        ]
-        for row in data["overall"]
-    ]
-    caption = f"Speed of {one.model} ({one.config.get('dtype')}); × is the factor beside {data['baseline']}"
-    return Grid(caption, head, rows)
+    """Every length and method: medians, ratios to the baseline, memory, spread, energy where it was told."""
+    head, rows = wide(one.data)
+    caption = (
+        f"Speed of {one.model} ({one.config.get('dtype')}); × is the factor beside {one.data['baseline']}"
+    )
+    return Grid(caption, head, [list(row) for row in rows])
 
 
 def break_even(one: Evaluation) -> Grid:

@@ -7,6 +7,7 @@ differences between the releases of transformers.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
+from .cache import stored_bytes as stored_bytes
 from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
 from .converted import empty_converted as empty_converted

@@ -210,6 +210,18 @@ def adopt_cache(cache: Cache, shard: Callable[[int | None], ShardStore] | None =
         )
 
 
+def stored_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values in a cache: of farspan's stores with their summaries and spare room, of
+    other layers those of the tensors."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, KVStoreLayer):
+            total += layer.store.nbytes
+        elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
 def _check_lengths(cache: Cache) -> None:
     """Raise FarspanError where some layers of a cache hold more positions than others. transformers crops
     layer by layer, so a crop that a layer refuses has already shortened the layers before it."""

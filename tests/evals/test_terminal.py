@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from farspan.evals import pictures, report, speed
+from farspan.evals import pictures, report, speed_tables
 from farspan.runtime.table import Table
 
 NAMES = [
@@ -95,7 +95,7 @@ def test_speeds(ranks: int) -> None:
             f"{345.67 + i:.2f}",
             f"{123 + i} GB",
         ]
-    whole(speed.terminal_table(data), numbers)
+    whole(speed_tables.terminal_table(data), numbers)
 
 
 def test_a_heatmap_has_its_method_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

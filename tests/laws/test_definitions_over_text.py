@@ -72,7 +72,7 @@ def test_gradients_are_those_of_masked_attention(
     from farspan.attention.ops.reference import masked_attention
     from farspan.attention.selection import stretches
 
-    monkeypatch.setattr(stretches, "_NUMBERS", 1)
+    monkeypatch.setattr(stretches, "_CPU", 1)
     _, made = over_text(settings)
     data = Data.random(LENGTH, seed=3)
     inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]

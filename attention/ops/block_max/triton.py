@@ -66,7 +66,7 @@ def block_max(
             k,
             lse,
             out,
-            start,
+            launch.row_starts(start, q.device),
             *q.stride(),
             *k.stride(),
             *lse.stride(),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..launch import LOG2E, tanh
 from ..tile import (
     KEY,
@@ -73,11 +74,12 @@ def _walk_keys(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _backward_q(
     q, k, v, out, lse, dout, dlse, dq, stats, blocks, counts, start, order,
     q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
     hs_heads, kv_heads, tq, tk, nq, m, scale, softcap,
+    bucket,  # of the keys; only a key of the tuning
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -155,11 +157,12 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _backward_kv(
     q, k, v, dout, dk, dv, stats, readers, offsets, start, order,
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride,
     hs_heads, kv_heads, tq, tk, nk, scale, softcap,
+    bucket,  # of the keys; only a key of the tuning
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -256,7 +259,7 @@ def backward(
     """dq, dk, dv of the gradients of out and lse (None: zero). keys: dk and dv are wanted."""
     (b, h, tq, _), hs, hkv, tk = q.shape, counts.shape[1], k.shape[1], k.shape[2]
     sizes = geometry(q, v.shape[-1], counts, block_q, block_k)
-    wide = max(sizes["WIDE"], sizes["WIDE_V"])
+    wide, bucket = max(sizes["WIDE"], sizes["WIDE_V"]), launch.bucket(tk)
     dout = torch.zeros_like(out) if dout is None else dout
     if dout.stride(-1) != 1:  # an expanded gradient would be read number by number
         dout = dout.contiguous()
@@ -268,7 +271,7 @@ def backward(
     _run_backward_q(q.dtype, wide)[query_tiles(b * hs, tq)](
         q, k, v, out, lse, dout, dlse, dq, stats, blocks, counts, start, order,
         q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(), dq.stride(),
-        hs, hkv, tq, tk, counts.shape[2], blocks.shape[3], scale, softcap, **sizes,
+        hs, hkv, tq, tk, counts.shape[2], blocks.shape[3], scale, softcap, bucket, **sizes,
     )  # fmt: skip
     if not keys:
         return dq, None, None
@@ -284,7 +287,7 @@ def backward(
     _run_backward_kv(q.dtype, wide)[key_tiles](
         q, k, v, dout, dk, dv, stats, readers, offsets, start, order,
         q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(),
-        hs, hkv, tq, tk, nk, scale, softcap, **sizes,
+        hs, hkv, tq, tk, nk, scale, softcap, bucket, **sizes,
     )  # fmt: skip
     if hs != hkv:
         dk, dv = (x.view(b, hkv, hs // hkv, tk, -1).sum(2).to(y.dtype) for x, y in ((dk, k), (dv, v)))

@@ -23,6 +23,7 @@ from ...kv import KV
 from ...lists import BlockLists
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
+from .. import launch
 from ..launch import finish
 from ..tile import (
     KEY,
@@ -45,14 +46,15 @@ def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[
     return cannot_tile(q, kv, softmax)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _forward(
     q, kv, out, lse, blocks, counts, start, order, q_stride, kv_stride, out_stride,
     hs_heads, kv_heads, tq, tk, nq, m, scale, softcap,
+    bucket,  # of the keys; only a key of the tuning
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     LOAD: tl.constexpr,
-    FORMAT: tl.constexpr,  # only a key of the tuning
+    FORMAT: tl.constexpr,  # likewise
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, kv_head, hs, head, row, valid, top, last, first, blocks, count = query_tile(
@@ -86,7 +88,8 @@ def _forward(
 _run_forward = sized(
     triton.heuristics(ROWS_OF_A_TILE)(_forward),
     [*KEY, "FORMAT"],
-    half=[config(128, 64, 8, 3), config(128, 128, 8, 3), config(64, 64, 4, 3)],
+    half=[config(128, 64, 8, 3), config(128, 64, 8, 4), config(64, 64, 4, 3)],
+    whole_blocks=[config(128, 64, 8, 3), config(128, 64, 8, 4), config(128, 128, 8, 2), config(64, 64, 4, 3)],
     wide_half=[config(128, 32, 8, 3), config(64, 32, 4, 3)],
     single=[config(32, 16, 8, 1)],
 )
@@ -98,7 +101,7 @@ def block_sparse(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> Part
     lists = _Lists(
         index.blocks.contiguous(),
         index.counts.contiguous(),
-        None if index.start is None else index.start.to(q.device),
+        launch.row_starts(index.start, q.device),
         None if index.key_order is None else index.key_order.contiguous(),
         index.block_q,
         index.block_k,
@@ -128,11 +131,11 @@ def _attend(q: Tensor, kv: KV, lists: _Lists, softmax: Softmax) -> Partial:
         lse = torch.empty(b, h, tq, dtype=torch.float32, device=q.device)
     else:  # queries in the padding belong to no block
         out, lse = empty_partial(q, dv)
-    _run_forward(q.dtype, max(sizes["WIDE"], sizes["WIDE_V"]))[query_tiles(b * hs, tq)](
+    _run_forward(q.dtype, max(sizes["WIDE"], sizes["WIDE_V"]), block_k)[query_tiles(b * hs, tq)](
         q, kv.stored, out, lse, blocks, counts, start, order,
         q.stride(), kv.strides(), out.stride(),
         hs, kv.num_kv_heads, tq, kv.length, counts.shape[2], blocks.shape[3], float(softmax.scale),
-        softmax.softcap, LOAD=kv.load_function(), FORMAT=kv.format, **sizes,
+        softmax.softcap, launch.bucket(kv.length), LOAD=kv.load_function(), FORMAT=kv.format, **sizes,
     )  # fmt: skip
     return Partial(out, lse)
 

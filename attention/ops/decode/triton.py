@@ -63,25 +63,25 @@ def decode(
         q, kv.stored, start, outs, lses,
         *q.stride(), kv.strides(), 0 if start is None else start.stride(0),
         b, hkv, tq, tk, tk if window is None else window, inner, outer,
-        GROUP=group, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
+        launch.bucket(seen // splits), GROUP=group, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
         ROWS=rows, KEYS=tile_keys(d, dv, q.element_size()),
         SEVERAL=tq > 1, PADDED=start is not None, SOFTCAP=softmax.softcap is not None,
-        LOAD=kv.load_function(), LONG=seen // splits >= 1024, FORMAT=kv.format,
+        LOAD=kv.load_function(), FORMAT=kv.format,
     )  # fmt: skip
     return combine(outs, lses, q.dtype)
 
 
-@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SOFTCAP", "LONG", "FORMAT"])
-@triton.jit(do_not_specialize=["b", "tq", "tk", "window"])
+@launch.tuned(configs(3), key=["GROUP", "D", "DV", "ROWS", "SEVERAL", "SOFTCAP", "FORMAT", "bucket"])
+@triton.jit(do_not_specialize=["b", "tq", "tk", "window", "bucket"])
 def _decode(
     q, kv, start, out, lse,
     sqb, sqh, sqt, sqd, skv, ss,
     b, hkv, tq, tk, window, inner, outer,
+    bucket,  # of the keys of a split; only a key of the tuning
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
     SEVERAL: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
     LOAD: tl.constexpr,
-    LONG: tl.constexpr,  # only a key of the tuning: a short split's best configuration is not a long one's
     FORMAT: tl.constexpr,  # likewise
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (query, head of the group)

@@ -43,6 +43,8 @@ def _square(q: Tensor, kv: KV, softmax: Softmax) -> Partial:
     head."""
     b, h, t, d = q.shape
     hkv, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
+    if q.device.type == "cuda" and (part := kernel.causal_of_groups(q, kv, softmax)) is not None:
+        return part
     if group == 1:
         return kernel.attend(q, kv, softmax, causal=True)
     folded = q.reshape(b, hkv, group, t, d)

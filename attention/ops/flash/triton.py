@@ -21,7 +21,7 @@ from torch import Tensor
 from ...kv import KV
 from ...partial import Partial, empty_partial
 from ...softmax import Softmax
-from .. import launch
+from .. import kernel, launch
 from ..launch import finish
 from ..tile import attend, cannot_tile, config, fold, load_rows, sized, store_rows
 
@@ -33,18 +33,19 @@ def unsupported(q: Tensor, kv: KV, softmax: Softmax, **_: Any) -> list[str]:
 def better_eager(
     q: Tensor, kv: KV, softmax: Softmax, *, window: int | None, start: Tensor | None, **_: Any
 ) -> bool:
-    """Plain causal attention is what torch's own FlashAttention does best, lse included."""
-    plain = window is None and softmax.softcap is None and start is None and q.shape[2] == kv.length
-    return plain and type(kv) is KV and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
+    """Plain causal attention is what torch's own kernels do best, lse included."""
+    plain = window is None and start is None and q.shape[2] == kv.length
+    return plain and type(kv) is KV and kernel.serves_groups(q, kv, softmax)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _flash(
     q, kv, out, lse, start, q_stride, kv_stride, out_stride, heads, tq, tk,
     window, scale, softcap,
+    bucket,  # of the keys that a query may read; only a key of the tuning
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     LOAD: tl.constexpr,
-    FORMAT: tl.constexpr,  # only a key of the tuning
+    FORMAT: tl.constexpr,  # likewise
     ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (GROUP + FOLD - 1) // FOLD
@@ -107,7 +108,7 @@ def _tile(args: dict[str, Any]) -> tuple[int, int]:
 # 128 rows are two warpgroups of 64; a third stage keeps the next keys on their way during the softmax.
 _kernel = sized(
     triton.heuristics({"ROWS": lambda args: _tile(args)[0], "FOLD": lambda args: _tile(args)[1]})(_flash),
-    key=["GROUP", "D", "FORMAT"],
+    key=["GROUP", "D", "FORMAT", "bucket"],
     half=[config(128, 64, 8, 3), config(128, 128, 8, 3), config(64, 64, 4, 3)],
     wide_half=[config(128, 32, 8, 3), config(64, 32, 4, 3)],
     single=[config(32, 16, 8, 1)],
@@ -134,10 +135,10 @@ def flash(
         tiles, chunks = -(-tq // args["ROWS"]), -(-group // args["FOLD"])
         return (b * kv.num_kv_heads * tiles * chunks,)
 
-    start = None if start is None else start.to(q.device)
+    start = launch.row_starts(start, q.device)
     _kernel(q.dtype, wide)[grid](
         q, kv.stored, out, lse, start, q.stride(), kv.strides(), out.stride(), h, tq, kv.length, window,
-        float(softmax.scale), softmax.softcap,
+        float(softmax.scale), softmax.softcap, launch.bucket(min(kv.length, window or kv.length)),
         GROUP=group, D=d, DV=dv, WIDE=launch.wide(d), WIDE_V=launch.wide(dv),
         LOAD=kv.load_function(), FORMAT=kv.format,
     )  # fmt: skip

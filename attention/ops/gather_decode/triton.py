@@ -59,7 +59,7 @@ def gather_decode(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> Par
         q, kv.stored, index.tokens, counts, outs, lses,
         *q.stride(), kv.strides(), *index.tokens.stride(),
         *((0, 0, 0) if counts is None else counts.stride()),
-        b, hs, tq, count, inner, outer,
+        b, hs, tq, count, inner, outer, launch.bucket(count // splits),
         HEADS=heads, PER_KV=hs // kv.num_kv_heads, D=d, DV=dv, BD=launch.wide(d), BDV=launch.wide(dv),
         ROWS=rows, KEYS=tile_keys(d, dv, q.element_size()),
         RAGGED=counts is not None, GATHERED=index.gathered is not None,
@@ -68,16 +68,17 @@ def gather_decode(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> Par
     return combine(outs, lses, q.dtype)
 
 
-@launch.tuned(configs(3), key=["HEADS", "D", "DV", "ROWS", "GATHERED", "SOFTCAP", "FORMAT"])
-@triton.jit(do_not_specialize=["b", "tq", "count"])
+@launch.tuned(configs(3), key=["HEADS", "D", "DV", "ROWS", "GATHERED", "SOFTCAP", "FORMAT", "bucket"])
+@triton.jit(do_not_specialize=["b", "tq", "count", "bucket"])
 def _gather_decode(
     q, kv, tokens, counts, out, lse,
     sqb, sqh, sqt, sqd, skv, stb, sth, stt, stk, scb, sch, sct,
     b, hs, tq, count, inner, outer,
+    bucket,  # of the keys of a split; only a key of the tuning
     HEADS: tl.constexpr, PER_KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     RAGGED: tl.constexpr, GATHERED: tl.constexpr, SOFTCAP: tl.constexpr, LOAD: tl.constexpr,
-    FORMAT: tl.constexpr,  # only a key of the tuning
+    FORMAT: tl.constexpr,  # likewise
 ):  # fmt: skip
     query, tile = tl.program_id(0) % tq, tl.program_id(0) // tq
     split, of = tl.program_id(1), tl.num_programs(1)

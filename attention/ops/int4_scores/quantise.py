@@ -23,7 +23,7 @@ def quantise_int4(k: Tensor, block: int, *, start: Tensor | None) -> Int4:
     mean = torch.empty(b, h, triton.cdiv(t, block), d, dtype=k.dtype, device=k.device)
     if mean.numel():
         _quantise[(mean.shape[2], b * h)](
-            k, packed, scale, mean, start, *k.stride(), h, t,
+            k, packed, scale, mean, launch.row_starts(start, k.device), *k.stride(), h, t,
             HALF=d // 2, WIDE_HALF=launch.wide(d // 2), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return Int4(packed=packed, scale=scale, mean=mean, block=block, start=start)

@@ -51,8 +51,8 @@ def int4_scores(q: Tensor, k4: Int4, *, scale: float) -> Tensor:
     row_tile = min(64, max(16, triton.next_power_of_2(rows)))
     if out.numel():
         _scores[(triton.cdiv(n, 128), triton.cdiv(rows, row_tile), b * hkv)](
-            q, k4.packed, k4.scale, k4.mean, out, k4.start, *q.stride(), *_strides(k4),
-            hkv, h // hkv, t, n, scale,
+            q, k4.packed, k4.scale, k4.mean, out, launch.row_starts(k4.start, q.device),
+            *q.stride(), *_strides(k4), hkv, h // hkv, t, n, scale,
             HALF=d // 2, WIDE_HALF=max(32, launch.wide(d // 2)), ROWS=row_tile,
             BLOCK=k4.block, PER_K=128 // k4.block,
             num_warps=8 if q.dtype == torch.float32 else 4,
@@ -80,7 +80,7 @@ def int4_block_max(
     inner, outer = (scale, 0.0) if softcap is None else (scale / softcap, softcap)
     if out.numel():
         _block_max[(triton.cdiv(parts, bm // rows), b * h)](
-            q, k4.packed, k4.scale, k4.mean, row_offset, out, k4.start,
+            q, k4.packed, k4.scale, k4.mean, row_offset, out, launch.row_starts(k4.start, q.device),
             *q.stride(), *_strides(k4), *row_offset.stride(),
             h, h // hkv, tq, tk, parts, out.shape[3], inner, outer,
             HALF=d // 2, WIDE_HALF=max(32, launch.wide(d // 2)),

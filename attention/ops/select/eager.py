@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..sums import running_sum
+
 _LAST = 2**62  # beyond every position
 
 
@@ -34,7 +36,7 @@ def _top_k(scores: Tensor, k: int) -> Tensor:
 def by_mass(probabilities: Tensor, *, mass: float, most: int | None) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
     values, ranked = torch.sort(probabilities.to(wide), dim=-1, descending=True, stable=True)
-    reached = _running_sum(values)
+    reached = running_sum(values)
     # An entry is taken while those before it fall short of the goal.
     short = torch.zeros_like(reached, dtype=torch.bool)
     short[..., 0] = True
@@ -78,13 +80,3 @@ def _positions(keep: Tensor, size: int) -> Tensor:
     out = torch.zeros(*keep.shape[:-1], size + 1, dtype=torch.int64, device=keep.device)
     position = torch.arange(keep.shape[-1], device=keep.device).expand(keep.shape)
     return out.scatter_(-1, slot, position)[..., :size]
-
-
-def _running_sum(x: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return x.cumsum(-1)
-    step = 1  # the library's floating-point cumsum is not deterministic on CUDA; doubling steps are
-    while step < x.shape[-1]:
-        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
-        step *= 2
-    return x

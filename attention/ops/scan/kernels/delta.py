@@ -96,11 +96,12 @@ def _solve(
         store(w, row, h, token, at + col, w_stride, valid, own, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _sweep(
     q, k, do, g, beta, mask, u, w, x, state, bounds, offsets,
     q_stride, k_stride, do_stride, g_stride, beta_stride, mask_stride, u_stride, w_stride, x_stride,
     state_stride, each, tokens, group, scale,
+    bucket,  # of the tokens; only a key of the tuning
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +152,7 @@ def _sweep(
                 tl.store(state + (n // CHUNKS + 1) * state_stride[0], s, mask=inside)
 
 
-_KEY = ["D", "DV", "C", "CHUNKS", "REVERSE"]
+_KEY = ["D", "DV", "C", "CHUNKS", "REVERSE", "bucket"]
 _half = launch.tuned([config(32, 4, 2), config(64, 4, 2), config(16, 4, 3)], _KEY)(_sweep)
 _widest = launch.tuned([config(32, 8, 1), config(16, 8, 2)], _KEY)(_sweep)
 _single = launch.tuned([config(16, 8, 1), config(32, 8, 1)], _KEY)(_sweep)
@@ -194,6 +195,6 @@ def writes(
     kernel[grid](
         q, k, v, g, beta, mask, u, w, x, borders, segments.bounds, segments.offsets,
         *map(strides, (q, k, v, g, beta, mask, u, w, x, borders)),
-        segments.each, segments.tokens, group, float(scale), **fixed,
+        segments.each, segments.tokens, group, float(scale), launch.bucket(t), **fixed,
     )  # fmt: skip
     return x, borders
