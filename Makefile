@@ -1,4 +1,4 @@
-# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long | results-mqar.
+# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long | results-mqar | report.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar report lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -100,29 +100,17 @@ results-prefill: $(VENV)/.evals ## RULER at 4K and 8K under sparse prefill (hour
 	ruler "$(PREFILL_4K)" 4096 5 all
 	ruler "$(PREFILL_8K)" 8192 5 all
 
-# qwen2.5-coder-0.5b, 32,768 positions of its own, on the tasks that it can do at all; needle heatmaps of gemma3-270m, a base
-# model. In float32, so that a folder goes on on any CPU. The recipe was made by `farspan calibrate --model qwen2.5-coder-0.5b --text sotu --tokens 2048`.
-LONG_METHODS ?= dense; double_sparsity:k=1024; quest:k=1024; recycled:k=1024,stride=10,pool=15; \
-	antidiagonal; antidiagonal + double_sparsity:k=1024
-LONG_MORE ?= $(LONG_METHODS); double_sparsity:k=512; quest:k=2048; dense + window:w=1020,sinks=4; snapkv:k=1024; \
-	pbs; dhsa:k=2048,block_q=64; antidiagonal + quest:k=1024
-LONG_TASKS ?= niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,niah_multiquery,vt,fwe
-
+# docs/results/long.yaml says what is run. Several of these commands at once share the work.
 results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models of 32K (a day of two cores; resumes)
-	ruler() {
-		$(BIN)/farspan eval ruler --model qwen2.5-coder-0.5b --dtype float32 --seed 1 --batch-size 1 --tasks $(LONG_TASKS) \
-			--recipe $(RESULTS_OUT)/recipe_qwen --out $(RESULTS_OUT)/ruler_long \
-			--methods "$$1" --lengths "$$2" --samples "$$3"
-	}
-	ruler "$(LONG_METHODS)" 16384 1
-	ruler "$(LONG_METHODS)" 4096,8192 2
-	ruler "$(LONG_METHODS)" 32768 1
-	$(BIN)/farspan eval needle --model gemma3-270m --seed 1 --batch-size 1 --lengths 4096,16384,30000 --samples 1 \
-		--depths 0,0.25,0.5,0.75,1 --methods "dense; quest:k=1024; antidiagonal" --out $(RESULTS_OUT)/needle_long
-	ruler "$(LONG_METHODS)" 4096,8192 20
-	ruler "$(LONG_METHODS)" 16384 10
-	ruler "$(LONG_METHODS)" 32768 5
-	ruler "$(LONG_MORE)" 4096,8192 20
+	$(BIN)/farspan sweep docs/results/long.yaml
+
+# The report of all committed results, and the picture of it (where a Chromium is installed).
+report: $(VENV)/.evals ## docs/report.html, the report of the committed results (seconds)
+	$(BIN)/farspan report docs/results --title "farspan: the committed results" --out docs/report.html
+	if browser=$$(command -v chromium || command -v chromium-browser || command -v google-chrome); then
+		"$$browser" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1500 \
+			--user-data-dir="$$(mktemp -d)" --screenshot=docs/report.png "file://$$PWD/docs/report.html" 2>/dev/null
+	fi
 
 # Every kind of mixer in two-layer models trained from scratch; then longer sequences with more pairs, and smaller models.
 MQAR_MIXERS ?= attention,mamba2,base_conv,mamba2+attention

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention.errors import FarspanError, SpecError, Unsupported
     from .attention.spec import methods, parse_method
+    from .evals.api import evaluate
     from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
     from .runtime.convert import convert
@@ -36,6 +37,7 @@ _HOMES = {
     "Unsupported": ".attention.errors",
     "methods": ".attention.spec",
     "parse_method": ".attention.spec",
+    "evaluate": ".evals.api",
     "ContextParallel": ".parallel.group.config",
     "Patched": ".runtime.patch",
     "Report": ".runtime.patch",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "convert",
+    "evaluate",
     "load",
     "methods",
     "parse_method",

@@ -1,7 +1,8 @@
 """The `farspan` command. Nothing here imports torch before a command needs it, so `--help` is quick.
 
-Exit codes: 0 for success; 1 for a bug in farspan (with a traceback) or a fault that `doctor` found (one
-sentence); 2 for bad input or a failed rank (one sentence on stderr, printed by one rank); 130 for Ctrl-C.
+Exit codes: 0 for success; 1 for a bug in farspan (with a traceback), a fault that `doctor` found (one
+sentence) or no method that `recommend` could name; 2 for bad input or a failed rank (one sentence on stderr,
+printed by one rank); 130 for Ctrl-C.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from .gates import import_gates
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
+from .report import recommend, report
+from .sweep import sweep
 from .train import train
 
 app = typer.Typer(
@@ -29,6 +31,9 @@ app = typer.Typer(
 app.add_typer(evaluate.app, name="eval")
 app.command()(plan)
 app.command()(inspect)
+app.command()(report)
+app.command()(recommend)
+app.command()(sweep)
 app.command()(doctor)
 
 

@@ -72,6 +72,7 @@ def make_samples(
 def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Prose | None = None) -> Sample:
     """The sample of a recipe. Give the tokenizer and the haystack that it was made with.
 
+    tokenizer: None leaves out the check that the prompt has the recipe's number of tokens.
     Raises FarspanError if the tokenizer, the haystack or the generator is another one.
     """
     if recipe.get("suite") != "needle" or recipe.get("generator") != _GENERATOR:
@@ -81,7 +82,8 @@ def rebuild(tokenizer: Any, recipe: dict[str, Any], *, haystack: str | Path | Pr
     prose = load_prose(haystack)
     check_haystack(recipe, prose)
     sample = _sample(recipe, recipe["units"], prose)
-    check_tokens(recipe, len(encode(tokenizer, sample)))
+    if tokenizer is not None:
+        check_tokens(recipe, len(encode(tokenizer, sample)))
     return sample
 
 

@@ -19,7 +19,7 @@ from .ranks import Job
 from .results import Results, open_results, plan, record
 from .run import ANSWER, Summary, check_batch_size, finish, finished_if_stopped
 from .setup import Setup
-from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
+from .shared import Started, check_methods, common_settings, costs, evaluating, meter, read_of, under_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def _work_through(
         patched.reset_report()
         with forward.timed(model.device) as clock:
             nlls = forward.teacher_forced(model, batch, cache, golds, pad=pad, per_call=DECODE_ROWS)
-        common = costs(started, job.report(patched).summary, clock.seconds, len(windows))
+        common = costs(started, read_of(job.report(patched)), clock.seconds, len(windows))
         return [_row(window, nll) | common for window, nll in zip(windows, nlls, strict=True)]
 
     for spec, rows in under_each(model, batch, waiting, setup.recipe, measure, job):

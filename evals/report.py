@@ -84,7 +84,7 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         out.append(f"{len(data['tasks'])} of RULER's 11 dataset-free tasks.")
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
-    out += unfinished_note(data)
+    out += [*unfinished_note(data), *data.get("stopped", [])]
     if not data["one_machine"]:
         out.append("Sessions ran on different machines, threads or ranks: seconds are not comparable.")
     reasons = {(row["nll_diff"] or {}).get("reason") for row in data["overall"] + data["in_reach"]}

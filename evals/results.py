@@ -26,18 +26,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..attention.errors import FarspanError
 from .ranks import Job
-from .settings import CONFIG, EMPTY, GROWING, differences, environment, grown, versions
-from .shape import Shape, fill, misfit
+from .rows import ROW, ResultsError, parse, parse_config, parse_rows
+from .settings import GROWING, differences, environment, grown, versions
+from .shape import Shape, misfit
 
 FORMAT = 1
-ROW: dict[str, Any] = {"key": str, "method": str, "recipe": dict}
-"""The fields that this module needs in a row. A key is `CELL/NUMBER`: the sample's number in its cell."""
-
-
-class ResultsError(FarspanError):
-    """The output folder cannot be used: another configuration's, damaged, read-only, full, or in use."""
 
 
 class Results:
@@ -46,7 +40,7 @@ class Results:
     config: JSON-able settings that give the numbers their meaning. All but those in `GROWING` must equal the
     folder's settings. The growing ones are united with the folder's; `plan` writes the result to config.json.
     The model is compared by `identity` (see identity.py), or by name if one side has no identity.
-    row: the shape that rows must have.
+    row: the shape that rows must have. log: whether config.json lists this session.
     Raises ResultsError, with one sentence, for anything wrong with the folder.
     """
 
@@ -57,6 +51,7 @@ class Results:
         *,
         session: Mapping[str, Any] | None = None,
         row: Shape = ROW,
+        log: bool = True,
     ):
         self.out = Path(out)
         self.rows: list[dict[str, Any]] = []
@@ -78,7 +73,8 @@ class Results:
             self._done = {(row["key"], row["method"]): row["recipe"] for row in self.rows}
             written = {name: value for name, value in wanted.items() if name not in GROWING} | (found or {})
             written["identity"] = written.get("identity") or wanted.get("identity")
-            written["sessions"] = [*written.get("sessions", []), environment() | dict(session or {})]
+            begun = [environment() | dict(session or {})] if log else []
+            written["sessions"] = [*written.get("sessions", []), *begun]
             if "planned" not in written:
                 written["planned"] = self._planned_before()
             self._write_json("config.json", written)
@@ -187,16 +183,7 @@ class Results:
     def _read_config(self) -> dict[str, Any] | None:
         path = self.out / "config.json"
         with self._disk("read"):
-            if not path.exists():
-                return None
-            found = _parse(path.read_bytes())
-        if not isinstance(found, dict) or "format" not in found:
-            raise ResultsError(
-                f"{path} is not the config of a farspan evaluation; give an empty or new --out folder."
-            )
-        if wrong := misfit(EMPTY | found, CONFIG, "it"):
-            raise ResultsError(f"{path} is damaged ({wrong}); mend it, or give another --out.")
-        return found
+            return parse_config(path.read_bytes(), path) if path.exists() else None
 
     def _check_same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         if differing := differences(found, wanted):
@@ -213,30 +200,14 @@ class Results:
             raise ResultsError(
                 f"{path} has rows but no config.json beside it; give an empty or new --out folder."
             )
-        start = 0
-        while start < len(data):
-            end = data.find(b"\n", start)
-            row = _parse(data[start : end if end >= 0 else len(data)])
-            if end < 0 or (row is None and end == len(data) - 1):
-                break
-            wrong = "it is not JSON" if row is None else misfit(row, shape, "it")
-            if wrong:
-                number = data.count(b"\n", 0, start) + 1
-                raise ResultsError(
-                    f"line {number} of {path} is damaged ({wrong}); delete that line to have it computed "
-                    "again."
-                )
-            fill(row, shape)
-            self.rows.append(row)
-            start = end + 1
-        self._size = start
-        if start < len(data):
+        self.rows, self._size = parse_rows(data, path, shape)
+        if self._size < len(data):
             warnings.warn(
                 f"The last line of {path} is not whole, as a stop while writing leaves it: it is dropped and "
                 "computed again.",
                 stacklevel=2,
             )
-            os.ftruncate(self._lines, start)
+            os.ftruncate(self._lines, self._size)
             os.fsync(self._lines)
 
     def _planned_before(self) -> dict[str, dict[str, int]]:
@@ -246,7 +217,7 @@ class Results:
         """
         planned: dict[str, dict[str, int]] = {}
         try:
-            summary = _parse((self.out / "summary.json").read_bytes())
+            summary = parse((self.out / "summary.json").read_bytes())
         except OSError:
             return planned
         if isinstance(summary, dict) and summary.get("complete") and summary.get("rows") == len(self.rows):
@@ -354,7 +325,7 @@ def read(out: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         lines = (path / "samples.jsonl").read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} is not a farspan evaluation folder ({error}).") from error
-    return config, [row for row in map(_parse, lines) if misfit(row, ROW, "it") is None]
+    return config, [row for row in map(parse, lines) if misfit(row, ROW, "it") is None]
 
 
 def unfinished_note(data: Mapping[str, Any]) -> list[str]:
@@ -367,14 +338,6 @@ def unfinished_note(data: Mapping[str, Any]) -> list[str]:
 
 def _cell(key: str) -> str:
     return key.rpartition("/")[0]
-
-
-def _parse(data: bytes) -> Any:
-    """The JSON value; None where the bytes are not JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _finite(value: Any) -> Any:

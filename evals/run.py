@@ -40,7 +40,7 @@ from .results import plan as plan_rows
 from .sample import Sample, encode, encode_gold, key, score
 from .setup import Setup
 from .shape import MAYBE_NUMBER, NUMBER
-from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
+from .shared import Started, check_methods, common_settings, costs, evaluating, meter, read_of, under_each
 from .summary import summarise
 
 ANSWER: dict[str, Any] = {
@@ -60,6 +60,8 @@ ANSWER: dict[str, Any] = {
     "fallbacks": (dict, list, NoneType),
 }
 """The fields that the summary needs in a row."""
+QUOTED = 400
+"""Characters of a prompt's end that a row holds: the question and the start of the answer."""
 AT_DEPTH: dict[str, Any] = {**ANSWER, "extra": {"depth": NUMBER, "true_depth": MAYBE_NUMBER}}
 """The same for a row of needle."""
 
@@ -74,18 +76,25 @@ class Summary:
     files: list[str] = field(default_factory=list)
 
 
-def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "auto") -> Summary:
+def run(
+    setup: Setup,
+    samples: Iterable[Sample],
+    *,
+    batch_size: int | str = "auto",
+    end: Callable[[Results], Summary] | None = None,
+) -> Summary:
     """Evaluate every method of the setup on all samples into its folder; what is there is not done again.
 
     `setup.config` says how the samples were made (suite, seed, lengths, tasks, haystack, ...): it is written
     first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or "auto" for as
-    many as the free memory holds.
+    many as the free memory holds. end: makes the summary of the folder; by default `finish`, with tables and
+    pictures.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
     """
     check_batch_size(batch_size)
-    model = setup.model
+    model, end = setup.model, end or finish
     with Job(model, setup.parallel) as job:
         specs = check_methods(model, setup.methods, setup.recipe, job)
         common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
@@ -100,12 +109,12 @@ def run(setup: Setup, samples: Iterable[Sample], *, batch_size: int | str = "aut
                     work.append(sample)
                     advance(1, f"drawing prompts · {sample.task} {sample.length}")
             plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
-            with finished_if_stopped(results, finish):
+            with finished_if_stopped(results, end):
                 batches = plan(model, work, batch_size, job)
                 with meter(setup.progress, len(work) * len(specs)) as advance:
                     for batch in batches:
                         _work_through(setup, job, batch, specs, results, advance)
-            return finish(results)
+            return end(results)
 
 
 @contextmanager
@@ -195,7 +204,7 @@ def evaluate(
         patched.reset_report()  # the report covers the answer alone
         with forward.timed(model.device) as clock:
             answers = forward.greedy(model, batch, cache, max_new_tokens=limit, pad=pad, eos=eos)
-        common = costs(started, job.report(patched).summary, clock.seconds, len(samples))
+        common = costs(started, read_of(job.report(patched)), clock.seconds, len(samples))
         common["steps"] = min(
             limit, max(len(answer) for answer in answers) + 1
         )  # the end token took a step too
@@ -222,6 +231,8 @@ def _row(
         "extra": sample.extra,
         "recipe": sample.recipe,
         "prompt_tokens": len(prompt),
+        "question": (sample.question + sample.answer_prefix)[-QUOTED:],
+        "references": list(sample.references),
         "prompt_sha256": hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16],
         "answer": text,
         "tokens": len(answer),
@@ -238,7 +249,7 @@ def finish(results: Results) -> Summary:
     The summary is complete if the folder has every row that any session asked for.
     """
     data = summarise(results.config, results.rows)
-    data["unfinished"] = results.unfinished()
+    data["unfinished"], data["stopped"] = results.unfinished(), results.config.get("stopped", [])
     data["complete"] = not data["unfinished"]
     summary = Summary(out=results.out, data=data, complete=data["complete"])
     if isinstance(results, Replica):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -16,7 +19,7 @@ GROWING = ("methods", "recipes", "lengths", "tasks", "depths", "samples", "repea
 """Settings that may grow from session to session. They add rows, and do not change what earlier rows mean."""
 LABELS = ("model", "rope")
 """Names of what `identity` has by content. They are compared only if a folder has no identity yet."""
-APART = (*GROWING, *LABELS, "identity", "sessions", "planned")
+APART = (*GROWING, *LABELS, "identity", "sessions", "planned", "stopped")
 VERSIONED = ("farspan", "torch", "transformers")
 
 CONFIG: Shape = {
@@ -30,9 +33,17 @@ CONFIG: Shape = {
     "recipes": {str: str},
     "lengths": [int],
     "planned": {str: {str: int}},
+    "stopped": [str],
 }
 """The fields that readers of a folder's config.json need."""
-EMPTY: dict[str, Any] = {"sessions": [], "methods": [], "recipes": {}, "lengths": [], "planned": {}}
+EMPTY: dict[str, Any] = {
+    "sessions": [],
+    "methods": [],
+    "recipes": {},
+    "lengths": [],
+    "planned": {},
+    "stopped": [],
+}
 """The fields of `CONFIG` that a config.json may lack, with the values that stand for them."""
 
 
@@ -82,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine of this session, on which seconds depend."""
+    """The machine of this session, on which seconds depend, and the command that began it."""
     import torch
 
     from ..runtime.machine import cpu_name
@@ -96,7 +107,16 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "python": platform.python_version(),
         "system": platform.platform(),
+        **({"command": command} if (command := _command()) else {}),
     }
+
+
+def _command() -> str | None:
+    """The command line of this process, if it is one of farspan's."""
+    program = Path(sys.argv[0])
+    if program.name != "farspan" and program.parts[-2:] != ("farspan", "__main__.py"):
+        return None
+    return shlex.join(["farspan", *sys.argv[1:]])
 
 
 def _named(value: Any) -> Any:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..attention.errors import FarspanError
-from ..attention.method import AttentionMethod
+from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..runtime.bind import takes, trained_under
-from ..runtime.patch import patch, resolve
+from ..runtime.patch import Report, patch, resolve
 from . import batch as forward
 from .identity import identify
 from .ranks import Job
@@ -112,7 +112,7 @@ def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> St
     """Prefill the batch with the model as it is. patched: its patch, or None for an unpatched model."""
     with forward.timed(model.device) as clock:
         cache = forward.prefill(model, batch)
-    summary = job.report(patched).summary if patched else {}
+    summary = read_of(job.report(patched)) if patched else {}
     return Started(cache=cache, seconds=clock.seconds, summary=summary)
 
 
@@ -180,10 +180,24 @@ def _digest(path: Path) -> str:
         ) from None
 
 
+def read_of(report: Report) -> dict[str, Any]:
+    """A report's summary, with `layers`: the density of each layer in "prefill" and in "decode".
+
+    One number stands for all layers where they are alike; it is None where the phase did not run.
+    """
+    layers = {}
+    for phase in (PREFILL, DECODE):
+        found = [layer.phases[phase].density for layer in report.layers]
+        rounded = [None if density is None else round(density, 4) for density in found]
+        layers[phase] = rounded if len(set(rounded)) > 1 else next(iter(rounded), None)
+    return {**report.summary, "layers": layers}
+
+
 def costs(started: Started, read: dict[str, Any], seconds: float, rows: int) -> dict[str, Any]:
     """The fields that all rows of a batch share: what was read, seconds per sample, fallbacks."""
     return {
         "density": {"prefill": started.summary["prefill_density"], "decode": read["decode_density"]},
+        "layers": {"prefill": started.summary["layers"]["prefill"], "decode": read["layers"]["decode"]},
         "kv_read": (read["kv_bytes_read"] + read["selection_bytes"]) / max(read["kv_bytes_dense"], 1),
         "seconds": {"prefill": started.seconds / rows, "decode": seconds / rows},
         "batch": rows,

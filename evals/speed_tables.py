@@ -12,14 +12,21 @@ from .tables import markdown, number, percent, share_read
 
 def speed_table(data: Mapping[str, Any]) -> str:
     """Markdown: a row per method and length, with the spread of the times and the bytes of the KV cache."""
+    head, rows = wide(data)
+    body = [[f"`{cells[0]}`", *cells[1:]] for cells in rows]
+    return f"{markdown(head, body)}\n{_caption(data)}\n"
+
+
+def wide(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The columns and the rows of that table, as text."""
     head = [f"× {data['baseline']}" if name == "×" else name for name in _head(data)]
-    body = [[f"`{cells[0]}`", *cells[1:]] for cells in _cells(data)]
+    rows = _cells(data)
     for name, cell in _MORE.items():
         found = [cell(row) for row in data["overall"]]
         if any(found):
             head.append(name)
-            body = [[*cells, text or "–"] for cells, text in zip(body, found, strict=True)]
-    return f"{markdown(head, body)}\n{_caption(data)}\n"
+            rows = [[*cells, text or "–"] for cells, text in zip(rows, found, strict=True)]
+    return head, rows
 
 
 def _spread(name: str, digits: int) -> Callable[[Mapping[str, Any]], str]:

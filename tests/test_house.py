@@ -79,6 +79,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
         for file in (ROOT / Path(*package.split(".")[1:])).glob("*.py")
     }
     assert modules == expected
+    assert {"farspan/evals/html/report.css", "farspan/evals/html/report.html.j2"} <= set(names)
     assert "farspan/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.meta_path[:] = "

@@ -93,17 +93,17 @@ def reduced(config: Mapping[str, Any]) -> list[str]:
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """A row for each mixer and dim: the accuracy of each setting, and the state at the longest one."""
     title = "mqar · accuracy in percent" + (" · reduced" if data["reduced"] else "")
-    table = Table(*_columns(data), title=title, caption=" ".join(notes(data)), numbers_from=1)
-    for row in _table_rows(data):
+    table = Table(*columns(data), title=title, caption=" ".join(notes(data)), numbers_from=1)
+    for row in table_rows(data):
         table.add_row(*row)
     return table
 
 
-def _columns(data: Mapping[str, Any]) -> list[str]:
+def columns(data: Mapping[str, Any]) -> list[str]:
     return ["mixer", "dim", *data["settings"], "state/layer", "CPU min"]
 
 
-def _table_rows(data: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(data: Mapping[str, Any]) -> list[list[str]]:
     out = []
     for cost in data["costs"]:
         its = cost["mixer"], cost["dim"]
@@ -152,11 +152,11 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
     """Write mqar.md and mqar.png beside the rows; returns the names written."""
     if not data["cells"]:
         return []
-    rows = [[f"`{mixer}`", *rest] for mixer, *rest in _table_rows(data)]
+    rows = [[f"`{mixer}`", *rest] for mixer, *rest in table_rows(data)]
     text = "\n".join(
         [
             "# MQAR: accuracy in percent" + (" (reduced)" if data["reduced"] else "") + "\n",
-            markdown(_columns(data), rows),
+            markdown(columns(data), rows),
             *(note + "\n" for note in notes(data)),
             "![accuracy against state size](mqar.png)\n",
         ]

@@ -1,0 +1,74 @@
+"""Cells of a sweep that are not worth going on with, decided from their first prompts.
+
+The decision depends on these prompts alone. So a sweep that was stopped and goes on decides as one that was
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...attention.errors import FarspanError
+from ..asked import Cell
+from ..stats import FEWEST, paired, stratified_interval
+from ..summary import BASELINE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops:
+    """When a cell ends early.
+
+    prompts: how many of its prompts are looked at, at least 6, which an interval needs. dense_below: all
+    methods end where dense's mean score on them is at most this (points of 100). loss_above: a method ends
+    where its loss against dense on them is above this (points) with the confidence.
+    """
+
+    FIELDS: ClassVar[frozenset[str]] = frozenset({"prompts", "dense_below", "loss_above", "confidence"})
+    prompts: int = FEWEST
+    dense_below: float | None = None
+    loss_above: float | None = None
+    confidence: float = 0.95
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Stops:
+        """From the YAML file. Raises FarspanError for a wrong value."""
+        for name, value in fields.items():
+            if isinstance(value, bool) or not isinstance(value, int if name == "prompts" else (int, float)):
+                raise FarspanError(f"{name} of stop is {value!r}; it must be a number.")
+        stops = cls(**fields)
+        if stops.prompts < FEWEST or not 0.5 <= stops.confidence < 1:
+            raise FarspanError(
+                f"stop has prompts {stops.prompts} and confidence {stops.confidence}; prompts is at least "
+                f"{FEWEST}, and confidence from 0.5 to below 1."
+            )
+        return stops
+
+    def decide(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """The methods that end, each with its sentence. rows: those of the cell; of each method the first
+        `prompts` count, and a method without all of them goes on."""
+        first = set(cell.keys(self.prompts))
+        scores: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row["key"] in first and row["score"] is not None:
+                scores.setdefault(row["method"], {})[row["key"]] = row["score"]
+        dense = scores.get(BASELINE, {})
+        if len(dense) < self.prompts:
+            return {}
+        mean = sum(dense.values()) / len(dense)
+        if self.dense_below is not None and 100 * mean <= self.dense_below:
+            said = f"{cell.name}: stopped after {self.prompts} prompts, because dense scores {100 * mean:.1f}"
+            return dict.fromkeys({row["method"] for row in rows}, f"{said}.")
+        out = {}
+        for method, own in scores.items():
+            if method == BASELINE or self.loss_above is None or len(own) < self.prompts:
+                continue
+            losses = [-x for x in paired(own, dense).values()]
+            found = stratified_interval([losses], bound=1, confidence=2 * self.confidence - 1)
+            if found is not None and found.low is not None and 100 * found.low > self.loss_above:
+                out[method] = (
+                    f"{cell.name}: {method} stopped after {self.prompts} prompts, because it loses more than "
+                    f"{self.loss_above:g} points (measured {100 * found.mean:.1f})."
+                )
+        return out

@@ -1,0 +1,188 @@
+"""Work through a sweep: grids in their order, each cell by the process that gets its lock first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..asked import Cell
+from ..results import Results
+from ..run import Summary, run
+from ..setup import Setup
+from ..shared import common_settings
+from .config import Grid, Sweep
+from .share import Key, Shared, file_name
+from .stops import Stops
+
+Load = Callable[[Grid], tuple[Any, Any]]
+Say = Callable[[str], None]
+_PAUSE = 0.5  # seconds between two looks at cells that other processes work on
+_GROWTH = 1.5  # seconds of a row grow with this power of the length, where the length was not measured
+
+
+def sweep(plan: Sweep, load: Load, say: Say = print) -> list[Summary]:
+    """Evaluate what is missing of every grid; returns the summaries of the folders.
+
+    load: the model and the tokenizer of a grid; it is called once for grids of the same model in a row. say:
+    is called with a line for each finished cell, with the time left, and for each method that ended early.
+    What a grid's folder has is not done again. Several processes may work through the same sweep at once.
+    Raises ResultsError for folders of another configuration, before anything is computed in them.
+    """
+    summaries: dict[Path, Summary] = {}
+    loaded: tuple[Any, Any] | None = None
+    for number, grid in enumerate(plan.grids):
+        before = plan.grids[number - 1] if number else None
+        if loaded is None or before is None or _loaded_as(grid) != _loaded_as(before):
+            loaded = None  # free the last model before the next one is loaded
+            loaded = load(grid)
+        work = Work.of(grid, plan.out, loaded, plan.stops, say)
+        try:
+            work.run()
+        except KeyboardInterrupt:
+            work.shared.finish()
+            raise
+        summaries[work.shared.out] = work.shared.finish()
+    return list(summaries.values())
+
+
+def _loaded_as(grid: Grid) -> tuple[str, str, str | None]:
+    return grid.model, grid.dtype, grid.asked.rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A grid with its model, its folder, and what it says."""
+
+    grid: Grid
+    setup: Setup
+    shared: Shared
+    stops: Stops | None
+    say: Say
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, grid: Grid, out: Path, loaded: tuple[Any, Any], stops: Stops | None, say: Say) -> Work:
+        """The work of a grid under a loaded model and tokenizer."""
+        model, tokenizer = loaded
+        chosen, config = grid.asked.config(tokenizer)
+        setup = Setup(
+            model=model,
+            tokenizer=chosen,
+            methods=grid.methods,
+            out=out / grid.folder,
+            name=grid.model,
+            config=config,
+            recipe=grid.recipe,
+            progress=False,
+        )
+        common = common_settings(model, chosen, grid.model, grid.methods, grid.recipe)
+        shared = Shared(out / grid.folder, {**config, **common}, grid.asked.shape)
+        return cls(grid=grid, setup=setup, shared=shared, stops=stops, say=say)
+
+    def run(self) -> None:
+        """Evaluate every cell that no other process has, and wait for those that others have."""
+        asked = self.grid.asked
+        count = asked.samples if self.stops is None else min(asked.samples, self.stops.prompts)
+        session = {"batch_size": self.grid.batch_size, "device": str(self.setup.model.device)}
+        self.shared.begin(self._keys(asked.cells(), count), session)
+        waiting = False
+        while left := [cell for cell in asked.cells() if not self._done(cell, self.shared.rows())]:
+            found = False
+            for cell in left:
+                with self.shared.cell_lock(file_name(cell)) as mine:
+                    if mine and not self._done(cell, self.shared.rows()):
+                        self._evaluate(cell)
+                        found = True
+            if not found:
+                if not waiting:
+                    self.say(f"{self.grid.folder}: {len(left)} cells are with other processes; waiting.")
+                waiting = True
+                time.sleep(_PAUSE)
+
+    def _evaluate(self, cell: Cell) -> None:
+        asked = self.grid.asked
+        folder = self.shared.seed(cell)
+        samples = list(asked.draw(self.setup.tokenizer, cell))
+        setup = replace(self.setup, out=folder)
+        ended: dict[str, str] = {}
+        if self.stops is None:
+            rows = _answer(setup, samples, self.grid.batch_size)
+        else:
+            rows = _answer(setup, samples[: self.stops.prompts], self.grid.batch_size)
+            ended = self.stops.decide(cell, rows)
+            going = [method for method in self.grid.methods if method not in ended]
+            if going and len(samples) > self.stops.prompts:
+                _answer(replace(setup, methods=going), samples, self.grid.batch_size)
+        going = [method for method in self.grid.methods if method not in ended]
+        self.shared.collect(
+            folder, dict.fromkeys(going, cell.keys(asked.samples)), list(dict.fromkeys(ended.values()))
+        )
+        for sentence in dict.fromkeys(ended.values()):
+            self.say(sentence)
+        self.say(self._progress(cell))
+
+    def _done(self, cell: Cell, rows: Mapping[Key, Mapping[str, Any]]) -> bool:
+        return not self._missing(cell, rows)
+
+    def _missing(self, cell: Cell, rows: Mapping[Key, Mapping[str, Any]]) -> list[Key]:
+        """The rows that the cell lacks. Those that its first prompts make useless are not asked for."""
+        asked, ended = self.grid.asked.samples, {}
+        if self.stops is not None:
+            mine = [row for (key, _), row in rows.items() if key.rpartition("/")[0] == cell.name]
+            ended = self.stops.decide(cell, mine)
+        out = []
+        for method in self.grid.methods:
+            count = min(asked, self.stops.prompts) if self.stops and method in ended else asked
+            out += [(key, method) for key in cell.keys(count) if (key, method) not in rows]
+        return out
+
+    def _keys(self, cells: Sequence[Cell], count: int) -> dict[str, list[str]]:
+        return {method: [key for cell in cells for key in cell.keys(count)] for method in self.grid.methods}
+
+    def _progress(self, cell: Cell) -> str:
+        """A line about a finished cell: how many are done, and how long this process would take for the
+        rest."""
+        rows, cells = self.shared.rows(), self.grid.asked.cells()
+        missing = {one: self._missing(one, rows) for one in cells}
+        done = sum(not left for left in missing.values())
+        line = f"{self.grid.folder}: {cell.name} is done, {done} of {len(cells)} cells"
+        seconds = seconds_left({one: len(left) for one, left in missing.items()}, rows.values())
+        return f"{line}; about {duration(seconds)} left for one process." if done < len(cells) else f"{line}."
+
+
+def _answer(setup: Setup, samples: Sequence[Any], batch_size: int | str) -> list[dict[str, Any]]:
+    """The rows of a working folder after an evaluation into it, without tables and pictures."""
+    rows: list[dict[str, Any]] = []
+
+    def keep(results: Results) -> Summary:
+        rows[:] = results.rows
+        return Summary(out=results.out, data={}, complete=True)
+
+    run(setup, samples, batch_size=batch_size, end=keep)
+    return rows
+
+
+def seconds_left(missing: Mapping[Cell, int], rows: Any) -> float:
+    """The seconds that the missing rows of each cell take, from the mean of the measured ones of its length,
+    or of the nearest length with the difference of length counted."""
+    spent: dict[int, list[float]] = {}
+    for row in rows:
+        spent.setdefault(row["length"], []).append(row["seconds"]["prefill"] + row["seconds"]["decode"])
+    if not spent:
+        return 0.0
+    means = {length: sum(values) / len(values) for length, values in spent.items()}
+    total = 0.0
+    for cell, count in missing.items():
+        near = min(means, key=lambda length: (abs(length - cell.length), length))
+        total += count * means[near] * (cell.length / near) ** _GROWTH
+    return total
+
+
+def duration(seconds: float) -> str:
+    """`40 seconds`, `12 minutes` or `3.4 hours`."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
