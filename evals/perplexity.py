@@ -14,12 +14,10 @@ from typing import Any
 from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
-from .memory import batch_rows
 from .ranks import Job
-from .results import Results, open_results, plan, record
-from .run import ANSWER, Summary, check_batch_size, finish, finished_if_stopped
+from .run import Rows, Summary, drive
 from .setup import Setup
-from .shared import Started, check_methods, common_settings, costs, evaluating, meter, under_each
+from .shared import Started, costs, under_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,15 @@ class Window:
     ids: list[int]
     scored: int
 
+    suite, task = "ppl", "text"
+
     @property
-    def key(self) -> str:
-        return f"ppl/text/{len(self.ids)}/{self.index}"
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"ppl/text/{len(self.ids)}/{self.index}"]
 
     @property
     def recipe(self) -> dict[str, int]:
@@ -57,44 +61,19 @@ def perplexity(
     the windows.
     """
     check_sizes(lengths, new_tokens, samples)
-    check_batch_size(batch_size)
-    model = setup.model
-    with Job(model, setup.parallel) as job:
-        specs = check_methods(model, setup.methods, setup.recipe, job)
-        cut = {
-            length: [
-                Window(index=index, ids=ids, scored=new_tokens)
-                for index, ids in enumerate(cut_windows(setup.tokenizer, text, length, samples))
-            ]
-            for length in dict.fromkeys(lengths)
-        }
-        settings = {
-            **setup.config,
-            **common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe),
-            "suite": "ppl",
-            "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "lengths": list(cut),
-            "new_tokens": new_tokens,
-            "samples": samples,
-        }
-        session = {"batch_size": batch_size, "device": str(model.device)}
-        with (
-            open_results(job, setup.out, settings, session=session, row=ANSWER) as results,
-            evaluating(model),
-        ):
-            every = [window for windows in cut.values() for window in windows]
-            plan(job, results, {spec: [window.key for window in every] for spec in specs})
-            with (
-                finished_if_stopped(results, finish),
-                meter(setup.progress, len(every) * len(specs)) as advance,
-            ):
-                for length, windows in cut.items():
-                    automatic = isinstance(batch_size, str)
-                    size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
-                    for first in range(0, samples, size):
-                        batch = windows[first : first + size]
-                        _work_through(setup, job, batch, specs, results, advance)
-            return finish(results)
+    windows = [
+        Window(index=index, ids=ids, scored=new_tokens)
+        for length in dict.fromkeys(lengths)
+        for index, ids in enumerate(cut_windows(setup.tokenizer, text, length, samples))
+    ]
+    settings = {
+        "suite": "ppl",
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "lengths": list(dict.fromkeys(lengths)),
+        "new_tokens": new_tokens,
+        "samples": samples,
+    }
+    return drive(setup, windows, _evaluate, settings=settings, batch_size=batch_size)
 
 
 def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
@@ -137,23 +116,8 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[
         yield ids[:length]
 
 
-def _work_through(
-    setup: Setup,
-    job: Job,
-    windows: Sequence[Window],
-    specs: Sequence[str],
-    results: Results,
-    advance: Any,
-) -> None:
-    """Score a batch of windows of one length under each method that has not finished all of them."""
-
-    def missing(spec: str) -> list[Window]:
-        return [window for window in windows if not results.done(window.key, spec, window.recipe)]
-
-    waiting = [spec for spec in specs if missing(spec)]
-    advance(len(windows) * (len(specs) - len(waiting)), "")
-    if not waiting:
-        return
+def _evaluate(setup: Setup, job: Job, windows: Sequence[Window], specs: Sequence[str]) -> Rows:
+    """Score a batch of windows of one length under each method in turn."""
     model = setup.model
     pad = forward.pad_token(model, setup.tokenizer)
     batch = forward.collate([w.ids[: -w.scored] for w in windows], pad, model.device)
@@ -167,18 +131,16 @@ def _work_through(
         common = costs(started, job.report(patched).summary, clock.seconds, len(windows))
         return [_row(window, nll) | common for window, nll in zip(windows, nlls, strict=True)]
 
-    for spec, rows in under_each(model, batch, waiting, setup.recipe, measure, job):
-        fresh = {window.key for window in missing(spec)}
-        record(job, results, [{"method": spec, **row} for row in rows if row["key"] in fresh])
-        advance(len(windows), spec)
+    for spec, rows in under_each(model, batch, specs, setup.recipe, measure, job):
+        yield spec, [{"method": spec, **row} for row in rows]
 
 
 def _row(window: Window, nll: Sequence[float]) -> dict[str, Any]:
     return {
-        "key": window.key,
-        "suite": "ppl",
-        "task": "text",
-        "length": len(window.ids),
+        "key": window.keys[0],
+        "suite": window.suite,
+        "task": window.task,
+        "length": window.length,
         "index": window.index,
         "extra": {},
         "recipe": window.recipe,

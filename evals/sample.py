@@ -59,6 +59,11 @@ class Sample:
         """The whole user message."""
         return self.context + self.question
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its rows."""
+        return [key(self)]
+
 
 def key(sample: Sample) -> str:
     """The name of a sample, `suite/task/length[/depth]/index`, by which a resumed run finds it."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, chain
 from operator import mul
 from typing import Any
@@ -119,6 +121,43 @@ class PromptLength:
 
     def _encoded(self, text: str) -> Any:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+
+
+class Filling:
+    """Fills prompts to a length, counted by their words.
+
+    The first prompt, and the same one with a unit more, are also encoded whole. If they have other numbers of
+    tokens than the words say, this prompt and all later ones are filled by encoding them whole.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._counted = PromptLength(tokenizer)
+        self._tested = False
+
+    def tokens(self, sample: Sample) -> int:
+        """The tokens of the sample's prompt."""
+        return self._counted(sample)
+
+    def fill(self, sample: Callable[[int], Sample], find: Callable[[Callable[[int], int]], int]) -> int:
+        """The number of units that `find` returns for a function total(units): tokens of prompt and answer.
+
+        sample: number of units -> the sample. `find` searches for the size, such as `evals.sample.fill`.
+        """
+
+        def search() -> int:
+            @cache
+            def total(units: int) -> int:
+                drawn = sample(units)
+                return self._counted(drawn) + drawn.max_new_tokens
+
+            return find(total)
+
+        units = search()
+        if not self._tested:
+            self._tested = True
+            if not all([self._counted.agrees(sample(n)) for n in (units, units + 1)]):
+                units = search()
+        return units
 
 
 def _words(text: str) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...attention.errors import FarspanError
 from ..sample import Sample, fill, plain_ids
 from ..text import Prose
-from ..tokens import PromptLength
+from ..tokens import Filling
 from . import qa, vt, words
 from .constants import COMPAT_FWE_SHARE, COMPAT_SHORT, COMPAT_STEPS, COMPAT_VT, NiahTask, Task
 from .draws import Builder, Cell, words_recipe
@@ -25,7 +24,7 @@ Source = Prose | Questions | None
 
 
 def draw(task: Task, source: Source, cell: Cell, recipe: dict[str, Any]) -> Callable[[int], Sample]:
-    """Number of units -> the sample, with the recipe as it then is."""
+    """Number of units -> the sample with this recipe."""
     builder = _builder(task, source, cell, recipe.get("example_lines", 0))
 
     def sample(units: int) -> Sample:
@@ -57,61 +56,45 @@ class Maker:
     tokenizer: Any
     task: Task
     source: Source
-    _counted: PromptLength = field(init=False)
-    _tested: bool = field(init=False, default=False)
+    _filling: Filling = field(init=False)
 
     def __post_init__(self) -> None:
-        self._counted = PromptLength(self.tokenizer)
+        self._filling = Filling(self.tokenizer)
 
     def make(self, cell: Cell) -> Sample:
-        """The sample of a cell, filled to its length.
-
-        The first prompt, and the same one with a unit more, are also encoded whole. If they have other
-        numbers of tokens than the words say, this prompt and all later ones are filled by encoding them
-        whole.
-        """
-        units, sample = self._filled(cell)
-        if not self._tested:
-            self._tested = True
-            _, most = _limits(self.task, self.source, cell)
-            more = units + 1 if most is None else min(units + 1, most)
-            if not all([self._counted.agrees(sample(units)), self._counted.agrees(sample(more))]):
-                units, sample = self._filled(cell)
-        return sample(units)
-
-    def _filled(self, cell: Cell) -> tuple[int, Callable[[int], Sample]]:
-        """The number of units, and the sample for any number."""
+        """The sample of a cell, filled to its length."""
         recipe = self._recipe(cell)
         sample = draw(self.task, self.source, cell, recipe)
-        generated = self.task.template.tokens_to_generate
+        answer = 0
+        if cell.compat:
+            least, _ = _limits(self.task, self.source, cell)
+            answer = len(plain_ids(self.tokenizer, " " + " ".join(sample(least).references)))
+        units = self._filling.fill(sample, lambda total: self._units(cell, total, answer))
+        recipe["units"] = units
+        made = sample(units)
+        recipe["prompt_tokens"] = self._filling.tokens(made)
+        return replace(made, recipe=dict(recipe))
 
-        @cache
-        def total(units: int) -> int:
-            return self._counted(sample(units)) + generated
-
+    def _units(self, cell: Cell, total: Callable[[int], int], answer: int) -> int:
         minimum, most = _limits(self.task, self.source, cell)
         what = f"ruler task {self.task.name}"
         if cell.compat:
-            answer = plain_ids(self.tokenizer, " " + " ".join(sample(minimum).references))
             step, unlimited = _step(self.task, cell), most if most is not None else 1 << 62
             steps = fill(
-                lambda count: total(min(count * step, unlimited)) + len(answer),
+                lambda count: total(min(count * step, unlimited)) + answer,
                 cell.length,
                 minimum=-(-minimum // step),
                 what=f"{what} with --compat",
                 most=None if most is None else -(-most // step),
             )
-            units = min(steps * step, unlimited)
-        else:
-            units = fill(total, cell.length, minimum=minimum, what=what, most=most)
-            if units == most and total(units) < _FULL * cell.length:
-                raise FarspanError(
-                    f"{what} at {cell.length} tokens needs more documents than the {most} of its data, which "
-                    f"make {total(units)} tokens; give a shorter length or larger data."
-                )
-        recipe["units"] = units
-        recipe["prompt_tokens"] = total(units) - generated
-        return units, sample
+            return min(steps * step, unlimited)
+        units = fill(total, cell.length, minimum=minimum, what=what, most=most)
+        if units == most and total(units) < _FULL * cell.length:
+            raise FarspanError(
+                f"{what} at {cell.length} tokens needs more documents than the {most} of its data, which make "
+                f"{total(units)} tokens; give a shorter length or larger data."
+            )
+        return units
 
     def _recipe(self, cell: Cell) -> dict[str, Any]:
         task = self.task
