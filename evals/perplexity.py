@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..attention.attend import DECODE_ROWS
@@ -19,14 +20,21 @@ from .run import Rows, Summary, drive
 from .setup import Setup
 from .shared import Started, costs, under_each
 
+PARTS = 8
+"""The parts of the scored tokens for which a row has a figure of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored."""
+    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored.
+
+    begin: the token of the text at which a sliding window begins; None for a part of its own.
+    """
 
     index: int
     ids: list[int]
     scored: int
+    begin: int | None = None
 
     suite, task = "ppl", "text"
 
@@ -40,7 +48,7 @@ class Window:
 
     @property
     def recipe(self) -> dict[str, int]:
-        return {"window": self.index}
+        return {"window": self.index} | ({} if self.begin is None else {"begin": self.begin})
 
 
 def perplexity(
@@ -50,21 +58,24 @@ def perplexity(
     lengths: Sequence[int] = (2048,),
     new_tokens: int = 128,
     samples: int = 8,
+    sliding: bool = False,
     batch_size: int | str = "auto",
 ) -> Summary:
     """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens each.
 
-    Each length has `samples` windows, from disjoint parts of the text. The tokens before the scored ones are
-    the prefill. The scored tokens are fed 16 at a time, the most that counts as decode: every query selects
-    for itself, as it does when tokens are generated one by one. Writes and resumes a folder as `run` does,
-    over ranks too. Raises FarspanError for sizes that leave no prompt, and for a text that is too short for
-    the windows.
+    Each length has `samples` windows, from disjoint parts of the text; with `sliding`, each begins
+    `new_tokens` after the one before, so that a long text is scored without gaps, each token behind as much
+    context. The tokens before the scored ones are the prefill. Each row also has the NLL of `PARTS` equal
+    parts of the scored tokens: with few tokens before them, the perplexity by position. The scored tokens are
+    fed 16 at a time, the most that counts as decode: every query selects for itself, as it does when tokens
+    are generated one by one. Writes and resumes a folder as `run` does, over ranks too. Raises FarspanError
+    for sizes that leave no prompt, and for a text that is too short for the windows.
     """
     check_sizes(lengths, new_tokens, samples)
     windows = [
-        Window(index=index, ids=ids, scored=new_tokens)
+        window
         for length in dict.fromkeys(lengths)
-        for index, ids in enumerate(cut_windows(setup.tokenizer, text, length, samples))
+        for window in _windows(setup.tokenizer, text, length, new_tokens, samples, sliding)
     ]
     settings = {
         "suite": "ppl",
@@ -72,8 +83,22 @@ def perplexity(
         "lengths": list(dict.fromkeys(lengths)),
         "new_tokens": new_tokens,
         "samples": samples,
+        **({"sliding": True} if sliding else {}),
     }
     return drive(setup, windows, _evaluate, settings=settings, batch_size=batch_size)
+
+
+def _windows(
+    tokenizer: Any, text: str, length: int, new_tokens: int, samples: int, sliding: bool
+) -> Iterator[Window]:
+    if not sliding:
+        for index, ids in enumerate(cut_windows(tokenizer, text, length, samples)):
+            yield Window(index=index, ids=ids, scored=new_tokens)
+        return
+    [ids] = cut_windows(tokenizer, text, length + (samples - 1) * new_tokens, 1)
+    for index in range(samples):
+        begin = index * new_tokens
+        yield Window(index=index, ids=ids[begin : begin + length], scored=new_tokens, begin=begin)
 
 
 def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
@@ -149,4 +174,13 @@ def _row(window: Window, nll: Sequence[float]) -> dict[str, Any]:
         "nll_sum": sum(nll),
         "gold_tokens": len(nll),
         "steps": len(nll),
+        "by_position": _by_position(window, nll),
     }
+
+
+def _by_position(window: Window, nll: Sequence[float]) -> list[list[float]]:
+    """[first position, mean NLL] of each of `PARTS` parts of the scored tokens, of fewer if there are
+    fewer."""
+    count, first = min(PARTS, len(nll)), window.length - len(nll)
+    edges = [part * len(nll) // count for part in range(count + 1)]
+    return [[first + a, sum(nll[a:b]) / (b - a)] for a, b in pairwise(edges)]

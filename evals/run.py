@@ -120,9 +120,9 @@ def drive(
 ) -> Summary:
     """Evaluate every method of the setup on all items into its folder; what is there is not done again.
 
-    `setup.config` and `settings` say how the items were made (suite, seed, lengths, tasks, haystack, ...): they
-    are written first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or
-    "auto" for as many as the free memory holds.
+    `setup.config` and `settings` say how the items were made (suite, seed, lengths, tasks, haystack, ...):
+    they are written first, and compared with the folder's when a run is resumed. batch_size: rows per batch,
+    or "auto" for as many as the free memory holds.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
@@ -201,7 +201,7 @@ def _work_through(
     """
 
     def finished(item: Item, spec: str) -> bool:
-        return all([results.done(key, spec, item.recipe) for key in item.keys])
+        return all(results.done(key, spec, item.recipe) for key in item.keys)
 
     todo: dict[tuple[int, ...], list[str]] = {}
     for spec in specs:

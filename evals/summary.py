@@ -91,6 +91,8 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
     if suite == "ppl":
         for line in (*overall, *totals):
             line["perplexity"] = exp(line.get("nll"))
+        for line in overall:
+            line["by_position"] = _by_position(line["method"], index, line["length"])
     return {
         "suite": suite,
         "model": config.get("model"),
@@ -178,6 +180,7 @@ def _overall(
             for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
         ),
         **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
+        **({"kl_most": max(cost["kl_most"] for cost in costs)} if costs and "kl_most" in costs[0] else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
         "categories": {name: _mean(map(by_task.get, members)) for name, members in CATEGORIES.items()},
@@ -194,6 +197,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         "score": _mean(row["score"] for row in rows),
         "nll": _mean(row["nll"] for row in rows),
+        **_of_fidelity(rows),
         "prefill_density": _mean(row["density"]["prefill"] for row in rows),
         "decode_density": _mean(row["density"]["decode"] for row in rows),
         "kv_read": _mean(row["kv_read"] for row in rows),
@@ -203,6 +207,37 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             1e3 * row["seconds"]["decode"] * row["batch"] / max(row["steps"], 1) for row in rows
         ),
     }
+
+
+def _by_position(
+    method: str, index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]], length: int
+) -> list[dict[str, Any]]:
+    """For each part of the scored tokens its first "position", its "perplexity", and "nll_diff": the
+    difference from dense on the same windows. Empty for rows of earlier versions."""
+    mine, base = (
+        {
+            row["key"]: row["by_position"]
+            for row in index.get((name, "text", length), ())
+            if row.get("by_position")
+        }
+        for name in (method, BASELINE)
+    )
+    found = []
+    for part, (position, _) in enumerate(next(iter(mine.values()), [])):
+        nlls = {key: parts[part][1] for key, parts in mine.items()}
+        pairs = paired(nlls, {key: parts[part][1] for key, parts in base.items()})
+        difference = _interval(method, [list(pairs.values())])
+        found.append({"position": position, "perplexity": exp(_mean(nlls.values())), "nll_diff": difference})
+    return found
+
+
+def _of_fidelity(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What only rows of fidelity have: "kl", the mean over prompts, and "kl_most", the largest of any
+    token."""
+    known = [row for row in rows if row.get("kl") is not None]
+    if not known:
+        return {}
+    return {"kl": _mean(row["kl"] for row in known), "kl_most": max(row["kl_most"] for row in known)}
 
 
 def _differences(

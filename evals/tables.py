@@ -61,13 +61,18 @@ def category_table(data: Mapping[str, Any]) -> str:
     return _means(data, "categories", CATEGORIES)
 
 
+def by_task_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods; the mean score per task and length."""
+    return _means(data, "tasks", {task: (task,) for task in data["tasks"]})
+
+
 def _means(data: Mapping[str, Any], field: str, members: Mapping[str, Sequence[str]]) -> str:
     names = [name for name, tasks in members.items() if any(task in data["tasks"] for task in tasks)]
     head = ["method", *(f"{name}, {short_length(length)}" for name in names for length in data["lengths"])]
     body = []
     for method in _methods(data):
         found = [_find(data["overall"], method=method, length=length) for length in data["lengths"]]
-        means = [percent(row[field][name] if row else None, 1) for name in names for row in found]
+        means = [percent(row[field].get(name) if row else None, 1) for name in names for row in found]
         body.append([f"`{method}`", *means])
     return markdown(head, body)
 
@@ -174,6 +179,36 @@ def perplexity_table(data: Mapping[str, Any]) -> str:
         found = row["nll_diff"]
         ratio = number(exp(found and found["mean"]), 4)
         body.append([f"`{row['method']}`", n, number(row["perplexity"], 2), ratio, *rest])
+    return markdown(head, body)
+
+
+def position_table(data: Mapping[str, Any], length: int) -> str:
+    """Markdown, rows = positions, columns = methods: dense's perplexity, and each other method's ΔNLL. Empty
+    where the rows have no figures by position."""
+    rows = [row for row in data["overall"] if row["length"] == length and row["n"] and row["by_position"]]
+    if not rows:
+        return ""
+    body = []
+    for part, first in enumerate(rows[0]["by_position"]):
+        cells = [str(first["position"])]
+        for row in rows:
+            found = row["by_position"][part]
+            dense = row["method"] == BASELINE
+            cells.append(number(found["perplexity"], 2) if dense else difference(row | found))
+        body.append(cells)
+    names = (f"`{row['method']}` {'perplexity' if row['method'] == BASELINE else 'ΔNLL'}" for row in rows)
+    return markdown(["from position", *names], body)
+
+
+def fidelity_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods over all prompts: how often the most likely token is dense's, and the KL."""
+    head = ["method", "n", "same top token (95 %)", "mean KL", "largest KL", "ΔNLL (95 %)", "read"]
+    body = []
+    for row in data["methods"]:
+        kl = (number(row.get(name), 4) for name in ("kl", "kl_most"))
+        body.append(
+            [f"`{row['method']}`", str(row["n"]), score_range(row), *kl, difference(row), share_read(row)]
+        )
     return markdown(head, body)
 
 

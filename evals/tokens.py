@@ -155,7 +155,7 @@ class Filling:
         units = search()
         if not self._tested:
             self._tested = True
-            if not all([self._counted.agrees(sample(n)) for n in (units, units + 1)]):
+            if not all(self._counted.agrees(sample(n)) for n in (units, units + 1)):
                 units = search()
         return units
 

@@ -91,8 +91,8 @@ class Maker:
         units = fill(total, cell.length, minimum=minimum, what=what, most=most)
         if units == most and total(units) < _FULL * cell.length:
             raise FarspanError(
-                f"{what} at {cell.length} tokens needs more documents than the {most} of its data, which make "
-                f"{total(units)} tokens; give a shorter length or larger data."
+                f"{what} at {cell.length} tokens needs more documents than the {most} of its data, which "
+                f"make {total(units)} tokens; give a shorter length or larger data."
             )
         return units
 
