@@ -13,7 +13,7 @@ import typer
 from ..attention.errors import FarspanError
 from . import launch, options, output
 from .eval_options import Fidelity, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
-from .mqar import mqar
+from .mqar import listops, mqar
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(mqar)
+app.command()(listops)
 
 
 @app.command(cls=launch.SpreadCommand)

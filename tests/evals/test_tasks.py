@@ -149,7 +149,10 @@ def test_a_further_turn_is_what_the_chat_format_writes(smollm2_tokenizer: Any) -
 
 def test_wrong_tasks_are_one_sentence() -> None:
     for make, sentence in (
-        (lambda: Retrieval(lengths=[100], tasks=["pass"]), "no retrieval task 'pass'; the tasks are passkey, kv"),
+        (
+            lambda: Retrieval(lengths=[100], tasks=["pass"]),
+            "no retrieval task 'pass'; the tasks are passkey, kv",
+        ),
         (lambda: Retrieval(lengths=[]), "retrieval was given no length"),
         (lambda: Turns(lengths=[100], turns=0), "turns is 0; give 1 to"),
         (lambda: Needle(lengths=[100], depths=[2]), "depth 2 is not a share"),
@@ -157,7 +160,7 @@ def test_wrong_tasks_are_one_sentence() -> None:
     ):
         with pytest.raises(FarspanError, match=sentence):
             make()
-    with pytest.raises(FarspanError, match="retrieval task kv needs a length of at least"):
+    with pytest.raises(FarspanError, match="retrieval task passkey needs a length of at least"):
         Retrieval(lengths=[60]).check(Words())
 
 

@@ -1,4 +1,5 @@
-"""Turns and fidelity on a tiny model, against a user's own loops: conversations on one cache, and KL by hand."""
+"""Turns and fidelity on a tiny model, against a user's own loops: conversations on one cache, and KL by
+hand."""
 
 from __future__ import annotations
 
@@ -106,10 +107,8 @@ def test_fidelity_is_the_divergence_from_dense_along_denses_answer(model: Any, t
         assert dense["kl"] == dense["kl_most"] == 0 and dense["score"] == 1 and dense["first_other"] is None
         ids = torch.tensor([prompt.ids])
         with torch.no_grad():
-            whole = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, min_new_tokens=10, do_sample=False,
-                eos_token_id=None,
-            )  # fmt: skip
+            limits: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "eos_token_id": None}
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
             base = model(whole).logits[0, ids.shape[1] - 1 : -1].double().log_softmax(-1)
             for spec in methods[1:]:
                 with farspan.patch(model, spec):
@@ -142,7 +141,10 @@ def test_prompts_are_read_from_text_lines_and_folders(tmp_path: Path) -> None:
     assert fidelity.read_prompts([tmp_path / "two.jsonl", tmp_path / "one.txt"])[:2] == ["Second.", "Third."]
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}')
     for path, sentence in (
-        (tmp_path / "bad.jsonl", r'line 1 of .*bad\.jsonl is neither a JSON string nor an object with a "prompt"'),
+        (
+            tmp_path / "bad.jsonl",
+            r'line 1 of .*bad\.jsonl is neither a JSON string nor an object with a "prompt"',
+        ),
         (tmp_path / "none.txt", "cannot be read"),
     ):
         with pytest.raises(farspan.FarspanError, match=sentence):
