@@ -103,8 +103,8 @@ class ListOps:
             if self._grow(rng, found, 1) and len(found) >= self.shortest:
                 return found
         raise FarspanError(
-            f"Of {_MOST_TRIES:,} expressions none fits the setting {self}; allow shorter ones, or more levels "
-            "and arguments."
+            f"Of {_MOST_TRIES:,} expressions none fits the setting {self}; allow shorter ones, or more "
+            "levels and arguments."
         )
 
     def _grow(self, rng: random.Random, found: list[int], level: int) -> bool:

@@ -11,7 +11,7 @@ from ..pictures import new_figure
 from ..results import Results, unfinished_note
 from ..tables import markdown, percent
 from .layers import SAME
-from .settings import Setting, parse_setting
+from .settings import NAMES, Setting, parse_setting
 from .train import DIVERGED
 
 PUBLISHED: dict[str, Any] = {
@@ -22,7 +22,6 @@ PUBLISHED: dict[str, Any] = {
     "rates": [1e-4, 1e-4 * 100 ** (1 / 3), 1e-4 * 100 ** (2 / 3), 1e-2],
 }
 """What the tables of 2312.04927 (figure 2) and 2402.18668 were made with."""
-NAMES = {"mqar": "MQAR", "listops": "ListOps"}
 TRAINED = ("first", "samples", "epochs", "test_samples", "dropout", "stop")
 
 

@@ -14,7 +14,7 @@ from ..run import Summary, finished_if_stopped
 from ..shape import MAYBE_NUMBER
 from . import report
 from .layers import check_mixers
-from .settings import Setting, parse_setting
+from .settings import NAMES, Setting, parse_setting
 from .train import SOLVED, Run, Training, train
 
 MQAR_ROW: dict[str, Any] = {
@@ -61,7 +61,8 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("mixers", "settings", "dims", "rates", "seeds"):
             if not getattr(self, name):
-                raise FarspanError(f"The comparison was given no {name}; give at least one.")
+                what = NAMES[self.settings[0].suite] if self.settings else "The comparison"
+                raise FarspanError(f"{what} was given no {name}; give at least one.")
         if not all(0 < rate < 1 for rate in self.rates):
             raise FarspanError(f"Learning rates are above 0 and below 1; got {self.rates}.")
         if not all(0 <= seed < 1 << 31 for seed in self.seeds):

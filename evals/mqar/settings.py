@@ -6,6 +6,8 @@ from . import data
 from .listops import ListOps
 
 Setting = data.Setting | ListOps
+NAMES = {"mqar": "MQAR", "listops": "ListOps"}
+"""By suite."""
 
 
 def parse_setting(text: str) -> Setting:
