@@ -7,7 +7,7 @@
     setup.py     Setup: the model, the methods and the folder of an evaluation
     run.py       ruler and needle samples under each method, into a folder that resumes after a stop
     perplexity.py, speed.py   the other two evaluations
-    tasks.py     tasks of one's own; asked.py: what ruler and needle ask for; api.py: `farspan.evaluate`
+    asked.py     what ruler and needle ask for; api.py: `farspan.evaluate`
     sweep/       grids of evaluations from a YAML file, by one process or several
     folders.py   result folders, those of the same settings joined, for recommend.py (the cheapest method
                  within a bound), html/ (the page of a report) and export.py (its other forms)

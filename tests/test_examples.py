@@ -80,13 +80,6 @@ def test_calibrate_keeps_its_recipe(
     assert capsys.readouterr().out == first
 
 
-def test_own_task(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    example("own_task")["main"](length=300, samples=2)
-    printed = capsys.readouterr().out
-    assert "custom ·" in printed and "window:w=252,sinks=4" in printed
-    assert "to use: " in printed
-
-
 def test_two_ranks() -> None:
     first, second = ranks(2, str(EXAMPLES / "two_ranks.py"), within=120)
     assert first.code == second.code == 0, first.err

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import depths, words
-from ..folders import MQAR, NEEDLE, PERPLEXITY, Evaluation, Found
+from ..folders import FIDELITY, FROM_SCRATCH, NEEDLE, PERPLEXITY, Evaluation, Found
 from ..mqar import report as mqar
+from ..mqar.settings import NAMES
 from ..recommend import KEYS, WITHIN, Candidate, Recommendation, at_length, lengths_of
 from ..results import unfinished_note
 from ..summary import BASELINE
@@ -350,11 +351,34 @@ def perplexities(found: Found) -> list[Grid]:
     return out
 
 
-def recalls(found: Found) -> list[tuple[Grid, list[str]]]:
-    """A table for each MQAR evaluation, with its notes."""
+def fidelities(found: Found) -> list[Grid]:
+    """A table for each evaluation of fidelity: how often dense's top token is the method's, and the KL."""
+    head = ["method", "prompts", "same top token", "KL (nats)", "largest KL", "ΔNLL (95 %)", "read"]
     out = []
-    for one in found.of(MQAR):
+    for one in found.of(FIDELITY):
+        rows: list[list[Cell | str]] = [
+            [
+                row["method"],
+                str(row["n"]),
+                percent(row["score"], 1, " %"),
+                number(row.get("kl"), 4),
+                number(row.get("kl_most"), 4),
+                difference(row),
+                share_read(row),
+            ]
+            for row in one.data["methods"]
+        ]
+        out.append(
+            Grid(f"Next-token distributions of {one.model} beside dense's, on given prompts", head, rows)
+        )
+    return out
+
+
+def recalls(found: Found) -> list[tuple[Grid, list[str]]]:
+    """A table for each evaluation of models trained from scratch, with its notes."""
+    out = []
+    for one in (one for one in found.evaluations if one.suite in FROM_SCRATCH):
         columns, rows = mqar.columns(one.data), mqar.table_rows(one.data)
-        caption = "MQAR: accuracy in percent by (length x pairs), two-layer models trained from scratch"
+        caption = f"{NAMES[one.suite]}: accuracy in percent by setting, two-layer models trained from scratch"
         out.append((Grid(caption, columns, [list(row) for row in rows]), mqar.notes(one.data)))
     return out
