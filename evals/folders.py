@@ -77,7 +77,14 @@ class Evaluation:
 
     @property
     def model(self) -> str:
-        """The model's name as the first folder has it; of one that trains its own models, the suite's."""
+        """The model's name as the first folder has it, a path without its folders; the suite's where it trains
+        its own models."""
+        name = self.given
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
+    def given(self) -> str:
+        """The model's name as a command takes it: a folder with its whole path."""
         return str(self.config.get("model") or self.suite)
 
     @cached_property

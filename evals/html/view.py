@@ -107,7 +107,7 @@ def headline(
     for of in by_drop.values():
         if (chosen := of.chosen) is not None:
             said = f"{words.claim(found, one, of, chosen)} It is {words.bound(of)}."
-            command = f"farspan generate --model {one.model} {chosen.options} --prompt-file FILE"
+            command = f"farspan generate --model {one.given} {chosen.options} --prompt-file FILE"
             doubts = [*_less_likely(one, length, chosen.method), *words.doubts(of), beyond]
             return Headline(where, chosen.method, said, chosen.patch, command, doubts)
     last = by_drop[max(by_drop)]
