@@ -77,8 +77,8 @@ class Evaluation:
 
     @property
     def model(self) -> str:
-        """The model's name as the first folder has it, a path without its folders; where a suite trains its own
-        models, the suite's."""
+        """The model's name as the first folder has it, a path without its folders; the suite's where it
+        trains its own models."""
         name = self.given
         return Path(name).name if Path(name).is_absolute() else name
 
