@@ -12,7 +12,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import launch, options, output
-from .eval_options import Fidelity, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
+from .eval_options import Fidelity, LmEval, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
 from .mqar import listops, mqar
 
 app = typer.Typer(
@@ -117,6 +117,23 @@ def fidelity(given: Fidelity) -> None:
     output.show_summary(summary, report.terminal_table, given.json)
 
 
+@app.command("lm-eval", cls=launch.SpreadCommand)
+@options.command
+def lm_eval(given: LmEval) -> None:
+    """Any task of the lm-evaluation-harness under each method, with what was read beside its scores."""
+    ranks = given.on.spread()
+    specs, names = options.split_methods(given.methods), options.split_list(given.tasks)
+    from ..evals import harness, report
+
+    harness.check(names, given.truncate)
+    model, tokenizer = given.on.load(given.model, given.rope, ranks)
+    setup = _setup(given, "lm-eval", model, tokenizer, specs, {"rope": given.rope}, ranks)
+    how = {name: getattr(given, name) for name in ("limit", "fewshot", "batch_size", "truncate", "include")}
+    with output.resumable(given.json):
+        summary = harness.harness(setup, names, **how)
+    output.show_summary(summary, report.terminal_table, given.json)
+
+
 @app.command(cls=launch.SpreadCommand)
 @options.command
 def ppl(given: Perplexity) -> None:
@@ -175,7 +192,7 @@ def speed(given: Speed) -> None:
     output.show_summary(summary, measure.terminal_table, given.json)
 
 
-Given = Ruler | Needle | Retrieval | Turns | Fidelity | Perplexity | Speed
+Given = Ruler | Needle | Retrieval | Turns | Fidelity | LmEval | Perplexity | Speed
 Tasks = Needle | Retrieval | Turns
 
 
