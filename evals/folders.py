@@ -23,11 +23,12 @@ from .settings import EMPTY, differences, grown
 from .shape import NUMBER, Shape, misfit
 
 CONFIG, ROWS, INSPECTED = "config.json", "samples.jsonl", "inspect.json"
-SPEED, PERPLEXITY, FIDELITY, NEEDLE, RULER = "speed", "ppl", "fidelity", "needle", "ruler"
+SPEED, PERPLEXITY, FIDELITY, HARNESS = "speed", "ppl", "fidelity", "lm-eval"
+NEEDLE, RULER = "needle", "ruler"
 FROM_SCRATCH = tuple(NAMES)
 """The suites that train their own models."""
-OTHERS = (SPEED, PERPLEXITY, FIDELITY, *FROM_SCRATCH)
-"""The suites without scored answers."""
+OTHERS = (SPEED, PERPLEXITY, FIDELITY, HARNESS, *FROM_SCRATCH)
+"""The suites without a scored answer for each prompt."""
 SHAPES: dict[str, Shape] = {
     SPEED: speed.TIMING,
     NEEDLE: AT_DEPTH,

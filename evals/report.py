@@ -17,6 +17,8 @@ from .tables import (
     effective_table,
     fidelity_table,
     group_table,
+    harness_rows,
+    harness_table,
     interval_table,
     needle_table,
     number,
@@ -41,6 +43,12 @@ def terminal_table(data: Mapping[str, Any]) -> Table:
     quality = {"ppl": "perplexity", "fidelity": "same top %"}.get(data["suite"], "score")
     names = ("length", "n", quality, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
     title, caption = f"{data['suite']} · {data['model']}", " ".join(notes(data, short=True))
+    if data["suite"] == "lm-eval":
+        head, body = harness_rows(data)
+        table = Table(*head, title=title, caption=caption, numbers_from=3)
+        for cells in body:
+            table.add_row(*cells)
+        return table
     table = Table("method", *names, title=title, caption=caption, numbers_from=1)
     turns = data["suite"] == "turns"
     for row in data["cells" if turns else "overall"]:
@@ -104,6 +112,12 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
         out.append(f"{len(data['tasks'])} of RULER's {len(RULER_TASKS)} tasks.")
+    if data["suite"] == "lm-eval":
+        out.append(
+            "Δ: paired difference of the task's first metric from dense over the documents. cut: prompts "
+            "whose middle was cut out, because they were longer than the model's positions. A log-likelihood "
+            "is one call, in which a method's decode has no part."
+        )
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
     out += [*unfinished_note(data), *data.get("stopped", [])]
@@ -133,6 +147,10 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
                 parts.append(f"## By position in {short_length(length)}\n\n{table}")
     elif data["suite"] == "fidelity":
         parts = [title, fidelity_table(data)]
+    elif data["suite"] == "lm-eval":
+        parts = [title, harness_table(data), *(note + "\n" for note in notes(data, short=True))]
+        results.write_text("lm-eval.md", "\n".join(parts))
+        return ["lm-eval.md"]
     else:
         parts = [title, ruler_table(data)]
         if any(row["n"] for row in data["in_reach"]):

@@ -32,7 +32,7 @@ class Sample:
     """
 
     suite: str
-    """"ruler" or "needle"."""
+    """The suite of its task, such as "ruler"."""
     task: str
     length: int
     """Tokens of the cell: encoded prompt + `max_new_tokens` is at most this."""

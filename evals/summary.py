@@ -95,6 +95,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
             line["by_position"] = _by_position(line["method"], index, line["length"])
     return {
         "suite": suite,
+        **({"harness": _of_harness(rows)} if suite == "lm-eval" else {}),
         "model": config.get("model"),
         "dtype": config.get("dtype"),
         "versions": config.get("versions"),
@@ -229,6 +230,21 @@ def _by_position(
         difference = _interval(method, [list(pairs.values())])
         found.append({"position": position, "perplexity": exp(_mean(nlls.values())), "nll_diff": difference})
     return found
+
+
+def _of_harness(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each method and task of lm-eval, with the harness's metrics, and `diff`, the paired
+    difference from dense of the first metric over the documents."""
+    rows = list(rows)
+    base = {row["task"]: row["scores"] for row in rows if row["method"] == BASELINE}
+    names = ("method", "task", "metric", "metrics", "score", "longest_prompt", "prompts_cut", "density")
+    lines = []
+    for row in rows:
+        pairs = list(paired(row["scores"], base.get(row["task"], {})).values())
+        diff = stratified_interval([pairs]) if row["method"] != BASELINE else None
+        shown = {name: row[name] for name in names} | {"n": len(row["scores"])}
+        lines.append(shown | {"diff": None if diff is None else diff.to_dict()})
+    return lines
 
 
 def _of_fidelity(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -212,6 +212,30 @@ def fidelity_table(data: Mapping[str, Any]) -> str:
     return markdown(head, body)
 
 
+def harness_rows(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of lm-eval: a row for each task, metric and method."""
+    head = ["task", "metric", "method", "n", "score", "± stderr", "Δ (95 %)", "read", "cut"]
+    body = []
+    for line in data["harness"]:
+        read = "/".join(percent(line["density"][phase], 1) for phase in ("prefill", "decode"))
+        for name, metrics in line["metrics"].items():
+            for key, value in metrics.items():
+                metric, _, rest = key.partition(",")
+                error = metrics.get(f"{metric}_stderr,{rest}")
+                if metric.endswith("_stderr") or not rest:
+                    continue
+                mine = metric == line["metric"]
+                diff = difference({"method": line["method"], "nll_diff": line["diff"]}) if mine else "–"
+                numbers = [str(line["n"]), number(value, 4), number(error, 4), diff, read]
+                body.append([name, metric, line["method"], *numbers, str(line["prompts_cut"])])
+    return head, body
+
+
+def harness_table(data: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    return markdown(*harness_rows(data))
+
+
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the rest to the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *body]

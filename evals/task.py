@@ -12,7 +12,8 @@ A task of your own is a subclass:
                 draft = lambda units: Sample(suite=self.suite, task=name, length=length, index=index, ...)
                 yield filled(filling, draft, what="echo")
 
-    run(setup, Echo(lengths=[4096]))
+    task = Echo(lengths=[4096])
+    run(setup, task.draw(tokenizer), score=task.score)
 
 It is run, resumed, summarised and shown as the others are (see run.py). `examples/own_task.py` is a whole
 one.

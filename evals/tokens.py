@@ -37,6 +37,7 @@ class PromptLength:
         self.by_words = bool(getattr(tokenizer, "is_fast", False))
         """Whether prompts are counted by their words."""
         self._words: dict[str, int] = {}
+        self._tails: dict[str, int] = {}  # parts of words behind a hyphen
         self._sentences: dict[str, int] = {}
         self._ends: dict[tuple[str, ...], int] = {}
 
@@ -83,6 +84,7 @@ class PromptLength:
         if new := [word for word in counted if word not in known]:
             if len(known) > _MOST:
                 known = self._words = {}
+                self._tails = {}
                 new = list(counted)
             self._learn(new)
         total = sum(map(mul, map(known.__getitem__, counted), counted.values()))
@@ -97,13 +99,13 @@ class PromptLength:
         hyphens = ((word, word.split("-")) for word in words if "-" in word)
         cut = {word: parts for word, parts in hyphens if all(map(str.isalpha, parts))}
         whole = [word for word in words if word not in cut]
-        parts = dict.fromkeys(chain.from_iterable(parts[1:] for parts in cut.values()))
-        hyphened = [f"-{part}" for part in parts if f"-{part}" not in self._words]
-        first = dict.fromkeys(parts[0] for parts in cut.values())
-        whole += [part for part in first if part not in self._words]
-        self._words |= self._counts(whole, " ") | self._counts(hyphened, "")
-        for word, (head, *tail) in cut.items():
-            self._words[word] = self._words[head] + sum(self._words[f"-{part}"] for part in tail)
+        heads = dict.fromkeys(parts[0] for parts in cut.values())
+        tails = dict.fromkeys(chain.from_iterable(parts[1:] for parts in cut.values()))
+        whole += [part for part in heads if part not in self._words]
+        self._words |= self._counts(whole, " ")
+        self._tails |= self._counts([part for part in tails if part not in self._tails], "-")
+        for word, (head, *rest) in cut.items():
+            self._words[word] = self._words[head] + sum(map(self._tails.__getitem__, rest))
 
     def _counts(self, words: list[str], before: str) -> dict[str, int]:
         """The tokens of each word. All are encoded in one text, whose tokens are counted by their places.

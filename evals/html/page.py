@@ -18,7 +18,7 @@ from ..tables import short_length
 from .costs import break_even, inspected, layer_densities, speed_figures, speed_table
 from .samples import choose
 from .settings import made
-from .view import DROPS, fidelities, headline, perplexities, recalls, section
+from .view import DROPS, fidelities, harnesses, headline, perplexities, recalls, section
 
 HERE = Path(__file__).parent
 MOST_BYTES = 2_000_000
@@ -48,7 +48,7 @@ def page(
         or f"{len(found.inspections)} inspections",
         "headlines": [headline(found, one, drops, confidence) for one in answers if lengths_of(one)],
         "measured": _measured(answers),
-        "perplexities": [*perplexities(found), *fidelities(found)],
+        "perplexities": [*perplexities(found), *fidelities(found), *harnesses(found)],
         "speeds": [_speed(one) for one in found.of(SPEED)],
         "layers": [
             *(figure for one in found.evaluations for figure in layer_densities(one)),
@@ -59,7 +59,7 @@ def page(
         "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
     }
     ids = [("answer", "Which method to use"), *((item.anchor, item.title) for item in sections)]
-    ids += [("perplexity", "Likelihoods")] if context["perplexities"] else []
+    ids += [("perplexity", "Likelihoods and harness")] if context["perplexities"] else []
     ids += [("speed", "Speed"), ("layers", "Layers")]
     ids += [("recall", "Trained from scratch")] if context["recalls"] else []
     context["contents"] = [*ids, ("made", "How it was measured")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import depths, words
-from ..folders import FIDELITY, FROM_SCRATCH, NEEDLE, PERPLEXITY, Evaluation, Found
+from ..folders import FIDELITY, FROM_SCRATCH, HARNESS, NEEDLE, PERPLEXITY, Evaluation, Found
 from ..mqar import report as mqar
 from ..mqar.settings import NAMES
 from ..recommend import KEYS, WITHIN, Candidate, Recommendation, at_length, lengths_of
@@ -371,6 +371,21 @@ def fidelities(found: Found) -> list[Grid]:
         out.append(
             Grid(f"Next-token distributions of {one.model} beside dense's, on given prompts", head, rows)
         )
+    return out
+
+
+def harnesses(found: Found) -> list[Grid]:
+    """A table for each evaluation by the lm-evaluation-harness: its score of each task."""
+    out = []
+    for one in found.of(HARNESS):
+        tasks = list(dict.fromkeys(row["task"] for row in one.rows))
+        scores = {(row["method"], row["task"]): row["score"] for row in one.rows}
+        rows: list[list[Cell | str]] = [
+            [method, *(percent(scores.get((method, task)), 1) for task in tasks)]
+            for method in dict.fromkeys(row["method"] for row in one.rows)
+        ]
+        caption = f"Scores of the lm-evaluation-harness in percent, {one.model}"
+        out.append(Grid(caption, ["method", *tasks], rows))
     return out
 
 

@@ -34,12 +34,14 @@ and without it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...attention.errors import FarspanError
 from ..sample import Sample, check_numbers, check_tokens, encode
+from ..task import Task as BaseTask
 from ..text import Prose, check_haystack, load_prose
 from . import qa
 from .constants import SYNTHETIC, TASKS, Task
@@ -47,7 +49,7 @@ from .draws import Cell, words_recipe
 from .make import GENERATOR, Maker, draw
 from .qa import Questions
 
-__all__ = ["SYNTHETIC", "TASKS", "Task", "make_samples", "rebuild", "task_names"]
+__all__ = ["SYNTHETIC", "TASKS", "Ruler", "Task", "make_samples", "rebuild", "task_names"]
 
 
 def task_names(names: Sequence[str]) -> list[str]:
@@ -95,6 +97,33 @@ def make_samples(
     maker = Maker(tokenizer, spec, source)
     cells = (Cell(task=task, length=length, index=i, seed=seed, compat=compat) for i in range(count))
     return map(maker.make, cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruler(BaseTask):
+    """RULER's tasks as one task of an evaluation; for the fields see `make_samples`."""
+
+    suite: ClassVar[str] = "ruler"
+    TASKS: ClassVar[tuple[str, ...]] = tuple(TASKS)
+
+    tasks: Sequence[str] = SYNTHETIC
+    samples: int = 20
+    haystack: str | Path | Prose | None = None
+    questions: Mapping[str, Questions] | None = None
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.names:  # what is missing is found here; the samples themselves are drawn later
+            self.make(None, name, max(self.lengths), self.samples)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return super().config | ({"compat": True} if self.compat else {})
+
+    def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Sample]:
+        how: dict[str, Any] = {"questions": self.questions, "compat": self.compat}
+        return make_samples(tokenizer, name, length, count, self.seed, haystack=self.haystack, **how)
 
 
 def rebuild(

@@ -36,6 +36,7 @@ TEXTS = [
     "One two three. Four five, six. Seven eight (nine). Ten.\nEleven twelve. " * 20,
     "A line.\n A space behind the end of a line. Two  spaces. Three   of them.\n\n\tTabs. " * 5,
     "well-known red--blue T-shirt x-1 -dash dash- 12-34 1234567. 'quoted'. don't it's $5.",
+    "one -known well-known -known known-well red-dash -dash dash and -well.",
     "Ünïcödé naïve-ly 世界 。 ok é. And so on.",
     "aa bb cc. " * 100 + "last sentence without an end and a rather long one",
     "one",
