@@ -41,8 +41,8 @@ class Cell:
 class Asked:
     """The samples of `farspan eval ruler` or `needle`, with the same settings in config.json.
 
-    tasks: of ruler; "synthetic" are those that need no data set, "all" are all. depths: of needle. samples: of
-    each cell. text: as `--text`. chat: False where the chat template is not used.
+    tasks: of ruler; "synthetic" are those that need no data set, "all" are all. depths: of needle. samples:
+    of each cell. text: as `--text`. chat: False where the chat template is not used.
     """
 
     suite: str
