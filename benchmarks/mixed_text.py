@@ -41,7 +41,7 @@ def prompts(model: str, seed: int) -> Iterator[str]:
     _, tokenizer = farspan.load(model)
     rng, number = random.Random(seed), 0
     while True:
-        for task in ruler.TASKS:
+        for task in ruler.SYNTHETIC:
             length = rng.randrange(1500, 3000)
             *_, sample = ruler.make_samples(tokenizer, task, length, number + 1, seed=seed)
             yield tokenizer.decode([*encode(tokenizer, sample), *encode_gold(tokenizer, sample)])

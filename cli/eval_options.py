@@ -1,4 +1,4 @@
-"""The options of `farspan eval`'s four suites."""
+"""The options of `farspan eval`'s suites that run a pretrained model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,19 @@ PromptLengths = Annotated[
     ),
 ]
 Tasks = Annotated[
-    list[str], typer.Option(help='"all" (the 11 that need no dataset), names repeated, or one list.')
+    list[str],
+    typer.Option(help='"synthetic" (the 11 that need no data set), "all" (13), names repeated, or one list.'),
+]
+QaData = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For qa_1 and qa_2: SQuAD's and HotpotQA's published JSON files, one list or repeated [default: "
+        "from the package datasets]."
+    ),
+]
+Compat = Annotated[
+    bool,
+    typer.Option("--compat", help="With the published generator's quirks: coarse filling, fixed orders."),
 ]
 Depths = Annotated[
     list[str],
@@ -62,6 +74,14 @@ def _renamed(old: str, new: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written:
+    """What an evaluation that needs no text reads and writes beside the model."""
+
+    out: Out = None
+    recipe: options.Recipe = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Files:
     """What an evaluation reads and writes beside the model."""
 
@@ -89,7 +109,9 @@ class Ruler(Suite):
     """Options of `farspan eval ruler`."""
 
     lengths: Lengths = field(default_factory=lambda: ["4096"])
-    tasks: Tasks = field(default_factory=lambda: ["all"])
+    tasks: Tasks = field(default_factory=lambda: ["synthetic"])
+    qa_data: QaData = None
+    compat: Compat = False
     samples: Samples = 20
     seed: Seed = 1
     files: Files
@@ -106,11 +128,97 @@ class Needle(Suite):
 
     lengths: Lengths = field(default_factory=lambda: ["1024", "2048", "4096"])
     depths: Depths = field(default_factory=lambda: ["0,0.25,0.5,0.75,1"])
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            help='"needle" (one fact), "multi_key", "multi_value", "uuid_chain" (four facts). Repeat it, or '
+            "one list."
+        ),
+    ] = field(default_factory=lambda: ["needle"])
     samples: Samples = 4
     seed: Seed = 1
     files: Files
     batch_size: BatchSize = "auto"
     chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Suite):
+    """Options of `farspan eval retrieval`."""
+
+    lengths: Lengths = field(default_factory=lambda: ["4096"])
+    tasks: Annotated[list[str], typer.Option(help='"passkey", "kv", or both as one list.')] = field(
+        default_factory=lambda: ["passkey,kv"]
+    )
+    samples: Samples = 20
+    seed: Seed = 1
+    files: Written
+    batch_size: BatchSize = "auto"
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns(Suite):
+    """Options of `farspan eval turns`."""
+
+    lengths: Lengths = field(default_factory=lambda: ["4096"])
+    tasks: Annotated[
+        list[str], typer.Option(help='"kv" (a JSON object), "needle" (facts in prose), or both as one list.')
+    ] = field(default_factory=lambda: ["kv,needle"])
+    turns: Annotated[int, typer.Option(min=1, help="Questions of a conversation.")] = 4
+    samples: Samples = 10
+    seed: Seed = 1
+    files: Files
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Suite):
+    """Options of `farspan eval fidelity`."""
+
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            help="A file with one prompt, a .jsonl file with one a line, a folder of .txt files. Repeatable."
+        ),
+    ]
+    new_tokens: Annotated[int, options.tokens("Tokens of dense's answer that are compared.")] = 64
+    files: Written
+    batch_size: BatchSize = "auto"
+    chat: options.Chat = None
+    rope: options.Rope = None
+    on: options.Ranks
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEval(Suite):
+    """Options of `farspan eval lm-eval`."""
+
+    tasks: Annotated[list[str], typer.Option(help="Names of lm-eval, repeated or as one list.")]
+    limit: Annotated[int | None, options.count("The first documents of each task [default: all].")] = None
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a prompt [default: as the task says].")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1
+    truncate: Annotated[
+        str | None,
+        typer.Option(
+            help='"middle" cuts the middle out of a prompt that is longer than the positions; otherwise it '
+            "is refused."
+        ),
+    ] = None
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own (YAML).")] = None
+    files: Written
     rope: options.Rope = None
     on: options.Ranks
     json: options.Json = False
@@ -124,7 +232,14 @@ class Perplexity(Suite):
     new_tokens: Annotated[
         int, options.tokens("Tokens at the end of each length that are scored, through decode.")
     ] = 128
-    samples: Annotated[int, typer.Option(min=1, help="Disjoint parts of the text, for each length.")] = 8
+    samples: Annotated[int, typer.Option(min=1, help="Parts of the text, for each length.")] = 8
+    sliding: Annotated[
+        bool,
+        typer.Option(
+            "--sliding/--apart",
+            help="Each part begins --new-tokens after the one before, or the parts are disjoint.",
+        ),
+    ] = False
     files: Files
     batch_size: BatchSize = "auto"
     rope: options.Rope = None

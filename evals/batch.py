@@ -77,14 +77,44 @@ def prefill(model: Any, batch: Batch) -> Any:
 
 
 @torch.no_grad()
+def extend(model: Any, ids: torch.Tensor, cache: Any, *, start: int) -> None:
+    """Feed the tokens start .. T - 2 of one row, ids [1, T], to a cache that holds those before `start`."""
+    model(
+        input_ids=ids[:, start:-1],
+        attention_mask=torch.ones_like(ids[:, :-1]),
+        position_ids=torch.arange(start, ids.shape[1] - 1, device=ids.device)[None],
+        use_cache=True,
+        logits_to_keep=1,
+        **with_cache(model, cache),
+    )
+
+
 def teacher_forced(
     model: Any, batch: Batch, cache: Any, golds: Sequence[Sequence[int]], *, pad: int, per_call: int = 1
 ) -> list[list[float]]:
     """Negative log-likelihood (nats) of each gold token after its prompt, fed through the decode path.
 
+    Arguments as for `forced_logits`. The losses of padded golds are left out.
+    """
+    losses = []
+    for logits, targets in forced_logits(model, batch, cache, golds, pad=pad, per_call=per_call):
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        losses.append(loss.view(targets.shape).cpu())
+    table = torch.cat(losses, dim=1).tolist() if losses else [[] for _ in golds]
+    return [row[: len(gold)] for row, gold in zip(table, golds, strict=True)]
+
+
+@torch.no_grad()
+def forced_logits(
+    model: Any, batch: Batch, cache: Any, golds: Sequence[Sequence[int]], *, pad: int, per_call: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the logits [B, n, V] that come before n gold tokens each, and these tokens [B, n].
+
     cache: from `prefill`; this call changes it. The inputs are the last prompt token and all gold tokens but
     the last, `per_call` of them in each call (`generate` has 1; up to 16 count as decode). Shorter golds are
-    padded on the right. The padding cannot influence earlier tokens, and its losses are left out.
+    padded on the right. The padding cannot influence earlier tokens.
     """
     steps = max(len(gold) for gold in golds)
     device, rows = batch.ids.device, len(golds)
@@ -93,7 +123,6 @@ def teacher_forced(
     mask = torch.cat([batch.mask, batch.mask.new_ones(rows, steps)], dim=1)
     positions = batch.lengths[:, None] - 1 + torch.arange(steps, device=device)
     prompt = batch.ids.shape[1] - 1
-    losses = []
     for start in range(0, steps, per_call):
         stop = min(start + per_call, steps)
         logits = model(
@@ -103,12 +132,7 @@ def teacher_forced(
             use_cache=True,
             **with_cache(model, cache),
         ).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets[:, start:stop].flatten(), reduction="none"
-        )
-        losses.append(loss.view(rows, stop - start).cpu())
-    table = torch.cat(losses, dim=1).tolist() if losses else [[] for _ in golds]
-    return [row[: len(gold)] for row, gold in zip(table, golds, strict=True)]
+        yield logits, targets[:, start:stop]
 
 
 @torch.no_grad()

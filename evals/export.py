@@ -10,11 +10,11 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from . import report
-from .folders import MQAR, PERPLEXITY, RULER, SPEED, Found
+from .folders import OTHERS, RULER, SPEED, Found
 from .html.costs import break_even, speed_table
 from .html.page import page
 from .html.settings import made
-from .html.view import DROPS, Grid, headline, perplexities, recalls
+from .html.view import DROPS, Grid, fidelities, harnesses, headline, perplexities, recalls
 from .recommend import lengths_of
 from .tables import markdown, needle_table, reach_table, ruler_table
 
@@ -82,7 +82,7 @@ def as_markdown(
             parts += [f"    {head.patch}\n"] if head.patch else []
             parts += [f"- {doubt}" for doubt in head.doubts] + [""]
     for one in found.evaluations:
-        if one.suite in (SPEED, MQAR, PERPLEXITY):
+        if one.suite in OTHERS:
             continue
         parts += [f"## {one.model}, {one.suite}\n"]
         parts += [ruler_table(one.data) if one.suite == RULER else needle_table(one.data)]
@@ -91,7 +91,12 @@ def as_markdown(
         parts += [f"{note}\n" for note in report.notes(one.data, short=True)]
     for one in found.of(SPEED):
         parts += [f"## Speed of {one.model}\n", _grid(break_even(one)), _grid(speed_table(one))]
-    grids = [*perplexities(found), *(grid for grid, _ in recalls(found))]
+    grids = [
+        *perplexities(found),
+        *fidelities(found),
+        *harnesses(found),
+        *(grid for grid, _ in recalls(found)),
+    ]
     parts += [f"## {grid.caption}\n\n{_grid(grid)}" for grid in grids]
     parts += ["## Commands\n", *(f"    {line}\n" for one in found.evaluations for line in made(one).commands)]
     return "\n".join(parts).replace("<", "&lt;")  # no text of a result starts HTML

@@ -16,27 +16,43 @@ from typing import Any
 from . import speed, summary
 from .mqar import report as mqar
 from .mqar.run import MQAR_ROW
+from .mqar.settings import NAMES
 from .rows import ResultsError, parse, parse_config, parse_rows
 from .run import ANSWER, AT_DEPTH
 from .settings import EMPTY, differences, grown
 from .shape import NUMBER, Shape, misfit
 
 CONFIG, ROWS, INSPECTED = "config.json", "samples.jsonl", "inspect.json"
-SPEED, MQAR, PERPLEXITY, NEEDLE, RULER = "speed", "mqar", "ppl", "needle", "ruler"
-SHAPES: dict[str, Shape] = {SPEED: speed.TIMING, MQAR: MQAR_ROW, NEEDLE: AT_DEPTH}
+SPEED, PERPLEXITY, FIDELITY, HARNESS = "speed", "ppl", "fidelity", "lm-eval"
+NEEDLE, RULER = "needle", "ruler"
+FROM_SCRATCH = tuple(NAMES)
+"""The suites that train their own models."""
+OTHERS = (SPEED, PERPLEXITY, FIDELITY, HARNESS, *FROM_SCRATCH)
+"""The suites without a scored answer for each prompt."""
+SHAPES: dict[str, Shape] = {
+    SPEED: speed.TIMING,
+    NEEDLE: AT_DEPTH,
+    **dict.fromkeys(FROM_SCRATCH, MQAR_ROW),
+}
+_TRAINING: Shape = {
+    "tasks": [str],
+    "rates": [NUMBER],
+    "seeds": [int],
+    "first": str,
+    "stop": NUMBER,
+    "samples": int,
+    "epochs": int,
+    "test_samples": int,
+}
 SETTINGS: dict[str, Shape] = {
     SPEED: {"new_tokens": int, "batch_size": int, "baseline": str},
-    MQAR: {
-        "tasks": [str],
-        "rates": [NUMBER],
-        "seeds": [int],
-        "first": str,
-        "stop": NUMBER,
-        **dict.fromkeys(("samples", "epochs", "test_samples"), int),
-    },
+    **dict.fromkeys(FROM_SCRATCH, _TRAINING),
 }
 """The fields of config.json that a suite's report needs besides those of every folder."""
-SUMMARISE: dict[str, Callable[..., dict[str, Any]]] = {SPEED: speed.summarise, MQAR: mqar.summarise}
+SUMMARISE: dict[str, Callable[..., dict[str, Any]]] = {
+    SPEED: speed.summarise,
+    **dict.fromkeys(FROM_SCRATCH, mqar.summarise),
+}
 INSPECTION: dict[str, Any] = {
     "model": str,
     "method": str,
@@ -62,7 +78,14 @@ class Evaluation:
 
     @property
     def model(self) -> str:
-        """The model's name as the first folder has it; of MQAR, which trains its own models, "mqar"."""
+        """The model's name as the first folder has it, a path without its folders; the suite's where it
+        trains its own models."""
+        name = self.given
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
+    def given(self) -> str:
+        """The model's name as a command takes it: a folder with its whole path."""
         return str(self.config.get("model") or self.suite)
 
     @cached_property
@@ -85,8 +108,8 @@ class Found:
     inspections: list[dict[str, Any]] = field(default_factory=list)
 
     def answers(self) -> list[Evaluation]:
-        """The evaluations with scored answers: all but speed, perplexity and MQAR."""
-        return [one for one in self.evaluations if one.suite not in (SPEED, MQAR, PERPLEXITY)]
+        """The evaluations with scored answers."""
+        return [one for one in self.evaluations if one.suite not in OTHERS]
 
     def of(self, suite: str) -> list[Evaluation]:
         return [one for one in self.evaluations if one.suite == suite]
@@ -132,13 +155,13 @@ def _read(folder: Path) -> Evaluation:
     if wrong := misfit(config, SETTINGS.get(suite, {}), "it"):
         raise ResultsError(f"{folder / CONFIG} is damaged ({wrong}); mend it, or leave the folder out.")
     rows, _ = parse_rows(_bytes(folder / ROWS), folder / ROWS, SHAPES.get(suite, ANSWER))
-    if suite == MQAR and not all(_whole(row) for row in rows):
+    if suite in FROM_SCRATCH and not all(_whole(row) for row in rows):
         raise ResultsError(f"{folder / ROWS} is damaged (a row lacks one of its settings); leave it out.")
     return Evaluation([folder], config, rows)
 
 
 def _whole(row: Mapping[str, Any]) -> bool:
-    """Whether a row of MQAR has an accuracy and a state for each of its settings, of which there are some."""
+    """Whether such a row has settings, and an accuracy and a state for each of them."""
     names = set(row["settings"])
     return bool(names) and names <= row["accuracy"].keys() and names <= row["state"].keys()
 
@@ -162,7 +185,11 @@ def _bytes(path: Path) -> bytes:
 def _add(evaluations: list[Evaluation], new: Evaluation) -> None:
     """Append the evaluation, or join it with the first one of the same settings."""
     for i, old in enumerate(evaluations):
-        if old.suite == new.suite and old.suite not in (SPEED, MQAR) and _alike(old.config, new.config):
+        if (
+            old.suite == new.suite
+            and old.suite not in (SPEED, *FROM_SCRATCH)
+            and _alike(old.config, new.config)
+        ):
             known = {(row["key"], row["method"]) for row in old.rows}
             rows = [row for row in new.rows if (row["key"], row["method"]) not in known]
             sessions = [*old.config["sessions"], *new.config["sessions"]]

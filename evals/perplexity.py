@@ -9,34 +9,46 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
-from .memory import batch_rows
 from .ranks import Job
-from .results import Results, open_results, plan, record
-from .run import ANSWER, Summary, check_batch_size, finish, finished_if_stopped
+from .run import Rows, Summary, drive
 from .setup import Setup
-from .shared import Started, check_methods, common_settings, costs, evaluating, meter, read_of, under_each
+from .shared import Started, costs, read_of, under_each
+
+PARTS = 8
+"""The parts of the scored tokens for which a row has a figure of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored."""
+    """The tokens `ids` of a part of a text, number `index` of its length. The last `scored` are scored.
+
+    begin: the token of the text at which a sliding window begins; None for a part of its own.
+    """
 
     index: int
     ids: list[int]
     scored: int
+    begin: int | None = None
+
+    suite, task = "ppl", "text"
 
     @property
-    def key(self) -> str:
-        return f"ppl/text/{len(self.ids)}/{self.index}"
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"ppl/text/{len(self.ids)}/{self.index}"]
 
     @property
     def recipe(self) -> dict[str, int]:
-        return {"window": self.index}
+        return {"window": self.index} | ({} if self.begin is None else {"begin": self.begin})
 
 
 def perplexity(
@@ -46,55 +58,47 @@ def perplexity(
     lengths: Sequence[int] = (2048,),
     new_tokens: int = 128,
     samples: int = 8,
+    sliding: bool = False,
     batch_size: int | str = "auto",
 ) -> Summary:
     """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens each.
 
-    Each length has `samples` windows, from disjoint parts of the text. The tokens before the scored ones are
-    the prefill. The scored tokens are fed 16 at a time, the most that counts as decode: every query selects
-    for itself, as it does when tokens are generated one by one. Writes and resumes a folder as `run` does,
-    over ranks too. Raises FarspanError for sizes that leave no prompt, and for a text that is too short for
-    the windows.
+    Each length has `samples` windows, from disjoint parts of the text; with `sliding`, each begins
+    `new_tokens` after the one before, so that a long text is scored without gaps, each token behind as much
+    context. The tokens before the scored ones are the prefill. Each row also has the NLL of `PARTS` equal
+    parts of the scored tokens: with few tokens before them, the perplexity by position. The scored tokens are
+    fed 16 at a time, the most that counts as decode: every query selects for itself, as it does when tokens
+    are generated one by one. Writes and resumes a folder as `run` does, over ranks too. Raises FarspanError
+    for sizes that leave no prompt, and for a text that is too short for the windows.
     """
     check_sizes(lengths, new_tokens, samples)
-    check_batch_size(batch_size)
-    model = setup.model
-    with Job(model, setup.parallel) as job:
-        specs = check_methods(model, setup.methods, setup.recipe, job)
-        cut = {
-            length: [
-                Window(index=index, ids=ids, scored=new_tokens)
-                for index, ids in enumerate(cut_windows(setup.tokenizer, text, length, samples))
-            ]
-            for length in dict.fromkeys(lengths)
-        }
-        settings = {
-            **setup.config,
-            **common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe),
-            "suite": "ppl",
-            "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "lengths": list(cut),
-            "new_tokens": new_tokens,
-            "samples": samples,
-        }
-        session = {"batch_size": batch_size, "device": str(model.device)}
-        with (
-            open_results(job, setup.out, settings, session=session, row=ANSWER) as results,
-            evaluating(model),
-        ):
-            every = [window for windows in cut.values() for window in windows]
-            plan(job, results, {spec: [window.key for window in every] for spec in specs})
-            with (
-                finished_if_stopped(results, finish),
-                meter(setup.progress, len(every) * len(specs)) as advance,
-            ):
-                for length, windows in cut.items():
-                    automatic = isinstance(batch_size, str)
-                    size = batch_rows(model, length, samples, job) if automatic else int(batch_size)
-                    for first in range(0, samples, size):
-                        batch = windows[first : first + size]
-                        _work_through(setup, job, batch, specs, results, advance)
-            return finish(results)
+    windows = [
+        window
+        for length in dict.fromkeys(lengths)
+        for window in _windows(setup.tokenizer, text, length, new_tokens, samples, sliding)
+    ]
+    settings = {
+        "suite": "ppl",
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "lengths": list(dict.fromkeys(lengths)),
+        "new_tokens": new_tokens,
+        "samples": samples,
+        **({"sliding": True} if sliding else {}),
+    }
+    return drive(setup, windows, _evaluate, settings=settings, batch_size=batch_size)
+
+
+def _windows(
+    tokenizer: Any, text: str, length: int, new_tokens: int, samples: int, sliding: bool
+) -> Iterator[Window]:
+    if not sliding:
+        for index, ids in enumerate(cut_windows(tokenizer, text, length, samples)):
+            yield Window(index=index, ids=ids, scored=new_tokens)
+        return
+    [ids] = cut_windows(tokenizer, text, length + (samples - 1) * new_tokens, 1)
+    for index in range(samples):
+        begin = index * new_tokens
+        yield Window(index=index, ids=ids[begin : begin + length], scored=new_tokens, begin=begin)
 
 
 def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
@@ -137,23 +141,8 @@ def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[
         yield ids[:length]
 
 
-def _work_through(
-    setup: Setup,
-    job: Job,
-    windows: Sequence[Window],
-    specs: Sequence[str],
-    results: Results,
-    advance: Any,
-) -> None:
-    """Score a batch of windows of one length under each method that has not finished all of them."""
-
-    def missing(spec: str) -> list[Window]:
-        return [window for window in windows if not results.done(window.key, spec, window.recipe)]
-
-    waiting = [spec for spec in specs if missing(spec)]
-    advance(len(windows) * (len(specs) - len(waiting)), "")
-    if not waiting:
-        return
+def _evaluate(setup: Setup, job: Job, windows: Sequence[Window], specs: Sequence[str]) -> Rows:
+    """Score a batch of windows of one length under each method in turn."""
     model = setup.model
     pad = forward.pad_token(model, setup.tokenizer)
     batch = forward.collate([w.ids[: -w.scored] for w in windows], pad, model.device)
@@ -167,18 +156,16 @@ def _work_through(
         common = costs(started, read_of(job.report(patched)), clock.seconds, len(windows))
         return [_row(window, nll) | common for window, nll in zip(windows, nlls, strict=True)]
 
-    for spec, rows in under_each(model, batch, waiting, setup.recipe, measure, job):
-        fresh = {window.key for window in missing(spec)}
-        record(job, results, [{"method": spec, **row} for row in rows if row["key"] in fresh])
-        advance(len(windows), spec)
+    for spec, rows in under_each(model, batch, specs, setup.recipe, measure, job):
+        yield spec, [{"method": spec, **row} for row in rows]
 
 
 def _row(window: Window, nll: Sequence[float]) -> dict[str, Any]:
     return {
-        "key": window.key,
-        "suite": "ppl",
-        "task": "text",
-        "length": len(window.ids),
+        "key": window.keys[0],
+        "suite": window.suite,
+        "task": window.task,
+        "length": window.length,
         "index": window.index,
         "extra": {},
         "recipe": window.recipe,
@@ -187,4 +174,13 @@ def _row(window: Window, nll: Sequence[float]) -> dict[str, Any]:
         "nll_sum": sum(nll),
         "gold_tokens": len(nll),
         "steps": len(nll),
+        "by_position": _by_position(window, nll),
     }
+
+
+def _by_position(window: Window, nll: Sequence[float]) -> list[list[float]]:
+    """[first position, mean NLL] of each of `PARTS` parts of the scored tokens, of fewer if there are
+    fewer."""
+    count, first = min(PARTS, len(nll)), window.length - len(nll)
+    edges = [part * len(nll) // count for part in range(count + 1)]
+    return [[first + a, sum(nll[a:b]) / (b - a)] for a, b in pairwise(edges)]

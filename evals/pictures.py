@@ -16,12 +16,15 @@ from .results import Results
 from .tables import short_length
 
 
-def needle_grid(data: Mapping[str, Any], method: str) -> tuple[list[list[float]], list[int], list[float]]:
+def needle_grid(
+    data: Mapping[str, Any], method: str, task: str = "needle"
+) -> tuple[list[list[float]], list[int], list[float]]:
     """Mean scores as (grid [depths][lengths], lengths, depths), both ascending; NaN where there is no sample.
 
     Row 0 is the smallest depth: the needle at the start of the text.
     """
-    cells = {(c["depth"], c["length"]): c["score"] for c in data["cells"] if c["method"] == method}
+    found = [c for c in data["cells"] if (c["method"], c["task"]) == (method, task)]
+    cells = {(c["depth"], c["length"]): c["score"] for c in found}
     depths = sorted({depth for depth, _ in cells})
     lengths = sorted({length for _, length in cells})
     grid = [[float("nan") if (s := cells.get((d, n))) is None else s for n in lengths] for d in depths]
@@ -29,13 +32,15 @@ def needle_grid(data: Mapping[str, Any], method: str) -> tuple[list[list[float]]
 
 
 def write(results: Results, data: Mapping[str, Any]) -> list[str]:
-    """One heatmap PNG per method for needle, one table PNG for RULER; returns their names."""
+    """One heatmap PNG per method and task for needle, one table PNG for RULER; returns their names."""
     names = []
     if data["suite"] == "needle":
         for number, row in enumerate(data["methods"]):
-            names.append(f"heatmap_{slug(row['method'], number)}.png")
-            with results.picture(names[-1]) as path:
-                heatmap(data, row["method"], path)
+            for task in data["tasks"]:
+                kind = "" if task == "needle" else f"{task}_"
+                names.append(f"heatmap_{kind}{slug(row['method'], number)}.png")
+                with results.picture(names[-1]) as path:
+                    heatmap(data, row["method"], path, task=task)
     elif data["suite"] == "ruler":
         names.append("ruler.png")
         with results.picture(names[-1]) as path:
@@ -43,24 +48,26 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def heatmap(data: Mapping[str, Any], method: str, path: Any) -> None:
+def heatmap(data: Mapping[str, Any], method: str, path: Any, *, task: str = "needle") -> None:
     """Needle scores: length on x, depth on y with 0 % on top, red (lost) to green (found).
 
     Below a depth stands the mean true depth of its needles, where that differs by half a point or more.
     """
-    grid, lengths, depths = needle_grid(data, method)
+    grid, lengths, depths = needle_grid(data, method, task)
     width = 2.6 + 0.75 * len(lengths)
     figure = new_figure(width, 1.8 + 0.42 * len(depths))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
-    true = by_depth(cell for cell in data["cells"] if cell["method"] == method)
+    shown = [cell for cell in data["cells"] if (cell["method"], cell["task"]) == (method, task)]
+    true = by_depth(shown)
     axes.set_yticks(range(len(depths)), [label(depth, true.get(depth)) for depth in depths])
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
     total = next(row for row in data["methods"] if row["method"] == method)
+    mean, n = total["tasks"].get(task) or 0, sum(cell["n"] for cell in shown)
     name = "\n".join(wrap(method, int(11 * width)))  # characters of this size in an inch
-    axes.set_title(f"{name}\nmean {100 * (total['score'] or 0):.1f} %, n = {total['n']}", fontsize=9)
+    axes.set_title(f"{name}\nmean {100 * mean:.1f} %, n = {n}", fontsize=9)
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value == value:

@@ -83,11 +83,13 @@ class Recommendation:
     """What a length's results say about a bound on the loss. `chosen` is None if no method passes.
 
     candidates: every other method, the cheapest first. tasks: all of them; blind: those at which dense scores
-    nothing, which are left out. asked: the length that was asked for, where `length` stands in for it.
+    nothing, which are left out. given: the model as a command takes it. asked: the length that was asked for,
+    where `length` stands in for it.
     """
 
     suite: str
     model: str
+    given: str
     dtype: str | None
     length: int
     asked: int
@@ -213,6 +215,7 @@ def at_length(
     return Recommendation(
         suite=evaluation.suite,
         model=evaluation.model,
+        given=evaluation.given,
         dtype=evaluation.config.get("dtype"),
         length=length,
         asked=asked,

@@ -9,14 +9,22 @@ from ..runtime.table import Table
 from . import depths, pictures
 from .results import Results, unfinished_note
 from .stats import FEWEST, NO_SPREAD, TOO_FEW
-from .summary import BASELINE, REACH, RULER_TASKS
+from .summary import BASELINE, EFFECTIVE, REACH, RULER_TASKS
 from .tables import (
+    by_task_table,
+    category_table,
     cost_table,
+    effective_table,
+    fidelity_table,
     group_table,
+    harness_rows,
+    harness_table,
+    interval_table,
     needle_table,
     number,
     perplexity_table,
     plus_minus,
+    position_table,
     reach_table,
     row_cells,
     ruler_table,
@@ -31,19 +39,25 @@ _REASONS = {
 
 
 def terminal_table(data: Mapping[str, Any]) -> Table:
-    """One row per method and length, for the terminal."""
-    quality = "perplexity" if data["suite"] == "ppl" else "score"
+    """One row per method and length, for the terminal; of turns, one per method, length and turn."""
+    quality = {"ppl": "perplexity", "fidelity": "same top %"}.get(data["suite"], "score")
     names = ("length", "n", quality, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
     title, caption = f"{data['suite']} · {data['model']}", " ".join(notes(data, short=True))
+    if data["suite"] == "lm-eval":
+        head, body = harness_rows(data)
+        table = Table(*head, title=title, caption=caption, numbers_from=3)
+        for cells in body:
+            table.add_row(*cells)
+        return table
     table = Table("method", *names, title=title, caption=caption, numbers_from=1)
-    for row in data["overall"]:
+    turns = data["suite"] == "turns"
+    for row in data["cells" if turns else "overall"]:
         if row["n"]:
             n, score, _, read, *seconds = row_cells(row)
             read = read.removesuffix(" %").replace(" ", "")
             score = number(row["perplexity"], 2) if quality == "perplexity" else score
-            table.add_row(
-                row["method"], short_length(row["length"]), n, score, plus_minus(row), read, *seconds
-            )
+            where = short_length(row["length"]) + (f" {row['task']}" if turns else "")
+            table.add_row(row["method"], where, n, score, plus_minus(row), read, *seconds)
     return table
 
 
@@ -62,6 +76,11 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             out.append(
                 f"In the tables of tasks * marks a ΔNLL whose interval excludes 0; it takes {FEWEST} prompts."
             )
+        if any(row["effective_length"] for row in data["methods"]):
+            out.append(
+                "Effective length: the largest length whose score is at least "
+                f"{100 * EFFECTIVE:.0f} % of that at the shortest one; ≥ where it is the longest length."
+            )
         if data["suite"] == "ruler" and any(row["n"] for row in data["in_reach"]):
             out.append(
                 "In reach: tasks chosen by dense's own score on these same prompts. That favours tasks on "
@@ -73,6 +92,17 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         out.append(f"Samples a cell: {' to '.join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))}.")
         where = depths.note(data["cells"])
         out += [where] if where else []
+        if data["suite"] == "fidelity":
+            out.append(
+                "The score is the share of tokens at which dense and the method have the same most likely "
+                "token, along dense's own greedy answers; KL is KL(dense || method) in nats. Length: the "
+                "power of two that holds prompt and answer."
+            )
+        if data["suite"] == "turns":
+            out.append(
+                "Turns: each question is a turn of one conversation on one cache. After each turn the right "
+                "answer goes into the conversation, so all methods read the same one."
+            )
         if data["suite"] == "ppl":
             out.append(
                 "Perplexity: exp of the mean negative log-likelihood over the windows. A decode step here is "
@@ -81,7 +111,13 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
-        out.append(f"{len(data['tasks'])} of RULER's 11 dataset-free tasks.")
+        out.append(f"{len(data['tasks'])} of RULER's {len(RULER_TASKS)} tasks.")
+    if data["suite"] == "lm-eval":
+        out.append(
+            "Δ: paired difference of the task's first metric from dense over the documents. cut: prompts "
+            "whose middle was cut out, because they were longer than the model's positions. A log-likelihood "
+            "is one call, in which a method's decode has no part."
+        )
     if not any(row["method"] == BASELINE for row in data["methods"]):
         out.append("Add the method dense to this folder to get paired differences.")
     out += [*unfinished_note(data), *data.get("stopped", [])]
@@ -102,8 +138,19 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
     title = f"# {data['suite']}: {data['model']} ({data['dtype']})\n"
     if data["suite"] == "needle":
         parts = [title, needle_table(data)]
+        if data["tasks"] != ["needle"]:
+            parts.append(f"## By task\n\n{by_task_table(data)}")
     elif data["suite"] == "ppl":
         parts = [title, perplexity_table(data)]
+        for length in data["lengths"]:
+            if table := position_table(data, length):
+                parts.append(f"## By position in {short_length(length)}\n\n{table}")
+    elif data["suite"] == "fidelity":
+        parts = [title, fidelity_table(data)]
+    elif data["suite"] == "lm-eval":
+        parts = [title, harness_table(data), *(note + "\n" for note in notes(data, short=True))]
+        results.write_text("lm-eval.md", "\n".join(parts))
+        return ["lm-eval.md"]
     else:
         parts = [title, ruler_table(data)]
         if any(row["n"] for row in data["in_reach"]):
@@ -111,8 +158,15 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
             parts.append(
                 f"## Tasks in reach: dense scores {low} to {high} on these prompts\n\n{reach_table(data)}"
             )
-        parts.append(f"## By haystack\n\n{group_table(data)}")
-        parts += [f"## {short_length(length)}\n\n{task_table(data, length)}" for length in data["lengths"]]
+        if data["suite"] == "ruler":
+            parts.append(f"## By category\n\n{category_table(data)}")
+            parts.append(f"## By haystack\n\n{group_table(data)}")
+        parts += [
+            f"## {short_length(length)}\n\n{task_table(data, length)}\n{interval_table(data, length)}"
+            for length in data["lengths"]
+        ]
+    if (effective := effective_table(data)) and data["suite"] not in ("ppl", "fidelity"):
+        parts.append(f"## Effective length\n\n{effective}")
     text = "\n".join([*parts, cost_table(data), *(note + "\n" for note in notes(data))])
     name = f"{data['suite']}.md"
     results.write_text(name, text)

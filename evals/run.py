@@ -20,12 +20,13 @@ device can be resumed on several, and holds the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -76,19 +77,57 @@ class Summary:
     files: list[str] = field(default_factory=list)
 
 
+class Item(Protocol):
+    """What is evaluated: it gives a row for each of its keys under each method. Items of one suite, task and
+    length may share a batch. recipe: JSON-able, what the item was made from."""
+
+    @property
+    def suite(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def keys(self) -> list[str]: ...
+    @property
+    def recipe(self) -> dict[str, Any]: ...
+
+
+Rows = Iterator[tuple[str, list[dict[str, Any]]]]
+Evaluate = Callable[[Setup, Job, Sequence[Any], Sequence[str]], Rows]
+"""(setup, job, a batch of items, specs) -> (spec, the rows of all items) for each spec in turn."""
+
+
 def run(
     setup: Setup,
     samples: Iterable[Sample],
     *,
     batch_size: int | str = "auto",
+    score: Callable[[Sample, str], float] = score,
     end: Callable[[Results], Summary] | None = None,
 ) -> Summary:
-    """Evaluate every method of the setup on all samples into its folder; what is there is not done again.
+    """Evaluate every method of the setup on all samples; score: (sample, generated answer) -> 0 to 1.
 
-    `setup.config` says how the samples were made (suite, seed, lengths, tasks, haystack, ...): it is written
-    first, and compared with the folder's when a run is resumed. batch_size: rows per batch, or "auto" for as
-    many as the free memory holds. end: makes the summary of the folder; by default `finish`, with tables and
-    pictures.
+    For the rest see `drive`.
+    """
+    return drive(setup, samples, partial(evaluate, score=score), batch_size=batch_size, end=end)
+
+
+def drive(
+    setup: Setup,
+    items: Iterable[Item],
+    evaluate: Evaluate,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    batch_size: int | str = "auto",
+    end: Callable[[Results], Summary] | None = None,
+) -> Summary:
+    """Evaluate every method of the setup on all items into its folder; what is there is not done again.
+
+    `setup.config` and `settings` say how the items were made (suite, seed, lengths, tasks, haystack, ...):
+    they are written first, and compared with the folder's when a run is resumed. batch_size: rows per batch,
+    or "auto" for as many as the free memory holds. end: makes the summary of the folder; by default `finish`,
+    with tables and pictures.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
@@ -98,22 +137,23 @@ def run(
     with Job(model, setup.parallel) as job:
         specs = check_methods(model, setup.methods, setup.recipe, job)
         common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
-        settings = {**setup.config, **common}
+        asked = {**setup.config, **common, **(settings or {})}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
-        shape = AT_DEPTH if setup.config.get("suite") == "needle" else ANSWER
-        with open_results(job, setup.out, settings, session=session, row=shape) as results, evaluating(model):
+        shape = AT_DEPTH if asked.get("suite") == "needle" else ANSWER
+        with open_results(job, setup.out, asked, session=session, row=shape) as results, evaluating(model):
             work = []
             with meter(setup.progress, None) as advance:
-                for sample in samples:
-                    job.agree(f"the sample {key(sample)}", sample)
-                    work.append(sample)
-                    advance(1, f"drawing prompts · {sample.task} {sample.length}")
-            plan_rows(job, results, {spec: list(map(key, work)) for spec in specs})
+                for item in items:
+                    job.agree(f"the sample {item.keys[0]}", item)
+                    work.append(item)
+                    advance(1, f"drawing prompts · {item.task} {item.length}")
+            keys = [key for item in work for key in item.keys]
+            plan_rows(job, results, dict.fromkeys(specs, keys))
             with finished_if_stopped(results, end):
                 batches = plan(model, work, batch_size, job)
                 with meter(setup.progress, len(work) * len(specs)) as advance:
                     for batch in batches:
-                        _work_through(setup, job, batch, specs, results, advance)
+                        _work_through(setup, job, batch, specs, results, advance, evaluate)
             return end(results)
 
 
@@ -136,14 +176,14 @@ def check_batch_size(batch_size: object) -> None:
 
 
 def plan(
-    model: Any, samples: Sequence[Sample], batch_size: int | str, job: Job | None = None
-) -> list[list[Sample]]:
+    model: Any, items: Sequence[Item], batch_size: int | str, job: Job | None = None
+) -> list[list[Item]]:
     """Batches of one suite, task and length each, in rounds over all cells, so that a stop leaves a balanced
     table."""
-    cells: dict[tuple[str, str, int], list[Sample]] = {}
-    for sample in samples:
-        cells.setdefault((sample.suite, sample.task, sample.length), []).append(sample)
-    rounds: list[tuple[int, list[Sample]]] = []
+    cells: dict[tuple[str, str, int], list[Item]] = {}
+    for item in items:
+        cells.setdefault((item.suite, item.task, item.length), []).append(item)
+    rounds: list[tuple[int, list[Item]]] = []
     for (_, _, length), cell in cells.items():
         rows = batch_rows(model, length, len(cell), job) if isinstance(batch_size, str) else batch_size
         rounds += [(i, cell[start : start + rows]) for i, start in enumerate(range(0, len(cell), rows))]
@@ -153,42 +193,53 @@ def plan(
 def _work_through(
     setup: Setup,
     job: Job,
-    samples: list[Sample],
+    items: list[Item],
     specs: list[str],
     results: Results,
     advance: Any,
+    evaluate: Evaluate,
 ) -> None:
     """Evaluate one batch under every method that has not finished it.
 
     If a GPU's memory runs out, the batch is halved. Over ranks the error is raised instead, because one rank
     cannot go on without the others.
     """
+
+    def finished(item: Item, spec: str) -> bool:
+        return all(results.done(key, spec, item.recipe) for key in item.keys)
+
     todo: dict[tuple[int, ...], list[str]] = {}
     for spec in specs:
-        rows = tuple(i for i, s in enumerate(samples) if not results.done(key(s), spec, s.recipe))
+        rows = tuple(i for i, item in enumerate(items) if not finished(item, spec))
         todo.setdefault(rows, []).append(spec)
-        advance(len(samples) - len(rows), "")
+        advance(len(items) - len(rows), "")
     try:
         for rows, waiting in todo.items():
             if not rows:
                 continue
-            left = [samples[i] for i in rows]
+            left = [items[i] for i in rows]
             for spec, lines in evaluate(setup, job, left, waiting):
-                record(job, results, lines)
-                advance(len(lines), f"{lines[0]['task']} {lines[0]['length']} · {spec}")
+                fresh = [line for line in lines if not results.done(line["key"], spec, line["recipe"])]
+                record(job, results, fresh)
+                advance(len(left), f"{left[0].task} {left[0].length} · {spec}")
     except torch.OutOfMemoryError:
-        if len(samples) == 1 or job.mesh is not None:
+        if len(items) == 1 or job.mesh is not None:
             raise
         torch.cuda.empty_cache()
-        middle = len(samples) // 2
-        for half in (samples[:middle], samples[middle:]):
+        middle = len(items) // 2
+        for half in (items[:middle], items[middle:]):
             counted = lambda n, d: advance(n, d) if d else None  # noqa: E731
-            _work_through(setup, job, half, specs, results, counted)
+            _work_through(setup, job, half, specs, results, counted, evaluate)
 
 
 def evaluate(
-    setup: Setup, job: Job, samples: Sequence[Sample], specs: Sequence[str]
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    setup: Setup,
+    job: Job,
+    samples: Sequence[Sample],
+    specs: Sequence[str],
+    *,
+    score: Callable[[Sample, str], float] = score,
+) -> Rows:
     """One batch of samples under each method in turn: yields (spec, one row per sample)."""
     model, tokenizer = setup.model, setup.tokenizer
     eos = forward.end_tokens(model, tokenizer)
@@ -210,16 +261,23 @@ def evaluate(
         )  # the end token took a step too
         columns = zip(samples, prompts, answers, nlls, strict=True)
         return [
-            _row(tokenizer, sample, prompt, answer, nll) | common for sample, prompt, answer, nll in columns
+            row_of(tokenizer, sample, prompt, answer, nll, score) | common
+            for sample, prompt, answer, nll in columns
         ]
 
     for spec, rows in under_each(model, batch, specs, setup.recipe, measure, job):
         yield spec, [{"method": spec, **row} for row in rows]
 
 
-def _row(
-    tokenizer: Any, sample: Sample, prompt: list[int], answer: list[int], nll: list[float]
+def row_of(
+    tokenizer: Any,
+    sample: Sample,
+    prompt: list[int],
+    answer: list[int],
+    nll: list[float],
+    score: Callable[[Sample, str], float],
 ) -> dict[str, Any]:
+    """A sample's row without the fields of `shared.costs`."""
     answer = answer[: sample.max_new_tokens]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return {

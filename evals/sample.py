@@ -32,7 +32,7 @@ class Sample:
     """
 
     suite: str
-    """"ruler" or "needle"."""
+    """The suite of its task, such as "ruler"."""
     task: str
     length: int
     """Tokens of the cell: encoded prompt + `max_new_tokens` is at most this."""
@@ -51,11 +51,18 @@ class Sample:
     """JSON-able; `rebuild` makes this sample from it."""
     extra: dict[str, Any]
     """Further coordinates of the cell, e.g. {"depth": 0.5}."""
+    metric: str = "all"
+    """How an answer is scored: a name in METRICS."""
 
     @property
     def user(self) -> str:
         """The whole user message."""
         return self.context + self.question
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its rows."""
+        return [key(self)]
 
 
 def key(sample: Sample) -> str:
@@ -65,14 +72,30 @@ def key(sample: Sample) -> str:
 
 
 def score(sample: Sample, answer: str) -> float:
-    """The published score of a generated answer, from 0 to 1: `string_match_all` for every task here."""
-    return string_match_all(answer, sample.references)
+    """The score of a generated answer, from 0 to 1, by the sample's metric."""
+    return METRICS[sample.metric](answer, sample.references)
 
 
 def string_match_all(answer: str, references: Sequence[str]) -> float:
     """The fraction of references that the answer contains, as lower-cased substrings (RULER, 2404.06654)."""
+    return sum(_contained(answer, references)) / len(references)
+
+
+def string_match_part(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer contains one of the references, as a lower-cased substring, else 0 (RULER's question
+    answering)."""
+    return float(any(_contained(answer, references)))
+
+
+def _contained(answer: str, references: Sequence[str]) -> list[bool]:
     said = _CONTROL.sub("\n", answer).lower()
-    return sum(reference.lower() in said for reference in references) / len(references)
+    return [reference.lower() in said for reference in references]
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "all": string_match_all,
+    "part": string_match_part,
+}
 
 
 def encode(tokenizer: Any, sample: Sample) -> list[int]:
@@ -105,8 +128,16 @@ def rng_for(*parts: str | int | float) -> random.Random:
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
-def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -> int:
-    """The number n of haystack units, at least `minimum`, with total(n) <= length < total(n + 1).
+def fill(
+    total: Callable[[int], int],
+    length: int,
+    *,
+    minimum: int,
+    what: str,
+    most: int | None = None,
+) -> int:
+    """The number n of haystack units, at least `minimum`, with total(n) <= length < total(n + 1); `most` if
+    there are no more units and they all fit.
 
     total(units) is the number of tokens (prompt + generated) with that many units. It need not grow with
     every unit. The search interpolates between a size that fits and one that does not, so it builds few
@@ -134,6 +165,10 @@ def fill(total: Callable[[int], int], length: int, *, minimum: int, what: str) -
         guess = max(guess, low + 1)
         if high:
             guess = min(guess, high - 1)
+        if most is not None:
+            if low == most:
+                return low
+            guess = min(guess, most)
         tokens = total(guess)
         if tokens <= length:
             low, low_total = guess, tokens

@@ -28,16 +28,29 @@ RULER_TASKS = (
     "vt",
     "cwe",
     "fwe",
+    "qa_1",
+    "qa_2",
 )
-"""The 11 tasks that need no dataset, as published."""
-_NOISE, _WORDS = ("niah_single_1", "vt"), ("cwe", "fwe")
+"""RULER's 13 tasks, as published."""
+_NOISE, _WORDS, _DOCUMENTS = ("niah_single_1", "vt"), ("cwe", "fwe"), ("qa_1", "qa_2")
 GROUPS = {
-    "essay and needles": tuple(task for task in RULER_TASKS if task not in _NOISE + _WORDS),
+    "essay and needles": tuple(task for task in RULER_TASKS if task not in _NOISE + _WORDS + _DOCUMENTS),
     "noise": _NOISE,
     "word lists": _WORDS,
+    "documents": _DOCUMENTS,
 }
 """RULER's tasks by haystack. Noise is one text repeated, which flatters sparse methods: it is a group of its
 own."""
+CATEGORIES = {
+    "retrieval": tuple(task for task in RULER_TASKS if task.startswith("niah")),
+    "multi-hop": ("vt",),
+    "aggregation": _WORDS,
+    "question answering": _DOCUMENTS,
+}
+"""RULER's tasks by what they ask for, as in the paper's tables of averages."""
+EFFECTIVE = 0.85
+"""A length is effective if the score is at least this share of that at the shortest length, as in NoLiMa
+(2502.05167)."""
 
 
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -71,14 +84,18 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
             overall.append({"method": method, "length": length, **_overall(method, index, tasks, [length])})
             within = _in_reach(index, tasks, length)
             reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
-        totals.append({"method": method, **_overall(method, index, tasks, lengths)})
+        total = {"method": method, **_overall(method, index, tasks, lengths)}
+        totals.append(total | {"effective_length": _effective_length(method, index, tasks, lengths)})
     sessions = config.get("sessions", [])
     suite = config.get("suite") or (rows[0]["suite"] if rows else None)
     if suite == "ppl":
         for line in (*overall, *totals):
             line["perplexity"] = exp(line.get("nll"))
+        for line in overall:
+            line["by_position"] = _by_position(line["method"], index, line["length"])
     return {
         "suite": suite,
+        **({"harness": _of_harness(rows)} if suite == "lm-eval" else {}),
         "model": config.get("model"),
         "dtype": config.get("dtype"),
         "versions": config.get("versions"),
@@ -104,6 +121,29 @@ def _in_reach(
     return [task for task, score in scores.items() if score is not None and low <= score <= high]
 
 
+def _effective_length(
+    method: str,
+    index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]],
+    tasks: list[str],
+    lengths: list[int],
+) -> dict[str, Any] | None:
+    """The largest length whose score is at least `EFFECTIVE` of that at the shortest length, over the tasks
+    that have rows at every length: {"length", "of", "base_score", "score", "tasks"}. `of` is the longest
+    length, so an effective length that equals it may be larger. None with one length, or if the base is 0 or
+    unknown."""
+    common = [task for task in tasks if all((method, task, length) in index for length in lengths)]
+    scores = {
+        length: _mean(_mean(row["score"] for row in index[method, task, length]) for task in common)
+        for length in lengths
+    }
+    base = scores[lengths[0]]
+    if len(lengths) < 2 or not base:
+        return None
+    effective = max(n for n, score in scores.items() if score is not None and score >= EFFECTIVE * base)
+    found = {"length": effective, "of": lengths[-1], "base_score": base, "score": scores[effective]}
+    return found | {"tasks": len(common)}
+
+
 def _cell(
     method: str, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -111,6 +151,7 @@ def _cell(
     return {
         "n": len(rows),
         **_costs(rows),
+        "score_interval": _score_interval([rows]),
         "nll_diff": _interval(method, [nll]),
         "score_diff": _interval(method, [score], bound=1),
         "nll_invalid": sum(row["nll"] is None and row["gold_tokens"] > 0 for row in rows),
@@ -140,8 +181,11 @@ def _overall(
             for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
         ),
         **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
+        **({"kl_most": max(cost["kl_most"] for cost in costs)} if costs and "kl_most" in costs[0] else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
+        "categories": {name: _mean(map(by_task.get, members)) for name, members in CATEGORIES.items()},
+        "score_interval": _score_interval(groups.values()),
         "nll_diff": _interval(method, nll),
         "score_diff": _interval(method, score, bound=1),
         "nll_invalid": sum(
@@ -154,6 +198,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         "score": _mean(row["score"] for row in rows),
         "nll": _mean(row["nll"] for row in rows),
+        **_of_fidelity(rows),
         "prefill_density": _mean(row["density"]["prefill"] for row in rows),
         "decode_density": _mean(row["density"]["decode"] for row in rows),
         "kv_read": _mean(row["kv_read"] for row in rows),
@@ -163,6 +208,52 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             1e3 * row["seconds"]["decode"] * row["batch"] / max(row["steps"], 1) for row in rows
         ),
     }
+
+
+def _by_position(
+    method: str, index: Mapping[tuple[str, str, int], list[Mapping[str, Any]]], length: int
+) -> list[dict[str, Any]]:
+    """For each part of the scored tokens its first "position", its "perplexity", and "nll_diff": the
+    difference from dense on the same windows. Empty for rows of earlier versions."""
+    mine, base = (
+        {
+            row["key"]: row["by_position"]
+            for row in index.get((name, "text", length), ())
+            if row.get("by_position")
+        }
+        for name in (method, BASELINE)
+    )
+    found = []
+    for part, (position, _) in enumerate(next(iter(mine.values()), [])):
+        nlls = {key: parts[part][1] for key, parts in mine.items()}
+        pairs = paired(nlls, {key: parts[part][1] for key, parts in base.items()})
+        difference = _interval(method, [list(pairs.values())])
+        found.append({"position": position, "perplexity": exp(_mean(nlls.values())), "nll_diff": difference})
+    return found
+
+
+def _of_harness(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each method and task of lm-eval, with the harness's metrics, and `diff`, the paired
+    difference from dense of the first metric over the documents."""
+    rows = list(rows)
+    base = {row["task"]: row["scores"] for row in rows if row["method"] == BASELINE}
+    names = ("method", "task", "metric", "metrics", "score", "longest_prompt", "prompts_cut", "density")
+    lines = []
+    for row in rows:
+        pairs = list(paired(row["scores"], base.get(row["task"], {})).values())
+        diff = stratified_interval([pairs]) if row["method"] != BASELINE else None
+        shown = {name: row[name] for name in names} | {"n": len(row["scores"])}
+        lines.append(shown | {"diff": None if diff is None else diff.to_dict()})
+    return lines
+
+
+def _of_fidelity(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What only rows of fidelity have: "kl", the mean over prompts, and "kl_most", the largest of any
+    token."""
+    known = [row for row in rows if row.get("kl") is not None]
+    if not known:
+        return {}
+    return {"kl": _mean(row["kl"] for row in known), "kl_most": max(row["kl_most"] for row in known)}
 
 
 def _differences(
@@ -187,6 +278,16 @@ def exp(nll: float | None) -> float | None:
         return None if nll is None else math.exp(nll)
     except OverflowError:
         return math.inf
+
+
+def _score_interval(groups: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """The interval of a mean score over one or several cells. Scores lie within 0 .. 1."""
+    halves = [[row["score"] - 0.5 for row in rows if row["score"] is not None] for rows in groups]
+    found = stratified_interval(halves, bound=0.5)
+    if found is None:
+        return None
+    moved = {name: None if x is None else x + 0.5 for name, x in (("low", found.low), ("high", found.high))}
+    return found.to_dict() | moved | {"mean": found.mean + 0.5}
 
 
 def _interval(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .summary import BASELINE, GROUPS, exp
+from .summary import BASELINE, CATEGORIES, GROUPS, exp
 
 
 def ruler_table(data: Mapping[str, Any]) -> str:
@@ -52,19 +52,63 @@ def reach_table(data: Mapping[str, Any]) -> str:
 
 
 def group_table(data: Mapping[str, Any]) -> str:
-    """Markdown, rows = methods; the mean score per group of tasks and length."""
-    names = [name for name, members in GROUPS.items() if any(task in data["tasks"] for task in members)]
+    """Markdown, rows = methods; the mean score per group of tasks by haystack, and length."""
+    return _means(data, "groups", GROUPS)
+
+
+def category_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods; the mean score per category of RULER's paper, and length."""
+    return _means(data, "categories", CATEGORIES)
+
+
+def by_task_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods; the mean score per task and length."""
+    return _means(data, "tasks", {task: (task,) for task in data["tasks"]})
+
+
+def _means(data: Mapping[str, Any], field: str, members: Mapping[str, Sequence[str]]) -> str:
+    names = [name for name, tasks in members.items() if any(task in data["tasks"] for task in tasks)]
     head = ["method", *(f"{name}, {short_length(length)}" for name in names for length in data["lengths"])]
     body = []
     for method in _methods(data):
         found = [_find(data["overall"], method=method, length=length) for length in data["lengths"]]
-        body.append(
-            [
-                f"`{method}`",
-                *(percent(row["groups"][name] if row else None, 1) for name in names for row in found),
-            ]
-        )
+        means = [percent(row[field].get(name) if row else None, 1) for name in names for row in found]
+        body.append([f"`{method}`", *means])
     return markdown(head, body)
+
+
+def interval_table(data: Mapping[str, Any], length: int) -> str:
+    """Markdown, rows = tasks, columns = methods: `score [low, high]` at one length, and over all tasks."""
+    methods = _methods(data)
+    body = []
+    for task in data["tasks"]:
+        cells = [_find(data["cells"], method=method, task=task, length=length) for method in methods]
+        body.append([task, *map(score_range, cells)])
+    overall = [_find(data["overall"], method=method, length=length) for method in methods]
+    return markdown(["task", *(f"`{m}`" for m in methods)], [*body, ["mean", *map(score_range, overall)]])
+
+
+def score_range(row: Mapping[str, Any] | None) -> str:
+    """`83.3 [61.0, 95.2]` in percent; the score alone where there is no interval."""
+    if row is None or row["score"] is None:
+        return "–"
+    found = row["score_interval"]
+    if found is None or found["low"] is None:
+        return percent(row["score"], 1)
+    return f"{percent(row['score'], 1)} [{percent(found['low'], 1)}, {percent(found['high'], 1)}]"
+
+
+def effective_table(data: Mapping[str, Any]) -> str:
+    """Markdown, a row per method: the effective length, the scores there and at the shortest length. Empty
+    where no method has one."""
+    body = []
+    for row in data["methods"]:
+        if found := row["effective_length"]:
+            reached = "≥ " if found["length"] == found["of"] else ""
+            scores = percent(found["base_score"], 1), percent(found["score"], 1)
+            body.append([f"`{row['method']}`", f"{reached}{short_length(found['length'])}", *scores])
+    head = ["method", "effective length", f"score at {short_length(data['lengths'][0])}", "score there"]
+    return markdown(head, body) if body else ""
 
 
 def task_table(data: Mapping[str, Any], length: int) -> str:
@@ -138,6 +182,60 @@ def perplexity_table(data: Mapping[str, Any]) -> str:
     return markdown(head, body)
 
 
+def position_table(data: Mapping[str, Any], length: int) -> str:
+    """Markdown, rows = positions, columns = methods: dense's perplexity, and each other method's ΔNLL. Empty
+    where the rows have no figures by position."""
+    rows = [row for row in data["overall"] if row["length"] == length and row["n"] and row["by_position"]]
+    if not rows:
+        return ""
+    body = []
+    for part, first in enumerate(rows[0]["by_position"]):
+        cells = [str(first["position"])]
+        for row in rows:
+            found = row["by_position"][part]
+            dense = row["method"] == BASELINE
+            cells.append(number(found["perplexity"], 2) if dense else difference(row | found))
+        body.append(cells)
+    names = (f"`{row['method']}` {'perplexity' if row['method'] == BASELINE else 'ΔNLL'}" for row in rows)
+    return markdown(["from position", *names], body)
+
+
+def fidelity_table(data: Mapping[str, Any]) -> str:
+    """Markdown, rows = methods over all prompts: how often the most likely token is dense's, and the KL."""
+    head = ["method", "n", "same top token (95 %)", "mean KL", "largest KL", "ΔNLL (95 %)", "read"]
+    body = []
+    for row in data["methods"]:
+        kl = (number(row.get(name), 4) for name in ("kl", "kl_most"))
+        body.append(
+            [f"`{row['method']}`", str(row["n"]), score_range(row), *kl, difference(row), share_read(row)]
+        )
+    return markdown(head, body)
+
+
+def harness_rows(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of lm-eval: a row for each task, metric and method."""
+    head = ["task", "metric", "method", "n", "score", "± stderr", "Δ (95 %)", "read", "cut"]
+    body = []
+    for line in data["harness"]:
+        read = "/".join(percent(line["density"][phase], 1) for phase in ("prefill", "decode"))
+        for name, metrics in line["metrics"].items():
+            for key, value in metrics.items():
+                metric, _, rest = key.partition(",")
+                error = metrics.get(f"{metric}_stderr,{rest}")
+                if metric.endswith("_stderr") or not rest:
+                    continue
+                mine = metric == line["metric"]
+                diff = difference({"method": line["method"], "nll_diff": line["diff"]}) if mine else "–"
+                numbers = [str(line["n"]), number(value, 4), number(error, 4), diff, read]
+                body.append([name, metric, line["method"], *numbers, str(line["prompts_cut"])])
+    return head, body
+
+
+def harness_table(data: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    return markdown(*harness_rows(data))
+
+
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the rest to the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *body]
@@ -204,4 +302,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def short_length(length: int) -> str:
+    """4096 as "4K", 1048576 as "1M"."""
+    if length % (1 << 20) == 0:
+        return f"{length >> 20}M"
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)

@@ -19,8 +19,12 @@ def length_of(found: Recommendation) -> str:
 
 def basis(found: Recommendation, one: Candidate) -> str:
     """`ruler, 11 tasks, 220 prompts`."""
-    tasks = "1 task" if one.tasks == 1 else f"{one.tasks} tasks"
-    return f"{found.suite}, {tasks}, {one.n} {'prompt' if one.n == 1 else 'prompts'}"
+    return f"{found.suite}, {counted(one.tasks, 'task')}, {counted(one.n, 'prompt')}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def quality(one: Candidate) -> str:
@@ -119,11 +123,11 @@ def doubts(of: Recommendation) -> list[str]:
             f"Dense scores 0 at {', '.join(of.blind)}: no method can lose there, so these prompts are left "
             "out of the scores above."
         )
-    counted = of.tasks - len(of.blind)
-    fewer = [one.method for one in of.candidates if one.tasks < counted]
+    most = of.tasks - len(of.blind)
+    fewer = [one.method for one in of.candidates if one.tasks < most]
     if fewer:
         out.append(
-            f"{len(fewer)} methods were measured on fewer than the {counted} tasks; each is compared with "
+            f"{len(fewer)} methods were measured on fewer than the {most} tasks; each is compared with "
             "dense on its own prompts."
         )
     return out
@@ -151,14 +155,14 @@ def _share(value: float) -> str:
 
 def recommendation(of: Recommendation) -> str:
     """The whole answer of `farspan recommend` about one evaluation, for a terminal."""
-    lines = [f"{of.model} ({of.dtype}), {of.suite} at {length_of(of)}, {of.tasks} tasks:"]
+    lines = [f"{of.model} ({of.dtype}), {of.suite} at {length_of(of)}, {counted(of.tasks, 'task')}:"]
     if (chosen := of.chosen) is not None:
         lines += [
             f"  {chosen.method} is {bound(of)}: it {quality(chosen)}, {limits(chosen)}, {reads(chosen)}."
         ]
         lines += [f"  Cost: {cost(of, chosen)} ({of.by}).", ""]
         lines += [f"    {chosen.patch}"]
-        lines += [f"    farspan generate --model {of.model} {chosen.options} --prompt-file FILE", ""]
+        lines += [f"    farspan generate --model {of.given} {chosen.options} --prompt-file FILE", ""]
     elif said := unanswerable(of):
         return "\n".join([*lines, f"  {said}", ""])
     else:

@@ -1,49 +1,69 @@
-"""Evaluate a task of your own: dense beside two budgets, with a table, a data frame and a recommendation.
+"""A task of your own: which of many lines is marked? Dense and a method, side by side, into a folder.
 
-    python examples/own_task.py [MODEL]
-
-MODEL is an alias of `farspan models`, a hub id or a local folder [default: smollm2-135m].
+python examples/own_task.py [MODEL] [FOLDER]
 """
 
-import random
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import farspan
-from farspan.evals.tasks import Prompt, Task
+from farspan.evals.run import run
+from farspan.evals.sample import Sample, rng_for
+from farspan.evals.setup import Setup
+from farspan.evals.task import Task, filled
+from farspan.evals.tokens import Filling
 
-COLOURS = ("blue", "green", "white", "black", "brown", "grey")
-GOODS = ("apples", "bolts", "candles", "drums", "flutes", "gloves", "hammers")
 
+@dataclass(frozen=True, kw_only=True)
+class Marked(Task):
+    """Numbered lines, one of which says that it is the one."""
 
-class Code(Task):
-    """The code of a safe, in a line somewhere between lines about boxes. A unit is a line about a box."""
+    suite: ClassVar[str] = "marked"
 
-    name = "code"
-    max_new_tokens = 8
+    def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Sample]:
+        filling = Filling(tokenizer)
+        for index in range(count):
+            yield filled(filling, lambda units, i=index: self.sample(name, length, i, units), what=name)
 
-    def prompt(self, units: int, rng: random.Random) -> Prompt:
-        lines = [f"The {rng.choice(COLOURS)} box holds {rng.choice(GOODS)}." for _ in range(units)]
-        code = str(rng.randrange(1000, 10000))
-        lines.insert(rng.randrange(len(lines) + 1), f"The code of the red safe is {code}.")
-        return Prompt(
-            context="\n".join(lines),
-            question="\n\nWhat is the code of the red safe?",
-            answer_prefix=" The code of the red safe is",
-            references=(code,),
+    def sample(self, name: str, length: int, index: int, units: int) -> Sample:
+        """A prompt with `units` lines. Everything random in it comes from its coordinates."""
+        place = int(rng_for(self.suite, self.seed, length, index).random() * units)
+        lines = [f"{i + 1}: {'the marked line' if i == place else 'a line'}" for i in range(units)]
+        return Sample(
+            suite=self.suite,
+            task=name,
+            length=length,
+            index=index,
+            seed=self.seed,
+            context="\n".join(lines) + "\n\n",
+            question="What is the number of the marked line?",
+            answer_prefix=" The number of the marked line is",
+            references=(str(place + 1),),
+            gold=f" {place + 1}.",
+            max_new_tokens=8,
+            recipe={"suite": self.suite, "length": length, "index": index, "seed": self.seed},
+            extra={},
         )
 
 
-def main(name: str = "smollm2-135m", length: int = 1024, samples: int = 6) -> None:
+def main(name: str = "smollm2-135m", folder: str = "out/marked") -> None:
     model, tokenizer = farspan.load(name)
-    methods = ["dense", "quest:k=256", "window:w=252,sinks=4"]
-    result = farspan.evaluate(
-        model, tokenizer, methods, tasks=[Code()], lengths=[length], samples=samples, progress=False
+    task = Marked(lengths=[256], samples=2)
+    methods = ["dense", "window:w=64,sinks=4"]
+    setup = Setup(
+        model=model,
+        tokenizer=tokenizer,
+        methods=methods,
+        out=folder,
+        name=name,
+        config=task.config,
+        progress=False,
     )
-    print(result)
-    frame = result.to_pandas()
-    print(frame.groupby("method").score.mean())
-    found = result.recommend(max_drop=60)
-    print("to use:", found.chosen.patch if found.chosen else "no method is shown to be good enough")
+    summary = run(setup, task.draw(tokenizer), score=task.score)
+    for row in summary.data["overall"]:
+        print(row["method"], row["length"], row["score"])
 
 
 if __name__ == "__main__":

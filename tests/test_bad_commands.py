@@ -77,7 +77,7 @@ TABLE = [
     ("eval needle --text /no/text", 2, "no text at /no/text"),
     # --- nothing, and what is no text
     (f"{RULER} --tasks ''", 2, f"An empty value follows --tasks: {EMPTY}"),
-    (f"{RULER} --tasks ' , '", 2, "no ruler task was given; give 'all' or some of niah_single_1, "),
+    (f"{RULER} --tasks ' , '", 2, "no ruler task was given; give 'all', 'synthetic' or some of "),
     ("eval needle --out ''", 2, f"An empty value follows --out: {EMPTY}"),
     ("eval needle --out=", 2, f"An empty value follows --out: {EMPTY}"),
     ("generate -p x --model ''", 2, f"An empty value follows --model: {EMPTY}"),

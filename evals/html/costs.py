@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from ..folders import MQAR, SPEED, Evaluation
+from ..folders import FROM_SCRATCH, SPEED, Evaluation
 from ..speed_tables import wide
 from ..tables import number, short_length
 from .view import Figure, Grid
@@ -24,7 +24,7 @@ def layer_densities(one: Evaluation) -> list[Figure]:
     """
     from . import charts
 
-    if one.suite in (SPEED, MQAR):
+    if one.suite in (SPEED, *FROM_SCRATCH):
         return []
     length = max(row["length"] for row in one.rows)
     rows = [row for row in one.rows if row["length"] == length and isinstance(row.get("layers"), dict)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...attention.errors import FarspanError
 from .. import words
-from ..folders import MQAR, SPEED, Evaluation, Found
+from ..folders import FROM_SCRATCH, SPEED, Evaluation, Found
 from ..pictures import check_matplotlib
 from ..recommend import lengths_of
 from ..settings import versions
@@ -18,7 +18,7 @@ from ..tables import short_length
 from .costs import break_even, inspected, layer_densities, speed_figures, speed_table
 from .samples import choose
 from .settings import made
-from .view import DROPS, headline, perplexities, recalls, section
+from .view import DROPS, fidelities, harnesses, headline, perplexities, recalls, section
 
 HERE = Path(__file__).parent
 MOST_BYTES = 2_000_000
@@ -48,7 +48,7 @@ def page(
         or f"{len(found.inspections)} inspections",
         "headlines": [headline(found, one, drops, confidence) for one in answers if lengths_of(one)],
         "measured": _measured(answers),
-        "perplexities": perplexities(found),
+        "perplexities": [*perplexities(found), *fidelities(found), *harnesses(found)],
         "speeds": [_speed(one) for one in found.of(SPEED)],
         "layers": [
             *(figure for one in found.evaluations for figure in layer_densities(one)),
@@ -59,9 +59,9 @@ def page(
         "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
     }
     ids = [("answer", "Which method to use"), *((item.anchor, item.title) for item in sections)]
-    ids += [("perplexity", "Perplexity")] if context["perplexities"] else []
+    ids += [("perplexity", "Likelihoods and harness")] if context["perplexities"] else []
     ids += [("speed", "Speed"), ("layers", "Layers")]
-    ids += [("recall", "MQAR")] if context["recalls"] else []
+    ids += [("recall", "Trained from scratch")] if context["recalls"] else []
     context["contents"] = [*ids, ("made", "How it was measured")]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -89,7 +89,7 @@ def _breakable(method: object) -> Any:
 
 
 def _names(found: Found) -> list[str]:
-    named = [one.model for one in found.evaluations if one.suite != MQAR]
+    named = [one.model for one in found.evaluations if one.suite not in FROM_SCRATCH]
     return named or [one.model for one in found.evaluations] or [str(x["model"]) for x in found.inspections]
 
 

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..folders import MQAR, NEEDLE, PERPLEXITY, RULER, SPEED, Evaluation
+from ..folders import FIDELITY, FROM_SCRATCH, NEEDLE, PERPLEXITY, RULER, SPEED, Evaluation
 from ..tables import short_length
 
 _OPTIONS = {
     RULER: ("lengths", "tasks", "samples", "seed"),
-    NEEDLE: ("lengths", "depths", "samples", "seed"),
+    NEEDLE: ("lengths", "tasks", "depths", "samples", "seed"),
     PERPLEXITY: ("lengths", "new_tokens", "samples"),
     SPEED: ("lengths", "new_tokens", "repeats", "batch_size"),
-    MQAR: ("tasks", "dims", "rates", "seeds", "samples", "epochs", "first"),
+    FIDELITY: ("new_tokens",),
+    "retrieval": ("lengths", "tasks", "samples", "seed"),
+    "turns": ("lengths", "samples", "seed", "turns"),
+    **dict.fromkeys(FROM_SCRATCH, ("tasks", "dims", "rates", "seeds", "samples", "epochs", "first")),
 }
 _SPELT = {"dims": "dim", "rates": "lr"}
 _MACHINE = ("gpu", "cpu", "cores", "threads", "ranks", "device", "python", "system")
@@ -71,7 +74,7 @@ def command(config: Mapping[str, Any]) -> str:
     """
     suite = str(config.get("suite"))
     words = ["farspan", "eval", suite]
-    if suite == MQAR:
+    if suite in FROM_SCRATCH:
         words += ["--mixers", ",".join(_quoted(mixer) for mixer in config["methods"])]
     else:
         words += ["--model", str(config.get("model")), "--dtype", str(config.get("dtype"))]
@@ -79,7 +82,7 @@ def command(config: Mapping[str, Any]) -> str:
     for name in _OPTIONS.get(suite, ()):
         value = config.get(name)
         if value is not None:
-            option = "settings" if (suite, name) == (MQAR, "tasks") else _SPELT.get(name, name)
+            option = "settings" if name == "tasks" and suite in FROM_SCRATCH else _SPELT.get(name, name)
             items = value if isinstance(value, list) else [value]
             sized = name == "lengths"
             words += [f"--{option.replace('_', '-')}", ",".join(_item(x, sized) for x in items)]

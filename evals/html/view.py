@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import depths, words
-from ..folders import MQAR, NEEDLE, PERPLEXITY, Evaluation, Found
+from ..folders import FIDELITY, FROM_SCRATCH, HARNESS, NEEDLE, PERPLEXITY, Evaluation, Found
 from ..mqar import report as mqar
+from ..mqar.settings import NAMES
 from ..recommend import KEYS, WITHIN, Candidate, Recommendation, at_length, lengths_of
 from ..results import unfinished_note
 from ..summary import BASELINE
@@ -106,7 +107,7 @@ def headline(
     for of in by_drop.values():
         if (chosen := of.chosen) is not None:
             said = f"{words.claim(found, one, of, chosen)} It is {words.bound(of)}."
-            command = f"farspan generate --model {one.model} {chosen.options} --prompt-file FILE"
+            command = f"farspan generate --model {one.given} {chosen.options} --prompt-file FILE"
             doubts = [*_less_likely(one, length, chosen.method), *words.doubts(of), beyond]
             return Headline(where, chosen.method, said, chosen.patch, command, doubts)
     last = by_drop[max(by_drop)]
@@ -350,11 +351,49 @@ def perplexities(found: Found) -> list[Grid]:
     return out
 
 
-def recalls(found: Found) -> list[tuple[Grid, list[str]]]:
-    """A table for each MQAR evaluation, with its notes."""
+def fidelities(found: Found) -> list[Grid]:
+    """A table for each evaluation of fidelity: how often dense's top token is the method's, and the KL."""
+    head = ["method", "prompts", "same top token", "KL (nats)", "largest KL", "ΔNLL (95 %)", "read"]
     out = []
-    for one in found.of(MQAR):
+    for one in found.of(FIDELITY):
+        rows: list[list[Cell | str]] = [
+            [
+                row["method"],
+                str(row["n"]),
+                percent(row["score"], 1, " %"),
+                number(row.get("kl"), 4),
+                number(row.get("kl_most"), 4),
+                difference(row),
+                share_read(row),
+            ]
+            for row in one.data["methods"]
+        ]
+        out.append(
+            Grid(f"Next-token distributions of {one.model} beside dense's, on given prompts", head, rows)
+        )
+    return out
+
+
+def harnesses(found: Found) -> list[Grid]:
+    """A table for each evaluation by the lm-evaluation-harness: its score of each task."""
+    out = []
+    for one in found.of(HARNESS):
+        tasks = list(dict.fromkeys(row["task"] for row in one.rows))
+        scores = {(row["method"], row["task"]): row["score"] for row in one.rows}
+        rows: list[list[Cell | str]] = [
+            [method, *(percent(scores.get((method, task)), 1) for task in tasks)]
+            for method in dict.fromkeys(row["method"] for row in one.rows)
+        ]
+        caption = f"Scores of the lm-evaluation-harness in percent, {one.model}"
+        out.append(Grid(caption, ["method", *tasks], rows))
+    return out
+
+
+def recalls(found: Found) -> list[tuple[Grid, list[str]]]:
+    """A table for each evaluation of models trained from scratch, with its notes."""
+    out = []
+    for one in (one for one in found.evaluations if one.suite in FROM_SCRATCH):
         columns, rows = mqar.columns(one.data), mqar.table_rows(one.data)
-        caption = "MQAR: accuracy in percent by (length x pairs), two-layer models trained from scratch"
+        caption = f"{NAMES[one.suite]}: accuracy in percent by setting, two-layer models trained from scratch"
         out.append((Grid(caption, columns, [list(row) for row in rows]), mqar.notes(one.data)))
     return out

@@ -25,6 +25,8 @@ class Setting:
     length: int
     pairs: int
 
+    suite = "mqar"
+
     def __post_init__(self) -> None:
         if self.pairs < 1 or 4 * self.pairs > self.length:
             raise FarspanError(
@@ -43,11 +45,25 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.length}x{self.pairs}"
 
+    @property
+    def title(self) -> str:
+        """For a panel of the plot."""
+        return f"{self.length} tokens, {self.pairs} pairs"
+
+    def check(self, vocabulary: int, filler: str) -> None:
+        """Raises FarspanError where such sequences cannot be drawn."""
+        check(self, vocabulary, filler)
+
+    def draw(self, count: int, *, vocabulary: int, filler: str, seed: int) -> Examples:
+        """`count` sequences (see the function `draw`)."""
+        return draw(self, count, vocabulary=vocabulary, filler=filler, seed=seed)
+
 
 @dataclass(frozen=True)
 class Examples:
-    """N sequences: tokens [N, length] int64; places [N, pairs] int64, the positions of the queries in the
-    order of the pairs; answers [N, pairs] int64, the values to be given at these positions."""
+    """N sequences: tokens [N, length] int64; places [N, Q] int64, the positions of the queries (of MQAR in
+    the order of the pairs, of ListOps one); answers [N, Q] int64, the tokens to be given at these
+    positions."""
 
     tokens: Tensor
     places: Tensor

@@ -10,8 +10,8 @@ from ...runtime.table import Table
 from ..pictures import new_figure
 from ..results import Results, unfinished_note
 from ..tables import markdown, percent
-from .data import Setting
 from .layers import SAME
+from .settings import NAMES, Setting, parse_setting
 from .train import DIVERGED
 
 PUBLISHED: dict[str, Any] = {
@@ -30,7 +30,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
     highest accuracy counts; ``accuracy`` is the mean over seeds, ``low`` and ``high`` its range."""
     found: dict[tuple[str, int, Setting], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        for setting in map(Setting.parse, row["settings"]):
+        for setting in map(parse_setting, row["settings"]):
             cell = row["method"], row["dim"], setting
             found.setdefault(cell, {}).setdefault(row["seed"], []).append(row)
     cells = []
@@ -44,7 +44,6 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                 "dim": dim,
                 "setting": name,
                 "length": setting.length,
-                "pairs": setting.pairs,
                 "accuracy": statistics.mean(accuracies),
                 "low": min(accuracies),
                 "high": max(accuracies),
@@ -67,8 +66,8 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
     names = ("suite", "apart", "all_rates", "rates", "seeds", *TRAINED)
     return {
         **{name: config[name] for name in names},
-        "reduced": reduced(config),
-        "settings": sorted(config["tasks"], key=Setting.parse),
+        "reduced": reduced(config) if config["suite"] == "mqar" else [],
+        "settings": sorted(config["tasks"], key=parse_setting),
         "cells": cells,
         "costs": costs,
         "rows": len(rows),
@@ -76,7 +75,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
 
 
 def reduced(config: Mapping[str, Any]) -> list[str]:
-    """What is smaller than in the paper, each with both numbers; empty if nothing is."""
+    """What is smaller than in MQAR's paper, each with both numbers; empty if nothing is."""
     said = []
     for name in ("samples", "epochs", "test_samples"):
         if config[name] < PUBLISHED[name]:
@@ -92,7 +91,7 @@ def reduced(config: Mapping[str, Any]) -> list[str]:
 
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """A row for each mixer and dim: the accuracy of each setting, and the state at the longest one."""
-    title = "mqar · accuracy in percent" + (" · reduced" if data["reduced"] else "")
+    title = f"{data['suite']} · accuracy in percent" + (" · reduced" if data["reduced"] else "")
     table = Table(*columns(data), title=title, caption=" ".join(notes(data)), numbers_from=1)
     for row in table_rows(data):
         table.add_row(*row)
@@ -131,11 +130,12 @@ def _state(cell: Mapping[str, Any]) -> str:
 def notes(data: Mapping[str, Any]) -> list[str]:
     """Sentences that explain the numbers."""
     seeds = len(data["seeds"])
+    columns = "LENGTHxPAIRS" if data["suite"] == "mqar" else "SHORTEST-LONGESTxDEPTHxARGUMENTS"
     out = [f"reduced: {'; '.join(data['reduced'])}."] if data["reduced"] else []
     out += [
         "Accuracy: share of queries answered right, of the best learning rate"
         + (f", mean over {seeds} seeds with the lowest and highest." if seeds > 1 else ", one seed."),
-        f"A run ends at {100 * data['stop']:.0f} %. Columns are LENGTHxPAIRS. state/layer: bytes kept of a "
+        f"A run ends at {100 * data['stop']:.0f} %. Columns are {columns}. state/layer: bytes kept of a "
         "sequence of the longest setting, by each layer where they differ.",
     ]
     if data["first"] != SAME:
@@ -149,22 +149,25 @@ def notes(data: Mapping[str, Any]) -> list[str]:
 
 
 def write(results: Results, data: Mapping[str, Any]) -> list[str]:
-    """Write mqar.md and mqar.png beside the rows; returns the names written."""
+    """Write SUITE.md and SUITE.png beside the rows; returns the names written."""
     if not data["cells"]:
         return []
     rows = [[f"`{mixer}`", *rest] for mixer, *rest in table_rows(data)]
     text = "\n".join(
         [
-            "# MQAR: accuracy in percent" + (" (reduced)" if data["reduced"] else "") + "\n",
+            f"# {NAMES[data['suite']]}: accuracy in percent"
+            + (" (reduced)" if data["reduced"] else "")
+            + "\n",
             markdown(columns(data), rows),
             *(note + "\n" for note in notes(data)),
-            "![accuracy against state size](mqar.png)\n",
+            f"![accuracy against state size]({data['suite']}.png)\n",
         ]
     )
-    results.write_text("mqar.md", text)
-    with results.picture("mqar.png") as path:
+    names = [f"{data['suite']}.md", f"{data['suite']}.png"]
+    results.write_text(names[0], text)
+    with results.picture(names[1]) as path:
         plot(data, path)
-    return ["mqar.md", "mqar.png"]
+    return names
 
 
 def plot(data: Mapping[str, Any], path: Any) -> None:
@@ -182,7 +185,7 @@ def plot(data: Mapping[str, Any], path: Any) -> None:
                 panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}")
         panel.set_xscale("log", base=2)
         panel.set_ylim(-3, 103)
-        panel.set_title(setting.replace("x", " tokens, ") + " pairs", fontsize=9)
+        panel.set_title(parse_setting(setting).title, fontsize=9)
         panel.set_xlabel("bytes of state")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (%)")

@@ -13,8 +13,8 @@ from ..results import ROW, Results
 from ..run import Summary, finished_if_stopped
 from ..shape import MAYBE_NUMBER
 from . import report
-from .data import Setting, check
 from .layers import check_mixers
+from .settings import NAMES, Setting, parse_setting
 from .train import SOLVED, Run, Training, train
 
 MQAR_ROW: dict[str, Any] = {
@@ -61,7 +61,8 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("mixers", "settings", "dims", "rates", "seeds"):
             if not getattr(self, name):
-                raise FarspanError(f"MQAR was given no {name}; give at least one.")
+                what = NAMES[self.settings[0].suite] if self.settings else "The comparison"
+                raise FarspanError(f"{what} was given no {name}; give at least one.")
         if not all(0 < rate < 1 for rate in self.rates):
             raise FarspanError(f"Learning rates are above 0 and below 1; got {self.rates}.")
         if not all(0 <= seed < 1 << 31 for seed in self.seeds):
@@ -72,12 +73,15 @@ class Comparison:
                 f"Models of {largest:,} numbers and {self.training.vocabulary:,} tokens are too large: give "
                 f"at most {_LARGEST:,} numbers, and at most 2^31 of numbers times tokens."
             )
-        if max(self.settings).length > _LONGEST:
+        if len({setting.suite for setting in self.settings}) > 1:
+            raise FarspanError("The settings are of MQAR and of ListOps; give one kind in a folder.")
+        if max(setting.length for setting in self.settings) > _LONGEST:
             raise FarspanError(
-                f"Sequences are of at most {_LONGEST:,} tokens; got {max(self.settings).length:,}."
+                f"Sequences are of at most {_LONGEST:,} tokens; got "
+                f"{max(setting.length for setting in self.settings):,}."
             )
         for setting in self.settings:
-            check(setting, self.training.vocabulary, self.training.filler)
+            setting.check(self.training.vocabulary, self.training.filler)
         check_mixers(self.mixers, self.dims, self.training.heads, self.training.first)
 
     def sweeps(self) -> Iterator[list[Run]]:
@@ -95,7 +99,7 @@ class Comparison:
     def config(self) -> dict[str, Any]:
         """The settings for config.json; all but the lists must be those of the folder."""
         return {
-            "suite": "mqar",
+            "suite": self.settings[0].suite,
             "methods": self.mixers,
             "tasks": list(map(str, self.settings)),
             "dims": self.dims,
@@ -159,7 +163,7 @@ def finish(results: Results) -> Summary:
     config, rows = results.config, results.rows
     asked = Comparison(
         mixers=config["methods"],
-        settings=[Setting.parse(name) for name in config["tasks"]],
+        settings=[parse_setting(name) for name in config["tasks"]],
         **{name: config[name] for name in ("dims", "rates", "seeds", "apart", "all_rates")},
         training=Training(**{name: config[name] for name in asdict(Training())}),
     )

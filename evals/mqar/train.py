@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from ...attention.errors import FarspanError
 from ...runtime.training.checkpoint import load_checkpoint, save_checkpoint
-from .data import Examples, Setting, draw
+from .data import Examples
 from .model import Model
+from .settings import Setting
 
 SOLVED, ENDED, DIVERGED = "solved", "epochs", "not finite"
 REST = 5  # settings besides the shortest have a fifth of its sequences, as published (2402.18668)
@@ -208,5 +209,5 @@ def _epoch(
 def _data(run: Run, setting: Setting, training: Training, number: int, count: int, device: str) -> Examples:
     """The sequences of an epoch, the same for all mixers; number 0 is the test."""
     seed = run.seed * _APART + number
-    made = draw(setting, count, vocabulary=training.vocabulary, filler=training.filler, seed=seed)
+    made = setting.draw(count, vocabulary=training.vocabulary, filler=training.filler, seed=seed)
     return Examples(made.tokens.to(device), made.places.to(device), made.answers.to(device))

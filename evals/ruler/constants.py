@@ -1,7 +1,7 @@
 """RULER's published wording and parameters: data only.
 
 Source: NVIDIA/RULER (Apache-2.0, Copyright NVIDIA CORPORATION), `scripts/data/synthetic/constants.py`,
-`niah.py`, `variable_tracking.py`, `common_words_extraction.py`, `freq_words_extraction.py` and
+`niah.py`, `variable_tracking.py`, `common_words_extraction.py`, `freq_words_extraction.py`, `qa.py` and
 `scripts/synthetic.yaml`; paper: arXiv 2404.06654. The strings are kept to the letter, with their leading and
 trailing spaces, because a prompt with other words is not RULER.
 """
@@ -63,6 +63,16 @@ FREQUENT_WORDS = Template(
     tokens_to_generate=50,
 )
 
+QUESTION_ANSWERING = Template(
+    text=(
+        "Answer the question based on the given documents. Only give me the answer and do not output any "
+        "other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on "
+        "the given documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}"
+    ),
+    answer_prefix=" Answer:",
+    tokens_to_generate=32,
+)
+
 SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
 """Replacements in NIAH's wording, in this order, if one value is asked for; "numbers" also loses its s."""
 
@@ -106,13 +116,27 @@ FWE_NOISE = "..."
 FWE_ANSWERS = 3
 
 
+QA_DOCUMENT = "Document {number}:\n{document}"
+QA_BETWEEN = "\n\n"
+"""What stands between two documents."""
+
+COMPAT_STEPS = {"essay": 500, "noise": 25, "needle": 25, "words": 10, "documents": 10}
+"""Units by which the published generator fills a prompt: words of an essay, lines, words of a list,
+documents. vt has steps of 10 lines, and fwe of 1/32 of the length."""
+COMPAT_SHORT = (4096, 5)
+"""Below this length, the needle tasks with lines of noise or needles have steps of 5."""
+COMPAT_VT, COMPAT_FWE_SHARE = 10, 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A row of RULER's task table. `haystack` is what fills the prompt."""
+    """A row of RULER's task table. `haystack` is what fills the prompt; `metric` is how an answer is scored:
+    "all" is the mean over the references of whether the answer contains them, "part" is their maximum."""
 
     name: str
-    haystack: Literal["noise", "essay", "needle", "words", "coded words"]
+    haystack: Literal["noise", "essay", "needle", "words", "coded words", "documents"]
     template: Template
+    metric: Literal["all", "part"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,5 +165,9 @@ TASKS: dict[str, Task] = {
         Task(name="vt", haystack="noise", template=VARIABLE_TRACKING),
         Task(name="cwe", haystack="words", template=COMMON_WORDS),
         Task(name="fwe", haystack="coded words", template=FREQUENT_WORDS),
+        Task(name="qa_1", haystack="documents", template=QUESTION_ANSWERING, metric="part"),
+        Task(name="qa_2", haystack="documents", template=QUESTION_ANSWERING, metric="part"),
     )
 }
+SYNTHETIC = tuple(name for name, task in TASKS.items() if task.haystack != "documents")
+"""The 11 tasks that need no data set."""

@@ -21,16 +21,25 @@ _MAX_DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The coordinates of one sample. Everything random in it comes from `rng`."""
+    """The coordinates of one sample. Everything random in it comes from `rng` and `order`.
+
+    compat: whether the sample has the published generator's quirks (see the package's docstring).
+    """
 
     task: str
     length: int
     index: int
     seed: int
+    compat: bool = False
 
     def rng(self, purpose: str) -> random.Random:
         """A random generator for one purpose, so that drawing more for it changes nothing else."""
         return rng_for("ruler", self.seed, self.task, self.length, self.index, purpose)
+
+    def order(self, purpose: str) -> random.Random:
+        """A random generator that shuffles items of a prompt. In the published generator (compat) every
+        sample has the same one."""
+        return random.Random(self.seed) if self.compat else self.rng(purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,17 @@ def filled(template: Template, context: str, **blanks: object) -> tuple[str, str
 def listed(items: list[str] | tuple[str, ...]) -> str:
     """A list of items as RULER writes several queries: "a, b, and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
+
+
+def shuffle(rng: random.Random, items: list[Any]) -> None:
+    """`rng.shuffle(items)`, with the same result, in half the time: prompts have lists of 70,000 words."""
+    bits = rng.getrandbits
+    for last in range(len(items) - 1, 0, -1):
+        width = (last + 1).bit_length()
+        place = bits(width)
+        while place > last:
+            place = bits(width)
+        items[last], items[place] = items[place], items[last]
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 from ..pieces import hide
 from ..text import Prose
@@ -28,7 +30,7 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
             drawn.add(value)
             values[keys[-1]].append(value)
     needles = [(value, needle(task, key, value)) for key in keys for value in values[key]]
-    rng.shuffle(needles)
+    (cell.order("needles") if cell.compat else rng).shuffle(needles)
     queries = rng.sample(keys, task.queries)
     references = tuple(value for key in queries for value in values[key])
 
@@ -37,6 +39,8 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
         template, type_v = singular(template), type_v[:-1]
 
     essay = task.haystack == "essay"
+    more = distractors(task, cell, keys, drawn)
+    others: list[str] = []
 
     def build(units: int) -> Draft:
         if essay:
@@ -44,9 +48,11 @@ def niah(task: NiahTask, cell: Cell, prose: Prose | None) -> Builder:
             pieces = prose.pieces(units)
             places = essay_places(len(pieces), len(needles), cell)
         else:
-            noise = task.haystack == "noise"
-            lines = [NOISE] * units if noise else distractors(task, cell, units, keys, drawn)
-            pieces = [f"{line}\n" for line in lines]
+            if task.haystack == "noise":
+                pieces = [f"{NOISE}\n"] * units
+            else:
+                others.extend(islice(more, max(units - len(others), 0)))
+                pieces = others[:units]
             places = line_places(len(pieces), len(needles), cell)
         haystack, depths = hide(pieces, zip(places, (text for _, text in needles), strict=True), gaps=essay)
         depth_of = dict(zip((value for value, _ in needles), depths, strict=True))
@@ -77,17 +83,13 @@ def singular(template: Template) -> Template:
     return replace(template, text=text, answer_prefix=answer_prefix)
 
 
-def distractors(task: NiahTask, cell: Cell, units: int, keys: list[str], values: set[str]) -> list[str]:
-    """Needles without an answer: their keys and values are not among those of the sample."""
+def distractors(task: NiahTask, cell: Cell, keys: list[str], values: set[str]) -> Iterator[str]:
+    """Lines of needles without an answer: their keys and values are not among those of the sample."""
     rng = cell.rng("distractors")
-    return [
-        needle(
-            task,
-            distinct(lambda: DRAW[task.type_k](rng), keys),
-            distinct(lambda: DRAW[task.type_v](rng), values),
-        )
-        for _ in range(units)
-    ]
+    while True:
+        key = distinct(lambda: DRAW[task.type_k](rng), keys)
+        value = distinct(lambda: DRAW[task.type_v](rng), values)
+        yield f"{needle(task, key, value)}\n"
 
 
 def essay_places(pieces: int, needles: int, cell: Cell) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..sample import fill
 from .constants import (
@@ -51,7 +51,7 @@ def variable_tracking(cell: Cell, example_lines: int) -> Builder:
     example = _example(cell)
     chain = _chain(cell.rng("chain"), VT_LETTERS, not_value=example.value)
     # The prefix ends with a space, and another one follows: as published.
-    solved = "".join(example.filled(example_lines, cell.rng("example places")))
+    solved = "".join(example.filled(example_lines, _layout(cell).rng("example places")))
     solved += " " + " ".join(example.names) + "\n\n"
 
     def build(units: int) -> Draft:
@@ -72,15 +72,23 @@ def example_lines(cell: Cell, count_tokens: Callable[[str], int]) -> int:
     example = _example(cell)
 
     def tokens(lines: int) -> int:
-        return count_tokens("".join(example.filled(lines, cell.rng("example places"))))
+        return count_tokens("".join(example.filled(lines, _layout(cell).rng("example places"))))
 
     if tokens(MINIMUM) > VT_EXAMPLE_TOKENS:
         return MINIMUM
     return fill(tokens, VT_EXAMPLE_TOKENS, minimum=MINIMUM, what="the solved example of ruler task vt")
 
 
+def _layout(cell: Cell) -> Cell:
+    """The cell of which the example has its value and its places: in the published generator (compat) the
+    first one, whose names alone are drawn anew for each sample."""
+    return replace(cell, index=0) if cell.compat else cell
+
+
 def _example(cell: Cell) -> Chain:
-    return _chain(cell.rng("example chain"), VT_EXAMPLE_LETTERS, not_value="")
+    chain = _chain(cell.rng("example chain"), VT_EXAMPLE_LETTERS, not_value="")
+    first = _layout(cell)
+    return chain if first == cell else Chain(_example(first).value, chain.names)
 
 
 def _chain(rng: random.Random, letters: int, *, not_value: str) -> Chain:

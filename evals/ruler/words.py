@@ -6,6 +6,7 @@ import math
 import random
 import string
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 
 from .constants import (
@@ -21,7 +22,7 @@ from .constants import (
     FWE_VOCABULARY_SHARE,
     FWE_WORD_LETTERS,
 )
-from .draws import Builder, Cell, Draft, distinct, filled, listed, word, word_lists
+from .draws import Builder, Cell, Draft, distinct, filled, listed, shuffle, word, word_lists
 
 CWE_MINIMUM = CWE_COMMON_WORDS + 1
 _ZETA = math.pi**2 / 6  # Riemann's zeta at FWE_ALPHA = 2
@@ -30,13 +31,14 @@ _ZETA = math.pi**2 / 6  # Riemann's zeta at FWE_ALPHA = 2
 def common_words(cell: Cell) -> Builder:
     """The builder of one cwe sample: a solved example, then a numbered list. A unit is one more word."""
     counts = CWE_COUNTS_SHORT if cell.length < CWE_SHORT else CWE_COUNTS
-    example, example_common = _word_list(
-        cell, "example", counts.example_words, counts.example_common, counts.example_uncommon
+    example, example_common = _WordList(cell, "example").numbered(
+        counts.example_words, counts.example_common, counts.example_uncommon
     )
+    words_of = _WordList(cell, "list")
     solved = "".join(filled(COMMON_WORDS, example)) + _numbered(example_common) + "\n"
 
     def build(units: int) -> Draft:
-        words, common = _word_list(cell, "list", units, counts.common, counts.uncommon)
+        words, common = words_of.numbered(units, counts.common, counts.uncommon)
         context, question, answer_prefix = filled(COMMON_WORDS, words)
         return Draft(
             context=solved + context,
@@ -49,25 +51,38 @@ def common_words(cell: Cell) -> Builder:
     return build
 
 
-def _word_list(cell: Cell, purpose: str, words: int, common: int, uncommon: int) -> tuple[str, list[str]]:
-    """(numbered list, common words). Of `words` different words 10 appear `common` times, others
-    `uncommon`."""
-    drawn = list(islice(_different_words(cell.rng(f"{purpose} words")), words))
-    frequent = drawn[:CWE_COMMON_WORDS]
-    entries = frequent * common + drawn[CWE_COMMON_WORDS:] * uncommon
-    cell.rng(f"{purpose} order").shuffle(entries)
-    return _numbered(entries)[1:], frequent
+class _WordList:
+    """The words of one list of a sample, which are drawn once."""
+
+    def __init__(self, cell: Cell, purpose: str):
+        self._cell, self._purpose = cell, purpose
+        self._more = _different_words(cell.rng(f"{purpose} words"))
+        self._drawn: list[str] = []
+
+    def numbered(self, words: int, common: int, uncommon: int) -> tuple[str, list[str]]:
+        """(numbered list, common words). Of `words` different words 10 appear `common` times, others
+        `uncommon`."""
+        self._drawn += islice(self._more, max(words - len(self._drawn), 0))
+        frequent = self._drawn[:CWE_COMMON_WORDS]
+        entries = frequent * common + self._drawn[CWE_COMMON_WORDS:words] * uncommon
+        shuffle(self._cell.order(f"{self._purpose} order"), entries)
+        return _numbered(entries)[1:], frequent
 
 
 def _different_words(rng: random.Random) -> Iterator[str]:
     """All words of wonderwords in random order, then pairs, for lists longer than its 8,166 words."""
-    known = sorted({name for names in word_lists().values() for name in names})
+    known = list(_known_words())
     rng.shuffle(known)
     yield from known
     taken = set(known)
     while True:
         taken.add(pair := distinct(lambda: word(rng), taken))
         yield pair
+
+
+@lru_cache(maxsize=1)
+def _known_words() -> tuple[str, ...]:
+    return tuple(sorted({name for names in word_lists().values() for name in names}))
 
 
 def _numbered(words: list[str]) -> str:
@@ -81,11 +96,11 @@ def frequent_words(cell: Cell) -> Builder:
     A unit is one word: of `units` words, the k-th most frequent appears int(units · k^-2 / zeta(2)) times.
     """
     rng = cell.rng("vocabulary")
-    vocabulary = [FWE_NOISE]
+    drawn = {FWE_NOISE: None}  # ordered, and quick to search
     for _ in range(max(cell.length // FWE_VOCABULARY_SHARE, FWE_ANSWERS + 2) - 1):
-        vocabulary.append(
-            distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=FWE_WORD_LETTERS)), vocabulary)
-        )
+        word = distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=FWE_WORD_LETTERS)), drawn)
+        drawn[word] = None
+    vocabulary = list(drawn)
     answers = tuple(vocabulary[1 : 1 + FWE_ANSWERS])
 
     def build(units: int) -> Draft:
@@ -94,7 +109,7 @@ def frequent_words(cell: Cell) -> Builder:
             for name, count in zip(vocabulary, fwe_counts(units, len(vocabulary)), strict=True)
             for _ in range(count)
         ]
-        cell.rng("order").shuffle(words)
+        shuffle(cell.order("order"), words)
         context, question, answer_prefix = filled(FREQUENT_WORDS, " ".join(words))
         return Draft(
             context=context,

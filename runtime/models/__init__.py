@@ -13,6 +13,7 @@ from .chat import choose_chat as choose_chat
 from .chat import encode_prompt as encode_prompt
 from .chat import plain_ids as plain_ids
 from .chat import prompt_ids as prompt_ids
+from .chat import turn_ids as turn_ids
 from .fetch import cache_folder as cache_folder
 from .fetch import cached as cached
 from .load import check_length as check_length

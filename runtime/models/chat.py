@@ -16,6 +16,7 @@ from ...attention.errors import FarspanError
 # template returns a fixed day instead: the default day of Llama's own template. The empty expression after
 # `endmacro` keeps a newline at the beginning of the template from being trimmed.
 _CLOCK = "strftime_now"
+_MARK = "(the answer)"
 _DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24"}
 _STOPPED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -83,6 +84,32 @@ def prompt_ids(tokenizer: Any, user: str, opening: str = "", *, clock: bool = Tr
     except Exception as error:
         raise _unusable(error) from error
     return plain_ids(tokenizer, text + opening)  # the template has written the special tokens
+
+
+def turn_ids(tokenizer: Any, user: str, opening: str = "") -> list[int]:
+    """Token ids [T] of a further turn: what ends an answer in the chat format, the user's next message, and
+    the opening words of its answer. Without a chat format, the message stands behind a blank line.
+
+    Raises:
+        FarspanError: the chat format cannot have a further turn as text.
+    """
+    if not has_chat(tokenizer):
+        return plain_ids(tokenizer, f"\n\n{user}{opening}")
+    roles = (("user", "Hi"), ("assistant", _MARK), ("user", user))
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in roles],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:
+        raise _unusable(error) from error
+    if _MARK not in text or not _template(tokenizer):
+        raise FarspanError(
+            "The chat format of this model's tokenizer cannot show where an answer ends; use --no-chat to "
+            "run several turns without it."
+        )
+    return plain_ids(tokenizer, text.partition(_MARK)[2] + opening)
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:

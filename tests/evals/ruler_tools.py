@@ -8,7 +8,7 @@ from typing import Any
 from farspan.evals import ruler
 from farspan.evals.sample import Sample
 
-ALL = list(ruler.TASKS)
+ALL = list(ruler.SYNTHETIC)
 NIAH = [name for name in ALL if name.startswith("niah")]
 ESSAY = [name for name in ALL if ruler.TASKS[name].haystack == "essay"]
 

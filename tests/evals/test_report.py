@@ -64,7 +64,9 @@ def test_cells_pair_each_sample_with_dense(ruler: dict[str, Any]) -> None:
 def test_overall_is_the_mean_over_tasks_and_groups_keep_noise_apart(ruler: dict[str, Any]) -> None:
     found = next(o for o in ruler["overall"] if o["method"] == SPARSE)
     assert found["score"] == 0.5
-    assert found["groups"] == {"essay and needles": 0.0, "noise": 1.0, "word lists": None}
+    assert found["groups"] == {"essay and needles": 0.0, "noise": 1.0, "word lists": None, "documents": None}
+    averages = {"retrieval": 0.5, "multi-hop": None, "aggregation": None, "question answering": None}
+    assert found["categories"] == averages
     # differences 0, 1, 2 and 1, 2, 3: s²/n = 1/3 twice, se = sqrt(2/3)/2, t(0.975, 4) = 2.776445
     assert found["nll_diff"]["mean"] == pytest.approx(1.5)
     assert found["nll_diff"]["high"] == pytest.approx(1.5 + 2.776445 * 0.408248, abs=1e-4)
@@ -202,8 +204,48 @@ def test_a_folder_gets_its_tables_and_pictures(needle: list[dict], tmp_path: Pat
         names = report.write(results, summary.summarise(results.config, results.rows))
     assert names == ["ruler.md", "ruler.png"]
     text = (tmp_path / "r" / "ruler.md").read_text()
-    assert "512 score" in text and "1000 score" in text and "1 of RULER's 11" in text
+    assert "512 score" in text and "1000 score" in text and "1 of RULER's 13 tasks" in text
     assert len(read(tmp_path / "r")[1]) == 4
+
+
+def test_effective_length_is_the_largest_that_keeps_85_percent() -> None:
+    scores = {"dense": [1.0, 1.0, 0.9, 0.8], SPARSE: [0.4, 0.1, 0.35, 0.2], "quest:k=8": [0.0, 0.0, 1.0, 1.0]}
+    rows = [
+        row(method, task, index, score=score, nll=0.5, length=length)
+        for method, by_length in scores.items()
+        for length, score in zip((1024, 2048, 4096, 8192), by_length, strict=True)
+        for task in ("vt", "fwe")
+        for index in range(4)
+    ]
+    rows = [r for r in rows if (r["task"], r["length"]) != ("fwe", 4096)]  # not there at every length
+    data = summary.summarise(config("ruler", *scores), rows)
+    found = {line["method"]: line["effective_length"] for line in data["methods"]}
+    assert found["dense"] == {"length": 4096, "of": 8192, "base_score": 1.0, "score": 0.9, "tasks": 1}
+    assert found[SPARSE]["length"] == 4096, "2K is below 85 %, and 4K above"
+    assert found["quest:k=8"] is None, "85 % of nothing"
+    assert tables.effective_table(data) == (
+        "| method | effective length | score at 1K | score there |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| `dense` | 4K | 100.0 | 90.0 |\n"
+        f"| `{SPARSE}` | 4K | 40.0 | 35.0 |\n"
+    )
+    short = summary.summarise(config("ruler", "dense"), [r for r in rows if r["length"] == 1024])
+    assert short["methods"][0]["effective_length"] is None and tables.effective_table(short) == ""
+
+
+def test_score_intervals_stay_within_the_scores_bounds() -> None:
+    rows = [row("dense", "vt", i, score=1.0, nll=0.5) for i in range(10)]
+    rows += [row("dense", "fwe", i, score=float(i % 2), nll=0.5) for i in range(10)]
+    data = summary.summarise(config("ruler", "dense"), rows)
+    cells = {cell["task"]: cell["score_interval"] for cell in data["cells"]}
+    assert cells["vt"]["mean"] == 1.0 and cells["vt"]["high"] == 1.0 and 0.6 < cells["vt"]["low"] < 0.9
+    # 10 answers and one pseudo-observation at either bound: 0.5 ± t(11) · s / √12, s² = 12 / 4 / 11
+    half = 2.2009852 * (3 / 11 / 12) ** 0.5
+    assert cells["fwe"]["low"] == pytest.approx(0.5 - half) and cells["fwe"]["high"] == pytest.approx(
+        0.5 + half
+    )
+    assert "| fwe | 50.0 [16.8, 83.2] |" in tables.interval_table(data, 1024)
+    assert data["overall"][0]["score_interval"]["mean"] == pytest.approx(0.75)
 
 
 def test_the_terminal_table(ruler: dict[str, Any]) -> None:
@@ -216,7 +258,6 @@ def test_the_terminal_table(ruler: dict[str, Any]) -> None:
         "      1K  6  100.0               –  100/100.0       2.00    200.0",
         SPARSE,
         "      1K  6   50.0  +1.500 ± 1.133   100/25.0       2.00    200.0",
-        "read: share of keys read in prefill / decode. 2 of RULER's 11 dataset-free",
-        "tasks.",
+        "read: share of keys read in prefill / decode. 2 of RULER's 13 tasks.",
     ]
     assert len(report.terminal_table(ruler).text(86).splitlines()) == 6  # one line a row

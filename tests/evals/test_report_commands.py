@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import farspan
 from farspan.evals.results import read
-from farspan.evals.tasks import Prompt, Task
+from farspan.evals.sample import Sample
+from farspan.evals.task import Task, filled
+from farspan.evals.tokens import Filling
 
 from . import folder
 
@@ -111,31 +113,49 @@ def test_a_sweep_of_a_model_on_the_disk(tmp_path: Path, tiny_folder: Path, farsp
     assert (tmp_path / "out" / "needle" / "samples.jsonl").read_bytes() == before
 
 
-class Letter(Task):
-    name = "letter"
-    max_new_tokens = 2
+@dataclass(frozen=True, kw_only=True)
+class Letters(Task):
+    """A question whose answer is one letter."""
 
-    def prompt(self, units: int, rng: random.Random) -> Prompt:
-        return Prompt(context="a b c. " * units, question="Which?", references=(rng.choice("ab"),))
+    suite: ClassVar[str] = "letters"
+
+    def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Sample]:
+        filling = Filling(tokenizer)
+        for index in range(count):
+            yield filled(filling, lambda units, i=index: self.sample(name, length, i, units), what=name)
+
+    def sample(self, name: str, length: int, index: int, units: int) -> Sample:
+        return Sample(
+            suite=self.suite,
+            task=name,
+            length=length,
+            index=index,
+            seed=self.seed,
+            context="a b c. " * units,
+            question="Which?",
+            answer_prefix="",
+            references=("ab"[index % 2],),
+            gold=" a",
+            max_new_tokens=2,
+            recipe={"index": index},
+            extra={},
+        )
 
 
 def test_a_task_of_ones_own(tmp_path: Path, tiny_folder: Path) -> None:
     model, tokenizer = farspan.load(str(tiny_folder))
-    given: dict[str, Any] = {"lengths": [128], "samples": 2, "out": tmp_path / "own", "progress": False}
-    result = farspan.evaluate(model, tokenizer, ["dense", "window:w=16"], tasks=[Letter()], **given)
+    task = Letters(lengths=[128], samples=2)
+    given: dict[str, Any] = {"out": tmp_path / "own", "progress": False}
+    result = farspan.evaluate(model, tokenizer, ["dense", "window:w=16"], suite=task, **given)
     assert result.complete and len(result.rows) == 4
     frame = result.to_pandas()
-    assert set(frame.method) == {"dense", "window:w=16"} and set(frame.key) == {
-        f"custom/letter/128/{i}" for i in (0, 1)
-    }
-    assert all(100 < row["prompt_tokens"] <= 126 for row in result.rows), "filled to the unit, and not beyond"
-    assert "custom ·" in str(result)
+    assert set(frame.method) == {"dense", "window:w=16"}
+    assert set(frame.key) == {f"letters/letters/128/{i}" for i in (0, 1)}
+    assert "letters ·" in str(result)
     result.report(tmp_path / "own.html")
     assert "Which?" in (tmp_path / "own.html").read_text()
-    with pytest.raises(farspan.FarspanError, match="own tasks by themselves"):
-        farspan.evaluate(model, tokenizer, ["dense"], tasks=[Letter(), "vt"], **given)
-    with pytest.raises(farspan.FarspanError, match="the task letter needs a length of at least"):
-        farspan.evaluate(model, tokenizer, ["dense"], tasks=[Letter()], **(given | {"lengths": [4]}))
+    with pytest.raises(farspan.FarspanError, match="at least"):
+        farspan.evaluate(model, tokenizer, ["dense"], suite=Letters(lengths=[4]), **given)
 
 
 def test_the_other_suites_from_python(tmp_path: Path, tiny_folder: Path) -> None:

@@ -55,9 +55,10 @@ def test_needle_tasks_are_the_published_table(
         assert sample.max_new_tokens == 128
 
 
-def test_the_eleven_tasks_and_what_they_generate() -> None:
+def test_the_thirteen_tasks_and_what_they_generate() -> None:
     generated = {name: task.template.tokens_to_generate for name, task in ruler.TASKS.items()}
-    assert generated == dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50}
+    others = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+    assert generated == dict.fromkeys(NIAH, 128) | others
     assert len(NIAH) == 8
 
 
@@ -233,7 +234,7 @@ def counted(numbered: str) -> Counter[str]:
 def test_common_words_go_on_when_the_word_list_is_used_up() -> None:
     known = {word for kind in draws.word_lists().values() for word in kind}
     cell = draws.Cell(task="cwe", length=10**6, index=0, seed=1)
-    text, common = words._word_list(cell, "list", len(known) + 500, 30, 3)
+    text, common = words._WordList(cell, "list").numbered(len(known) + 500, 30, 3)
     counts = counted(text)
     assert len(counts) == len(known) + 500 and known < set(counts)
     assert {word for word, count in counts.items() if count == 30} == set(common)

@@ -70,7 +70,7 @@ class Words:
     def __call__(self, text, **_):
         return types.SimpleNamespace(input_ids=text.split())
 digest = hashlib.sha256()
-for task in ruler.TASKS:
+for task in ruler.SYNTHETIC:
     for sample in ruler.make_samples(Words(), task, 1024, 2, 5):
         digest.update(repr(sample).encode())
 for sample in needle.make_samples(Words(), 512, 0.5, 2, 5):
@@ -134,7 +134,7 @@ def test_prose_of_the_users_fills_the_essay_tasks(tmp_path: Path) -> None:
             ("niah_singel_2", 1024, 1, 1),
             r"no ruler task 'niah_singel_2' \(did you mean niah_single_2\?\); the",
         ),
-        (("qa_1", 1024, 1, 1), r"'qa_1'; the tasks are niah_single_1, .*, vt, cwe, fwe"),
+        (("qa_3", 1024, 1, 1), r"'qa_3'.*; the tasks are niah_single_1, .*, vt, cwe, fwe, qa_1, qa_2"),
         (("vt", 0, 1, 1), "length 0 is not a whole number of at least 1"),
         (("vt", 1024.0, 1, 1), r"length 1024\.0 is not"),
         (("vt", 1024, -1, 1), "count -1 is not"),
@@ -164,9 +164,10 @@ def test_without_wonderwords_the_sentence_says_what_to_install(monkeypatch: pyte
 
 
 def test_task_names_are_all_or_those_named_once_and_never_none() -> None:
-    assert ruler.task_names(["all"]) == ruler.task_names(["vt", "all"]) == ALL
+    assert ruler.task_names(["all"]) == ruler.task_names(["vt", "all"]) == [*ALL, "qa_1", "qa_2"]
+    assert ruler.task_names(["synthetic"]) == ALL
     assert ruler.task_names(["vt", "cwe", "vt"]) == ["vt", "cwe"]
-    with pytest.raises(FarspanError, match=r"no ruler task was given; give 'all' or some of .*vt, cwe, fwe"):
+    with pytest.raises(FarspanError, match=r"no ruler task was given; give 'all', 'synthetic' or some of .*"):
         ruler.task_names([])
     with pytest.raises(FarspanError, match=r"no ruler task 'vtt' \(did you mean vt\?\)"):
         ruler.task_names(["cwe", "vtt"])
