@@ -58,7 +58,7 @@ def evaluated() -> dict[str, Any]:
 
 
 def test_an_evaluation() -> None:
-    numbers = ["100.0", "1024K", "1048577", "100/98.8", "100/98.9", "100/99.0", "100/99.1"]
+    numbers = ["100.0", "1M", "1048577", "100/98.8", "100/98.9", "100/99.0", "100/99.1"]
     for i in range(4):
         numbers += [str(123456 + i), f"{12345.67 + i:.2f}", f"{99999.9 - i:.1f}"]
     numbers += [f"{-12345.678 - i:+.3f} ± 98765.432" for i in range(1, 4)]
@@ -102,8 +102,9 @@ def test_a_heatmap_has_its_method_in_the_picture(tmp_path: Path, monkeypatch: py
     figures: list[Figure] = []
     real = pictures.new_figure
     monkeypatch.setattr(pictures, "new_figure", lambda *size: figures.append(real(*size)) or figures[-1])
-    cells = [{"method": NAMES[3], "depth": depth, "length": 1024, "score": 1.0} for depth in (0.0, 1.0)]
-    data = {"cells": cells, "methods": [{"method": NAMES[3], "score": 1.0, "n": 2}]}
+    cell = {"method": NAMES[3], "task": "needle", "length": 1024, "score": 1.0, "n": 1}
+    cells = [cell | {"depth": depth} for depth in (0.0, 1.0)]
+    data = {"cells": cells, "methods": [{"method": NAMES[3], "score": 1.0, "tasks": {"needle": 1.0}, "n": 2}]}
     pictures.heatmap(data, NAMES[3], tmp_path / "heat.png")
     title = figures[0].axes[0].title
     assert NAMES[3] in title.get_text().replace(",\n", ",").replace(":\n", ":").replace("\n", " ")
