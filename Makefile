@@ -1,4 +1,5 @@
-# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | results | results-prefill | results-long | results-mqar | report.
+# make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | docs | results | results-prefill |
+# results-long | results-mqar | report.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar report lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar report docs lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -124,6 +125,14 @@ results-mqar: $(VENV)/.evals ## MQAR of every kind of mixer (the first four with
 	mqar $(MQAR_MORE) 64x4,128x8,256x16 64 $(RESULTS_OUT)/mqar
 	mqar $(MQAR_MORE) 64x4,128x8,256x16 32,128 $(RESULTS_OUT)/mqar
 	mqar $(MQAR_MIXERS) 64x4,128x8,256x16,256x64,512x64 64 $(RESULTS_OUT)/mqar_hard
+
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.evals
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## the pages of docs/ as a static site in build/docs; a broken link is an error
+	$(BIN)/python -m sphinx -W --keep-going --quiet --fresh-env docs build/docs
+	echo "The site is build/docs/index.html."
 
 bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into benchmarks/results/
 	$(BIN)/python -m benchmarks.decode_step

@@ -14,7 +14,12 @@ import farspan
 from farspan.runtime.hf.releases import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/families").glob("*.md")),
+]
 HISTORY = "LOG.md"  # it names files as they were then
 TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(\w+))?")
 FILE = re.compile(r"`((?:attention|parallel|runtime|evals|cli|benchmarks|examples)/[\w/.]*)`")

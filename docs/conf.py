@@ -1,0 +1,107 @@
+"""Sphinx's configuration of these pages: ``make docs`` builds them into build/docs.
+
+The methods and mixers of a family are listed from the registry at build time, so that no page can name a
+parameter that is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import farspan
+from farspan.attention.hybrid.registry import mixers
+from farspan.attention.method import AttentionMethod
+
+HERE = Path(__file__).parent
+GENERATED = HERE / "generated"
+
+project, author = "farspan", "The farspan authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme, html_title, html_baseurl = "furo", "farspan", ""
+html_show_copyright = html_show_sourcelink = False
+exclude_patterns = ["generated", "results"]
+myst_heading_anchors = 4
+autodoc_typehints, autodoc_member_order = "none", "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+
+
+def setup(app: Any) -> None:
+    app.connect(
+        "autodoc-process-docstring", lambda *about: about[-1].__setitem__(slice(None), _rst(about[-1]))
+    )
+    app.connect("source-read", _links_outside)
+    app.connect("include-read", lambda app, path, doc, content: _links_outside(app, doc, content))
+    GENERATED.mkdir(exist_ok=True)
+    by_family: dict[str, list[type[AttentionMethod]]] = {}
+    for method in farspan.methods().values():
+        by_family.setdefault(method.family, []).append(method)
+    for family, found in by_family.items():
+        (GENERATED / f"{family}.md").write_text("\n".join(line for m in found for line in _method(m)))
+    (GENERATED / "mixers.md").write_text("\n".join(x for name in mixers() for x in _mixer(name)))
+
+
+def _links_outside(app: Any, page: str, content: list[str]) -> None:
+    """Links to the contributor's page stay links; files outside docs/ are named, since the site lacks them
+    (tests/test_docs.py checks that they exist)."""
+    text = re.sub(r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md", content[0])
+    text = text.replace("```mermaid", "```text")  # drawing it would take a script from elsewhere
+    content[0] = re.sub(r"(?<!!)\[([^\]]*)\]\((?:\.\./|results/)[^)]*\)", r"\1", text)
+
+
+def _method(method: type[AttentionMethod]) -> Iterator[str]:
+    yield f"### `{method.name}`: {method.title}\n"
+    yield f"For {' and '.join(sorted(method.phases, reverse=True))}. {_paper(method.paper)}\n"
+    fields = [f for f in dataclasses.fields(method) if f.init and f.metadata.get("spec", True)]
+    if fields:
+        yield "| parameter | default |\n|---|---|"
+        yield from (f"| `{field.name}` | {_value(field.default)} |" for field in fields)
+        yield ""
+    yield _docstring(method)
+
+
+def _mixer(name: str) -> Iterator[str]:
+    mixer = mixers()[name]
+    yield f"### `{name}`\n"
+    parameters = inspect.signature(mixer.__init__).parameters.values()
+    fields = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if fields:
+        yield "| parameter | default |\n|---|---|"
+        yield from (f"| `{field.name}` | {_value(field.default)} |" for field in fields)
+        yield ""
+    yield _docstring(mixer)
+
+
+def _paper(arxiv: str) -> str:
+    return f"Paper: [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})." if arxiv else ""
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "empty"
+
+
+def _docstring(of: type) -> str:
+    text = "\n".join(_rst((inspect.getdoc(of) or "").splitlines()))
+    return f"```{{eval-rst}}\n{text}\n```\n"
+
+
+def _rst(lines: list[str]) -> list[str]:
+    """A docstring as reStructuredText: lines such as "k: tokens to read." become a list."""
+    written, item = [], False
+    for line in lines:
+        named = re.match(r"([a-z_]\w*(?:, [a-z_]\w*)*): ", line)
+        if named:
+            written += [*([] if item else [""]), f"- ``{named[1]}``: {line[named.end() :]}"]
+            item = True
+        elif item and line and not line.startswith("Raises"):
+            written.append(f"  {line.strip()}")
+        else:
+            written += ["", line] if item and line else [line]
+            item = False
+    return [line.replace("|", "\\|") for line in written]
