@@ -30,6 +30,7 @@ from .ranks import Job
 from .rows import ROW, ResultsError, parse, parse_config, parse_rows
 from .settings import GROWING, differences, environment, grown, versions
 from .shape import Shape, misfit
+from .track import track
 
 FORMAT = 1
 
@@ -160,6 +161,7 @@ class Results:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json("summary.json", _finite(summary))
+        track(self.out, _finite(summary))
 
     def write_text(self, name: str, text: str) -> None:
         """Replace DIR/name by the text in one step."""
