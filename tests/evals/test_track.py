@@ -53,9 +53,9 @@ def test_no_tracker_an_unknown_one_and_one_that_is_missing(
     monkeypatch.delenv("FARSPAN_TRACKER", raising=False)
     track(tmp_path, SUMMARY)
     monkeypatch.setenv("FARSPAN_TRACKER", "notebook")
-    with pytest.raises(FarspanError, match="is 'notebook'; it can be mlflow[.] The results are in"):
+    with pytest.raises(FarspanError, match=r"is 'notebook'; it can be mlflow[.] The results are in"):
         track(tmp_path, SUMMARY)
     monkeypatch.setenv("FARSPAN_TRACKER", "mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(FarspanError, match="needs `pip install mlflow`[.] The results are in"):
+    with pytest.raises(FarspanError, match=r"needs `pip install mlflow`[.] The results are in"):
         track(tmp_path, SUMMARY)
