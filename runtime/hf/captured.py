@@ -84,7 +84,7 @@ class Captured:
                 held = self._graphs[kind] = _Held(capture, run, call)
             except RuntimeError as error:  # of an operation that cannot be captured
                 self.release()
-                self.refused = str(error).splitlines()[0]
+                self.refused = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 return run(**call)
         return held.replay(call)
 
