@@ -170,7 +170,7 @@ def _read() -> dict[str, Any]:
     path = _file()
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise FarspanError(

@@ -157,6 +157,14 @@ def test_a_crossover_that_is_none_is_refused(model: Any, bad: Any) -> None:
     farspan.patch(model, "dense").remove()  # nothing was left behind
 
 
+def test_a_cache_folder_that_is_none_holds_no_measurements(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path / "file" / "cache"))
+    farspan.patch(model, "dense").remove()
+
+
 def test_tune_measures_each_phase_and_keeps_it(model: Any, cache: Path) -> None:
     seen: list[tuple[int, int]] = []
     found = farspan.tune(
