@@ -174,6 +174,8 @@ def check_static(info: ModelInfo, foreign_keys: bool) -> None:
         f"its RoPE of type {name!r} is computed on the host from the length of the call"
         for name in sorted(named & {"dynamic", "longrope"})
     ]
+    if any(getattr(m, "attn_temperature_tuning", False) for m in info.attention.values()):
+        reasons.append("its attention takes the position of a token from the length on the host")
     if foreign_keys:
         reasons.append("its attention is called with keys that are not those of the cache")
     if reasons:

@@ -288,6 +288,14 @@ def test_models_that_it_does_not_serve(name: str, overrides: dict[str, Any], rea
         farspan.patch(make(name, **overrides), static=100)
 
 
+def test_a_position_that_the_host_counts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's attention without RoPE scales queries by the length of its cache, which no replay reads."""
+    model = shared("llama")
+    monkeypatch.setattr(model.model.layers[1].self_attn, "attn_temperature_tuning", True, raising=False)
+    with pytest.raises(Unsupported, match="the position of a token from the length on the host"):
+        farspan.patch(model, static=100)
+
+
 def test_no_position_beyond_the_last() -> None:
     model = shared("llama")
     with patched("quest:k=22,page=4,dense_layers=0", static=45), torch.no_grad():
