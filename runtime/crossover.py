@@ -137,8 +137,10 @@ def faster_kernels(
 
 def _measured(entry: Any) -> Measured:
     try:
-        return Measured(**entry)
-    except TypeError:
+        found = Measured(**entry)
+        _ = found.faster, found.crossover  # which read all of it
+        return found
+    except (TypeError, AttributeError, IndexError, ValueError):
         text = f"{_file()} holds no crossovers: delete it and run 'farspan tune' again."
         raise FarspanError(text) from None
 
@@ -170,7 +172,7 @@ def _read() -> dict[str, Any]:
     path = _file()
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise FarspanError(

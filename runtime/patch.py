@@ -96,9 +96,11 @@ def patch(
     move. Each further token of a row then takes a few kernels a layer, without a wait for the device, and on
     CUDA they are captured in a graph and replayed. It serves dense, window, quest, double_sparsity and
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
-    padding is read with the prompt and taken to stay. A call beyond the positions raises FarspanError.
+    padding is read with the prompt and taken to stay. Replays call no hooks of the modules in the decoder. A
+    call beyond the positions raises FarspanError.
 
-    Where ``farspan tune`` measured another library's kernels faster on this device, operations take them.
+    Where ``farspan tune`` measured another library's kernels faster on this device, operations take them; but
+    a decode step under ``static`` runs farspan's own.
 
     Returns Patched, a context manager that removes the patch at its end.
 

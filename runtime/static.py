@@ -9,6 +9,7 @@ growing store, of which this one is a subclass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,10 @@ class FixedSummaries(Summaries):
         self.recent = self.recent.map_rows(change)
 
 
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape[:2], x.shape[3], x.dtype, x.device
+
+
 def _in_place(buffer: Tensor, new: Tensor) -> Tensor:
     """``new`` in the memory of ``buffer`` where it has the same shape."""
     return buffer.copy_(new) if buffer.shape == new.shape else new
@@ -133,12 +138,17 @@ class StaticStore(KVStore):
                 "A cache under static= is written in place, which no gradient can follow: call the model "
                 "under torch.no_grad(), or patch without static."
             )
-        if not self._buffers or self._rows() != new.batch:
+        if not self.length and not self._fits(new):
             self._buffers = tuple(self._grown_rows(x[:, :, :0], self.room) for x in new.stored)
+            self.summaries, self.step = FixedSummaries(self.room), StoredKeys(self)
         super().extend(new)
 
+    def _fits(self, new: KV) -> bool:
+        """Whether the buffers are those of as many rows and heads, of the same dtype and device."""
+        return [_kind(x) for x in self._buffers] == [_kind(x) for x in new.stored]
+
     def reset(self) -> None:
-        """Empty the store. Its buffers stay for a next sequence of as many rows."""
+        """Empty the store. Its buffers stay for a next sequence of as many rows on the same device."""
         buffers = self._buffers
         super().reset()
         self._buffers = buffers
@@ -165,7 +175,8 @@ class StaticStore(KVStore):
 
     def begin(self, step: StaticStep) -> None:
         """Prepare a step that stores the next token: what it reads beside the keys becomes complete, and is
-        where it always is."""
+        where it always is. Raises FarspanError where the store is full."""
+        check_room(self.length + 1, self.room)
         self.clock.come_to(self._buffers[0].device)
         if step.summary is not None and not self.summaries.complete(step.summary, self.length):
             assert self.kv is not None

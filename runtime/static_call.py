@@ -168,8 +168,14 @@ class StaticCall:
     def __enter__(self) -> Self:
         starts = self._steps[0][1].starts
         self._clock.begin(self.total, starts or [0])
-        for _, store, step in self._steps:
-            store.begin(step)
+        try:
+            for _, store, step in self._steps:
+                store.begin(step)
+        except BaseException:  # or the next prompt would wait for steps to store it
+            self._clock.stepping = False
+            for _, store, _ in self._steps:
+                store.states.clear()
+            raise
         return self
 
     def __exit__(

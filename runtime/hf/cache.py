@@ -216,7 +216,7 @@ def adopt_cache(
                 "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
                 "with a patch that has the same parallel=, or start a new cache."
             )
-        elif type(layer) is DynamicLayer or (static is not None and type(layer) is KVStoreLayer):
+        elif type(layer) is DynamicLayer or _other_size(layer, static):
             fresh.append(_filled(make(), layer))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
             fresh.append(_filled(_beside_states(HybridStoreLayer, KVStore(), layer), layer))
@@ -225,8 +225,16 @@ def adopt_cache(
         else:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
-    if replicated is DynamicLayer or (static is not None and replicated is KVStoreLayer):
+    fixed = isinstance(replicated, partial) and replicated.func is StaticStoreLayer
+    if replicated is DynamicLayer or fixed or (static is not None and replicated is KVStoreLayer):
         replicate_layer(cache, make if shard is None else partial(ShardStoreLayer, partial(shard, None)))
+
+
+def _other_size(layer: Any, static: int | None) -> bool:
+    """Whether a layer of farspan's grows, or has a fixed size, that is not the one of ``adopt_cache``."""
+    if isinstance(layer, StaticStoreLayer):
+        return layer.store.room != static
+    return static is not None and type(layer) is KVStoreLayer
 
 
 def _static_maker(cache: Cache, room: int) -> Callable[[], StaticStoreLayer]:

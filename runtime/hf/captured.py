@@ -9,10 +9,14 @@ one. The first call of a kind runs as it is, which compiles and tunes the kernel
 all further ones are replayed. A kind is what the launches depend on: the steps of the layers, the addresses
 of all buffers, and the shapes of the arguments. Where a call needs other buffers (a new cache, another batch
 size, a model that was moved), graphs of the old ones are dropped. On other devices every call runs as it is.
+
+A replay runs no Python of the model. It follows PEFT's adapters, which are part of the kind, but calls no
+hook of a module inside of the decoder, and does not see what else was changed in a module since the capture.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -40,11 +44,27 @@ class Graph(NamedTuple):
 
 
 def capture_on_cuda(run: Callable[[], Any]) -> Graph:
-    """Capture what ``run`` launches; nothing of it is executed."""
+    """Capture what ``run`` launches on the present device; nothing of it is executed."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Left to itself, torch captures on one stream of one device for the whole process, and a capture that
+    # fails leaves that stream as the present one.
+    stream = _stream(torch.cuda.current_device())
+    with (
+        _one_capture,
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         output = run()
     return Graph(graph.replay, output, graph.reset)
+
+
+_one_capture = threading.Lock()  # torch allows one capture at a time in a process
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream of captures of a device."""
+    return torch.cuda.Stream(device)
 
 
 _MOST = 16  # kinds of calls whose graphs are kept
@@ -58,6 +78,7 @@ class Captured:
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
+        self._adapted = next((m for m in decoder.modules() if hasattr(m, "merged_adapters")), None)
         self._pointers: tuple[int, ...] = ()
         self._graphs: dict[Any, _Held | None] = {}  # None: the call has run once, as it is
         self.refused = ""  # why calls cannot be captured
@@ -71,7 +92,7 @@ class Captured:
         if pointers != self._pointers:
             self.release()
             self._pointers = pointers
-        kind = step.names, _kind(call)
+        kind = step.names, _adapters(self._adapted), _kind(call)
         held = self._graphs.get(kind)
         if held is None and kind not in self._graphs:
             if len(self._graphs) >= _MOST:
@@ -84,7 +105,7 @@ class Captured:
                 held = self._graphs[kind] = _Held(capture, run, call)
             except RuntimeError as error:  # of an operation that cannot be captured
                 self.release()
-                self.refused = str(error).splitlines()[0]
+                self.refused = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 return run(**call)
         return held.replay(call)
 
@@ -153,6 +174,8 @@ def check_static(info: ModelInfo, foreign_keys: bool) -> None:
         f"its RoPE of type {name!r} is computed on the host from the length of the call"
         for name in sorted(named & {"dynamic", "longrope"})
     ]
+    if any(getattr(m, "attn_temperature_tuning", False) for m in info.attention.values()):
+        reasons.append("its attention takes the position of a token from the length on the host")
     if foreign_keys:
         reasons.append("its attention is called with keys that are not those of the cache")
     if reasons:
@@ -226,6 +249,13 @@ def _uncaptured(decoder: nn.Module, step: StaticCall, call: dict[str, Any]) -> s
     cache, plain = given_cache(call), (Tensor, bool, int, float, str, type(None))
     others = [name for name, x in call.items() if x is not cache and not isinstance(x, plain)]
     return f"the argument {others[0]!r} is of another type than tensors and numbers" if others else ""
+
+
+def _adapters(module: Any) -> Any:
+    """Which of PEFT's adapters are at work, by one of the modules that have them; None without adapters."""
+    if module is None:
+        return None
+    return module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
 
 
 def _kind(call: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,16 +119,21 @@ def test_the_prompt_and_several_tokens_are_never_captured(graphs: Graphs) -> Non
     assert graphs.done["captured"] <= 1
 
 
-def test_what_cannot_be_captured_runs_as_it_is(graphs: Graphs) -> None:
-    graphs.error = "operation not permitted when stream is capturing\nand more"
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [("not permitted when stream is capturing\nand more",) * 2, ("\n", "RuntimeError")],
+    ids=["said", "unsaid"],
+)
+def test_what_cannot_be_captured_runs_as_it_is(graphs: Graphs, error: str, reason: str) -> None:
+    graphs.error, reason = error, reason.splitlines()[0]
     model, ids = shared("llama"), prompt(1, 40)
     with patched("dense"):
         want = decode(model, ids, 8)
     with patched("dense", static=64) as patch:
-        with pytest.warns(UserWarning, match=r"not captured in a CUDA graph \(operation not permitted"):
+        with pytest.warns(UserWarning, match=rf"not captured in a CUDA graph \({reason}"):
             assert torch.equal(decode(model, ids, 8), want)
         notices = patch.report().notices
-    assert notices == {"decode steps were not captured: operation not permitted when stream is capturing": 6}
+    assert notices == {f"decode steps were not captured: {reason}": 6}
     assert not graphs.done["captured"]
 
 
@@ -146,6 +152,66 @@ def test_outputs_are_the_callers_own(graphs: Graphs) -> None:
     assert graphs.done["replayed"] == 6
     for mine, right in zip(*states, strict=True):
         assert len(mine) == len(right) and all(map(torch.equal, mine, right))
+
+
+def test_adapters_have_graphs_of_their_own(graphs: Graphs) -> None:
+    """What PEFT changes in its modules when adapters are switched off, and on again."""
+    model = shared("llama")
+    adapted = model.model.layers[0].mlp.gate_proj
+    with pytest.MonkeyPatch.context() as patching, patched("dense", static=64), torch.no_grad():
+        for name, value in {
+            "active_adapters": ["a"],
+            "merged_adapters": [],
+            "disable_adapters": False,
+        }.items():
+            patching.setattr(adapted, name, value, raising=False)
+        out = model(prompt(1, 40), use_cache=True)
+        for disabled, captures in ((False, 1), (True, 2), (False, 2)):
+            adapted.disable_adapters = disabled
+            for _ in range(3):
+                out = model(prompt(1, 1), **with_cache(model, returned_cache(out)))
+            assert graphs.done["captured"] == captures
+
+
+def test_a_capture_has_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the present stream is what it was, also where a capture fails. ``torch.cuda`` is stood in for."""
+    now = {"device": 0, "stream": "default"}
+    used = []
+
+    @contextmanager
+    def stream(new: str) -> Iterator[None]:
+        before, now["stream"] = now["stream"], new
+        try:
+            yield
+        finally:
+            now["stream"] = before
+
+    class Capture:  # as torch's, it does not set the stream back where the capture cannot end
+        def __init__(self, graph: Any, *, stream: str, capture_error_mode: str) -> None:
+            used.append(stream)
+
+        def __enter__(self) -> None:
+            now["stream"] = used[-1]
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed")
+
+    stand_in = SimpleNamespace(
+        CUDAGraph=SimpleNamespace,
+        Stream=lambda device: f"side {device}",
+        stream=stream,
+        current_stream=lambda: now["stream"],
+        current_device=lambda: now["device"],
+        graph=Capture,
+    )
+    monkeypatch.setattr(captured, "torch", SimpleNamespace(cuda=stand_in))
+    captured._stream.cache_clear()
+    for now["device"] in (0, 1, 0):
+        with pytest.raises(RuntimeError, match="operation failed"):
+            captured.capture_on_cuda(lambda: None)
+        assert now["stream"] == "default" and not captured._one_capture.locked()
+    captured._stream.cache_clear()
+    assert used == ["side 0", "side 1", "side 0"]
 
 
 def test_a_graph_keeps_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

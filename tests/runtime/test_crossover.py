@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,13 @@ def test_auto_without_a_measurement_is_refused(model: Any, cache: Path) -> None:
     ):
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
     key = crossover._key("quest:k=16,dense_layers=0", "decode", GEOMETRY, model)
-    (cache / "crossover.json").write_text(json.dumps({key: {"method": "quest"}}))
-    with pytest.raises(farspan.FarspanError, match=r"crossover.json holds no crossovers: delete it"):
-        farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
+    whole = asdict(measured("quest", "decode", [1, 2, 4], [2, 1, 1]))
+    short = {"gather_decode": {"flashinfer": [0.5]}}  # a time for one of three lengths
+    for broken in ({"method": "quest"}, whole | {"rivals": None}, whole | {"rivals": short}):
+        (cache / "crossover.json").write_text(json.dumps({key: broken}))
+        for how in ({}, {"crossover": "auto"}):
+            with pytest.raises(farspan.FarspanError, match=r"crossover.json holds no crossovers: delete it"):
+                farspan.patch(model, "quest:k=16,dense_layers=0", **how)
     (cache / "crossover.json").write_text("not json")
     with pytest.raises(farspan.FarspanError, match=r"crossover.json cannot be read .*delete it"):
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover="auto")
@@ -155,6 +160,14 @@ def test_a_crossover_that_is_none_is_refused(model: Any, bad: Any) -> None:
     with pytest.raises(farspan.FarspanError, match='crossover is "auto" or a number of keys'):
         farspan.patch(model, "quest:k=16,dense_layers=0", crossover=bad)
     farspan.patch(model, "dense").remove()  # nothing was left behind
+
+
+def test_a_cache_folder_that_is_none_holds_no_measurements(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FARSPAN_CACHE", str(tmp_path / "file" / "cache"))
+    farspan.patch(model, "dense").remove()
 
 
 def test_tune_measures_each_phase_and_keeps_it(model: Any, cache: Path) -> None:

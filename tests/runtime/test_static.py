@@ -288,6 +288,14 @@ def test_models_that_it_does_not_serve(name: str, overrides: dict[str, Any], rea
         farspan.patch(make(name, **overrides), static=100)
 
 
+def test_a_position_that_the_host_counts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's attention without RoPE scales queries by the length of its cache, which no replay reads."""
+    model = shared("llama")
+    monkeypatch.setattr(model.model.layers[1].self_attn, "attn_temperature_tuning", True, raising=False)
+    with pytest.raises(Unsupported, match="the position of a token from the length on the host"):
+        farspan.patch(model, static=100)
+
+
 def test_no_position_beyond_the_last() -> None:
     model = shared("llama")
     with patched("quest:k=22,page=4,dense_layers=0", static=45), torch.no_grad():
@@ -307,6 +315,59 @@ def test_no_position_beyond_the_last() -> None:
             feed.cache.layers[0].update(*(torch.zeros(1, 2, 1, 16) for _ in range(2)))
         with pytest.raises(FarspanError, match="needs 46"):
             decode(model, prompt(1, 40), 12)
+
+
+@pytest.mark.parametrize("then", [80, None], ids=["larger", "growing"])
+def test_a_cache_goes_on_under_another_size(then: int | None) -> None:
+    model, ids, spec = shared("llama"), prompt(1, 60), "quest:k=22,page=4,dense_layers=0"
+    with torch.no_grad():
+        feed = Feed(model, ids, torch.ones(1, 60).long())
+        with patched(spec, static=45):
+            for count in (40, 1, 1, 1):
+                feed(count)
+        with patched(spec) if then is None else patched(spec, static=then):
+            got = [feed(1) for _ in range(17)]
+        right = Feed(model, ids, torch.ones(1, 60).long())
+        with patched(spec):
+            want = [right(count) for count in (40, *[1] * 20)][4:]
+    assert all(map(torch.equal, got, want))
+    rooms = {getattr(layer.store, "room", None) for layer in feed.cache.layers}
+    assert rooms == {then}
+
+
+def test_a_cache_is_used_again_in_another_dtype() -> None:
+    model, spec = make("llama"), "quest:k=22,page=4,dense_layers=0"
+    with torch.no_grad(), farspan.patch(model, spec, static=64):
+        cache = returned_cache(model(prompt(1, 40), use_cache=True))
+        model(prompt(1, 1), **with_cache(model, cache))
+        cache.reset()
+        model.double()
+        for length in (40, 1, 1):
+            out = model(prompt(1, length), **with_cache(model, cache))
+    assert out.logits.dtype == cache.layers[0].store.buffers[0].dtype == torch.float64
+
+
+def test_a_step_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next calls store their tokens, and the schedule of ``recycled`` begins anew."""
+    begin, failing = StaticStore.begin, [False]
+
+    def failed(self: StaticStore, step: Any) -> None:
+        begin(self, step)
+        if failing[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StaticStore, "begin", failed)
+    with patched("recycled:k=16,stride=4", static=64), torch.no_grad():
+        feed = Feed(shared("llama"), prompt(1, 60), torch.ones(1, 60).long())
+        feed(40)
+        failing[0] = True
+        with pytest.raises(KeyboardInterrupt):
+            feed(1)
+        failing[0] = False
+        store = feed.cache.layers[0].store
+        assert not store.clock.stepping and not any(g.states for g in store.states._groups)
+        feed(2)
+        assert store.length == 42
 
 
 def test_gradients_are_refused() -> None:
