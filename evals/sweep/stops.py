@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...attention.errors import FarspanError
-from ..asked import Cell
 from ..stats import FEWEST, paired, stratified_interval
 from ..summary import BASELINE
+from ..task import Cell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import farspan
 from farspan.evals import fidelity, report
 from farspan.evals.perplexity import perplexity
 from farspan.evals.results import read
-from farspan.evals.turns import Conversation, Turns, turns
+from farspan.evals.turns import Conversation, Turns
 
 from . import tiny
 
@@ -33,7 +33,7 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
     talks: list[Conversation] = list(task.draw(tiny.CharTokenizer()))
     methods = ["dense", tiny.METHODS[3]]
     setup = tiny.setup(model, methods, tmp_path, config=task.config)
-    summary = turns(setup, iter(talks))
+    summary = task.run(setup, talks)
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     assert summary.complete and len(rows) == 2 * 3 * 2
     for talk in talks:
@@ -71,7 +71,7 @@ def test_a_methods_state_goes_on_over_the_turns_as_in_a_users_own_loop(model: An
     task = Turns(lengths=[900], tasks=["kv"], turns=2, samples=1)
     [talk] = task.draw(tiny.CharTokenizer())
     spec = "h2o:k=64"
-    turns(tiny.setup(model, ["dense", spec], tmp_path, config=task.config), iter([talk]))
+    task.run(tiny.setup(model, ["dense", spec], tmp_path, config=task.config), [talk])
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     first, second = talk.turns
     prompt, gold = ids_of(first.user + first.answer_prefix, first=True), ids_of(first.gold)
