@@ -16,7 +16,7 @@ from .html.page import page
 from .html.settings import made
 from .html.view import DROPS, Grid, fidelities, harnesses, headline, perplexities, recalls
 from .recommend import lengths_of
-from .tables import markdown, needle_table, reach_table, ruler_table
+from .tables import by_task_table, markdown, needle_table, reach_table, ruler_table
 
 SUFFIXES = (".html", ".md", ".csv", ".parquet")
 FLAT = {
@@ -86,6 +86,8 @@ def as_markdown(
             continue
         parts += [f"## {one.model}, {one.suite}\n"]
         parts += [ruler_table(one.data) if one.suite == RULER else needle_table(one.data)]
+        if one.suite != RULER and len(one.data["tasks"]) > 1:
+            parts += [by_task_table(one.data)]
         if any(row["n"] for row in one.data["in_reach"]):
             parts += ["Tasks in reach of dense:\n", reach_table(one.data)]
         parts += [f"{note}\n" for note in report.notes(one.data, short=True)]

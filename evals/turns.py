@@ -57,6 +57,11 @@ class Conversation:
     def keys(self) -> list[str]:
         return [key(turn) for turn in self.turns]
 
+    @property
+    def name(self) -> str:
+        """`turns/kv/4096/0`: by it a summary knows which rows are about one context (`stats.strata`)."""
+        return f"{self.suite}/{self.task}/{self.length}/{self.turns[0].index}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turns(Task):
@@ -214,7 +219,8 @@ def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Seque
             common = costs(started, read_of(job.report(patched)), clock.seconds, 1)
             common["steps"] = min(sample.max_new_tokens, len(answer) + 1)
             [nll] = forward.teacher_forced(model, batch, cache, [gold], pad=pad, per_call=DECODE_ROWS)
-            rows.append(row_of(tokenizer, sample, texts[turn], answer, nll, score) | common)
+            row = row_of(tokenizer, sample, texts[turn], answer, nll, score)
+            rows.append(row | common | {"conversation": talk.name})
         return rows
 
     batch = batches[0]

@@ -347,7 +347,8 @@ def perplexities(found: Found) -> list[Grid]:
             for row in one.data["overall"]
             if row["n"]
         ]
-        out.append(Grid(f"Perplexity of {one.model} on {one.data['haystack']}", head, rows))
+        how = ", sliding windows" if one.config.get("sliding") else ""
+        out.append(Grid(f"Perplexity of {one.model} on {one.data['haystack']}{how}", head, rows))
     return out
 
 

@@ -58,6 +58,10 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
         assert len(ids_of(text, first=True)) + 64 <= 1500 + len(talk.turns[-1].gold)
     window = [rows[turn_key(talks[0], n), methods[1]] for n in range(3)]
     assert all(row["density"]["decode"] < 0.2 for row in window) and window[1]["density"]["prefill"] < 0.2
+    [overall] = [row for row in summary.data["overall"] if row["method"] == methods[1]]
+    assert overall["n"] == 6 and overall["nll_diff"]["n"] == 2, "turns of a conversation are not independent"
+    losses = [rows[k, methods[1]]["nll"] - rows[k, "dense"]["nll"] for talk in talks for k in talk.keys]
+    assert overall["nll_diff"]["mean"] == pytest.approx(sum(losses) / 6)
     table = report.terminal_table(summary.data).text(120)
     assert "1500 kv_1" in table and "1500 kv_3" in table
     assert "one conversation on one cache" in (tmp_path / "turns.md").read_text()
