@@ -98,9 +98,7 @@ def make_prompts(tokenizer: Any, texts: Iterable[str], *, new_tokens: int) -> li
             f"{len(encoded)} prompts and {new_tokens} new tokens were given; give at least one of each."
         )
     if short := [i + 1 for i, ids in enumerate(encoded) if len(ids) < 2]:
-        raise FarspanError(
-            f"Prompt {short[0]} of {len(encoded)} has fewer than 2 tokens; give a longer one."
-        )
+        raise FarspanError(f"Prompt {short[0]} of {len(encoded)} has fewer than 2 tokens; give a longer one.")
     return [Prompt(index=i, ids=ids, new_tokens=new_tokens) for i, ids in enumerate(encoded)]
 
 
