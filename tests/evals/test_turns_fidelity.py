@@ -12,6 +12,8 @@ import torch
 
 import farspan
 from farspan.evals import fidelity, report
+from farspan.evals.folders import read_folders
+from farspan.evals.html.others import perplexities
 from farspan.evals.perplexity import perplexity
 from farspan.evals.results import read
 from farspan.evals.turns import Conversation, Turns
@@ -181,5 +183,7 @@ def test_perplexity_by_position_of_sliding_windows(model: Any, tmp_path: Path) -
         assert found["perplexity"] == pytest.approx(math.exp(sum(mine) / 3))
         assert found["nll_diff"]["mean"] == pytest.approx((sum(mine) - sum(base)) / 3)
     assert "## By position in 96" in (tmp_path / "ppl.md").read_text()
+    _, grid = perplexities(read_folders([tmp_path]))
+    assert grid.columns == ["from position", "dense perplexity", f"{methods[1]} ΔNLL"] and len(grid.rows) == 8
     with pytest.raises(farspan.FarspanError, match="another configuration"):
         perplexity(tiny.setup(model, methods, tmp_path), text, **how)
