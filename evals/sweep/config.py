@@ -1,7 +1,7 @@
 """The YAML file of a sweep: grids of models × methods × budgets × lengths × tasks.
 
     out: sweep-out                       # the folders of the evaluations stand in it
-    stop: {prompts: 6, dense_below: 2, loss_above: 30}
+    stop: {prompts: 8, dense_below: 2, loss_above: 30}
     grids:
       - suite: ruler                     # or needle, with depths as well, or retrieval
         models: [smollm2-135m]

@@ -234,6 +234,7 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
         ("suite: ruler", "suite: retrieval", "no retrieval task 'vt'"),
         ("samples: 4", "depths: [0.5]", "depths was given, which the suite ruler does not have"),
         ("grids:", "stop: {prompts: 2}\ngrids:", "prompts is at least 6"),
+        ("grids:", "stop: {loss_above: 30}\ngrids:", "6 prompts cannot show"),
         ("grids:", "{", "is not YAML"),
     ],
 )
