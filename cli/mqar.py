@@ -3,6 +3,7 @@ trained from scratch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,7 +94,9 @@ def mqar(given: Mqar) -> None:
     --first same --apart --samples 100000 --same-data --epochs 64 --test-samples 3000 --dropout 0.1
     --batch-tokens 32K --lr 1e-4,4.64e-4,2.15e-3,1e-2 --all-rates, for weeks of a CPU.
     """
-    _compare(given, vars(given))
+    from ..evals.mqar.data import Setting
+
+    _compare(given, Setting.parse, vars(given))
 
 
 @options.command
@@ -104,21 +107,20 @@ def listops(given: Listops) -> None:
     Each finished training is a row; the same command goes on where it was stopped. The published setting is
     500-2000x10x10.
     """
-    from ..evals.mqar.listops import VOCABULARY
+    from ..evals.mqar.listops import VOCABULARY, ListOps
 
-    _compare(given, {**vars(given), "vocabulary": VOCABULARY})
+    _compare(given, ListOps.parse, {**vars(given), "vocabulary": VOCABULARY})
 
 
-def _compare(given: Mqar | Listops, values: dict[str, Any]) -> None:
+def _compare(given: Mqar | Listops, parse: Callable[[str], Any], values: dict[str, Any]) -> None:
     from ..evals.mqar import layers, report
     from ..evals.mqar.run import Comparison, compare
-    from ..evals.mqar.settings import parse_setting
     from ..evals.mqar.train import Training
 
     shared = {name: value for name, value in values.items() if name in asdict(Training())}
     comparison = Comparison(
         mixers=layers.split_mixers(given.mixers),
-        settings=list(dict.fromkeys(map(parse_setting, options.split_list(given.settings)))),
+        settings=list(dict.fromkeys(map(parse, options.split_list(given.settings)))),
         dims=options.whole_numbers(given.dim, "--dim"),
         rates=_numbers(given.lr, "--lr", float),
         seeds=_numbers(given.seeds, "--seeds", int),

@@ -36,10 +36,8 @@ def sweep(
     def load(grid: Any) -> tuple[Any, Any]:
         from ..runtime.models import check_length
 
-        model, tokenizer = options.load_model(
-            grid.model, rope=grid.asked.rope, dtype=grid.dtype, device=place
-        )
-        check_length(model, max(grid.asked.lengths), what="The longest sample")
+        model, tokenizer = options.load_model(grid.model, rope=grid.rope, dtype=grid.dtype, device=place)
+        check_length(model, max(grid.task.lengths), what="The longest sample")
         return model, tokenizer
 
     with output.resumable(json):

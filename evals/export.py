@@ -12,11 +12,12 @@ from ..attention.errors import FarspanError
 from . import report
 from .folders import OTHERS, RULER, SPEED, Found
 from .html.costs import break_even, speed_table
+from .html.others import fidelities, harnesses, perplexities, recalls
 from .html.page import page
 from .html.settings import made
-from .html.view import DROPS, Grid, fidelities, harnesses, headline, perplexities, recalls
+from .html.view import DROPS, Grid, headline
 from .recommend import lengths_of
-from .tables import markdown, needle_table, reach_table, ruler_table
+from .tables import by_task_table, effective_note, markdown, needle_table, reach_table, ruler_table
 
 SUFFIXES = (".html", ".md", ".csv", ".parquet")
 FLAT = {
@@ -86,9 +87,12 @@ def as_markdown(
             continue
         parts += [f"## {one.model}, {one.suite}\n"]
         parts += [ruler_table(one.data) if one.suite == RULER else needle_table(one.data)]
+        if one.suite != RULER and len(one.data["tasks"]) > 1:
+            parts += [by_task_table(one.data)]
         if any(row["n"] for row in one.data["in_reach"]):
             parts += ["Tasks in reach of dense:\n", reach_table(one.data)]
-        parts += [f"{note}\n" for note in report.notes(one.data, short=True)]
+        notes = [*report.notes(one.data, short=True), *effective_note(one.data)]
+        parts += [f"{note}\n" for note in notes]
     for one in found.of(SPEED):
         parts += [f"## Speed of {one.model}\n", _grid(break_even(one)), _grid(speed_table(one))]
     grids = [

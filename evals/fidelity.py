@@ -88,8 +88,17 @@ def _lines(text: str, file: Path) -> Iterator[str]:
 
 
 def make_prompts(tokenizer: Any, texts: Iterable[str], *, new_tokens: int) -> list[Prompt]:
-    """Each text as a user's message in the chat format, if the tokenizer has one."""
-    encoded = (prompt_ids(tokenizer, text, clock=False) for text in texts)
+    """Each text as a user's message in the chat format, if the tokenizer has one.
+
+    Raises FarspanError without a text, for one of fewer than 2 tokens, and without new tokens.
+    """
+    encoded = [prompt_ids(tokenizer, text, clock=False) for text in texts]
+    if not encoded or new_tokens < 1:
+        raise FarspanError(
+            f"{len(encoded)} prompts and {new_tokens} new tokens were given; give at least one of each."
+        )
+    if short := [i + 1 for i, ids in enumerate(encoded) if len(ids) < 2]:
+        raise FarspanError(f"Prompt {short[0]} of {len(encoded)} has fewer than 2 tokens; give a longer one.")
     return [Prompt(index=i, ids=ids, new_tokens=new_tokens) for i, ids in enumerate(encoded)]
 
 

@@ -23,7 +23,7 @@ from ..runtime.models import positions
 from .ranks import Job
 from .run import Rows, Summary, drive
 from .setup import Setup
-from .shared import Started, costs, patched_with
+from .shared import Started, costs, patched_with, read_of
 
 MIDDLE = "middle"
 UNKNOWN_POSITIONS = 1 << 20
@@ -142,10 +142,10 @@ def _evaluate(
                 bootstrap_iters=1000,
             )
             seconds = time.perf_counter() - began
-            read = job.report(patched).summary
-        counted = {"prefill_density": read["prefill_density"], "fallbacks": {}}
+            read = read_of(job.report(patched))
         documents = sum(len(rows) for rows in found["samples"].values())
-        common = costs(Started(cache=None, seconds=0.0, summary=counted), read, seconds, max(documents, 1))
+        counted = Started(cache=None, seconds=0.0, summary=read | {"fallbacks": {}})
+        common = costs(counted, read, seconds, max(documents, 1))
         yield spec, [{"method": spec, **_row(item, found, lengths)} | common]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +21,11 @@ from typing import Any, ClassVar
 from ..attention.errors import FarspanError
 from .pieces import hide, nearest_place
 from .ruler.draws import listed, uuid4
+from .run import AT_DEPTH
 from .sample import Sample, check_numbers, check_tokens, encode, rng_for
-from .task import Task, filled
-from .text import Prose, check_haystack, load_prose
+from .shape import Shape
+from .task import Cell, Task, filled
+from .text import Prose, check_haystack, load_prose, text_name
 from .tokens import Filling
 
 NEEDLE = "The special magic {city} number is: {number}."
@@ -108,6 +110,7 @@ class Needle(Task):
 
     suite: ClassVar[str] = "needle"
     TASKS: ClassVar[tuple[str, ...]] = TASKS
+    SHAPE: ClassVar[Shape] = AT_DEPTH
 
     tasks: Sequence[str] = ("needle",)
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -121,7 +124,16 @@ class Needle(Task):
 
     @property
     def config(self) -> dict[str, Any]:
-        return super().config | {"depths": list(self.depths)}
+        haystack = text_name(self.haystack)
+        return super().config | {"depths": [float(depth) for depth in self.depths], "haystack": haystack}
+
+    def cells(self) -> list[Cell]:
+        return [replace(cell, depth=float(depth)) for cell in super().cells() for depth in self.depths]
+
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Sample]:
+        assert cell.depth is not None
+        given = (tokenizer, cell.length, cell.depth, self.samples, self.seed, self.haystack)
+        return make_samples(*given, task=cell.task)
 
     def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Sample]:
         for depth in self.depths:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..attention.errors import FarspanError
 from .folders import Evaluation, Found
-from .stats import stratified_interval
+from .stats import strata, stratified_interval
 from .summary import BASELINE
 
 KEYS, SECONDS = "keys", "seconds"
@@ -201,12 +201,18 @@ def at_length(
     overall = {row["method"]: row for row in evaluation.data["overall"] if row["length"] == length}
     candidates = []
     for method, line in overall.items():
-        mine = [row for row in rows if row["method"] == method and row["task"] not in blind]
-        groups = _pairs(mine, dense)
-        if method != BASELINE and groups:
+        mine = [
+            row
+            for row in rows
+            if row["method"] == method
+            and row["task"] not in blind
+            and row["score"] is not None
+            and dense.get(row["key"]) is not None
+        ]
+        if method != BASELINE and mine:
             cost, full = (seconds.get(method), seconds.get(None)) if by == SECONDS else (keys_read(line), 1.0)
             recipe = method in evaluation.config["recipes"] and "recipe=" not in method
-            candidates.append(_candidate(line, groups, max_drop / 100, confidence, cost, full, recipe))
+            candidates.append(_candidate(line, mine, dense, max_drop / 100, confidence, cost, full, recipe))
     order = {WITHIN: 0, OPEN: 1, BEYOND: 2}
     candidates.sort(
         key=lambda one: (order[one.verdict], one.cost is None, one.cost or 0.0, one.kv_read or 0.0)
@@ -249,27 +255,19 @@ def keys_read(line: Mapping[str, Any]) -> float | None:
     return None if None in shares else sum(shares) / 2
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> list[list[tuple[float, float]]]:
-    """Dense's score and the method's, prompt by prompt, in one list for each task."""
-    tasks: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        base = dense.get(row["key"])
-        if base is not None and row["score"] is not None:
-            tasks.setdefault(row["task"], []).append((base, row["score"]))
-    return list(tasks.values())
-
-
 def _candidate(
     line: Mapping[str, Any],
-    groups: list[list[tuple[float, float]]],
+    rows: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, float],
     allowed: float,
     confidence: float,
     cost: float | None,
     full_cost: float | None,
     recipe: bool,
 ) -> Candidate:
-    losses = [[base - score for base, score in group] for group in groups]
-    baseline = sum(sum(base for base, _ in group) / len(group) for group in groups) / len(groups)
+    losses = strata((row, dense[row["key"]] - row["score"]) for row in rows)
+    bases = strata((row, dense[row["key"]]) for row in rows)
+    baseline = sum(sum(group) / len(group) for group in bases) / len(bases)
     one_sided = stratified_interval(losses, bound=1, confidence=2 * confidence - 1)
     two_sided = stratified_interval(losses, bound=1, confidence=confidence)
     assert one_sided is not None and two_sided is not None
@@ -285,7 +283,7 @@ def _candidate(
     return Candidate(
         method=line["method"],
         n=one_sided.n,
-        tasks=len(losses),
+        tasks=len({row["task"] for row in rows}),
         score=baseline - one_sided.mean,
         baseline=baseline,
         loss=one_sided.mean,

@@ -41,7 +41,8 @@ _REASONS = {
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """One row per method and length, for the terminal; of turns, one per method, length and turn."""
     quality = {"ppl": "perplexity", "fidelity": "same top %"}.get(data["suite"], "score")
-    names = ("length", "n", quality, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
+    fidelity = ("KL", "most") if data["suite"] == "fidelity" else ()
+    names = ("length", "n", quality, *fidelity, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")
     title, caption = f"{data['suite']} · {data['model']}", " ".join(notes(data, short=True))
     if data["suite"] == "lm-eval":
         head, body = harness_rows(data)
@@ -57,7 +58,8 @@ def terminal_table(data: Mapping[str, Any]) -> Table:
             read = read.removesuffix(" %").replace(" ", "")
             score = number(row["perplexity"], 2) if quality == "perplexity" else score
             where = short_length(row["length"]) + (f" {row['task']}" if turns else "")
-            table.add_row(row["method"], where, n, score, plus_minus(row), read, *seconds)
+            kl = [number(row.get(name), 4) for name in ("kl", "kl_most")] if fidelity else []
+            table.add_row(row["method"], where, n, score, *kl, plus_minus(row), read, *seconds)
     return table
 
 
@@ -72,6 +74,8 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             "tasks. Read: share of the causal (query, key) pairs read in prefill / decode; KV bytes counts "
             "summaries too. Seconds are a sample's share of its batch."
         ]
+        if data["suite"] in ("ppl", "fidelity"):  # their own sentence about the score stands below
+            out[0] = out[0][out[0].index("ΔNLL") :].replace("gold answer", "scored tokens")
         if data["suite"] == "ruler":
             out.append(
                 f"In the tables of tasks * marks a ΔNLL whose interval excludes 0; it takes {FEWEST} prompts."
@@ -101,7 +105,8 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
         if data["suite"] == "turns":
             out.append(
                 "Turns: each question is a turn of one conversation on one cache. After each turn the right "
-                "answer goes into the conversation, so all methods read the same one."
+                "answer goes into the conversation, so all methods read the same one. The turns of a "
+                "conversation are not independent, so intervals over them count conversations."
             )
         if data["suite"] == "ppl":
             out.append(
@@ -110,6 +115,8 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
             )
         if data["haystack"]:
             out.append(f"Text: {data['haystack']}.")
+    if short and data["suite"] == "fidelity":
+        out.append("KL: of dense's distribution to the method's, nats per token; most: of a single token.")
     if data["suite"] == "ruler" and set(data["tasks"]) != set(RULER_TASKS):
         out.append(f"{len(data['tasks'])} of RULER's {len(RULER_TASKS)} tasks.")
     if data["suite"] == "lm-eval":
@@ -165,7 +172,7 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
             f"## {short_length(length)}\n\n{task_table(data, length)}\n{interval_table(data, length)}"
             for length in data["lengths"]
         ]
-    if (effective := effective_table(data)) and data["suite"] not in ("ppl", "fidelity"):
+    if effective := effective_table(data):
         parts.append(f"## Effective length\n\n{effective}")
     text = "\n".join([*parts, cost_table(data), *(note + "\n" for note in notes(data))])
     name = f"{data['suite']}.md"

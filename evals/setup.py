@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.models import choose_chat
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -32,3 +34,13 @@ class Setup:
     recipe: str | Path | None = None
     parallel: Any = None
     progress: bool = True
+
+
+def with_chat(tokenizer: Any, chat: bool | None) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer with or without its chat format (see `choose_chat`), and what config.json says of that.
+
+    It mentions the format only where it is not used. So chat=True, which is the default, makes no other
+    folder.
+    """
+    chosen = choose_chat(tokenizer, chat)
+    return chosen, {} if chosen is tokenizer else {"chat": False}

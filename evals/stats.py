@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 FEWEST = 6
 """The least number of pairs for an interval. With fewer, even differences that all have one sign are no
@@ -103,6 +104,20 @@ def paired(values: Mapping[str, float | None], baseline: Mapping[str, float | No
         if value is not None and base is not None and math.isfinite(value - base):
             out[key] = value - base
     return out
+
+
+def strata(values: Iterable[tuple[Mapping[str, Any], float]]) -> list[list[float]]:
+    """The values of rows as groups of independent ones: a group for each task and length.
+
+    The turns of a conversation ask about one context, so they are not independent: such rows name their
+    "conversation", and its mean counts as one value.
+    """
+    groups: dict[Any, dict[str, list[float]]] = {}
+    for row, value in values:
+        talk = row.get("conversation")
+        group = (row["task"], row["length"]) if talk is None else talk.rpartition("/")[0]
+        groups.setdefault(group, {}).setdefault(talk or row["key"], []).append(value)
+    return [[sum(found) / len(found) for found in group.values()] for group in groups.values()]
 
 
 def _finite(values: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import depths
-from .stats import paired, stratified_interval
+from .stats import paired, strata, stratified_interval
 
 BASELINE = "dense"
 REACH = (0.2, 0.95)  # of dense's mean score on a task; outside, all methods look alike
@@ -56,6 +56,7 @@ EFFECTIVE = 0.85
 def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The content of summary.json: `cells`, `overall` (per method and length), `in_reach` (the same over the
     tasks on which dense scores within REACH, on these same prompts) and `methods` (over all lengths)."""
+    suite = config.get("suite") or (rows[0]["suite"] if rows else None)
     methods = [m for m in config.get("methods", []) if any(row["method"] == m for row in rows)]
     lengths = sorted({row["length"] for row in rows})
     tasks = _ordered({row["task"] for row in rows})
@@ -85,9 +86,9 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
             within = _in_reach(index, tasks, length)
             reach.append({"method": method, "length": length, **_overall(method, index, within, [length])})
         total = {"method": method, **_overall(method, index, tasks, lengths)}
-        totals.append(total | {"effective_length": _effective_length(method, index, tasks, lengths)})
+        effective = None if suite == "fidelity" else _effective_length(method, index, tasks, lengths)
+        totals.append(total | {"effective_length": effective})
     sessions = config.get("sessions", [])
-    suite = config.get("suite") or (rows[0]["suite"] if rows else None)
     if suite == "ppl":
         for line in (*overall, *totals):
             line["perplexity"] = exp(line.get("nll"))
@@ -151,9 +152,9 @@ def _cell(
     return {
         "n": len(rows),
         **_costs(rows),
-        "score_interval": _score_interval([rows]),
-        "nll_diff": _interval(method, [nll]),
-        "score_diff": _interval(method, [score], bound=1),
+        "score_interval": _score_interval(rows),
+        "nll_diff": _interval(method, nll),
+        "score_diff": _interval(method, score, bound=1),
         "nll_invalid": sum(row["nll"] is None and row["gold_tokens"] > 0 for row in rows),
         "fallbacks": sorted({reason for row in rows for reason in row.get("fallbacks") or ()}),
     }
@@ -172,8 +173,9 @@ def _overall(
         task: _mean(_mean(r["score"] for r in rows) for (t, _), rows in groups.items() if t == task)
         for task in tasks
     }
-    nll = [_differences(rows, index.get((BASELINE, *cell), []), "nll") for cell, rows in groups.items()]
-    score = [_differences(rows, index.get((BASELINE, *cell), []), "score") for cell, rows in groups.items()]
+    every = [row for rows in groups.values() for row in rows]
+    base = [row for cell in groups for row in index.get((BASELINE, *cell), ())]
+    nll, score = _differences(every, base, "nll"), _differences(every, base, "score")
     return {
         "n": sum(len(rows) for rows in groups.values()),
         "baseline_score": _mean(
@@ -185,12 +187,10 @@ def _overall(
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
         "categories": {name: _mean(map(by_task.get, members)) for name, members in CATEGORIES.items()},
-        "score_interval": _score_interval(groups.values()),
+        "score_interval": _score_interval(every),
         "nll_diff": _interval(method, nll),
         "score_diff": _interval(method, score, bound=1),
-        "nll_invalid": sum(
-            row["nll"] is None and row["gold_tokens"] > 0 for rows in groups.values() for row in rows
-        ),
+        "nll_invalid": sum(row["nll"] is None and row["gold_tokens"] > 0 for row in every),
     }
 
 
@@ -257,9 +257,10 @@ def _of_fidelity(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _differences(
-    rows: Iterable[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], name: str
-) -> list[float]:
-    return list(paired({r["key"]: r[name] for r in rows}, {r["key"]: r[name] for r in base}).values())
+    rows: Sequence[Mapping[str, Any]], base: Iterable[Mapping[str, Any]], name: str
+) -> list[list[float]]:
+    found = paired({r["key"]: r[name] for r in rows}, {r["key"]: r[name] for r in base})
+    return strata((row, found[row["key"]]) for row in rows if row["key"] in found)
 
 
 def _ordered(tasks: Iterable[str]) -> list[str]:
@@ -280,10 +281,10 @@ def exp(nll: float | None) -> float | None:
         return math.inf
 
 
-def _score_interval(groups: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+def _score_interval(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The interval of a mean score over one or several cells. Scores lie within 0 .. 1."""
-    halves = [[row["score"] - 0.5 for row in rows if row["score"] is not None] for rows in groups]
-    found = stratified_interval(halves, bound=0.5)
+    halves = ((row, row["score"] - 0.5) for row in rows if row["score"] is not None)
+    found = stratified_interval(strata(halves), bound=0.5)
     if found is None:
         return None
     moved = {name: None if x is None else x + 0.5 for name, x in (("low", found.low), ("high", found.high))}

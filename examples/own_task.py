@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import farspan
-from farspan.evals.run import run
 from farspan.evals.sample import Sample, rng_for
-from farspan.evals.setup import Setup
 from farspan.evals.task import Task, filled
 from farspan.evals.tokens import Filling
 
@@ -52,17 +50,8 @@ def main(name: str = "smollm2-135m", folder: str = "out/marked") -> None:
     model, tokenizer = farspan.load(name)
     task = Marked(lengths=[256], samples=2)
     methods = ["dense", "window:w=64,sinks=4"]
-    setup = Setup(
-        model=model,
-        tokenizer=tokenizer,
-        methods=methods,
-        out=folder,
-        name=name,
-        config=task.config,
-        progress=False,
-    )
-    summary = run(setup, task.draw(tokenizer), score=task.score)
-    for row in summary.data["overall"]:
+    result = farspan.evaluate(model, tokenizer, methods, suite=task, out=folder, name=name, progress=False)
+    for row in result.summary["overall"]:
         print(row["method"], row["length"], row["score"])
 
 

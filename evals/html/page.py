@@ -16,9 +16,10 @@ from ..recommend import lengths_of
 from ..settings import versions
 from ..tables import short_length
 from .costs import break_even, inspected, layer_densities, speed_figures, speed_table
+from .others import fidelities, harnesses, perplexities, recalls
 from .samples import choose
 from .settings import made
-from .view import DROPS, fidelities, harnesses, headline, perplexities, recalls, section
+from .view import DROPS, headline, section
 
 HERE = Path(__file__).parent
 MOST_BYTES = 2_000_000

@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 from ...attention.errors import FarspanError
 from ..sample import Sample, check_numbers, check_tokens, encode
 from ..task import Task as BaseTask
-from ..text import Prose, check_haystack, load_prose
+from ..text import Prose, check_haystack, load_prose, text_name
 from . import qa
 from .constants import SYNTHETIC, TASKS, Task
 from .draws import Cell, words_recipe
@@ -119,7 +119,8 @@ class Ruler(BaseTask):
 
     @property
     def config(self) -> dict[str, Any]:
-        return super().config | ({"compat": True} if self.compat else {})
+        compat = {"compat": True} if self.compat else {}
+        return super().config | compat | {"haystack": text_name(self.haystack)}
 
     def make(self, tokenizer: Any, name: str, length: int, count: int) -> Iterator[Sample]:
         how: dict[str, Any] = {"questions": self.questions, "compat": self.compat}

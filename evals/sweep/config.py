@@ -1,9 +1,9 @@
 """The YAML file of a sweep: grids of models × methods × budgets × lengths × tasks.
 
     out: sweep-out                       # the folders of the evaluations stand in it
-    stop: {prompts: 6, dense_below: 2, loss_above: 30}
+    stop: {prompts: 8, dense_below: 2, loss_above: 30}
     grids:
-      - suite: ruler                     # or needle, with depths in place of tasks
+      - suite: ruler                     # or needle, with depths as well, or retrieval
         models: [smollm2-135m]
         methods: [dense, "quest:k={k}"]
         budgets: {k: [256, 512]}         # every value in place of {k}
@@ -27,12 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from ...attention.errors import FarspanError
-from ..asked import Asked
+from ..suites import SUITES, task_of
+from ..task import Task
 from .stops import Stops
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-_ASKED = {"suite", "lengths", "tasks", "depths", "samples", "seed", "text", "rope", "chat"}
-_GRID = {*_ASKED, "models", "methods", "budgets", "dtype", "batch_size", "recipe", "folder"}
+SWEPT = tuple(name for name in SUITES if name != "turns")
+"""The suites with a row for each sample, which is what cells are made of."""
+_TASK = {"suite", "lengths", "tasks", "depths", "samples", "seed", "text", "qa_data", "compat"}
+_GRID = {*_TASK, "rope", "chat", "models", "methods", "budgets", "dtype", "batch_size", "recipe", "folder"}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "suite": str,
     "models": list,
@@ -44,6 +47,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "samples": int,
     "seed": int,
     "text": str,
+    "qa_data": list,
+    "compat": bool,
     "rope": str,
     "chat": bool,
     "dtype": str,
@@ -55,12 +60,14 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """One model of one grid: what is asked of it, under which methods, into which folder."""
+    """One model of one grid: its task, under which methods, into which folder."""
 
     model: str
     methods: list[str]
-    asked: Asked
+    task: Task
     folder: str
+    rope: str | None = None
+    chat: bool | None = None
     dtype: str = "auto"
     batch_size: int | str = "auto"
     recipe: str | None = None
@@ -132,20 +139,22 @@ def _grids(data: Any, where: str) -> list[Grid]:
             raise FarspanError(f"{name} of {where} is missing; give it.")
     if fields.get("dtype", "auto") not in DTYPES:
         raise FarspanError(f"dtype of {where} is {fields['dtype']!r}; it is one of {', '.join(DTYPES)}.")
-    asked = {name: value for name, value in fields.items() if name in _ASKED}
+    if fields["suite"] not in SWEPT:
+        raise FarspanError(f"suite of {where} is {fields['suite']!r}; it is one of {', '.join(SWEPT)}.")
+    asked = {name: value for name, value in fields.items() if name in _TASK}
     asked["lengths"] = [tokens(value, where) for value in fields["lengths"]]
-    prompts = Asked(**asked)
-    prompts.check()
+    task = task_of(**asked)
     from ..run import check_batch_size
 
     check_batch_size(fields.get("batch_size", "auto"))
     methods = _methods(fields, where)
-    named = fields.get("folder", f"{prompts.suite}-{{model}}")
+    named = fields.get("folder", f"{task.suite}-{{model}}")
     if len(fields["models"]) > 1 and "{model}" not in named:
         raise FarspanError(f"folder of {where} is one for several models; put {{model}} into it.")
-    rest = {name: fields[name] for name in ("dtype", "batch_size", "recipe") if name in fields}
+    others = ("dtype", "batch_size", "recipe", "rope", "chat")
+    rest = {name: fields[name] for name in others if name in fields}
     return [
-        Grid(model=str(m), methods=methods, asked=prompts, folder=named.format(model=_slug(str(m))), **rest)
+        Grid(model=str(m), methods=methods, task=task, folder=named.format(model=_slug(str(m))), **rest)
         for m in fields["models"]
     ]
 

@@ -19,11 +19,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...attention.errors import FarspanError
-from ..asked import Cell
 from ..results import Results
 from ..rows import parse_rows
 from ..run import Summary, finish
 from ..shape import Shape
+from ..task import Cell
 
 Key = tuple[str, str]
 

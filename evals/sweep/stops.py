@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...attention.errors import FarspanError
-from ..asked import Cell
 from ..stats import FEWEST, paired, stratified_interval
 from ..summary import BASELINE
+from ..task import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,13 @@ class Stops:
                 f"stop has prompts {stops.prompts} and confidence {stops.confidence}; prompts is at least "
                 f"{FEWEST}, and confidence from 0.5 to below 1."
             )
+        if stops.loss_above is not None:
+            lost = stratified_interval([[1.0] * stops.prompts], bound=1, confidence=2 * stops.confidence - 1)
+            if lost is None or lost.low is None or 100 * lost.low <= stops.loss_above:
+                raise FarspanError(
+                    f"stop has loss_above {stops.loss_above:g}, which {stops.prompts} prompts cannot show "
+                    f"with confidence {stops.confidence:g}, even where a method loses all; give more prompts."
+                )
         return stops
 
     def decide(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..asked import Cell
 from ..results import Results
-from ..run import Summary, run
+from ..run import Summary
 from ..setup import Setup
 from ..shared import common_settings
+from ..task import Cell, Task, settings
 from .config import Grid, Sweep
 from .share import Key, Shared, file_name
 from .stops import Stops
@@ -49,7 +49,7 @@ def sweep(plan: Sweep, load: Load, say: Say = print) -> list[Summary]:
 
 
 def _loaded_as(grid: Grid) -> tuple[str, str, str | None]:
-    return grid.model, grid.dtype, grid.asked.rope
+    return grid.model, grid.dtype, grid.rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Work:
     def of(cls, grid: Grid, out: Path, loaded: tuple[Any, Any], stops: Stops | None, say: Say) -> Work:
         """The work of a grid under a loaded model and tokenizer."""
         model, tokenizer = loaded
-        chosen, config = grid.asked.config(tokenizer)
+        chosen, config = settings(grid.task, tokenizer, chat=grid.chat, rope=grid.rope)
         setup = Setup(
             model=model,
             tokenizer=chosen,
@@ -79,17 +79,17 @@ class Work:
             progress=False,
         )
         common = common_settings(model, chosen, grid.model, grid.methods, grid.recipe)
-        shared = Shared(out / grid.folder, {**config, **common}, grid.asked.shape)
+        shared = Shared(out / grid.folder, {**config, **common}, grid.task.SHAPE)
         return cls(grid=grid, setup=setup, shared=shared, stops=stops, say=say)
 
     def run(self) -> None:
         """Evaluate every cell that no other process has, and wait for those that others have."""
-        asked = self.grid.asked
-        count = asked.samples if self.stops is None else min(asked.samples, self.stops.prompts)
+        task = self.grid.task
+        count = task.samples if self.stops is None else min(task.samples, self.stops.prompts)
         session = {"batch_size": self.grid.batch_size, "device": str(self.setup.model.device)}
-        self.shared.begin(self._keys(asked.cells(), count), session)
+        self.shared.begin(self._keys(task.cells(), count), session)
         waiting = False
-        while left := [cell for cell in asked.cells() if not self._done(cell, self.shared.rows())]:
+        while left := [cell for cell in task.cells() if not self._done(cell, self.shared.rows())]:
             found = False
             for cell in left:
                 with self.shared.cell_lock(file_name(cell)) as mine:
@@ -103,22 +103,22 @@ class Work:
                 time.sleep(_PAUSE)
 
     def _evaluate(self, cell: Cell) -> None:
-        asked = self.grid.asked
+        task, rows_at_once = self.grid.task, self.grid.batch_size
         folder = self.shared.seed(cell)
-        samples = list(asked.draw(self.setup.tokenizer, cell))
+        samples = list(task.of_cell(self.setup.tokenizer, cell))
         setup = replace(self.setup, out=folder)
         ended: dict[str, str] = {}
         if self.stops is None:
-            rows = _answer(setup, samples, self.grid.batch_size)
+            rows = _answer(task, setup, samples, rows_at_once)
         else:
-            rows = _answer(setup, samples[: self.stops.prompts], self.grid.batch_size)
+            rows = _answer(task, setup, samples[: self.stops.prompts], rows_at_once)
             ended = self.stops.decide(cell, rows)
             going = [method for method in self.grid.methods if method not in ended]
             if going and len(samples) > self.stops.prompts:
-                _answer(replace(setup, methods=going), samples, self.grid.batch_size)
+                _answer(task, replace(setup, methods=going), samples, rows_at_once)
         going = [method for method in self.grid.methods if method not in ended]
         self.shared.collect(
-            folder, dict.fromkeys(going, cell.keys(asked.samples)), list(dict.fromkeys(ended.values()))
+            folder, dict.fromkeys(going, cell.keys(task.samples)), list(dict.fromkeys(ended.values()))
         )
         for sentence in dict.fromkeys(ended.values()):
             self.say(sentence)
@@ -129,7 +129,7 @@ class Work:
 
     def _missing(self, cell: Cell, rows: Mapping[Key, Mapping[str, Any]]) -> list[Key]:
         """The rows that the cell lacks. Those that its first prompts make useless are not asked for."""
-        asked, ended = self.grid.asked.samples, {}
+        asked, ended = self.grid.task.samples, {}
         if self.stops is not None:
             mine = [row for (key, _), row in rows.items() if key.rpartition("/")[0] == cell.name]
             ended = self.stops.decide(cell, mine)
@@ -145,7 +145,7 @@ class Work:
     def _progress(self, cell: Cell) -> str:
         """A line about a finished cell: how many are done, and how long this process would take for the
         rest."""
-        rows, cells = self.shared.rows(), self.grid.asked.cells()
+        rows, cells = self.shared.rows(), self.grid.task.cells()
         missing = {one: self._missing(one, rows) for one in cells}
         done = sum(not left for left in missing.values())
         line = f"{self.grid.folder}: {cell.name} is done, {done} of {len(cells)} cells"
@@ -153,7 +153,7 @@ class Work:
         return f"{line}; about {duration(seconds)} left for one process." if done < len(cells) else f"{line}."
 
 
-def _answer(setup: Setup, samples: Sequence[Any], batch_size: int | str) -> list[dict[str, Any]]:
+def _answer(task: Task, setup: Setup, samples: Sequence[Any], batch_size: int | str) -> list[dict[str, Any]]:
     """The rows of a working folder after an evaluation into it, without tables and pictures."""
     rows: list[dict[str, Any]] = []
 
@@ -161,7 +161,7 @@ def _answer(setup: Setup, samples: Sequence[Any], batch_size: int | str) -> list
         rows[:] = results.rows
         return Summary(out=results.out, data={}, complete=True)
 
-    run(setup, samples, batch_size=batch_size, end=keep)
+    task.run(setup, samples, batch_size=batch_size, end=keep)
     return rows
 
 

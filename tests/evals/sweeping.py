@@ -47,18 +47,17 @@ def forked(work: Callable[[], None]) -> int:
 def main(base: Path, config: Path) -> None:
     import torch
 
-    from farspan.evals.asked import Asked
+    from farspan.evals.ruler import Ruler
     from farspan.evals.sweep.config import read
     from farspan.evals.sweep.work import sweep
 
     torch.set_num_threads(1)
     tiny = load_tiny()
 
-    def draw(asked: Asked, tokenizer: Any, cell: Any, count: int | None = None) -> Any:
-        numbers = range(asked.samples if count is None else count)
-        return (tiny.sample(cell.task, i, length=cell.length) for i in numbers)
+    def draw(task: Ruler, tokenizer: Any, cell: Any) -> Any:
+        return (tiny.sample(cell.task, i, length=cell.length) for i in range(task.samples))
 
-    Asked.draw = draw  # type: ignore[method-assign]  # prompts of a hundred characters and twelve new ones
+    Ruler.of_cell = draw  # type: ignore[method-assign]  # prompts of a hundred characters and twelve new ones
     model = tiny.tiny_model()
 
     def work(out: Path, name: str) -> None:

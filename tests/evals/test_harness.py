@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from farspan import FarspanError
 from farspan.evals import harness
@@ -153,3 +156,32 @@ def test_the_middle_is_cut_out(most: int, kept: list[int]) -> None:
     assert harness.cut_middle(range(10), most) == kept
     lengths = harness.Lengths(8, "middle")
     assert lengths.fitted(range(10), most) == kept and lengths.cut == (most < 10) and lengths.longest == 10
+
+
+def test_a_row_has_what_was_read_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for lm-eval that calls the model once, so that this is tested where it is missing."""
+    model = tiny.tiny_model()
+
+    def simple_evaluate(wrapped: Any, **how: Any) -> dict[str, Any]:
+        cache = model(torch.arange(40)[None], use_cache=True).past_key_values
+        model(torch.tensor([[1]]), past_key_values=cache)
+        rows = [{"doc_id": 0, "metrics": ["acc"], "acc": 1.0}]
+        return {"results": {"even": {"acc,none": 1.0}}, "samples": {"even": rows}}
+
+    manager = SimpleNamespace(TaskManager=lambda include_path: SimpleNamespace(all_tasks=["even"]))
+    stand_in = {
+        "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
+        "lm_eval.tasks": manager,
+        "lm_eval.models": SimpleNamespace(),
+        "lm_eval.models.huggingface": SimpleNamespace(
+            HFLM=type("HFLM", (), {"__init__": lambda *_, **__: None})
+        ),
+    }
+    for name, module in stand_in.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(harness, "check", lambda tasks, truncate: None)
+    monkeypatch.setattr(harness, "_version", lambda: "0")
+    summary = harness.harness(tiny.setup(model, ["dense", WINDOW], tmp_path), ["even"])
+    _, rows = read(tmp_path)
+    density = {row["method"]: row["density"]["decode"] for row in rows}
+    assert summary.complete and density == {"dense": 1, WINDOW: pytest.approx(16 / 41, abs=0.1)}

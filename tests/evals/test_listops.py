@@ -103,5 +103,9 @@ def test_the_command_trains_resumes_and_shows_a_table(
     assert (folder / "listops.png").stat().st_size > 1000
     code, _, err = farspan_command("eval", "listops", *asked.split(), columns=120)
     assert code == 0 and len((folder / "samples.jsonl").read_text().splitlines()) == 1, err
-    code, _, err = farspan_command("eval", "listops", "--settings", "64x4,4-8x2x3", columns=120)
-    assert code == 2 and "give one kind in a folder" in err
+    for suite, setting, says in (
+        ("listops", "64x4", "SHORTEST-LONGESTxDEPTHxARGUMENTS such as 16-64x4x5; got '64x4'"),
+        ("mqar", "4-8x2x3", "LENGTHxPAIRS such as 64x4; got '4-8x2x3'"),
+    ):
+        code, _, err = farspan_command("eval", suite, "--settings", setting, columns=120)
+        assert code == 2 and says in err

@@ -231,6 +231,8 @@ def test_effective_length_is_the_largest_that_keeps_85_percent() -> None:
     )
     short = summary.summarise(config("ruler", "dense"), [r for r in rows if r["length"] == 1024])
     assert short["methods"][0]["effective_length"] is None and tables.effective_table(short) == ""
+    [said] = tables.effective_note(data)
+    assert said.endswith(f": dense 4K; {SPARSE} 4K.") and tables.effective_note(short) == []
 
 
 def test_score_intervals_stay_within_the_scores_bounds() -> None:

@@ -170,10 +170,15 @@ def test_the_other_suites_from_python(tmp_path: Path, tiny_folder: Path) -> None
         "progress": False,
     }
     methods = ["dense", "window:w=16"]
-    for suite, more, rows in (("needle", {"depths": [0.5]}, 2), ("ppl", {}, 2), ("speed", {"repeats": 1}, 3)):
+    for suite, more, rows in (
+        ("needle", {"depths": [0.5]}, 2),
+        ("fidelity", {"prompts": ["a river"]}, 2),
+        ("ppl", {}, 2),
+        ("speed", {"repeats": 1}, 3),
+    ):
         result = farspan.evaluate(
             model, tokenizer, methods, suite=suite, out=tmp_path / suite, **given, **more
         )
         assert len(result.rows) == rows and str(result).startswith(f"{suite} ·")
-    with pytest.raises(farspan.FarspanError, match="it is one of ruler, needle, ppl, speed"):
+    with pytest.raises(farspan.FarspanError, match="it is one of ruler, needle, retrieval, turns, fid"):
         farspan.evaluate(model, tokenizer, methods, suite="other")

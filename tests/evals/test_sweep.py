@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from farspan import FarspanError
-from farspan.evals.asked import Asked, Cell
 from farspan.evals.results import Results, read
 from farspan.evals.run import ANSWER
 from farspan.evals.sample import key
 from farspan.evals.settings import versions
+from farspan.evals.suites import task_of
 from farspan.evals.sweep.config import read as read_sweep
 from farspan.evals.sweep.share import Shared, file_name
 from farspan.evals.sweep.stops import Stops
 from farspan.evals.sweep.work import Work, duration, seconds_left
+from farspan.evals.task import Cell, settings
 
 from . import folder
 
@@ -155,22 +156,22 @@ def test_results_long_goes_on_from_the_recorded_rows(tmp_path: Path) -> None:
     config, rows = read(recorded)
     (tmp_path / "ruler_long" / "config.json").write_text(json.dumps(config | {"versions": versions()}))
     grid = read_sweep(FOLDERS / "long.yaml", tmp_path).grids[0]
-    _, settings = grid.asked.config(SimpleNamespace(chat_template=None))
-    settings |= {
+    _, config_of = settings(grid.task, SimpleNamespace(chat_template=None))
+    config_of |= {
         "model": grid.model,
         "dtype": grid.dtype,
         "methods": grid.methods,
         "recipes": config["recipes"],
     }
-    shared = Shared(tmp_path / "ruler_long", settings, grid.asked.shape)
+    shared = Shared(tmp_path / "ruler_long", config_of, grid.task.SHAPE)
     shared.begin({})
     assert (tmp_path / "ruler_long" / "samples.jsonl").read_bytes() == (
         recorded / "samples.jsonl"
     ).read_bytes()
     work: Any = Work(grid=grid, setup=None, shared=shared, stops=None, say=print)  # type: ignore[arg-type]
-    missing = [one for cell in grid.asked.cells() for one in work._missing(cell, shared.rows())]
+    missing = [one for cell in grid.task.cells() for one in work._missing(cell, shared.rows())]
     assert not set(missing) & {(row["key"], row["method"]) for row in rows}
-    asked = {(key, m) for cell in grid.asked.cells() for key in cell.keys(1) for m in grid.methods}
+    asked = {(key, m) for cell in grid.task.cells() for key in cell.keys(1) for m in grid.methods}
     assert len(asked) - len(missing) == sum(row["length"] == 16384 for row in rows)
 
 
@@ -192,12 +193,13 @@ def test_hopeless_cells_end_early() -> None:
 
 
 def test_keys_are_those_of_the_samples(smollm2_tokenizer: Any) -> None:
-    needle = Asked(suite="needle", lengths=[512], depths=[0, 0.25], samples=1)
-    for asked in (Asked(suite="ruler", lengths=[1024], tasks=["niah_single_1"], samples=1), needle):
-        chosen, config = asked.config(smollm2_tokenizer)
+    ruler = task_of("ruler", lengths=[1024], tasks=["niah_single_1"], samples=1)
+    needle = task_of("needle", lengths=[512], tasks=["needle", "multi_key"], depths=[0, 0.25], samples=1)
+    for task in (ruler, needle, task_of("retrieval", lengths=[512], samples=1)):
+        chosen, config = settings(task, smollm2_tokenizer)
         assert chosen is smollm2_tokenizer and "chat" not in config
-        for cell in asked.cells():
-            [sample] = asked.draw(chosen, cell)
+        for cell in task.cells():
+            [sample] = task.of_cell(chosen, cell)
             assert [key(sample)] == cell.keys(1)
 
 
@@ -213,7 +215,7 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
     path.write_text(CONFIG.replace("{k: [16]}", "{k: [16, 32]}").replace("[128]", "[1K, 2048]"))
     [grid] = read_sweep(path, tmp_path).grids
     assert grid.methods == ["dense", QUEST, QUEST.replace("16", "32")]
-    assert grid.asked.lengths == [1024, 2048] and grid.folder == "ruler-tiny"
+    assert grid.task.lengths == [1024, 2048] and grid.folder == "ruler-tiny"
 
 
 @pytest.mark.parametrize(
@@ -228,8 +230,11 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
         ("samples: 4", "sample: 4", r"did you mean samples\?"),
         ("models: [tiny]", "models: tiny", "models of grid 1 is 'tiny'; it must be a list"),
         ("models: [tiny]", "models: [a, b]\n    folder: one", "one for several models"),
-        ("suite: ruler", "suite: rule", "it is ruler or needle"),
+        ("suite: ruler", "suite: rule", "suite of grid 1 is 'rule'; it is one of ruler, needle, retrieval"),
+        ("suite: ruler", "suite: retrieval", "no retrieval task 'vt'"),
+        ("samples: 4", "depths: [0.5]", "depths was given, which the suite ruler does not have"),
         ("grids:", "stop: {prompts: 2}\ngrids:", "prompts is at least 6"),
+        ("grids:", "stop: {loss_above: 30}\ngrids:", "6 prompts cannot show"),
         ("grids:", "{", "is not YAML"),
     ],
 )

@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, smollm2_to
     smollm2_tokenizer.save_pretrained(folder / "model")
     write(folder)
     (folder / "prompt.txt").write_text("Which river rose in the night?")
+    (folder / "one.jsonl").write_text('"Which river?"\n"a"\n')
     return folder
 
 
@@ -72,6 +73,7 @@ def test_wrong_options_end_in_a_sentence(command: Command, tmp_path: Path) -> No
         ("ruler", ("--tasks", "qa_1", "--qa-data", "prompt.txt"), "prompt.txt cannot be read"),
         ("ruler", ("--tasks", "qa_1", "--qa-data", "squad.json", "--lengths", "1M"), "positions"),
         ("fidelity", ("--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+        ("fidelity", ("--prompts", "one.jsonl", "--no-chat"), "Prompt 2 of 2 has fewer than 2 tokens"),
         ("lm-eval", ("--tasks", "x", "--truncate", "left"), ""),
     ):
         code, _, err = command(suite, *arguments)

@@ -12,9 +12,11 @@ import torch
 
 import farspan
 from farspan.evals import fidelity, report
+from farspan.evals.folders import read_folders
+from farspan.evals.html.others import perplexities
 from farspan.evals.perplexity import perplexity
 from farspan.evals.results import read
-from farspan.evals.turns import Conversation, Turns, turns
+from farspan.evals.turns import Conversation, Turns
 
 from . import tiny
 
@@ -33,7 +35,7 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
     talks: list[Conversation] = list(task.draw(tiny.CharTokenizer()))
     methods = ["dense", tiny.METHODS[3]]
     setup = tiny.setup(model, methods, tmp_path, config=task.config)
-    summary = turns(setup, iter(talks))
+    summary = task.run(setup, talks)
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     assert summary.complete and len(rows) == 2 * 3 * 2
     for talk in talks:
@@ -58,6 +60,10 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
         assert len(ids_of(text, first=True)) + 64 <= 1500 + len(talk.turns[-1].gold)
     window = [rows[turn_key(talks[0], n), methods[1]] for n in range(3)]
     assert all(row["density"]["decode"] < 0.2 for row in window) and window[1]["density"]["prefill"] < 0.2
+    [overall] = [row for row in summary.data["overall"] if row["method"] == methods[1]]
+    assert overall["n"] == 6 and overall["nll_diff"]["n"] == 2, "turns of a conversation are not independent"
+    losses = [rows[k, methods[1]]["nll"] - rows[k, "dense"]["nll"] for talk in talks for k in talk.keys]
+    assert overall["nll_diff"]["mean"] == pytest.approx(sum(losses) / 6)
     table = report.terminal_table(summary.data).text(120)
     assert "1500 kv_1" in table and "1500 kv_3" in table
     assert "one conversation on one cache" in (tmp_path / "turns.md").read_text()
@@ -71,7 +77,7 @@ def test_a_methods_state_goes_on_over_the_turns_as_in_a_users_own_loop(model: An
     task = Turns(lengths=[900], tasks=["kv"], turns=2, samples=1)
     [talk] = task.draw(tiny.CharTokenizer())
     spec = "h2o:k=64"
-    turns(tiny.setup(model, ["dense", spec], tmp_path, config=task.config), iter([talk]))
+    task.run(tiny.setup(model, ["dense", spec], tmp_path, config=task.config), [talk])
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     first, second = talk.turns
     prompt, gold = ids_of(first.user + first.answer_prefix, first=True), ids_of(first.gold)
@@ -177,5 +183,7 @@ def test_perplexity_by_position_of_sliding_windows(model: Any, tmp_path: Path) -
         assert found["perplexity"] == pytest.approx(math.exp(sum(mine) / 3))
         assert found["nll_diff"]["mean"] == pytest.approx((sum(mine) - sum(base)) / 3)
     assert "## By position in 96" in (tmp_path / "ppl.md").read_text()
+    _, grid = perplexities(read_folders([tmp_path]))
+    assert grid.columns == ["from position", "dense perplexity", f"{methods[1]} ΔNLL"] and len(grid.rows) == 8
     with pytest.raises(farspan.FarspanError, match="another configuration"):
         perplexity(tiny.setup(model, methods, tmp_path), text, **how)
