@@ -124,7 +124,7 @@ class LayerCall:
         self.needed = _keys_needed(prefill, decode, self.from_keys)
         self.kept_as = str(decode)  # the name of the state; only decode methods keep state
         declared = (*prefill.summaries, *decode.summaries)
-        self._fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
+        self.fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
         self._sets_up = type(decode).on_prefill_end is not AttentionMethod.on_prefill_end
 
     def method(self, run: Run) -> AttentionMethod:
@@ -138,7 +138,7 @@ class LayerCall:
         where the call is not measured. A measured call compares with all keys, so none is dropped."""
         needed = self.needed if probe_of is None else None
         source.require(needed)
-        source.begin(self.prefill, self.decode, self._fed)
+        source.begin(self.prefill, self.decode, self.fed)
         states = source.states
         rows = served(
             source.starts,

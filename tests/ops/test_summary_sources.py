@@ -19,7 +19,7 @@ from farspan.attention.softmax import Softmax
 from farspan.attention.sources import Source, Sources
 from farspan.attention.summary import BlockPool, Summary, identity
 from farspan.runtime.cache import KVStore
-from farspan.runtime.layer_call import LocalKeys
+from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
 
 BATCH, HEADS, KV_HEADS, D, VALUE_DIM, HIDDEN = 3, 4, 2, 8, 6, 10
@@ -92,6 +92,11 @@ class Keeps(Dense):
         return (self.summary,)
 
 
+def begin(source: LocalKeys, method: AttentionMethod) -> None:
+    """As a layer call begins it."""
+    source.begin(Dense(), method, LayerCall(Dense(), method).fed)
+
+
 class Text:
     """A text of a batch whose rows begin at ``starts``, fed in calls to one layer with a store."""
 
@@ -121,7 +126,7 @@ class Text:
         end = self.store.length + count
         method: AttentionMethod = Keeps(summary=self.summary)
         source = self._source(self.store.length, end, self.store)
-        source.begin(method, Dense())
+        begin(source, method)
         got = source.keys(slice(0, BATCH), {}, count).summary(self.summary)
         whole = self._source(0, end, None).supply.sources(self.summary.reads, 0)
         for b in range(BATCH):
@@ -178,7 +183,7 @@ def test_rows_that_end_before_the_call(name: str) -> None:
     text.call(60)
     source = text._source(60, 130, text.store)
     source.ends = ends = [130, 101, 88]
-    source.begin(Keeps(summary=summary), Dense())
+    begin(source, Keeps(summary=summary))
     keys, whole = source.keys(slice(0, BATCH), {}, 70), text._source(0, 130, None).supply
     for b, (first, end) in enumerate(zip([0, 5, 39], ends, strict=True)):
         want = summary.compute(whole.sources(summary.reads, 0).cut(first, end, [b]))

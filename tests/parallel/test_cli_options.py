@@ -40,6 +40,13 @@ def others(command: Any) -> dict[str, list[str]]:
 
 
 SPREAD = {" ".join(path): others(command) for path, command in spread_commands().items()}
+NEEDED = {  # the options that a command cannot do without, with yet another value
+    " ".join(path): [
+        word for param in command.params if param.required for word in (max(param.opts, key=len), "8")
+    ]
+    for path, command in spread_commands().items()
+}
+SUITES = ("fidelity", "lm-eval", "needle", "ppl", "retrieval", "ruler", "speed", "turns")
 GENERATE = ["generate", "--model", "nowhere", "--prompt", "x", "--device", "cpu"]
 ONE = {  # what rank 1 is given besides
     "--dtype": "--dtype is 'float32' on rank 1 and 'auto' on the others",
@@ -51,7 +58,11 @@ ONE = {  # what rank 1 is given besides
 def ended(tmp_path_factory: Any) -> dict[str, list[tuple[int, str, str]]]:
     file = tmp_path_factory.mktemp("options") / "commands.json"
     commands = [
-        [name, name.split(), [*name.split(), *(word for words in options.values() for word in words)]]
+        [
+            name,
+            [*name.split(), *NEEDED[name]],
+            [*name.split(), *(word for words in options.values() for word in words)],
+        ]
         for name, options in SPREAD.items()
     ]
     commands += [
@@ -76,7 +87,7 @@ def said(results: list[tuple[int, str, str]]) -> str:
 
 
 def test_the_commands_that_are_spread():
-    assert set(SPREAD) == {"generate", *(f"eval {suite}" for suite in ("ruler", "needle", "ppl", "speed"))}
+    assert set(SPREAD) == {"generate", *(f"eval {suite}" for suite in SUITES)}
     assert all(isinstance(command, job.SpreadCommand) for command in spread_commands().values())
 
 
