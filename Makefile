@@ -98,8 +98,8 @@ results-prefill: $(VENV)/.evals ## RULER at 4K and 8K under sparse prefill (hour
 	}
 	ruler "$(PREFILL_4K)" 4096 20 niah_single_1,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
 	ruler "$(PREFILL_8K)" 8192 20 niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
-	ruler "$(PREFILL_4K)" 4096 5 all
-	ruler "$(PREFILL_8K)" 8192 5 all
+	ruler "$(PREFILL_4K)" 4096 5 synthetic
+	ruler "$(PREFILL_8K)" 8192 5 synthetic
 
 # docs/results/long.yaml says what is run. Several of these commands at once share the work.
 results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models of 32K (a day of two cores; resumes)
