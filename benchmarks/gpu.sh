@@ -64,7 +64,7 @@ A)
     bench decode 90 ops --ops decode gather_decode --lengths $keys "${few[@]}"
     bench decode_step 60 decode_step --keys $keys "${few[@]}"
     if [ "$dry" = 1 ]; then tests gpu_tests 120 tests/ops/test_pool.py -k "eager and mean"; else
-        tests gpu_tests 180 -n 12 -m gpu tests/ops tests/gpu; fi
+        tests gpu_tests 140 -n 12 -m gpu tests/ops tests/gpu; fi
     bench scan 60 scan --lengths $scans --repeats 3
     ;;
 B)
