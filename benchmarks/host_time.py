@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import farspan
 from farspan.runtime.hf import with_cache
 
-from .record import save, table
+from .record import commit, in_turn, save, table
 
 METHODS = (
     "dense",
@@ -116,14 +118,11 @@ def main() -> None:
             print(*runs[line.strip()].run(), flush=True)
         return
     sides: dict[str, Callable[[str], tuple[float, ...]]] = {"": lambda method: runs[method].run()}
+    about = vars(args)
     if args.before:
         sides = {" before": other(args), **sides}
-    times: dict[tuple[str, str], list[tuple[float, ...]]] = {(m, side): [] for m in methods for side in sides}
-    for repeat in range(1 + args.repeats):  # in turn, so that drift of the machine hits all alike
-        for method, side in times:
-            taken = sides[side](method)
-            if repeat:
-                times[method, side].append(taken)
+        about = about | {"before": commit(Path(args.before) / "farspan")}
+    times = in_turn({(m, side): partial(run, m) for m in methods for side, run in sides.items()}, args.repeats)
     per = 1e6 / (args.tokens * args.layers)
     median = {x: [per * statistics.median(t) for t in zip(*taken, strict=True)] for x, taken in times.items()}
     rows: list[dict[str, Any]] = []
@@ -135,7 +134,7 @@ def main() -> None:
             row |= {f"wall us{side}": wall, f"CPU us{side}": cpu, f"added{side}": added}
         rows.append(row)
     print(table(rows))
-    print("written to", save(args.name, rows, arguments=vars(args)))
+    print("written to", save(args.name, rows, arguments=about))
 
 
 def other(args: argparse.Namespace) -> Callable[[str], tuple[float, ...]]:

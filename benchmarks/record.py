@@ -8,10 +8,11 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from farspan.runtime.machine import cpu_name
 
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("FARSPAN_RESULTS", HERE / "results"))
+K, T = TypeVar("K"), TypeVar("T")
 
 
 def machine(device: str = "cuda") -> dict[str, Any]:
@@ -33,17 +35,17 @@ def machine(device: str = "cuda") -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": next(iter(d.version for d in metadata.distributions(name="triton")), None),
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _commit() -> str:
-    """The commit of the checkout; "" where there is no git."""
+def commit(checkout: Path = HERE) -> str:
+    """The commit of a checkout; "" where there is no git."""
     if shutil.which("git") is None:
         return ""
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=HERE).stdout.strip()
+    return subprocess.run(asked, capture_output=True, text=True, cwd=checkout).stdout.strip()
 
 
 def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
@@ -77,22 +79,23 @@ def host_seconds(run: Callable[[], Any]) -> float:
     return clock() - begin
 
 
+def in_turn(runs: Mapping[K, Callable[[], T]], repeats: int, *, warm_up: int = 1) -> dict[K, list[T]]:
+    """What each run returned, ``repeats`` times; ``warm_up`` rounds before are left out. The runs are called
+    in turn, so that drift of the machine hits all alike."""
+    rounds = [{name: run() for name, run in runs.items()} for _ in range(warm_up + repeats)]
+    return {name: [taken[name] for taken in rounds[warm_up:]] for name in runs}
+
+
 def interleaved(
-    runs: dict[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     *,
     seconds: Callable[[Callable[[], Any]], float] = host_seconds,
     warm_up: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of each run; ``warm_up`` untimed rounds, then the runs in turn, so that drift of the
-    machine hits all alike. ``seconds`` times one run."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(warm_up + repeats):
-        for name, run in runs.items():
-            taken = seconds(run)
-            if repeat >= warm_up:
-                times[name].append(taken)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds of each run, in turn (``in_turn``). ``seconds`` times one run."""
+    timed = {name: partial(seconds, run) for name, run in runs.items()}
+    return {name: statistics.median(taken) for name, taken in in_turn(timed, repeats, warm_up=warm_up).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
