@@ -23,7 +23,7 @@ from farspan.evals.shared import under_each
 from farspan.evals.text import load_prose
 from farspan.runtime.training.windows import cut_windows
 
-from .record import mean_difference, save, table
+from .record import mean_difference, save, specs_of, table
 
 
 def numbers_of(patched: Any, prefill_density: float, losses: list[float]) -> dict[str, float]:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--name", default="by_token", help="of the file under benchmarks/results")
     args = parser.parse_args()
     model, tokenizer = farspan.load(args.model)
-    specs = ["dense", *(spec.strip() for spec in args.methods.split(";"))]
+    specs = ["dense", *specs_of(args.methods)]
     prose = "\n\n".join(load_prose(args.text).documents)
     windows = cut_windows(tokenizer, prose, args.length, args.held_out).held_out.tolist()
     found: dict[str, list[dict[str, float]]] = {spec: [] for spec in specs}

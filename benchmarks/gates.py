@@ -36,7 +36,7 @@ from farspan.runtime import hf
 from farspan.runtime.bind import serve
 from farspan.runtime.training.windows import cut_windows
 
-from .record import save, table
+from .record import save, specs_of, table
 
 BLOCK, ROWS = 64, 32
 METHODS = (
@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model, tokenizer = farspan.load(args.model)
     info = hf.inspect_model(model)
-    specs = [spec.strip() for spec in args.methods.split(";")]
+    specs = specs_of(args.methods)
     every = Needs(queries_before_rope=True, keys_before_rope=True, hidden_states=True)
     rows: list[dict[str, Any]] = []
     for length in map(int, args.lengths.split(",")):

@@ -28,7 +28,7 @@ import farspan
 from farspan.evals.text import load_prose
 from farspan.runtime.hf import returned_cache, with_cache
 
-from .record import clock, save, table
+from .record import clock, save, specs_of, table
 
 METHODS = (
     "dense; window:w=1020,sinks=4; recycled:k=512,stride=10; double_sparsity:k=512; quest:k=512; "
@@ -150,23 +150,34 @@ def load(args: argparse.Namespace, longest: int) -> tuple[Any, torch.Tensor, Any
     return model, ids, recipe
 
 
-def main() -> None:
+def model_parser(description: str | None, methods: str) -> argparse.ArgumentParser:
+    """A parser of the options that ``load`` and ``names_of`` read."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, not a model")
-    parser.add_argument("--methods", default=METHODS, help='specs with ";" between')
+    parser.add_argument("--methods", default=methods, help='specs with ";" between')
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """The names that ``patch`` takes: "unpatched" and the methods."""
+    return ["unpatched", *specs_of(args.methods)]
+
+
+def main() -> None:
+    parser = model_parser(__doc__, METHODS)
     parser.add_argument("--tokens", default="7900", help="lengths of the prompt")
     parser.add_argument("--new", type=int, default=44, help="tokens to decode; 1: prefill alone")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="generate", help="of the file in benchmarks/results")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     lengths = [int(n) for n in args.tokens.split(",")]
     model, ids, recipe = load(args, max(lengths) + 1)
-    methods = ["unpatched", *(spec.strip() for spec in args.methods.split(";") if spec.strip())]
+    methods = names_of(args)
     rows = []
     for length in lengths:
         prompt = ids[:, : length + 1]

@@ -32,7 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import farspan
 from farspan.runtime.hf import with_cache
 
-from .record import commit, in_turn, save, table
+from .record import commit, in_turn, save, specs_of, table
 
 METHODS = (
     "dense",
@@ -111,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     ids = torch.randint(3, 128, (1, args.keys), generator=torch.Generator().manual_seed(0))
-    methods = [UNPATCHED, *(spec.strip() for spec in args.methods.split(";"))]
+    methods = [UNPATCHED, *specs_of(args.methods)]
     runs = {method: Decoding(args, method, ids) for method in methods}
     if args.serve:
         for line in sys.stdin:
@@ -122,7 +122,9 @@ def main() -> None:
     if args.before:
         sides = {" before": other(args), **sides}
         about = about | {"before": commit(Path(args.before) / "farspan")}
-    times = in_turn({(m, side): partial(run, m) for m in methods for side, run in sides.items()}, args.repeats)
+    times = in_turn(
+        {(m, side): partial(run, m) for m in methods for side, run in sides.items()}, args.repeats
+    )
     per = 1e6 / (args.tokens * args.layers)
     median = {x: [per * statistics.median(t) for t in zip(*taken, strict=True)] for x, taken in times.items()}
     rows: list[dict[str, Any]] = []

@@ -6,12 +6,12 @@ A few steps run under torch's profiler, on a cache that a prefill has filled, an
 GPU a launch is a kernel, a copy or a fill that the device ran; where the device is busy for much less than a
 step takes, the host is what decode waits for. On a CPU operations of torch are counted in their place, those
 that other operations call left out, to try the command. The times of the profiler are longer than those
-without it: ``ms a token`` is measured without. "static" behind a method gives it a cache of fixed size.
+without it: ``ms a token`` is measured without. --methods names decode methods; "static" behind one gives it a
+cache of fixed size.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections import Counter
 from typing import Any
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from farspan.runtime.hf import with_cache
 
-from .generate import SHAPES, load, patch, prefill
+from .generate import load, model_parser, names_of, patch, prefill
 from .record import clock, save, table
 
 METHODS = "dense; window:w=1020,sinks=4; double_sparsity:k=2048; quest:k=2048"
@@ -30,20 +30,14 @@ STEPS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, not a model")
-    parser.add_argument("--methods", default=METHODS, help='decode specs with ";" between')
+    parser = model_parser(__doc__, METHODS)
     parser.add_argument("--tokens", type=int, default=7900, help="length of the prompt")
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model, ids, recipe = load(args, args.tokens + 1)
     layers = model.config.num_hidden_layers
     rows = []
-    for name in ["unpatched", *(spec.strip() for spec in args.methods.split(";") if spec.strip())]:
+    for name in names_of(args):
         spec = name if name == "unpatched" else f"dense + {name}"
         with patch(model, spec, recipe, args.tokens + 4 * STEPS):
             rows.append({"tokens": args.tokens, "method": name, **measured(model, ids, layers)})

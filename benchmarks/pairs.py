@@ -20,7 +20,7 @@ from farspan.evals.ranks import Job
 from farspan.evals.sample import encode, encode_gold
 from farspan.evals.shared import under_each
 
-from .record import mean_difference, save, table
+from .record import mean_difference, save, specs_of, table
 
 PREFILL = "dense; antidiagonal; dhsa:k=512,block_q=64; pbs:mass=0.7; block_topk:k=512"
 DECODE = (
@@ -69,8 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = farspan.load(args.model)
     model.to(args.device)
-    pairs = [f"{a.strip()} + {b.strip()}" for a in args.prefill.split(";") for b in args.decode.split(";")]
-    pairs += [pair.strip() for pair in args.also.split(";") if pair.strip()]
+    pairs = [f"{a} + {b}" for a in specs_of(args.prefill) for b in specs_of(args.decode)]
+    pairs += specs_of(args.also)
     found: Found = {pair: [] for pair in pairs}
     samples = {
         task: list(ruler.make_samples(tokenizer, task, args.length, args.samples, seed=1))

@@ -1,4 +1,5 @@
-"""What every benchmark writes down: the machine, the versions, the numbers."""
+"""What benchmarks share: reading a list of specs, timing runs in turn, and what is written down of a run: the
+machine, the versions, the numbers."""
 
 from __future__ import annotations
 
@@ -57,6 +58,11 @@ def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
     return path
 
 
+def specs_of(text: str) -> list[str]:
+    """The specs of an option such as "dense; quest:k=512"."""
+    return [spec.strip() for spec in text.split(";") if spec.strip()]
+
+
 def mean_difference(differences: Sequence[float]) -> dict[str, float]:
     """Two columns: the mean of paired differences of NLL, and the half width of its 95 % interval (NaN where
     there is none)."""
@@ -95,7 +101,9 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each run, in turn (``in_turn``). ``seconds`` times one run."""
     timed = {name: partial(seconds, run) for name, run in runs.items()}
-    return {name: statistics.median(taken) for name, taken in in_turn(timed, repeats, warm_up=warm_up).items()}
+    return {
+        name: statistics.median(taken) for name, taken in in_turn(timed, repeats, warm_up=warm_up).items()
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ import farspan
 from farspan.evals import ruler
 from farspan.evals.sample import encode
 
-from .record import save, table
+from .record import save, specs_of, table
 
 METHODS = (
     "antidiagonal; pbs; pbs:mass=0.7; dhsa; dhsa:k=512,block_q=64; block_topk:k=768,gqa_reduce=none; "
@@ -74,7 +74,7 @@ def main() -> None:
             for task in args.tasks.split(",")
             for sample in ruler.make_samples(tokenizer, task, length, args.samples, seed=1)
         ]
-        for method in (spec.strip() for spec in args.methods.split(";")):
+        for method in specs_of(args.methods):
             rows.append({"tokens": length, **measured(model, prompts, method)})
             print(table(rows[-1:]), flush=True)
     print(table(rows))
