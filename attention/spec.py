@@ -41,13 +41,18 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
     name, rest = split_spec(spec)
     cls = find("method", name, methods())
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)}
+    fields = {f.name: f for f in parameters_of(cls)}
     values = parse_parameters(name, rest, {key: f.default for key, f in fields.items()}, hints)
     if values.keys() & _SIZES:  # a budget takes the place of the default one
         for other in (_SIZES | {"mass"}) & fields.keys():
             if type(None) in typing.get_args(hints[other]):
                 values.setdefault(other, None)
     return cls(**values)
+
+
+def parameters_of(cls: type[AttentionMethod]) -> list[dataclasses.Field[Any]]:
+    """The fields of a method that a spec can name."""
+    return [f for f in dataclasses.fields(cls) if f.init and f.metadata.get("spec", True)]
 
 
 def find(kind: str, name: str, known: Mapping[str, T]) -> T:

@@ -116,6 +116,9 @@ def _with_default(parameter: dict[str, Any]) -> str:
 
 
 def _describe(name: str, cls: Any) -> dict[str, Any]:
+    from ..attention.spec import parameters_of
+    from ..runtime.shipped import recipes_of
+
     parameters = [
         {
             "name": field.name,
@@ -123,11 +126,8 @@ def _describe(name: str, cls: Any) -> dict[str, Any]:
             "required": field.default is dataclasses.MISSING,
             "default": None if field.default is dataclasses.MISSING else field.default,
         }
-        for field in dataclasses.fields(cls)
-        if field.init and field.metadata.get("spec", True)
+        for field in parameters_of(cls)
     ]
-    from ..runtime.shipped import recipes_of
-
     plain = None if any(parameter["required"] for parameter in parameters) else cls()
     return {
         "name": name,

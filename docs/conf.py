@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import farspan
 from farspan.attention.hybrid.registry import mixers
 from farspan.attention.method import AttentionMethod
+from farspan.attention.spec import parameters_of
 
 HERE = Path(__file__).parent
 GENERATED = HERE / "generated"
@@ -31,9 +32,7 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 
 
 def setup(app: Any) -> None:
-    app.connect(
-        "autodoc-process-docstring", lambda *about: about[-1].__setitem__(slice(None), _rst(about[-1]))
-    )
+    app.connect("autodoc-process-docstring", _docstring_as_rst)
     app.connect("source-read", _links_outside)
     app.connect("include-read", lambda app, path, doc, content: _links_outside(app, doc, content))
     GENERATED.mkdir(exist_ok=True)
@@ -43,6 +42,10 @@ def setup(app: Any) -> None:
     for family, found in by_family.items():
         (GENERATED / f"{family}.md").write_text("\n".join(line for m in found for line in _method(m)))
     (GENERATED / "mixers.md").write_text("\n".join(x for name in mixers() for x in _mixer(name)))
+
+
+def _docstring_as_rst(app: Any, kind: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = _rst(lines)
 
 
 def _links_outside(app: Any, page: str, content: list[str]) -> None:
@@ -56,11 +59,7 @@ def _links_outside(app: Any, page: str, content: list[str]) -> None:
 def _method(method: type[AttentionMethod]) -> Iterator[str]:
     yield f"### `{method.name}`: {method.title}\n"
     yield f"For {' and '.join(sorted(method.phases, reverse=True))}. {_paper(method.paper)}\n"
-    fields = [f for f in dataclasses.fields(method) if f.init and f.metadata.get("spec", True)]
-    if fields:
-        yield "| parameter | default |\n|---|---|"
-        yield from (f"| `{field.name}` | {_value(field.default)} |" for field in fields)
-        yield ""
+    yield from _parameters(parameters_of(method))
     yield _docstring(method)
 
 
@@ -68,12 +67,15 @@ def _mixer(name: str) -> Iterator[str]:
     mixer = mixers()[name]
     yield f"### `{name}`\n"
     parameters = inspect.signature(mixer.__init__).parameters.values()
-    fields = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    if fields:
-        yield "| parameter | default |\n|---|---|"
-        yield from (f"| `{field.name}` | {_value(field.default)} |" for field in fields)
-        yield ""
+    yield from _parameters([p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY])
     yield _docstring(mixer)
+
+
+def _parameters(found: Sequence[dataclasses.Field[Any] | inspect.Parameter]) -> Iterator[str]:
+    if found:
+        yield "| parameter | default |\n|---|---|"
+        yield from (f"| `{one.name}` | {_value(one.default)} |" for one in found)
+        yield ""
 
 
 def _paper(arxiv: str) -> str:
