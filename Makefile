@@ -144,7 +144,7 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 # Each worker begins with a run of whole files, so that a file's fixtures are made once; who is done first takes over.
 PYTEST_WORKERS = -n $(WORKERS) --dist worksteal
 
-test: $(VENV)/.dev ## the tests (about 20 minutes on two cores)
+test: $(VENV)/.dev ## the tests (32 CPU minutes; 28 minutes on two cores beside other work)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 RELEASES ?= lowest constrained newest
