@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..budget import budget, budget_at, check_budget, covers, max_budget, select_topk
+from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..checks import require
 from ..cost import Cost, Queries
 from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod
 from ..ops.append import Pages
-from ..ops.estimate_topk import estimate_topk
 from ..ops.scores import scores
 from ..pages import last_page_tokens, page_tokens
 from ..partial import Partial
 from ..selection import Index
 from ..softmax import Softmax
-from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, store
 from ..summary import BlockPool, Summary
+from ..topk_step import TopKStep, covers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +105,21 @@ class Quest(AttentionMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PagesStep(StaticStep):
+class PagesStep(TopKStep):
     """The step of ``quest`` where it leaves keys out."""
 
     name: ClassVar[str] = "pages"
 
-    k: int | None
-    fraction: float | None
     pages: BlockPool
-    reduce: str
 
     @property
     def summary(self) -> Summary:
         return self.pages
 
-    def lists(self, num_heads: int, num_kv_heads: int) -> int:
-        return num_heads if self.reduce == "none" else num_kv_heads
-
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, page = keys.entries(self.pages), self.pages.block
         store(keys, pages=Pages(entries, page))
-        of = entries, softmax, keys.length, self.k
-        how: dict[str, Any] = {"fraction": self.fraction, "page": page, "reduce": self.reduce}
-        lists = estimate_topk(q, *of, **how, start=keys.start, impl=keys.impl)
-        return attend_listed(q, keys, lists, softmax)
+        return self.attend(q, keys, entries, softmax, page=page)
 
     def read(self, seen: int) -> int:
         page, size = self.pages.block, budget_at(self.k, self.fraction, seen)
