@@ -1,4 +1,5 @@
-"""Choosing pages of keys by Quest's bound, and the keys of chosen pages, for methods that select pages at decode."""
+"""Choosing pages of keys by Quest's bound, and the keys of chosen pages, for methods that select pages at
+decode."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from .softmax import Softmax
 
 
 def page_bounds(q: Tensor, entries: Tensor, softmax: Softmax) -> Tensor:
-    """[B, Hkv, G, Tq, P]: upper bounds of the logits of q [B, H, Tq, D] in each page, the sum over channels of
-    max(q min, q max). entries [B, Hkv, P, 2 D]: the maximum and the minimum of each channel of a page."""
+    """[B, Hkv, G, Tq, P]: upper bounds of the logits of q [B, H, Tq, D] in each page, the sum over channels
+    of max(q min, q max). entries [B, Hkv, P, 2 D]: the maximum and the minimum of each channel of a page."""
     # max(q min, q max) per channel is q+ max + q- min, so the bound is one product.
     signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
     return scores(signed, entries, softmax)
@@ -30,8 +31,8 @@ def best_pages(
     length: int,
     start: Tensor | None,
 ) -> TokenIndex:
-    """The keys of the pages with the highest ``logits`` [B, Hkv, G, Tq, P], which are changed in place, for the
-    last Tq queries of ``length`` positions. The query's own page is always among them.
+    """The keys of the pages with the highest ``logits`` [B, Hkv, G, Tq, P], which are changed in place, for
+    the last Tq queries of ``length`` positions. The query's own page is always among them.
 
     size: the budget in keys, one number or [B or 1, 1, Tq], at most ``max_size``: whole pages within it are
     read, at least one, and all pages of a query that it covers. start: [B], the first position of each row;

@@ -16,8 +16,8 @@ from .static_step import StaticKeys, StaticStep, attend_listed
 
 @dataclass(frozen=True, kw_only=True)
 class TopKStep(StaticStep):
-    """A step that reads ``k`` keys or a ``fraction`` of them, those that ``estimate_topk`` chooses. reduce: its
-    argument of that name."""
+    """A step that reads ``k`` keys or a ``fraction`` of them, those that ``estimate_topk`` chooses. reduce:
+    its argument of that name."""
 
     k: int | None
     fraction: float | None
@@ -27,8 +27,8 @@ class TopKStep(StaticStep):
         return num_heads if self.reduce == "none" else num_kv_heads
 
     def attend(self, q: Tensor, keys: StaticKeys, entries: Tensor, softmax: Softmax, **of: Any) -> Partial:
-        """Attention of q [B, H, 1, D] over the keys that ``entries`` estimate as the largest. of: the ``page`` or
-        the ``channels`` of the entries, as ``estimate_topk`` takes them."""
+        """Attention of q [B, H, 1, D] over the keys that ``entries`` estimate as the largest. of: the
+        ``page`` or the ``channels`` of the entries, as ``estimate_topk`` takes them."""
         lists = estimate_topk(
             q,
             entries,

@@ -140,8 +140,8 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
 
 
 def _masked(out: Tensor, lse: Tensor, mask: Tensor) -> Partial:
-    """A kernel's result under ``mask``, with (0, -inf) in rows that read nothing: the CPU's kernel returns lse
-    0 there, and memory-efficient attention leaves it open."""
+    """A kernel's result under ``mask``, with (0, -inf) in rows that read nothing: the CPU's kernel returns
+    lse 0 there, and memory-efficient attention leaves it open."""
     none = ~mask.any(-1).expand(lse.shape)
     return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
 

@@ -22,8 +22,8 @@ def with_sinks(
     start: Tensor | None,
     starts: list[int] | None,
 ) -> Partial:
-    """``local``, the attention of q [B, H, Tq, D] within the window, with the first ``sinks`` keys of each row
-    that lie before the window as a second, small set of keys.
+    """``local``, the attention of q [B, H, Tq, D] within the window, with the first ``sinks`` keys of each
+    row that lie before the window as a second, small set of keys.
 
     Queries are the last Tq positions of kv [B, Hkv, Tk]. start: [B], the first position of each row, and
     ``starts``, the same on the host; None where no row is padded.
