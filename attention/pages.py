@@ -36,7 +36,7 @@ def best_pages(
 
     size: the budget in keys, one number or [B or 1, 1, Tq], at most ``max_size``: whole pages within it are
     read, at least one, and all pages of a query that it covers. start: [B], the first position of each row;
-    None: 0. The pages are those of these rows up to the last position.
+    None: 0. The P pages reach up to the last position.
     """
     tq, max_pages = logits.shape[3], -(-max_size // page)
     if tq == 1 and start is None:  # the query's own page is the last one
