@@ -11,7 +11,6 @@ from .keys import Keys, Peers
 from .method import AttentionMethod
 from .ops.select import top_k
 from .selection.ragged import counted_first
-from .static_step import StaticKeys
 
 
 def check_budget(method: AttentionMethod, k: int | None, fraction: float | None) -> None:
@@ -42,13 +41,6 @@ def budget(k: int | None, fraction: float | None, keys: Keys) -> int | Tensor:
 def max_budget(k: int | None, fraction: float | None, keys: Keys) -> int:
     """An upper bound of ``budget`` for all queries of the call, known without waiting for the device."""
     return k if k is not None else int((fraction or 0.0) * keys.longest()) + 1
-
-
-def covers(k: int | None, fraction: float | None, keys: StaticKeys) -> bool:
-    """Whether ``select_decode`` would answer None for the next token of a store of fixed size: the budget is
-    one number for all rows, and covers them."""
-    most, padded = max(keys.seen()), min(keys.seen()) <= keys.position()
-    return (k is not None or not padded) and budget_at(k, fraction, most) >= most
 
 
 def select_topk(

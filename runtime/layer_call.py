@@ -25,7 +25,7 @@ from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.sources import IN_NO_CACHE, Supply
-from ..attention.summary import Summaries, Summary
+from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
 from .cache import KVStore
 from .faster import Faster, at_length
@@ -62,9 +62,9 @@ class KeySource(Protocol):
         called before anything else."""
         ...
 
-    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
-        """Store the new keys and update the summaries of both methods. It is called before any selection.
-        fed: those of their summaries that read what is in no cache."""
+    def begin(self, layer: LayerCall) -> None:
+        """Store the new keys and update the summaries of the methods of ``layer``. It is called before any
+        selection."""
         ...
 
     def forget(self, needed: int) -> None:
@@ -124,6 +124,7 @@ class LayerCall:
         self.needed = _keys_needed(prefill, decode, self.from_keys)
         self.kept_as = str(decode)  # the name of the state; only decode methods keep state
         declared = (*prefill.summaries, *decode.summaries)
+        # Those that read what is in no cache: they are extended in every call.
         self.fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
         self._sets_up = type(decode).on_prefill_end is not AttentionMethod.on_prefill_end
 
@@ -138,7 +139,7 @@ class LayerCall:
         where the call is not measured. A measured call compares with all keys, so none is dropped."""
         needed = self.needed if probe_of is None else None
         source.require(needed)
-        source.begin(self.prefill, self.decode, self.fed)
+        source.begin(self)
         states = source.states
         rows = served(
             source.starts,
@@ -231,12 +232,12 @@ class LocalKeys:
         if self.store is not None:
             self.store.require(needed, self.past)
 
-    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
+    def begin(self, layer: LayerCall) -> None:
         if self.store is not None:
             self.store.align(self.starts, self.total)
-        if fed:
+        if layer.fed:
             self.supply = replace(self.supply, recent=self.summaries.recent)
-            self.summaries.take(fed, self.supply, self.starts)
+            self.summaries.take(layer.fed, self.supply, self.starts)
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
         keys = Keys(

@@ -18,7 +18,7 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.sources import Supply
-from ..attention.summary import SomeRows, Summaries, Summary
+from ..attention.summary import SomeRows, Summaries
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode
@@ -28,7 +28,7 @@ from ..parallel.mechanisms.layout import Layout
 from ..parallel.mechanisms.prefill import prefill
 from ..parallel.mechanisms.selected import last_inputs, last_queries
 from .inputs import Given
-from .layer_call import LocalKeys
+from .layer_call import LayerCall, LocalKeys
 from .padding import Padding
 from .rows import Run
 from .shard import ShardStore
@@ -89,13 +89,13 @@ class KeysOverRanks:
     def require(self, needed: int | None) -> None:
         self.store.require(needed, self.past)
 
-    def begin(self, prefill: AttentionMethod, decode: AttentionMethod, fed: tuple[Summary, ...]) -> None:
+    def begin(self, layer: LayerCall) -> None:
         """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         supply = SupplyOverRanks(self.q, self.k, self.v, store, call, self._fed)
         supply.take()
-        supply.extend_blocks(prefill, decode)
-        supply.extend_labels(prefill, decode)
+        supply.extend_blocks(layer.prefill, layer.decode)
+        supply.extend_labels(layer.prefill, layer.decode)
         if call.split is not None:
             self._local = LocalCall(
                 self.q,
@@ -106,7 +106,7 @@ class KeysOverRanks:
                 mesh,
                 self.softmax,
                 fed=self._fed,
-                labels=supply.gather_labels(prefill),
+                labels=supply.gather_labels(layer.prefill),
             )
 
     def newly_sent(self) -> int:

@@ -121,9 +121,7 @@ def _cuda(
     bias = torch.full((*mask.shape[:-1], -(-width // 8) * 8), -torch.inf, dtype=q.dtype, device=q.device)
     bias[..., :width].masked_fill_(mask, 0)
     bias = bias[..., :width].expand(*q.shape[:3], -1)
-    out, lse = efficient_attention(q, k, v, bias=bias, causal=False, scale=softmax.scale)
-    none = ~mask.any(-1).expand(q.shape[:3])  # the kernel leaves open what such a row gives
-    return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
+    return _masked(*efficient_attention(q, k, v, bias=bias, causal=False, scale=softmax.scale), mask)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -136,14 +134,16 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tens
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    v = v if v.stride(-1) == 1 else v.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = flash_attention_cpu(q, k, v, causal=causal, bias=bias, scale=scale)
-    if mask is not None:  # the kernel returns lse 0, not -inf, for a row that reads nothing
-        none = ~mask.any(-1).expand(q.shape[:3])
-        lse, out = lse.masked_fill(none, -torch.inf), out.masked_fill(none[..., None], 0)
-    return Partial(out, lse)
+    return Partial(out, lse) if mask is None else _masked(out, lse, mask)
+
+
+def _masked(out: Tensor, lse: Tensor, mask: Tensor) -> Partial:
+    """A kernel's result under ``mask``, with (0, -inf) in rows that read nothing: the CPU's kernel returns
+    lse 0 there, and memory-efficient attention leaves it open."""
+    none = ~mask.any(-1).expand(lse.shape)
+    return Partial(out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf))
 
 
 def math(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None) -> Partial:

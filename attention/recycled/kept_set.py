@@ -47,16 +47,26 @@ def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool:
     here, peers = keys.held(length), keys.peers
     k, places = keys.read_all_keys()[:, :, :here], keys.places()[:here]
     logits = scores(q, k, keys.softmax)
-    valid = None if keys.start is None else (places >= keys.start[:, None])[:, None]  # [B, 1, N]
+    valid = _begun(places, keys.start)
     ranked = group_scores(logits, valid, gqa_reduce, peers)[:, :, 0]
-    if pool > 1:
-        if peers is not None:  # the neighbours of a key may be on other ranks
-            ranked, peers = peers.gather(ranked, length), None
-            places = torch.arange(length, device=q.device)
-        ranked = max_pool1d(ranked, pool, stride=1, padding=pool // 2)
-        if keys.start is not None:
-            ranked = ranked.masked_fill(places < keys.start[:, None, None], -torch.inf)
-    return topk_positions(ranked, size, peers)
+    if pool > 1 and peers is not None:  # the neighbours of a key may be on other ranks
+        ranked, peers = peers.gather(ranked, length), None
+        valid = _begun(torch.arange(length, device=q.device), keys.start)
+    return topk_positions(pooled(ranked, pool, valid), size, peers)
+
+
+def pooled(ranked: Tensor, pool: int, valid: Tensor | None) -> Tensor:
+    """The highest of the scores ranked [..., N] among the ``pool`` positions around each key; -inf where
+    ``valid`` is False."""
+    if pool == 1:
+        return ranked
+    highest = max_pool1d(ranked.flatten(0, -2), pool, stride=1, padding=pool // 2).view(ranked.shape)
+    return highest if valid is None else highest.masked_fill(~valid, -torch.inf)
+
+
+def _begun(places: Tensor, start: Tensor | None) -> Tensor | None:
+    """[B, 1, N] bool: which of the positions ``places`` [N] are in a row; None: all."""
+    return None if start is None else (places >= start[:, None])[:, None]
 
 
 def drifted(q: Tensor, keys: Keys, clock: Tensor, qc: int, s: float, scope: str) -> Tensor:

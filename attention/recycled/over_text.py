@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
 
 from ..errors import FarspanError
 from ..gqa import group_scores
@@ -16,6 +15,7 @@ from ..needs import Needs
 from ..ops.scores import scores
 from ..ops.select import top_k
 from ..selection import Index, Stretches
+from .kept_set import pooled
 from .recycled import Recycled
 
 _LOGITS = 1 << 24  # of full steps against keys, that exist at a time
@@ -60,10 +60,7 @@ class RecycledOverText(Recycled):
         logits = scores(q[:, :, places - keys.past], keys.kv.k[:, :, :length], keys.softmax)
         visible = torch.arange(length, device=q.device) <= places[:, None]
         ranked = group_scores(logits, visible[None], self.gqa_reduce)
-        if self.pool > 1:
-            ranked = max_pool1d(ranked.flatten(0, 1), self.pool, stride=1, padding=self.pool // 2)
-            ranked = ranked.view(*logits.shape[:2], *visible.shape).masked_fill(~visible, -torch.inf)
-        return top_k(ranked, self.k, order="score")
+        return top_k(pooled(ranked, self.pool, visible), self.k, order="score")
 
     def __str__(self) -> str:
         return f"{super().__str__()} over a given text"

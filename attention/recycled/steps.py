@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
 
 from ..budget import topk_positions
 from ..gqa import group_scores
@@ -19,6 +18,7 @@ from ..ops.scores import scores
 from ..partial import Partial
 from ..softmax import Softmax
 from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
+from .kept_set import pooled
 
 
 def next_step(keys: StaticKeys, k: int, stride: int, gqa_reduce: str, pool: int) -> StaticStep | None:
@@ -93,7 +93,4 @@ class FullStep(StaticStep):
             valid = begun if valid is None else begun & valid
         valid = None if valid is None else valid.view(-1, 1, len(places))  # [B or 1, 1, N]
         ranked = group_scores(scores(q, k, softmax), valid, self.reduce)[:, :, 0]
-        if self.pool > 1:
-            ranked = max_pool1d(ranked, self.pool, stride=1, padding=self.pool // 2)
-            ranked = ranked if valid is None else ranked.masked_fill(~valid, -torch.inf)
-        return topk_positions(ranked, self.k)
+        return topk_positions(pooled(ranked, self.pool, valid), self.k)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..causal import causal_mask, positions
 from ..keys import Keys
-from ..ops import kernel
 from ..ops.decode import decode
 from ..ops.flash import flash
+from ..ops.sinks import with_sinks
 from ..partial import Partial, merge
 from .base import Pairs, Selection
 from .here import attend_masked, attend_recent, query_positions
@@ -28,7 +28,12 @@ class Window(Selection):
     sinks: int = 0
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
-        return self._run(q, keys, impl), self._pairs(q, keys, rows)
+        where, start = (keys.kv, keys.softmax), keys.start
+        part = flash(q, *where, window=self.size, start=start, impl=impl)
+        part = with_sinks(
+            part, q, *where, window=self.size, sinks=self.sinks, start=start, starts=keys.starts
+        )
+        return part, self._pairs(q, keys, rows)
 
     def run_decode(self, q: Tensor, keys: Keys, impl: str) -> tuple[Partial, Pairs]:
         where = keys.kv, keys.softmax
@@ -63,26 +68,6 @@ class Window(Selection):
         places, cols = positions(tq, tk, mask.device, rows)
         recent = (cols > places - self.size)[None, None]
         return mask & (recent | first_keys(self.sinks, cols, start, batch))
-
-    def _run(self, q: Tensor, keys: Keys, impl: str) -> Partial:
-        """The recent keys by the windowed kernel; the sinks that lie outside the window as a second, small
-        set of keys."""
-        b, h, tq, _ = q.shape
-        local = flash(q, keys.kv, keys.softmax, window=self.size, start=keys.start, impl=impl)
-        sinks = min(self.sinks, keys.length)
-        if sinks == 0 or keys.longest() <= self.size:
-            return local
-        kv, mask, hkv = keys.kv[:, :, :sinks], None, keys.kv.num_kv_heads
-        overlap = max(keys.starts or (0,)) + sinks > keys.past + 1 - self.size  # of some query's window
-        if overlap or keys.start is not None:
-            places = torch.arange(sinks, device=q.device)[None]
-            places = places if keys.start is None else places + keys.start[:, None]  # [B or 1, sinks]
-            kv = keys.kv.gather(places.clamp(max=keys.length - 1)[:, None].expand(b, hkv, -1))
-        if overlap:
-            mask = places[:, None] <= query_positions(keys)[:, None] - self.size  # [B or 1, Tq, sinks]
-            mask = mask.repeat(1, h // hkv, 1)[:, None]
-        part = kernel.attend(kernel.fold_groups(q, hkv), kv, keys.softmax, mask=mask)
-        return merge(local, kernel.unfold_groups(part, h, tq))
 
     def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
         """The pairs that the queries ``rows`` of the call read."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..budget import budget, budget_at, check_budget, covers, max_budget, select_topk
+from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..calibration.double_sparsity import ChannelRanking
 from ..checks import require
 from ..cost import Cost, Queries
@@ -16,13 +16,13 @@ from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
 from ..ops.append import Labels
-from ..ops.estimate_topk import estimate_topk
 from ..ops.scores import scores
 from ..partial import Partial
 from ..selection import Index, TokenIndex
 from ..softmax import Softmax
-from ..static_step import EveryKeyStep, StaticKeys, StaticStep, attend_listed, store
+from ..static_step import EveryKeyStep, StaticKeys, StaticStep, store
 from ..summary import Channels, Summary
+from ..topk_step import TopKStep, covers
 
 LABELS = 32  # channels of a key, where no group_factor is given
 
@@ -111,30 +111,18 @@ class DoubleSparsity(AttentionMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsStep(StaticStep):
+class LabelsStep(TopKStep):
     """The step of ``double_sparsity`` where it leaves keys out."""
 
     name: ClassVar[str] = "labels"
 
-    k: int | None
-    fraction: float | None
     labels: Channels
-    reduce: str
 
     @property
     def summary(self) -> Summary:
         return self.labels
 
-    def lists(self, num_heads: int, num_kv_heads: int) -> int:
-        return num_heads if self.reduce == "none" else num_kv_heads
-
     def run(self, q: Tensor, keys: StaticKeys, softmax: Softmax) -> Partial:
         entries, channels = keys.entries(self.labels), self.labels.on(q.device)
         store(keys, labels=Labels(entries, channels))
-        of = entries, softmax, keys.length, self.k
-        how: dict[str, Any] = {"fraction": self.fraction, "channels": channels, "reduce": self.reduce}
-        lists = estimate_topk(q, *of, **how, start=keys.start, impl=keys.impl)
-        return attend_listed(q, keys, lists, softmax)
-
-    def read(self, seen: int) -> int:
-        return min(seen, budget_at(self.k, self.fraction, seen))
+        return self.attend(q, keys, entries, softmax, channels=channels)

@@ -48,6 +48,7 @@ def make(
         (128, 77, 5000, 16, None, [3, 4], "none", None),  # most of the room is empty
         (64, 1, 9, 4, None, None, "sum", None),
         (64, 300, 333, 48, 16, None, "max", None),
+        (64, 25, 40, 26, 16, None, "sum", None),  # all keys, though two whole pages are more than k
         (64, 289, 300, 48, 16, [0, 250], "sum", None),  # a page that has just begun
         (64, 288, 300, 40, 16, [0, 250], "none", 2.0),  # a full one; k holds half a page more
         (128, 301, 301, 7, 16, [1, 2], "sum", None),  # less than a page

@@ -94,7 +94,7 @@ class Keeps(Dense):
 
 def begin(source: LocalKeys, method: AttentionMethod) -> None:
     """As a layer call begins it."""
-    source.begin(Dense(), method, LayerCall(Dense(), method).fed)
+    source.begin(LayerCall(Dense(), method))
 
 
 class Text:

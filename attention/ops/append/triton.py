@@ -21,17 +21,7 @@ from .. import launch
 from .beside import Kept, Labels, Pages
 
 
-def unsupported(
-    k: Tensor,
-    v: Tensor,
-    kv: KV,
-    length: Tensor,
-    *,
-    start: Tensor | None,
-    pages: Pages | None,
-    labels: Labels | None,
-    kept: Kept | None,
-) -> list[str]:
+def unsupported(k: Tensor, v: Tensor, kv: KV, length: Tensor, **_: Any) -> list[str]:
     reasons = launch.cannot_attend(k, kv) + launch.no_gradient(k, v)
     if type(kv) is not KV:
         reasons.append(f"keys are stored in the format {kv.format!r}, which no kernel writes")

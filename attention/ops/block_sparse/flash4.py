@@ -31,7 +31,7 @@ MODULE, PACKAGE, MAJORS = "flash_attn.cute", "flash-attn-4", (9, 10, 11)
 def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
     """Why FlashAttention-4 cannot run these arguments, one clause each."""
     shared = q.shape[1] // kv.num_kv_heads if index.blocks.shape[1] == kv.num_kv_heads else 1
-    reasons = library.cannot_call(MODULE, PACKAGE, q.device, MAJORS)
+    reasons = library.cannot_call(MODULE, PACKAGE, q, MAJORS)
     reasons += cannot_cut(q, kv, index, rows=q.shape[2] * shared)
     # The look at the padding waits for the device, so it comes last.
     return reasons or index.not_in_a_block_mask()
@@ -41,8 +41,6 @@ def cannot_cut(q: Tensor, kv: KV, index: BlockLists, *, rows: int) -> list[str]:
     """Why the library's tiles do not fit these heads and blocks, one clause each. rows: the queries of one
     list, counted once for each head in a tile."""
     reasons = []
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{q.dtype} is neither float16 nor bfloat16")
     if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
         reasons.append("an input needs a gradient, and only the forward has block lists here")
     d, dv, block_q, block_k = kv.head_dim, kv.value_dim, index.block_q, index.block_k

@@ -20,7 +20,7 @@ from . import flash4, flex
 
 def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
     """Why FlexAttention's FLASH backend cannot run these arguments, one clause each."""
-    reasons = library.cannot_call(flash4.MODULE, flash4.PACKAGE, q.device, flash4.MAJORS)
+    reasons = library.cannot_call(flash4.MODULE, flash4.PACKAGE, q, flash4.MAJORS)
     reasons += flash4.cannot_cut(q, kv, index, rows=q.shape[2])
     if past := kv.length - q.shape[2]:
         reasons.append(f"it has no mask for keys before the queries, and there are {past}")

@@ -11,6 +11,7 @@ from ...partial import Partial, merge
 from ...softmax import Softmax
 from .. import kernel
 from ..padding import by_row
+from ..sinks import with_sinks
 
 
 def decode(
@@ -30,31 +31,8 @@ def decode(
         part = by_row(q, kv, start, lambda _, q, kv: _rows(q, kv, softmax, window))
     if window is None or not sinks:
         return part
-    return _with_sinks(part, q, kv, softmax, window, min(sinks, kv.length), start)
-
-
-def _with_sinks(
-    local: Partial, q: Tensor, kv: KV, softmax: Softmax, window: int, sinks: int, start: Tensor | None
-) -> Partial:
-    """``local``, the attention within the window, with the first keys of each row that lie before the window
-    as a second, small set of keys."""
-    b, h, tq, _ = q.shape
-    hkv, tk = kv.num_kv_heads, kv.length
-    starts = [0] if start is None else start.tolist()
-    if tk - min(starts) <= window:
-        return local
-    first, mask = kv[:, :, :sinks], None
-    overlap = max(starts) + sinks > tk - tq + 1 - window  # of some query's window
-    if overlap or start is not None:
-        places = torch.arange(sinks, device=q.device)[None]
-        places = places if start is None else places + start[:, None]  # [B or 1, sinks]
-        first = kv.gather(places.clamp(max=tk - 1)[:, None].expand(b, hkv, -1))
-    if overlap:
-        rows = torch.arange(tk - tq, tk, device=q.device)[:, None]
-        mask = places[:, None] <= rows - window  # [B or 1, Tq, sinks]
-        mask = mask.repeat(1, h // hkv, 1)[:, None]
-    part = kernel.attend(kernel.fold_groups(q, hkv), first, softmax, mask=mask)
-    return merge(local, kernel.unfold_groups(part, h, tq))
+    starts = None if start is None else start.tolist()
+    return with_sinks(part, q, kv, softmax, window=window, sinks=sinks, start=start, starts=starts)
 
 
 def _rows(q: Tensor, kv: KV, softmax: Softmax, window: int | None) -> Partial:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...budget import select_topk
 from ...gqa import group_scores
 from ...lists import TokenLists
-from ...pages import page_tokens
+from ...pages import best_pages, page_bounds
 from ...softmax import Softmax
 from ..scores import scores
 
@@ -30,7 +30,8 @@ def estimate_topk(
     total = int(length)
     size, most = _budget(k, fraction, total, start)
     if page is not None:
-        return _of_pages(q, entries, softmax, total, size, most, page, reduce, start)
+        bounds = page_bounds(q, entries[:, :, : -(-total // page)], softmax)
+        return best_pages(bounds, size, most, page, reduce, length=total, start=start)
     assert channels is not None
     b, h = q.shape[:2]
     spread = channels.repeat_interleave(h // entries.shape[1], 0)[None, :, None].expand(b, h, 1, -1)
@@ -54,33 +55,3 @@ def _budget(
         return size, size
     seen = (total - start[:, None, None]).double()
     return (seen * fraction).round().long().clamp(min=1), int(fraction * (total - int(start.min()))) + 1
-
-
-def _of_pages(
-    q: Tensor,
-    bounds: Tensor,
-    softmax: Softmax,
-    total: int,
-    size: int | Tensor,
-    most: int,
-    page: int,
-    reduce: str,
-    start: Tensor | None,
-) -> TokenLists:
-    signed = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
-    logits = scores(signed, bounds[:, :, : -(-total // page)], softmax)
-    rows = torch.tensor([[total - 1]], device=q.device)
-    first: Tensor | int = 0 if start is None else start[:, None, None, None]
-    own = (rows[None, None] - first) // page  # [B or 1, 1, 1, 1]
-    earlier = torch.arange(logits.shape[-1], device=q.device) < own
-    ranked = group_scores(logits, earlier[:, 0], reduce)
-    ranked = ranked.scatter(3, own.expand(*ranked.shape[:3], 1), torch.inf)
-    pages: int | Tensor
-    if start is None or (isinstance(size, int) and size % page == 0):
-        pages = max(1, int(size) // page)
-    else:  # a row that the budget covers reads the rest of its last page, too
-        seen = total - start[:, None, None]
-        whole = max(1, size // page) if isinstance(size, int) else (size // page).clamp(min=1)
-        pages = torch.where(seen <= size, -(-seen // page), whole)
-    chosen, counts = select_topk(ranked, pages, -(-most // page))
-    return page_tokens(chosen, counts, page, first, rows)

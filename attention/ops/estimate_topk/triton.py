@@ -12,6 +12,8 @@ is no ``_reduce``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,17 +29,7 @@ _MOST_HEADS = 128  # of a group: rows of a tile
 
 
 def unsupported(
-    q: Tensor,
-    entries: Tensor,
-    softmax: Softmax,
-    length: Tensor,
-    k: int | None,
-    *,
-    fraction: float | None,
-    page: int | None,
-    channels: Tensor | None,
-    reduce: str,
-    start: Tensor | None,
+    q: Tensor, entries: Tensor, softmax: Softmax, length: Tensor, k: int | None, **_: Any
 ) -> list[str]:
     reasons = launch.cannot_read(q, entries, largest=1 << 16) + launch.no_gradient(q, entries)
     if (group := q.shape[1] // entries.shape[1]) > _MOST_HEADS:

@@ -36,10 +36,8 @@ _MATRIX_UNITS = 4  # query heads of a list from which its kernels for matrix uni
 
 def unsupported(q: Tensor, kv: KV, index: TokenLists, softmax: Softmax) -> list[str]:
     """Why FlashInfer cannot run these arguments, one clause each."""
-    reasons = library.cannot_call("flashinfer", "flashinfer-python", q.device)
+    reasons = library.cannot_call("flashinfer", "flashinfer-python", q)
     stored = kv if index.gathered is None else index.gathered
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{q.dtype} is neither float16 nor bfloat16")
     if torch.is_grad_enabled() and (q.requires_grad or stored.requires_grad):
         reasons.append("it has no backward and an input needs a gradient")
     d, dv = stored.head_dim, stored.value_dim

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import library
@@ -18,9 +17,7 @@ def unsupported(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *, mask: Tensor | None, **how: object
 ) -> list[str]:
     """Why flash-linear-attention cannot run these arguments, one clause each."""
-    reasons = library.cannot_call("fla", "flash-linear-attention", v.device)
-    if v.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{v.dtype} is neither float16 nor bfloat16")
+    reasons = library.cannot_call("fla", "flash-linear-attention", v)
     if mask is not None:
         reasons.append("it knows no mask; cut the padding away and give cu_seqlens")
     return reasons
