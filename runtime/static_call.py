@@ -87,12 +87,12 @@ class Ledger:
         """Add the noted steps to the report. Returns, after the last one, the bytes of memory of the store and
         those of all keys and values; None without a step."""
         steps, self._steps = self._steps, []
-        stored = None
+        stored, ran = None, sorted(self._ran)
         for step, seen, total in steps:
-            reads = _reads(step, seen, total, self._sizes[step.name])
-            reads.reason = TOO_SHORT if step.every and selective else left_dense
-            report.add(reads, len(seen), sorted(self._ran))
             sizes = self._sizes[step.name]
+            reads = _reads(step, seen, total, sizes)
+            reads.reason = TOO_SHORT if step.every and selective else left_dense
+            report.add(reads, len(seen), ran)
             stored = sizes.memory, len(seen) * sizes.num_kv_heads * total * sizes.row
         return stored
 
