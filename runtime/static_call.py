@@ -81,11 +81,9 @@ class Ledger:
         """Drop the steps that are not in the report."""
         self._steps = []
 
-    def settle(
-        self, report: PhaseReport, selective: bool, left_dense: str | None
-    ) -> tuple[int, int] | None:
-        """Add the noted steps to the report. Returns, after the last one, the bytes of memory of the store and
-        those of all keys and values; None without a step."""
+    def settle(self, report: PhaseReport, selective: bool, left_dense: str | None) -> tuple[int, int] | None:
+        """Add the noted steps to the report. Returns, after the last one, the bytes of memory of the store
+        and those of all keys and values; None without a step."""
         steps, self._steps = self._steps, []
         stored, ran = None, sorted(self._ran)
         for step, seen, total in steps:

@@ -196,7 +196,7 @@ def adopt_cache(
             "DynamicCache(config=...)."
         )
     _check_lengths(cache)
-    kind = replicated.func if isinstance(replicated, partial) else replicated
+    kind: Any = replicated.func if isinstance(replicated, partial) else replicated
     if kind not in (None, DynamicLayer, KVStoreLayer, ShardStoreLayer, StaticStoreLayer):
         raise _wrong_cache(cache, kind)
     make = KVStoreLayer if static is None else _static_maker(cache, static)
