@@ -7,6 +7,7 @@ version of torch, one dtype and one geometry.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -28,6 +29,8 @@ from .models import cache_folder
 from .writable import check_writable
 
 _CLEARLY = 0.95  # a library's kernels are taken where they need at most this share of the time
+
+_version = functools.cache(version)  # which reads a file; a key is made for each layer and phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,7 @@ def _dtype(model: Any) -> str:
 
 def _key(spec: str, phase: str, geometry: dict[str, int], model: Any) -> str:
     sizes = "x".join(map(str, geometry.values()))
-    made_with = f"farspan {version('farspan')}, torch {torch.__version__}"
+    made_with = f"farspan {_version('farspan')}, torch {torch.__version__}"
     return " | ".join((device_name(model.device), made_with, _dtype(model), sizes, phase, spec))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..attention.ops.append import append
 from ..attention.ops.block_max import block_max
 from ..attention.ops.block_sparse import block_sparse
 from ..attention.ops.decode import decode
-from ..attention.ops.dispatch import OWN, explanations
+from ..attention.ops.dispatch import OWN, Explained, explanations
 from ..attention.ops.estimate_topk import estimate_topk
 from ..attention.ops.flash import flash
 from ..attention.ops.gather_decode import gather_decode
@@ -45,15 +45,10 @@ def operations(dtype: torch.dtype, head_dim: int, device: torch.device) -> list[
     with torch.no_grad(), explanations() as explained:
         for call in calls:
             call()
-    return [{"op": op, "auto": auto, "against": reasons} for op, auto, reasons in _each_once(explained)]
-
-
-def _each_once(explained: list[Any]) -> Iterator[Any]:
-    seen = set()
+    first: dict[str, Explained] = {}
     for one in explained:
-        if one.op not in seen:
-            seen.add(one.op)
-            yield one
+        first.setdefault(one.op, one)
+    return [{"op": one.op, "auto": one.auto, "against": one.reasons} for one in first.values()]
 
 
 def _calls(dtype: torch.dtype, d: int, device: torch.device) -> list[Callable[[], Any]]:

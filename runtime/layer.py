@@ -144,8 +144,9 @@ class Layer(Unique):
 
     def settle(self) -> None:
         """Bring the steps of a store of fixed size into the report."""
-        dense = self.ledger.settle(self.phases[DECODE], self.decode.selective, self.left_dense.get(DECODE))
-        self.dense_stored = dense or self.dense_stored
+        stored = self.ledger.settle(self.phases[DECODE], self.decode.selective, self.left_dense.get(DECODE))
+        if stored is not None:
+            self.stored, self.dense_stored = stored
 
     def _on_one_device(
         self,

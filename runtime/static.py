@@ -48,10 +48,11 @@ class Clock:
 
     def come_to(self, device: torch.device) -> None:
         """Be on ``device`` in the present step."""
-        with lasting():
-            if device not in self._lengths:
+        if device not in self._lengths:
+            with lasting():
                 self._lengths[device] = torch.full((1,), self._total, dtype=torch.int32, device=device)
-            if device not in self._firsts and any(self._starts):
+        if device not in self._firsts and any(self._starts):
+            with lasting():
                 self._firsts[device] = torch.tensor(self._starts, device=device)
 
     def length(self, device: torch.device) -> Tensor:

@@ -42,13 +42,14 @@ def check_methods(prefill: AttentionMethod, decode: AttentionMethod) -> None:
 
 class Sizes(NamedTuple):
     """What the bytes of a step depend on: heads, bytes of a key with its value, of a key, and of a summary's
-    entry."""
+    entry; and the bytes of memory of the store."""
 
     num_heads: int
     num_kv_heads: int
     row: int
     key: int
     entry: int
+    memory: int
 
 
 class Ledger:
@@ -66,7 +67,8 @@ class Ledger:
         entry = 0 if entries is None else entries.shape[3] * entries.element_size()
         kv = store.step.buffers
         key = kv.key_nbytes // (kv.batch * kv.num_kv_heads * kv.length)
-        self._sizes[step.name] = Sizes(q.shape[1], kv.num_kv_heads, kv.row_nbytes, key, entry)
+        sizes = Sizes(q.shape[1], kv.num_kv_heads, kv.row_nbytes, key, entry, store.nbytes)
+        self._sizes[step.name] = sizes
         self._ran |= ops
 
     def add(self, step: StaticStep, seen: list[int], total: int) -> int:
@@ -79,18 +81,18 @@ class Ledger:
         """Drop the steps that are not in the report."""
         self._steps = []
 
-    def settle(self, report: PhaseReport, selective: bool, left_dense: str | None) -> int:
-        """Add the noted steps to the report. Returns the bytes of all keys and values of the last one; 0
-        without a step."""
+    def settle(self, report: PhaseReport, selective: bool, left_dense: str | None) -> tuple[int, int] | None:
+        """Add the noted steps to the report. Returns, after the last one, the bytes of memory of the store
+        and those of all keys and values; None without a step."""
         steps, self._steps = self._steps, []
-        dense = 0
+        stored, ran = None, sorted(self._ran)
         for step, seen, total in steps:
-            reads = _reads(step, seen, total, self._sizes[step.name])
-            reads.reason = TOO_SHORT if step.every and selective else left_dense
-            report.add(reads, len(seen), sorted(self._ran))
             sizes = self._sizes[step.name]
-            dense = len(seen) * sizes.num_kv_heads * total * sizes.row
-        return dense
+            reads = _reads(step, seen, total, sizes)
+            reads.reason = TOO_SHORT if step.every and selective else left_dense
+            report.add(reads, len(seen), ran)
+            stored = sizes.memory, len(seen) * sizes.num_kv_heads * total * sizes.row
+        return stored
 
 
 def _reads(step: StaticStep, seen: list[int], total: int, sizes: Sizes) -> Reads:
@@ -110,13 +112,12 @@ def _reads(step: StaticStep, seen: list[int], total: int, sizes: Sizes) -> Reads
 
 
 class ServedLayer(Protocol):
-    """What a step needs of a layer: its number, its decode method and the name of that one's state, the bytes
-    of memory of its store, and the ledger, whose steps ``settle`` brings into the report."""
+    """What a step needs of a layer: its number, its decode method and the name of that one's state, and the
+    ledger, whose steps ``settle`` brings into the report."""
 
     index: int
     decode: AttentionMethod
     ledger: Ledger
-    stored: int
 
     @property
     def kept_as(self) -> str: ...
@@ -193,7 +194,6 @@ class StaticCall:
         with implementations() as ran:
             part = step.run(q, store.step, softmax)
         layer.ledger.ran(step, q, store, ran)
-        layer.stored = store.nbytes
         return part
 
     def pointers(self) -> tuple[int, ...]:

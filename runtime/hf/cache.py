@@ -196,27 +196,22 @@ def adopt_cache(
             "DynamicCache(config=...)."
         )
     _check_lengths(cache)
-    if (
-        shard is None
-        and static is None
-        and replicated in (None, KVStoreLayer)
-        and {KVStoreLayer} == {*map(type, cache.layers)}
-    ):
-        return  # all of it is farspan's
-    ours = isinstance(replicated, partial) and replicated.func in (ShardStoreLayer, StaticStoreLayer)
-    if replicated not in (None, DynamicLayer, KVStoreLayer) and not ours:
-        raise _wrong_cache(cache, replicated)
+    kind: Any = replicated.func if isinstance(replicated, partial) else replicated
+    if kind not in (None, DynamicLayer, KVStoreLayer, ShardStoreLayer, StaticStoreLayer):
+        raise _wrong_cache(cache, kind)
     make = KVStoreLayer if static is None else _static_maker(cache, static)
     fresh: list[Any] = []
     for layer in cache.layers:
         if shard is not None:
             fresh.append(_sharded(cache, layer, shard))
+        elif _settled(layer, static):
+            fresh.append(layer)
         elif isinstance(layer, ShardStoreLayer):
             raise FarspanError(
                 "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
                 "with a patch that has the same parallel=, or start a new cache."
             )
-        elif type(layer) is DynamicLayer or _other_size(layer, static):
+        elif type(layer) in (DynamicLayer, KVStoreLayer, StaticStoreLayer):
             fresh.append(_filled(make(), layer))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
             fresh.append(_filled(_beside_states(HybridStoreLayer, KVStore(), layer), layer))
@@ -225,16 +220,16 @@ def adopt_cache(
         else:
             raise _wrong_cache(cache, type(layer))
     cache.layers[:] = fresh
-    fixed = isinstance(replicated, partial) and replicated.func is StaticStoreLayer
-    if replicated is DynamicLayer or fixed or (static is not None and replicated is KVStoreLayer):
+    if kind in (DynamicLayer, StaticStoreLayer) or (kind is KVStoreLayer and static is not None):
         replicate_layer(cache, make if shard is None else partial(ShardStoreLayer, partial(shard, None)))
 
 
-def _other_size(layer: Any, static: int | None) -> bool:
-    """Whether a layer of farspan's grows, or has a fixed size, that is not the one of ``adopt_cache``."""
-    if isinstance(layer, StaticStoreLayer):
-        return layer.store.room != static
-    return static is not None and type(layer) is KVStoreLayer
+def _settled(layer: Any, static: int | None) -> bool:
+    """Whether a layer is farspan's and, as ``static`` of ``adopt_cache`` says, grows or has that many
+    positions."""
+    if static is None:
+        return type(layer) is KVStoreLayer
+    return isinstance(layer, StaticStoreLayer) and layer.store.room == static
 
 
 def _static_maker(cache: Cache, room: int) -> Callable[[], StaticStoreLayer]:

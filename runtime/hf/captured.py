@@ -73,15 +73,19 @@ CAPTURE: dict[str, Callable[[Callable[[], Any]], Graph]] = {"cuda": capture_on_c
 """By type of device, how a call is captured."""
 
 
-class Captured:
-    """The graphs of one decoder, in one thread: those of the present buffers."""
+class Captured(threading.local):
+    """The graphs of one decoder: those of the present buffers. Each thread has its own."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
-        self._adapted = next((m for m in decoder.modules() if hasattr(m, "merged_adapters")), None)
         self._pointers: tuple[int, ...] = ()
         self._graphs: dict[Any, _Held | None] = {}  # None: the call has run once, as it is
         self.refused = ""  # why calls cannot be captured
+
+    @functools.cached_property
+    def _adapted(self) -> Any:
+        """A module that has PEFT's adapters at the first step; None without one."""
+        return next((m for m in self._decoder.modules() if hasattr(m, "merged_adapters")), None)
 
     def call(
         self, step: StaticCall, capture: Callable[..., Graph], run: Callable[..., Any], call: Any
@@ -185,8 +189,7 @@ def check_static(info: ModelInfo, foreign_keys: bool) -> None:
 def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
     """Make the decoder run the steps that the session begins, captured where its device can. Returns the undo
     step, which frees the graphs."""
-
-    of_thread = threading.local()
+    graphs = Captured(decoder)
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         step = session.step
@@ -194,7 +197,6 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
             output = original(*args, **kwargs)
             _note_padding(given_cache(kwargs), session.ends is not None)
             return output
-        graphs = vars(of_thread).setdefault("graphs", Captured(decoder))
         capture = CAPTURE.get(step.stores[0].buffers[0].device.type)
         with step:
             if capture is None:
@@ -213,8 +215,7 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
 
     def remove() -> None:
         undo()
-        if (graphs := vars(of_thread).get("graphs")) is not None:
-            graphs.release()
+        graphs.release()
 
     return remove
 

@@ -159,6 +159,8 @@ def _before_decoder(
             session.begin_call(stores, Padding(), total)
             session.step = step
             return (), arguments_of_step(call, past, tokens.device)
+        for layer in fixed.layers.values():
+            layer.settle()  # the steps before this call
     padding = _padding(mask, call, past, session, ahead)
     session.begin_call(stores, padding, total)
     return (), call

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import PAD, decode, padded, prompt, shared
+from small_models import PAD, Feed, decode, padded, prompt, shared
 from test_static import STATIC, every_static, generated, patched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -225,6 +225,27 @@ def test_a_graph_keeps_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         del out
         gc.collect()
         assert cache() is None
+
+
+def test_the_memory_of_the_last_call_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a reset of the report was followed by replays alone, and steps by a prompt."""
+    monkeypatch.setitem(captured.CAPTURE, "cpu", lambda run: Graph(lambda: None, run(), lambda: None))
+    row = 256  # bytes of a key and a value in two heads of 16 float32 numbers
+    with patched("dense", static=64) as patch, torch.no_grad():
+
+        def stored() -> tuple[int, int]:
+            layer = patch.report().layers[0]
+            return layer.stored_bytes, layer.dense_stored_bytes
+
+        feed = Feed(shared("llama"), prompt(1, 60), torch.ones(1, 60).long())
+        for count in (40, 1, 1, 1):
+            feed(count)
+        patch.reset_report()
+        feed(1)
+        assert stored() == (64 * row, 44 * row)
+        feed(1)
+        shared("llama")(prompt(3, 20), use_cache=True)
+        assert stored() == (3 * 64 * row, 3 * 20 * row)
 
 
 # --- launches ---------------------------------------------------------------------------------------
