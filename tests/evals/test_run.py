@@ -156,15 +156,22 @@ def test_answers_stop_at_end_tokens_only() -> None:
     assert forward.end_tokens(named, chat) == [2, 7, 9]
 
 
-def test_an_answer_ends_before_its_end_token(model: Any) -> None:
+def test_an_answer_ends_before_its_end_token(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = forward.collate([[5, 6, 7], [8, 9, 10, 11]], 0, model.device)
-    with torch.no_grad():
-        free = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=8, pad=0, eos=())
-        assert [len(row) for row in free] == [8, 8]
-        stop = free[0][3]
-        cut = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=8, pad=0, eos=[stop])
-    for whole, row in zip(free, cut, strict=True):
-        assert row == whole[: whole.index(stop) if stop in whole else 8]
+    calls, call = [], model.forward
+
+    def answers(eos: list[int]) -> list[list[int]]:
+        cache = forward.prefill(model, batch)
+        calls.clear()
+        return forward.greedy(model, batch, cache, max_new_tokens=8, pad=0, eos=eos)
+
+    monkeypatch.setattr(model, "forward", lambda *args, **given: calls.append(1) or call(*args, **given))
+    free = answers([])
+    assert [len(row) for row in free] == [8, 8] and len(calls) == 8
+    for stop in ({free[0][3]}, {row[2] for row in free}):
+        ends = [next((i for i, token in enumerate(row) if token in stop), 8) for row in free]
+        assert answers(sorted(stop)) == [row[:end] for row, end in zip(free, ends, strict=True)]
+        assert len(calls) == min(8, max(ends) + 1), "the last row's end token is the last step"
 
 
 def test_teacher_forcing_in_larger_calls_is_the_same(model: Any) -> None:
