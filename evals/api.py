@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..attention.errors import FarspanError
 from ..runtime.models import check_length
-from . import report as tables
-from . import speed_tables
-from .fidelity import fidelity, make_prompts
-from .folders import FIDELITY, NEEDLE, RULER, SPEED, Found, read_folders
-from .folders import PERPLEXITY as PPL
-from .perplexity import perplexity
+from .folders import RULER, Found, read_folders
 from .recommend import Recommendation, recommend
-from .run import Summary
-from .setup import Setup, with_chat
-from .speed import speed
-from .suites import SUITES, task_of
-from .task import Task, settings
-from .text import load_prose, text_name
-
-NAMES = (*SUITES, FIDELITY, PPL, SPEED)
+from .report import terminal_table
+from .setup import Setup
+from .suites import options_of, suite_of
+from .task import Suite, settings
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,7 @@ class Evaluated:
         return read_folders([self.out])
 
     def __str__(self) -> str:
-        table = speed_tables.terminal_table if self.summary["suite"] == SPEED else tables.terminal_table
-        return str(table(self.summary).text(100))
+        return str(terminal_table(self.summary).text(100))
 
 
 def evaluate(
@@ -72,7 +61,7 @@ def evaluate(
     tokenizer: Any,
     methods: Sequence[str],
     *,
-    suite: str | Task = RULER,
+    suite: str | Suite = RULER,
     tasks: Sequence[str] = (),
     lengths: Sequence[int] = (4096,),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -101,51 +90,35 @@ def evaluate(
     call the model.
     Raises FarspanError for arguments that do not fit, before anything is computed.
     """
-    if not isinstance(suite, Task) and suite not in NAMES:
-        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(NAMES)}, or a Task.")
-    folder = Path(tempfile.mkdtemp(prefix="farspan-")) if out is None else Path(out)
+    if not isinstance(suite, Suite):
+        own = options_of(suite)
+        given: dict[str, Any] = {
+            "tasks": tasks or None,
+            "lengths": lengths,
+            "depths": depths,
+            "samples": samples,
+            "seed": seed,
+            "text": text,
+            "qa_data": qa_data,
+            "prompts": prompts,
+            "batch_size": 1 if batch_size == "auto" else batch_size,
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+        }
+        suite = suite_of(suite, **{option: value for option, value in given.items() if option in own})
     called = name or getattr(model.config, "name_or_path", "") or type(model).__name__
-
-    def setup(config: Mapping[str, Any], chosen: Any = tokenizer) -> Setup:
-        return Setup(
-            model=model,
-            tokenizer=chosen,
-            methods=methods,
-            out=folder,
-            name=Path(called).name,
-            config=config,
-            recipe=recipe,
-            progress=progress,
-        )
-
-    if suite in (PPL, SPEED):
-        tokens = max(lengths, default=0) + (new_tokens if suite == SPEED else 0)
-        check_length(model, tokens, what="The longest prompt and its answer")
-        prose = "\n\n".join(load_prose(text or "sotu").documents)
-        ready = setup({"text": text_name(text), "rope": None})
-        if suite == SPEED:
-            rows = 1 if batch_size == "auto" else int(batch_size)
-            how: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "batch_size": rows}
-            return _result(speed(ready, prose, lengths=lengths, **how))
-        sized: dict[str, Any] = {"new_tokens": new_tokens, "samples": samples, "batch_size": batch_size}
-        return _result(perplexity(ready, prose, lengths=lengths, **sized))
-    if suite == FIDELITY:
-        chosen, plain = with_chat(tokenizer, chat)
-        ready = setup({"rope": None, **plain}, chosen)
-        texts = make_prompts(chosen, prompts, new_tokens=new_tokens)
-        tokens = max(len(prompt.ids) for prompt in texts) + new_tokens
-        check_length(model, tokens, what="The longest prompt and its answer")
-        return _result(fidelity(ready, texts, batch_size=batch_size))
-    task = suite
-    if not isinstance(task, Task):
-        named: dict[str, Any] = {"samples": samples, "seed": seed, "text": text, "qa_data": qa_data}
-        own = {"depths": depths} if suite == NEEDLE else {}
-        task = task_of(suite, lengths=lengths, tasks=tasks, **named, **own)
-    chosen, config = settings(task, tokenizer, chat=chat)
-    check_length(model, max(task.lengths), what="The longest sample")
-    task.check(chosen)
-    return _result(task.run(setup(config, chosen), task.draw(chosen), batch_size=batch_size))
-
-
-def _result(summary: Summary) -> Evaluated:
+    chosen, config = settings(suite, tokenizer, chat=chat)
+    check_length(model, suite.longest(chosen), what="The longest sample")
+    suite.check(chosen)
+    setup = Setup(
+        model=model,
+        tokenizer=chosen,
+        methods=methods,
+        out=Path(tempfile.mkdtemp(prefix="farspan-")) if out is None else Path(out),
+        name=Path(called).name,
+        config=config,
+        recipe=recipe,
+        progress=progress,
+    )
+    summary = suite.run(setup, suite.draw(chosen), batch_size=batch_size)
     return Evaluated(out=summary.out, summary=summary.data, complete=summary.complete)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +21,11 @@ from ..attention.errors import FarspanError
 from ..runtime.models import prompt_ids
 from . import batch as forward
 from .ranks import Job
+from .results import Results
 from .run import Rows, Summary, drive
 from .setup import Setup
 from .shared import Started, costs, read_of, under_each
+from .task import Cell, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,33 +89,66 @@ def _lines(text: str, file: Path) -> Iterator[str]:
         yield prompt
 
 
-def make_prompts(tokenizer: Any, texts: Iterable[str], *, new_tokens: int) -> list[Prompt]:
-    """Each text as a user's message in the chat format, if the tokenizer has one.
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Suite):
+    """Every method beside dense on prompts, along dense's answers of `new_tokens` tokens.
 
-    Raises FarspanError without a text, for one of fewer than 2 tokens, and without new tokens.
+    Each prompt is a user's message in the chat format, if the tokenizer has one. A row's score is the share
+    of tokens at which dense and the method have the same most likely token, `kl` the mean of
+    KL(dense || method) over the tokens, `kl_most` the largest one, `first_other` the first token at which the
+    most likely one differs (None: at none), and `nll` that of dense's own answer under the method.
+    Raises FarspanError without a prompt or new tokens, and, once there is a tokenizer, for a prompt of fewer
+    than 2 tokens.
     """
-    encoded = [prompt_ids(tokenizer, text, clock=False) for text in texts]
-    if not encoded or new_tokens < 1:
-        raise FarspanError(
-            f"{len(encoded)} prompts and {new_tokens} new tokens were given; give at least one of each."
-        )
-    if short := [i + 1 for i, ids in enumerate(encoded) if len(ids) < 2]:
-        raise FarspanError(f"Prompt {short[0]} of {len(encoded)} has fewer than 2 tokens; give a longer one.")
-    return [Prompt(index=i, ids=ids, new_tokens=new_tokens) for i, ids in enumerate(encoded)]
 
+    suite: ClassVar[str] = "fidelity"
 
-def fidelity(setup: Setup, prompts: Sequence[Prompt], *, batch_size: int | str = "auto") -> Summary:
-    """Compare every method of the setup with dense on the prompts (see `run.drive`).
+    prompts: Sequence[str]
+    new_tokens: int = 64
 
-    A row's score is the share of tokens at which dense and the method have the same most likely token, `kl`
-    the mean of KL(dense || method) over the tokens, `kl_most` the largest one, `first_other` the first token
-    at which the most likely one differs (None: at none), and `nll` that of dense's own answer under the
-    method.
-    """
-    new_tokens = sorted({prompt.new_tokens for prompt in prompts})
-    settings = {"suite": "fidelity", "tasks": ["prompts"], "new_tokens": new_tokens}
-    settings["lengths"] = sorted({prompt.length for prompt in prompts})
-    return drive(setup, prompts, _evaluate, settings=settings, batch_size=batch_size)
+    def __post_init__(self) -> None:
+        if not self.prompts or self.new_tokens < 1:
+            raise FarspanError(
+                f"{len(self.prompts)} prompts and {self.new_tokens} new tokens were given; give at least one "
+                "of each."
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"suite": self.suite, "tasks": [Prompt.task], "new_tokens": self.new_tokens}
+
+    def longest(self, tokenizer: Any) -> int:
+        return max(len(prompt.ids) for prompt in self.draw(tokenizer)) + self.new_tokens
+
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        keys: dict[int, list[tuple[str, ...]]] = {}
+        for prompt in self.draw(tokenizer):
+            keys.setdefault(prompt.length, []).append(tuple(prompt.keys))
+        return [
+            Cell(suite=self.suite, task=Prompt.task, length=length, items=tuple(items))
+            for length, items in keys.items()
+        ]
+
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Prompt]:
+        return (prompt for prompt in self.draw(tokenizer) if prompt.length == cell.length)
+
+    def draw(self, tokenizer: Any) -> Iterator[Prompt]:
+        for index, text in enumerate(self.prompts):
+            ids = prompt_ids(tokenizer, text, clock=False)
+            if len(ids) < 2:
+                said = f"Prompt {index + 1} of {len(self.prompts)} has fewer than 2 tokens"
+                raise FarspanError(f"{said}; give a longer one.")
+            yield Prompt(index=index, ids=ids, new_tokens=self.new_tokens)
+
+    def run(
+        self,
+        setup: Setup,
+        items: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        return drive(setup, items, _evaluate, batch_size=batch_size, end=end)
 
 
 def _evaluate(setup: Setup, job: Job, prompts: Sequence[Any], specs: Sequence[str]) -> Rows:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import speed, summary
+from . import speed_summary, summary
 from .mqar import report as mqar
 from .mqar.run import MQAR_ROW
 from .mqar.settings import NAMES
@@ -30,7 +30,7 @@ FROM_SCRATCH = tuple(NAMES)
 OTHERS = (SPEED, PERPLEXITY, FIDELITY, HARNESS, *FROM_SCRATCH)
 """The suites without a scored answer for each prompt."""
 SHAPES: dict[str, Shape] = {
-    SPEED: speed.TIMING,
+    SPEED: speed_summary.TIMING,
     NEEDLE: AT_DEPTH,
     **dict.fromkeys(FROM_SCRATCH, MQAR_ROW),
 }
@@ -50,7 +50,7 @@ SETTINGS: dict[str, Shape] = {
 }
 """The fields of config.json that a suite's report needs besides those of every folder."""
 SUMMARISE: dict[str, Callable[..., dict[str, Any]]] = {
-    SPEED: speed.summarise,
+    SPEED: speed_summary.summarise,
     **dict.fromkeys(FROM_SCRATCH, mqar.summarise),
 }
 INSPECTION: dict[str, Any] = {

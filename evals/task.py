@@ -1,4 +1,5 @@
-"""What an evaluation asks: a task makes samples and scores answers.
+"""What an evaluation asks: a suite has cells of items, and says how they become rows; a task is a suite that
+makes samples and scores answers.
 
 A task of your own is a subclass:
 
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 
 from ..attention.errors import FarspanError
 from .results import Results
-from .run import ANSWER, Summary
+from .run import ANSWER, Summary, finish
 from .run import run as run_samples
 from .sample import METRICS, Sample, check_numbers, fill
 from .setup import Setup, with_chat
@@ -38,12 +39,16 @@ from .tokens import Filling
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Samples of one task and length; of needle also of one depth."""
+    """Items that one process of a sweep evaluates: those of one task and length; of needle also of one depth.
+
+    items: the keys of the rows of each item under a method.
+    """
 
     suite: str
     task: str
     length: int
     depth: float | None = None
+    items: tuple[tuple[str, ...], ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,25 +56,83 @@ class Cell:
         depth = [] if self.depth is None else [f"depth={self.depth:g}"]
         return "/".join([self.suite, self.task, str(self.length), *depth])
 
-    def keys(self, count: int) -> list[str]:
-        """The keys of its first samples (as `evals.sample.key` makes them), without drawing them."""
-        return [f"{self.name}/{index}" for index in range(count)]
+    def numbered(self, count: int) -> Cell:
+        """The cell with `count` items of one row each, with the keys that `evals.sample.key` makes."""
+        return replace(self, items=tuple((f"{self.name}/{index}",) for index in range(count)))
+
+    def keys(self, count: int | None = None) -> list[str]:
+        """The keys of its first items; of all of them by default."""
+        return [key for item in self.items[:count] for key in item]
+
+
+class Suite(ABC):
+    """What a sweep, a command and `farspan.evaluate` need to know of an evaluation."""
+
+    suite: ClassVar[str]
+    """The name of the suite, in rows, keys and files."""
+    SHAPE: ClassVar[Shape] = ANSWER
+    """The shape of its rows."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The settings that give the rows their meaning, for config.json."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether its prompts are in the tokenizer's chat format."""
+        return True
+
+    @abstractmethod
+    def longest(self, tokenizer: Any) -> int:
+        """The most tokens of a prompt with its answer."""
+
+    @abstractmethod
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        """Every cell, the lengths in the given order. Nothing is drawn for it."""
+
+    @abstractmethod
+    def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Any]:
+        """All items of a cell."""
+
+    def draw(self, tokenizer: Any) -> Iterator[Any]:
+        """All items."""
+        for cell in self.cells(tokenizer):
+            yield from self.of_cell(tokenizer, cell)
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises FarspanError for what can be known to fail before a folder is made."""
+
+    def methods(self, specs: Sequence[str]) -> list[str]:
+        """The methods that get rows, which may be more than those asked for."""
+        return list(specs)
+
+    @abstractmethod
+    def run(
+        self,
+        setup: Setup,
+        items: Iterable[Any],
+        *,
+        batch_size: int | str = "auto",
+        end: Callable[[Results], Summary] | None = None,
+    ) -> Summary:
+        """Evaluate every method of the setup on items of this suite (see `run.drive`)."""
+
+    def finish(self, results: Results) -> Summary:
+        """Write the summary and the tables of a folder of this suite."""
+        return finish(results)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(ABC):
+class Task(Suite):
     """Samples for `tasks` (names that `TASKS` allows) at `lengths` tokens of prompt and answer.
 
     samples: how many for each cell. The same seed gives the same samples.
     Raises FarspanError for wrong numbers and for an unknown name.
     """
 
-    suite: ClassVar[str]
-    """The name of the suite, in rows, keys and files."""
     TASKS: ClassVar[tuple[str, ...]] = ()
     """The names that `tasks` may have; empty: one task that is called like the suite."""
-    SHAPE: ClassVar[Shape] = ANSWER
-    """The shape of its rows."""
 
     lengths: Sequence[int]
     tasks: Sequence[str] = ()
@@ -102,7 +165,6 @@ class Task(ABC):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that give the rows their meaning, for config.json."""
         return {
             "suite": self.suite,
             "lengths": list(self.lengths),
@@ -111,31 +173,28 @@ class Task(ABC):
             "seed": self.seed,
         }
 
-    def cells(self) -> list[Cell]:
-        """Every cell, the lengths in the given order."""
+    def longest(self, tokenizer: Any) -> int:
+        return max(self.lengths)
+
+    def cells(self, tokenizer: Any) -> list[Cell]:
         return [
-            Cell(suite=self.suite, task=name, length=length) for length in self.lengths for name in self.names
+            Cell(suite=self.suite, task=name, length=length).numbered(self.samples)
+            for length in self.lengths
+            for name in self.names
         ]
 
     def of_cell(self, tokenizer: Any, cell: Cell) -> Iterator[Any]:
-        """All samples of a cell."""
         return self.make(tokenizer, cell.task, cell.length, self.samples)
-
-    def draw(self, tokenizer: Any) -> Iterator[Any]:
-        """All samples."""
-        for cell in self.cells():
-            yield from self.of_cell(tokenizer, cell)
 
     def run(
         self,
         setup: Setup,
-        samples: Iterable[Any],
+        items: Iterable[Any],
         *,
         batch_size: int | str = "auto",
         end: Callable[[Results], Summary] | None = None,
     ) -> Summary:
-        """Evaluate every method of the setup on samples of this task (see `run.drive`)."""
-        return run_samples(setup, samples, batch_size=batch_size, score=self.score, end=end)
+        return run_samples(setup, items, batch_size=batch_size, score=self.score, end=end)
 
     def check(self, tokenizer: Any) -> None:
         """Raises FarspanError if the shortest length is too short for a task."""
@@ -144,11 +203,11 @@ class Task(ABC):
 
 
 def settings(
-    task: Task, tokenizer: Any, *, chat: bool | None = None, rope: str | None = None
+    suite: Suite, tokenizer: Any, *, chat: bool | None = None, rope: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The tokenizer with or without its chat format, and the settings that config.json gets."""
-    chosen, plain = with_chat(tokenizer, chat)
-    return chosen, {**task.config, "rope": rope, **plain}
+    chosen, plain = with_chat(tokenizer, chat) if suite.chats else (tokenizer, {})
+    return chosen, {**suite.config, "rope": rope, **plain}
 
 
 def filled(filling: Filling, sample: Callable[[int], Sample], *, what: str, minimum: int = 1) -> Sample:

@@ -37,6 +37,11 @@ class Prose:
         self._pieces: dict[int, list[tuple[str, int]]] = {}
 
     @property
+    def whole(self) -> str:
+        """All documents as one text, a blank line between them."""
+        return "\n\n".join(self.documents)
+
+    @property
     def recipe(self) -> dict[str, Any]:
         same = {} if self.name.startswith(f"{SOTU} ") else {"cut": CUT}
         return {"name": self.name, "sha256": self.sha256, **same}

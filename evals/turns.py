@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from .run import Rows, Summary, drive, row_of
 from .sample import Sample, encode, encode_gold, fill, key, plain_ids, rng_for, score
 from .setup import Setup
 from .shared import Started, costs, read_of, under_each
-from .task import Task
+from .task import Cell, Task
 from .text import Prose, load_prose, text_name
 from .tokens import Filling
 
@@ -103,16 +103,24 @@ class Turns(Task):
                 recipe["haystack"] = self.haystack.recipe
             yield _filled(filling, tokenizer, _Draft(recipe, self.haystack))
 
+    def cells(self, tokenizer: Any) -> list[Cell]:
+        return [replace(cell, items=tuple(map(self._keys, cell.items))) for cell in super().cells(tokenizer)]
+
+    def _keys(self, item: tuple[str, ...]) -> tuple[str, ...]:
+        """The keys of the turns of a conversation, whose own key is `turns/kv/4096/0`."""
+        suite, name, length, index = item[0].split("/")
+        return tuple(f"{suite}/{name}_{turn}/{length}/{index}" for turn in range(1, self.turns + 1))
+
     def run(
         self,
         setup: Setup,
-        samples: Iterable[Any],
+        items: Iterable[Any],
         *,
         batch_size: int | str = "auto",
         end: Callable[[Results], Summary] | None = None,
     ) -> Summary:
         """Evaluate every method of the setup on conversations, one at a time whatever `batch_size` says."""
-        return drive(setup, samples, _evaluate, batch_size=1, end=end)
+        return drive(setup, items, _evaluate, batch_size=1, end=end)
 
 
 def _filled(filling: Filling, tokenizer: Any, draft: _Draft) -> Conversation:

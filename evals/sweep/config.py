@@ -3,7 +3,7 @@
     out: sweep-out                       # the folders of the evaluations stand in it
     stop: {prompts: 8, dense_below: 2, loss_above: 30}
     grids:
-      - suite: ruler                     # or needle, with depths as well, or retrieval
+      - suite: ruler                     # or needle, retrieval, turns, fidelity, ppl, speed
         models: [smollm2-135m]
         methods: [dense, "quest:k={k}"]
         budgets: {k: [256, 512]}         # every value in place of {k}
@@ -12,6 +12,7 @@
         samples: 20
         folder: "ruler-{model}"
 
+A grid has the options of `farspan eval SUITE`: needle has depths, fidelity has prompts in place of lengths.
 Grids are worked through in their order. Two grids may share a folder, such as one with few samples that comes
 first; what is there is not done again.
 """
@@ -27,15 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from ...attention.errors import FarspanError
-from ..suites import SUITES, task_of
-from ..task import Task
+from ..fidelity import read_prompts
+from ..suites import SUITES, options_of, suite_of
+from ..task import Suite
 from .stops import Stops
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SWEPT = tuple(name for name in SUITES if name != "turns")
-"""The suites with a row for each sample, which is what cells are made of."""
-_TASK = {"suite", "lengths", "tasks", "depths", "samples", "seed", "text", "qa_data", "compat"}
-_GRID = {*_TASK, "rope", "chat", "models", "methods", "budgets", "dtype", "batch_size", "recipe", "folder"}
+_GRID = {"suite", "rope", "chat", "models", "methods", "budgets", "dtype", "batch_size", "recipe", "folder"}
+_ASKED = {option for suite in SUITES for option in options_of(suite)} - _GRID
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "suite": str,
     "models": list,
@@ -49,6 +49,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "text": str,
     "qa_data": list,
     "compat": bool,
+    "prompts": list,
+    "turns": int,
+    "new_tokens": int,
+    "repeats": int,
+    "sliding": bool,
+    "needle": bool,
     "rope": str,
     "chat": bool,
     "dtype": str,
@@ -64,7 +70,7 @@ class Grid:
 
     model: str
     methods: list[str]
-    task: Task
+    task: Suite
     folder: str
     rope: str | None = None
     chat: bool | None = None
@@ -117,7 +123,7 @@ def _sweep(data: Any, out: Path | None) -> Sweep:
 
 def _grids(data: Any, where: str) -> list[Grid]:
     """One grid for each of its models."""
-    fields = _fields(data, _GRID, where)
+    fields = _fields(data, _GRID | _ASKED, where)
     for name, value in fields.items():
         kind = _KINDS[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -134,16 +140,22 @@ def _grids(data: Any, where: str) -> list[Grid]:
                 else "a whole number or auto"
             )
             raise FarspanError(f"{name} of {where} is {value!r}; it must be {named}.")
-    for name in ("suite", "models", "methods", "lengths"):
+    own = options_of(fields["suite"]) if fields.get("suite") in SUITES else {}
+    for name in ("suite", "models", "methods", *(name for name in ("lengths", "prompts") if name in own)):
         if not fields.get(name):
             raise FarspanError(f"{name} of {where} is missing; give it.")
     if fields.get("dtype", "auto") not in DTYPES:
         raise FarspanError(f"dtype of {where} is {fields['dtype']!r}; it is one of {', '.join(DTYPES)}.")
-    if fields["suite"] not in SWEPT:
-        raise FarspanError(f"suite of {where} is {fields['suite']!r}; it is one of {', '.join(SWEPT)}.")
-    asked = {name: value for name, value in fields.items() if name in _TASK}
-    asked["lengths"] = [tokens(value, where) for value in fields["lengths"]]
-    task = task_of(**asked)
+    if not own:
+        raise FarspanError(f"suite of {where} is {fields['suite']!r}; it is one of {', '.join(SUITES)}.")
+    asked = {name: value for name, value in fields.items() if name in _ASKED or name in own}
+    if "lengths" in asked:
+        asked["lengths"] = [tokens(value, where) for value in asked["lengths"]]
+    if "prompts" in asked:
+        asked["prompts"] = read_prompts(asked["prompts"])
+    task = suite_of(fields["suite"], **asked)
+    if "chat" in fields and not task.chats:
+        raise FarspanError(f"chat of {where} was given, but these prompts have no chat format; leave it out.")
     from ..run import check_batch_size
 
     check_batch_size(fields.get("batch_size", "auto"))

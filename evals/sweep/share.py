@@ -21,21 +21,20 @@ from filelock import FileLock, Timeout
 from ...attention.errors import FarspanError
 from ..results import Results
 from ..rows import parse_rows
-from ..run import Summary, finish
-from ..shape import Shape
-from ..task import Cell
+from ..run import Summary
+from ..task import Cell, Suite
 
 Key = tuple[str, str]
 
 
 class Shared:
-    """The folder `out` of one evaluation. settings: what config.json holds; shape: that of the rows.
+    """The folder `out` of one evaluation. settings: what config.json holds; suite: whose rows it has.
 
     work: a hidden folder beside it for locks and working folders.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], shape: Shape) -> None:
-        self.out, self.settings, self.shape = out, settings, shape
+    def __init__(self, out: Path, settings: Mapping[str, Any], suite: Suite) -> None:
+        self.out, self.settings, self.suite = out, settings, suite
         self.work = out.parent / ".sweep" / out.name
         with _disk(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ class Shared:
         path = self.out / "samples.jsonl"
         with _disk(self.out):
             data = path.read_bytes() if path.exists() else b""
-        rows, _ = parse_rows(data, path, self.shape)
+        rows, _ = parse_rows(data, path, self.suite.SHAPE)
         return {(row["key"], row["method"]): row for row in rows}
 
     @contextmanager
@@ -77,8 +76,9 @@ class Shared:
     def seed(self, cell: Cell) -> Path:
         """The working folder of a cell, with the rows of it that the results folder has."""
         folder = self.work / file_name(cell)
-        mine = [row for (key, _), row in self.rows().items() if key.rpartition("/")[0] == cell.name]
-        with Results(folder, self.settings, row=self.shape, log=False) as results:
+        keys = set(cell.keys())
+        mine = [row for (key, _), row in self.rows().items() if key in keys]
+        with Results(folder, self.settings, row=self.suite.SHAPE, log=False) as results:
             known = {(row["key"], row["method"]) for row in results.rows}
             results.append([row for row in mine if (row["key"], row["method"]) not in known])
         return folder
@@ -87,7 +87,7 @@ class Shared:
         """Add the rows of a working folder to the results folder, and remove it. keys: rows that are asked
         for from now on. stopped: sentences about methods that ended early. Raises ResultsError for a working
         folder of another configuration."""
-        with Results(folder, self.settings, row=self.shape, log=False) as working:
+        with Results(folder, self.settings, row=self.suite.SHAPE, log=False) as working:
             new = working.rows
         with self._locked(), self._opened() as results:
             known = {(row["key"], row["method"]) for row in results.rows}
@@ -103,11 +103,11 @@ class Shared:
     def finish(self) -> Summary:
         """Write the summary, tables and pictures of the results folder."""
         with self._locked(), self._opened() as results:
-            return finish(results)
+            return self.suite.finish(results)
 
     @contextmanager
     def _opened(self, log: bool = False, session: Mapping[str, Any] | None = None) -> Iterator[Results]:
-        with Results(self.out, self.settings, session=session, row=self.shape, log=log) as results:
+        with Results(self.out, self.settings, session=session, row=self.suite.SHAPE, log=log) as results:
             yield results
 
     @contextmanager

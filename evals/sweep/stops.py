@@ -54,28 +54,41 @@ class Stops:
 
     def decide(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """The methods that end, each with its sentence. rows: those of the cell; of each method the first
-        `prompts` count, and a method without all of them goes on."""
-        first = set(cell.keys(self.prompts))
-        scores: dict[str, dict[str, float]] = {}
-        for row in rows:
-            if row["key"] in first and row["score"] is not None:
-                scores.setdefault(row["method"], {})[row["key"]] = row["score"]
+        `prompts` items count, and a method without all of them goes on."""
+        first = cell.items[: self.prompts]
+        found = {(row["key"], row["method"]): row["score"] for row in rows}
+        methods = dict.fromkeys(row["method"] for row in rows)
+        scores = {method: _means(found, first, method) for method in methods}
         dense = scores.get(BASELINE, {})
         if len(dense) < self.prompts:
             return {}
         mean = sum(dense.values()) / len(dense)
         if self.dense_below is not None and 100 * mean <= self.dense_below:
             said = f"{cell.name}: stopped after {self.prompts} prompts, because dense scores {100 * mean:.1f}"
-            return dict.fromkeys({row["method"] for row in rows}, f"{said}.")
+            return dict.fromkeys(methods, f"{said}.")
         out = {}
         for method, own in scores.items():
             if method == BASELINE or self.loss_above is None or len(own) < self.prompts:
                 continue
             losses = [-x for x in paired(own, dense).values()]
-            found = stratified_interval([losses], bound=1, confidence=2 * self.confidence - 1)
-            if found is not None and found.low is not None and 100 * found.low > self.loss_above:
+            lost = stratified_interval([losses], bound=1, confidence=2 * self.confidence - 1)
+            if lost is not None and lost.low is not None and 100 * lost.low > self.loss_above:
                 out[method] = (
                     f"{cell.name}: {method} stopped after {self.prompts} prompts, because it loses more than "
-                    f"{self.loss_above:g} points (measured {100 * found.mean:.1f})."
+                    f"{self.loss_above:g} points (measured {100 * lost.mean:.1f})."
                 )
         return out
+
+
+def _means(
+    scores: Mapping[tuple[str, str], float | None], items: Sequence[Sequence[str]], method: str
+) -> dict[str, float]:
+    """The mean score of each item under a method, by its first key: the turns of a conversation are not
+    independent. Items without all of their scores are left out."""
+    out = {}
+    for keys in items:
+        own = [scores.get((key, method)) for key in keys]
+        known = [score for score in own if score is not None]
+        if len(known) == len(keys):
+            out[keys[0]] = sum(known) / len(known)
+    return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..results import Results
 from ..run import Summary
 from ..setup import Setup
 from ..shared import common_settings
-from ..task import Cell, Task, settings
+from ..task import Cell, Suite, settings
 from .config import Grid, Sweep
 from .share import Key, Shared, file_name
 from .stops import Stops
@@ -61,7 +62,6 @@ class Work:
     shared: Shared
     stops: Stops | None
     say: Say
-    started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, grid: Grid, out: Path, loaded: tuple[Any, Any], stops: Stops | None, say: Say) -> Work:
@@ -79,21 +79,31 @@ class Work:
             progress=False,
         )
         common = common_settings(model, chosen, grid.model, grid.methods, grid.recipe)
-        shared = Shared(out / grid.folder, {**config, **common}, grid.task.SHAPE)
+        shared = Shared(out / grid.folder, {**config, **common}, grid.task)
         return cls(grid=grid, setup=setup, shared=shared, stops=stops, say=say)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells of the grid."""
+        return self.grid.task.cells(self.setup.tokenizer)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The methods that get rows."""
+        return self.grid.task.methods(self.grid.methods)
 
     def run(self) -> None:
         """Evaluate every cell that no other process has, and wait for those that others have."""
-        task = self.grid.task
-        count = task.samples if self.stops is None else min(task.samples, self.stops.prompts)
+        first = [key for cell in self.cells for key in cell.keys(self.stops and self.stops.prompts)]
         session = {"batch_size": self.grid.batch_size, "device": str(self.setup.model.device)}
-        self.shared.begin(self._keys(task.cells(), count), session)
+        self.shared.begin(dict.fromkeys(self.methods, first), session)
         waiting = False
-        while left := [cell for cell in task.cells() if not self._done(cell, self.shared.rows())]:
+        while left := self._left():
             found = False
             for cell in left:
                 with self.shared.cell_lock(file_name(cell)) as mine:
-                    if mine and not self._done(cell, self.shared.rows()):
+                    # Another process may have finished the cell since the rows were read.
+                    if mine and self._missing(cell, self.shared.rows()):
                         self._evaluate(cell)
                         found = True
             if not found:
@@ -102,50 +112,46 @@ class Work:
                 waiting = True
                 time.sleep(_PAUSE)
 
+    def _left(self) -> list[Cell]:
+        rows = self.shared.rows()
+        return [cell for cell in self.cells if self._missing(cell, rows)]
+
     def _evaluate(self, cell: Cell) -> None:
         task, rows_at_once = self.grid.task, self.grid.batch_size
         folder = self.shared.seed(cell)
-        samples = list(task.of_cell(self.setup.tokenizer, cell))
+        items = list(task.of_cell(self.setup.tokenizer, cell))
         setup = replace(self.setup, out=folder)
         ended: dict[str, str] = {}
         if self.stops is None:
-            rows = _answer(task, setup, samples, rows_at_once)
+            _answer(task, setup, items, rows_at_once)
         else:
-            rows = _answer(task, setup, samples[: self.stops.prompts], rows_at_once)
+            rows = _answer(task, setup, items[: self.stops.prompts], rows_at_once)
             ended = self.stops.decide(cell, rows)
             going = [method for method in self.grid.methods if method not in ended]
-            if going and len(samples) > self.stops.prompts:
-                _answer(task, replace(setup, methods=going), samples, rows_at_once)
-        going = [method for method in self.grid.methods if method not in ended]
-        self.shared.collect(
-            folder, dict.fromkeys(going, cell.keys(task.samples)), list(dict.fromkeys(ended.values()))
-        )
-        for sentence in dict.fromkeys(ended.values()):
+            if going and len(items) > self.stops.prompts:
+                _answer(task, replace(setup, methods=going), items, rows_at_once)
+        said = list(dict.fromkeys(ended.values()))
+        going = [method for method in self.methods if method not in ended]
+        self.shared.collect(folder, dict.fromkeys(going, cell.keys()), said)
+        for sentence in [*said, self._progress(cell)]:
             self.say(sentence)
-        self.say(self._progress(cell))
-
-    def _done(self, cell: Cell, rows: Mapping[Key, Mapping[str, Any]]) -> bool:
-        return not self._missing(cell, rows)
 
     def _missing(self, cell: Cell, rows: Mapping[Key, Mapping[str, Any]]) -> list[Key]:
         """The rows that the cell lacks. Those that its first prompts make useless are not asked for."""
-        asked, ended = self.grid.task.samples, {}
+        ended: Mapping[str, str] = {}
         if self.stops is not None:
-            mine = [row for (key, _), row in rows.items() if key.rpartition("/")[0] == cell.name]
-            ended = self.stops.decide(cell, mine)
+            keys = set(cell.keys())
+            ended = self.stops.decide(cell, [row for (key, _), row in rows.items() if key in keys])
         out = []
-        for method in self.grid.methods:
-            count = min(asked, self.stops.prompts) if self.stops and method in ended else asked
+        for method in self.methods:
+            count = self.stops.prompts if self.stops and method in ended else None
             out += [(key, method) for key in cell.keys(count) if (key, method) not in rows]
         return out
-
-    def _keys(self, cells: Sequence[Cell], count: int) -> dict[str, list[str]]:
-        return {method: [key for cell in cells for key in cell.keys(count)] for method in self.grid.methods}
 
     def _progress(self, cell: Cell) -> str:
         """A line about a finished cell: how many are done, and how long this process would take for the
         rest."""
-        rows, cells = self.shared.rows(), self.grid.task.cells()
+        rows, cells = self.shared.rows(), self.cells
         missing = {one: self._missing(one, rows) for one in cells}
         done = sum(not left for left in missing.values())
         line = f"{self.grid.folder}: {cell.name} is done, {done} of {len(cells)} cells"
@@ -153,7 +159,7 @@ class Work:
         return f"{line}; about {duration(seconds)} left for one process." if done < len(cells) else f"{line}."
 
 
-def _answer(task: Task, setup: Setup, samples: Sequence[Any], batch_size: int | str) -> list[dict[str, Any]]:
+def _answer(suite: Suite, setup: Setup, items: Sequence[Any], batch_size: int | str) -> list[dict[str, Any]]:
     """The rows of a working folder after an evaluation into it, without tables and pictures."""
     rows: list[dict[str, Any]] = []
 
@@ -161,7 +167,7 @@ def _answer(task: Task, setup: Setup, samples: Sequence[Any], batch_size: int | 
         rows[:] = results.rows
         return Summary(out=results.out, data={}, complete=True)
 
-    task.run(setup, samples, batch_size=batch_size, end=keep)
+    suite.run(setup, items, batch_size=batch_size, end=keep)
     return rows
 
 
@@ -170,7 +176,8 @@ def seconds_left(missing: Mapping[Cell, int], rows: Any) -> float:
     or of the nearest length with the difference of length counted."""
     spent: dict[int, list[float]] = {}
     for row in rows:
-        spent.setdefault(row["length"], []).append(row["seconds"]["prefill"] + row["seconds"]["decode"])
+        if seconds := row.get("seconds"):  # speed has one cell, so nothing is left when it has rows
+            spent.setdefault(row["length"], []).append(seconds["prefill"] + seconds["decode"])
     if not spent:
         return 0.0
     means = {length: sum(values) / len(values) for length, values in spent.items()}

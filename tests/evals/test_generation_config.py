@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 
 import farspan
 from farspan.evals import batch as forward
-from farspan.evals import speed as speed_module
 from farspan.evals.results import read
 from farspan.evals.run import run
+from farspan.evals.speed import Speed
 
 _spec = importlib.util.spec_from_file_location("farspan_tests_tiny", Path(__file__).with_name("tiny.py"))
 assert _spec is not None and _spec.loader is not None
@@ -156,9 +156,9 @@ def test_f19_speed_says_what_was_set_aside_and_never_stops_early(model: Any, tmp
     own = model.generation_config
     model.generation_config = GenerationConfig(use_cache=False, eos_token_id=[*range(128)])
     try:
-        given = {"lengths": [32], "new_tokens": 5, "repeats": 1}
-        text = "the grass is green. " * 40
-        speed_module.speed(tiny.setup(model, ["dense"], tmp_path), text, **given)
+        text = tiny.prose("the grass is green. " * 40)
+        suite = Speed(text=text, lengths=[32], new_tokens=5, repeats=1)
+        tiny.evaluated(suite, tiny.setup(model, ["dense"], tmp_path, config=suite.config))
         batch = forward.collate(PROMPTS, 0, model.device)
         answers = forward.greedy(model, batch, forward.prefill(model, batch), max_new_tokens=5, pad=0, eos=())
     finally:

@@ -14,7 +14,7 @@ import torch
 from farspan import FarspanError
 from farspan.evals import perplexity as ppl_module
 from farspan.evals import report, summary
-from farspan.evals.perplexity import cut_windows, perplexity
+from farspan.evals.perplexity import Perplexity, cut_windows
 from farspan.evals.results import ResultsError, read
 from farspan.runtime.table import Table
 
@@ -37,10 +37,15 @@ def printed(table: Table) -> str:
 
 
 def measure(model: Any, out: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {"lengths": [80], "new_tokens": 20, "samples": 3, "batch_size": 2, "text": TEXT}
+    given: dict[str, Any] = {"lengths": [80], "new_tokens": 20, "samples": 3, "text": tiny.prose(TEXT)}
     methods = changes.pop("methods", ["dense", "recycled:k=12,stride=4", WINDOW])
     kept = {name: changes.pop(name) for name in ("config", "recipe") if name in changes}
-    return perplexity(tiny.setup(model, methods, out, **kept), **(given | changes))
+    rows = changes.pop("batch_size", 2)
+    suite = Perplexity(**(given | changes))
+    config = suite.config | kept.pop("config", {})
+    setup = tiny.setup(model, methods, out, config=config, **kept)
+    suite.check(setup.tokenizer)
+    return tiny.evaluated(suite, setup, batch_size=rows)
 
 
 def forward_nll(model: Any, index: int, length: int = 80, scored: int = 20, samples: int = 3) -> float:
@@ -154,7 +159,7 @@ def test_perplexity_resumes_and_grows(model: Any, tmp_path: Path) -> None:
     for row in read(tmp_path)[1]:
         if row["method"] == "dense":
             assert row["nll"] == pytest.approx(exact[row["length"]][row["index"]], abs=1e-4)
-    for changed in ({"new_tokens": 10}, {"text": TEXT + "."}):
+    for changed in ({"new_tokens": 10}, {"text": tiny.prose(TEXT + ".")}):
         with pytest.raises(ResultsError, match=next(iter(changed))):
             measure(model, tmp_path, **changed)
 

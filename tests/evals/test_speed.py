@@ -16,7 +16,8 @@ from farspan import FarspanError
 from farspan.evals import speed as speed_module
 from farspan.evals.results import ResultsError, read
 from farspan.evals.sample import encode
-from farspan.evals.speed import speed, summarise
+from farspan.evals.speed import Prompts, Speed
+from farspan.evals.speed_summary import summarise
 from farspan.evals.speed_tables import terminal_table
 from farspan.runtime.table import Table
 
@@ -38,11 +39,16 @@ def printed(table: Table) -> str:
     return table.text(120)
 
 
-GIVEN: dict[str, Any] = {"lengths": [64, 32], "new_tokens": 5, "repeats": 2}
+GIVEN: dict[str, Any] = {"text": tiny.prose(TEXT), "lengths": [64, 32], "new_tokens": 5, "repeats": 2}
+
+
+def measured(model: Any, out: Path, *methods: str, **changes: Any) -> Any:
+    suite = Speed(**(GIVEN | changes))
+    return tiny.evaluated(suite, tiny.setup(model, list(methods), out, config=suite.config))
 
 
 def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
-    summary = speed(tiny.setup(model, ["dense", WINDOW], tmp_path), TEXT, **GIVEN)
+    summary = measured(model, tmp_path, "dense", WINDOW)
     rows = read(tmp_path)[1]
     assert [(row["length"], row["method"]) for row in rows[:3]] == [
         (32, m) for m in ("unpatched", "dense", WINDOW)
@@ -69,7 +75,7 @@ def test_speed_measures_everyone_in_turn(model: Any, tmp_path: Path) -> None:
     assert model.config._attn_implementation != "farspan"
     for wrong in ({"lengths": []}, {"lengths": [1]}, {"repeats": 0}):
         with pytest.raises(FarspanError, match="at least"):
-            speed(tiny.setup(model, ["dense"], tmp_path / "x"), TEXT, **(GIVEN | wrong))
+            measured(model, tmp_path / "x", "dense", **wrong)
 
 
 class Clock:
@@ -104,7 +110,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def time_them(model: Any, out: Path, *methods: str, **changes: Any) -> Any:
-    return speed(tiny.setup(model, list(methods), out), TEXT, **(GIVEN | changes))
+    return measured(model, out, *methods, **changes)
 
 
 def test_a_finished_speed_run_shows_its_table_again(model: Any, tmp_path: Path, clock: Clock) -> None:
@@ -184,7 +190,7 @@ def test_a_run_stopped_before_its_first_row_leaves_room_for_other_methods(
 def test_speed_refuses_another_text_and_damaged_rows(model: Any, tmp_path: Path, clock: Clock) -> None:
     time_them(model, tmp_path, "dense", WINDOW)
     with pytest.raises(ResultsError, match="drawn from another recipe"):
-        speed(tiny.setup(model, ["dense"], tmp_path), "x" + TEXT, **GIVEN)
+        measured(model, tmp_path, "dense", text=tiny.prose("x" + TEXT))
     with pytest.raises(ResultsError, match="new_tokens 5 there, 6 here"):
         time_them(model, tmp_path, "dense", new_tokens=6)
     path = tmp_path / "samples.jsonl"
@@ -207,7 +213,9 @@ def test_speed_of_samples_says_whose_answers_are_right(model: Any, tmp_path: Pat
         replace(asked[1], references=("no such answer",)),
     ]
     given: dict[str, Any] = {"lengths": [128], "new_tokens": 8, "repeats": 1, "batch_size": 2}
-    data = speed(tiny.setup(model, ["dense", WINDOW], tmp_path), {128: asked}, **given).data
+    suite = Speed(text=tiny.prose(TEXT), **given)
+    prompts = Prompts(length=128, ids=[encode(tokenizer, sample) for sample in asked], asked=asked)
+    data = suite.run(tiny.setup(model, ["dense", WINDOW], tmp_path, config=suite.config), [prompts]).data
     unpatched, dense, window = (row["score"] for row in data["overall"])
     assert unpatched == dense == 0.5 and window in (0.0, 0.5)
     assert "| found |" in (tmp_path / "speed.md").read_text()

@@ -19,7 +19,7 @@ from farspan.evals.results import Results, read
 from farspan.evals.run import ANSWER
 from farspan.evals.sample import key
 from farspan.evals.settings import versions
-from farspan.evals.suites import task_of
+from farspan.evals.suites import suite_of
 from farspan.evals.sweep.config import read as read_sweep
 from farspan.evals.sweep.share import Shared, file_name
 from farspan.evals.sweep.stops import Stops
@@ -90,7 +90,7 @@ def test_two_processes_share_the_cells(base: Path, whole: Path) -> None:
 def shared(whole: Path, out: Path, **changes: Any) -> Shared:
     """The folder `out` with the settings of the whole sweep."""
     config = {name: value for name, value in read(whole)[0].items() if name not in ("sessions", "planned")}
-    return Shared(out, config | changes, ANSWER)
+    return Shared(out, config | changes, suite_of("ruler", lengths=[128]))
 
 
 def test_a_changed_configuration_is_one_sentence(whole: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_changed_configuration_is_one_sentence(whole: Path) -> None:
 
 def test_what_a_killed_process_has_left_is_collected(whole: Path, tmp_path: Path) -> None:
     here, rows = shared(whole, tmp_path / "r"), read(whole)[1]
-    cell = Cell(suite="ruler", task="vt", length=128)
+    cell = Cell(suite="ruler", task="vt", length=128).numbered(4)
     work = here.work / file_name(cell)
     with Results(work, here.settings, row=ANSWER, log=False) as results:
         results.append([row for row in rows if row["task"] == "vt"][:3])
@@ -123,7 +123,7 @@ def test_what_a_killed_process_has_left_is_collected(whole: Path, tmp_path: Path
 def test_a_corrupted_line_is_named(whole: Path, tmp_path: Path) -> None:
     here = shared(whole, tmp_path / "r")
     here.begin({})
-    here.collect(here.seed(Cell(suite="ruler", task="vt", length=128)), {})
+    here.collect(here.seed(Cell(suite="ruler", task="vt", length=128).numbered(4)), {})
     (here.out / "samples.jsonl").write_text('{"key": 3}\n' + json.dumps(read(whole)[1][0]) + "\n")
     for look in (here.rows, lambda: here.begin({}), lambda: here.collect(here.work, {})):
         with pytest.raises(FarspanError, match=r"line 1 of .*samples\.jsonl is damaged"):
@@ -133,7 +133,7 @@ def test_a_corrupted_line_is_named(whole: Path, tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, rows = shared(whole, tmp_path / "r"), read(whole)[1]
     here.begin({})
-    work = here.seed(Cell(suite="ruler", task="vt", length=128))
+    work = here.seed(Cell(suite="ruler", task="vt", length=128).numbered(4))
     with Results(work, here.settings, row=ANSWER, log=False) as results:
         results.append(rows[:2])
 
@@ -163,15 +163,15 @@ def test_results_long_goes_on_from_the_recorded_rows(tmp_path: Path) -> None:
         "methods": grid.methods,
         "recipes": config["recipes"],
     }
-    shared = Shared(tmp_path / "ruler_long", config_of, grid.task.SHAPE)
+    shared = Shared(tmp_path / "ruler_long", config_of, grid.task)
     shared.begin({})
     assert (tmp_path / "ruler_long" / "samples.jsonl").read_bytes() == (
         recorded / "samples.jsonl"
     ).read_bytes()
     work: Any = Work(grid=grid, setup=None, shared=shared, stops=None, say=print)  # type: ignore[arg-type]
-    missing = [one for cell in grid.task.cells() for one in work._missing(cell, shared.rows())]
+    missing = [one for cell in grid.task.cells(None) for one in work._missing(cell, shared.rows())]
     assert not set(missing) & {(row["key"], row["method"]) for row in rows}
-    asked = {(key, m) for cell in grid.task.cells() for key in cell.keys(1) for m in grid.methods}
+    asked = {(key, m) for cell in grid.task.cells(None) for key in cell.keys(1) for m in grid.methods}
     assert len(asked) - len(missing) == sum(row["length"] == 16384 for row in rows)
 
 
@@ -180,7 +180,8 @@ def rows_of(method: str, scores: list[float]) -> list[dict[str, Any]]:
 
 
 def test_hopeless_cells_end_early() -> None:
-    cell, stops = Cell(suite="ruler", task="vt", length=4096), Stops(prompts=8, dense_below=5, loss_above=30)
+    cell = Cell(suite="ruler", task="vt", length=4096).numbered(99)
+    stops = Stops(prompts=8, dense_below=5, loss_above=30)
     good, bad = rows_of("a", [1.0] * 8), rows_of("b", [0.0] * 8)
     ended = stops.decide(cell, rows_of("dense", [1.0] * 8) + good + bad)
     assert list(ended) == ["b"] and "b stopped after 8 prompts, because it loses more than 30" in ended["b"]
@@ -193,12 +194,12 @@ def test_hopeless_cells_end_early() -> None:
 
 
 def test_keys_are_those_of_the_samples(smollm2_tokenizer: Any) -> None:
-    ruler = task_of("ruler", lengths=[1024], tasks=["niah_single_1"], samples=1)
-    needle = task_of("needle", lengths=[512], tasks=["needle", "multi_key"], depths=[0, 0.25], samples=1)
-    for task in (ruler, needle, task_of("retrieval", lengths=[512], samples=1)):
+    ruler = suite_of("ruler", lengths=[1024], tasks=["niah_single_1"], samples=1)
+    needle = suite_of("needle", lengths=[512], tasks=["needle", "multi_key"], depths=[0, 0.25], samples=1)
+    for task in (ruler, needle, suite_of("retrieval", lengths=[512], samples=1)):
         chosen, config = settings(task, smollm2_tokenizer)
         assert chosen is smollm2_tokenizer and "chat" not in config
-        for cell in task.cells():
+        for cell in task.cells(chosen):
             [sample] = task.of_cell(chosen, cell)
             assert [key(sample)] == cell.keys(1)
 

@@ -14,7 +14,7 @@ import farspan
 from farspan.evals import fidelity, report
 from farspan.evals.folders import read_folders
 from farspan.evals.html.others import perplexities
-from farspan.evals.perplexity import perplexity
+from farspan.evals.perplexity import Perplexity
 from farspan.evals.results import read
 from farspan.evals.turns import Conversation, Turns
 
@@ -102,10 +102,12 @@ def test_a_methods_state_goes_on_over_the_turns_as_in_a_users_own_loop(model: An
 
 def test_fidelity_is_the_divergence_from_dense_along_denses_answer(model: Any, tmp_path: Path) -> None:
     texts = ["the grass is green. " * 6 + "And the sky?", "the sun is yellow. " * 4 + "And now"]
-    prompts = fidelity.make_prompts(tiny.CharTokenizer(), texts, new_tokens=10)
+    suite = fidelity.Fidelity(prompts=texts, new_tokens=10)
+    prompts = list(suite.draw(tiny.CharTokenizer()))
     assert [prompt.length for prompt in prompts] == [256, 128]
     methods = ["dense", tiny.METHODS[3], tiny.METHODS[2]]
-    summary = fidelity.fidelity(tiny.setup(model, methods, tmp_path), prompts)
+    setup = tiny.setup(model, methods, tmp_path, config=suite.config)
+    summary = tiny.evaluated(suite, setup)
     rows = {(row["index"], row["method"]): row for row in read(tmp_path)[1]}
     assert len(rows) == 6
     for prompt in prompts:
@@ -137,7 +139,7 @@ def test_fidelity_is_the_divergence_from_dense_along_denses_answer(model: Any, t
     assert line["kl_most"] == max(r["kl_most"] for r in found)
     text = (tmp_path / "fidelity.md").read_text()
     assert "| method | n | same top token (95 %) | mean KL | largest KL |" in text
-    assert fidelity.fidelity(tiny.setup(model, methods, tmp_path), prompts).data["rows"] == 6
+    assert tiny.evaluated(suite, setup).data["rows"] == 6
 
 
 def test_prompts_are_read_from_text_lines_and_folders(tmp_path: Path) -> None:
@@ -164,7 +166,8 @@ def test_perplexity_by_position_of_sliding_windows(model: Any, tmp_path: Path) -
     text = "".join(f"line {n} of a text that goes on. " for n in range(40))
     methods = ["dense", tiny.METHODS[3]]
     how: dict[str, Any] = {"lengths": [96], "new_tokens": 40, "samples": 3}
-    data = perplexity(tiny.setup(model, methods, tmp_path), text, sliding=True, **how).data
+    suite = Perplexity(text=tiny.prose(text), sliding=True, **how)
+    data = tiny.evaluated(suite, tiny.setup(model, methods, tmp_path, config=suite.config)).data
     ids = ids_of(text, first=True)
     rows = {(row["index"], row["method"]): row for row in read(tmp_path)[1]}
     for index in range(3):
@@ -186,4 +189,5 @@ def test_perplexity_by_position_of_sliding_windows(model: Any, tmp_path: Path) -
     _, grid = perplexities(read_folders([tmp_path]))
     assert grid.columns == ["from position", "dense perplexity", f"{methods[1]} ΔNLL"] and len(grid.rows) == 8
     with pytest.raises(farspan.FarspanError, match="another configuration"):
-        perplexity(tiny.setup(model, methods, tmp_path), text, **how)
+        suite = Perplexity(text=tiny.prose(text), **how)
+        tiny.evaluated(suite, tiny.setup(model, methods, tmp_path, config=suite.config))

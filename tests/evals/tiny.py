@@ -82,6 +82,18 @@ def setup(model: Any, methods: Sequence[str], out: Any, **changes: Any) -> Any:
     return Setup(model=model, methods=methods, out=out, **given)
 
 
+def evaluated(suite: Any, given: Any, *, batch_size: int | str = "auto") -> Any:
+    """The summary of a suite under a Setup."""
+    return suite.run(given, suite.draw(given.tokenizer), batch_size=batch_size)
+
+
+def prose(text: str) -> Any:
+    """A text that stands nowhere as a file."""
+    from farspan.evals.text import Prose
+
+    return Prose("text", [text])
+
+
 def main(out: str) -> None:
     """`python tiny.py OUT`: a run slow enough to be stopped in the middle."""
     import torch
