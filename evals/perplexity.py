@@ -133,10 +133,6 @@ class Perplexity(Suite):
             begin = index * scored
             yield Window(index=index, ids=ids[begin : begin + length], scored=scored, begin=begin)
 
-    def check(self, tokenizer: Any) -> None:
-        for _ in self.draw(tokenizer):
-            pass
-
     def run(
         self,
         setup: Setup,

@@ -101,7 +101,9 @@ class Suite(ABC):
             yield from self.of_cell(tokenizer, cell)
 
     def check(self, tokenizer: Any) -> None:
-        """Raises FarspanError for what can be known to fail before a folder is made."""
+        """Raises FarspanError for items that cannot be drawn, before a folder is made."""
+        for _ in self.draw(tokenizer):
+            pass
 
     def methods(self, specs: Sequence[str]) -> list[str]:
         """The methods that get rows, which may be more than those asked for."""

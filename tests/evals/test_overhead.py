@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from benchmarks import evals_overhead
 from farspan.evals.ruler import Ruler
 

@@ -17,7 +17,6 @@ import pytest
 from farspan import FarspanError
 from farspan.evals.results import Results, read
 from farspan.evals.run import ANSWER
-from farspan.evals.sample import key
 from farspan.evals.settings import versions
 from farspan.evals.suites import suite_of
 from farspan.evals.sweep.config import read as read_sweep
@@ -191,17 +190,6 @@ def test_hopeless_cells_end_early() -> None:
     assert stops.decide(cell, dense[:7] + bad) == {}, "not before all of its first prompts are there"
     later = [folder.row("dense", "vt", i, 1.0) for i in range(8, 99)]
     assert set(stops.decide(cell, dense + good + later)) == {"dense", "a"}, "later prompts change nothing"
-
-
-def test_keys_are_those_of_the_samples(smollm2_tokenizer: Any) -> None:
-    ruler = suite_of("ruler", lengths=[1024], tasks=["niah_single_1"], samples=1)
-    needle = suite_of("needle", lengths=[512], tasks=["needle", "multi_key"], depths=[0, 0.25], samples=1)
-    for task in (ruler, needle, suite_of("retrieval", lengths=[512], samples=1)):
-        chosen, config = settings(task, smollm2_tokenizer)
-        assert chosen is smollm2_tokenizer and "chat" not in config
-        for cell in task.cells(chosen):
-            [sample] = task.of_cell(chosen, cell)
-            assert [key(sample)] == cell.keys(1)
 
 
 def test_time_left() -> None:
