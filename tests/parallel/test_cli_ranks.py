@@ -124,6 +124,9 @@ def job(folder: Path) -> dict[str, list[tuple[int, str, str]]]:
     answers = ["--lengths", "512", "--samples", "1", "--tasks", "niah_single_2"]
     answers += ["--methods", "dense; double_sparsity:k=128"]
     windows = ["--lengths", "208", "--new-tokens", "8", "--samples", "3"]
+    talks = ["--lengths", "640", "--turns", "2", "--samples", "1"]
+    (folder / "prompts.jsonl").write_text(json.dumps(TEXT[:700]) + "\n" + json.dumps(TEXT[:400]) + "\n")
+    asked = ["--dtype", "float32", "--prompts", str(folder / "prompts.jsonl"), "--new-tokens", "6"]
     speed = ["--lengths", "257", "--new-tokens", "4", "--repeats", "1", "--methods", "recycled:k=32,stride=2"]
     commands: dict[str, tuple[list[str], str]] = {
         "json": ([*generate, "--prompt-file", "-", "--json"], TEXT[:500]),
@@ -137,6 +140,8 @@ def job(folder: Path) -> dict[str, list[tuple[int, str, str]]]:
         "calibrate": (["calibrate", *use, *to("recipe"), "--tokens", "256"], ""),
         "needle": (["eval", "needle", *small, *to("needle"), "--methods", METHODS, "--batch-size", "1"], ""),
         "ppl": (["eval", "ppl", *use, *to("ppl"), *windows, *made], ""),
+        "turns": (["eval", "turns", *use, *to("turns"), *talks, "--methods", METHODS], ""),
+        "fidelity": (["eval", "fidelity", *use[:2], *to("fidelity"), *asked, "--methods", METHODS], ""),
         "again": (["eval", "needle", *small, *to("needle"), "--methods", METHODS, "--json"], ""),
         "other": (["eval", "needle", *small, *to("needle"), "--seed", "7"], ""),
         "blocked": (["eval", "needle", *small, *to("file")], ""),
@@ -196,7 +201,7 @@ def test_wrong_usage_is_said_once(job: Any):
     assert code == 2 and "--bogus" in err and other == (2, "", "")
 
 
-@pytest.mark.parametrize("name", ["needle", "ppl", "ruler"])
+@pytest.mark.parametrize("name", ["needle", "ppl", "turns", "fidelity", "ruler"])
 def test_an_evaluation_writes_what_one_process_writes(
     job: Any, folder: Path, tmp_path: Path, name: str, capsys: Any, monkeypatch: Any
 ):
