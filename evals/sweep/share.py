@@ -79,8 +79,7 @@ class Shared:
         keys = set(cell.keys())
         mine = [row for (key, _), row in self.rows().items() if key in keys]
         with Results(folder, self.settings, row=self.suite.SHAPE, log=False) as results:
-            known = {(row["key"], row["method"]) for row in results.rows}
-            results.append([row for row in mine if (row["key"], row["method"]) not in known])
+            _add(results, mine)
         return folder
 
     def collect(self, folder: Path, keys: Mapping[str, Sequence[str]], stopped: Sequence[str] = ()) -> None:
@@ -90,8 +89,7 @@ class Shared:
         with Results(folder, self.settings, row=self.suite.SHAPE, log=False) as working:
             new = working.rows
         with self._locked(), self._opened() as results:
-            known = {(row["key"], row["method"]) for row in results.rows}
-            results.append([row for row in new if (row["key"], row["method"]) not in known])
+            _add(results, new)
             said = results.config.get("stopped", [])
             more = [sentence for sentence in stopped if sentence not in said]
             if more:
@@ -119,6 +117,12 @@ class Shared:
             yield
         finally:
             lock.release()
+
+
+def _add(results: Results, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append the rows that the folder does not have."""
+    known = {(row["key"], row["method"]) for row in results.rows}
+    results.append([row for row in rows if (row["key"], row["method"]) not in known])
 
 
 def file_name(cell: Cell) -> str:
