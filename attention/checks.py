@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import typing
@@ -23,13 +24,19 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """``typing.get_type_hints``, which evaluates every annotation of the class anew at each call."""
+    return typing.get_type_hints(cls)
+
+
 def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:
     """Check fields of a method against (lowest, highest or None) or a tuple of allowed strings. A field that
     is None passes; a whole number of NumPy or torch becomes an int.
 
     Raises SpecError, which says what is allowed.
     """
-    hints = typing.get_type_hints(type(method))
+    hints = type_hints(type(method))
     for key, allowed in limits.items():
         value = getattr(method, key)
         if value is None:
