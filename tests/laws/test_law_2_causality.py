@@ -85,15 +85,15 @@ def test_prefill_selection_looks_no_further_than_declared(bound: AttentionMethod
 
 
 @every_method(DECODE)
-def test_decode_selection_looks_at_nothing_later(bound: AttentionMethod) -> None:
+@pytest.mark.parametrize("prompt", [100, 101, 103])
+def test_decode_selection_looks_at_nothing_later(bound: AttentionMethod, prompt: int) -> None:
     """Candidates checked at once: a row must not depend on those after it, through any summary either."""
     data, other = Data.random(N), Data.random(N, seed=1)
-    for prompt in (100, 101, 103):
-        cuts = [*decode_cuts(prompt, 3), prompt + 3 + 13]
-        want = Stream(bound, data).run(cuts)
-        for change in range(prompt + 4, prompt + 16):
-            got = Stream(bound, _changed(data, other, change)).run(cuts)
-            assert_same(_rows(got, 0, change), _rows(want, 0, change))
+    cuts = [*decode_cuts(prompt, 3), prompt + 3 + 13]
+    want = Stream(bound, data).run(cuts)
+    for change in range(prompt + 4, prompt + 16):
+        got = Stream(bound, _changed(data, other, change)).run(cuts)
+        assert_same(_rows(got, 0, change), _rows(want, 0, change))
 
 
 @every_method(DECODE)
