@@ -29,7 +29,7 @@ def test_every_case_runs() -> None:
     finally:
         written.unlink(missing_ok=True)
     rows = printed["rows"]
-    assert {(row["op"], row["length"]) for row in rows} == {(op, n) for op in CASES for n in (128, 256)}
+    assert {(row["op"], row["length"]) for row in rows} >= {(op, n) for op in CASES for n in (128, 256)}
     assert all(row["ms"] > 0 for row in rows)
     dense = [r for r in rows if r["run"] == "block_sparse" and r["at"] == "100 %"]
     assert dense and all(abs(r["density"] - 1) < 1e-9 for r in dense) and printed["break_even"]
