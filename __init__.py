@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from .runtime.calibrate import calibrate
     from .runtime.convert import convert
     from .runtime.models import load
-    from .runtime.patch import Patched, Report, patch
+    from .runtime.patch import patch
+    from .runtime.patched import Patched
     from .runtime.recipe import Recipe
+    from .runtime.report import Report
     from .runtime.train import train
     from .runtime.tune import tune
 
@@ -39,8 +41,8 @@ _HOMES = {
     "parse_method": ".attention.spec",
     "evaluate": ".evals.api",
     "ContextParallel": ".parallel.group.config",
-    "Patched": ".runtime.patch",
-    "Report": ".runtime.patch",
+    "Patched": ".runtime.patched",
+    "Report": ".runtime.report",
     "patch": ".runtime.patch",
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",

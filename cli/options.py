@@ -331,7 +331,7 @@ def one_method(spec: str) -> str:
 
 
 def _resolve(spec: str) -> None:
-    from ..runtime.patch import resolve
+    from ..runtime.specs import resolve
 
     resolve(spec)
 

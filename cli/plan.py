@@ -126,7 +126,7 @@ def plan(given: Plan) -> None:
         from ..runtime.writable import check_writable
 
         check_writable(given.out, "give another --out")
-    from ..runtime.patch import resolve
+    from ..runtime.specs import resolve
 
     prefill, decode = resolve(options.one_method(given.method))
     from ..parallel.planner.job import Job

@@ -19,8 +19,8 @@ import torch
 from ..attention.errors import FarspanError
 from ..parallel.group.join import join
 from ..parallel.group.mesh import Mesh
-from ..runtime.patch import Patched, Report
-from ..runtime.report import PhaseReport
+from ..runtime.patched import Patched
+from ..runtime.report import PhaseReport, Report
 
 T = TypeVar("T")
 

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..runtime.bind import takes, trained_under
-from ..runtime.patch import Report, patch, resolve
+from ..runtime.patch import patch
+from ..runtime.report import Report
+from ..runtime.specs import resolve
 from . import batch as forward
 from .identity import identify
 from .ranks import Job

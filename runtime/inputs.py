@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..attention.kv import KV
 from ..attention.needs import Inputs, Needs, Undo
-from .cache import KVStore
+from .store.store import KVStore
 
 
 @dataclass(frozen=True)

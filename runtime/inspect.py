@@ -21,9 +21,10 @@ from ..attention.ops.flash import flash
 from ..attention.selection import Selection
 from . import hf
 from .measure import ROWS
-from .patch import patch, resolve
+from .patch import patch
 from .recipe import Recipe
 from .report import Report
+from .specs import resolve
 
 LAYERS, HEADS = 4, 6  # number of layers and heads in pictures where the caller names none
 BLOCK = 64  # tokens; a shorter prompt is one block

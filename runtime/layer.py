@@ -17,7 +17,6 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
 from ..parallel.mechanisms.call import Call
-from .cache import KVStore, runs_lasting
 from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
@@ -25,8 +24,9 @@ from .measure import Measured, Meter, Observer
 from .report import PhaseReport
 from .rows import Done, Run, total_reads
 from .session import Session, Unique
-from .shard import ShardStore
 from .static_call import Ledger
+from .store.shard import ShardStore
+from .store.store import KVStore, runs_lasting
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not those of the cache"

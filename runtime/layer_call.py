@@ -27,11 +27,11 @@ from ..attention.softmax import Softmax
 from ..attention.sources import IN_NO_CACHE, Supply
 from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Travel
-from .cache import KVStore
 from .faster import Faster, at_length
 from .padding import Padding
 from .rows import Done, Run, joined, served
-from .state import States
+from .store.states import States
+from .store.store import KVStore
 
 _DENSE = Dense()
 

@@ -31,7 +31,7 @@ from .inputs import Given
 from .layer_call import LayerCall, LocalKeys
 from .padding import Padding
 from .rows import Run
-from .shard import ShardStore
+from .store.shard import ShardStore
 from .supply_over_ranks import SupplyOverRanks
 
 _CALL = "_farspan_call"

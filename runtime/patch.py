@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..attention.attend import DECODE_ROWS
 from ..attention.checks import whole_number
-from ..attention.dense import Dense
-from ..attention.errors import FarspanError, SpecError, Unsupported
+from ..attention.errors import FarspanError, Unsupported
 from ..attention.hybrid.mixer import Mixer
-from ..attention.method import DECODE, PREFILL, AttentionMethod
-from ..attention.spec import parse_method
-from ..parallel.group.mesh import Mesh
+from ..attention.method import DECODE, PREFILL
 from . import hf
 from .bind import bind, check_all_run, check_no_decode, check_recipe, weighed
 from .chunking import Chunking
 from .crossover import crossovers, faster_kernels
 from .layer import Layer
-from .layer_numbers import by_layer
 from .lora import adapters_of
-from .measure import Observer, rows_to_measure
-from .mixers import Mixed, mixed_layers
+from .measure import rows_to_measure
+from .mixers import mixed_layers
+from .patched import Patched
 from .recipe import Recipe
-from .report import LayerReport, Report
 from .session import Notices, Session
+from .specs import Spec, per_layer, resolve
 from .static_call import check_methods, checked_room
-
-__all__ = ["Patched", "Report", "patch", "resolve"]
-
-Spec = str | AttentionMethod
+from .store.storage import Storage, storages
 
 
 def patch(
@@ -57,6 +47,7 @@ def patch(
     mixers: Mapping[int, Mixer] | None = None,
     merge: bool = False,
     static: int | None = None,
+    storage: str | Storage | Mapping[int, str | Storage] | None = None,
 ) -> Patched:
     """Replace the attention of ``model`` by a method. ``generate`` and plain calls work as before.
 
@@ -98,6 +89,8 @@ def patch(
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. Replays call no hooks of the modules in the decoder. A
     call beyond the positions raises FarspanError.
+    storage: how the cache keeps keys and values: "device" (the default), or another name from
+    ``runtime/store/storage.py``; a mapping gives it by layer number.
 
     Where ``farspan tune`` measured another library's kernels faster on this device, operations take them; but
     a decode step under ``static`` runs farspan's own.
@@ -115,7 +108,14 @@ def patch(
         raise FarspanError(
             "This model is patched already: call remove() on the first patch, then patch again."
         )
-    alone = {"parallel": parallel, "mixers": mixers, "measure_mass": measure_mass, "crossover": crossover}
+    stored = storages(storage, len(info.kinds))
+    alone = {
+        "parallel": parallel,
+        "mixers": mixers,
+        "measure_mass": measure_mass,
+        "crossover": crossover,
+        "storage": stored,
+    }
     room = checked_room(static, **alone)
     trial = hf.check_by_trial(info)
     if room is not None:
@@ -128,7 +128,7 @@ def patch(
     }
     untouched |= {i: f"the model's own mixer {x.name}" for i, x in hf.mixers_of(info.decoder).items()}
     untouched |= {i: f"the mixer {one.mixer.name} replaces its attention" for i, one in mixed.items()}
-    chosen = _per_layer(methods, layers or {}, len(info.kinds), untouched)
+    chosen = per_layer(methods, layers or {}, len(info.kinds), untouched)
     chunk = None if prefill_chunk is None else whole_number(prefill_chunk)
     if prefill_chunk is not None and (chunk is None or chunk < 1):
         raise FarspanError(f"prefill_chunk is a number of tokens, at least 1; got {prefill_chunk!r}.")
@@ -200,7 +200,7 @@ def patch(
                 "the dtype of the model": str(sorted({str(p.dtype) for p in model.parameters()})),
                 "the shard of the heads": str({(x.tp_rank, x.tp_size) for x in map(info.layer_info, served)}),
                 "the methods": str([(weighed(a), weighed(b)) for a, b, _ in served.values()]),
-                "the options": str((strict, chunking, from_keys, faster, mesh.config)),
+                "the options": str((strict, chunking, from_keys, faster, mesh.config, storage)),
                 "the adapters": "" if adapters is None else f"{adapters.digest} {merge}",
                 "the version of farspan": version("farspan"),
             }
@@ -209,191 +209,9 @@ def patch(
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
     continues = partial(hf.continues_exactly, info)
-    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues, room)
+    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues, room, stored)
     if adapters is not None:
         undo += adapters.put_on(merge)
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
-
-
-class Patched:
-    """A patch of one model. As a context manager it is removed at the end of the ``with`` block."""
-
-    def __init__(
-        self,
-        model_name: str,
-        layers: dict[int, Layer],
-        untouched: dict[int, str],
-        undo: list[Callable[[], None]],
-        mesh: Mesh | None = None,
-        notices: Counter[str] | None = None,
-        geometry: Mapping[str, Any] | None = None,
-        mixed: Mapping[int, Mixed] | None = None,
-    ) -> None:
-        self._name = model_name
-        self._layers = layers
-        self._untouched = untouched
-        self._undo: list[Callable[[], None]] | None = undo
-        self._mesh = mesh
-        self._notices = Counter() if notices is None else notices
-        self._geometry = dict(geometry or {})
-        self._mixed = dict(mixed or {})
-        self._sent_before = self._sent()
-
-    def modules(self) -> dict[int, dict[str, nn.Module]]:
-        """The modules of methods that own parameters (gates), by layer and by the name of the method."""
-        found: dict[int, dict[str, nn.Module]] = {}
-        for index, layer in self._layers.items():
-            for method in layer.methods.values():
-                if method.module is not None:
-                    found.setdefault(index, {})[method.name] = method.module
-        return found
-
-    def selective_layers(self) -> list[int]:
-        """The layers in which the prefill method selects."""
-        return [
-            index
-            for index, layer in self._layers.items()
-            if index not in self._untouched and layer.prefill.selective
-        ]
-
-    def recipe(self, method: str, **settings: Any) -> Recipe:
-        """A recipe of the present weights of the modules of ``method``, for ``patch(recipe=...)``.
-
-        settings: how the weights were made; they are saved with the recipe. Raises FarspanError where no
-        layer runs a method of this name that owns a module.
-        """
-        owners = {
-            index: one
-            for index, layer in self._layers.items()
-            for one in layer.methods.values()
-            if one.name == method and one.module is not None
-        }
-        if not owners:
-            raise FarspanError(
-                f"No layer of this patch has parameters of {method}: name a method that owns a module and "
-                "that some layer runs."
-            )
-        gates = {index: one.module for index, one in owners.items() if one.module is not None}
-        return Recipe.of_modules(next(iter(owners.values())), gates, self._geometry, settings)
-
-    def report(self, *, measure_mass: bool = False) -> Report:
-        """What each layer has read since the patch, or since ``reset_report``.
-
-        measure_mass: whether to require the recall of attention mass. It is in the report of every patch that
-        was made with measure_mass; for other patches this raises FarspanError.
-        """
-        if measure_mass and not all(layer.measure for layer in self._layers.values()):
-            raise FarspanError(
-                "This patch has measured no attention mass: patch the model with measure_mass=True, and call "
-                "the model before report(measure_mass=True)."
-            )
-        for layer in self._layers.values():
-            layer.settle()
-        layers = [
-            LayerReport(
-                i,
-                {phase: p.snapshot() for phase, p in layer.phases.items()},
-                layer.stored,
-                layer.dense_stored,
-            )
-            for i, layer in self._layers.items()
-            if i not in self._untouched
-        ]
-        traffic = dict(self._sent() - self._sent_before)
-        mixers = [replace(one.report) for one in self._mixed.values()]
-        untouched = {i: why for i, why in self._untouched.items() if i not in self._mixed}
-        return Report(self._name, layers, untouched, traffic, dict(self._notices), mixers)
-
-    def watch(self, observers: Mapping[int, Observer]) -> None:
-        """Call ``observer(q, keys, selection)`` after every selection of a layer. observers: by layer. The
-        patch must have been made with measure_mass."""
-        for index, observer in observers.items():
-            self._layers[index].observer = observer
-
-    def reset_report(self) -> None:
-        """Set all counts of the report to zero."""
-        for layer in self._layers.values():
-            layer.clear_report()
-        for mixer in self._mixed.values():
-            mixer.clear_report()
-        self._notices.clear()
-        self._sent_before = self._sent()
-
-    def _sent(self) -> Counter[str]:
-        """All bytes that this rank has sent so far, by collective."""
-        groups = [] if self._mesh is None else self._mesh.watch.groups
-        return sum((ranks.sent for ranks in groups), Counter())
-
-    def remove(self) -> None:
-        """Undo the patch: config, hooks and modules are what they were. Raises FarspanError if it is removed.
-
-        What the caller changed on ``model.config`` after patching stays changed, including an attention
-        implementation. If another model shares the config, the changes apply to it from now on.
-        """
-        if self._undo is None:
-            raise FarspanError("This patch is removed already: call remove() once, or use a with block.")
-        undo, self._undo = self._undo, None
-        for step in reversed(undo):
-            step()
-
-    def __enter__(self) -> Patched:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._undo is not None:
-            self.remove()
-
-
-def resolve(
-    spec: Spec | None, prefill: Spec | None = None, decode: Spec | None = None
-) -> tuple[AttentionMethod, AttentionMethod]:
-    """The (prefill, decode) methods of a spec, or of a spec for each phase. Raises SpecError for a bad
-    spec."""
-    if spec is not None and (prefill is not None or decode is not None):
-        raise SpecError(
-            "A spec was given together with prefill= or decode=: give one spec for both phases, or prefill= "
-            "and decode= alone."
-        )
-    if isinstance(spec, str) and " + " in spec:
-        parts = spec.split(" + ")
-        if len(parts) != 2:
-            raise SpecError(
-                f"A spec joins one prefill and one decode method, as in 'block_topk + quest'; got {spec!r}."
-            )
-        prefill, decode, spec = parts[0], parts[1], None
-    dense = Dense()
-    if spec is not None:
-        method = parse_method(spec)
-        return (
-            method if PREFILL in method.phases else dense,
-            method if DECODE in method.phases else dense,
-        )
-    chosen = []
-    for phase, given in ((PREFILL, prefill), (DECODE, decode)):
-        method = dense if given is None else parse_method(given)
-        if phase not in method.phases:
-            raise SpecError(
-                f"{method.name} has no {phase}: it serves {' and '.join(sorted(method.phases))}. Give a "
-                f"method that has {phase} (farspan methods lists them)."
-            )
-        chosen.append(method)
-    return chosen[0], chosen[1]
-
-
-def _per_layer(
-    methods: tuple[AttentionMethod, AttentionMethod],
-    overrides: Mapping[int, Spec],
-    count: int,
-    untouched: Mapping[int, str],
-) -> list[tuple[AttentionMethod, AttentionMethod]]:
-    chosen = [methods] * count
-    for index, (name, spec) in by_layer("layers", overrides, count).items():
-        chosen[index] = resolve(spec)
-        reason = untouched.get(index)
-        if reason and any(m.selective for m in chosen[index]):
-            raise SpecError(
-                f"layers= cannot give layer {name} a method: {reason}. Leave this layer out of layers=."
-            )
-    return chosen

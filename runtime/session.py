@@ -17,10 +17,10 @@ from ..attention.errors import FarspanError
 from ..parallel.group.comm import Ranks
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call
-from .cache import KVStore
 from .inputs import Given
 from .padding import Padding, checked_2d, read_padding
 from .static_call import StaticCall
+from .store.store import KVStore
 
 _thread = threading.local()
 

@@ -20,7 +20,7 @@ from ..attention.sources import IN_NO_CACHE
 from ..attention.static_step import StaticStep
 from ..attention.summary import count_entries
 from .report import PhaseReport
-from .static import StaticStore
+from .store.static import StaticStore
 
 _NOTED = 1024  # steps that a ledger notes before it is settled
 SERVED = "dense, window, quest, double_sparsity and recycled without dynamic=true"

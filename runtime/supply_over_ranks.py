@@ -15,7 +15,7 @@ from ..attention.summary import Summary, recent_positions
 from ..parallel.mechanisms.call import Call
 from ..parallel.mechanisms.entries import Past, extend, extend_split, last_positions
 from ..parallel.mechanisms.gather import gather_rows
-from .shard import ShardStore
+from .store.shard import ShardStore
 
 
 class SupplyOverRanks:

@@ -22,11 +22,11 @@ from ..attention.ops.dispatch import OWN, explanations
 from ..attention.softmax import Softmax
 from . import hf
 from .bind import serve
-from .cache import KVStore
 from .crossover import Measured, check_kept, geometry, keep
 from .layer_call import Called, LayerCall, LocalKeys
-from .patch import resolve
 from .recipe import Recipe
+from .specs import resolve
+from .store.store import KVStore
 
 LENGTHS = {PREFILL: tuple(512 << i for i in range(6)), DECODE: tuple(1024 << i for i in range(8))}
 _DENSE = Dense()

@@ -19,8 +19,8 @@ from farspan.runtime.inputs import Given
 from farspan.runtime.layer import Layer
 from farspan.runtime.padding import Padding
 from farspan.runtime.session import Session
-from farspan.runtime.static import Clock, StaticStore
 from farspan.runtime.static_call import StaticCall
+from farspan.runtime.store.static import Clock, StaticStore
 
 from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info

@@ -202,13 +202,6 @@ def test_the_cache_says_which_layers_it_makes():
     assert not transformers_private.is_offloading(cache)
     assert transformers_private.is_offloading(DynamicCache(offloading=True)), f"not so in {release}"
 
-    class Other(DynamicLayer):
-        pass
-
-    transformers_private.replicate_layer(cache, Other)
-    cache.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), 0)
-    assert type(cache.layers[0]) is Other
-
 
 def test_the_names_of_scans_in_the_files_of_hybrid_models():
     from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer

@@ -161,7 +161,7 @@ def _grids(data: Any, where: str) -> list[Grid]:
 
 def _methods(fields: Mapping[str, Any], where: str) -> list[str]:
     """The methods with every budget in the place of its name."""
-    from ...runtime.patch import resolve
+    from ...runtime.specs import resolve
 
     budgets = fields.get("budgets", {})
     out: list[str] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,21 +18,23 @@ from transformers.cache_utils import (
 )
 
 from ...attention.errors import FarspanError
-from ..cache import KVStore
+from ...parallel.group.comm import Ranks
 from ..session import in_call
-from ..shard import ShardStore, running
-from ..static import Clock, StaticStore
+from ..store.shard import ShardStore, running
+from ..store.static import Clock, StaticStore
+from ..store.storage import DEVICE, Storage
+from ..store.store import KVStore
 from .interface import autocast
-from .transformers_private import caches_nothing, is_offloading, replicate_layer, replicated_layer
+from .transformers_private import caches_nothing, is_offloading, replicated_layer
 
 H = TypeVar("H", bound="HybridStoreLayer")
 
 
 class KVStoreLayer(DynamicLayer):
-    """A KVStore as a transformers cache layer."""
+    """A KVStore, which ``make`` makes, as a transformers cache layer."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.store = KVStore()
+    def __init__(self, make: Callable[[], KVStore] = KVStore, **kwargs: Any) -> None:
+        self.store = make()
         super().__init__(**kwargs)
 
     # transformers reads and sets these as plain attributes
@@ -114,18 +117,14 @@ class StaticStoreLayer(KVStoreLayer):
     """A StaticStore as a transformers cache layer. In a step of one token its ``update`` leaves the storing
     of the token to the attention of the layer."""
 
-    def __init__(self, make: Callable[[], StaticStore], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.store: StaticStore = make()
+    store: StaticStore
 
 
 class ShardStoreLayer(KVStoreLayer):
     """A ShardStore as a transformers cache layer. Its ``update`` returns the new keys and values unchanged;
     the attention of the layer stores this rank's part of them."""
 
-    def __init__(self, make: Callable[[], ShardStore], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.store: ShardStore = make()
+    store: ShardStore
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -178,16 +177,51 @@ _KEPT = (
 )
 
 
-def adopt_cache(
-    cache: Cache, shard: Callable[[int | None], ShardStore] | None = None, static: int | None = None
-) -> None:
-    """Replace the layers of a user's cache by farspan's, in place and with their contents. Raises
-    FarspanError for a cache that cannot be converted.
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """The stores that the caches of a patch have.
 
-    shard: for a cache that is sharded over ranks, makes the store of a layer; called with the layer's sliding
-    window or None. static: the number of positions for which stores of fixed size are made; None: stores
-    grow.
+    count: number of layers of the model.
+    storages: by layer; one that is not named keeps plain numbers on the device.
+    ranks, block: the ranks over which a cache is sharded, in blocks of so many positions; None: one device.
+    room: the positions for which stores of fixed size are made; None: stores grow.
     """
+
+    count: int
+    storages: Mapping[int, Storage] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    block: int = 0
+    room: int | None = None
+
+    def storage(self, index: int) -> Storage:
+        """That of a layer."""
+        return self.storages.get(index, DEVICE)
+
+    def sharded(self, index: int, window: int | None = None) -> ShardStore:
+        """A store of a layer over ranks. window: the layer's own sliding window."""
+        assert self.ranks is not None
+        return ShardStore(self.ranks, self.block, window, self.storage(index))
+
+    def layer(self, index: int, clock: Clock) -> KVStoreLayer:
+        """An empty cache layer. clock: that of the cache, for stores of fixed size."""
+        if self.ranks is not None:
+            return ShardStoreLayer(partial(self.sharded, index))
+        if self.room is not None:
+            return StaticStoreLayer(partial(StaticStore, self.room, clock))
+        return KVStoreLayer(partial(KVStore, self.storage(index)))
+
+    def made(self, layer: Any, index: int) -> bool:
+        """Whether a layer of a cache on one device is as this plan wants it."""
+        if self.room is None:
+            return type(layer) in (KVStoreLayer, HybridStoreLayer) and (
+                layer.store.storage == self.storage(index)
+            )
+        return isinstance(layer, StaticStoreLayer) and layer.store.room == self.room
+
+
+def adopt_cache(cache: Cache, plan: CachePlan) -> None:
+    """Replace the layers of a user's cache by those of ``plan``, in place and with their contents, and make
+    those that are missing. Raises FarspanError for a cache that cannot be converted."""
     replicated = replicated_layer(cache)
     if is_offloading(cache) or not isinstance(getattr(cache, "layers", None), list):
         what = "an offloading cache" if isinstance(cache, Cache) else f"a {type(cache).__name__}"
@@ -196,47 +230,33 @@ def adopt_cache(
             "DynamicCache(config=...)."
         )
     _check_lengths(cache)
-    kind: Any = replicated.func if isinstance(replicated, partial) else replicated
-    if kind not in (None, DynamicLayer, KVStoreLayer, ShardStoreLayer, StaticStoreLayer):
-        raise _wrong_cache(cache, kind)
-    make = KVStoreLayer if static is None else _static_maker(cache, static)
-    fresh: list[Any] = []
-    for layer in cache.layers:
-        if shard is not None:
-            fresh.append(_sharded(cache, layer, shard))
-        elif _settled(layer, static):
-            fresh.append(layer)
-        elif isinstance(layer, ShardStoreLayer):
-            raise FarspanError(
-                "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
-                "with a patch that has the same parallel=, or start a new cache."
-            )
-        elif type(layer) in (DynamicLayer, KVStoreLayer, StaticStoreLayer):
-            fresh.append(_filled(make(), layer))
-        elif type(layer) is LinearAttentionAndFullAttentionLayer:
-            fresh.append(_filled(_beside_states(HybridStoreLayer, KVStore(), layer), layer))
-        elif isinstance(layer, _KEPT) or caches_nothing(layer):
-            fresh.append(layer)
-        else:
-            raise _wrong_cache(cache, type(layer))
-    cache.layers[:] = fresh
-    if kind in (DynamicLayer, StaticStoreLayer) or (kind is KVStoreLayer and static is not None):
-        replicate_layer(cache, make if shard is None else partial(ShardStoreLayer, partial(shard, None)))
+    if replicated not in (None, DynamicLayer):
+        raise _wrong_cache(cache, replicated)
+    clocks = [layer.store.clock for layer in cache.layers if isinstance(layer, StaticStoreLayer)]
+    clock = clocks[0] if clocks else Clock()
+    cache.layers[:] = [_adopted(cache, x, i, plan, clock) for i, x in enumerate(cache.layers)]
+    if replicated is not None:
+        cache.layers += [plan.layer(i, clock) for i in range(len(cache.layers), plan.count)]
 
 
-def _settled(layer: Any, static: int | None) -> bool:
-    """Whether a layer is farspan's and, as ``static`` of ``adopt_cache`` says, grows or has that many
-    positions."""
-    if static is None:
-        return type(layer) is KVStoreLayer
-    return isinstance(layer, StaticStoreLayer) and layer.store.room == static
-
-
-def _static_maker(cache: Cache, room: int) -> Callable[[], StaticStoreLayer]:
-    """A function that makes the layers of a cache with ``room`` positions, which share one clock."""
-    stores = [layer.store for layer in cache.layers if isinstance(layer, StaticStoreLayer)]
-    clock = stores[0].clock if stores else Clock()
-    return partial(StaticStoreLayer, partial(StaticStore, room, clock))
+def _adopted(cache: Cache, layer: Any, index: int, plan: CachePlan, clock: Clock) -> Any:
+    """``layer`` of a cache as ``plan`` wants it."""
+    if plan.ranks is not None:
+        return _sharded(cache, layer, index, plan)
+    if plan.made(layer, index):
+        return layer
+    if isinstance(layer, ShardStoreLayer):
+        raise FarspanError(
+            "This cache is sharded over ranks, but the model is patched without parallel=: use the cache "
+            "with a patch that has the same parallel=, or start a new cache."
+        )
+    if type(layer) in (DynamicLayer, KVStoreLayer, StaticStoreLayer):
+        return _filled(plan.layer(index, clock), layer)
+    if type(layer) in (LinearAttentionAndFullAttentionLayer, HybridStoreLayer):
+        return _filled(_beside_states(HybridStoreLayer, KVStore(plan.storage(index)), layer), layer)
+    if isinstance(layer, _KEPT) or caches_nothing(layer):
+        return layer
+    raise _wrong_cache(cache, type(layer))
 
 
 def stored_bytes(cache: Cache) -> int:
@@ -262,13 +282,14 @@ def _check_lengths(cache: Cache) -> None:
         )
 
 
-def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]) -> Any:
+def _sharded(cache: Cache, layer: Any, index: int, plan: CachePlan) -> Any:
     if caches_nothing(layer) or (
         isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer)
     ):
         return layer  # a state is the same on every rank
     if isinstance(layer, ShardStoreLayer):
-        ranks, old = shard(None).ranks, layer.store.ranks
+        ranks, old = plan.ranks, layer.store.ranks
+        assert ranks is not None
         if (ranks.size, ranks.rank) != (old.size, old.rank):
             raise FarspanError(
                 f"This cache is sharded over {old.size} ranks and was made on rank {old.rank}; the patch has "
@@ -278,9 +299,9 @@ def _sharded(cache: Cache, layer: Any, shard: Callable[[int | None], ShardStore]
         return layer
     window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
     if type(layer) in (LinearAttentionAndFullAttentionLayer, HybridStoreLayer):
-        new: ShardStoreLayer = _beside_states(HybridShardStoreLayer, shard(None), layer)
+        new: ShardStoreLayer = _beside_states(HybridShardStoreLayer, plan.sharded(index), layer)
     elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, KVStoreLayer):
-        new = ShardStoreLayer(partial(shard, window))
+        new = ShardStoreLayer(partial(plan.sharded, index, window))
     else:
         raise _wrong_cache(cache, type(layer))
     if layer.is_initialized and layer.get_seq_length() > 0:

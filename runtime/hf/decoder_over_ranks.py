@@ -21,7 +21,7 @@ from ...parallel.mechanisms.layout import Layout, Split
 from ...parallel.mechanisms.prefill import make_split
 from ..padding import Padding, read_padding
 from ..session import Session
-from ..shard import running
+from ..store.shard import running
 from .cache import ShardStoreLayer
 from .decoder_call import tokens_of
 from .hooks import replace_forward

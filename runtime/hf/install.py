@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
-from ..cache import KVStore
 from ..chunking import Chunking
 from ..layer import Layer
 from ..mixers import Mixed
 from ..padding import Padding, checked_2d, ends_by_positions, read_padding, refuse_right_padding
 from ..session import Session
-from ..shard import ShardStore
-from ..static import check_room
 from ..static_call import StaticCall
-from .cache import KVStoreLayer, adopt_cache
+from ..store.static import check_room
+from ..store.storage import Storage
+from ..store.store import KVStore
+from .cache import CachePlan, KVStoreLayer, adopt_cache
 from .captured import arguments_of_step, run_steps
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
@@ -49,6 +49,7 @@ def install(
     mixed: Mapping[int, Mixed] | None = None,
     continues: Callable[[], bool] = lambda: True,
     static: int | None = None,
+    storages: Mapping[int, Storage] | None = None,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -58,6 +59,8 @@ def install(
     mixed: the mixers by the layer whose attention they replace. These layers are not in ``layers``.
     continues: whether layers without attention continue exactly in a call of several tokens on a cache.
     static: the number of positions for which caches of fixed size are made; None: caches grow.
+    storages: how the caches of layers keep keys and values; those of other layers keep plain numbers on the
+    device.
     """
     register()
     mixed = mixed or {}
@@ -83,7 +86,9 @@ def install(
     if static is not None:
         undo.append(run_steps(info.decoder, session))
 
-    fixed = None if static is None else _Fixed(static, layers)
+    mesh = session.mesh
+    ranks, block = (None, 0) if mesh is None else (mesh.ranks, mesh.config.block)
+    plan = CachePlan(count=len(info.kinds), storages=storages or {}, ranks=ranks, block=block, room=static)
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
     def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,7 +96,7 @@ def install(
             return (
                 None
                 if _switched_off(module, session)
-                else _before_decoder(module, args, kwargs, session, ahead, mixed, len(info.kinds), fixed)
+                else _before_decoder(module, args, kwargs, session, ahead, mixed, plan, layers)
             )
 
     before = info.decoder.register_forward_pre_hook(Hook(pre_hook), with_kwargs=True)
@@ -124,14 +129,14 @@ def _before_decoder(
     session: Session,
     ahead: list[str],
     mixed: Mapping[int, Mixed],
-    count: int,
-    fixed: _Fixed | None,
+    plan: CachePlan,
+    layers: Mapping[int, Layer],
 ) -> tuple[tuple[()], dict[str, Any]]:
     """The pre-hook of the decoder. It refuses calls that cannot be served, gives the cache farspan's storage,
     and begins the call in the session. Returns the new arguments.
 
-    ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. count: number of
-    layers of the model. fixed: the stores of fixed size; None where they grow.
+    ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. plan: the stores of
+    the cache. layers: those that a step on stores of fixed size serves.
     """
     call = arguments(decoder, args, kwargs)
     if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
@@ -139,11 +144,9 @@ def _before_decoder(
             "output_attentions=True was given, and farspan never computes attention weights: leave it out."
         )
     cache = settle_cache(decoder, call)
-    mesh = session.mesh
     if cache is not None:
-        shard = None if mesh is None else partial(ShardStore, mesh.ranks, mesh.config.block)
-        adopt_cache(cache, shard, None if fixed is None else fixed.room)
-        adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, count)
+        adopt_cache(cache, plan)
+        adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, plan.count)
     past = 0 if cache is None else cache.get_seq_length()
     tokens = tokens_of(call)
     mask = _checked_mask(call, tokens, past)
@@ -151,30 +154,23 @@ def _before_decoder(
         check_positions(call.get("position_ids"))
     total = past + (0 if tokens is None else tokens.shape[1])
     stores = None if cache is None else _Stores(cache)
-    if fixed is not None and stores is not None and tokens is not None:
-        check_room(total, fixed.room)
+    if plan.room is not None and stores is not None and tokens is not None:
+        check_room(total, plan.room)
         masked = mask is not None and call.get("position_ids") is not None
-        step = StaticCall.of(fixed.layers, stores.__getitem__, tokens, masked)
+        step = StaticCall.of(layers, stores.__getitem__, tokens, masked)
         if step is not None:
             session.begin_call(stores, Padding(), total)
             session.step = step
             return (), arguments_of_step(call, past, tokens.device)
-        for layer in fixed.layers.values():
+        for layer in layers.values():
             layer.settle()  # the steps before this call
     padding = _padding(mask, call, past, session, ahead)
     session.begin_call(stores, padding, total)
     return (), call
 
 
-class _Fixed(NamedTuple):
-    """The stores of fixed size of a patch: their number of positions, and the layers that use them."""
-
-    room: int
-    layers: Mapping[int, Layer]
-
-
 class _Stores:
-    """The stores of a cache by layer. A cache without layers makes each layer when it is first used."""
+    """The stores of a cache by layer; a layer that the cache does not have has none."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache

@@ -14,7 +14,7 @@ from ...attention.errors import FarspanError
 from ...attention.softmax import Softmax
 from ..layer import Layer
 from ..layer_over_ranks import carrier
-from ..shard import running
+from ..store.shard import running
 from .transformers_private import finds_packed_sequences, is_causal_mask, is_sliding_window_mask
 
 NAME = "farspan"  # without "flash", "sdpa" or "flex_attention", for which transformers has special code

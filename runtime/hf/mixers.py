@@ -16,10 +16,10 @@ from ...attention.errors import FarspanError, Unsupported
 from ...attention.hybrid.mixer import Mixer, Rotary, State
 from ...attention.hybrid.projections import Projected
 from ...parallel.mechanisms.state_passing import pass_state
-from ..cache import runs_lasting
 from ..layer import Session
 from ..layer_over_ranks import carried
 from ..mixers import Mixed
+from ..store.store import runs_lasting
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
 from .projections import has_rope, rope_reasons
@@ -228,8 +228,8 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
 
 
 def adopt_states(cache: Cache, mixers: Mapping[int, Mixer], count: int) -> None:
-    """Replace the layers of an adopted cache that belong to mixers by StateLayers. count: number of layers of
-    the model."""
+    """Replace the layers of a cache that belong to mixers by StateLayers. count: number of layers of the
+    model."""
     while mixers and len(cache.layers) < count:  # an empty cache makes each layer when it is first used
         cache.layers.append(cache.layer_class_to_replicate())
     for index, mixer in mixers.items():

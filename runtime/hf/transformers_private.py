@@ -129,11 +129,6 @@ def replicated_layer(cache: Any) -> Any:
     return getattr(cache, "layer_class_to_replicate", None)
 
 
-def replicate_layer(cache: Any, make: Callable[..., Any]) -> None:
-    """Set ``make`` as the class (or function) by which a cache makes missing layers."""
-    cache.layer_class_to_replicate = make
-
-
 def is_offloading(cache: Any) -> bool:
     """Whether a cache moves its layers to another memory while they are not used. In the public API this is
     an argument of the constructor only."""

@@ -13,7 +13,7 @@ from farspan.evals import batch as forward
 from farspan.evals.ranks import Job
 from farspan.evals.shared import by_prefill, recipes, under_each
 from farspan.runtime import shipped
-from farspan.runtime.patch import resolve
+from farspan.runtime.specs import resolve
 from farspan.runtime.training.tuned import Tuned
 
 from ..laws.gates import random_gates

@@ -21,8 +21,8 @@ from farspan.attention.sources import Sources
 from farspan.attention.sparse import window
 from farspan.attention.static_step import StaticStep
 from farspan.runtime.report import PhaseReport
-from farspan.runtime.static import Clock, StaticStore
 from farspan.runtime.static_call import Ledger
+from farspan.runtime.store.static import Clock, StaticStore
 
 from ..interpreter import overflow_unchecked
 from ..ops.tools import assert_law_5

@@ -21,11 +21,11 @@ from farspan.attention.partial import Partial
 from farspan.attention.selection import as_selection
 from farspan.attention.softmax import Softmax
 from farspan.attention.sources import Supply
-from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
 from farspan.runtime.rows import total_reads
-from farspan.runtime.state import States
+from farspan.runtime.store.states import States
+from farspan.runtime.store.store import KVStore
 
 THETA = 100.0  # of the RoPE by which gates rotate in the tests of one layer
 H, HKV, D = 8, 2, 16  # heads and size of the tests' layers, those of the fixture tiny_llama

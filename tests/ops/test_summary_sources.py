@@ -18,9 +18,9 @@ from farspan.attention.needs import Inputs, Needs
 from farspan.attention.softmax import Softmax
 from farspan.attention.sources import Source, Sources
 from farspan.attention.summary import BlockPool, Summary, identity
-from farspan.runtime.cache import KVStore
 from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
+from farspan.runtime.store.store import KVStore
 
 BATCH, HEADS, KV_HEADS, D, VALUE_DIM, HIDDEN = 3, 4, 2, 8, 6, 10
 

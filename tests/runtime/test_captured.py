@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from farspan.runtime.hf import captured, returned_cache, with_cache
 from farspan.runtime.hf.captured import Graph
 from farspan.runtime.layer import Layer
-from farspan.runtime.static import StaticStore
 from farspan.runtime.static_call import StaticCall
+from farspan.runtime.store.static import StaticStore
 
 
 class Graphs:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import farspan
 from farspan.attention.attend import DECODE_ROWS
 from farspan.attention.errors import FarspanError
-from farspan.runtime.cache import KVStore
+from farspan.runtime.store.store import KVStore
 
 CORES = "core_context:g=4,s=16"
 SPECS = [CORES, "combiner:span=8", "combiner:form=logsparse,span=2,largest=16"]

@@ -12,9 +12,9 @@ import torch
 from transformers import DynamicCache
 
 import farspan
-from farspan.runtime.cache import KVStore
 from farspan.runtime.chunking import Chunking
 from farspan.runtime.rows import Run, served
+from farspan.runtime.store.store import KVStore
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

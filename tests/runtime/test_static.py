@@ -14,8 +14,8 @@ import farspan
 from farspan.attention.errors import FarspanError, Unsupported
 from farspan.runtime import static_call
 from farspan.runtime.hf import returned_cache, with_cache
-from farspan.runtime.static import StaticStore
 from farspan.runtime.static_call import StaticCall
+from farspan.runtime.store.static import StaticStore
 
 STATIC: dict[str, set[str]] = {  # the steps that a run from 41 to 61 keys takes
     "dense": {"every"},

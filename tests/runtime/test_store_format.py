@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import farspan
-from farspan.runtime.cache import KVStore
+from farspan.attention.kv import KV
+from farspan.runtime.store.storage import Storage
 
 from ..ops.doubled import Doubled
 from .small_models import decode, make, padded, prompt, recipe, shared
@@ -24,20 +25,17 @@ SPECS = [
 WAYS = {"greedy": {}, "beams": {"num_beams": 3}, "in chunks": {"prefill_chunk_size": 16}}
 
 
-@pytest.fixture
-def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVStore, "format", Doubled)
+DOUBLED = Storage(format=Doubled, spec="doubled")
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_tokens(spec: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_tokens(spec: str, way: str) -> None:
     model = shared("llama")
     learned = recipe("llama") if spec.startswith("double") else None
     with farspan.patch(model, spec, recipe=learned) as patched:
         want, plain = decode(model, padded(), 20, **WAYS[way]), patched.report().to_dict()
-    monkeypatch.setattr(KVStore, "format", Doubled)
-    with farspan.patch(model, spec, recipe=learned) as patched:
+    with farspan.patch(model, spec, recipe=learned, storage=DOUBLED) as patched:
         assert torch.equal(decode(model, padded(), 20, **WAYS[way]), want)
         report = patched.report().to_dict()
     for a, b in zip(report["layers"], plain["layers"], strict=True):
@@ -47,17 +45,17 @@ def test_the_same_tokens(spec: str, way: str, monkeypatch: pytest.MonkeyPatch) -
             assert a[phase]["kv_bytes"] * 128 == pytest.approx(b[phase]["kv_bytes"] * 132, rel=1e-2)
 
 
-def test_sliding_layers_and_soft_cap(doubled: None) -> None:
+def test_sliding_layers_and_soft_cap() -> None:
     model = make("gemma2")
     want = decode(model, padded(), 20)
-    with farspan.patch(model):
+    with farspan.patch(model, storage=DOUBLED):
         assert torch.equal(decode(model, padded(), 20), want)
 
 
-def test_what_the_store_holds(doubled: None) -> None:
+def test_what_the_store_holds() -> None:
     """Doubled keys, in the cache that generate() was given; transformers carries no decoded copy of them."""
     model, cache = shared("llama"), DynamicCache(config=shared("llama").config)
-    with farspan.patch(model):
+    with farspan.patch(model, storage=DOUBLED):
         decode(model, prompt(), 8, past_key_values=cache)
         store = cache.layers[0].store
         assert type(store.kv) is Doubled
@@ -68,8 +66,37 @@ def test_what_the_store_holds(doubled: None) -> None:
         assert v.shape == cache.layers[0].values.shape
 
 
-def test_assisted_decoding_crops_it(doubled: None) -> None:
+def test_assisted_decoding_crops_it() -> None:
     model, assistant = shared("llama"), make("llama", seed=1)
     want = decode(model, prompt(), 20)
-    with farspan.patch(model):
+    with farspan.patch(model, storage=DOUBLED):
         assert torch.equal(decode(model, prompt(), 20, assistant_model=assistant), want)
+
+
+def test_layers_of_their_own() -> None:
+    """A storage by layer, in a cache that transformers made without layers; another patch changes it."""
+    model, cache = shared("llama"), DynamicCache()
+    want = decode(model, prompt(), 8)
+    with farspan.patch(model, storage={1: DOUBLED}):
+        assert torch.equal(decode(model, prompt(), 8, past_key_values=cache), want)
+    assert [type(layer.store.kv) for layer in cache.layers] == [KV, Doubled, KV]
+    keys = cache.layers[1].keys.clone()
+    with farspan.patch(model):
+        model(want[:, -1:], past_key_values=cache)
+    assert [type(layer.store.kv) for layer in cache.layers] == [KV, KV, KV]
+    assert torch.equal(cache.layers[1].keys[:, :, :-1], keys)
+
+
+@pytest.mark.parametrize(
+    ("storage", "sentence"),
+    [
+        ("int3", "There is no storage 'int3'"),
+        ("device:depth=3", "device has no parameter 'depth'; it takes none"),
+        ("device+device", "one format and one memory"),
+        ({9: "device"}, "storage= takes layer numbers from 0 to 2; got 9"),
+        (3, "A storage is a string such as 'device'; got 3"),
+    ],
+)
+def test_refused(storage: object, sentence: str) -> None:
+    with pytest.raises(farspan.SpecError, match=sentence):
+        farspan.patch(shared("llama"), storage=storage)

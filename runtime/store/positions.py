@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention.errors import FarspanError
+from ...attention.errors import FarspanError
 
 
 class Positions:

@@ -10,12 +10,13 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.attend import DECODE_ROWS
-from ..attention.errors import FarspanError
-from ..attention.kv import KV
-from ..attention.summary import Summaries
+from ...attention.attend import DECODE_ROWS
+from ...attention.errors import FarspanError
+from ...attention.kv import KV
+from ...attention.summary import Summaries
 from .positions import Positions
-from .state import States
+from .states import States
+from .storage import DEVICE, Storage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +47,7 @@ def runs_lasting(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class KVStore:
-    """Keys and values [B, Hkv, T] of one layer, appended in place and stored in ``format``.
+    """Keys and values [B, Hkv, T] of one layer, appended in place and stored as ``storage`` says.
 
     The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
@@ -57,9 +58,8 @@ class KVStore:
     length: number of positions whose keys and values are here.
     """
 
-    format: type[KV] = KV  # the format in which a new store keeps keys and values
-
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage = DEVICE) -> None:
+        self.storage = storage
         self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
         self._kv: KV | None = None  # the buffers up to ``length``; made on first use
         self._handles: tuple[Tensor, Tensor] | None = None
@@ -86,12 +86,12 @@ class KVStore:
     def kv(self) -> KV | None:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
         if self._kv is None and self._buffers:
-            self._kv = self.format(*[x[:, :, : self.length] for x in self._buffers])
+            self._kv = self.storage.format(*[x[:, :, : self.length] for x in self._buffers])
         return self._kv
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add keys [B, Hkv, n, D] and values [B, Hkv, n, Dv]."""
-        self.extend(self.format.encode(k, v))
+        self.extend(self.storage.format.encode(k, v))
 
     def extend(self, new: KV) -> None:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
@@ -115,10 +115,7 @@ class KVStore:
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         b, h, _, d = like.shape
-        with torch.inference_mode(
-            False
-        ):  # a buffer that is made in inference mode could not be written outside it
-            buffer = torch.empty(b, h, need + max(256, need // 8), d, dtype=like.dtype, device=like.device)
+        buffer = self.storage.memory.empty((b, h, need + max(256, need // 8), d), like)
         if old is not None:
             buffer[:, :, : self.length] = old[:, :, : self.length]
         return buffer
@@ -293,7 +290,6 @@ class KVStore:
 
     def _grown_rows(self, x: Tensor, room: int) -> Tensor:
         b, h, t, d = x.shape
-        with torch.inference_mode(False):
-            buffer = torch.empty(b, h, room, d, dtype=x.dtype, device=x.device)
+        buffer = self.storage.memory.empty((b, h, room, d), x)
         buffer[:, :, :t] = x
         return buffer

@@ -7,11 +7,12 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from ..attention.summary import Summaries
-from ..parallel.group.comm import Ranks
-from ..parallel.mechanisms.call import Call, Shard
-from ..parallel.mechanisms.layout import Layout, Split
-from .cache import KVStore
+from ...attention.summary import Summaries
+from ...parallel.group.comm import Ranks
+from ...parallel.mechanisms.call import Call, Shard
+from ...parallel.mechanisms.layout import Layout, Split
+from .storage import DEVICE, Storage
+from .store import KVStore
 
 running: ContextVar[Call | None] = ContextVar("running", default=None)  # the present call over ranks
 
@@ -24,8 +25,10 @@ class ShardStore(KVStore):
     shared: block summaries of all positions, and what is kept for them; every rank has all of it.
     """
 
-    def __init__(self, ranks: Ranks, block: int, window: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, ranks: Ranks, block: int, window: int | None = None, storage: Storage = DEVICE
+    ) -> None:
+        super().__init__(storage)
         self.ranks, self.block, self.needed = ranks, block, window
         self.layout = Layout.empty(ranks.size)
         self.shared = Summaries()

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 
 import torch
 
-from ..attention.keys import State
+from ...attention.keys import State
 
 
 @dataclass(eq=False)

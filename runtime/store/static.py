@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.errors import FarspanError
-from ..attention.keys import State
-from ..attention.kv import KV
-from ..attention.sources import Recent, Supply
-from ..attention.static_step import StaticStep
-from ..attention.summary import Summaries, Summary
-from .cache import KVStore, lasting
+from ...attention.errors import FarspanError
+from ...attention.keys import State
+from ...attention.kv import KV
+from ...attention.sources import Recent, Supply
+from ...attention.static_step import StaticStep
+from ...attention.summary import Summaries, Summary
+from .store import KVStore, lasting
 
 
 class Clock:
@@ -222,7 +222,7 @@ class StoredKeys:
 
     @property
     def buffers(self) -> KV:
-        return self._store.format(*self._store.buffers)
+        return self._store.storage.format(*self._store.buffers)
 
     @property
     def length(self) -> Tensor:
