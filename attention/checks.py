@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import typing
@@ -24,10 +23,14 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-@functools.cache
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def type_hints(cls: type) -> dict[str, Any]:
-    """``typing.get_type_hints``, which evaluates every annotation of the class anew at each call."""
-    return typing.get_type_hints(cls)
+    """``typing.get_type_hints``, which evaluates every annotation anew at each call, kept for each class."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:

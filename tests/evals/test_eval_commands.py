@@ -126,7 +126,9 @@ def test_speed_tells_a_needles_folder_apart(command: Command, tmp_path: Path) ->
     assert code == 2 and "needle true there, null here" in err
 
 
-@pytest.mark.parametrize(("suite", "spelling"), [("ppl", "chat/"), ("speed", "./chat"), ("needle", "{}/chat")])
+@pytest.mark.parametrize(
+    ("suite", "spelling"), [("ppl", "chat/"), ("speed", "./chat"), ("needle", "{}/chat")]
+)
 def test_a_folder_knows_its_model_by_content(
     command: Command, folder: Path, tmp_path: Path, suite: str, spelling: str
 ) -> None:

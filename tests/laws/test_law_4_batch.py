@@ -68,7 +68,7 @@ def test_a_padded_batch_in_two_chunks(
 def test_model(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 128, (n,), generator=generator) for n in (110, 57, 14)]
-    following = torch.randint(3, 128, (3, 20), generator=generator)
+    following = torch.randint(3, 128, (3, 10), generator=generator)  # every row crosses into a block of 16
     width = max(len(p) for p in prompts)
     ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
     mask = (torch.arange(width) >= torch.tensor([[width - len(p)] for p in prompts])).long()

@@ -26,6 +26,7 @@ from ..runtime.mixed_gate import MixedGate
 from ..runtime.pooled_gate import PooledGate
 from .parameters import every_method
 
+
 def _common(method: AttentionMethod, recipe: Any) -> dict[str, Any]:
     return {"spec": method, "overrides": TWO_LAYERS, "patch": {"recipe": recipe}}
 

@@ -109,8 +109,8 @@ def job(folder: Path) -> dict[str, list[tuple[int, str, str]]]:
 
     (folder / "file").write_text("not a folder")
     made = ["--recipe", str(folder / "recipe"), "--methods", "dense; double_sparsity:k=16"]
-    answers = ["--model", tiny, "--batch-size", "1", "--dtype", "float32", "--lengths", "512", "--samples", "1"]
-    answers += ["--tasks", "niah_single_2", *made]
+    answers = ["--model", tiny, "--batch-size", "1", "--dtype", "float32", "--lengths", "512"]
+    answers += ["--samples", "1", "--tasks", "niah_single_2", *made]
     windows = ["--lengths", "208", "--new-tokens", "8", "--samples", "3"]
     speed = ["--lengths", "257", "--new-tokens", "4", "--repeats", "1", "--methods", "recycled:k=32,stride=2"]
     commands: dict[str, tuple[list[str], str]] = {
