@@ -88,11 +88,7 @@ def test_over_ranks_as_on_one_device(
     recipe_of: Callable[[AttentionMethod], Any],
     world: World,
     part: str,
-    request: pytest.FixtureRequest,
 ):
-    if method.name == "seer" and part == "cut":
-        why = "over ranks it selects other blocks in a further prompt that begins inside a block"
-        request.applymarker(pytest.mark.xfail(reason=why))
     common = _common(method, recipe_of(method))
     one, long, padded = _plain(common)
     plans = {
