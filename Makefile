@@ -159,7 +159,7 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 # Each worker begins with a run of whole files, so that a file's fixtures are made once; who is done first takes over.
 PYTEST_WORKERS = -n $(WORKERS) --dist worksteal
 
-test: $(VENV)/.dev ## the tests (32 CPU minutes; 28 minutes on two cores beside other work)
+test: $(VENV)/.dev ## the tests (an estimated 24 CPU minutes)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 RELEASES ?= lowest constrained newest
@@ -167,7 +167,7 @@ RELEASES ?= lowest constrained newest
 test-releases: $(VENV)/.dev ## laws, runtime and command line under each supported release of transformers
 	$(BIN)/python tests/releases.py $(RELEASES) --pytest "$(PYTEST_WORKERS)"
 
-test-slow: $(VENV)/.dev ## the tests that take minutes each
+test-slow: $(VENV)/.dev ## the tests that take minutes each, and the laws at all pairs of setting and case
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "slow and not gpu"
 
 test-gpu: $(VENV)/.dev ## the tests that need a CUDA device

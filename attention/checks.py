@@ -23,13 +23,23 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def type_hints(cls: type) -> dict[str, Any]:
+    """``typing.get_type_hints``, which evaluates every annotation anew at each call, kept for each class."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
 def require(method: AttentionMethod, **limits: tuple[float, float | None] | tuple[str, ...]) -> None:
     """Check fields of a method against (lowest, highest or None) or a tuple of allowed strings. A field that
     is None passes; a whole number of NumPy or torch becomes an int.
 
     Raises SpecError, which says what is allowed.
     """
-    hints = typing.get_type_hints(type(method))
+    hints = type_hints(type(method))
     for key, allowed in limits.items():
         value = getattr(method, key)
         if value is None:

@@ -158,6 +158,12 @@ class AttentionMethod:
         return 1
 
     @property
+    def anchored_queries(self) -> bool:
+        """Whether it pools queries in blocks that are counted from the row's first position. Otherwise they
+        are counted from the first query of a call, which may begin inside a block."""
+        return False
+
+    @property
     def couples_heads(self) -> bool:
         """Whether it decides something for all KV heads of a layer jointly. Such a method cannot run under
         tensor parallelism, where a rank holds only some of them."""

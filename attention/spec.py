@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from . import calibrated, chunked, dense, recycled, sparse  # noqa: F401  (importing a method registers it)
+from .checks import type_hints
 from .errors import SpecError
 from .method import AttentionMethod, registered
 
@@ -40,7 +41,7 @@ def parse_method(spec: str | AttentionMethod) -> AttentionMethod:
         )
     name, rest = split_spec(spec)
     cls = find("method", name, methods())
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     fields = {f.name: f for f in parameters_of(cls)}
     values = parse_parameters(name, rest, {key: f.default for key, f in fields.items()}, hints)
     if values.keys() & _SIZES:  # a budget takes the place of the default one

@@ -90,8 +90,8 @@ def test_calibrate_keeps_its_recipe(
     assert capsys.readouterr().out == first
 
 
-def test_two_ranks() -> None:
-    first, second = ranks(2, str(EXAMPLES / "two_ranks.py"), within=120)
+def test_two_ranks(tiny_folder: Path) -> None:
+    first, second = ranks(2, str(EXAMPLES / "two_ranks.py"), str(tiny_folder), within=120)
     assert first.code == second.code == 0, first.err
     assert "over ranks: this one sent" in first.out
     assert second.out == ""

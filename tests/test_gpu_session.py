@@ -44,7 +44,8 @@ def test_a_session_runs_packs_its_results_and_skips_what_does_not_fit(tmp_path: 
     assert code == 2 and "has the phases A, B and C; got D" in said
 
 
-@pytest.mark.parametrize("phase", ["A", pytest.param("B", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["A", "B"])
 def test_every_stage_runs(tmp_path: Path, phase: str) -> None:
     code, said, names = session(tmp_path, phase)
     assert code == 0, said

@@ -82,6 +82,10 @@ class Seer(AttentionMethod):
         return self.block
 
     @property
+    def anchored_queries(self) -> bool:
+        return True
+
+    @property
     def module(self) -> BlockGate | None:
         return self.gate
 

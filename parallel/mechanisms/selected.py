@@ -108,7 +108,7 @@ def selected(
     else:
         keys = k.new_empty(*k.shape[:2], call.total, k.shape[3])
         values = v.new_empty(*v.shape[:2], call.total, v.shape[3])
-    edges = _Edges(local, 1 if window is not None else method.block_multiple)
+    edges = _Edges(local, None if window is not None else method)
     pieces, prepare_bytes = _pieces(method, local, keys, values, shared, window, edges)
     if has_gradient and any(isinstance(piece.selection, Summarised) for piece in pieces):
         raise FarspanError(
@@ -215,34 +215,35 @@ def last_inputs(local: LocalCall, n: int) -> Own:
 
 
 class _Edges:
-    """The queries and inputs next to a chunk, for query blocks that the end of a chunk cuts. Blocks count
-    from the start of a row. Nothing is sent where no block is cut."""
+    """The queries and inputs next to a chunk, for query blocks that the end of a chunk cuts. Nothing is sent
+    where no block is cut. method: whose query blocks they are; None: every query is one."""
 
-    def __init__(self, local: LocalCall, block_multiple: int) -> None:
-        self.block_multiple, self.past, self.end = block_multiple, local.call.past, local.split.end
+    def __init__(self, local: LocalCall, method: AttentionMethod | None) -> None:
+        self.block = 1 if method is None else method.block_multiple
+        self.anchored = method is not None and method.anchored_queries
+        self.past, self.end = local.call.past, local.split.end
         self.arrived: list[Tensor] = []
         self._beyond: dict[str, dict[Span, Beyond]] = {}
         self._own = {_QUERIES: local.q}
         if local.fed is not None:
             self._own |= {name: x.detach() for name, x in local.fed.own().items()}
         chunks = [chunk for rank in range(local.split.size) for _, chunk in local.split.slots(rank)]
-        starts = local.call.starts or ()
+        starts = local.call.starts or (0,)
         if any(self.reach((max(a, s), b), s) != (0, 0) for s in starts for a, b in chunks if b > s):
-            n = block_multiple - 1
+            n = self.block - 1
             for name, x in self._own.items():
                 self._beyond[name], arrived = beyond(x, n, n, local.split, local.mesh.ranks, "edges")
                 if name == _QUERIES:
                     self.arrived.append(arrived)
 
     def reach(self, chunk: Span, first: int) -> tuple[int, int]:
-        """How many queries before and after the chunk belong to its query blocks, in a row that begins at
-        position ``first``."""
-        if first <= self.past:  # blocks count from the call's first query, as chunks do
-            return 0, 0
+        """How many queries of the call before and after the chunk belong to its query blocks, in a row that
+        begins at position ``first``."""
+        if first <= self.past and not self.anchored:
+            return 0, 0  # blocks count from the call's first query, as chunks do
         begin, end = chunk
-        return (begin - first) % self.block_multiple, min(
-            -(end - first) % self.block_multiple, self.end - end
-        )
+        low = min((begin - first) % self.block, begin - max(first, self.past))
+        return low, min(-(end - first) % self.block, self.end - end)
 
     def extended(self, here: slice, chunk: Span, low: int, high: int, batch: slice) -> dict[str, Tensor]:
         """The queries and inputs [B, any, n, any] of the tokens ``here`` of a chunk, with those of ``low``

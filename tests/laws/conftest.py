@@ -1,8 +1,11 @@
-"""Fixtures of the laws: a tiny model in float64, the recipes that methods need, methods bound to a layer."""
+"""Fixtures of the laws: a tiny model in float64, the recipes that methods need, methods bound to a layer; and
+which parametrisations are slow."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +18,27 @@ from farspan.runtime import hf
 
 from ..parallel.jobs import TWO_LAYERS, Case, model_of
 from .gates import random_gates
-from .parameters import CALIBRATION
+from .parameters import CALIBRATION, covering
 from .tools import Data, layer_info
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each method meets every case of a law, and each of its settings meets some; the other pairs of setting
+    and case are slow."""
+    laws: dict[tuple[str, str], dict[tuple[str, str], pytest.Function]] = defaultdict(dict)
+    for item in items:
+        if item.path.parent != Path(__file__).parent or not isinstance(item, pytest.Function):
+            continue
+        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        method = given.pop("method", None)
+        if method is not None and given:
+            laws[item.nodeid.partition("[")[0], method.name][str(method), repr(given)] = item
+    for pairs in laws.values():
+        settings, cases = (list(dict.fromkeys(part)) for part in zip(*pairs, strict=True))
+        kept = {(settings[i], cases[j]) for i, j in covering(len(settings), len(cases))}
+        for pair in pairs.keys() - kept:
+            pairs[pair].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

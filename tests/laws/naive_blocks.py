@@ -30,11 +30,11 @@ def together(shares: list[Tensor], gqa_reduce: str) -> list[Tensor]:
 
 def filled(shares: Tensor, forced: set[int], mass: float) -> set[int]:
     """``forced``, and then the largest until ``mass`` of the total is held."""
-    chosen, goal = set(forced), mass * float(shares.sum())
+    chosen, goal, share_of = set(forced), mass * float(shares.sum()), shares.tolist()
     for j in best(shares, len(shares)):
-        if sum(float(shares[i]) for i in sorted(chosen)) >= goal:
+        if sum(share_of[i] for i in sorted(chosen)) >= goal:
             break
-        if float(shares[j]) > 0:
+        if share_of[j] > 0:
             chosen.add(j)
     return chosen
 
@@ -49,17 +49,18 @@ def antidiagonal(
     for a in range(0, rows, block):
         z, shares = min(a + block, rows), []
         own = own_blocks(past + a, z - a, block)
-        for logits in q[:, a:z].double() @ k.double().T:
-            total = torch.zeros(-(-n // block), dtype=torch.float64)
+        for logits in (q[:, a:z].double() @ k.double().T).tolist():
+            total = [0.0] * -(-n // block)
             for first in range(0, z - a, stride):
                 starts = [c for c in range(0, n, stride) if c <= past + a + first]
                 sums = []
                 for c in starts:
                     pairs = [(first + stride - 1 - i, c + i) for i in range(stride)]
-                    sums.append(sum(float(logits[r, j]) for r, j in pairs if r < z - a and j < n))
-                for c, part in zip(starts, softmax(torch.tensor(sums) * scale / stride), strict=True):
+                    sums.append(sum(logits[r][j] for r, j in pairs if r < z - a and j < n))
+                parts = softmax(torch.tensor(sums, dtype=torch.float64) * scale / stride)
+                for c, part in zip(starts, parts.tolist(), strict=True):
                     total[c // block] += part
-            shares.append(total)
+            shares.append(torch.tensor(total, dtype=torch.float64))
         result.append([filled(total, own | {0}, mass) for total in together(shares, gqa_reduce)])
     return result
 

@@ -18,7 +18,7 @@ def biases(v: Tensor, a: Tensor, w: Tensor, form: str) -> Tensor:
     weight = w.reshape(-1, w.shape[2])
     columns = []
     for head in range(len(a)):
-        dt = torch.stack([x @ weight[:, head] for x in flat])
+        dt = flat @ weight[:, head]
         columns.append(a[head] * torch.log1p(torch.exp(dt)))
     bias = torch.stack(columns)
     return torch.exp(bias) if form == "exp" else bias
@@ -37,7 +37,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """One query q [D] over ``keys`` of k, v [N, D], bias [N] added to the logits -> (out, lse)."""
     at = sorted(keys)
-    logits = torch.stack([scale * (q @ k[j]) + bias[j] for j in at])
+    logits = scale * (k[at] @ q) + bias[at]
     lse = torch.logsumexp(logits, 0)
     return torch.exp(logits - lse) @ v[at], lse
 

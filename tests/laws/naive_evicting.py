@@ -8,16 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .naive import best, softmax
+from .naive import best
 
 
 def paid(queries: Tensor, keys: Tensor, scale: float, read: list[int] | None = None) -> dict[int, float]:
     """What one position's queries [G, D] pay, summed over the group, to each of the keys they read."""
     places = list(range(len(keys))) if read is None else sorted(read)
-    total = torch.zeros(len(places), dtype=torch.float64)
-    for query in queries.double():
-        total += softmax(keys[places].double() @ query * scale)
-    return dict(zip(places, total.tolist(), strict=True))
+    logits = queries.double() @ keys[places].double().T * scale
+    return dict(zip(places, torch.softmax(logits, -1).sum(0).tolist(), strict=True))
 
 
 class SnapKVRow:

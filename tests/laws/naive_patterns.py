@@ -57,7 +57,7 @@ def routing(
     complete segment; a query block goes to the centroid nearest its mean query and reads the unit keys
     nearest that.
     """
-    unit = [x.double() / x.double().norm() for x in k]
+    unit = torch.stack([x / x.norm() for x in k.double()])
     result = []
     for a in range(0, q.shape[1], block):
         z = min(a + block, q.shape[1])
@@ -74,7 +74,7 @@ def routing(
         members: list[list[Tensor]] = [[] for _ in range(clusters)]
         for s in range(moves):
             keys = unit[s * segment : (s + 1) * segment]
-            nearest = [best(torch.stack([x @ mu for mu in centroids]), 1)[0] for x in keys]
+            nearest = [best(cosines, 1)[0] for cosines in keys @ torch.stack(centroids).T]
             for x, c in zip(keys, nearest, strict=True):
                 members[c].append(x)
             for c in range(clusters):
@@ -82,13 +82,13 @@ def routing(
                     mean = torch.stack(members[c]).mean(0)
                     centroids[c] = mean / mean.norm()
         pooled = [q[g, a:z].double().mean(0) for g in range(len(q))]
-        cosines = torch.stack([torch.stack([x / x.norm() @ mu for mu in centroids]) for x in pooled])
+        cosines = torch.stack([x / x.norm() for x in pooled]) @ torch.stack(centroids).T
         logits = cosines * q.shape[2] ** 0.5  # of layer-normalised vectors
         per_head = list(logits) if gqa_reduce == "none" else [combined(logits, gqa_reduce)] * len(q)
         read = []
         for scores in per_head:
             mu = centroids[best(scores, 1)[0]]
-            near = torch.stack([x @ mu for x in unit[:end]])
+            near = unit[:end] @ mu
             others = [j for j in best(near, end) if j not in forced]
             read.append((forced | set(others[: max(0, k_tokens - len(forced))]), near.tolist()))
         result.append(read)

@@ -16,12 +16,10 @@ from .naive import best, combined, softmax
 
 def turned(x: Tensor, position: int, theta: float) -> Tensor:
     """RoPE of one vector x [d]: its numbers i and d / 2 + i turn by position * theta^(-2 i / d)."""
-    half, out = len(x) // 2, x.clone()
-    for i in range(half):
-        angle = position * theta ** (-i / half)
-        out[i] = x[i] * math.cos(angle) - x[half + i] * math.sin(angle)
-        out[half + i] = x[half + i] * math.cos(angle) + x[i] * math.sin(angle)
-    return out
+    half = len(x) // 2
+    angles = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    first, second, cos, sin = x[:half], x[half:], angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin])
 
 
 def pooled_key(k: Tensor, j: int, block: int) -> Tensor:

@@ -242,6 +242,16 @@ def every_method_with_full_budget() -> Any:
     return pytest.mark.parametrize("method", _cases(full_settings, None))
 
 
+def covering(settings: int, cases: int) -> set[tuple[int, int]]:
+    """Pairs (setting, case) by number, as few as let every setting meet a case and every case meet a setting.
+
+    The shift at each round keeps a setting from always meeting the same value of one axis of the cases.
+    """
+    if cases >= settings:
+        return {((case + case // settings) % settings, case) for case in range(cases)}
+    return {(setting, (setting + setting // cases) % cases) for setting in range(settings)}
+
+
 def leaves_out(method: AttentionMethod) -> bool:
     """Whether some keys are not read; ACT by itself gives them other weights."""
     costs = [method.cost(phase, 120) for phase in method.phases]

@@ -26,12 +26,12 @@ def shares_of(q: Tensor, k: Tensor, past: int, block: int) -> list[Tensor]:
     """Per query block of queries q [n, D], the attention it pays each key block."""
     result = []
     for a in range(0, len(q), block):
-        total = torch.zeros(-(-len(k) // block), dtype=torch.float64)
+        total = [0.0] * -(-len(k) // block)
         for r in range(a, min(a + block, len(q))):
             weights = torch.softmax(k[: past + r + 1].double() @ q[r].double() * k.shape[1] ** -0.5, 0)
-            for j, weight in enumerate(weights):
+            for j, weight in enumerate(weights.tolist()):
                 total[j // block] += weight
-        result.append(total)
+        result.append(torch.tensor(total, dtype=torch.float64))
     return result
 
 

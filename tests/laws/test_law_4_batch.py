@@ -68,7 +68,7 @@ def test_a_padded_batch_in_two_chunks(
 def test_model(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 128, (n,), generator=generator) for n in (110, 57, 14)]
-    following = torch.randint(3, 128, (3, 20), generator=generator)
+    following = torch.randint(3, 128, (3, 10), generator=generator)  # every row crosses into a block of 16
     width = max(len(p) for p in prompts)
     ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
     mask = (torch.arange(width) >= torch.tensor([[width - len(p)] for p in prompts])).long()
@@ -108,40 +108,38 @@ def test_model_fed_in_pieces(
 
 @every_method()
 @pytest.mark.parametrize("chunk", [24, 40])
+@pytest.mark.parametrize("batch", ["ragged", "in blocks", "in chunks", "padded alike"])
 def test_model_with_prefill_chunk(
-    model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int
+    model: Any, patched: Callable[..., Any], method: AttentionMethod, chunk: int, batch: str
 ) -> None:
     """f05: a row of a padded batch, in chunks, gives what it gives alone in the same ``prefill_chunk``.
 
     A method that judges a chunk by the chunk's last queries needs the cuts of the row alone: where these do
     not fit each other, each row gives what it gives alone and whole.
     """
-    size, other = (method.block_multiple * -(-c // method.block_multiple) for c in (chunk, 24))
-    if chunk != 24 and size == other:
-        return  # the very chunks of the case of 24
-    ragged = (150, 101, 38, 7)
-    in_blocks = (150, 150 - method.block_multiple, 150 - 3 * method.block_multiple, 20)
-    in_chunks = (150, 150 - size, 150 - 2 * size)
-    alone_before: dict[Any, torch.Tensor] = {}  # all batches begin with the same row of 150
-    for lengths, width in ((ragged, 150), (in_blocks, 150), (in_chunks, 150), ((97, 60), 150)):
-        ids, mask = _padded([n + 3 for n in lengths], width + 3)
-        cuts = range(width, width + 4)
-        alone = [set(range(width - n + size, width - 16, size)) for n in lengths]  # cuts
-        fit = all(alone[b] == {x for x in alone[0] if x > width - n} for b, n in enumerate(lengths))
-        setting = chunk if fit or lookahead(method) is not None else None
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # that a batch is not cut
-            with patched(method, prefill_chunk=chunk):
-                got = _in_pieces(model, ids, mask, cuts)
-        with patched(method, prefill_chunk=setting), torch.no_grad():
-            for b, length in enumerate(lengths):
-                first = width - length
-                row = ids[b : b + 1, first:], mask[b : b + 1, first:]
-                key = (setting, *row[0][0].tolist())
-                if key not in alone_before:
-                    alone_before[key] = _in_pieces(model, *row, range(length, length + 4))
-                error = (got[b : b + 1, first:] - alone_before[key]).abs().max()
-                assert error < 1e-5, f"the row of {length} of {lengths} tokens differs by {error:.1e}"
+    block, width = method.block_multiple, 150
+    size = block * -(-chunk // block)
+    lengths = {
+        "ragged": (150, 101, 38, 7),
+        "in blocks": (150, 150 - block, 150 - 3 * block, 20),
+        "in chunks": (150, 150 - size, 150 - 2 * size),
+        "padded alike": (97, 60),
+    }[batch]
+    ids, mask = _padded([n + 3 for n in lengths], width + 3)
+    alone = [set(range(width - n + size, width - 16, size)) for n in lengths]  # cuts
+    fit = all(alone[b] == {x for x in alone[0] if x > width - n} for b, n in enumerate(lengths))
+    setting = chunk if fit or lookahead(method) is not None else None
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that a batch is not cut
+        with patched(method, prefill_chunk=chunk):
+            got = _in_pieces(model, ids, mask, range(width, width + 4))
+    with patched(method, prefill_chunk=setting), torch.no_grad():
+        for b, length in enumerate(lengths):
+            first = width - length
+            row = ids[b : b + 1, first:], mask[b : b + 1, first:]
+            want = _in_pieces(model, *row, range(length, length + 4))
+            error = (got[b : b + 1, first:] - want).abs().max()
+            assert error < 1e-5, f"the row of {length} tokens differs by {error:.1e}"
 
 
 def _padded(lengths: list[int], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

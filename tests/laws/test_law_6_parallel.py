@@ -24,10 +24,7 @@ from ..parallel.jobs import (
 from ..parallel.world import World
 from ..runtime.mixed_gate import MixedGate
 from ..runtime.pooled_gate import PooledGate
-from .parameters import every_method, sparse_settings
-
-# Each method at its first parameters.
-FIRST = {str(cls(**sparse_settings(cls)[0])) for cls in farspan.methods().values()}
+from .parameters import every_method
 
 
 def _common(method: AttentionMethod, recipe: Any) -> dict[str, Any]:
@@ -85,28 +82,31 @@ def _assert_as_on_one_device(world: World, plan: dict[int, list[Case]]) -> None:
 
 
 @every_method()
+@pytest.mark.parametrize("part", ["whole", "padded", "cut", "corners"])
 def test_over_ranks_as_on_one_device(
-    method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
+    method: AttentionMethod,
+    recipe_of: Callable[[AttentionMethod], Any],
+    world: World,
+    part: str,
 ):
     common = _common(method, recipe_of(method))
     one, long, padded = _plain(common)
-    if str(method) not in FIRST:  # further parameters: the rest is in the test below
-        _assert_as_on_one_device(world, {3: [long, padded]})
-        return
-    cases = [one, long, padded, *_cut(common), *_corners(common)]
-    _assert_as_on_one_device(world, {3: cases, 2: [long], 4: [padded]})
+    plans = {
+        "whole": {3: [one, long], 2: [long]},
+        "padded": {3: [padded], 4: [padded]},
+        "cut": {3: _cut(common)},
+        "corners": {3: _corners(common)},
+    }
+    _assert_as_on_one_device(world, plans[part])
 
 
 @pytest.mark.slow
 @every_method()
-def test_every_size_and_corner_as_on_one_device(
+def test_every_size_as_on_one_device(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ):
-    """What the test above leaves out: turns, chunks and corners at every method's further parameters, and all
-    sizes."""
-    common = _common(method, recipe_of(method))
-    plain = _plain(common)
-    _assert_as_on_one_device(world, {3: [*_cut(common), *_corners(common)], 2: plain, 4: plain})
+    plain = _plain(_common(method, recipe_of(method)))
+    _assert_as_on_one_device(world, {2: plain, 4: plain})
 
 
 def test_gates_as_on_one_device(world: World):
@@ -142,16 +142,16 @@ def test_gates_after_crops_as_on_one_device(world: World):
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "size"),
     [
-        "block_topk:k=24,block=8 + quest:k=16,page=4,dense_layers=0",
-        "antidiagonal:mass=0.5,stride=4,block=16 + recycled:k=24,stride=4",
-        "a_shape:w=12,sinks=3,block=8 + h2o:k=24",
-        "snapkv:k=24,window=8",
-        "window:w=12",
+        ("block_topk:k=24,block=8 + quest:k=16,page=4,dense_layers=0", 3),
+        ("antidiagonal:mass=0.5,stride=4,block=16 + recycled:k=24,stride=4", 2),
+        ("a_shape:w=12,sinks=3,block=8 + h2o:k=24", 3),
+        ("snapkv:k=24,window=8", 2),
+        ("window:w=12", 3),
     ],
 )
-def test_rows_of_a_padded_batch_in_phases_of_their_own(spec: str, world: World):
+def test_rows_of_a_padded_batch_in_phases_of_their_own(spec: str, size: int, world: World):
     """Rows below the crossover beside rows above it; rows that begin, or have no token yet, in short calls
     and in chunks."""
     common: dict[str, Any] = {"spec": spec, "new": 6}
@@ -161,15 +161,14 @@ def test_rows_of_a_padded_batch_in_phases_of_their_own(spec: str, world: World):
         Case(model="gemma3", lengths=(90, 3, 33), how={"prefill_chunk_size": 40}, **common),
         Case(lengths=(141, 141 - 48, 29), patch={"prefill_chunk": 32}, **common),
     ]
-    for size in (2, 3):
-        ranks = world.run(over_ranks, size, every)
-        for i, case in enumerate(every):
-            want = generated(case)
-            for got in (done[i] for done in ranks):
-                assert torch.equal(got["tokens"][0], want["tokens"][0]), case
-                assert (got["logits"][0] - want["logits"][0]).abs().max() < 1e-9, case
-            if "prefill_chunk_size" not in case.how:  # every rank reads a row that begins in a short call
-                _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
+    ranks = world.run(over_ranks, size, every)
+    for i, case in enumerate(every):
+        want = generated(case)
+        for got in (done[i] for done in ranks):
+            assert torch.equal(got["tokens"][0], want["tokens"][0]), case
+            assert (got["logits"][0] - want["logits"][0]).abs().max() < 1e-9, case
+        if "prefill_chunk_size" not in case.how:  # every rank reads a row that begins in a short call
+            _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
 
 
 def _assert_shared_out(parts: list[farspan.Report], whole: farspan.Report) -> None:

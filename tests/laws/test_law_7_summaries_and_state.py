@@ -103,17 +103,22 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @every_method()
-def test_summaries_in_generate(model: Any, patched: Callable[..., Any], method: AttentionMethod) -> None:
+@pytest.mark.parametrize("way", ["greedy", "beams", "assisted"])
+def test_summaries_in_generate(
+    model: Any, patched: Callable[..., Any], method: AttentionMethod, way: str
+) -> None:
     """Greedy, beams (rows reordered) and assisted decoding (crops), over a padded batch and over one row."""
     feed = Feed(model)
     ids, mask = feed.ids[:, :PROMPT], feed.mask[:, :PROMPT]
-    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    given = {
+        "greedy": {"inputs": ids, "attention_mask": mask},
+        "beams": {"inputs": ids, "attention_mask": mask, "num_beams": 3},
+        "assisted": {"inputs": ids[:1].repeat(1, 2), "prompt_lookup_num_tokens": 4},
+    }
     with patched(method), summaries_checked() as checked:
-        model.generate(ids, attention_mask=mask, **how)
-        model.generate(ids, attention_mask=mask, num_beams=3, **how)
-        model.generate(ids[:1].repeat(1, 2), prompt_lookup_num_tokens=4, **how)
+        model.generate(**given[way], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     if method.name in ("quest", "double_sparsity", "block_topk"):
-        assert checked[0] >= 6, "two layers, three times"
+        assert checked[0] >= 2, "two layers"
 
 
 @every_method(DECODE)

@@ -236,35 +236,36 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
 
 
 @every_method()
+@pytest.mark.parametrize("size", [2, 3])
 def test_ranks_count_what_selection_reads(
-    method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
+    method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World, size: int
 ) -> None:
-    _assert_ranks_count(method, recipe_of(method), world)
+    _assert_ranks_count(method, recipe_of(method), world, size)
 
 
-def test_ranks_count_what_gates_read(world: World) -> None:
-    _assert_ranks_count(MixedGate(), None, world)
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_count_what_gates_read(world: World, size: int) -> None:
+    _assert_ranks_count(MixedGate(), None, world, size)
 
 
-def _assert_ranks_count(method: AttentionMethod, recipe: Any, world: World) -> None:
+def _assert_ranks_count(method: AttentionMethod, recipe: Any, world: World, size: int) -> None:
     """Every rank reads what is whole on every rank, so its bytes are one device's: block summaries at decode,
     all keys in ``prepare_prefill``. Two things differ by definition. Labels and raw keys at decode lie with
     their keys, so the ranks' bytes add up to one device's. In prefill each chunk of the prompt is selected
     for by itself, from what it sees, so the ranks' bytes are those of the chunks."""
     length = 288
     blocks = [s.block or 1 for s in method.summaries]
-    for size in (2, 3):
-        prompt = zigzag(0, length, size, math.lcm(method.block_multiple, *blocks))
-        how: dict[str, Any] = {"overrides": TWO_LAYERS, "patch": {"recipe": recipe}}
-        case = Case(spec=method, calls=(length, *(1,) * 5), **how)
-        with selection_bytes(method, prompt) as known:
-            want = _of_selection(stepped(case)["report"])
-        ranks = [_of_selection(got["report"]) for [got] in world.run(stepped_over_ranks, size, [case])]
-        whole = want[DECODE] - known.sharded
-        assert sum(rank[DECODE] for rank in ranks) == size * whole + known.sharded
-        assert sum(rank[PREFILL] for rank in ranks) == size * known.prepared + known.chunks
-        for rank in ranks:
-            assert rank[PREFILL] >= known.prepared and rank[DECODE] >= whole
+    prompt = zigzag(0, length, size, math.lcm(method.block_multiple, *blocks))
+    how: dict[str, Any] = {"overrides": TWO_LAYERS, "patch": {"recipe": recipe}}
+    case = Case(spec=method, calls=(length, *(1,) * 5), **how)
+    with selection_bytes(method, prompt) as known:
+        want = _of_selection(stepped(case)["report"])
+    ranks = [_of_selection(got["report"]) for [got] in world.run(stepped_over_ranks, size, [case])]
+    whole = want[DECODE] - known.sharded
+    assert sum(rank[DECODE] for rank in ranks) == size * whole + known.sharded
+    assert sum(rank[PREFILL] for rank in ranks) == size * known.prepared + known.chunks
+    for rank in ranks:
+        assert rank[PREFILL] >= known.prepared and rank[DECODE] >= whole
 
 
 def _of_selection(report: farspan.Report) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def commands(*lines: list[str], within: float = 120, **more: str) -> list[Ended]
     """Commands started together; all must end ``within`` seconds, else TimeoutError."""
     began = time.monotonic()
     return _wait([_start(line, environment(**more)) for line in lines], began, within)
+
+
+def here(arguments: list[str]) -> Ended:
+    """The `farspan` command in this process, on one thread as processes of their own have it."""
+    import torch
+
+    from farspan.cli import main
+
+    threads, began, code = torch.get_num_threads(), time.monotonic(), 0
+    torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+    return Ended(code, out.getvalue(), err.getvalue(), time.monotonic() - began)
 
 
 def _start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:

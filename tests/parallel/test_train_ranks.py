@@ -31,7 +31,7 @@ def trained(tmp_path_factory: Any, tiny_llama: Any, smollm2: Any) -> tuple[list[
     smollm2[1].save_pretrained(folder / "tiny")
     (folder / "prose.txt").write_text(TEXT)
     arguments = [*TRAIN, "--model", str(folder / "tiny"), "--text", str(folder / "prose.txt")]
-    [alone] = launch.commands([sys.executable, "-m", "farspan", *arguments, "--out", str(folder / "alone")])
+    alone = launch.here([*arguments, "--out", str(folder / "alone")])
     assert alone.code == 0, alone
     return arguments, Recipe.load(folder / "alone"), alone.out
 
@@ -51,8 +51,9 @@ def test_two_ranks_learn_what_one_process_learns(trained: Any, tmp_path: Path) -
 
 def test_a_killed_training_ends_at_the_same_weights(trained: Any, tmp_path: Path) -> None:
     arguments, alone, _ = trained
-    command = [sys.executable, "-m", "farspan", *arguments, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env=launch.environment(), stderr=subprocess.DEVNULL)
+    command = [*arguments, "--out", str(tmp_path)]
+    begun = [sys.executable, "-m", "farspan", *command]
+    process = subprocess.Popen(begun, env=launch.environment(), stderr=subprocess.DEVNULL)
     log, began = tmp_path / "log.jsonl", time.monotonic()
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
         assert time.monotonic() - began < 120 and process.poll() is None
@@ -60,7 +61,7 @@ def test_a_killed_training_ends_at_the_same_weights(trained: Any, tmp_path: Path
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "recipe.json").exists()
-    [again] = launch.commands(command)
+    again = launch.here(command)
     assert again.code == 0, again
     resumed = Recipe.load(tmp_path)
     assert all(torch.equal(x, resumed.tensors[name]) for name, x in alone.tensors.items())
