@@ -165,7 +165,10 @@ class Layer(Unique):
         kv = None if store is None else store.kv
         kv = KV(k, v) if kv is None else kv
         if softmax.window is not None:
-            return flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            part = flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            if store is not None:
+                store.settle()
+            return part
         source = LocalKeys(
             q,
             kv,
@@ -177,6 +180,7 @@ class Layer(Unique):
         )
         called = self.layer_call(source, self._meter if self.measure else None)
         if store is not None:
+            store.settle()
             self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * total)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
         return called.part(q, kv.value_dim)
@@ -204,6 +208,7 @@ class Layer(Unique):
             return source.attend_window(softmax.window)
         called = self.layer_call(source)
         if kept:
+            store.settle()
             kv = KV(k, v)
             self._count_stored(
                 store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size

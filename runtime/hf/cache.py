@@ -40,7 +40,7 @@ class KVStoreLayer(DynamicLayer):
     # transformers reads and sets these as plain attributes
     @property
     def keys(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.kv.k
+        return None if self.store.kv is None else self.store.kv.on_device().k
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -48,7 +48,7 @@ class KVStoreLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.kv.v
+        return None if self.store.kv is None else self.store.kv.on_device().v
 
     @values.setter
     def values(self, value: Tensor | None) -> None:

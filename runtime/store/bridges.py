@@ -1,0 +1,148 @@
+"""The bridges from the memory of a store to the device of the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...attention.kv import KV
+from ...attention.offloaded import Bridge
+from ...attention.ops.rows import flat_places
+from .hot_rows import HotRows
+
+Release = Callable[[Tensor], None]  # frees what reading a buffer has brought into the memory of the process
+
+
+class StoreBridge(Bridge):
+    """The bridge of one store."""
+
+    def forget(self, lists: int) -> None:
+        """Drop what is kept of rows, since rows have changed or lie elsewhere now. lists: the rows of the
+        batch times KV heads of the store."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device of what is kept of rows."""
+        return 0
+
+
+class InPlace(StoreBridge):
+    """For a memory of tier ``tier`` that operations on ``device`` read as it is."""
+
+    reaches = True
+
+    def __init__(self, tier: str, device: torch.device, release: Release) -> None:
+        self.tier, self.device, self._release = tier, device, release
+
+    def gather(self, far: KV, rows: Tensor) -> KV:
+        return far.gather(rows)
+
+    def at(self, far: KV, heads: Tensor, positions: Tensor) -> KV:
+        return far.at(heads, positions)
+
+    def copied(self, far: KV) -> KV:
+        return far
+
+    def stream(self, far: KV, size: int) -> Iterator[KV]:
+        for a in range(0, far.length, size):
+            yield far[:, :, a : a + size]
+            for x in far.stored:
+                self._release(x)
+
+
+class Fetching(StoreBridge):
+    """For a memory of tier ``tier`` that the CPU reads and ``device`` does not: rows are copied. hot: those
+    that stay on the device."""
+
+    reaches = False
+
+    def __init__(self, tier: str, device: torch.device, hot: HotRows, release: Release) -> None:
+        self.tier, self.device, self.hot, self._release = tier, device, hot, release
+
+    def gather(self, far: KV, rows: Tensor) -> KV:
+        if rows.numel() <= self.hot.slots and (places := flat_places(far.stored[0], rows)) is not None:
+            parts = self.hot.gather(places, _count(far.stored[0]), lambda new: self._fetch(far, new))
+            return type(far)(*[x.view(*rows.shape, -1) for x in parts])
+        return self._moved(far.gather(rows.cpu()))
+
+    def warm(self, far: KV, rows: Tensor) -> None:
+        """Bring rows [B, Hkv, R] to the device before they are asked for."""
+        places = flat_places(far.stored[0], rows)
+        if places is not None and rows.numel() <= self.hot.slots:
+            self.hot.warm(places, _count(far.stored[0]), lambda new: self._fetch(far, new))
+
+    def at(self, far: KV, heads: Tensor, positions: Tensor) -> KV:
+        return self._moved(far.at(heads.cpu(), positions.cpu()))
+
+    def copied(self, far: KV) -> KV:
+        return far.map(self._copy)
+
+    def stream(self, far: KV, size: int) -> Iterator[KV]:
+        parts = [far[:, :, a : a + size] for a in range(0, far.length, size)]
+        if not _streams(self.device):
+            for part in parts:
+                yield self.copied(part)
+            return
+        present, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        side.wait_stream(present)  # the rows may be on their way to the memory
+        ahead = self._on_stream(parts[0], side)
+        for i in range(len(parts)):
+            block = ahead
+            present.wait_stream(side)
+            if i + 1 < len(parts):
+                ahead = self._on_stream(parts[i + 1], side)
+            for x in block.stored:
+                x.record_stream(present)
+            yield block
+
+    def forget(self, lists: int) -> None:
+        self.hot.forget(lists)
+
+    @property
+    def nbytes(self) -> int:
+        return self.hot.nbytes
+
+    def _on_stream(self, part: KV, stream: torch.cuda.Stream) -> KV:
+        with torch.cuda.stream(stream):
+            return self.copied(part)
+
+    def _fetch(self, far: KV, places: Tensor) -> list[Tensor]:
+        here, rows = places.cpu(), []
+        for x in far.stored:
+            width = x.shape[3]
+            flat = x.as_strided((_count(x), width), (width, 1), 0)
+            out = x.new_empty(len(here), width, pin_memory=_streams(self.device))
+            rows.append(self._to_device(torch.index_select(flat, 0, here, out=out)))
+        return rows
+
+    def _moved(self, kv: KV) -> KV:
+        return kv.map(self._to_device)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=self.device)
+        copy_heads(out, x)
+        self._release(x)
+        return out
+
+
+def copy_heads(out: Tensor, x: Tensor) -> None:
+    """Copy x [B, Hkv, n, any] to ``out``, each head in one piece, so that a copy between a GPU and pinned
+    memory needs no other memory. It may not have ended when this returns."""
+    for to_row, row in zip(out, x, strict=True):
+        for to, head in zip(to_row, row, strict=True):
+            to.copy_(head, non_blocking=True)
+
+
+def _count(x: Tensor) -> int:
+    """How many rows [any] the memory has that x is a view of."""
+    return x.untyped_storage().nbytes() // max(1, x.shape[3] * x.element_size())
+
+
+def _streams(device: torch.device) -> bool:
+    """Whether copies run on streams of their own: on a GPU that is there."""
+    return device.type == "cuda" and torch.cuda.is_available()
