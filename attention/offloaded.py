@@ -94,14 +94,17 @@ class Offloaded(KV):
         return self._few().map(change)
 
     def __getitem__(self, index: Any) -> KV:  # type: ignore[override]
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) for part in parts):
+            return self._few()[index]  # chosen rows are copied
         far, recent = self.far[index], self.recent
         if recent is None:
             return Offloaded(far, self.bridge)
-        if isinstance(index, tuple) and len(index) == 3:
-            begin, end, _ = index[2].indices(self.length)
+        if len(parts) == 3:
+            begin, end, _ = parts[2].indices(self.length)
             if begin >= self._past:
-                return recent[(*index[:2], slice(begin - self._past, max(begin, end) - self._past))]
-            recent = recent[(*index[:2], slice(0, max(0, end - self._past)))]
+                return recent[(*parts[:2], slice(begin - self._past, max(begin, end) - self._past))]
+            recent = recent[(*parts[:2], slice(0, max(0, end - self._past)))]
         else:
             recent = recent[index]
         return Offloaded(far, self.bridge, recent)

@@ -96,6 +96,7 @@ class Suite:
 
     model: options.Model = options.DEFAULT_MODEL
     methods: Methods = field(default_factory=lambda: ["dense"])
+    storage: options.Storage = None
 
 
 @dataclass(frozen=True, kw_only=True)

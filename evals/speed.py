@@ -41,6 +41,7 @@ _PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
 _HIGHEST = (
     "peak_memory_bytes",
     "kv_bytes_stored",
+    "kv_bytes_on_device",
     "kv_bytes_read_per_token",
     "prefill_sent_bytes",
     "decode_sent_bytes_per_token",
@@ -97,14 +98,14 @@ def speed(
             "lengths must be at least 2 and the others at least 1."
         )
     model, tokenizer = setup.model, setup.tokenizer
-    with Job(model, setup.parallel) as job:
+    with Job(model, setup.parallel, setup.storage) as job:
         specs = check_methods(model, setup.methods, setup.recipe, job)
         sizes = sorted(set(lengths))
         prompts = {n: _prompts(tokenizer, text, n, batch_size) for n in sizes}
         timer = Timer(model=model, tokenizer=tokenizer, recipe=setup.recipe, job=job)
         settings = {
             **setup.config,
-            **common_settings(model, tokenizer, setup.name, specs, setup.recipe),
+            **common_settings(model, tokenizer, setup.name, specs, setup.recipe, setup.storage),
             "suite": "speed",
             "baseline": timer.baseline,
             "lengths": sizes,
@@ -211,8 +212,8 @@ class Timer:
             sent.append(job.sent)
             read = job.report(patched).summary if patched else {}
         steps = read["kv_bytes_read"] + read["selection_bytes"] if patched else None
-        ranks = job.gather([most.bytes, stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
-        memory, stored, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
+        ranks = job.gather([most.bytes, *stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
+        memory, stored, on_device, prefill_sent, decode_sent = map(_highest, zip(*ranks, strict=True))
         assert decode_sent is not None
         return {
             "score": _mean_score(self.tokenizer, prompts.asked, answers),
@@ -223,6 +224,7 @@ class Timer:
             "implementation": read.get("implementation"),
             "peak_memory_bytes": memory,
             "kv_bytes_stored": stored,
+            "kv_bytes_on_device": on_device,
             "kv_bytes_read_per_token": None if steps is None else steps / (len(prompts.ids) * count),
             "prefill_sent_bytes": prefill_sent,
             "decode_sent_bytes_per_token": decode_sent / count,

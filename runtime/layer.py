@@ -49,7 +49,8 @@ class Layer(Unique):
     measure: number of queries of a prefill call on which attention mass is measured; 0 measures nothing.
     observer: called after every selection of a layer that is measured.
     phases: the report of each phase.
-    stored, dense_stored: bytes of memory of the last call's store, and of all keys and values of its tokens.
+    stored, dense_stored: bytes of memory of the last call's store, by tier, and of all keys and values of its
+    tokens. hot: rows asked for, and those of them that were on the device, of a store in another memory.
     """
 
     index: int
@@ -62,8 +63,9 @@ class Layer(Unique):
     measure: int = 0
     observer: Observer | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
-    stored: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
     dense_stored: int = 0
+    hot: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys, self.faster)
@@ -87,7 +89,7 @@ class Layer(Unique):
 
     def clear_report(self) -> None:
         """Set the counts of this layer to zero."""
-        self.stored = self.dense_stored = 0
+        self.stored, self.dense_stored, self.hot = {}, 0, (0, 0)
         self.ledger.clear()
         self.phases = {
             phase: PhaseReport(
@@ -146,7 +148,7 @@ class Layer(Unique):
         """Bring the steps of a store of fixed size into the report."""
         stored = self.ledger.settle(self.phases[DECODE], self.decode.selective, self.left_dense.get(DECODE))
         if stored is not None:
-            self.stored, self.dense_stored = stored
+            self.stored, self.dense_stored = {"device": stored[0]}, stored[1]
 
     def _on_one_device(
         self,
@@ -222,7 +224,10 @@ class Layer(Unique):
         return called.part(q, v.shape[3])
 
     def _count_stored(self, store: KVStore, dense: int) -> None:
-        self.stored, self.dense_stored = store.nbytes, dense
+        self.stored, self.dense_stored = store.tiers, dense
+        if store.hot_rows is not None:
+            asked, hits = store.hot_rows.counted()
+            self.hot = self.hot[0] + asked, self.hot[1] + hits
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""

@@ -42,8 +42,8 @@ def attend(
     """
     kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
     if isinstance(kv, Offloaded):
-        part = _by_block(q, kv.on_device() if causal else kv, softmax, causal=causal, mask=mask, wide=wide)
-        return Partial(part.out.to(kind), part.lse)
+        merged = _by_block(q, kv.on_device() if causal else kv, softmax, causal=causal, mask=mask, wide=wide)
+        return Partial(merged.out.to(kind), merged.lse)
     k, v = kv.dense()
     scale, softcap = softmax.scale, softmax.softcap
     if q.shape[2] == 0 or k.shape[2] == 0:
@@ -81,14 +81,13 @@ def attend(
 def _by_block(
     q: Tensor, kv: KV, softmax: Softmax, *, causal: bool, mask: Tensor | None, wide: bool
 ) -> Partial:
-    """``attend``, over a part of ``kv`` at a time. Where there are several parts, they are merged before they
-    are rounded."""
-    whole, begin, many = None, 0, False
+    """``attend``, over a part of ``kv`` at a time."""
+    whole, begin = None, 0
     plain = kv.length - (0 if mask is None else mask.shape[-1])  # keys that every row reads
     for block in kv.blocks():
-        end, many = begin + block.length, many or block.length < kv.length
+        end = begin + block.length
         its = None if mask is None or end <= plain else mask[..., max(0, begin - plain) : end - plain]
-        part = attend(q, block, softmax, causal=causal, mask=its, wide=wide or many)
+        part = attend(q, block, softmax, causal=causal, mask=its, wide=wide)
         whole, begin = part if whole is None else merge(whole, part), end
     assert whole is not None
     return whole

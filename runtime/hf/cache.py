@@ -259,16 +259,18 @@ def _adopted(cache: Cache, layer: Any, index: int, plan: CachePlan, clock: Clock
     raise _wrong_cache(cache, type(layer))
 
 
-def stored_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values in a cache: of farspan's stores with their summaries and spare room, of
-    other layers those of the tensors."""
-    total = 0
+def stored_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes of the keys and values in a cache, and how many of them are on the device: of farspan's stores
+    with their summaries and spare room, of other layers those of the tensors."""
+    total = on_device = 0
     for layer in cache.layers:
+        tiers: Mapping[str, int] = {}
         if isinstance(layer, KVStoreLayer):
-            total += layer.store.nbytes
+            tiers = layer.store.tiers
         elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+            tiers = {"device": layer.keys.nbytes + layer.values.nbytes}
+        total, on_device = total + sum(tiers.values()), on_device + tiers.get("device", 0)
+    return total, on_device
 
 
 def _check_lengths(cache: Cache) -> None:

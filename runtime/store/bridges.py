@@ -37,7 +37,11 @@ class InPlace(StoreBridge):
         self.tier, self.device, self._release = tier, device, release
 
     def gather(self, far: KV, rows: Tensor) -> KV:
-        return far.gather(rows)
+        gathered = []
+        for h in range(far.num_kv_heads):  # a row of few bytes brings a whole page, and those around it
+            gathered.append(far[:, h : h + 1].gather(rows[:, h : h + 1]).stored)
+            self._free(far)
+        return type(far)(*[torch.cat(parts, 1) for parts in zip(*gathered, strict=True)])
 
     def at(self, far: KV, heads: Tensor, positions: Tensor) -> KV:
         return far.at(heads, positions)
@@ -48,8 +52,11 @@ class InPlace(StoreBridge):
     def stream(self, far: KV, size: int) -> Iterator[KV]:
         for a in range(0, far.length, size):
             yield far[:, :, a : a + size]
-            for x in far.stored:
-                self._release(x)
+            self._free(far)
+
+    def _free(self, far: KV) -> None:
+        for x in far.stored:
+            self._release(x)
 
 
 class Fetching(StoreBridge):

@@ -17,7 +17,8 @@ class HotRows:
     Where a new row needs a slot, it takes that of the row that was used least lately. What a call reads is
     exact: a row that is not here is fetched. Rows can be brought here before they are asked for (``warm``),
     also by another thread. each: slots for each list of rows, which share them.
-    asked, hits: rows asked for, and those that were here.
+    asked, hits: rows asked for, and those of them
+    that were here.
     """
 
     def __init__(self, each: int) -> None:
@@ -37,6 +38,12 @@ class HotRows:
         if self._slot_of is None:
             return 0
         return sum([x.nbytes for x in (self._slot_of, self._place_of, self._used, *self._parts)])
+
+    def counted(self) -> tuple[int, int]:
+        """``asked`` and ``hits`` since the last call of this."""
+        counts = self.asked, self.hits
+        self.asked = self.hits = 0
+        return counts
 
     def gather(self, places: Tensor, count: int, fetch: Fetch) -> list[Tensor]:
         """The rows at ``places`` [n] int64 out of ``count``, n at most the number of slots, of each part."""
@@ -66,10 +73,10 @@ class HotRows:
 
     def _begin(self, like: Tensor, count: int) -> None:
         with torch.inference_mode(False):
-            ints = {"dtype": torch.int32, "device": like.device}
-            self._slot_of = torch.full((count + 1,), -1, **ints)
-            self._place_of = torch.full((self.slots,), count, **ints)  # nobody's
-            self._used = torch.zeros(self.slots + 1, **ints)  # by slot, the call that used it last
+            none = torch.zeros(0, dtype=torch.int32, device=like.device)
+            self._slot_of = none.new_full((count + 1,), -1)
+            self._place_of = none.new_full((self.slots,), count)  # nobody's
+            self._used = none.new_zeros(self.slots + 1)  # by slot, the call that used it last
         self._parts, self._calls = [], 0
 
     def _take_in(self, places: Tensor, rows: Sequence[Tensor]) -> Tensor:

@@ -368,7 +368,6 @@ class KVStore:
         return self._grown_rows(new, buffer.shape[2])
 
     def _grown_rows(self, x: Tensor, room: int) -> Tensor:
-        b, h, t, d = x.shape
-        buffer = self.storage.memory.empty((b, h, room, d), x)
+        buffer = self.storage.memory.empty((*x.shape[:2], room, x.shape[3]), x)
         self.storage.memory.write(buffer, 0, x)
         return buffer
