@@ -101,7 +101,9 @@ class Offloaded(KV):
         if recent is None:
             return Offloaded(far, self.bridge)
         if len(parts) == 3:
-            begin, end, _ = parts[2].indices(self.length)
+            begin, end, step = parts[2].indices(self.length)
+            if step != 1:
+                return Offloaded(far, self.bridge)
             if begin >= self._past:
                 return recent[(*parts[:2], slice(begin - self._past, max(begin, end) - self._past))]
             recent = recent[(*parts[:2], slice(0, max(0, end - self._past)))]
