@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, is_grad_enabled
@@ -16,11 +16,13 @@ from ..attention.needs import Needs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
+from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Call
 from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer
+from .prefetch import predictable, rows_of
 from .report import PhaseReport
 from .rows import Done, Run, total_reads
 from .session import Session, Unique
@@ -70,6 +72,7 @@ class Layer(Unique):
     def __post_init__(self) -> None:
         self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys, self.faster)
         self.ledger = Ledger()
+        self._softmax: Softmax | None = None  # of the last call
         self.clear_report()
 
     @property
@@ -110,6 +113,7 @@ class Layer(Unique):
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D].
 
         Where k is the handle of the layer's store, the store's keys and values are read, in its format."""
+        self._softmax = softmax
         if self._trains(q):
             self._flag_training()
         if self.session.step is not None:
@@ -143,6 +147,20 @@ class Layer(Unique):
         if softmax.sinks is not None:
             part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
+
+    def prefetch(self, predicted: Callable[[], Tensor], given: tuple[Tensor, ...]) -> None:
+        """Begin to bring those rows to the device that the decode method selects for predicted queries
+        [B, H, n, D] of the next decode step, where the store is in a memory that the device does not read.
+        given: what ``predicted`` reads."""
+        store = None if self.session.stores is None else self.session.stores[self.index]
+        softmax = self._softmax
+        if store is None or softmax is None or self.session.mesh is not None or not predictable(self.decode):
+            return
+
+        def rows(kv: KV, starts: list[int] | None, summaries: Summaries) -> Tensor | None:
+            return rows_of(self.decode, predicted(), kv, softmax, starts, summaries)
+
+        store.prefetch(rows, given)
 
     def settle(self) -> None:
         """Bring the steps of a store of fixed size into the report."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ...attention.offloaded import Bridge
 from ...attention.ops.rows import flat_places
 from .hot_rows import HotRows
 
+_WORKER = ThreadPoolExecutor(1, "farspan-prefetch")  # it starts no thread before it is used
 Release = Callable[[Tensor], None]  # frees what reading a buffer has brought into the memory of the process
 
 
@@ -21,6 +24,9 @@ class StoreBridge(Bridge):
     def forget(self, lists: int) -> None:
         """Drop what is kept of rows, since rows have changed or lie elsewhere now. lists: the rows of the
         batch times KV heads of the store."""
+
+    def arrive(self) -> None:
+        """Wait for what ``Fetching.ahead`` has begun."""
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +73,25 @@ class Fetching(StoreBridge):
 
     def __init__(self, tier: str, device: torch.device, hot: HotRows, release: Release) -> None:
         self.tier, self.device, self.hot, self._release = tier, device, hot, release
+        self._begun: Future[torch.cuda.Event] | None = None
+
+    def ahead(self, run: Callable[[], None], given: tuple[Tensor, ...]) -> None:
+        """Run ``run``, which reads ``given`` and brings rows here. On a GPU it runs in another thread and on
+        a stream of its own, beside what follows."""
+        self.arrive()
+        if not _streams(self.device):
+            run()
+            return
+        side = _side_stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        for x in given:
+            x.record_stream(side)
+        self._begun = _WORKER.submit(_on_stream, side, run)
+
+    def arrive(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            torch.cuda.current_stream(self.device).wait_event(begun.result())
 
     def gather(self, far: KV, rows: Tensor) -> KV:
         if rows.numel() <= self.hot.slots and (places := flat_places(far.stored[0], rows)) is not None:
@@ -92,26 +117,27 @@ class Fetching(StoreBridge):
             for part in parts:
                 yield self.copied(part)
             return
-        present, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(present)  # the rows may be on their way to the memory
-        ahead = self._on_stream(parts[0], side)
+        present, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
+        side.wait_stream(present)
+        ahead = self._copied_on(side, parts[0])
         for i in range(len(parts)):
             block = ahead
             present.wait_stream(side)
             if i + 1 < len(parts):
-                ahead = self._on_stream(parts[i + 1], side)
+                ahead = self._copied_on(side, parts[i + 1])
             for x in block.stored:
                 x.record_stream(present)
             yield block
 
     def forget(self, lists: int) -> None:
+        self.arrive()
         self.hot.forget(lists)
 
     @property
     def nbytes(self) -> int:
         return self.hot.nbytes
 
-    def _on_stream(self, part: KV, stream: torch.cuda.Stream) -> KV:
+    def _copied_on(self, stream: torch.cuda.Stream, part: KV) -> KV:
         with torch.cuda.stream(stream):
             return self.copied(part)
 
@@ -135,6 +161,19 @@ class Fetching(StoreBridge):
         copy_heads(out, x)
         self._release(x)
         return out
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@torch.no_grad()
+def _on_stream(stream: torch.cuda.Stream, run: Callable[[], None]) -> torch.cuda.Event:
+    """Run ``run`` on a stream. Returns what has happened when all of it is done."""
+    with torch.cuda.stream(stream):
+        run()
+        return stream.record_event()
 
 
 def copy_heads(out: Tensor, x: Tensor) -> None:

@@ -38,6 +38,7 @@ class Disk(Memory):
     """
 
     tier: ClassVar[str] = "disk"
+    prefetches: ClassVar[bool] = True
     block: ClassVar[int] = 4096
     folder: str = ""
     cached: int = 2048

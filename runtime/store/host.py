@@ -22,6 +22,7 @@ class Host(Memory):
     """
 
     tier: ClassVar[str] = "host"
+    prefetches: ClassVar[bool] = True
     cached: int = 2048
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ class Memory:
     """The memory of the device on which keys and values are computed. Another memory is a
     subclass, whose fields are its parameters.
 
-    tier: its name in a spec of ``patch(storage=)``. block: positions that are written at a time, so that what
+    tier: its name in a spec of ``patch(storage=)``. prefetches: whether rows may have to be copied to the
+    queries, so that it helps to know them before. block: positions that are written at a time, so that what
     is copied beside the buffers stays small; None: all.
     """
 
     tier: ClassVar[str] = "device"
+    prefetches: ClassVar[bool] = False
     block: ClassVar[int | None] = None
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:

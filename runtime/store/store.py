@@ -24,6 +24,8 @@ from .states import States
 from .storage import DEVICE, Storage
 
 P = ParamSpec("P")
+# The stored keys and values, the positions at which rows begin, the summaries -> rows [B, Hkv, R]; None: none
+Select = Callable[[KV, list[int] | None, Summaries], Tensor | None]
 R = TypeVar("R")
 
 
@@ -129,6 +131,8 @@ class KVStore:
         """Make the bridge from the memory of this store to the queries, which are where ``new`` is."""
         if self._bridge is None or self._bridge.device != new.device:
             self._bridge = self.storage.memory.bridge(new.device)
+        if self._bridge is not None:
+            self._bridge.arrive()
         if self._bridge is not None and torch.is_grad_enabled() and new.requires_grad:
             raise FarspanError(
                 f"A cache in {self._bridge.tier} memory is written in place, which no gradient can follow: "
@@ -156,6 +160,20 @@ class KVStore:
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         room = self.storage.memory.room(need)
         return self._grown_rows(like[:, :, :0] if old is None else old[:, :, : self.length], room)
+
+    def prefetch(self, select: Select, given: tuple[Tensor, ...]) -> None:
+        """Begin to bring the rows that ``select`` names to the device, where they are not there. given: the
+        tensors that ``select`` reads besides."""
+        kv, bridge = self.kv, self._bridge
+        if not isinstance(bridge, Fetching) or not isinstance(kv, Offloaded):
+            return
+
+        def fetch() -> None:
+            rows = select(kv, self._starts, self.summaries)
+            if rows is not None:
+                bridge.warm(kv.far, rows)
+
+        bridge.ahead(fetch, given)
 
     def handles(self) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies

@@ -1,5 +1,5 @@
-"""Law 10: where a cache keeps its keys and values changes no output: not a bit, where the keys are read in one
-part, and rounding alone, where a dense call reads them in several."""
+"""Law 10: where a cache keeps its keys and values changes no output: not a bit, where the keys are read in
+one part, and rounding alone, where a dense call reads them in several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIERS = ["disk:folder={}", "host:cached=40"]
 @pytest.mark.parametrize("tier", TIERS)
 @every_method()
 def test_every_bit_is_that_of_the_device(bound: AttentionMethod, tier: str, tmp_path: Path) -> None:
-    """A padded batch: a prompt in two calls, steps of one and of two tokens, a crop, rows in another order."""
+    """A padded batch: a prompt in two calls, steps of one and two tokens, a crop, rows in another order."""
     data = Data.random(150, [0, 37], dtype=torch.float32)
     run = [Stream(bound, data, storage=storage) for storage in ("device", tier.format(tmp_path))]
     for cuts in ([64, 136, 137, 139], [134, 135]):
