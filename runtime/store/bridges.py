@@ -94,16 +94,20 @@ class Fetching(StoreBridge):
             torch.cuda.current_stream(self.device).wait_event(begun.result())
 
     def gather(self, far: KV, rows: Tensor) -> KV:
-        if rows.numel() <= self.hot.slots and (places := flat_places(far.stored[0], rows)) is not None:
-            parts = self.hot.gather(places, _count(far.stored[0]), lambda new: self._fetch(far, new))
-            return type(far)(*[x.view(*rows.shape, -1) for x in parts])
-        return self._moved(far.gather(rows.cpu()))
+        if (places := self._places(far, rows)) is None:
+            return self._moved(far.gather(rows.cpu()))
+        parts = self.hot.gather(places, _count(far), lambda new: self._fetch(far, new))
+        return type(far)(*[x.view(*rows.shape, -1) for x in parts])
 
     def warm(self, far: KV, rows: Tensor) -> None:
         """Bring rows [B, Hkv, R] to the device before they are asked for."""
-        places = flat_places(far.stored[0], rows)
-        if places is not None and rows.numel() <= self.hot.slots:
-            self.hot.warm(places, _count(far.stored[0]), lambda new: self._fetch(far, new))
+        if (places := self._places(far, rows)) is not None:
+            self.hot.warm(places, _count(far), lambda new: self._fetch(far, new))
+
+    def _places(self, far: KV, rows: Tensor) -> Tensor | None:
+        """Where rows [B, Hkv, R] are among all rows of the buffers; None where they cannot be kept."""
+        fit = self.hot.serves(rows.numel(), _count(far))
+        return flat_places(far.stored[0], rows) if fit else None
 
     def at(self, far: KV, heads: Tensor, positions: Tensor) -> KV:
         return self._moved(far.at(heads.cpu(), positions.cpu()))
@@ -145,7 +149,7 @@ class Fetching(StoreBridge):
         here, rows = places.cpu(), []
         for x in far.stored:
             width = x.shape[3]
-            flat = x.as_strided((_count(x), width), (width, 1), 0)
+            flat = x.as_strided((_count(far), width), (width, 1), 0)
             out = x.new_empty(len(here), width, pin_memory=_streams(self.device))
             rows.append(self._to_device(torch.index_select(flat, 0, here, out=out)))
         return rows
@@ -184,9 +188,10 @@ def copy_heads(out: Tensor, x: Tensor) -> None:
             to.copy_(head, non_blocking=True)
 
 
-def _count(x: Tensor) -> int:
-    """How many rows [any] the memory has that x is a view of."""
-    return x.untyped_storage().nbytes() // max(1, x.shape[3] * x.element_size())
+def _count(far: KV) -> int:
+    """How many rows the buffers have that ``far`` is a view of."""
+    x = far.stored[0]
+    return x.untyped_storage().nbytes() // (x.shape[3] * x.element_size())
 
 
 def _streams(device: torch.device) -> bool:

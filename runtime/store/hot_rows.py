@@ -39,6 +39,10 @@ class HotRows:
             return 0
         return sum([x.nbytes for x in (self._slot_of, self._place_of, self._used, *self._parts)])
 
+    def serves(self, number: int, count: int) -> bool:
+        """Whether so many rows out of ``count`` can be here at the same time."""
+        return number <= min(self.slots, count)
+
     def counted(self) -> tuple[int, int]:
         """``asked`` and ``hits`` since the last call of this."""
         counts = self.asked, self.hits
@@ -46,7 +50,7 @@ class HotRows:
         return counts
 
     def gather(self, places: Tensor, count: int, fetch: Fetch) -> list[Tensor]:
-        """The rows at ``places`` [n] int64 out of ``count``, n at most the number of slots, of each part."""
+        """The rows at ``places`` [n] int64 out of ``count``, of each part. n is at most ``serves``'s."""
         with self._lock:
             slots, missed = self._find(places, count, fetch)
             self.asked, self.hits = self.asked + len(places), self.hits + len(places) - missed
@@ -73,6 +77,7 @@ class HotRows:
 
     def _begin(self, like: Tensor, count: int) -> None:
         with torch.inference_mode(False):
+            self.slots = min(self.slots, count)
             none = torch.zeros(0, dtype=torch.int32, device=like.device)
             self._slot_of = none.new_full((count + 1,), -1)
             self._place_of = none.new_full((self.slots,), count)  # nobody's

@@ -1,4 +1,4 @@
-"""Keys and values in files and in host memory: what is left behind, what is in memory, what a GPU is given."""
+"""Keys and values in files and in host memory: what is left behind, what is in memory, what a GPU gets."""
 
 from __future__ import annotations
 
