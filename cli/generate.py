@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import launch, options, output
+from .storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Generate:
     static: Annotated[
         bool, typer.Option("--static", help="Use a cache of fixed size; on CUDA, decode in a captured graph.")
     ] = False
-    storage: options.Storage = None
+    storage: Storage = None
     recipe: options.Recipe = None
     rope: options.Rope = None
     beyond_positions: Annotated[

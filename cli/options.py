@@ -148,15 +148,6 @@ def _rope(value: str | None) -> str | None:
     return kind + colon + number
 
 
-def _storage(value: str | None) -> str | None:
-    """The value of --storage. A wrong one is refused here, before a model is read."""
-    if value is not None:
-        from ..runtime.store.storage import parse_storage
-
-        parse_storage(value)
-    return value
-
-
 Model = Annotated[
     str,
     typer.Option(
@@ -197,13 +188,6 @@ Chat = Annotated[
 ]
 Recipe = Annotated[
     Path | None, typer.Option(help="A saved calibration (see `farspan calibrate`) for methods that need one.")
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        help='How the KV cache is kept: "device", "host" (pinned memory beside a GPU), "disk:folder=PATH".',
-        callback=_storage,
-    ),
 ]
 Text = Annotated[
     list[str],

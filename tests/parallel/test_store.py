@@ -88,7 +88,6 @@ def test_ranks_hold_equal_shares(world: World):
     cases = [
         Case(calls=(20,) * 7),
         Case(spec="block_topk:k=32,block=16", calls=(241,), patch={"prefill_chunk": 32}),
-        Case(spec="quest:k=16,page=4,dense_layers=0", calls=(241,), patch={"storage": "host:cached=64"}),
         Case(spec="block_topk:k=32,block=16", calls=(20, 1, 1, 33, 1, 47, 1, 25)),
         Case(calls=(7, *(1,) * 60)),
     ]
