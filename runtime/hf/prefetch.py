@@ -26,10 +26,18 @@ def prefetch_rows(info: ModelInfo, layers: Mapping[int, Layer], session: Session
     undo: list[Callable[[], None]] = []
     for index, module in info.attention.items():
         after = index + 1
-        if after in layers and (project := _projection(info, after)) is not None:
+        if after not in layers or not _together(module, info.attention[after]):
+            continue
+        if (project := _projection(info, after)) is not None:
             begin = Hook(partial(_begin, session, layers[after], project))
             undo.append(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
     return undo
+
+
+def _together(*modules: nn.Module) -> bool:
+    """Whether all weights of some modules are on one device, where they can be read at any time."""
+    devices = {p.device for module in modules for p in module.parameters()}
+    return len(devices) == 1 and "meta" not in {device.type for device in devices}
 
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, cos, sin -> queries [B, H, n, D]

@@ -16,8 +16,9 @@ class HotRows:
 
     Where a new row needs a slot, it takes that of the row that was used least lately. What a call reads is
     exact: a row that is not here is fetched. Rows can be brought here before they are asked for (``warm``),
-    also by another thread. each: slots for each list of rows, which share them.
-    asked, hits: rows asked for, and those of them
+    also by another thread.
+
+    each: slots for each list of rows; all lists share them. asked, hits: rows asked for, and those of them
     that were here.
     """
 

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 import farspan
-from farspan.attention import offloaded
+from farspan.attention import offloaded, summary
 from farspan.attention.attend import attend
 from farspan.attention.errors import FarspanError, Unsupported
 from farspan.attention.keys import Keys
@@ -30,7 +30,8 @@ from farspan.runtime.store.hot_rows import HotRows
 from farspan.runtime.store.storage import Storage, parse_storage
 from farspan.runtime.store.store import KVStore
 
-from ..dispatch import PROMPT, STEPS, WARM, OneLayer, tiny_methods
+from ..dispatch import PROMPT, STEPS, WARM, OneLayer, bound, tiny_methods
+from ..laws.tools import Data, Stream
 from ..simulated import Device
 from .small_models import decode, make, padded, prompt, recipe, shared
 
@@ -277,6 +278,17 @@ def test_what_needs_all_keys_at_once_is_refused(monkeypatch: pytest.MonkeyPatch)
     for op in (decode_op, flash):
         with pytest.raises(Unsupported, match="lie in host memory, not on the device"):
             op(q, kv, Softmax(0.25), impl="triton")
+
+
+@pytest.mark.parametrize("spec", ["quest:k=32,page=8,dense_layers=0", "double_sparsity:k=32,dense_layers=0"])
+def test_summaries_of_many_keys(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made a part at a time, where all keys may not be copied at once, and equal those of the
+    device: the first step of a method comes after a prompt that needed none."""
+    monkeypatch.setattr(offloaded, "MOST_COPIED", 64)
+    monkeypatch.setattr(summary, "MOST_COPIED", 64)
+    method, data = bound(farspan.parse_method(spec)), Data.random(403, [0, 130])
+    out = [Stream(method, data, storage=storage).run([401, 402, 403]).out for storage in ("device", "host")]
+    assert torch.equal(*out)
 
 
 def test_no_gradient_follows_what_is_written(tmp_path: Path) -> None:
