@@ -168,7 +168,8 @@ def main() -> None:
     heads = list(dict.fromkeys(head for row in rows for head in row))
     rows = [{head: row.get(head, "") for head in heads} for row in rows]
     print(table(rows))
-    print("written to", save("storage_tiers", rows, arguments=vars(args)))
+    about = {name: value for name, value in vars(args).items() if name != "folder"}
+    print("written to", save("storage_tiers", rows, arguments=about))
 
 
 if __name__ == "__main__":
