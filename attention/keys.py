@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -150,6 +151,12 @@ class Keys:
         """The raw keys that are here, for a method that scores every one of them; the reading is counted."""
         self.summary_bytes += self.kv.key_nbytes
         return self.kv.k
+
+    def read_key_blocks(self, end: int) -> Iterator[Tensor]:
+        """The raw keys of the positions before ``end`` that are here, in parts where they lie in another
+        memory; the reading of all keys is counted."""
+        self.summary_bytes += self.kv.key_nbytes
+        return (block.k for block in self.kv[:, :, : self.held(end)].blocks())
 
     def read_keys(self, first: int, end: int) -> Tensor:
         """The raw keys of positions first .. end - 1, for a method that scores these alone; the reading is

@@ -7,7 +7,7 @@ the Triton kernels (``ops/load/plain.py`` has the plain one).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -84,6 +84,24 @@ class KV:
     def gather(self, rows: Tensor) -> Self:
         """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
         return type(self)(*gather_each(self.stored, rows))
+
+    def at(self, heads: Tensor, positions: Tensor) -> KV:
+        """[R, 1, N]: positions [R, N] of the KV heads ``heads`` [R], where B = 1."""
+        return self.map(lambda x: x[0][heads[:, None], positions][:, None])
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The memory in which the rows lie, where operations on ``device`` cannot read them as they are; see
+        ``offloaded.py``."""
+        return None
+
+    def on_device(self) -> KV:
+        """All of them on ``device``."""
+        return self
+
+    def blocks(self) -> Iterator[KV]:
+        """All of them on ``device``, in parts of consecutive positions, in their order."""
+        yield self
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """``change`` of each stored tensor, which keeps the last dimension as it is."""

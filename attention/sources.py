@@ -180,20 +180,22 @@ class Supply:
         """Tk, the number of positions."""
         return self.dropped + self.kv.length
 
-    def sources(self, reads: Iterable[Source], first: int) -> Sources:
-        """Those of the positions from ``first`` on. Raises FarspanError for what the call does not have."""
+    def sources(self, reads: Iterable[Source], first: int, end: int | None = None) -> Sources:
+        """Those of the positions first .. end - 1; None: all from ``first`` on. Raises FarspanError for what
+        the call does not have."""
         found: dict[Source, Tensor] = {}
+        count = None if end is None else end - first
         for name in reads:
             if name == "keys":
-                found[name] = self._kv(first).k
+                found[name] = self._kv(first)[:, :, :count].k
             elif name == "values":
-                found[name] = self._kv(first).v
+                found[name] = self._kv(first)[:, :, :count].v
             elif name == "keys_before_rope":
-                found[name] = self._inputs(name).stored_before_rope(self._kv(first).k, first)
+                found[name] = self._inputs(name).stored_before_rope(self._kv(first)[:, :, :count].k, first)
             elif name == "positions":
-                found[name] = self._positions(first)
+                found[name] = self._positions(first)[:, :, :count]
             else:
-                found[name] = self._since(name, first)
+                found[name] = self._since(name, first)[:, :, :count]
         return Sources(found)
 
     def own(self, names: Iterable[Source]) -> dict[Source, Tensor]:

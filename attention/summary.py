@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from .digest import weights_digest
 from .errors import FarspanError
 from .kv import KV
+from .offloaded import MOST_COPIED
 from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 from .ops.torch_private import version_of
@@ -212,9 +213,10 @@ class Summaries:
             first = self.open(summary, starts)
             if kept is None:
                 first = min(first, length - 1)
-            if first < length:
-                x = supply.sources(summary.reads, first)
-                self.extend(summary, x, first, starts)
+            while first < length:
+                end = min(length, first + _at_once(summary, supply.kv))
+                self.extend(summary, supply.sources(summary.reads, first, end), first, starts)
+                first = length if end == length else self.open(summary, starts)
             self._kept[summary.key].current = True
         return self.entries(summary, length)
 
@@ -361,6 +363,11 @@ def _open_block(block: int | None, done: int, starts: list[int] | None) -> int:
     if starts is None or block is None:
         return done // (block or 1) * (block or 1)
     return min(first + max(done - first, 0) // block * block for first in starts)
+
+
+def _at_once(summary: Summary, kv: KV) -> int:
+    """How many positions are taken in at a time: all, or a few blocks of keys that must be copied."""
+    return kv.length + 1 if kv.elsewhere is None else max(MOST_COPIED, 2 * (summary.block or 1))
 
 
 def _one_of_zeros(x: Tensor) -> Tensor:

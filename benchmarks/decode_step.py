@@ -12,6 +12,7 @@ them, as it is where a user generates.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -24,6 +25,8 @@ from farspan.attention.spec import parse_method
 from farspan.runtime.hf import KVStoreLayer
 from farspan.runtime.layer import Layer
 from farspan.runtime.session import Session
+from farspan.runtime.store.storage import parse_storage
+from farspan.runtime.store.store import KVStore
 
 from .record import interleaved, save, table
 
@@ -39,7 +42,9 @@ METHODS = (
 class Ours:
     """A patched layer on its own store."""
 
-    def __init__(self, spec: str, k: torch.Tensor, v: torch.Tensor, heads: int) -> None:
+    def __init__(
+        self, spec: str, k: torch.Tensor, v: torch.Tensor, heads: int, storage: str = "device"
+    ) -> None:
         hkv, d = k.shape[1], k.shape[3]
         ranking = torch.stack([torch.randperm(d) for _ in range(hkv)])
         info = LayerInfo(
@@ -47,11 +52,13 @@ class Ours:
         )
         method = parse_method(spec).for_layer(info)
         session = Session(strict=True)
-        self.cache, self.steps = KVStoreLayer(), method.cost("decode", k.shape[2]).period
+        make = partial(KVStore, parse_storage(storage))
+        self.cache, self.steps = KVStoreLayer(make), method.cost("decode", k.shape[2]).period
         session.cached, session.stores = True, {2: self.cache.store}
         prefill = method if "prefill" in method.phases else parse_method("dense")
         self.layer = Layer(2, prefill, method, session)
         self.cache.update(k, v)
+        self.cache.store.settle()
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.update(k, v)

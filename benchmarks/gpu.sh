@@ -2,8 +2,8 @@
 # What a GPU session measures: bash benchmarks/gpu.sh A|B|C, from the root of the repository.
 #
 #   A  versions, the operations that the goals name, tests that need a GPU, a decode step, scan
-#   B  a model of an 8B's size from prompt to answer, what its decode launches, the smaller operations, scan
-#      with large heads
+#   B  a model of an 8B's size from prompt to answer, what its decode launches, a step on keys in host memory, the
+#      smaller operations, scan with large heads
 #   C  compute-sanitizer, and the operations' tests with the autotuner on
 #
 # Nothing is installed and no network or git is needed: python3 must have torch, transformers, triton and pytest. A stage
@@ -78,6 +78,7 @@ dense + quest:k=2048; dense + quest:k=2048 static; antidiagonal; block_topk:k=40
         bench launches 150 launches --shape llama-3.1-8b --tokens 131072 --methods \
             "dense; dense static; double_sparsity:k=2048; double_sparsity:k=2048 static; quest:k=2048; quest:k=2048 static"
     fi
+    bench storage_tiers 60 storage_tiers --keys $keys "${few[@]}"
     bench small_ops 120 ops --ops $small --lengths $lengths "${few[@]}"
     bench scan_large 60 scan --lengths $scans --heads 32 --kv-heads 32 --head-dim 128 --repeats 3
     bench scan_backward 60 scan --lengths $scans --backward --repeats 3

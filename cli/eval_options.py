@@ -10,6 +10,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import options
+from .storage import Storage
 
 Methods = Annotated[
     list[str],
@@ -96,6 +97,7 @@ class Suite:
 
     model: options.Model = options.DEFAULT_MODEL
     methods: Methods = field(default_factory=lambda: ["dense"])
+    storage: Storage = None
 
 
 @dataclass(frozen=True, kw_only=True)

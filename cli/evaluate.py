@@ -159,6 +159,7 @@ def _setup(
         name=given.model,
         config=config,
         recipe=given.files.recipe,
+        storage=given.storage,
         parallel=ranks,
         progress=output.interactive() and not given.json,
     )

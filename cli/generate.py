@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import launch, options, output
+from .storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Generate:
     static: Annotated[
         bool, typer.Option("--static", help="Use a cache of fixed size; on CUDA, decode in a captured graph.")
     ] = False
+    storage: Storage = None
     recipe: options.Recipe = None
     rope: options.Rope = None
     beyond_positions: Annotated[
@@ -95,6 +97,7 @@ def generate(given: Generate) -> None:
         "recipe": given.recipe,
         "prefill_chunk": given.prefill_chunk,
         "crossover": given.crossover,
+        "storage": given.storage,
         "static": length + given.max_new_tokens if given.static else None,
     }
     with Job(causal_lm, ranks) as job, patch(causal_lm, given.method, parallel=job.mesh, **how) as patched:

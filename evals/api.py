@@ -72,6 +72,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     chat: bool | None = None,
     recipe: str | Path | None = None,
+    storage: str | None = None,
     batch_size: int | str = "auto",
     new_tokens: int = 64,
     repeats: int = 3,
@@ -85,9 +86,9 @@ def evaluate(
     `farspan.evals.task.Task`, such as one of your own, whose lengths, samples and seed count then. tasks:
     names of the suite's tasks; without any, the command's default. lengths: tokens. samples: prompts of each
     task and length (of "ppl": windows). depths: of "needle". prompts: the texts of "fidelity". new_tokens: of
-    "fidelity", "ppl" and "speed"; repeats: of "speed". text, qa_data, chat, recipe, batch_size: as the
-    command's options. out: the folder, resumed if it is there; None makes a temporary one. name: what reports
-    call the model.
+    "fidelity", "ppl" and "speed"; repeats: of "speed". text, qa_data, chat, recipe, storage,
+    batch_size: as the command's options. out: the folder, resumed if it is there; None makes a temporary one.
+    name: what reports call the model.
     Raises FarspanError for arguments that do not fit, before anything is computed.
     """
     if not isinstance(suite, Suite):
@@ -118,6 +119,7 @@ def evaluate(
         name=Path(called).name,
         config=config,
         recipe=recipe,
+        storage=storage,
         progress=progress,
     )
     summary = suite.run(setup, suite.draw(chosen), batch_size=batch_size)

@@ -30,12 +30,14 @@ _APART = "agree"  # collectives of this name are not counted in Mesh.sent
 class Job:
     """The ranks of an evaluation; one rank if there is no launcher.
 
-    parallel: as `farspan.patch` takes it. `mesh` is passed on to the patches. As a context manager it closes
-    the mesh at the end, and an error on one rank ends all ranks. Raises FarspanError if the ranks do not
-    meet, or if a sequence would be spread over only some of the launcher's ranks.
+    parallel, storage: as `farspan.patch` takes them. `mesh` and `storage` are passed on to the patches. As a
+    context manager it closes the mesh at the end, and an error on one rank ends all ranks. Raises
+    FarspanError if the ranks do not meet, or if a sequence would be spread over only some of the launcher's
+    ranks.
     """
 
-    def __init__(self, model: Any, parallel: Any = None):
+    def __init__(self, model: Any, parallel: Any = None, storage: str | None = None):
+        self.storage = storage
         self.mesh: Mesh | None = join(parallel, model.device)
         if self.mesh is not None and self.mesh.size != (world := torch.distributed.get_world_size()):
             self.mesh.close()

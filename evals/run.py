@@ -134,9 +134,9 @@ def drive(
     """
     check_batch_size(batch_size)
     model, end = setup.model, end or finish
-    with Job(model, setup.parallel) as job:
+    with Job(model, setup.parallel, setup.storage) as job:
         specs = check_methods(model, setup.methods, setup.recipe, job)
-        common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
+        common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe, setup.storage)
         asked = {**setup.config, **common, **(settings or {})}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}
         shape = AT_DEPTH if asked.get("suite") == "needle" else ANSWER

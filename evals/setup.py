@@ -21,6 +21,7 @@ class Setup:
     config: settings that give the numbers their meaning, such as the text. They are written to config.json,
         and a folder with other settings is refused.
     recipe: a saved calibration for the methods that need one.
+    storage: how caches keep keys and values, as `farspan.patch` takes it, for every method.
     parallel: the ranks to spread each prompt over, as `farspan.patch` takes it; dense is spread, too.
     progress: whether a progress bar is shown on stderr.
     """
@@ -32,6 +33,7 @@ class Setup:
     name: str
     config: Mapping[str, Any]
     recipe: str | Path | None = None
+    storage: str | None = None
     parallel: Any = None
     progress: bool = True
 

@@ -67,6 +67,7 @@ def under_each(
             shared_by = patched_with(model, fed or group[0], recipe, job)
         else:
             how = {"recipe": recipe if takes(prefill, recipe) else None, "parallel": job.mesh}
+            how["storage"] = job.storage
             shared_by = patch(model, prefill=prefill, **how)
         with shared_by as patched:
             shared: Started | None = start(model, batch, patched, job)
@@ -132,20 +133,27 @@ def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None,
 def patched_with(model: Any, spec: str, recipe: str | Path | None, job: Job) -> Any:
     """`patch` over the ranks of a job. Only methods that take the recipe get it."""
     takes_it = any(takes(method, recipe) for method in resolve(spec))
-    return patch(model, spec, recipe=recipe if takes_it else None, parallel=job.mesh)
+    how = {"recipe": recipe if takes_it else None, "parallel": job.mesh, "storage": job.storage}
+    return patch(model, spec, **how)
 
 
 def common_settings(
-    model: Any, tokenizer: Any, name: str, specs: Sequence[str], recipe: str | Path | None
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    specs: Sequence[str],
+    recipe: str | Path | None,
+    storage: str | None = None,
 ) -> dict[str, Any]:
-    """The settings that every evaluation writes: the model's name and identity, its dtype, the methods, and
-    their calibrations. Over ranks every rank calls this."""
+    """The settings that every evaluation writes: the model's name and identity, its dtype, the methods, their
+    calibrations, and the storage of the cache where one is named. Over ranks every rank calls this."""
     return {
         "model": name,
         "identity": identify(model, tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "methods": list(specs),
         "recipes": recipes(specs, recipe),
+        **({} if storage is None else {"storage": storage}),
     }
 
 

@@ -150,11 +150,11 @@ class Speed(Suite):
         """Measure every method of the setup on the prompts. `batch_size` does not count: how many prompts run
         at once is a setting of the suite."""
         model, end = setup.model, end or self.finish
-        with Job(model, setup.parallel) as job:
+        with Job(model, setup.parallel, setup.storage) as job:
             specs = check_methods(model, setup.methods, setup.recipe, job)
             prompts = {one.length: one for one in items}
             timer = Timer(model=model, tokenizer=setup.tokenizer, recipe=setup.recipe, job=job)
-            common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe)
+            common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe, setup.storage)
             settings = {**setup.config, **common, "baseline": timer.baseline, "ranks": job.size}
             session = forward.set_aside(model)
             with (
@@ -279,8 +279,8 @@ class Timer:
             sent.append(job.sent)
             read = job.report(patched).summary if patched else {}
         steps = read["kv_bytes_read"] + read["selection_bytes"] if patched else None
-        ranks = job.gather([most.bytes, stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
-        memory, stored, prefill_sent, decode_sent = map(highest, zip(*ranks, strict=True))
+        ranks = job.gather([most.bytes, *stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
+        memory, stored, on_device, prefill_sent, decode_sent = map(highest, zip(*ranks, strict=True))
         assert decode_sent is not None
         return {
             "score": _mean_score(self.tokenizer, prompts.asked, answers),
@@ -291,6 +291,7 @@ class Timer:
             "implementation": read.get("implementation"),
             "peak_memory_bytes": memory,
             "kv_bytes_stored": stored,
+            "kv_bytes_on_device": on_device,
             "kv_bytes_read_per_token": None if steps is None else steps / (len(prompts.ids) * count),
             "prefill_sent_bytes": prefill_sent,
             "decode_sent_bytes_per_token": decode_sent / count,

@@ -17,6 +17,7 @@ _PREFILL, _DECODE = "prefill_seconds", "decode_tokens_per_second"
 _HIGHEST = (
     "peak_memory_bytes",
     "kv_bytes_stored",
+    "kv_bytes_on_device",
     "kv_bytes_read_per_token",
     "prefill_sent_bytes",
     "decode_sent_bytes_per_token",

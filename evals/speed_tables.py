@@ -50,6 +50,7 @@ _MORE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "prefill s, lowest to highest": _spread("prefill_seconds_range", 2),
     "tokens/s, lowest to highest": _spread("decode_tokens_per_second_range", 1),
     "KV cache held": _bytes("kv_bytes_stored"),
+    "of it on the device": _bytes("kv_bytes_on_device"),
     "KV cache read a token": _bytes("kv_bytes_read_per_token"),
     "joules, prefill / a token": _joules,
 }

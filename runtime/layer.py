@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, is_grad_enabled
@@ -16,11 +16,13 @@ from ..attention.needs import Needs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial, add_sinks
 from ..attention.softmax import Softmax
+from ..attention.summary import Summaries
 from ..parallel.mechanisms.call import Call
 from .faster import Faster
 from .layer_call import Called, LayerCall, LocalKeys
 from .layer_over_ranks import KeysOverRanks, carried
 from .measure import Measured, Meter, Observer
+from .prefetch import predictable, rows_of
 from .report import PhaseReport
 from .rows import Done, Run, total_reads
 from .session import Session, Unique
@@ -49,7 +51,8 @@ class Layer(Unique):
     measure: number of queries of a prefill call on which attention mass is measured; 0 measures nothing.
     observer: called after every selection of a layer that is measured.
     phases: the report of each phase.
-    stored, dense_stored: bytes of memory of the last call's store, and of all keys and values of its tokens.
+    stored, dense_stored: bytes of memory of the last call's store, by tier, and of all keys and values of its
+    tokens. hot: rows asked for, and those of them that were on the device, of a store in another memory.
     """
 
     index: int
@@ -62,12 +65,14 @@ class Layer(Unique):
     measure: int = 0
     observer: Observer | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
-    stored: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
     dense_stored: int = 0
+    hot: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.layer_call = LayerCall(self.prefill, self.decode, self.from_keys, self.faster)
         self.ledger = Ledger()
+        self._softmax: Softmax | None = None  # of the last call
         self.clear_report()
 
     @property
@@ -87,7 +92,7 @@ class Layer(Unique):
 
     def clear_report(self) -> None:
         """Set the counts of this layer to zero."""
-        self.stored = self.dense_stored = 0
+        self.stored, self.dense_stored, self.hot = {}, 0, (0, 0)
         self.ledger.clear()
         self.phases = {
             phase: PhaseReport(
@@ -108,6 +113,7 @@ class Layer(Unique):
         """Attention of q [B, H, Tq, D] (the last Tq positions) over k, v [B, Hkv, Tk, D] -> [B, Tq, H, D].
 
         Where k is the handle of the layer's store, the store's keys and values are read, in its format."""
+        self._softmax = softmax
         if self._trains(q):
             self._flag_training()
         if self.session.step is not None:
@@ -142,11 +148,25 @@ class Layer(Unique):
             part = add_sinks(part, softmax.sinks)
         return part.out.to(q.dtype).transpose(1, 2).contiguous()
 
+    def prefetch(self, predicted: Callable[[], Tensor], given: tuple[Tensor, ...]) -> None:
+        """Begin to bring those rows to the device that the decode method selects for predicted queries
+        [B, H, n, D] of the next decode step, where the store is in a memory that the device does not read.
+        given: what ``predicted`` reads."""
+        store = None if self.session.stores is None else self.session.stores[self.index]
+        softmax = self._softmax
+        if store is None or softmax is None or self.session.mesh is not None or not predictable(self.decode):
+            return
+
+        def rows(kv: KV, starts: list[int] | None, summaries: Summaries) -> Tensor | None:
+            return rows_of(self.decode, predicted(), kv, softmax, starts, summaries)
+
+        store.prefetch(rows, given)
+
     def settle(self) -> None:
         """Bring the steps of a store of fixed size into the report."""
         stored = self.ledger.settle(self.phases[DECODE], self.decode.selective, self.left_dense.get(DECODE))
         if stored is not None:
-            self.stored, self.dense_stored = stored
+            self.stored, self.dense_stored = {"device": stored[0]}, stored[1]
 
     def _on_one_device(
         self,
@@ -165,7 +185,10 @@ class Layer(Unique):
         kv = None if store is None else store.kv
         kv = KV(k, v) if kv is None else kv
         if softmax.window is not None:
-            return flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            part = flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            if store is not None:
+                store.settle()
+            return part
         source = LocalKeys(
             q,
             kv,
@@ -177,6 +200,7 @@ class Layer(Unique):
         )
         called = self.layer_call(source, self._meter if self.measure else None)
         if store is not None:
+            store.settle()
             self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * total)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
         return called.part(q, kv.value_dim)
@@ -204,6 +228,7 @@ class Layer(Unique):
             return source.attend_window(softmax.window)
         called = self.layer_call(source)
         if kept:
+            store.settle()
             kv = KV(k, v)
             self._count_stored(
                 store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size
@@ -217,7 +242,10 @@ class Layer(Unique):
         return called.part(q, v.shape[3])
 
     def _count_stored(self, store: KVStore, dense: int) -> None:
-        self.stored, self.dense_stored = store.nbytes, dense
+        self.stored, self.dense_stored = store.tiers, dense
+        if store.hot_rows is not None:
+            asked, hits = store.hot_rows.counted()
+            self.hot = self.hot[0] + asked, self.hot[1] + hits
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""

@@ -89,8 +89,9 @@ def patch(
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. Replays call no hooks of the modules in the decoder. A
     call beyond the positions raises FarspanError.
-    storage: how the cache keeps keys and values: "device" (the default), or another name from
-    ``runtime/store/storage.py``; a mapping gives it by layer number.
+    storage: how the cache keeps keys and values: "device" (the default), "host" (pinned memory beside a GPU),
+    "disk:folder=PATH", or another name from ``runtime/store/storage.py``; a mapping gives it by layer number.
+    No gradient flows through a cache in host memory or on disk.
 
     Where ``farspan tune`` measured another library's kernels faster on this device, operations take them; but
     a decode step under ``static`` runs farspan's own.

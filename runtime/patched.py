@@ -96,8 +96,9 @@ class Patched:
             LayerReport(
                 i,
                 {phase: p.snapshot() for phase, p in layer.phases.items()},
-                layer.stored,
+                dict(layer.stored),
                 layer.dense_stored,
+                *layer.hot,
             )
             for i, layer in self._layers.items()
             if i not in self._untouched

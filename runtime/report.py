@@ -127,15 +127,24 @@ class PhaseReport:
 class LayerReport:
     """The reports of one layer by phase.
 
-    stored_bytes: memory of the layer's cache after its last call: keys, values and summaries, spare room of
-    the buffers included. dense_stored_bytes: all keys and values of the same tokens, without spare room. Over
-    ranks, the memory of one rank, and a rank's part.
+    stored_by_tier: memory of the layer's cache after its last call, by tier ("device", "host", "disk"): keys,
+    values and summaries, spare room of the buffers included. dense_stored_bytes: all keys and values of the
+    same tokens, without spare room. Over ranks, the memory of one rank, and a rank's part.
+    rows_asked, rows_hit: rows that were fetched from another memory, and those of them that were on the
+    device already, because they had been read or prefetched.
     """
 
     layer: int
     phases: dict[str, PhaseReport]
-    stored_bytes: int = 0
+    stored_by_tier: dict[str, int] = field(default_factory=dict)
     dense_stored_bytes: int = 0
+    rows_asked: int = 0
+    rows_hit: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of all tiers."""
+        return sum(self.stored_by_tier.values())
 
 
 @dataclass
@@ -179,6 +188,10 @@ class Report:
         ):
             totals[out] = sum(getattr(p, name) for p in every)
         totals["kv_bytes_stored"] = sum(layer.stored_bytes for layer in self.layers)
+        tiers: Counter[str] = sum((Counter(layer.stored_by_tier) for layer in self.layers), Counter())
+        totals["kv_bytes_stored_by_tier"] = dict(tiers)
+        asked = sum(layer.rows_asked for layer in self.layers)
+        totals["hit_rate"] = sum(layer.rows_hit for layer in self.layers) / asked if asked else None
         totals["kv_bytes_stored_dense"] = sum(layer.dense_stored_bytes for layer in self.layers)
         totals["fallbacks"] = dict(sum((p.fallbacks for p in every), Counter()))
         totals["mechanisms"] = {name: why for p in every for name, why in p.mechanisms.items()}
@@ -195,6 +208,7 @@ class Report:
                 {
                     "layer": layer.layer,
                     "stored_bytes": layer.stored_bytes,
+                    "stored_by_tier": dict(layer.stored_by_tier),
                     "dense_stored_bytes": layer.dense_stored_bytes,
                     **{phase: p.to_dict() for phase, p in layer.phases.items()},
                 }
@@ -223,7 +237,19 @@ class Report:
             f"dense, {as_bytes(totals['selection_bytes'])} to select; implementation: "
             f"{totals['implementation'] or 'none ran'}"
         )
-        if totals["kv_bytes_stored"] < totals["kv_bytes_stored_dense"]:
+        tiers = totals["kv_bytes_stored_by_tier"]
+        if lower := {tier: size for tier, size in tiers.items() if tier != "device" and size}:
+            parts = [
+                f"{as_bytes(size)} {'on disk' if t == 'disk' else f'in {t} memory'}"
+                for t, size in lower.items()
+            ]
+            lines.append(
+                f"stored: {', '.join(parts)} and {as_bytes(tiers.get('device', 0))} on the device, where all "
+                f"keys and values take {as_bytes(totals['kv_bytes_stored_dense'])}"
+            )
+            if totals["hit_rate"] is not None:
+                lines.append(f"rows that were on the device already: {as_percent(totals['hit_rate'])}")
+        elif totals["kv_bytes_stored"] < totals["kv_bytes_stored_dense"]:
             lines.append(
                 f"stored: {as_bytes(totals['kv_bytes_stored'])} where all keys and values take "
                 f"{as_bytes(totals['kv_bytes_stored_dense'])}"

@@ -21,6 +21,7 @@ from farspan.runtime.padding import Padding
 from farspan.runtime.session import Session
 from farspan.runtime.static_call import StaticCall
 from farspan.runtime.store.static import Clock, StaticStore
+from farspan.runtime.store.storage import parse_storage
 
 from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info
@@ -64,7 +65,7 @@ def bound(method: AttentionMethod) -> AttentionMethod:
 
 class OneLayer:
     """A patched layer on its own store, which is called with random queries, keys and values. static: the
-    positions of a store of fixed size; None: it grows."""
+    positions of a store of fixed size; None: it grows, and its memory is that of ``storage``."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class OneLayer:
         starts: list[int] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         static: int | None = None,
+        storage: str = "device",
     ) -> None:
         dense = farspan.parse_method("dense")
         self.method, self.device = bound(method), device
@@ -81,6 +83,7 @@ class OneLayer:
         prefill, decode = (self.method if phase in method.phases else dense for phase in (PREFILL, DECODE))
         self.session = Session(strict=False)
         self.layer, self.cache = Layer(0, prefill, decode, self.session), KVStoreLayer()
+        self.cache.store.storage = parse_storage(storage)
         if static is not None:
             self.cache = StaticStoreLayer(partial(StaticStore, static, Clock()))
         self.data, self.starts = Data.random(PROMPT + WARM + STEPS, starts, dtype=dtype), starts

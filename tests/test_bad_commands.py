@@ -39,6 +39,9 @@ TABLE = [
     ("eval ruler --samples many", 2, "Invalid value for '--samples': ... valid integer"),
     ("eval ruler --samples 0", 2, "Invalid value for '--samples': ... greater than or equal to 1"),
     ("calibrate --text x", 2, "Missing option '--out'"),
+    # --- storage
+    (f"{GENERATE} --storage dusk", 2, "There is no storage 'dusk' (did you mean 'disk'?)"),
+    (f"{RULER} --storage disk:path=x", 2, "disk has no parameter 'path'"),
     # --- methods
     (f"{GENERATE} --method recicled", 2, "no method 'recicled' (did you mean 'recycled'?)"),
     (f"{GENERATE} --method quest:pagge=3", 2, "no parameter 'pagge' (did you mean 'page'?)"),

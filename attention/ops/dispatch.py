@@ -52,6 +52,9 @@ class LazyImpl:
         return self._loaded
 
     def unsupported(self, *args: Any, **how: Any) -> list[str]:
+        away = [x.elsewhere for x in args if isinstance(x, KV) and x.elsewhere is not None]
+        if away:
+            return [f"the keys and values lie in {away[0]} memory, not on the device of the queries"]
         if self._place.endswith(".triton"):
             if self._loaded is None and importlib.util.find_spec("triton") is None:
                 return ["triton is not installed"]

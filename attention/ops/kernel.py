@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kv import KV
+from ..offloaded import Offloaded
 from ..partial import Partial, empty_partial, merge
 from ..softmax import Softmax
 from . import backends, products
@@ -39,9 +40,12 @@ def attend(
     read, for the last M keys; every row reads those before. wide: the output in float32 (float64 for float64
     q), so that what is merged with it is rounded once.
     """
+    kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
+    if isinstance(kv, Offloaded):
+        merged = _by_block(q, kv.on_device() if causal else kv, softmax, causal=causal, mask=mask, wide=wide)
+        return Partial(merged.out.to(kind), merged.lse)
     k, v = kv.dense()
     scale, softcap = softmax.scale, softmax.softcap
-    kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
     if q.shape[2] == 0 or k.shape[2] == 0:
         return empty_partial(q.to(kind), v.shape[-1])
     needs_grad = _needs_grad(q, k, v)
@@ -74,10 +78,25 @@ def attend(
     return math(q, k, v, softmax, causal=causal, mask=mask)
 
 
+def _by_block(
+    q: Tensor, kv: KV, softmax: Softmax, *, causal: bool, mask: Tensor | None, wide: bool
+) -> Partial:
+    """``attend``, over a part of ``kv`` at a time."""
+    whole, begin = None, 0
+    plain = kv.length - (0 if mask is None else mask.shape[-1])  # keys that every row reads
+    for block in kv.blocks():
+        end = begin + block.length
+        its = None if mask is None or end <= plain else mask[..., max(0, begin - plain) : end - plain]
+        part = attend(q, block, softmax, causal=causal, mask=its, wide=wide)
+        whole, begin = part if whole is None else merge(whole, part), end
+    assert whole is not None
+    return whole
+
+
 def causal_of_groups(q: Tensor, kv: KV, softmax: Softmax) -> Partial | None:
     """Causal attention of q [B, H, T, D] over kv [B, Hkv, T], of which each head serves a group of query
     heads, by one kernel of torch for CUDA. None where none of them serves the arguments."""
-    return _cuda(q, *kv.dense(), softmax, causal=True, mask=None)
+    return _cuda(q, *kv.on_device().dense(), softmax, causal=True, mask=None)
 
 
 def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:

@@ -45,8 +45,9 @@ def choose(q: Tensor, keys: Keys, length: int, size: int, gqa_reduce: str, pool:
     """[B, Hkv, size]: the keys with the highest attention of the query q [B, H, 1, D] at position length - 1,
     combined over the heads of a group and max-pooled over ``pool`` positions, highest first."""
     here, peers = keys.held(length), keys.peers
-    k, places = keys.read_all_keys()[:, :, :here], keys.places()[:here]
-    logits = scores(q, k, keys.softmax)
+    places = keys.places()[:here]
+    parts = [scores(q, k, keys.softmax) for k in keys.read_key_blocks(length)]
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     valid = _begun(places, keys.start)
     ranked = group_scores(logits, valid, gqa_reduce, peers)[:, :, 0]
     if pool > 1 and peers is not None:  # the neighbours of a key may be on other ranks

@@ -90,6 +90,8 @@ def command(config: Mapping[str, Any]) -> str:
         words += ["--text", str(text)]
     if config.get("rope"):
         words += ["--rope", str(config["rope"])]
+    if config.get("storage"):
+        words += ["--storage", str(config["storage"])]
     if config.get("chat") is False:
         words.append("--no-chat")
     if any("recipe=" not in spec for spec in config.get("recipes", {})):

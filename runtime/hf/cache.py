@@ -40,7 +40,7 @@ class KVStoreLayer(DynamicLayer):
     # transformers reads and sets these as plain attributes
     @property
     def keys(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.kv.k
+        return None if self.store.kv is None else self.store.kv.on_device().k
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -48,7 +48,7 @@ class KVStoreLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.kv.v
+        return None if self.store.kv is None else self.store.kv.on_device().v
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -259,16 +259,18 @@ def _adopted(cache: Cache, layer: Any, index: int, plan: CachePlan, clock: Clock
     raise _wrong_cache(cache, type(layer))
 
 
-def stored_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values in a cache: of farspan's stores with their summaries and spare room, of
-    other layers those of the tensors."""
-    total = 0
+def stored_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes of the keys and values in a cache, and how many of them are on the device: of farspan's stores
+    with their summaries and spare room, of other layers those of the tensors."""
+    total = on_device = 0
     for layer in cache.layers:
+        tiers: Mapping[str, int] = {}
         if isinstance(layer, KVStoreLayer):
-            total += layer.store.nbytes
+            tiers = layer.store.tiers
         elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+            tiers = {"device": layer.keys.nbytes + layer.values.nbytes}
+        total, on_device = total + sum(tiers.values()), on_device + tiers.get("device", 0)
+    return total, on_device
 
 
 def _check_lengths(cache: Cache) -> None:

@@ -33,6 +33,7 @@ from .logits_to_keep import watch_logits
 from .mixers import adopt_states, check_rope, put_mixers
 from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
+from .prefetch import prefetch_rows
 from .recurrent import mask_padding
 from .recurrent_over_ranks import pass_states
 from .rope import follow_length
@@ -83,6 +84,8 @@ def install(
         undo.append(split_forward(info, session, block_multiple, in_order=bool(mixed or passing)))
     if chunk is not None:
         undo.append(chunk_forward(info.decoder, chunk, session))
+    if any(storage.memory.prefetches for storage in (storages or {}).values()):
+        undo += prefetch_rows(info, layers, session)
     if static is not None:
         undo.append(run_steps(info.decoder, session))
 

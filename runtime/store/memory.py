@@ -8,19 +8,45 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .bridges import StoreBridge
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """The memory of the device on which keys and values are computed. Another memory is a
     subclass, whose fields are its parameters.
 
-    tier: its name in a spec of ``patch(storage=)``.
+    tier: its name in a spec of ``patch(storage=)``. prefetches: whether rows may have to be copied to the
+    queries, so that it helps to know them before. block: positions that are written at a time, so that what
+    is copied beside the buffers stays small; None: all.
     """
 
     tier: ClassVar[str] = "device"
+    prefetches: ClassVar[bool] = False
+    block: ClassVar[int | None] = None
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A buffer of this shape, of the dtype of ``like``, whose contents are undefined. It may be written
         inside and outside of inference mode."""
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def room(self, need: int) -> int:
+        """The positions for which a buffer is made that must hold ``need`` and may grow."""
+        return need + max(256, need // 8)
+
+    def write(self, buffer: Tensor, first: int, x: Tensor) -> None:
+        """Set the positions of ``buffer`` [B, Hkv, room, any] from ``first`` on to x [B, Hkv, n, any]."""
+        step = self.block or max(1, x.shape[2])
+        for a in range(0, x.shape[2], step):
+            part = x[:, :, a : a + step]
+            buffer[:, :, first + a : first + a + part.shape[2]] = part
+            self.release(buffer)
+            self.release(x)
+
+    def release(self, buffer: Tensor) -> None:
+        """Free what the process holds of ``buffer`` beside its place in this memory, after it was used."""
+
+    def bridge(self, device: torch.device) -> StoreBridge | None:
+        """What brings the rows of one store to queries on ``device``; None where they are there."""
+        return None

@@ -11,6 +11,8 @@ from ...attention.errors import SpecError
 from ...attention.kv import KV
 from ...attention.spec import find, parse_parameters, split_spec
 from ..layer_numbers import by_layer
+from .disk import Disk
+from .host import Host
 from .memory import Memory
 
 
@@ -28,7 +30,7 @@ class Storage:
 
 DEVICE = Storage()
 _FORMATS: dict[str, type[KV]] = {}
-_MEMORIES: dict[str, type[Memory]] = {"device": Memory}
+_MEMORIES: dict[str, type[Memory]] = {kind.tier: kind for kind in (Memory, Host, Disk)}
 
 
 def parse_storage(spec: str | Storage) -> Storage:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +15,17 @@ from torch import Tensor
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...attention.kv import KV
+from ...attention.offloaded import Offloaded
 from ...attention.summary import Summaries
+from .bridges import Fetching, StoreBridge
+from .hot_rows import HotRows
 from .positions import Positions
 from .states import States
 from .storage import DEVICE, Storage
 
 P = ParamSpec("P")
+# The stored keys and values, the positions at which rows begin, the summaries -> rows [B, Hkv, R]; None: none
+Select = Callable[[KV, list[int] | None, Summaries], Tensor | None]
 R = TypeVar("R")
 
 
@@ -63,6 +70,8 @@ class KVStore:
         self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
         self._kv: KV | None = None  # the buffers up to ``length``; made on first use
         self._handles: tuple[Tensor, Tensor] | None = None
+        self._bridge: StoreBridge | None = None  # to the queries, where the buffers are in another memory
+        self._recent: KV | None = None  # the positions of the present call, where they are on the device
         self.length = 0
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
         self._dropped = 0
@@ -87,6 +96,10 @@ class KVStore:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
         if self._kv is None and self._buffers:
             self._kv = self.storage.format(*[x[:, :, : self.length] for x in self._buffers])
+            if self._recent is not None and self._recent.length == self.length:
+                self._kv = self._recent
+            elif self._bridge is not None:
+                self._kv = Offloaded(self._kv, self._bridge, self._recent)
         return self._kv
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -96,6 +109,8 @@ class KVStore:
     def extend(self, new: KV) -> None:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
         end = self.length + new.length
+        new = new.on_device()
+        self._reach(new)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
             parts = [part.stored for part in (self.kv, new) if part is not None]
@@ -105,20 +120,60 @@ class KVStore:
         if not self._buffers or end > self._buffers[0].shape[2]:
             olds = self._buffers or (None,) * len(new.stored)
             self._buffers = tuple(self._grown(x, y, end) for x, y in zip(olds, new.stored, strict=True))
+            self._changed()
         for buffer, x in zip(self._buffers, new.stored, strict=True):
-            buffer[:, :, self.length : end] = x
+            self.storage.memory.write(buffer, self.length, x)
         self._resize(end)
+        if self._bridge is not None and not self._bridge.reaches:
+            self._recent = new
+
+    def _reach(self, new: KV) -> None:
+        """Make the bridge from the memory of this store to the queries, which are where ``new`` is."""
+        if self._bridge is None or self._bridge.device != new.device:
+            self._bridge = self.storage.memory.bridge(new.device)
+        if self._bridge is not None:
+            self._bridge.arrive()
+        if self._bridge is not None and torch.is_grad_enabled() and new.requires_grad:
+            raise FarspanError(
+                f"A cache in {self._bridge.tier} memory is written in place, which no gradient can follow: "
+                "call the model under torch.no_grad(), or patch with storage='device'."
+            )
+
+    def _changed(self) -> None:
+        """Drop what the bridge keeps of rows, which have changed or lie elsewhere now."""
+        self._recent = None
+        if self._bridge is not None:
+            self._bridge.forget(math.prod(self._buffers[0].shape[:2]) if self._buffers else 0)
+
+    def settle(self) -> None:
+        """End a call of the layer: in another memory than that of the queries, free what the call has brought
+        out of it."""
+        if self._bridge is not None:
+            self._recent = self._kv = None
+            for buffer in self._buffers:
+                self.storage.memory.release(buffer)
 
     def _resize(self, length: int) -> None:
         """Set the number of stored positions to ``length``."""
         self.length, self._kv, self._handles = length, None, None
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
-        b, h, _, d = like.shape
-        buffer = self.storage.memory.empty((b, h, need + max(256, need // 8), d), like)
-        if old is not None:
-            buffer[:, :, : self.length] = old[:, :, : self.length]
-        return buffer
+        room = self.storage.memory.room(need)
+        return self._grown_rows(like[:, :, :0] if old is None else old[:, :, : self.length], room)
+
+    def prefetch(self, select: Select, given: tuple[Tensor, ...]) -> None:
+        """Begin to bring the rows that ``select`` names to the device, where they are not there. given: the
+        tensors that ``select`` reads besides."""
+        kv, bridge = self.kv, self._bridge
+        if not isinstance(bridge, Fetching) or not isinstance(kv, Offloaded):
+            return
+
+        def fetch() -> None:
+            rows = select(kv, self._starts, self.summaries)
+            if rows is not None:
+                bridge.warm(kv.far, rows)
+
+        bridge.ahead(fetch, given)
 
     def handles(self) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies
@@ -130,7 +185,7 @@ class KVStore:
         """
         kv = self.kv
         assert kv is not None, "the store is empty"
-        if type(kv) is KV and not self.dropped:
+        if type(kv) is KV and not self.dropped and self._bridge is None:
             return kv.dense()
         if self._handles is None:
             empty = torch.empty(1, dtype=kv.dtype, device=kv.device)
@@ -197,6 +252,7 @@ class KVStore:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
         first ``known``."""
         self._resize(length)
+        self._changed()
         self.summaries.crop(known)
         self.positions.crop(known)
 
@@ -229,12 +285,26 @@ class KVStore:
         self._buffers = tuple(self._grown_rows(x[:, :, gone : self.length], room) for x in self._buffers)
         self._dropped += gone
         self._resize(keep)
+        self._changed()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of the buffers, of the summaries and of the positions kept."""
-        buffers = sum([x.nbytes for x in self._buffers])
-        return buffers + self.summaries.nbytes + self.positions.nbytes
+        """Bytes of the buffers, of the summaries and of the positions kept, in all memories."""
+        return sum(self.tiers.values())
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """``nbytes`` by the tier of the memory, such as "device" and "disk"."""
+        beside = self.summaries.nbytes + self.positions.nbytes
+        tiers = {"device": beside + (0 if self._bridge is None else self._bridge.nbytes)}
+        held = self.storage.memory.tier
+        tiers[held] = tiers.get(held, 0) + sum([x.nbytes for x in self._buffers])
+        return tiers
+
+    @property
+    def hot_rows(self) -> HotRows | None:
+        """The rows that are kept on the device, where the memory is another one that it cannot read."""
+        return self._bridge.hot if isinstance(self._bridge, Fetching) else None
 
     def _forget_since(self, length: int) -> None:
         """Drop the states, and the starts of rows that begin after the first ``length`` positions."""
@@ -248,6 +318,7 @@ class KVStore:
         self._buffers, self._starts = (), None
         self._dropped = 0
         self._resize(0)
+        self._changed()
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
@@ -269,6 +340,18 @@ class KVStore:
         if times > 1:
             self.reorder(rows)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy whose buffers are in the same memory as those of this store."""
+        new = memo[id(self)] = object.__new__(type(self))
+        buffers, bridge = self._buffers, self._bridge
+        apart = {"_buffers": (), "_kv": None, "_recent": None, "_bridge": None}
+        new.__dict__.update(copy.deepcopy({**vars(self), **apart}, memo))
+        new._buffers = tuple(new._grown_rows(x[:, :, : self.length], x.shape[2]) for x in buffers)
+        if bridge is not None:
+            new._bridge = self.storage.memory.bridge(bridge.device)
+            new._changed()
+        return new
+
     def _rows(self) -> int:
         return self._buffers[0].shape[0] if self._buffers else 0
 
@@ -276,12 +359,26 @@ class KVStore:
         if not self._buffers:
             return
         self._kv = self._handles = None
-        self._buffers = tuple(self._refilled(x, change(x[:, :, : self.length])) for x in self._buffers)
+        self._buffers = tuple(self._remapped(x, change) for x in self._buffers)
+        self._changed()
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
         self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]
+
+    def _remapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """``change`` of the batch dimension of a buffer, in place where it has as many rows then and its
+        memory is changed a block at a time."""
+        memory, length, new = self.storage.memory, self.length, buffer
+        if memory.block is None:
+            return self._refilled(buffer, change(buffer[:, :, :length]))
+        for a in range(0, max(1, length), memory.block):
+            part = change(buffer[:, :, a : min(a + memory.block, length)])
+            if part.shape[0] != new.shape[0]:
+                new = memory.empty((part.shape[0], *buffer.shape[1:]), buffer)
+            memory.write(new, a, part)
+        return new
 
     def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
         """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as
@@ -289,7 +386,6 @@ class KVStore:
         return self._grown_rows(new, buffer.shape[2])
 
     def _grown_rows(self, x: Tensor, room: int) -> Tensor:
-        b, h, t, d = x.shape
-        buffer = self.storage.memory.empty((b, h, room, d), x)
-        buffer[:, :, :t] = x
+        buffer = self.storage.memory.empty((*x.shape[:2], room, x.shape[3]), x)
+        self.storage.memory.write(buffer, 0, x)
         return buffer

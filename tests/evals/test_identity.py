@@ -148,3 +148,15 @@ def test_another_spelling_is_the_same_folder(model: Any, tmp_path: Path) -> None
         assert evaluate(model, tmp_path, name, rope=rope).complete
     assert (tmp_path / "samples.jsonl").read_text() == lines
     assert read(tmp_path)[0]["model"] == "chat"
+
+
+def test_another_storage_is_another_run(model: Any, tmp_path: Path) -> None:
+    """The answers are those of the device; a folder is not resumed with another storage."""
+    scores = []
+    for out, storage in (("device", None), ("disk", f"disk:folder={tmp_path / 'kv'}")):
+        setup = tiny.setup(model, ["dense", "quest:k=8,page=4"], tmp_path / out, storage=storage)
+        run(setup, tiny.samples(2))
+        scores.append([(row["method"], row["score"], row["nll"]) for row in read(tmp_path / out)[1]])
+    assert scores[0] == scores[1]
+    with pytest.raises(ResultsError, match="storage"):
+        run(tiny.setup(model, ["dense", "quest:k=8,page=4"], tmp_path / "disk"), tiny.samples(2))

@@ -52,6 +52,15 @@ def test_architectures(name: str, world: World):
     assert_same(world, (3,), cases, 5e-5 if experts else 1e-9)
 
 
+@pytest.mark.parametrize("spec", ["dense", "quest:k=16,page=4,dense_layers=0", "block_topk:k=16,block=8"])
+def test_stores_in_host_memory(spec: str, world: World):
+    """Each rank's part of the keys is in another memory; padded, and in several turns. One process has the
+    same storage, whose results law 10 compares with those of the device."""
+    case = {"spec": spec, "patch": {"storage": "host:cached=64"}}
+    cases = [Case(**case, lengths=(90,)), Case(**case, lengths=(70, 41), turns=(20, 1), new=4)]
+    assert_same(world, (2,), cases, 1e-9)
+
+
 ROPE_BY_LENGTH: dict[str, dict[str, Any]] = {
     "phi3": {
         "original_max_position_embeddings": 64,

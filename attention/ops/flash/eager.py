@@ -42,7 +42,7 @@ def _square(q: Tensor, kv: KV, softmax: Softmax) -> Partial:
     """Causal self-attention of equal lengths. KV heads are shared by stride-0 views, one batch entry per KV
     head."""
     b, h, t, d = q.shape
-    hkv, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
+    hkv, group, kv = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads, kv.on_device()
     if q.device.type == "cuda" and (part := kernel.causal_of_groups(q, kv, softmax)) is not None:
         return part
     if group == 1:
