@@ -88,7 +88,7 @@ def test_a_loaded_cache_goes_on_as_an_unbroken_run(spec: str, batch: str, tmp_pa
             if past < 90:
                 unbroken.crop(past - 90)
             assert loaded.reused == past and not loaded.left
-            ours = got[hf.releases.cache_name(model)]
+            ours = got[hf.cache_name(model)]
             want = steps(model, unbroken, tokens, whole, past)
             assert torch.equal(steps(model, ours, tokens, whole, past), want)
         assert loaded.cache.get_seq_length() == 90, "the prefix itself is not changed"
@@ -131,7 +131,7 @@ def test_other_kinds_of_layers(name: str, tmp_path: Path) -> None:
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
         loaded = farspan.load_cache(model, tmp_path)
-        ours = loaded.inputs(longer)[hf.releases.cache_name(model)]
+        ours = loaded.inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
         loaded.inputs(ids[:, :50])
         assert loaded.reused == 0 and "cannot be cropped" in loaded.left
@@ -144,7 +144,7 @@ def test_mixers(tmp_path: Path) -> None:
     with farspan.patch(model, mixers={1: toy}):
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
-        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.releases.cache_name(model)]
+        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
@@ -155,7 +155,7 @@ def test_other_stores(how: dict[str, Any], tmp_path: Path) -> None:
     with farspan.patch(model, "quest:k=16,page=4,dense_layers=0", **how):
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
-        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.releases.cache_name(model)]
+        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
@@ -167,7 +167,7 @@ def test_a_cache_of_many_turns(tmp_path: Path) -> None:
         cache = hf.fill(model, ids[:, :40], mask[:, :40])
         for a, b in ((40, 60), (60, 90)):
             farspan.save_cache(model, cache, ids, tmp_path)
-            cache = farspan.load_cache(model, tmp_path).inputs(ids[:, :b])[hf.releases.cache_name(model)]
+            cache = farspan.load_cache(model, tmp_path).inputs(ids[:, :b])[hf.cache_name(model)]
             steps(model, cache, ids[:, :b], mask[:, :b], a)
         unbroken = hf.fill(model, ids[:, :40], mask[:, :40])
         for a, b in ((40, 60), (60, 90)):
