@@ -4,8 +4,8 @@
 
 The prefill of random tokens is timed once for each method, then the save, and the load ``--repeats`` times:
 from files that the system has in memory, and from files that were dropped from it (cold). A load takes all
-that ``farspan.load_cache`` does, the comparison of model and method included. The logits of a question of five
-tokens after the load must be those after the prefill, bit for bit.
+that ``farspan.load_cache`` does, the comparison of model and method included. The logits of a question of
+five tokens after the load must be those after the prefill, bit for bit.
 """
 
 from __future__ import annotations

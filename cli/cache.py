@@ -84,6 +84,7 @@ def build(given: Build) -> None:
     if given.json:
         return output.show_json(about)
     output.note(
-        f"{about['tokens']} tokens read in {seconds:.1f} s; {about['bytes'] / 1e6:.0f} MB are in {given.out}. "
-        f"Ask about them with: farspan generate --model {given.model} --cache {given.out} --prompt QUESTION"
+        f"{about['tokens']} tokens read in {seconds:.1f} s; {about['bytes'] / 1e6:.0f} MB are in "
+        f"{given.out}. Ask about them with: farspan generate --model {given.model} --cache {given.out} "
+        "--prompt QUESTION"
     )

@@ -30,7 +30,7 @@ class Generate:
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of `farspan cache build`. The prompt follows its text, unless it begins as that does."
+            help="A folder of `farspan cache build`. The prompt follows its text, unless it begins like that."
         ),
     ] = None
     max_new_tokens: Annotated[int, options.tokens("Stop after this many tokens.")] = 256

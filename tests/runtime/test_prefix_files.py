@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,11 @@ def gates(spec: str) -> Any:
 def steps(model: Any, cache: Any, ids: Tensor, mask: Tensor, first: int) -> Tensor:
     """Logits of the tokens from ``first`` on, in one call for the next 5 and one call for each other."""
     found, edges = [], [first, first + 5, *range(first + 6, ids.shape[1] + 1)]
-    for a, b in zip(edges, edges[1:], strict=False):
-        how = {"attention_mask": mask[:, :b], "position_ids": (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b]}
+    for a, b in pairwise(edges):
+        how = {
+            "attention_mask": mask[:, :b],
+            "position_ids": (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b],
+        }
         with torch.no_grad():
             found.append(model(ids[:, a:b], use_cache=True, **how, **hf.with_cache(model, cache)).logits)
     return torch.cat(found, 1)
@@ -148,7 +152,9 @@ def test_mixers(tmp_path: Path) -> None:
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
-@pytest.mark.parametrize("how", [{"storage": Storage(format=Doubled, spec="doubled")}, {"static": 128}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"storage": Storage(format=Doubled, spec="doubled")}, {"static": 128}], ids=str
+)
 def test_other_stores(how: dict[str, Any], tmp_path: Path) -> None:
     model, ids = shared("llama"), prompt(1, 90)
     longer, mask = extended(ids), torch.ones(1, 106, dtype=torch.long)
@@ -186,7 +192,9 @@ def saved(tmp_path: Path, smollm2: Any) -> Path:
         return farspan.save_cache(model, cache, ids, tmp_path / "saved", tokenizer=smollm2[1])
 
 
-def refusal(model: Any, path: Path, spec: str = "quest:k=16,page=4", tokenizer: Any = None, **how: Any) -> str:
+def refusal(
+    model: Any, path: Path, spec: str = "quest:k=16,page=4", tokenizer: Any = None, **how: Any
+) -> str:
     with farspan.patch(model, spec, **how), pytest.raises(FarspanError) as error:
         farspan.load_cache(model, path, tokenizer=tokenizer)
     assert "\n" not in str(error.value)
@@ -258,7 +266,7 @@ def test_a_full_disk_keeps_the_cache_that_was_there(saved: Path) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            with pytest.raises(FarspanError, match="could not be written to .*: give a folder"):
+            with pytest.raises(FarspanError, match=r"could not be written to .*: give a folder"):
                 farspan.save_cache(model, cache, ids, saved)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -314,7 +322,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         cache = hf.fill(model, ids, torch.ones_like(ids))
         with pytest.raises(FarspanError, match="holds 40 tokens, and 39 were given"):
             farspan.save_cache(model, cache, ids[:, :39], tmp_path)
-        with pytest.raises(FarspanError, match="no tokens|not filled by a patched model"):
+        with pytest.raises(FarspanError, match="not filled by a patched model"):
             farspan.save_cache(model, plain, ids, tmp_path)
     with pytest.raises(FarspanError, match="not patched"):
         farspan.save_cache(model, cache, ids, tmp_path)
