@@ -83,9 +83,9 @@ def generate(given: Generate) -> None:
 
     With --cache the tokens that the prompt has in common with a saved cache are not read again.
     """
+    saved = None if given.cache is None else _saved(given.cache)
     ranks = given.on.spread()
     text = _prompt_text(given.source, ranks)
-    saved = None if given.cache is None else _saved(given.cache)
     method = given.method or ("dense" if saved is None else saved.spec)
     options.one_method(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, positions, text_streamer
