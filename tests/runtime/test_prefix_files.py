@@ -112,7 +112,7 @@ def test_keys_that_were_dropped_cannot_be_had_again(tmp_path: Path) -> None:
 
 
 def test_summaries_are_saved_complete(tmp_path: Path) -> None:
-    """Prefill is dense under quest, so the pages are first read by a decode step, which then computes none."""
+    """Prefill is dense under quest, so the pages are first read by a decode step, which computes none."""
     model, ids = shared("llama"), prompt(1, 90)
     with farspan.patch(model, "quest:k=16,page=4,dense_layers=0"):
         cache = hf.fill(model, ids, torch.ones_like(ids))
