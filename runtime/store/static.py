@@ -17,9 +17,9 @@ from torch import Tensor
 from ...attention.errors import FarspanError
 from ...attention.keys import State
 from ...attention.kv import KV
-from ...attention.sources import Recent, Supply
+from ...attention.sources import Recent
 from ...attention.static_step import StaticStep
-from ...attention.summary import Summaries, Summary
+from ...attention.summary import Kept, Summaries, Summary
 from .store import KVStore, lasting
 
 
@@ -71,7 +71,7 @@ class FixedSummaries(Summaries):
         super().__init__()
         self._room = room
 
-    def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
+    def room(self, summary: Kept, like: Tensor, batch: int, length: int) -> Tensor:
         if summary.key in self._kept and self._kept[summary.key].buffer.shape[0] != batch:
             del self._kept[summary.key]
         buffer = super().room(summary, like, batch, max(length, self._room))
@@ -144,6 +144,10 @@ class StaticStore(KVStore):
             self.summaries, self.step = FixedSummaries(self.room), StoredKeys(self)
         super().extend(new)
 
+    def _room(self, need: int) -> int:
+        check_room(need, self.room)
+        return self.room
+
     def _fits(self, new: KV) -> bool:
         """Whether the buffers are those of as many rows and heads, of the same dtype and device."""
         return [_kind(x) for x in self._buffers] == [_kind(x) for x in new.stored]
@@ -180,9 +184,7 @@ class StaticStore(KVStore):
         check_room(self.length + 1, self.room)
         self.clock.come_to(self._buffers[0].device)
         if step.summary is not None and not self.summaries.complete(step.summary, self.length):
-            assert self.kv is not None
-            with lasting():
-                self.summaries.get(step.summary, Supply(self.kv), self._starts)
+            self.summarise(step.summary)
         self.step.pin()
         step.begin(self.step)
 

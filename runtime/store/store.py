@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
@@ -16,7 +16,8 @@ from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...attention.kv import KV
 from ...attention.offloaded import Offloaded
-from ...attention.summary import Summaries
+from ...attention.sources import Supply
+from ...attention.summary import Summaries, Summary
 from .bridges import Fetching, StoreBridge
 from .hot_rows import HotRows
 from .positions import Positions
@@ -158,8 +159,8 @@ class KVStore:
         self.length, self._kv, self._handles = length, None, None
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
-        room = self.storage.memory.room(need)
-        return self._grown_rows(like[:, :, :0] if old is None else old[:, :, : self.length], room)
+        kept = like[:, :, :0] if old is None else old[:, :, : self.length]
+        return self._grown_rows(kept, self._room(need))
 
     def prefetch(self, select: Select, given: tuple[Tensor, ...]) -> None:
         """Begin to bring the rows that ``select`` names to the device, where they are not there. given: the
@@ -174,6 +175,10 @@ class KVStore:
                 bridge.warm(kv.far, rows)
 
         bridge.ahead(fetch, given)
+
+    def _room(self, need: int) -> int:
+        """The positions for which buffers are made that must hold ``need`` and may grow."""
+        return self.storage.memory.room(need)
 
     def handles(self) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies
@@ -322,6 +327,39 @@ class KVStore:
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
+
+    @runs_lasting
+    def summarise(self, summary: Summary) -> None:
+        """Take all positions into a summary of keys and values, as a later call would do."""
+        if self.kv is not None and not self.dropped:
+            self.summaries.get(summary, Supply(self.kv), self._starts)
+
+    def held(self) -> dict[str, Any]:
+        """All that the store holds, for ``restore``: values as ``tree.split`` takes them. The tensors are
+        views of the store's own."""
+        return {
+            "stored": [x[:, :, : self.length] for x in self._buffers],
+            "dropped": self.dropped,
+            "needed": self.needed,
+            "starts": self._starts,
+            "known": self._known,
+            "summaries": self.summaries.held(),
+            "states": self.states.held(),
+            "positions": self.positions.held(),
+        }
+
+    @runs_lasting
+    def restore(self, held: Mapping[str, Any]) -> None:
+        """Fill an empty store with what another one of the same storage held. Keys and values are copied."""
+        length = held["stored"][0].shape[2] if held["stored"] else 0
+        if length:
+            self._buffers = tuple(self._grown_rows(x, self._room(length)) for x in held["stored"])
+            self._resize(length)
+        self._dropped, self.needed = held["dropped"], held["needed"]
+        self._starts, self._known = held["starts"], held["known"]
+        self.summaries.restore(held["summaries"])
+        self.states.restore(held["states"])
+        self.positions.restore(held["positions"])
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row i by row ``rows[i]`` (beam search)."""
