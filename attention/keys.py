@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
+from .parts import PartedKV
 from .softmax import Softmax
 from .sources import Supply
 from .summary import SomeRows, Summaries, Summary
@@ -55,6 +57,8 @@ class Keys:
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
     dropped: how many of the first positions have no keys any more, since no method of the layer needs them;
            kv has those of the other positions.
+    evicted: by row, how many keys every KV head has evicted, each its own; None where all are here. Positions
+           are then counted over the keys that are left, of which a row has the last ones.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
@@ -70,6 +74,7 @@ class Keys:
     tq: int
     softmax: Softmax
     dropped: int = 0
+    evicted: Sequence[int] | None = None
     start: Tensor | None = None
     state: State = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
@@ -177,9 +182,14 @@ class Keys:
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
         summaries = SomeRows(self.summaries, self._supply(), self.starts, rows, first, end)
+        if isinstance(self.kv, PartedKV):
+            kv: KV = self.kv.row(b, first, end)
+        else:
+            kv = self.kv[rows, :, self.held(first) : self.held(end)]
         return Keys(
-            kv=self.kv[rows, :, self.held(first) : self.held(end)],
+            kv=kv,
             dropped=max(0, self.dropped - first),
+            evicted=None if self.evicted is None else self.evicted[rows],
             tq=max(0, end - max(first, self.past)),
             softmax=self.softmax,
             summaries=summaries,
@@ -195,6 +205,7 @@ class Keys:
         return dataclasses.replace(
             self,
             kv=self.kv[rows],
+            evicted=None if self.evicted is None else self.evicted[rows],
             start=self.start[rows] if padded and self.start is not None else None,
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
@@ -202,6 +213,41 @@ class Keys:
             summaries=SomeRows(self.summaries, self._supply(), self.starts, rows),
             summary_bytes=0,
             fed=None if self.fed is None else self.fed.part(rows),
+            supply=None,
+        )
+
+    @property
+    def parted(self) -> bool:
+        """Whether some KV heads have other keys than the others."""
+        return isinstance(self.kv, PartedKV)
+
+    def of_heads(self, heads: tuple[int, ...]) -> Keys:
+        """Some KV heads with the keys that they have. Raises FarspanError where other heads than these have
+        evicted keys."""
+        if not isinstance(self.kv, PartedKV):
+            return dataclasses.replace(self, kv=self.kv[:, list(heads)])
+        for part in self.kv.parts:
+            if part.heads == heads:
+                return self.compacted(part.kv, part.evicted)
+        raise FarspanError(
+            "Other KV heads of this cache have evicted keys than this method's: use the cache with the recipe "
+            "and the parameters that have filled it, or start a new cache."
+        )
+
+    def compacted(self, kv: KV, evicted: Sequence[int] | None) -> Keys:
+        """These keys where ``kv`` [B, heads, N] are those that are left, and ``evicted`` of each row are
+        gone."""
+        gone = self.length - kv.length
+        lost, firsts = evicted or [0] * kv.batch, self.starts or [0] * kv.batch
+        starts = [first + n - gone for first, n in zip(firsts, lost, strict=True)]
+        padded = any(starts)
+        return dataclasses.replace(
+            self,
+            kv=kv,
+            dropped=0,
+            evicted=evicted,
+            start=torch.tensor(starts, device=kv.device) if padded else None,
+            starts=starts if padded else None,
             supply=None,
         )
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
+from ...attention.eviction import Eviction
 from ...attention.kv import KV
+from ...attention.parts import Part, PartedKV
 from ...attention.summary import Summaries
 from .positions import Positions
 from .states import States
@@ -52,10 +54,12 @@ class KVStore:
     The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
     each method. Both follow every change of the batch rows. Where no method of the layer needs the oldest
-    keys, ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of
-    it.
+    keys, ``forget`` drops them; what a method evicts, each KV head its own keys, ``evict`` drops. This class
+    does not use transformers; ``hf/cache.py`` makes a cache layer of it.
 
-    length: number of positions whose keys and values are here.
+    length: number of positions whose keys and values are here; under ``evicted``, of the keys that a KV head
+    has at most in any row. evicted: by row, how many of its keys the KV heads have evicted; None: none.
+    evicted_by: the method that has evicted some; "" where none has.
     """
 
     def __init__(self, storage: Storage = DEVICE) -> None:
@@ -66,11 +70,19 @@ class KVStore:
         self.length = 0
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
         self._dropped = 0
+        self._begin_whole()
         self.summaries = Summaries()
         self.states = States()
         self.positions = Positions()  # kept only where a method needs keys before RoPE
         self._starts: list[int] | None = None  # where rows begin, by a mask of the first ``_known`` positions
         self._known = 0
+
+    def _begin_whole(self) -> None:
+        """No key is evicted."""
+        self.evicted: list[int] | None = None
+        self.evicted_by = ""
+        self._floor = 0  # below so many positions, a crop would need keys that were evicted
+        self._apart: _Apart | None = None  # KV heads with keys of their own; the buffers have the others
 
     @property
     def dropped(self) -> int:
@@ -87,6 +99,8 @@ class KVStore:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
         if self._kv is None and self._buffers:
             self._kv = self.storage.format(*[x[:, :, : self.length] for x in self._buffers])
+            if self._apart is not None:
+                self._kv = PartedKV(self._apart.parts(self._kv), self.total)
         return self._kv
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -95,6 +109,9 @@ class KVStore:
 
     def extend(self, new: KV) -> None:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
+        if self._apart is not None:
+            self._apart.store.extend(new[:, self._apart.heads])
+            new = new[:, self._apart.others]
         end = self.length + new.length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
@@ -155,11 +172,11 @@ class KVStore:
         if self._starts is not None and self._starts != starts:
             pairs = zip(self._starts, starts, strict=True)
             moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
-            if moved and self.dropped:
+            if moved and (self.dropped or self.evicted_by):
+                lost = "some" if self.evicted_by else str(self.dropped)
                 raise FarspanError(
-                    f"Another attention mask was given for {self.total} cached tokens, {self.dropped} of "
-                    "which have summaries in place of keys: give the mask of the earlier calls, or start a "
-                    "new cache."
+                    f"Another attention mask was given for {self.total} cached tokens, the keys of {lost} of "
+                    "which were dropped: give the mask of the earlier calls, or start a new cache."
                 )
             if moved:
                 self._drop_summaries()
@@ -178,6 +195,8 @@ class KVStore:
         if count > 0:
             self._check_crop(count)
             left = max(0, self.total - count)
+            if left == 0 and self.evicted_by:
+                return self.reset()
             if left == 0:
                 self._dropped = 0
             self._shorten(left - self.dropped, left)
@@ -186,6 +205,11 @@ class KVStore:
     def _check_crop(self, count: int) -> None:
         """Raise FarspanError where the positions left after a crop are not enough for later calls."""
         left = max(0, self.total - count)
+        if 0 < left < self._floor:
+            raise FarspanError(
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because {self.evicted_by} "
+                f"has evicted keys for the first {self._floor}: start a new cache."
+            )
         if left and self.needed is not None and self.dropped > max(0, left + 1 - self.needed):
             raise FarspanError(
                 f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
@@ -196,14 +220,22 @@ class KVStore:
     def _shorten(self, length: int, known: int) -> None:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
         first ``known``."""
+        if self._apart is not None:
+            self._apart.store._shorten(self._apart.store.length - (self.length - length), 0)
         self._resize(length)
         self.summaries.crop(known)
         self.positions.crop(known)
 
-    def require(self, needed: int | None, past: int) -> None:
+    def require(self, needed: int | None, past: int, evicting: str = "") -> None:
         """Raise FarspanError where a call whose first query is at position ``past`` needs keys that were
-        dropped. needed: how many of the last positions a query needs, its own included; None: all."""
-        if self.dropped and (needed is None or self.dropped > max(0, past + 1 - needed)):
+        dropped. needed: how many of the last positions a query needs, its own included; None: all. evicting:
+        the method of the call that reads what it has left of the keys; "" for none."""
+        if self.evicted_by and self.evicted_by != evicting:
+            raise FarspanError(
+                f"This cache has the keys that {self.evicted_by} has not evicted, and no others: use it with "
+                "that method, or start a new cache."
+            )
+        if self.dropped and not evicting and (needed is None or self.dropped > max(0, past + 1 - needed)):
             what = "all of them" if needed is None else f"the last {needed}"
             raise FarspanError(
                 f"This cache keeps summaries in place of its first {self.dropped} keys, and a layer needs "
@@ -230,10 +262,50 @@ class KVStore:
         self._dropped += gone
         self._resize(keep)
 
+    def evict(self, eviction: Eviction, by: str) -> None:
+        """Drop the keys and values that ``eviction`` does not name, for the method ``by``, and release their
+        memory. Summaries are made anew of those that are left."""
+        if any(x.requires_grad for x in self._buffers):
+            return
+        store = self if eviction.heads is None else self._set_apart(eviction.heads)
+        store._keep(eviction.slots, self._starts or [0] * self._rows())
+        self._kv = self._handles = None
+        self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
+        self.summaries.clear()
+
+    def _set_apart(self, heads: tuple[int, ...]) -> KVStore:
+        """The store of these KV heads, which from now on have keys of their own."""
+        if self._apart is None:
+            kv, store = self.kv, KVStore(self.storage)
+            assert kv is not None
+            others = [head for head in range(kv.num_kv_heads) if head not in heads]
+            store.extend(kv[:, list(heads)])
+            room = self.length + max(DECODE_ROWS, self.length // 32)
+            self._buffers = tuple(self._grown_rows(x, room) for x in kv[:, others].stored)
+            self._apart = _Apart(list(heads), others, store)
+        return self._apart.store
+
+    def _keep(self, slots: Tensor, starts: list[int]) -> None:
+        """Keep the keys at ``slots`` [B, Hkv, R] of rows that begin at ``starts``; of a row that has fewer
+        keys than R, those in the last places."""
+        assert self.kv is not None
+        kept, total, evicted = self.kv.gather(slots), self.total, self.evicted or [0] * len(starts)
+        here = [total - first - gone for first, gone in zip(starts, evicted, strict=True)]
+        self.evicted = [gone + max(0, n - kept.length) for gone, n in zip(evicted, here, strict=True)]
+        room = kept.length + max(2 * DECODE_ROWS, kept.length // 8)
+        if self._buffers[0].shape[2] > 2 * room:
+            self._buffers = tuple(self._grown_rows(x, room) for x in kept.stored)
+        for buffer, x in zip(self._buffers, kept.stored, strict=True):
+            buffer[:, :, : kept.length] = x
+        self._dropped = total - kept.length
+        self._resize(kept.length)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the buffers, of the summaries and of the positions kept."""
         buffers = sum([x.nbytes for x in self._buffers])
+        if self._apart is not None:
+            buffers += self._apart.store.nbytes
         return buffers + self.summaries.nbytes + self.positions.nbytes
 
     def _forget_since(self, length: int) -> None:
@@ -247,6 +319,7 @@ class KVStore:
         """Empty the store and release its buffers."""
         self._buffers, self._starts = (), None
         self._dropped = 0
+        self._begin_whole()
         self._resize(0)
         self.summaries.clear()
         self.states.clear()
@@ -276,6 +349,10 @@ class KVStore:
         if not self._buffers:
             return
         self._kv = self._handles = None
+        if self._apart is not None:
+            self._apart.store._map(change, rows)
+        if self.evicted is not None:
+            self.evicted = [self.evicted[row] for row in rows]
         self._buffers = tuple(self._refilled(x, change(x[:, :, : self.length])) for x in self._buffers)
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
@@ -293,3 +370,17 @@ class KVStore:
         buffer = self.storage.memory.empty((b, h, room, d), x)
         buffer[:, :, :t] = x
         return buffer
+
+
+class _Apart(NamedTuple):
+    """The KV heads whose keys are in ``store``, and the others."""
+
+    heads: list[int]
+    others: list[int]
+    store: KVStore
+
+    def parts(self, kv: KV) -> tuple[Part, Part]:
+        """``kv``, the keys and values of the others, beside those of ``store``."""
+        own = self.store.kv
+        assert own is not None
+        return Part(tuple(self.others), kv, None), Part(tuple(self.heads), own, self.store.evicted)

@@ -72,6 +72,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
             "gqa_reduce": "sum",
         },
     ],
+    "duo": [
+        {"streaming": 0.75, "sinks": 3, "recent": 20, "evict": False},
+        {"streaming": 0.75, "sinks": 3, "recent": 20},  # one head of the layer streams
+        {"streaming": 1.0, "sinks": 0, "recent": 7},
+    ],
     "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
     "dilated": [{"w": 9, "dilation": 3, "sinks": 2}, {"w": 30, "dilation": 2, "sinks": 0}],
     "strided": [
@@ -177,6 +182,7 @@ FULL = {
     "mass": 1.0,
     "threshold": 0.0,
     "w": 1 << 20,
+    "recent": 1 << 20,
     "span": 1 << 20,
     "dilation": 1,
     "add_bias": False,
