@@ -27,8 +27,8 @@ class Eviction:
 
 
 def stay(chosen: Tensor, recent: int, keys: Keys) -> Tensor:
-    """``Eviction.slots``: the ``chosen`` keys [B, heads, C] and the last ``recent`` ones, none of which is among them; all keys
-    of the rows that have no more than C + recent."""
+    """``Eviction.slots``: the ``chosen`` keys [B, heads, C] and the last ``recent`` ones, none of which is
+    among them; all keys of the rows that have no more than C + recent."""
     b, heads, c = chosen.shape
     newest = torch.arange(keys.length - recent - c, keys.length, device=chosen.device).expand(b, heads, -1)
     slots = torch.cat([chosen, newest[..., c:]], 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
-from .parts import PartedKV
+from .parts import Evicted, PartedKV, of_heads
 from .softmax import Softmax
 from .sources import Supply
 from .summary import SomeRows, Summaries, Summary
@@ -221,33 +221,37 @@ class Keys:
         """Whether some KV heads have other keys than the others."""
         return isinstance(self.kv, PartedKV)
 
-    def of_heads(self, heads: tuple[int, ...]) -> Keys:
-        """Some KV heads with the keys that they have. Raises FarspanError where other heads than these have
-        evicted keys."""
-        if not isinstance(self.kv, PartedKV):
-            return dataclasses.replace(self, kv=self.kv[:, list(heads)])
-        for part in self.kv.parts:
-            if part.heads == heads:
-                return self.compacted(part.kv, part.evicted)
-        raise FarspanError(
-            "Other KV heads of this cache have evicted keys than this method's: use the cache with the recipe "
-            "and the parameters that have filled it, or start a new cache."
-        )
+    def check_evicting(self, heads: tuple[int, ...]) -> None:
+        """Raise FarspanError where other KV heads than ``heads`` have evicted keys."""
+        if isinstance(self.kv, PartedKV) and self.kv.evicting != heads:
+            raise FarspanError(
+                "Other KV heads of this cache have evicted keys than those of this method: use the cache "
+                "with the recipe that has filled it, or start a new cache."
+            )
 
-    def compacted(self, kv: KV, evicted: Sequence[int] | None) -> Keys:
-        """These keys where ``kv`` [B, heads, N] are those that are left, and ``evicted`` of each row are
-        gone."""
+    def of_heads(self, heads: tuple[int, ...]) -> Keys:
+        """Some KV heads with the keys that they have; all that evict, or all the others."""
+        if not isinstance(self.kv, PartedKV):
+            return dataclasses.replace(self, kv=of_heads(self.kv, heads))
+        part = next(part for part in self.kv.parts if part.heads == heads)
+        return self.compacted(part.kv, part.evicted)
+
+    def compacted(self, kv: KV, evicted: Evicted | None) -> Keys:
+        """These keys where ``kv`` [B, heads, N] are those that are left."""
         gone = self.length - kv.length
-        lost, firsts = evicted or [0] * kv.batch, self.starts or [0] * kv.batch
+        lost, firsts = [0] * kv.batch if evicted is None else evicted.counts, self.starts or [0] * kv.batch
         starts = [first + n - gone for first, n in zip(firsts, lost, strict=True)]
-        padded = any(starts)
+        start = self.start
+        if evicted is not None and start is not None:
+            assert evicted.there is not None, "the rows were padded when keys were evicted"
+            start = start + evicted.there - gone
         return dataclasses.replace(
             self,
             kv=kv,
             dropped=0,
-            evicted=evicted,
-            start=torch.tensor(starts, device=kv.device) if padded else None,
-            starts=starts if padded else None,
+            evicted=None if evicted is None else evicted.counts,
+            start=start if any(starts) else None,
+            starts=starts if any(starts) else None,
             supply=None,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -13,16 +14,37 @@ from .errors import FarspanError
 from .kv import KV
 
 
+@dataclass(frozen=True)
+class Evicted:
+    """How many of their keys the rows have lost. counts: by row. there: [B], the same on the device; None
+    where no row is padded, so that all have lost as many."""
+
+    counts: list[int]
+    there: Tensor | None
+
+    def rows(self, rows: slice) -> Evicted:
+        """That of some rows."""
+        return Evicted(self.counts[rows], None if self.there is None else self.there[rows])
+
+
 class Part(NamedTuple):
     """Some KV heads of a layer.
 
     kv: [B, len(heads), N], the keys and values that these heads have; those of each row come last. evicted:
-    by row, how many of its keys they have no more; None: they have all of them.
+    how many they have no more; None: they have all of them.
     """
 
     heads: tuple[int, ...]
     kv: KV
-    evicted: Sequence[int] | None
+    evicted: Evicted | None
+
+
+def of_heads(kv: KV, heads: Sequence[int]) -> KV:
+    """Some KV heads of ``kv``. An index would have to be copied to the device."""
+    first, count = (heads[0] if heads else 0), len(heads)
+    if tuple(heads) == tuple(range(first, first + count)):
+        return kv[:, first : first + count]
+    return kv.map(lambda x: torch.cat([x[:, head : head + 1] for head in heads], 1))
 
 
 class PartedKV(KV):
@@ -38,17 +60,23 @@ class PartedKV(KV):
     def __getitem__(self, index: Any) -> Self:
         """The rows ``index``, a slice."""
         rows: slice = index
-        parts = [(heads, kv[rows], None if gone is None else gone[rows]) for heads, kv, gone in self.parts]
+        parts = [(heads, kv[rows], None if gone is None else gone.rows(rows)) for heads, kv, gone in self.parts]
         return type(self)([Part(*part) for part in parts], self.positions)
 
     def row(self, b: int, first: int, end: int) -> PartedKV:
         """The positions first .. end - 1 of row b, which begins at ``first``."""
         parts = []
         for part in self.parts:
-            n, gone = part.kv.length, 0 if part.evicted is None else part.evicted[b]
-            low, high = n - (self.positions - first - gone), n - (self.positions - end)
-            parts.append(Part(part.heads, part.kv[b : b + 1, :, low:high], (gone,)))
+            gone = None if part.evicted is None else part.evicted.rows(slice(b, b + 1))
+            n, lost = part.kv.length, 0 if gone is None else gone.counts[0]
+            low, high = n - (self.positions - first - lost), n - (self.positions - end)
+            parts.append(Part(part.heads, part.kv[b : b + 1, :, low:high], gone))
         return PartedKV(parts, end - first)
+
+    @property
+    def evicting(self) -> tuple[int, ...]:
+        """The KV heads that evict."""
+        return next(part.heads for part in self.parts if part.evicted is not None)
 
     @property
     def k(self) -> Tensor:

@@ -106,7 +106,9 @@ def check_evicting(
     if prefill.needs.inputs or any(summary.reads & IN_NO_CACHE for summary in prefill.summaries):
         reasons.append(f"{prefill} needs more of evicted tokens in a further prompt than is in a cache")
     if reasons:
-        raise Unsupported(f"farspan cannot run {decode} with evict=true", [f"{x}: give evict=false" for x in reasons])
+        raise Unsupported(
+            f"farspan cannot run {decode} with evict=true", [f"{x}: give evict=false" for x in reasons]
+        )
 
 
 def check_all_run(

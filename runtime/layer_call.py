@@ -297,7 +297,7 @@ class LocalKeys:
             state.update(one.state)
         slots = torch.cat([one.slots for _, one in found])
         crop = min(one.crop for _, one in found)
-        self.store.evict(replace(found[0][1], slots=slots, crop=crop), str(method))
+        self.store.evict(replace(found[0][1], slots=slots, crop=crop), str(method), self.start)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -63,15 +63,15 @@ class ByHead(Selection):
         self, q: Tensor, keys: Keys, run: Callable[[Selection, Tensor, Keys], tuple[Partial, Pairs]]
     ) -> tuple[Partial, Pairs]:
         """``run`` of each part with its query heads and keys, joined in the order of the heads."""
-        group = q.shape[1] // self.mask_heads
-        order, outs, lses, pairs = [], [], [], 0
+        group, pairs = q.shape[1] // self.mask_heads, 0
+        outs: dict[int, Tensor] = {}
+        lses: dict[int, Tensor] = {}
         for heads, part in self.parts:
-            mine = [head * group + i for head in heads for i in range(group)]
-            found, read = run(part, q[:, mine], keys.of_heads(heads))
+            mine = torch.cat([q[:, head * group : (head + 1) * group] for head in heads], 1)
+            found, read = run(part, mine, keys.of_heads(heads))
             assert isinstance(read, int), f"the host does not know the pairs of {part.called}"
-            order += mine
-            outs.append(found.out)
-            lses.append(found.lse)
+            outs.update(zip(heads, found.out.split(group, 1), strict=True))
+            lses.update(zip(heads, found.lse.split(group, 1), strict=True))
             pairs += read
-        back = [order.index(head) for head in range(q.shape[1])]
-        return Partial(torch.cat(outs, 1)[:, back], torch.cat(lses, 1)[:, back]), pairs
+        out, lse = (torch.cat([x[head] for head in sorted(x)], 1) for x in (outs, lses))
+        return Partial(out, lse), pairs

@@ -26,8 +26,8 @@ from ..softmax import Softmax
 
 @dataclass(frozen=True, kw_only=True)
 class DuoAttention(AttentionMethod):
-    """Streaming KV heads read the first ``sinks`` and the last ``recent`` keys, the other heads read every key
-    (DuoAttention, 2410.10819), in prefill and at decode.
+    """Streaming KV heads read the first ``sinks`` and the last ``recent`` keys, the other heads read every
+    key (DuoAttention, 2410.10819), in prefill and at decode.
 
     A recipe has an ``alpha`` for each KV head of the model, near 1 for a retrieval head. The share
     ``streaming`` of all heads with the lowest alphas streams, so layers differ in how many do. ``farspan
@@ -43,7 +43,6 @@ class DuoAttention(AttentionMethod):
     name: ClassVar[str] = "duo"
     title: ClassVar[str] = "DuoAttention"
     paper: ClassVar[str] = "2410.10819"
-    trained_with: ClassVar[tuple[str, ...]] = ()
 
     streaming: float = 0.5
     sinks: int = 64
@@ -56,7 +55,7 @@ class DuoAttention(AttentionMethod):
     def __post_init__(self) -> None:
         require(self, sinks=(0, None), recent=(1, None))
         if not 0 <= self.streaming <= 1:
-            raise SpecError(f"duo takes a share of the KV heads, 0 to 1, for streaming; got {self.streaming}.")
+            raise SpecError(f"duo takes a share of KV heads, 0 to 1, for streaming; got {self.streaming}.")
 
     @property
     def needs(self) -> Needs:
@@ -70,8 +69,8 @@ class DuoAttention(AttentionMethod):
         if layer.weights is not None and not layer.weights and layer.tensors:
             return None  # the model's own window, for which a recipe has nothing
         own = {f"layers.{layer.index}.alpha": layer.checked(self)["alpha"]}
-        stream = layer.own(streaming_heads({**(layer.tensors or {}), **own}, self.streaming)[layer.index])
-        return replace(self, stream=stream) if bool(stream.any()) else None
+        stream = streaming_heads({**(layer.tensors or {}), **own}, self.streaming)[layer.index]
+        return replace(self, stream=layer.own(stream)) if bool(stream.any()) else None
 
     def calibration(self, layer: LayerInfo) -> StreamingError:
         """The ``alpha`` of a KV head is the relative change of its output when it streams, at most 1."""
@@ -113,21 +112,19 @@ class DuoAttention(AttentionMethod):
         return self._select(keys)
 
     def _select(self, keys: Keys) -> Index:
-        others, streaming = self._heads
         if keys.longest() <= self.sinks + self.recent and not keys.parted:
             return None
-        if not others:
-            return self._window
-        return ByHead(parts=((others, EveryKey()), (streaming, self._window)))
+        keys.check_evicting(self._heads[1])
+        both = zip(self._heads, (EveryKey(), self._window), strict=True)
+        return ByHead(parts=tuple((heads, selection) for heads, selection in both if heads))
 
     def eviction(self, keys: Keys, phase: str) -> Eviction | None:
-        others, streaming = self._heads
+        _, streaming = self._heads
         keys = keys.of_heads(streaming) if keys.parted else keys
         recent = self.recent + DECODE_ROWS
-        if keys.length <= self.sinks + recent + max(DECODE_ROWS, (self.sinks + recent) // 8):
+        if not streaming or keys.length <= self.sinks + recent + max(DECODE_ROWS, (self.sinks + recent) // 8):
             return None  # many are dropped at a time, so that the others are rarely copied
         first = torch.arange(self.sinks, device=keys.kv.device)
         first = first.expand(keys.kv.batch, len(streaming), -1)
         first = first if keys.start is None else first + keys.start[:, None, None]
-        slots = stay(first, recent, keys)
-        return Eviction(slots=slots, crop=DECODE_ROWS, heads=streaming if others else None)
+        return Eviction(slots=stay(first, recent, keys), crop=DECODE_ROWS, heads=streaming)

@@ -14,7 +14,7 @@ from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...attention.eviction import Eviction
 from ...attention.kv import KV
-from ...attention.parts import Part, PartedKV
+from ...attention.parts import Evicted, Part, PartedKV, of_heads
 from ...attention.summary import Summaries
 from .positions import Positions
 from .states import States
@@ -58,7 +58,7 @@ class KVStore:
     does not use transformers; ``hf/cache.py`` makes a cache layer of it.
 
     length: number of positions whose keys and values are here; under ``evicted``, of the keys that a KV head
-    has at most in any row. evicted: by row, how many of its keys the KV heads have evicted; None: none.
+    has at most in any row. evicted: how many of their keys the KV heads have evicted; None: none.
     evicted_by: the method that has evicted some; "" where none has.
     """
 
@@ -79,7 +79,7 @@ class KVStore:
 
     def _begin_whole(self) -> None:
         """No key is evicted."""
-        self.evicted: list[int] | None = None
+        self.evicted: Evicted | None = None
         self.evicted_by = ""
         self._floor = 0  # below so many positions, a crop would need keys that were evicted
         self._apart: _Apart | None = None  # KV heads with keys of their own; the buffers have the others
@@ -110,12 +110,13 @@ class KVStore:
     def extend(self, new: KV) -> None:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
         if self._apart is not None:
-            self._apart.store.extend(new[:, self._apart.heads])
-            new = new[:, self._apart.others]
+            self._apart.store.extend(of_heads(new, self._apart.heads))
+            new = of_heads(new, self._apart.others)
         end = self.length + new.length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            parts = [part.stored for part in (self.kv, new) if part is not None]
+            olds = [x[:, :, : self.length] for x in self._buffers]
+            parts = [x for x in (olds, new.stored) if x]
             self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
             self._resize(end)
             return
@@ -132,7 +133,8 @@ class KVStore:
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         b, h, _, d = like.shape
-        buffer = self.storage.memory.empty((b, h, need + max(256, need // 8), d), like)
+        spare = need // (8 if self._apart is None else 16)  # not to spend again what other heads have freed
+        buffer = self.storage.memory.empty((b, h, need + max(256, spare), d), like)
         if old is not None:
             buffer[:, :, : self.length] = old[:, :, : self.length]
         return buffer
@@ -262,13 +264,14 @@ class KVStore:
         self._dropped += gone
         self._resize(keep)
 
-    def evict(self, eviction: Eviction, by: str) -> None:
+    def evict(self, eviction: Eviction, by: str, start: Tensor | None) -> None:
         """Drop the keys and values that ``eviction`` does not name, for the method ``by``, and release their
-        memory. Summaries are made anew of those that are left."""
+        memory. Summaries are made anew of those that are left. start: [B], where rows begin; None: no row is
+        padded."""
         if any(x.requires_grad for x in self._buffers):
             return
         store = self if eviction.heads is None else self._set_apart(eviction.heads)
-        store._keep(eviction.slots, self._starts or [0] * self._rows())
+        store._keep(eviction.slots, self._starts or [0] * self._rows(), start)
         self._kv = self._handles = None
         self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
         self.summaries.clear()
@@ -279,19 +282,20 @@ class KVStore:
             kv, store = self.kv, KVStore(self.storage)
             assert kv is not None
             others = [head for head in range(kv.num_kv_heads) if head not in heads]
-            store.extend(kv[:, list(heads)])
+            store.extend(of_heads(kv, heads))
             room = self.length + max(DECODE_ROWS, self.length // 32)
-            self._buffers = tuple(self._grown_rows(x, room) for x in kv[:, others].stored)
+            self._buffers = tuple(self._grown_rows(x, room) for x in of_heads(kv, others).stored)
             self._apart = _Apart(list(heads), others, store)
         return self._apart.store
 
-    def _keep(self, slots: Tensor, starts: list[int]) -> None:
+    def _keep(self, slots: Tensor, starts: list[int], start: Tensor | None) -> None:
         """Keep the keys at ``slots`` [B, Hkv, R] of rows that begin at ``starts``; of a row that has fewer
         keys than R, those in the last places."""
         assert self.kv is not None
-        kept, total, evicted = self.kv.gather(slots), self.total, self.evicted or [0] * len(starts)
-        here = [total - first - gone for first, gone in zip(starts, evicted, strict=True)]
-        self.evicted = [gone + max(0, n - kept.length) for gone, n in zip(evicted, here, strict=True)]
+        kept, total = self.kv.gather(slots), self.total
+        most = total - kept.length  # that a row without padding can have lost
+        there = None if start is None else (most - start).clamp(min=0)
+        self.evicted = Evicted([max(0, most - first) for first in starts], there)
         room = kept.length + max(2 * DECODE_ROWS, kept.length // 8)
         if self._buffers[0].shape[2] > 2 * room:
             self._buffers = tuple(self._grown_rows(x, room) for x in kept.stored)
@@ -352,7 +356,8 @@ class KVStore:
         if self._apart is not None:
             self._apart.store._map(change, rows)
         if self.evicted is not None:
-            self.evicted = [self.evicted[row] for row in rows]
+            there = None if self.evicted.there is None else change(self.evicted.there)
+            self.evicted = Evicted([self.evicted.counts[row] for row in rows], there)
         self._buffers = tuple(self._refilled(x, change(x[:, :, : self.length])) for x in self._buffers)
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
@@ -379,8 +384,9 @@ class _Apart(NamedTuple):
     others: list[int]
     store: KVStore
 
-    def parts(self, kv: KV) -> tuple[Part, Part]:
-        """``kv``, the keys and values of the others, beside those of ``store``."""
+    def parts(self, kv: KV) -> list[Part]:
+        """``kv``, the keys and values of the others, if there are any, beside those of ``store``."""
         own = self.store.kv
         assert own is not None
-        return Part(tuple(self.others), kv, None), Part(tuple(self.heads), own, self.store.evicted)
+        apart = Part(tuple(self.heads), own, self.store.evicted)
+        return [Part(tuple(self.others), kv, None), apart] if self.others else [apart]

@@ -224,15 +224,24 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None, *, whole_prompt: bool = True, of_summaries: bool = True) -> Any:
+def every_method(
+    phase: str | None = None,
+    *,
+    whole_prompt: bool = True,
+    of_summaries: bool = True,
+    evicting: bool = True,
+) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
     of_summaries: also those that attend to summaries in place of keys, and need only the last keys.
+    evicting: also those whose caches drop what they evict, which is refused over ranks.
     """
     cases = _cases(sparse_settings, phase)
     if not of_summaries:
         cases = [case for case in cases if case.values[0].keys_needed is None]
+    if not evicting:
+        cases = [case for case in cases if not case.values[0].evict]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)
