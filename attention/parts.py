@@ -60,8 +60,8 @@ class PartedKV(KV):
     def __getitem__(self, index: Any) -> Self:
         """The rows ``index``, a slice."""
         rows: slice = index
-        parts = [(heads, kv[rows], None if gone is None else gone.rows(rows)) for heads, kv, gone in self.parts]
-        return type(self)([Part(*part) for part in parts], self.positions)
+        parts = [Part(x.heads, x.kv[rows], x.evicted and x.evicted.rows(rows)) for x in self.parts]
+        return type(self)(parts, self.positions)
 
     def row(self, b: int, first: int, end: int) -> PartedKV:
         """The positions first .. end - 1 of row b, which begins at ``first``."""

@@ -31,9 +31,9 @@ class H2O(AttentionMethod):
 
     Prefill is dense. For the scores every query of the prompt is multiplied with every key once more, which
     costs about as much as dense prefill; over ranks each rank holds all queries meanwhile. Decode never reads
-    evicted keys again, but they stay in the store and a further prompt reads them, which adds to their
-    scores. After a crop the next step reads everything and scores by its own query. With ``evict`` the store
-    drops them at each step: a further prompt reads what is left, and no crop is possible any more.
+    evicted keys again; they stay stored, and a further prompt reads and scores them. After a crop the next
+    step reads everything and scores by its own query. With ``evict`` each step drops them from the store: a
+    further prompt reads what is left, and no crop is possible any more.
     Departures: one set per KV head, where the authors' models have a KV head for every query head; every row
     has its own scores, where the authors' code sums them over the batch.
     """
@@ -50,13 +50,11 @@ class H2O(AttentionMethod):
 
     @property
     def heavy(self) -> int:
-        """Heavy hitters that are kept."""
-        return self.k // 2
+        return self.k // 2  # heavy hitters that are kept
 
     @property
     def recent(self) -> int:
-        """Recent keys that are kept, the query's own among them."""
-        return self.k - self.heavy
+        return self.k - self.heavy  # recent keys that are kept, the query's own among them
 
     @property
     def observation_window(self) -> None:

@@ -115,8 +115,7 @@ class KVStore:
         end = self.length + new.length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            olds = [x[:, :, : self.length] for x in self._buffers]
-            parts = [x for x in (olds, new.stored) if x]
+            parts = [x for x in ([x[:, :, : self.length] for x in self._buffers], new.stored) if x]
             self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
             self._resize(end)
             return

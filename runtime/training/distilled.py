@@ -145,4 +145,3 @@ class Distilled:
         keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
         with torch.enable_grad():
             self._on_layer(index, q, keys)
-
