@@ -31,9 +31,8 @@ class H2O(AttentionMethod):
 
     Prefill is dense. For the scores every query of the prompt is multiplied with every key once more, which
     costs about as much as dense prefill; over ranks each rank holds all queries meanwhile. Decode never reads
-    evicted keys again; they stay stored, and a further prompt reads and scores them. After a crop the next
-    step reads everything and scores by its own query. With ``evict`` each step drops them from the store: a
-    further prompt reads what is left, and no crop is possible any more.
+    evicted keys again; a further prompt does. After a crop the next step reads everything and scores by its
+    own query. With ``evict`` each step drops them: a further prompt reads the rest, and crops are refused.
     Departures: one set per KV head, where the authors' models have a KV head for every query head; every row
     has its own scores, where the authors' code sums them over the batch.
     """
