@@ -284,6 +284,8 @@ class LocalKeys:
 
     def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
         assert self.store is not None, "a cache keeps the keys"
+        if self.kv.requires_grad:
+            return
         found: list[tuple[State, Eviction]] = []
         for run in runs:
             state = self.states.of(str(method), run.rows, self.past, self.total)

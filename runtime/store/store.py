@@ -267,8 +267,6 @@ class KVStore:
         """Drop the keys and values that ``eviction`` does not name, for the method ``by``, and release their
         memory. Summaries are made anew of those that are left. start: [B], where rows begin; None: no row is
         padded."""
-        if any(x.requires_grad for x in self._buffers):
-            return
         store = self if eviction.heads is None else self._set_apart(eviction.heads)
         store._keep(eviction.slots, self._starts or [0] * self._rows(), start)
         self._kv = self._handles = None

@@ -196,6 +196,18 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, spec: str, how:
     assert all(not store.evicted_by and store.length == 201 for store in stores(cache))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_is_dropped_that_a_gradient_needs(model: Any, spec: str) -> None:
+    logits = []
+    for evict in (False, True):
+        with patched(model, spec, evict=evict):
+            cache = model(ids_of(1, 100)).past_key_values
+            for token in ids_of(1, 3)[0]:
+                logits.append(model(token[None, None], past_key_values=cache).logits.detach())
+        assert all(store.length == 103 for store in stores(cache))
+    assert same(logits[3:], logits[:3])
+
+
 def test_duo_drops_nothing_beside_another_prefill(model: Any) -> None:
     with farspan.patch(model, f"dense + {SPECS[0]}", recipe=recipe_of(model)), torch.no_grad():
         cache = model(ids_of(1, 200)).past_key_values
