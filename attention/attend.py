@@ -16,7 +16,7 @@ from .method import DECODE, PREFILL, AttentionMethod
 from .partial import Partial, empty_partial
 from .selection import Selection, as_selection
 from .selection.base import Pairs, Tally
-from .selection.every import every_pair
+from .selection.every import dense_pairs
 
 DECODE_ROWS = 16  # a call of at most this many queries on a store that is not empty is decode
 TOO_SHORT = "the budget covers the length"
@@ -86,7 +86,7 @@ def attend(
             with probe.timed(ATTENTION, q.device):
                 part, pairs = selection.run_decode(q, keys, impl)
         shared_by = selection.loads_shared_by(q.shape[1], keys.kv.num_kv_heads)
-        causal = every_pair(q, keys, range(keys.tq))
+        causal = dense_pairs(q, keys, range(keys.tq))
         reads = count_reads(q, keys.kv, pairs, causal, shared_by)
     elif phase in method.phases and _by_row(method, keys):
         return _prefill_rows(method, phase, q, keys, impl, probe)
@@ -126,7 +126,7 @@ def run_prefill(
     rows = range(keys.tq) if rows is None else rows
     part, pairs = selection.run_prefill(q, keys, rows, impl)
     shared_by = PREFILL_TILE * (q.shape[1] // keys.kv.num_kv_heads)
-    reads = count_reads(q, keys.kv, pairs, every_pair(q, keys, rows), shared_by)
+    reads = count_reads(q, keys.kv, pairs, dense_pairs(q, keys, rows), shared_by)
     return part, explained(reads, method, PREFILL, keys, selection)
 
 
@@ -134,7 +134,8 @@ def explained(reads: Reads, method: AttentionMethod, phase: str, keys: Keys, sel
     """``reads`` with the bytes that selection has read and, where a selective method has read everything, the
     reason."""
     reads.selection_bytes = keys.summary_bytes
-    if selection.dense and phase in method.phases and method.selective:
+    whole = selection.dense and not any(keys.evicted or ())
+    if whole and phase in method.phases and method.selective:
         reads.reason = TOO_SHORT
     return reads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
+from .parts import Evicted, PartedKV, of_heads
 from .softmax import Softmax
 from .some_rows import SomeRows
 from .sources import Supply
@@ -57,6 +58,8 @@ class Keys:
            positions. Where ``peers`` hold keys too, only N of the Tk are here.
     dropped: how many of the first positions have no keys any more, since no method of the layer needs them;
            kv has those of the other positions.
+    evicted: by row, how many keys every KV head has evicted, each its own; None where all are here. Positions
+           are then counted over the keys that are left, of which a row has the last ones.
     start: [B], each row's first valid position under left padding, or None where no row is padded. It is Tk
            in a row that has no token yet; ``on_prefill_end`` may meet such a row, ``select_*`` never does.
     ends:  where each row ends under right padding, on the host, or None where no row is padded there;
@@ -72,6 +75,7 @@ class Keys:
     tq: int
     softmax: Softmax
     dropped: int = 0
+    evicted: Sequence[int] | None = None
     start: Tensor | None = None
     state: State = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
@@ -185,9 +189,14 @@ class Keys:
         first = 0 if self.starts is None else self.starts[b]
         end = self.length if self.ends is None else self.ends[b]
         summaries = SomeRows(self.summaries, self._supply(), self.starts, rows, first, end)
+        if isinstance(self.kv, PartedKV):
+            kv: KV = self.kv.row(b, first, end)
+        else:
+            kv = self.kv[rows, :, self.held(first) : self.held(end)]
         return Keys(
-            kv=self.kv[rows, :, self.held(first) : self.held(end)],
+            kv=kv,
             dropped=max(0, self.dropped - first),
+            evicted=None if self.evicted is None else self.evicted[rows],
             tq=max(0, end - max(first, self.past)),
             softmax=self.softmax,
             summaries=summaries,
@@ -203,6 +212,7 @@ class Keys:
         return dataclasses.replace(
             self,
             kv=self.kv[rows],
+            evicted=None if self.evicted is None else self.evicted[rows],
             start=self.start[rows] if padded and self.start is not None else None,
             starts=starts if padded else None,
             ends=None if self.ends is None else self.ends[rows],
@@ -210,6 +220,45 @@ class Keys:
             summaries=SomeRows(self.summaries, self._supply(), self.starts, rows),
             summary_bytes=0,
             fed=None if self.fed is None else self.fed.part(rows),
+            supply=None,
+        )
+
+    @property
+    def parted(self) -> bool:
+        """Whether some KV heads have other keys than the others."""
+        return isinstance(self.kv, PartedKV)
+
+    def check_evicting(self, heads: tuple[int, ...]) -> None:
+        """Raise FarspanError where other KV heads than ``heads`` have evicted keys."""
+        if isinstance(self.kv, PartedKV) and self.kv.evicting != heads:
+            raise FarspanError(
+                "Other KV heads of this cache have evicted keys than those of this method: use the cache "
+                "with the recipe that has filled it, or start a new cache."
+            )
+
+    def of_heads(self, heads: tuple[int, ...]) -> Keys:
+        """Some KV heads with the keys that they have; all that evict, or all the others."""
+        if not isinstance(self.kv, PartedKV):
+            return dataclasses.replace(self, kv=of_heads(self.kv, heads))
+        part = next(part for part in self.kv.parts if part.heads == heads)
+        return self.compacted(part.kv, part.evicted)
+
+    def compacted(self, kv: KV, evicted: Evicted | None) -> Keys:
+        """These keys where ``kv`` [B, heads, N] are those that are left."""
+        gone = self.length - kv.length
+        lost, firsts = [0] * kv.batch if evicted is None else evicted.counts, self.starts or [0] * kv.batch
+        starts = [first + n - gone for first, n in zip(firsts, lost, strict=True)]
+        start = self.start
+        if evicted is not None and start is not None:
+            assert evicted.there is not None, "the rows were padded when keys were evicted"
+            start = start + evicted.there - gone
+        return dataclasses.replace(
+            self,
+            kv=kv,
+            dropped=0,
+            evicted=None if evicted is None else evicted.counts,
+            start=start if any(starts) else None,
+            starts=starts if any(starts) else None,
             supply=None,
         )
 

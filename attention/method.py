@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from .calibration.protocol import Calibration
 from .cost import DECODE, PREFILL, Cost, Queries
 from .errors import FarspanError
+from .eviction import Eviction
 from .keys import Keys, State
+from .kv import KV
 from .lookahead import Lookahead
 from .needs import Needs
 from .selection import Index
+from .softmax import Softmax
 from .static_step import StaticKeys, StaticStep
 from .summary import Summary
 
@@ -34,9 +37,9 @@ class LayerInfo:
 
     hidden_size: numbers of a hidden state; num_layers: layers of the model; 0 where it is not known.
     scale: the factor of q k^T in the layer's softmax; None: 1 / sqrt(head_dim).
-    weights: the recipe's tensors for this layer, by name. over_weights: the same of the method that this one
-    goes over. Under tensor parallelism the head counts are those of rank ``tp_rank`` out of ``tp_size``; the
-    tensors of a recipe are the whole layer's.
+    weights: the recipe's tensors for this layer, by name. tensors: those of all layers, by their names in the
+    recipe. over_weights: ``weights`` of the method that this one goes over. Under tensor parallelism the head
+    counts are those of rank ``tp_rank`` out of ``tp_size``; the tensors of a recipe are the whole layer's.
     """
 
     index: int
@@ -46,6 +49,7 @@ class LayerInfo:
     weights: Mapping[str, Tensor] | None = None
     tp_size: int = 1
     tp_rank: int = 0
+    tensors: Mapping[str, Tensor] | None = None
     over_weights: Mapping[str, Tensor] | None = None
     hidden_size: int = 0
     num_layers: int = 0
@@ -143,6 +147,12 @@ class AttentionMethod:
         return None
 
     @property
+    def evict(self) -> bool:
+        """Whether stores drop the keys that it evicts, as ``eviction`` says. That takes a cache of plain
+        numbers on one device."""
+        return False
+
+    @property
     def last_queries(self) -> int:
         """How many of a prefill call's last queries ``prepare_prefill`` receives; 0: it is not called."""
         return 0
@@ -220,14 +230,19 @@ class AttentionMethod:
 
     @property
     def trains(self) -> bool:
-        """Whether its module is trained by ``distillation_loss`` on a frozen model."""
+        """Whether its module is trained on a frozen model, by ``distillation_loss`` or ``blended``."""
         own, base = type(self), AttentionMethod
-        return self.observes or own.distillation_loss is not base.distillation_loss
+        return self.observes or self.blends or own.distillation_loss is not base.distillation_loss
 
     @property
     def observes(self) -> bool:
         """Whether what a window teaches can be kept, so that one pass of the model serves many steps."""
         return type(self).loss_of is not AttentionMethod.loss_of
+
+    @property
+    def blends(self) -> bool:
+        """Whether its module is trained by what ``blended`` makes of the model's answers."""
+        return type(self).blended is not AttentionMethod.blended
 
     def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
         """This method with a new ``module`` for ``layer``, at the weights that training begins with; None
@@ -242,6 +257,12 @@ class AttentionMethod:
         attention; no row is padded. ``keys.inputs`` feeds what ``needs`` names, queries and keys before RoPE
         in float32. The loss is a mean over rows and queries, so that it does not depend on B or T."""
         return self.loss_of(self.observed(q, keys))
+
+    def blended(self, q: Tensor, kv: KV, softmax: Softmax) -> Tensor:
+        """The attention [B, H, T, D] of a window in training, differentiable in ``module``: the layer's
+        output goes on through the model, whose last hidden states have the loss. q [B, H, T, D] are all
+        queries of the window."""
+        raise FarspanError(f"{self.name} is not trained: it has no weights that a text could teach.")
 
     def observed(self, q: Tensor, keys: Keys) -> State:
         """What ``loss_of`` needs of one window, without a gradient and independent of ``module``. It should
@@ -283,6 +304,11 @@ class AttentionMethod:
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
         """Which keys each decode query reads, one selection per query. q [B, H, Tq, D], Tq <= 16; None means
         all."""
+        return None
+
+    def eviction(self, keys: Keys, phase: str) -> Eviction | None:
+        """Called after a call of ``phase`` that this method has served for all rows, where ``evict`` is true:
+        which of the keys stay; None: all. It keeps ``keys.state`` true of these."""
         return None
 
     @property

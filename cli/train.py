@@ -30,7 +30,8 @@ class Train:
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Highest learning rate [default: 1e-3; 1e-4 with --tune lora, 2e-5 with attention]."
+            help="Highest learning rate [default: 1e-3; 2e-2 for duo, 1e-4 with --tune lora, 2e-5 with "
+            "attention]."
         ),
     ] = None
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the highest learning rate.")] = 20

@@ -12,9 +12,13 @@ from torch import Tensor
 from ..attention.dense import Dense
 from ..attention.digest import weights_digest
 from ..attention.errors import FarspanError, Unsupported
+from ..attention.kv import KV
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
+from ..attention.sources import IN_NO_CACHE
 from .recipe import Recipe
 from .shipped import recipe_folders, shipped
+from .store.memory import Memory
+from .store.storage import Storage
 
 
 def check_recipe(
@@ -86,6 +90,25 @@ def check_no_decode(model: str, chosen: Sequence[tuple[AttentionMethod, Attentio
                 "its attention is called with keys that are not those of the cache, so every call is a "
                 "prefill: choose a prefill method or dense"
             ],
+        )
+
+
+def check_evicting(
+    prefill: AttentionMethod, decode: AttentionMethod, storage: Storage, over_ranks: bool
+) -> None:
+    """Raise Unsupported where the keys of a layer that ``decode`` evicts cannot be dropped."""
+    if not decode.evict:
+        return
+    reasons = []
+    if over_ranks:
+        reasons.append("no single key can be dropped from a cache that is sharded over ranks")
+    if storage.format is not KV or type(storage.memory) is not Memory:
+        reasons.append(f"no single key can be dropped from a cache stored as {storage}")
+    if prefill.needs.inputs or any(summary.reads & IN_NO_CACHE for summary in prefill.summaries):
+        reasons.append(f"{prefill} needs more of evicted tokens in a further prompt than is in a cache")
+    if reasons:
+        raise Unsupported(
+            f"farspan cannot run {decode} with evict=true", [f"{x}: give evict=false" for x in reasons]
         )
 
 

@@ -34,7 +34,7 @@ def calibrate(
     """Calibrate ``method`` on the first ``tokens`` tokens of ``text``, in windows of ``window`` tokens.
 
     options: those of the method's ``calibration``. double_sparsity ranks channels (by=), sale finds
-    thresholds (error=, start=), act chooses heads (sure=).
+    thresholds (error=, start=), act chooses heads (sure=), duo takes none.
     progress: called as ``progress(done, total)``, in tokens, after each window.
 
     Returns a Recipe with tensors ``layers.<i>.<name>``. Raises FarspanError for a method that has no

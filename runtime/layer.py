@@ -28,7 +28,8 @@ from .rows import Done, Run, total_reads
 from .session import Session, Unique
 from .static_call import Ledger
 from .store.shard import ShardStore
-from .store.store import KVStore, runs_lasting
+from .store.lasting import runs_lasting
+from .store.store import KVStore
 
 NO_CACHE = "no KV cache, so every call is a prefill"
 FOREIGN = "keys that are not those of the cache"

@@ -12,14 +12,16 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.dense import Dense
+from ..attention.eviction import Eviction
 from ..attention.keys import Keys, State
 from ..attention.kv import KV
 from ..attention.mass import SELECTION, Probe
-from ..attention.method import DECODE, AttentionMethod
+from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
@@ -45,6 +47,7 @@ class KeySource(Protocol):
     or on the right (ends).
     short: whether the call is a decode step for rows that have keys from earlier calls.
     kept: whether a cache keeps the keys. Only then a prefill sets up state for later decode steps.
+    evicted: whether the decode method has evicted keys, so that no row can be served densely any more.
     states: the state of each method, by row.
     """
 
@@ -55,11 +58,12 @@ class KeySource(Protocol):
     ends: list[int] | None
     short: bool
     kept: bool
+    evicted: bool
     states: States
 
-    def require(self, needed: int | None) -> None:
-        """Raise FarspanError where a query's last ``needed`` keys (None: all) are not stored any more. It is
-        called before anything else."""
+    def require(self, needed: int | None, evicting: str) -> None:
+        """Raise FarspanError where a query's last ``needed`` keys (None: all) are not stored any more, except
+        those that the method ``evicting`` has evicted. It is called before anything else."""
         ...
 
     def begin(self, layer: LayerCall) -> None:
@@ -70,6 +74,11 @@ class KeySource(Protocol):
     def forget(self, needed: int) -> None:
         """Drop keys that no later call needs, because queries need their last ``needed`` keys only. It is
         called last."""
+        ...
+
+    def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
+        """Drop the keys that ``method`` evicts after it has served ``runs``, which are all rows. It is called
+        last."""
         ...
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
@@ -123,6 +132,8 @@ class LayerCall:
         self.from_keys = {} if from_keys is None else from_keys
         self.needed = _keys_needed(prefill, decode, self.from_keys)
         self.kept_as = str(decode)  # the name of the state; only decode methods keep state
+        # A method of both phases evicts where it serves both.
+        self.evicts = decode.evict and (PREFILL not in decode.phases or prefill == decode)
         declared = (*prefill.summaries, *decode.summaries)
         # Those that read what is in no cache: they are extended in every call.
         self.fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
@@ -138,7 +149,8 @@ class LayerCall:
         """Attention of ``source.q`` over the keys of ``source``. probe_of: returns the probe of a phase; None
         where the call is not measured. A measured call compares with all keys, so none is dropped."""
         needed = self.needed if probe_of is None else None
-        source.require(needed)
+        evicts = self.evicts and probe_of is None
+        source.require(needed, self.kept_as if evicts else "")
         source.begin(self)
         states = source.states
         rows = served(
@@ -148,7 +160,7 @@ class LayerCall:
             source.total,
             ends=source.ends,
             short=source.short,
-            crossover=self.from_keys,
+            crossover={} if source.evicted else self.from_keys,
             groups=states.groups(source.q.shape[0]),
         )
         done = []
@@ -167,6 +179,10 @@ class LayerCall:
                 read = self._end_prefill(source, rows.ended)
         if needed is not None and source.kept:
             source.forget(needed)
+        if evicts and source.kept and source.ends is None and sum(x.run.size for x in done) == len(source.q):
+            methods = {id(method): method for method in (self.method(x.run) for x in done)}
+            if len(methods) == 1 and (method := methods.popitem()[1]).evict:
+                source.evict(method, rows.runs)
         return Called(done, read)
 
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
@@ -223,14 +239,16 @@ class LocalKeys:
         self.total = kv.length if store is None else store.total
         self.past = self.total - q.shape[2]
         self.kept = store is not None
+        self.evicted = store is not None and bool(store.evicted_by)
         self.short = self.kept and q.shape[2] <= DECODE_ROWS
         self.states = States() if store is None else store.states
         self.summaries = Summaries() if store is None else store.summaries
-        self.supply = Supply(kv, q, fed, dropped=self.total - kv.length)
+        gone = 0 if store is not None and store.evicted is not None else self.total - kv.length
+        self.supply = Supply(kv, q, fed, dropped=gone)
 
-    def require(self, needed: int | None) -> None:
+    def require(self, needed: int | None, evicting: str) -> None:
         if self.store is not None:
-            self.store.require(needed, self.past)
+            self.store.require(needed, self.past, evicting)
 
     def begin(self, layer: LayerCall) -> None:
         if self.store is not None:
@@ -244,7 +262,7 @@ class LocalKeys:
             kv=self.kv,
             tq=tq,
             softmax=self.softmax,
-            dropped=self.supply.dropped,
+            dropped=self.total - self.kv.length,
             start=self.start,
             state=state,
             summaries=self.summaries,
@@ -253,6 +271,8 @@ class LocalKeys:
             fed=self.fed,
             supply=self.supply,
         )
+        if self.store is not None and self.store.evicted is not None:
+            keys = replace(keys.compacted(self.kv, self.store.evicted), supply=self.supply)
         return keys if self._are_all(rows) else keys.some_rows(rows, state)
 
     def last_queries(self, count: int) -> Tensor:
@@ -261,6 +281,25 @@ class LocalKeys:
     def forget(self, needed: int) -> None:
         if self.store is not None:
             self.store.forget(needed)
+
+    def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
+        assert self.store is not None, "a cache keeps the keys"
+        if self.kv.requires_grad:
+            return
+        found: list[tuple[State, Eviction]] = []
+        for run in runs:
+            state = self.states.of(str(method), run.rows, self.past, self.total)
+            eviction = method.eviction(self.keys(run.rows, state, self.q.shape[2]), run.phase)
+            if eviction is None:
+                return
+            found.append((state, eviction))
+        if len({one.slots.shape[2] for _, one in found}) > 1:
+            return  # rows whose prompts ended in different calls
+        for state, one in found:
+            state.update(one.state)
+        slots = torch.cat([one.slots for _, one in found])
+        crop = min(one.crop for _, one in found)
+        self.store.evict(replace(found[0][1], slots=slots, crop=crop), str(method), self.start)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, Reads
 from ..attention.dense import Dense
+from ..attention.errors import FarspanError
 from ..attention.keys import State
 from ..attention.kv import KV
 from ..attention.mass import Probe
@@ -80,14 +81,14 @@ class KeysOverRanks:
         self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
         self.softmax, self.ends, self.kept = softmax, ends, kept
         self.past, self.total, self.starts = call.past, call.total, call.starts
-        self.short = call.split is None and call.past > 0
+        self.short, self.evicted = call.split is None and call.past > 0, False
         self.states = store.states
         self._local: LocalCall | None = None  # for a call that is split
         self._gathered: Inputs | None = None
         self._sent = mesh.sent()
         self._fed = None if given is None else given.own(q, k)
 
-    def require(self, needed: int | None) -> None:
+    def require(self, needed: int | None, evicting: str) -> None:
         self.store.require(needed, self.past)
 
     def begin(self, layer: LayerCall) -> None:
@@ -168,6 +169,9 @@ class KeysOverRanks:
             travel = Travel("none", _SHORT)
         travel.sent = self.newly_sent()
         return part, reads, travel
+
+    def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
+        raise FarspanError(f"The keys that {method} evicts are on several ranks, where none can be dropped.")
 
     def forget(self, needed: int) -> None:
         self.store.needed = needed

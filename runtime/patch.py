@@ -16,7 +16,7 @@ from ..attention.errors import FarspanError, Unsupported
 from ..attention.hybrid.mixer import Mixer
 from ..attention.method import DECODE, PREFILL
 from . import hf
-from .bind import bind, check_all_run, check_no_decode, check_recipe, weighed
+from .bind import bind, check_all_run, check_evicting, check_no_decode, check_recipe, weighed
 from .chunking import Chunking
 from .crossover import crossovers, faster_kernels
 from .layer import Layer
@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .session import Notices, Session
 from .specs import Spec, per_layer, resolve, spelt
 from .static_call import check_methods, checked_room
-from .store.storage import Storage, storages
+from .store.storage import DEVICE, Storage, storages
 
 
 def patch(
@@ -153,6 +153,8 @@ def patch(
     }
     for prefill_method, decode_method, _ in served.values() if room is not None else ():
         check_methods(prefill_method, decode_method)
+    for i, (prefill_method, decode_method, _) in served.items():
+        check_evicting(prefill_method, decode_method, stored.get(i, DEVICE), parallel is not None)
     at_work = {i: pair for i, pair in served.items() if i not in untouched}
     if strict:
         check_all_run(chosen, at_work)

@@ -159,7 +159,7 @@ class Recipe:
             for name, x in self.tensors.items()
             if name.startswith(prefix)
         }
-        return replace(layer, weights=weights)
+        return replace(layer, weights=weights, tensors=self.tensors)
 
     def without_adapters(self) -> Recipe:
         """This recipe with the method's own tensors alone."""

@@ -1,4 +1,4 @@
-"""The recipes that farspan ships: weights that `farspan train` has made for small models.
+"""The recipes that farspan ships: weights that `farspan train` or `farspan calibrate` made for small models.
 
 They lie in ``recipes/<method>/<model>/``. README.md there has the command that made each one.
 """
@@ -32,6 +32,8 @@ def recipes_of(name: str) -> dict[str, str]:
 
 def _made(recipe: Recipe) -> str:
     how = recipe.settings
+    if "steps" not in how:
+        return f"calibrated on {how['tokens']} tokens in windows of {how['window']}"
     steps = f"{how['steps']} steps of {how['batch']} windows of {how['window']} tokens"
     return f"{steps}, {how['minutes']:.0f} minutes, seed {how['seed']}"
 

@@ -15,6 +15,7 @@ from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
 from . import hf
 from .recipe import Recipe
+from .training.blended import LEARNING_RATE, Blended
 from .training.distilled import Distilled
 from .training.loop import Schedule, Step, run
 from .training.objective import Objective
@@ -52,16 +53,17 @@ def train(
     """Train ``method`` on ``text`` and save its recipe to the folder ``out``, for ``patch(recipe=out)``.
 
     Without ``tune``, the method's gates learn where the attention of the frozen model lies, one pass of the
-    model for all layers. tune="lora" trains adapters on the attention's projections while the method runs,
-    tune="attention" the projections themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
+    model for all layers; duo's alphas learn from passkeys in the text, see ``Blended``. tune="lora" trains
+    adapters on the attention's projections while the method runs, tune="attention" the projections
+    themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
 
     steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many windows of
     the text are used, at most; steps beyond them use them again. The model then reads each once, for a
     method that can keep what it has observed (``observes``), which makes many steps cheap. keep: bytes of
     memory for that; windows beyond them are read again at each step. lr: 1e-3 for
-    gates, 1e-4 for LoRA, 2e-5 for attention. held_out: windows that are measured before and after, and
-    not trained on. save_every: steps between checkpoints; the same call goes on from the last one and
-    ends at the same weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training
+    gates, 2e-2 for duo, 1e-4 for LoRA, 2e-5 for attention. held_out: windows that are measured before and
+    after, and not trained on. save_every: steps between checkpoints; the same call goes on from the last one
+    and ends at the same weights. precision: "no", "bf16" or "fp16". start: a recipe whose weights training
     begins with. half: save the recipe in float16, half the size. Under torchrun or accelerate launch, the
     windows of a step are spread over the processes.
 
@@ -73,10 +75,11 @@ def train(
     learns = parse_method(method)
     if tune not in LEARNING_RATES:
         raise FarspanError(f"tune is 'lora' or 'attention', or left out for gates; got {tune!r}.")
+    usual = LEARNING_RATE if tune is None and learns.blends else LEARNING_RATES[tune]
     schedule = Schedule(
         steps=steps,
         batch=batch,
-        lr=LEARNING_RATES[tune] if lr is None else lr,
+        lr=usual if lr is None else lr,
         warmup=warmup,
         save_every=save_every,
         seed=seed,
@@ -126,6 +129,8 @@ def _objective(
     tune: str | None,
     tuning: dict[str, Any],
 ) -> Objective:
+    if tune is None and method.blends:
+        return Blended(model, tokenizer, method, start)
     if tune is None:
         return Distilled(model, tokenizer, method, start)
     known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]

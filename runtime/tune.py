@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ class _Run:
         model: Any,
         rival: _Rival | None = None,
     ):
+        if method.evict:  # its steps are undone, which evicted keys would not be
+            method = replace(method, evict=False)  # type: ignore[call-arg]
         self.phase, self.length, self.softmax = phase, length, Softmax(layer.head_dim**-0.5)
         period = method.cost(phase, length).period  # steps differ in cost, so a whole period is timed
         self.steps = 1 if phase == PREFILL else period if period > 1 else 4

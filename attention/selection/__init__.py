@@ -14,6 +14,7 @@ from .base import Index as Index
 from .base import Selection as Selection
 from .biased import Biased as Biased
 from .blocks import BlockIndex as BlockIndex
+from .by_head import ByHead as ByHead
 from .every import EveryKey as EveryKey
 from .every import as_selection as as_selection
 from .rescaled import Rescaled as Rescaled

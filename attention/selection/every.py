@@ -57,6 +57,11 @@ def every_pair(q: Tensor, keys: Keys, rows: range) -> int:
     return causal_pairs(len(rows), keys.past + rows.stop, keys.starts, b) * h
 
 
+def dense_pairs(q: Tensor, keys: Keys, rows: range) -> int:
+    """The pairs of ``every_pair``, and those with keys that were evicted."""
+    return every_pair(q, keys, rows) + sum(keys.evicted or ()) * len(rows) * q.shape[1]
+
+
 def as_selection(answer: Index, phase: str) -> Selection:
     """The answer of ``select_<phase>`` as a selection: None becomes ``EveryKey``.
 

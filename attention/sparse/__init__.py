@@ -7,6 +7,7 @@ from . import block_topk as block_topk
 from . import dhsa as dhsa
 from . import dilated as dilated
 from . import double_sparsity as double_sparsity
+from . import duo as duo
 from . import dynamic_mask as dynamic_mask
 from . import h2o as h2o
 from . import oracle as oracle

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..eviction import Eviction, stay
 from ..keys import Keys
 from ..ops.scores import scores
 from ..received import attention_received
@@ -57,3 +58,13 @@ def accumulate(q: Tensor, keys: Keys, tokens: Tensor, counts: Tensor | None) -> 
     share = torch.softmax(logits, -1).sum(2)
     sums.scatter_(2, tokens, sums.gather(2, tokens) + share)
     return rows
+
+
+def keep(heavy: Tensor, recent: int, keys: Keys) -> Eviction:
+    """The eviction of all but the heavy hitters [B, Hkv, h] and the last ``recent`` keys."""
+    slots, h = stay(heavy, recent, keys), heavy.shape[2]
+    sums = pad(keys.state["scores"].gather(2, slots), (0, 1))
+    first = torch.arange(h, device=heavy.device).expand(heavy.shape)
+    if keys.start is not None:  # where short rows begin among the h + recent places
+        first = first + (keys.start - keys.length + h + recent).clamp(min=0)[:, None, None]
+    return Eviction(slots=slots, crop=0, state={"scores": sums, "heavy": first})

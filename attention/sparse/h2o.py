@@ -10,17 +10,18 @@ from torch import Tensor
 
 from ..checks import require
 from ..cost import Cost, Queries
+from ..eviction import Eviction
 from ..keys import Keys
 from ..kv import KV
 from ..method import AttentionMethod
 from ..ops.select import top_k
 from ..selection import Index, TokenIndex
-from .accumulated import accumulate, accumulate_all
+from .accumulated import accumulate, accumulate_all, keep
 
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(AttentionMethod):
-    """Decode reads the heavy hitters, the keys with the most accumulated attention, and the recent ones (H2O,
+    """Decode reads the recent keys and the heavy hitters, those with the most accumulated attention (H2O,
     2306.14048).
 
     A key's score is the attention that it has received from every query so far, the prompt's included, summed
@@ -29,10 +30,9 @@ class H2O(AttentionMethod):
     with the lowest score (of equals the newest) is evicted. The authors also give half of the budget to each.
 
     Prefill is dense. For the scores every query of the prompt is multiplied with every key once more, which
-    costs about as much as dense prefill; over ranks each rank holds all queries meanwhile. Evicted keys stay
-    in the store and are never read by decode again: this saves reads, not memory. A further prompt reads all
-    of them (prefill is dense) and adds to their scores. After a crop the next step reads everything and
-    scores by its own query.
+    costs about as much as dense prefill; over ranks each rank holds all queries meanwhile. Decode never reads
+    evicted keys again; a further prompt does. After a crop the next step reads everything and scores by its
+    own query. With ``evict`` each step drops them: a further prompt reads the rest, and crops are refused.
     Departures: one set per KV head, where the authors' models have a KV head for every query head; every row
     has its own scores, where the authors' code sums them over the batch.
     """
@@ -42,19 +42,18 @@ class H2O(AttentionMethod):
     paper: ClassVar[str] = "2306.14048"
 
     k: int = 1024
+    evict: bool = False
 
     def __post_init__(self) -> None:
         require(self, k=(2, None))
 
     @property
     def heavy(self) -> int:
-        """Heavy hitters that are kept."""
-        return self.k // 2
+        return self.k // 2  # heavy hitters that are kept
 
     @property
     def recent(self) -> int:
-        """Recent keys that are kept, the query's own among them."""
-        return self.k - self.heavy
+        return self.k - self.heavy  # recent keys that are kept, the query's own among them
 
     @property
     def observation_window(self) -> None:
@@ -93,6 +92,9 @@ class H2O(AttentionMethod):
         whole = torch.full((q.shape[0],), self.k, device=q.device)
         counts = torch.stack([whole if count is None else count for count in used], 1)[:, None]  # [B, 1, Tq]
         return TokenIndex.ragged(torch.stack(lists, 2), counts, full=all_read)
+
+    def eviction(self, keys: Keys, phase: str) -> Eviction | None:
+        return keep(self._heavy(keys), self.recent, keys) if keys.length > self.k else None
 
     def _begin(self, q: Tensor, keys: Keys, length: int) -> None:
         """Accumulate the attention of queries q [B, H, n, D], the last of ``length`` positions, which have

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
+from ..eviction import Eviction, stay
 from ..keys import Keys
 from ..method import AttentionMethod
 from ..ops.select import top_k
@@ -31,8 +32,11 @@ class SnapKV(AttentionMethod):
     LongBench runs take k=4096, kernel=7, pool=max.
 
     Evicted keys stay in the store and are not read by decode again: this saves reads, not memory. A further
-    prompt reads all of them (prefill is dense) and chooses anew. For a prompt in chunks the last queries of
-    the whole prompt choose. After a crop the next step reads everything and chooses by its own query.
+    prompt reads all of them (prefill is dense) and chooses anew. With ``evict`` the store drops them after
+    the first step of decode, and a further prompt reads and chooses among the keys that are left. For a
+    prompt in chunks the last queries of the whole prompt choose. After a crop the next step reads everything
+    that is stored and chooses by its own query; a crop into the prompt is refused where ``evict`` has dropped
+    keys of it.
     Departures: one choice per KV head, by the attention summed over its query heads, where the authors' code
     repeats keys to query heads and chooses for each.
     """
@@ -45,6 +49,7 @@ class SnapKV(AttentionMethod):
     window: int = 32
     kernel: int = 5
     pool: str = "avg"
+    evict: bool = False
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), window=(1, None), kernel=(1, None), pool=("avg", "max"))
@@ -95,6 +100,16 @@ class SnapKV(AttentionMethod):
         counts = (kept.clamp(max=self.k)[:, None] + since).clamp(min=0)  # [B or 1, Tq]
         counts = counts[:, None].expand(tokens.shape[:3])
         return TokenIndex.ragged(tokens, counts, full=full)
+
+    def eviction(self, keys: Keys, phase: str) -> Eviction | None:
+        tokens, end = keys.state["tokens"], keys.state["end"]
+        since = keys.length - int(end[0])
+        if not bool(end[0]) or keys.length <= self.k + since:
+            return None
+        if not tokens.shape[2]:  # prompts that stay whole
+            tokens = tokens.new_zeros(*tokens.shape[:2], self.k)
+        state = {"tokens": tokens[..., :0], "end": torch.zeros_like(end)}  # all that is left is read
+        return Eviction(slots=stay(tokens, since, keys), crop=since, state=state)
 
     def _choose(self, q: Tensor, keys: Keys, length: int) -> None:
         """Choose the k positions of the first ``length`` that stay, by queries q [B, H, n, D] of the last

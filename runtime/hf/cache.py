@@ -76,7 +76,7 @@ class KVStoreLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.store.dropped and not in_call():
+        if not in_call():
             self.store.require(None, self.store.total)
         key_states, value_states = autocast(key_states, value_states)
         if not self.is_initialized:

@@ -197,7 +197,7 @@ def run_steps(decoder: nn.Module, session: Session) -> Callable[[], None]:
             output = original(*args, **kwargs)
             _note_padding(given_cache(kwargs), session.ends is not None)
             return output
-        capture = CAPTURE.get(step.stores[0].buffers[0].device.type)
+        capture = CAPTURE.get(step.stores[0].buffers.tensors[0].device.type)
         with step:
             if capture is None:
                 return original(**kwargs)
@@ -239,7 +239,7 @@ def arguments_of_step(call: dict[str, Any], past: int, device: torch.device) -> 
 
 def _uncaptured(decoder: nn.Module, step: StaticCall, call: dict[str, Any]) -> str:
     """Why a call is not captured; "" where it is."""
-    devices = {x.device for store in step.stores for x in store.buffers}
+    devices = {x.device for store in step.stores for x in store.buffers.tensors}
     devices |= {x.device for x in call.values() if isinstance(x, Tensor)}
     if len(devices) > 1:
         return "the model is on several devices"

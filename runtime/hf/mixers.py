@@ -19,7 +19,7 @@ from ...parallel.mechanisms.state_passing import pass_state
 from ..layer import Session
 from ..layer_over_ranks import carried
 from ..mixers import Mixed
-from ..store.store import runs_lasting
+from ..store.lasting import runs_lasting
 from .hooks import replace_forward
 from .models import ModelInfo, place_beside
 from .projections import has_rope, rope_reasons

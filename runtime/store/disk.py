@@ -68,7 +68,7 @@ class Disk(Memory):
                 "(disk:folder=PATH), or give a shorter prompt."
             ) from None
 
-    def room(self, need: int) -> int:
+    def room(self, need: int, spare: int) -> int:
         return need + max(256, need // 2)  # growing copies all rows
 
     def release(self, buffer: Tensor) -> None:

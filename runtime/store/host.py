@@ -29,7 +29,7 @@ class Host(Memory):
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
 
-    def room(self, need: int) -> int:
+    def room(self, need: int, spare: int) -> int:
         return need + max(256, need // 2)  # pinning memory and copying all rows takes long
 
     def write(self, buffer: Tensor, first: int, x: Tensor) -> None:

@@ -31,9 +31,10 @@ class Memory:
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def room(self, need: int) -> int:
-        """The positions for which a buffer is made that must hold ``need`` and may grow."""
-        return need + max(256, need // 8)
+    def room(self, need: int, spare: int) -> int:
+        """The positions for which a buffer is made that must hold ``need`` and may grow. spare: which part of
+        them is enough for that."""
+        return need + max(256, need // spare)
 
     def write(self, buffer: Tensor, first: int, x: Tensor) -> None:
         """Set the positions of ``buffer`` [B, Hkv, room, any] from ``first`` on to x [B, Hkv, n, any]."""

@@ -76,8 +76,7 @@ class ShardStore(KVStore):
 
     def replace(self, shard: Shard) -> None:
         """Replace the stored keys and values by ``shard``."""
-        self._buffers = ()
-        self._resize(0)
+        self.buffers.clear()
         self.extend(shard.kv)
         self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length

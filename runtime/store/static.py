@@ -20,7 +20,10 @@ from ...attention.kv import KV
 from ...attention.sources import Recent
 from ...attention.static_step import StaticStep
 from ...attention.summary import Kept, Summaries, Summary
-from .store import KVStore, lasting
+from .buffers import Buffers
+from .lasting import lasting
+from .storage import DEVICE
+from .store import KVStore
 
 
 class Clock:
@@ -118,6 +121,36 @@ def _in_place(buffer: Tensor, new: Tensor) -> Tensor:
     return buffer.copy_(new) if buffer.shape == new.shape else new
 
 
+class FixedBuffers(Buffers):
+    """Buffers for at most ``most`` positions, which are made once and stay where they are for any sequence of
+    as many rows on the same device."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(DEVICE)
+        self.most = most
+
+    def room(self, need: int) -> int:
+        check_room(need, self.most)
+        return self.most
+
+    @property
+    def kv(self) -> KV | None:
+        return super().kv if self.length else None
+
+    def fit(self, new: KV) -> bool:
+        """Whether they are those of as many rows and heads as ``new`` has, of the same dtype and device."""
+        return [_kind(x) for x in self.tensors] == [_kind(x) for x in new.stored]
+
+    def clear(self) -> None:
+        self.resize(0)
+
+    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
+        if buffer.shape[0] != new.shape[0]:
+            return super()._refilled(buffer, new)
+        buffer[:, :, : self.length] = new
+        return buffer
+
+
 class StaticStore(KVStore):
     """A KVStore for at most ``room`` positions, whose buffers are made once. clock: shared by the stores of a
     cache."""
@@ -125,9 +158,14 @@ class StaticStore(KVStore):
     impl = "auto"  # which implementation of operations a step runs
 
     def __init__(self, room: int, clock: Clock) -> None:
+        self.room, self.clock = room, clock
         super().__init__()
-        self.room, self.clock, self.step = room, clock, StoredKeys(self)
+        self.buffers: FixedBuffers
+        self.step = StoredKeys(self)
         self.summaries: FixedSummaries = FixedSummaries(room)
+
+    def make_buffers(self) -> FixedBuffers:
+        return FixedBuffers(self.room)
 
     def extend(self, new: KV) -> None:
         if self.clock.stepping:
@@ -139,39 +177,10 @@ class StaticStore(KVStore):
                 "A cache under static= is written in place, which no gradient can follow: call the model "
                 "under torch.no_grad(), or patch without static."
             )
-        if not self.length and not self._fits(new):
-            self._buffers = tuple(self._grown_rows(x[:, :, :0], self.room) for x in new.stored)
+        if not self.length and not self.buffers.fit(new):
+            self.buffers.tensors = ()
             self.summaries, self.step = FixedSummaries(self.room), StoredKeys(self)
         super().extend(new)
-
-    def _room(self, need: int) -> int:
-        check_room(need, self.room)
-        return self.room
-
-    def _fits(self, new: KV) -> bool:
-        """Whether the buffers are those of as many rows and heads, of the same dtype and device."""
-        return [_kind(x) for x in self._buffers] == [_kind(x) for x in new.stored]
-
-    def reset(self) -> None:
-        """Empty the store. Its buffers stay for a next sequence of as many rows on the same device."""
-        buffers = self._buffers
-        super().reset()
-        self._buffers = buffers
-
-    @property
-    def kv(self) -> KV | None:
-        return super().kv if self.length else None
-
-    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
-        if buffer.shape[0] != new.shape[0]:
-            return super()._refilled(buffer, new)
-        buffer[:, :, : self.length] = new
-        return buffer
-
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """Those of keys and values, [B, Hkv, room, any] each."""
-        return self._buffers
 
     @property
     def starts(self) -> list[int] | None:
@@ -182,7 +191,7 @@ class StaticStore(KVStore):
         """Prepare a step that stores the next token: what it reads beside the keys becomes complete, and is
         where it always is. Raises FarspanError where the store is full."""
         check_room(self.length + 1, self.room)
-        self.clock.come_to(self._buffers[0].device)
+        self.clock.come_to(self.buffers.tensors[0].device)
         if step.summary is not None and not self.summaries.complete(step.summary, self.length):
             self.summarise(step.summary)
         self.step.pin()
@@ -193,7 +202,8 @@ class StaticStore(KVStore):
         if step.summary is not None:
             self.summaries.appended(step.summary, done)
         if done:
-            self._resize(self.length + 1)
+            self.buffers.resize(self.length + 1)
+            self._handles = None
         else:
             self.states.clear()
 
@@ -224,15 +234,15 @@ class StoredKeys:
 
     @property
     def buffers(self) -> KV:
-        return self._store.storage.format(*self._store.buffers)
+        return self._store.storage.format(*self._store.buffers.tensors)
 
     @property
     def length(self) -> Tensor:
-        return self._store.clock.length(self._store.buffers[0].device)
+        return self._store.clock.length(self._store.buffers.tensors[0].device)
 
     @property
     def start(self) -> Tensor | None:
-        return self._store.clock.start(self._store.buffers[0].device)
+        return self._store.clock.start(self._store.buffers.tensors[0].device)
 
     def seen(self) -> list[int]:
         total = self._store.length + 1
@@ -248,7 +258,7 @@ class StoredKeys:
         known = self._numbers.get(name)
         if known is None:
             with lasting():
-                there = torch.full((1,), value, dtype=torch.int32, device=self._store.buffers[0].device)
+                there = torch.full((1,), value, dtype=torch.int32, device=self._store.buffers.tensors[0].device)
             self._numbers[name] = value, there
         elif known[0] != value:
             self._numbers[name] = value, known[1].fill_(value)
@@ -259,7 +269,7 @@ class StoredKeys:
     @property
     def state(self) -> State:
         if self._state is None:
-            store, batch = self._store, self._store.buffers[0].shape[0]
+            store, batch = self._store, self._store.buffers.tensors[0].shape[0]
             alike = len(store.states.groups(batch)) == 1
             past = store.length
             self._state = store.states.of(self._name, slice(0, batch), past, past + 1) if alike else {}
@@ -283,7 +293,7 @@ class StoredKeys:
         """The addresses of all that a step reads and writes beside its arguments."""
         numbers = [x for _, x in self._numbers.values()]
         start = [] if self.start is None else [self.start]
-        every = (*self._store.buffers, *self._store.summaries.buffers(), *self._pinned.values(), *numbers)
+        every = (*self._store.buffers.tensors, *self._store.summaries.buffers(), *self._pinned.values(), *numbers)
         return [x.data_ptr() for x in (*every, self.length, *start)]
 
 

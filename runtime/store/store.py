@@ -1,86 +1,83 @@
-"""KVStore: the keys and values of a layer in growing buffers, with the summaries and states of methods."""
+"""KVStore: the keys and values of a layer, with the summaries and states of methods."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec, Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
+from ...attention.eviction import Eviction
 from ...attention.kv import KV
-from ...attention.offloaded import Offloaded
+from ...attention.parts import Evicted, PartedKV, of_heads
+from ...attention.softmax import Softmax
 from ...attention.sources import Supply
 from ...attention.summary import Summaries, Summary
-from .bridges import Fetching, StoreBridge
+from .apart import Apart
+from .buffers import Buffers
+from .guard import Guard
 from .hot_rows import HotRows
+from .lasting import lasting, runs_lasting
 from .positions import Positions
 from .states import States
 from .storage import DEVICE, Storage
 
-P = ParamSpec("P")
 # The stored keys and values, the positions at which rows begin, the summaries -> rows [B, Hkv, R]; None: none
 Select = Callable[[KV, list[int] | None, Summaries], Tensor | None]
-R = TypeVar("R")
-
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """A context for tensors that are used after the call. It makes no inference tensors, since these cannot
-    be updated outside inference mode."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
-
-
-def runs_lasting(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, which runs in the context ``lasting``. Outside inference mode that costs nothing."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with lasting():
-            return function(*args, **kwargs)
-
-    return run
 
 
 class KVStore:
     """Keys and values [B, Hkv, T] of one layer, appended in place and stored as ``storage`` says.
 
-    The buffers grow geometrically, by an eighth at a time, so that the past is copied once in many tokens.
     The store also keeps the summaries that methods declare, which are extended on append, and the state of
     each method. Both follow every change of the batch rows. Where no method of the layer needs the oldest
-    keys, ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of
-    it.
+    keys, ``forget`` drops them; what a method evicts, each KV head its own keys, ``evict`` drops. This class
+    does not use transformers; ``hf/cache.py`` makes a cache layer of it.
 
-    length: number of positions whose keys and values are here.
+    With a packing, ``pack`` rounds whole groups of the positions before its window. Groups begin at multiples
+    of their size, counted from the first position that is stored here. So a row in a padded batch has other
+    groups than alone, unless its padding is a multiple of them, and so has a rank's part of a sequence:
+    results agree up to the rounding of groups. A call reads its own keys as they are, for they are packed
+    when it ends, and summaries are computed from these. A crop into a group brings the rest of it back,
+    decoded.
+
+    length: number of positions whose keys and values are here; under ``evicted``, of the keys that a KV head
+    has at most in any row. evicted: how many of their keys the KV heads have evicted; None: none.
+    evicted_by: the method that has evicted some; "" where none has. guard: what packing does to attention.
     """
 
     def __init__(self, storage: Storage = DEVICE) -> None:
         self.storage = storage
-        self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
-        self._kv: KV | None = None  # the buffers up to ``length``; made on first use
+        self.buffers = self.make_buffers()
+        self.guard = Guard()
+        self._kv: KV | None = None
         self._handles: tuple[Tensor, Tensor] | None = None
-        self._bridge: StoreBridge | None = None  # to the queries, where the buffers are in another memory
-        self._recent: KV | None = None  # the positions of the present call, where they are on the device
-        self.length = 0
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
         self._dropped = 0
+        self._begin_whole()
         self.summaries = Summaries()
         self.states = States()
         self.positions = Positions()  # kept only where a method needs keys before RoPE
         self._starts: list[int] | None = None  # where rows begin, by a mask of the first ``_known`` positions
         self._known = 0
+
+    def make_buffers(self) -> Buffers:
+        """Empty buffers of this kind of store."""
+        return Buffers(self.storage)
+
+    def _begin_whole(self) -> None:
+        """No key is evicted."""
+        self.evicted: Evicted | None = None
+        self.evicted_by = ""
+        self._floor = 0  # below so many positions, a crop would need keys that were evicted
+        self._apart: Apart | None = None  # KV heads with keys of their own; the buffers have the others
+
+    @property
+    def length(self) -> int:
+        return self.buffers.length
 
     @property
     def dropped(self) -> int:
@@ -95,12 +92,10 @@ class KVStore:
     @property
     def kv(self) -> KV | None:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
-        if self._kv is None and self._buffers:
-            self._kv = self.storage.format(*[x[:, :, : self.length] for x in self._buffers])
-            if self._recent is not None and self._recent.length == self.length:
-                self._kv = self._recent
-            elif self._bridge is not None:
-                self._kv = Offloaded(self._kv, self._bridge, self._recent)
+        if self._apart is None:
+            return self.buffers.kv
+        if self._kv is None and (own := self.buffers.kv) is not None:
+            self._kv = PartedKV(self._apart.parts(own), self.total)
         return self._kv
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -108,89 +103,42 @@ class KVStore:
         self.extend(self.storage.format.encode(k, v))
 
     def extend(self, new: KV) -> None:
-        """Add keys and values [B, Hkv, n] that are in the store's format already."""
-        end = self.length + new.length
-        new = new.on_device()
-        self._reach(new)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
-            # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            parts = [part.stored for part in (self.kv, new) if part is not None]
-            self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
-            self._resize(end)
-            return
-        if not self._buffers or end > self._buffers[0].shape[2]:
-            olds = self._buffers or (None,) * len(new.stored)
-            self._buffers = tuple(self._grown(x, y, end) for x, y in zip(olds, new.stored, strict=True))
-            self._changed()
-        for buffer, x in zip(self._buffers, new.stored, strict=True):
-            self.storage.memory.write(buffer, self.length, x)
-        self._resize(end)
-        if self._bridge is not None and not self._bridge.reaches:
-            self._recent = new
-
-    def _reach(self, new: KV) -> None:
-        """Make the bridge from the memory of this store to the queries, which are where ``new`` is."""
-        if self._bridge is None or self._bridge.device != new.device:
-            self._bridge = self.storage.memory.bridge(new.device)
-        if self._bridge is not None:
-            self._bridge.arrive()
-        if self._bridge is not None and torch.is_grad_enabled() and new.requires_grad:
-            raise FarspanError(
-                f"A cache in {self._bridge.tier} memory is written in place, which no gradient can follow: "
-                "call the model under torch.no_grad(), or patch with storage='device'."
-            )
-
-    def _changed(self) -> None:
-        """Drop what the bridge keeps of rows, which have changed or lie elsewhere now."""
-        self._recent = None
-        if self._bridge is not None:
-            self._bridge.forget(math.prod(self._buffers[0].shape[:2]) if self._buffers else 0)
+        """Add keys and values [B, Hkv, n] that are in the storage's format already."""
+        if self._apart is not None:
+            self._apart.store.extend(of_heads(new, self._apart.heads))
+            new = of_heads(new, self._apart.others)
+        self.buffers.extend(new)
+        self._kv = self._handles = None
 
     def settle(self) -> None:
         """End a call of the layer: in another memory than that of the queries, free what the call has brought
         out of it."""
-        if self._bridge is not None:
-            self._recent = self._kv = None
-            for buffer in self._buffers:
-                self.storage.memory.release(buffer)
+        self.buffers.settle()
 
-    def _resize(self, length: int) -> None:
-        """Set the number of stored positions to ``length``."""
-        self.length, self._kv, self._handles = length, None, None
-
-    def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
-        kept = like[:, :, :0] if old is None else old[:, :, : self.length]
-        return self._grown_rows(kept, self._room(need))
+    def pack(self, q: Tensor, softmax: Softmax) -> None:
+        """Pack the whole groups before the window, at the end of a call of queries q [B, H, Tq, D] at the
+        last positions. Without a packing nothing changes."""
+        if self.buffers.packed is not None:
+            with lasting():
+                self.guard.pack(self.buffers, q, softmax, self._starts, self.dropped)
+            self._handles = None
 
     def prefetch(self, select: Select, given: tuple[Tensor, ...]) -> None:
         """Begin to bring the rows that ``select`` names to the device, where they are not there. given: the
         tensors that ``select`` reads besides."""
-        kv, bridge = self.kv, self._bridge
-        if not isinstance(bridge, Fetching) or not isinstance(kv, Offloaded):
-            return
-
-        def fetch() -> None:
-            rows = select(kv, self._starts, self.summaries)
-            if rows is not None:
-                bridge.warm(kv.far, rows)
-
-        bridge.ahead(fetch, given)
-
-    def _room(self, need: int) -> int:
-        """The positions for which buffers are made that must hold ``need`` and may grow."""
-        return self.storage.memory.room(need)
+        self.buffers.prefetch(lambda kv: select(kv, self._starts, self.summaries), given)
 
     def handles(self) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies
         this store.
 
-        In the plain format they are views of the stored tensors. In other formats, and where keys were
-        dropped, they have the right shape, but no memory and no contents: decoding all keys at every step
-        would cost more than attention.
+        Plain numbers on the device are views of the stored tensors. Otherwise, and where keys were dropped,
+        they have the right shape, but no memory and no contents: decoding all keys at every step would cost
+        more than attention.
         """
         kv = self.kv
         assert kv is not None, "the store is empty"
-        if type(kv) is KV and not self.dropped and self._bridge is None:
+        if type(kv) is KV and not self.dropped and self.buffers.here:
             return kv.dense()
         if self._handles is None:
             empty = torch.empty(1, dtype=kv.dtype, device=kv.device)
@@ -200,9 +148,9 @@ class KVStore:
 
     def holds(self, k: Tensor) -> bool:
         """Whether ``k`` is the tensor of keys that this store has returned."""
-        if not self._buffers or k.shape[2] != self.total:
+        if not self.buffers.tensors or k.shape[2] != self.total:
             return False
-        return k.data_ptr() == (self._handles or self._buffers)[0].data_ptr()
+        return k.data_ptr() == (self._handles or self.buffers.tensors)[0].data_ptr()
 
     def align(self, starts: list[int] | None, length: int) -> None:
         """Set the positions at which rows begin, by a mask of the first ``length`` positions. The start of a
@@ -211,15 +159,15 @@ class KVStore:
         The start of a row is fixed by its first token. Where a later mask gives another start, the state of
         these rows and all summaries are dropped, because they were made with the earlier start.
         """
-        starts = [0] * self._rows() if starts is None else starts
+        starts = [0] * self.buffers.batch if starts is None else starts
         if self._starts is not None and self._starts != starts:
             pairs = zip(self._starts, starts, strict=True)
             moved = [row for row, (old, new) in enumerate(pairs) if min(new, self._known) != old]
-            if moved and self.dropped:
+            if moved and (self.dropped or self.evicted_by):
+                lost = "some" if self.evicted_by else str(self.dropped)
                 raise FarspanError(
-                    f"Another attention mask was given for {self.total} cached tokens, {self.dropped} of "
-                    "which have summaries in place of keys: give the mask of the earlier calls, or start a "
-                    "new cache."
+                    f"Another attention mask was given for {self.total} cached tokens, the keys of {lost} of "
+                    "which were dropped: give the mask of the earlier calls, or start a new cache."
                 )
             if moved:
                 self._drop_summaries()
@@ -238,6 +186,8 @@ class KVStore:
         if count > 0:
             self._check_crop(count)
             left = max(0, self.total - count)
+            if left == 0 and self.evicted_by:
+                return self.reset()
             if left == 0:
                 self._dropped = 0
             self._shorten(left - self.dropped, left)
@@ -246,6 +196,11 @@ class KVStore:
     def _check_crop(self, count: int) -> None:
         """Raise FarspanError where the positions left after a crop are not enough for later calls."""
         left = max(0, self.total - count)
+        if 0 < left < self._floor:
+            raise FarspanError(
+                f"This cache cannot be cropped by {count} of {self.total} tokens, because {self.evicted_by} "
+                f"has evicted keys for the first {self._floor}: start a new cache."
+            )
         if left and self.needed is not None and self.dropped > max(0, left + 1 - self.needed):
             raise FarspanError(
                 f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
@@ -256,15 +211,23 @@ class KVStore:
     def _shorten(self, length: int, known: int) -> None:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
         first ``known``."""
-        self._resize(length)
-        self._changed()
+        if self._apart is not None:
+            self._apart.store._shorten(self._apart.store.length - (self.length - length), 0)
+        self.buffers.shorten(length)
+        self._kv = self._handles = None
         self.summaries.crop(known)
         self.positions.crop(known)
 
-    def require(self, needed: int | None, past: int) -> None:
+    def require(self, needed: int | None, past: int, evicting: str = "") -> None:
         """Raise FarspanError where a call whose first query is at position ``past`` needs keys that were
-        dropped. needed: how many of the last positions a query needs, its own included; None: all."""
-        if self.dropped and (needed is None or self.dropped > max(0, past + 1 - needed)):
+        dropped. needed: how many of the last positions a query needs, its own included; None: all. evicting:
+        the method of the call that reads what it has left of the keys; "" for none."""
+        if self.evicted_by and self.evicted_by != evicting:
+            raise FarspanError(
+                f"This cache has the keys that {self.evicted_by} has not evicted, and no others: use it with "
+                "that method, or start a new cache."
+            )
+        if self.dropped and not evicting and (needed is None or self.dropped > max(0, past + 1 - needed)):
             what = "all of them" if needed is None else f"the last {needed}"
             raise FarspanError(
                 f"This cache keeps summaries in place of its first {self.dropped} keys, and a layer needs "
@@ -279,18 +242,46 @@ class KVStore:
         dropped an eighth of ``needed`` at a time, so that the rest is rarely copied.
         """
         self.needed = needed
-        if any(x.requires_grad for x in self._buffers):
+        if any(x.requires_grad for x in self.buffers.tensors):
             return
         keep = needed + DECODE_ROWS
         spare = max(DECODE_ROWS, keep // 8)
-        if self.length <= keep + spare:
-            return
-        gone = self.length - keep
-        room = keep + spare + DECODE_ROWS
-        self._buffers = tuple(self._grown_rows(x[:, :, gone : self.length], room) for x in self._buffers)
-        self._dropped += gone
-        self._resize(keep)
-        self._changed()
+        if self.length > keep + spare:
+            self._dropped += self.buffers.drop_first(self.length - keep, keep + spare + DECODE_ROWS)
+            self._handles = None
+
+    def evict(self, eviction: Eviction, by: str, start: Tensor | None) -> None:
+        """Drop the keys and values that ``eviction`` does not name, for the method ``by``, and release their
+        memory. Summaries are made anew of those that are left. start: [B], where rows begin; None: no row is
+        padded."""
+        store = self if eviction.heads is None else self._set_apart(eviction.heads)
+        store._keep(eviction.slots, self._starts or [0] * self.buffers.batch, start)
+        self._kv = self._handles = None
+        self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
+        self.summaries.clear()
+
+    def _set_apart(self, heads: tuple[int, ...]) -> KVStore:
+        """The store of these KV heads, which from now on have keys of their own."""
+        if self._apart is None:
+            kv, store = self.kv, KVStore(self.storage)
+            assert kv is not None
+            others = [head for head in range(kv.num_kv_heads) if head not in heads]
+            store.extend(of_heads(kv, heads))
+            self.buffers.keep_heads(others, self.length + max(DECODE_ROWS, self.length // 32))
+            self._apart = Apart(list(heads), others, store)
+        return self._apart.store
+
+    def _keep(self, slots: Tensor, starts: list[int], start: Tensor | None) -> None:
+        """Keep the keys at ``slots`` [B, Hkv, R] of rows that begin at ``starts``; of a row that has fewer
+        keys than R, those in the last places."""
+        assert self.kv is not None
+        kept, total = self.kv.gather(slots), self.total
+        most = total - kept.length  # that a row without padding can have lost
+        there = None if start is None else (most - start).clamp(min=0)
+        self.evicted = Evicted([max(0, most - first) for first in starts], there)
+        self.buffers.keep(kept, kept.length + max(2 * DECODE_ROWS, kept.length // 8))
+        self._dropped = total - kept.length
+        self._handles = None
 
     @property
     def nbytes(self) -> int:
@@ -300,16 +291,16 @@ class KVStore:
     @property
     def tiers(self) -> dict[str, int]:
         """``nbytes`` by the tier of the memory, such as "device" and "disk"."""
-        beside = self.summaries.nbytes + self.positions.nbytes
-        tiers = {"device": beside + (0 if self._bridge is None else self._bridge.nbytes)}
-        held = self.storage.memory.tier
-        tiers[held] = tiers.get(held, 0) + sum([x.nbytes for x in self._buffers])
+        tiers = dict(self.buffers.tiers)
+        tiers["device"] += self.summaries.nbytes + self.positions.nbytes
+        for tier, count in ({} if self._apart is None else self._apart.store.tiers).items():
+            tiers[tier] = tiers.get(tier, 0) + count
         return tiers
 
     @property
     def hot_rows(self) -> HotRows | None:
         """The rows that are kept on the device, where the memory is another one that it cannot read."""
-        return self._bridge.hot if isinstance(self._bridge, Fetching) else None
+        return self.buffers.hot_rows
 
     def _forget_since(self, length: int) -> None:
         """Drop the states, and the starts of rows that begin after the first ``length`` positions."""
@@ -320,10 +311,11 @@ class KVStore:
 
     def reset(self) -> None:
         """Empty the store and release its buffers."""
-        self._buffers, self._starts = (), None
+        self._starts = None
         self._dropped = 0
-        self._resize(0)
-        self._changed()
+        self._begin_whole()
+        self.buffers.clear()
+        self._kv = self._handles = None
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
@@ -338,9 +330,15 @@ class KVStore:
         """All that the store holds, for ``restore``: values as ``tree.split`` takes them. The tensors are
         views of the store's own."""
         return {
-            "stored": [x[:, :, : self.length] for x in self._buffers],
+            "buffers": self.buffers.held(),
+            "guard": self.guard.error,
             "dropped": self.dropped,
             "needed": self.needed,
+            "evicted": None if self.evicted is None else (self.evicted.counts, self.evicted.there),
+            "evicted_by": self.evicted_by,
+            "floor": self._floor,
+            "apart": None if self._apart is None else (self._apart.heads, self._apart.others),
+            "apart_held": None if self._apart is None else self._apart.store.held(),
             "starts": self._starts,
             "known": self._known,
             "summaries": self.summaries.held(),
@@ -351,11 +349,15 @@ class KVStore:
     @runs_lasting
     def restore(self, held: Mapping[str, Any]) -> None:
         """Fill an empty store with what another one of the same storage held. Keys and values are copied."""
-        length = held["stored"][0].shape[2] if held["stored"] else 0
-        if length:
-            self._buffers = tuple(self._grown_rows(x, self._room(length)) for x in held["stored"])
-            self._resize(length)
+        self.buffers.restore(held["buffers"])
+        self._kv = self._handles = None
+        self.guard.error = held["guard"]
         self._dropped, self.needed = held["dropped"], held["needed"]
+        self.evicted = None if held["evicted"] is None else Evicted(*held["evicted"])
+        self.evicted_by, self._floor = held["evicted_by"], held["floor"]
+        if held["apart"] is not None:
+            self._apart = Apart(*held["apart"], KVStore(self.storage))
+            self._apart.store.restore(held["apart_held"])
         self._starts, self._known = held["starts"], held["known"]
         self.summaries.restore(held["summaries"])
         self.states.restore(held["states"])
@@ -363,7 +365,8 @@ class KVStore:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row i by row ``rows[i]`` (beam search)."""
-        if rows.numel() != self._rows() or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
+        batch = self.buffers.batch
+        if rows.numel() != batch or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
             with lasting():
                 self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
 
@@ -374,56 +377,22 @@ class KVStore:
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row ``times`` times. The copies of a row are neighbours."""
-        rows = torch.arange(self._rows()).repeat_interleave(times)
+        rows = torch.arange(self.buffers.batch).repeat_interleave(times)
         if times > 1:
             self.reorder(rows)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy whose buffers are in the same memory as those of this store."""
-        new = memo[id(self)] = object.__new__(type(self))
-        buffers, bridge = self._buffers, self._bridge
-        apart = {"_buffers": (), "_kv": None, "_recent": None, "_bridge": None}
-        new.__dict__.update(copy.deepcopy({**vars(self), **apart}, memo))
-        new._buffers = tuple(new._grown_rows(x[:, :, : self.length], x.shape[2]) for x in buffers)
-        if bridge is not None:
-            new._bridge = self.storage.memory.bridge(bridge.device)
-            new._changed()
-        return new
-
-    def _rows(self) -> int:
-        return self._buffers[0].shape[0] if self._buffers else 0
-
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        if not self._buffers:
+        if not self.buffers.tensors:
             return
         self._kv = self._handles = None
-        self._buffers = tuple(self._remapped(x, change) for x in self._buffers)
-        self._changed()
+        self.buffers.map_rows(change)
+        if self._apart is not None:
+            self._apart.store._map(change, rows)
+        if self.evicted is not None:
+            there = None if self.evicted.there is None else change(self.evicted.there)
+            self.evicted = Evicted([self.evicted.counts[row] for row in rows], there)
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
         self.states.map_rows(rows)
         if self._starts is not None:
             self._starts = [self._starts[row] for row in rows]
-
-    def _remapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """``change`` of the batch dimension of a buffer, in place where it has as many rows then and its
-        memory is changed a block at a time."""
-        memory, length, new = self.storage.memory, self.length, buffer
-        if memory.block is None:
-            return self._refilled(buffer, change(buffer[:, :, :length]))
-        for a in range(0, max(1, length), memory.block):
-            part = change(buffer[:, :, a : min(a + memory.block, length)])
-            if part.shape[0] != new.shape[0]:
-                new = memory.empty((part.shape[0], *buffer.shape[1:]), buffer)
-            memory.write(new, a, part)
-        return new
-
-    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as
-        these."""
-        return self._grown_rows(new, buffer.shape[2])
-
-    def _grown_rows(self, x: Tensor, room: int) -> Tensor:
-        buffer = self.storage.memory.empty((*x.shape[:2], room, x.shape[3]), x)
-        self.storage.memory.write(buffer, 0, x)
-        return buffer

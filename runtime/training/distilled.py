@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention.errors import FarspanError
 from ...attention.keys import Keys, State
 from ...attention.kv import KV
 from ...attention.method import AttentionMethod
@@ -19,6 +18,7 @@ from ...attention.softmax import Softmax
 from .. import hf
 from ..patch import patch
 from ..recipe import Recipe
+from .layers import layers_to_train
 from .sentence_ends import SentenceEnds
 
 
@@ -41,30 +41,8 @@ class Distilled:
         self, model: Any, tokenizer: Any, method: AttentionMethod, start: Recipe | None = None
     ) -> None:
         info = hf.inspect_model(model)
-        if info.weights_mesh is not None:
-            raise FarspanError(
-                "The heads of this model are sharded by tensor parallelism: train on the whole model in one "
-                "process, or on several by data parallelism (torchrun)."
-            )
         self._model, self._info, self._method = model, info, method
-        self._made: dict[int, AttentionMethod] = {}
-        for index, module in info.attention.items():
-            if info.kinds[index] == hf.SLIDING:
-                continue  # its window is the model's own, and no method serves it
-            layer = info.layer_info(index)
-            made = method.for_training(layer)
-            if made is None:
-                continue
-            assert made.module is not None, "a method that is trained owns a module"
-            if start is not None:
-                weights = start.for_layer(method, layer, info.geometry).weights or {}
-                _load(made.module, weights, index)
-            hf.place_beside(made.module, module)
-            self._made[index] = made
-        if not self._made:
-            raise FarspanError(
-                f"{method} leaves every layer of this model dense, so it has nothing to train."
-            )
+        self._made = layers_to_train(info, method, start)
         by_sentences = any(made.needs.sentence_ends for made in self._made.values())
         self._find_ends = SentenceEnds(tokenizer) if by_sentences else None
         self._ends: Tensor | None = None
@@ -167,14 +145,3 @@ class Distilled:
         keys = Keys(kv=KV(k, v), tq=q.shape[2], softmax=softmax, fed=inputs)
         with torch.enable_grad():
             self._on_layer(index, q, keys)
-
-
-def _load(module: nn.Module, weights: Any, index: int) -> None:
-    own = {name: list(x.shape) for name, x in module.state_dict().items()}
-    given = {name: list(x.shape) for name, x in weights.items()}
-    if own != given:
-        raise FarspanError(
-            f"The recipe that training starts from has {given} in layer {index}, and the method has {own}: "
-            "give a recipe of the same method and parameters."
-        )
-    module.load_state_dict(dict(weights))

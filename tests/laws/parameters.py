@@ -72,6 +72,11 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
             "gqa_reduce": "sum",
         },
     ],
+    "duo": [
+        {"streaming": 0.75, "sinks": 3, "recent": 20, "evict": False},
+        {"streaming": 0.75, "sinks": 3, "recent": 20},  # one head of the layer streams
+        {"streaming": 1.0, "sinks": 0, "recent": 7},
+    ],
     "window": [{"w": 20, "sinks": 3}, {"w": 7, "sinks": 0}],
     "dilated": [{"w": 9, "dilation": 3, "sinks": 2}, {"w": 30, "dilation": 2, "sinks": 0}],
     "strided": [
@@ -177,6 +182,7 @@ FULL = {
     "mass": 1.0,
     "threshold": 0.0,
     "w": 1 << 20,
+    "recent": 1 << 20,
     "span": 1 << 20,
     "dilation": 1,
     "add_bias": False,
@@ -218,15 +224,24 @@ def _cases(settings: Callable[[type[AttentionMethod]], list[dict[str, Any]]], ph
     ]
 
 
-def every_method(phase: str | None = None, *, whole_prompt: bool = True, of_summaries: bool = True) -> Any:
+def every_method(
+    phase: str | None = None,
+    *,
+    whole_prompt: bool = True,
+    of_summaries: bool = True,
+    evicting: bool = True,
+) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
     of_summaries: also those that attend to summaries in place of keys, and need only the last keys.
+    evicting: also those whose caches drop what they evict, which is refused over ranks.
     """
     cases = _cases(sparse_settings, phase)
     if not of_summaries:
         cases = [case for case in cases if case.values[0].keys_needed is None]
+    if not evicting:
+        cases = [case for case in cases if not case.values[0].evict]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)

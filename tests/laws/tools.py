@@ -129,7 +129,7 @@ class Stream:
         q, k, v = (x[:, :, new] for x in (self.data.q, self.data.k, self.data.v))
         self.store.append(k, v)
         assert self.store.kv is not None
-        if self.fresh and not self.store.dropped:
+        if self.fresh and not self.store.dropped and not self.store.evicted_by:
             self.store.summaries.clear()
             if new.start:
                 self._take(new.start)

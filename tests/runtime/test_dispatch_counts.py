@@ -32,6 +32,7 @@ BUDGET: dict[str, tuple[int, ...]] = {
     "dhsa": (92,),
     "dilated": (61, 40, 39),
     "double_sparsity": (4, 11, 20),
+    "duo": (44, 8, 8),
     "dynamic_mask": (326, 65, 72),
     "h2o": (24, 38, 38),
     "oracle": (117,),

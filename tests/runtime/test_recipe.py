@@ -206,6 +206,7 @@ def test_layers_that_stay_dense_say_so():
 TRAINED = [
     "chunkllm:boundary_layer=0",
     "dhsa:boundaries=learned",
+    "duo",
     "dynamic_mask",
     "routing:centroids=learned",
     "seer",

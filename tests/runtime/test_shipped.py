@@ -71,7 +71,8 @@ def test_what_is_shipped_is_small_and_of_known_methods() -> None:
             recipe = Recipe.load(folder)
             assert recipe.method == name and name in farspan.methods()
             assert model in farspan.runtime.models.ALIASES
-            assert {"steps", "window", "seed", "minutes", "text_sha256"} <= recipe.settings.keys()
+            trained = {"steps", "seed", "minutes", "text_sha256"}
+            assert {"window"} | (trained if name != "duo" else {"tokens"}) <= recipe.settings.keys()
             assert recipe.geometry["fingerprint"]
             size += sum(file.stat().st_size for file in folder.iterdir())
     assert 0 < size < 10_000_000

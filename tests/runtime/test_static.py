@@ -309,7 +309,7 @@ def test_no_position_beyond_the_last() -> None:
                 feed(count)
         for mine, kept in zip(feed.cache.layers, cache.layers, strict=True):
             assert mine.store.length == 45
-            for a, b in zip(mine.store.buffers, kept.store.buffers, strict=True):
+            for a, b in zip(mine.store.buffers.tensors, kept.store.buffers.tensors, strict=True):
                 assert torch.equal(a, b)
         with pytest.raises(FarspanError, match="needs 46"):
             feed.cache.layers[0].update(*(torch.zeros(1, 2, 1, 16) for _ in range(2)))
@@ -344,7 +344,7 @@ def test_a_cache_is_used_again_in_another_dtype() -> None:
         model.double()
         for length in (40, 1, 1):
             out = model(prompt(1, length), **with_cache(model, cache))
-    assert out.logits.dtype == cache.layers[0].store.buffers[0].dtype == torch.float64
+    assert out.logits.dtype == cache.layers[0].store.buffers.tensors[0].dtype == torch.float64
 
 
 def test_a_step_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:

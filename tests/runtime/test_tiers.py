@@ -252,7 +252,7 @@ def test_on_a_simulated_gpu(name: str) -> None:
             layer.call(64, PROMPT)
             layer.steps()
             if storage != "device":
-                assert all(x.device.type == "cpu" for x in layer.cache.store._buffers)
+                assert all(x.device.type == "cpu" for x in layer.cache.store.buffers.tensors)
         results.append(layer.results)
     assert len(results[0]) == 2 + WARM + STEPS
     for here, there in zip(*results, strict=True):
