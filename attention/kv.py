@@ -31,6 +31,7 @@ class KV:
     __slots__ = ("stored",)
     format: ClassVar[str] = "plain"
     key_parts: ClassVar[int] = 1
+    streams: ClassVar[bool] = False  # whether the format has an ``attend`` that decodes it part by part
 
     def __init__(self, *stored: Tensor) -> None:
         self.stored = stored
@@ -85,6 +86,11 @@ class KV:
         """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
         return type(self)(*gather_each(self.stored, rows))
 
+    def at(self, heads: Tensor, rows: Tensor) -> KV:
+        """Plain keys and values [R, 1, N] at positions rows [R, N] of KV heads [R], of a single row of the
+        batch."""
+        return KV(*self.map(lambda x: x[0][heads[:, None], rows][:, None]).dense())
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """``change`` of each stored tensor, which keeps the last dimension as it is."""
         return type(self)(*map(change, self.stored))
@@ -102,6 +108,12 @@ class KV:
     def shape(self) -> torch.Size:
         """[B, Hkv, T]."""
         return self.stored[0].shape[:3]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the stored tensors belong together: four dimensions, of which three are equal."""
+        shape = self.shape
+        return all([x.dim() == 4 and x.shape[:3] == shape for x in self.stored])
 
     @property
     def batch(self) -> int:
@@ -141,6 +153,11 @@ class KV:
     def row_nbytes(self) -> int:
         """Bytes of one key and its value, of one KV head, as they are stored."""
         return sum([x.shape[3] * x.element_size() for x in self.stored])
+
+    @property
+    def plain_row_nbytes(self) -> int:
+        """The same in the plain format."""
+        return self.head_dim * self.dtype.itemsize + self.value_dim * self.value_dtype.itemsize
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(str(list(x.shape)) for x in self.stored)})"

@@ -165,7 +165,11 @@ class Layer(Unique):
         kv = None if store is None else store.kv
         kv = KV(k, v) if kv is None else kv
         if softmax.window is not None:
-            return flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            part = flash(q, kv, softmax, window=softmax.window, start=padding.start)
+            if store is not None:
+                store.settle(q, softmax)
+                self._flag_packing(store)
+            return part
         source = LocalKeys(
             q,
             kv,
@@ -177,7 +181,8 @@ class Layer(Unique):
         )
         called = self.layer_call(source, self._meter if self.measure else None)
         if store is not None:
-            self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * total)
+            self._count_stored(store, kv.num_kv_heads * kv.plain_row_nbytes * q.shape[0] * total)
+            self._flag_packing(store)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
         return called.part(q, kv.value_dim)
 
@@ -208,6 +213,7 @@ class Layer(Unique):
             self._count_stored(
                 store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size
             )
+            self._flag_packing(store)
         for run, _, _, _, travel in called.done:
             assert travel is not None
             self.phases[run.phase].moved(travel)
@@ -218,6 +224,18 @@ class Layer(Unique):
 
     def _count_stored(self, store: KVStore, dense: int) -> None:
         self.stored, self.dense_stored = store.nbytes, dense
+
+    def _flag_packing(self, store: KVStore) -> None:
+        """Warn, or with strict refuse, where packing changes attention too much. Over ranks it only warns,
+        since not every rank packs in the same call."""
+        packing = store.storage.packing
+        finding = None if packing is None else store.guard.finding(packing.bits)
+        if finding is None:
+            return
+        sentence = f"In layer {self.index}, {finding}"
+        if self.session.strict and self.session.mesh is None:
+            raise FarspanError(f"{sentence} (strict=True)")
+        self.session.notice(sentence, sentence)
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""

@@ -69,7 +69,11 @@ class KeySource(Protocol):
 
     def forget(self, needed: int) -> None:
         """Drop keys that no later call needs, because queries need their last ``needed`` keys only. It is
-        called last."""
+        called after all attention."""
+        ...
+
+    def settle(self, layer: LayerCall) -> None:
+        """Bring the new keys into the form in which they are kept. It is called last."""
         ...
 
     def keys(self, rows: slice, state: State, tq: int) -> Keys:
@@ -167,6 +171,8 @@ class LayerCall:
                 read = self._end_prefill(source, rows.ended)
         if needed is not None and source.kept:
             source.forget(needed)
+        if source.kept:
+            source.settle(self)
         return Called(done, read)
 
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
@@ -261,6 +267,15 @@ class LocalKeys:
     def forget(self, needed: int) -> None:
         if self.store is not None:
             self.store.forget(needed)
+
+    def settle(self, layer: LayerCall) -> None:
+        store = self.store
+        if store is None or store.storage.packing is None:
+            return
+        for summary in {s.key: s for s in (*layer.prefill.summaries, *layer.decode.summaries)}.values():
+            if not self.supply.dropped or self.summaries.done(summary):
+                self.summaries.get(summary, self.supply, self.starts)  # from keys as they were appended
+        store.settle(self.q, self.softmax)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -172,6 +172,9 @@ class KeysOverRanks:
         self.store.needed = needed
         _forget(self.store, needed, self.call, self.mesh)
 
+    def settle(self, layer: LayerCall) -> None:
+        self.store.settle(self.q, self.softmax)
+
     def attend_window(self, window: int) -> Partial:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
         store, call = self.store, self.call
@@ -186,6 +189,7 @@ class KeysOverRanks:
         else:
             part = flash(self.q, KV(self.k, self.v), self.softmax, window=window, start=call.start)
         _forget(store, window, call, self.mesh)
+        store.settle(self.q, self.softmax)
         return part
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...attention.kv import KV
+from ...attention.softmax import Softmax
 from ...attention.summary import Summaries
+from .guard import Guard
+from .packed import Packed
 from .positions import Positions
 from .states import States
 from .storage import DEVICE, Storage
@@ -55,13 +58,21 @@ class KVStore:
     keys, ``forget`` drops them. This class does not use transformers; ``hf/cache.py`` makes a cache layer of
     it.
 
+    With a packing, the buffers have the last positions, at least its window, and the older ones are packed:
+    ``settle`` moves whole groups. Groups begin at multiples of their size, counted from the first position
+    that is stored here. A call reads its own keys as they are, for they are packed when it ends. A crop into
+    a group brings the rest of it back, decoded.
+
     length: number of positions whose keys and values are here.
     """
 
     def __init__(self, storage: Storage = DEVICE) -> None:
         self.storage = storage
         self._buffers: tuple[Tensor, ...] = ()  # the buffers of ``KV.stored``, [B, Hkv, room, any] each
-        self._kv: KV | None = None  # the buffers up to ``length``; made on first use
+        packing = storage.packing
+        self._packed = None if packing is None else Packed(packing, storage.memory)
+        self.guard = Guard()  # what packing does to attention
+        self._kv: KV | None = None  # all that is stored; made on first use
         self._handles: tuple[Tensor, Tensor] | None = None
         self.length = 0
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
@@ -86,8 +97,14 @@ class KVStore:
     def kv(self) -> KV | None:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
         if self._kv is None and self._buffers:
-            self._kv = self.storage.format(*[x[:, :, : self.length] for x in self._buffers])
+            kv = self.storage.format(*[x[:, :, : self._filled] for x in self._buffers])
+            self._kv = kv if self._packed is None else self._packed.followed_by(kv)
         return self._kv
+
+    @property
+    def _filled(self) -> int:
+        """Number of positions in the buffers; the earlier ones are packed."""
+        return self.length if self._packed is None else self.length - self._packed.length
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add keys [B, Hkv, n, D] and values [B, Hkv, n, Dv]."""
@@ -95,19 +112,49 @@ class KVStore:
 
     def extend(self, new: KV) -> None:
         """Add keys and values [B, Hkv, n] that are in the store's format already."""
-        end = self.length + new.length
+        filled = self._filled
+        end = filled + new.length
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self._buffers)):
+            if self._packed is not None:
+                raise FarspanError(
+                    f"A cache in {self.storage} cannot be differentiated: call the model under "
+                    "torch.no_grad(), or patch without storage."
+                )
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
             parts = [part.stored for part in (self.kv, new) if part is not None]
             self._buffers = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
-            self._resize(end)
+            self._resize(self.length + new.length)
             return
         if not self._buffers or end > self._buffers[0].shape[2]:
             olds = self._buffers or (None,) * len(new.stored)
             self._buffers = tuple(self._grown(x, y, end) for x, y in zip(olds, new.stored, strict=True))
         for buffer, x in zip(self._buffers, new.stored, strict=True):
-            buffer[:, :, self.length : end] = x
-        self._resize(end)
+            buffer[:, :, filled:end] = x
+        self._resize(self.length + new.length)
+
+    def settle(self, q: Tensor, softmax: Softmax) -> None:
+        """Pack the whole groups before the window, at the end of a call of queries q [B, H, Tq, D] at the
+        last positions. Without a packing nothing changes."""
+        packed, filled = self._packed, self._filled
+        if packed is None or (count := filled - packed.packing.window) < packed.group:
+            return
+        count = count // packed.group * packed.group
+        before = self.kv
+        assert before is not None
+        start = None if self._starts is None else torch.tensor(self._starts, device=before.device)
+        k, v = (x[:, :, :count] for x in self._buffers)
+        valid = None
+        if start is not None and packed.length < max(self._starts or [0]):
+            places = self.dropped + packed.length + torch.arange(count, device=k.device)
+            valid = places >= start[:, None]
+        with lasting():
+            if packed.channels is None:
+                packed.channels = self.guard.choose(q, before, softmax, packed.packing, start, self.dropped)
+            packed.append(k, v, valid)
+            room = packed.packing.window + packed.group + DECODE_ROWS
+            left = [x[:, :, count:filled] for x in self._buffers]
+            self._buffers = tuple(self._grown_rows(x, max(room, x.shape[2])) for x in left)
+        self._resize(self.length)
 
     def _resize(self, length: int) -> None:
         """Set the number of stored positions to ``length``."""
@@ -117,7 +164,7 @@ class KVStore:
         b, h, _, d = like.shape
         buffer = self.storage.memory.empty((b, h, need + max(256, need // 8), d), like)
         if old is not None:
-            buffer[:, :, : self.length] = old[:, :, : self.length]
+            buffer[:, :, : self._filled] = old[:, :, : self._filled]
         return buffer
 
     def handles(self) -> tuple[Tensor, Tensor]:
@@ -196,6 +243,11 @@ class KVStore:
     def _shorten(self, length: int, known: int) -> None:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the
         first ``known``."""
+        if self._packed is not None and length < self._packed.length:
+            like = self.storage.format(*[x[:, :, :0] for x in self._buffers])
+            self._kv, rest = None, self._packed.crop(length, like)
+            for buffer, x in zip(self._buffers, rest.stored, strict=True):
+                buffer[:, :, : x.shape[2]] = x
         self._resize(length)
         self.summaries.crop(known)
         self.positions.crop(known)
@@ -225,15 +277,29 @@ class KVStore:
         if self.length <= keep + spare:
             return
         gone = self.length - keep
-        room = keep + spare + DECODE_ROWS
-        self._buffers = tuple(self._grown_rows(x[:, :, gone : self.length], room) for x in self._buffers)
+        if self._packed is not None and self._packed.length:  # whole groups
+            gone = gone // self._packed.group * self._packed.group
+        self._drop_first(gone, keep + spare + DECODE_ROWS)
         self._dropped += gone
-        self._resize(keep)
+        self._resize(self.length - gone)
+
+    def _drop_first(self, gone: int, room: int) -> None:
+        """Drop the first ``gone`` positions. room: of the buffers, where nothing is packed."""
+        if self._packed is not None and self._packed.length:
+            old = min(gone, self._packed.length)
+            gone, room = gone - old, self._buffers[0].shape[2]
+            filled = self._filled
+            self._packed.drop(old)
+        else:
+            filled = self.length
+        if gone:
+            self._buffers = tuple(self._grown_rows(x[:, :, gone:filled], room) for x in self._buffers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the buffers, of the summaries and of the positions kept."""
         buffers = sum([x.nbytes for x in self._buffers])
+        buffers += 0 if self._packed is None else self._packed.nbytes
         return buffers + self.summaries.nbytes + self.positions.nbytes
 
     def _forget_since(self, length: int) -> None:
@@ -247,6 +313,8 @@ class KVStore:
         """Empty the store and release its buffers."""
         self._buffers, self._starts = (), None
         self._dropped = 0
+        if self._packed is not None:
+            self._packed.clear()
         self._resize(0)
         self.summaries.clear()
         self.states.clear()
@@ -276,7 +344,9 @@ class KVStore:
         if not self._buffers:
             return
         self._kv = self._handles = None
-        self._buffers = tuple(self._refilled(x, change(x[:, :, : self.length])) for x in self._buffers)
+        self._buffers = tuple(self._refilled(x, change(x[:, :, : self._filled])) for x in self._buffers)
+        if self._packed is not None:
+            self._packed.map_rows(change)
         self.summaries.map_rows(change)
         self.positions.map_rows(change)
         self.states.map_rows(rows)
