@@ -222,8 +222,11 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     """Drop whole blocks of positions before the window.
 
     After a prompt, the rest is laid out block-cyclically again, since few ranks have computed its end.
-    DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens.
+    DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens. Once some are
+    packed nothing more is dropped: groups cannot be cut at the borders of blocks.
     """
+    if store.shard.kv.streams:
+        return
     low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
     low = max(low, store.layout.begin)  # positions that were dropped before a crop stay dropped
     if call.split is not None:

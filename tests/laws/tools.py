@@ -25,6 +25,7 @@ from farspan.runtime.layer_call import LayerCall, LocalKeys
 from farspan.runtime.padding import Padding
 from farspan.runtime.rows import total_reads
 from farspan.runtime.store.states import States
+from farspan.runtime.store.storage import parse_storage
 from farspan.runtime.store.store import KVStore
 
 THETA = 100.0  # of the RoPE by which gates rotate in the tests of one layer
@@ -87,15 +88,21 @@ class Data:
 class Stream:
     """One layer called again and again on a growing store, by the object that a patched layer calls.
 
-    impl: which implementation of operations. fresh: make summaries anew at every call.
+    impl: which implementation of operations. fresh: make summaries anew at every call. storage: of the store.
     """
 
     def __init__(
-        self, method: AttentionMethod, data: Data, *, impl: str = "auto", fresh: bool = False
+        self,
+        method: AttentionMethod,
+        data: Data,
+        *,
+        impl: str = "auto",
+        fresh: bool = False,
+        storage: str = "device",
     ) -> None:
         dense = farspan.parse_method("dense")
         phases = ((method if phase in method.phases else dense) for phase in (PREFILL, DECODE))
-        self.layer_call, self.store = LayerCall(*phases), KVStore()
+        self.layer_call, self.store = LayerCall(*phases), KVStore(parse_storage(storage))
         self.method, self.data, self.impl, self.fresh = method, data, impl, fresh
         self.reads: list[Reads] = []
 
