@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import torch
@@ -139,8 +140,7 @@ class Quantised(KV):
         size = max(1, _NUMBERS // (self.head_dim * group)) * group
         head, whole = -self.first % group, (self.first + self.packed) // group * group - self.first
         edges = {0, min(head, self.packed), max(whole, 0), self.packed, *range(head, whole, size)}
-        ends = sorted(edges)
-        return list(zip(ends, ends[1:], strict=False))
+        return list(pairwise(sorted(edges)))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return self._with(*map(change, self.stored))

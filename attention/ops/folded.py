@@ -17,7 +17,6 @@ from ..packing import Packing, unpack
 from ..partial import Partial
 from ..softmax import Softmax
 
-
 _LINES = torch.contiguous_format
 
 
@@ -79,7 +78,9 @@ class Rows:
         scale, zero = (x.contiguous() for x in steps.to(q.dtype).chunk(2, -1))  # [groups, D]
         numbers = self._numbers(codes, packing).view(len(steps), packing.group, -1)
         # Broadcast along the groups alone, a product runs over long lines of numbers.
-        scaled = q[:, None].expand(-1, len(steps), -1).clone(memory_format=_LINES).mul_(scale)  # [R, groups, D]
+        scaled = (
+            q[:, None].expand(-1, len(steps), -1).clone(memory_format=_LINES).mul_(scale)
+        )  # [R, groups, D]
         products = torch.bmm(scaled.transpose(0, 1), numbers.transpose(1, 2))  # [groups, R, group]
         logits = (products.transpose(0, 1) + (q @ zero.t())[..., None]).flatten(1)
         return logits if extra is None else logits.add_(extra)

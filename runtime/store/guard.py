@@ -75,7 +75,7 @@ class Guard:
         count = (kv.length - packing.window) // packing.group * packing.group
         packed = Packed(packing, Memory())
         packed.channels = channels
-        packed.append(*(x[:, :, :count] for x in kv.stored), None if valid is None else valid[:, :count])
+        packed.append(kv.k[:, :, :count], kv.v[:, :, :count], None if valid is None else valid[:, :count])
         return packed.followed_by(kv[:, :, count:])
 
     def finding(self, bits: int) -> str | None:
@@ -84,7 +84,7 @@ class Guard:
             return None
         self._told = True
         return (
-            f"{bits} bits change attention by {self.error:.0%} on sampled queries of the first prompt, although "
-            f"the {OUTLIERS} largest key channels of each head are kept as they are: give this layer a storage "
-            "with more bits, or leave storage out."
+            f"{bits} bits change attention by {self.error:.0%} on sampled queries of the first prompt, "
+            f"although the {OUTLIERS} largest key channels of each head are kept as they are: give the layer "
+            "a storage with more bits, or leave storage out."
         )

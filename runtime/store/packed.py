@@ -73,8 +73,8 @@ class Packed:
                 for i, x in enumerate(old)
             ]
             self._make_room(kept, self.length + max(256, self.length // 8))
-            for buffer, x in zip(self._buffers, kept, strict=True):
-                buffer[:, :, : x.shape[2]] = x
+            for i, x in enumerate(kept):
+                self._buffers[i][:, :, : x.shape[2]] = x
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""

@@ -48,7 +48,8 @@ def parse_storage(spec: str | Storage) -> Storage:
     chosen: dict[str, typing.Any] = {}
     for part in spec.split("+"):
         name, rest = split_spec(part)
-        kind = find("storage", name, {**_MEMORIES, **_PACKINGS})
+        kinds: dict[str, type[Memory] | type[Packing]] = {**_MEMORIES, **_PACKINGS}
+        kind = find("storage", name, kinds)
         role = "memory" if name in _MEMORIES else "packing"
         if role in chosen:
             raise SpecError(f"A storage has one format and one memory; leave one part of {spec!r} out.")

@@ -19,7 +19,9 @@ from .parameters import full_settings, sparse_settings
 from .tools import HKV, Data, H, Stream, assert_same, decode_cuts, recorded
 
 GROUP = 16
-STORAGES = pytest.mark.parametrize("storage", [f"int8:group={GROUP},window=8", f"int4:group={GROUP},window=20"])
+STORAGES = pytest.mark.parametrize(
+    "storage", [f"int8:group={GROUP},window=8", f"int4:group={GROUP},window=20"]
+)
 # Each way of reading keys once: everything, windows, pages, chosen tokens, labels, kept sets, blocks
 # of keys in another order.
 NAMES = ("dense", "window", "quest", "block_topk", "double_sparsity", "recycled", "h2o", "pbs")
