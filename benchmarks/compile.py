@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from farspan.attention.kv import KV
+from farspan.attention.packing import OUTLIERS, Int4, Int8, Packing
+from farspan.attention.quantised import Quantised
 from farspan.attention.softmax import Softmax
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -63,6 +65,30 @@ SAVED = ("bfloat16", "float16"), (64, 80, 128, 256)  # dtypes and head sizes of 
 def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> list[torch.Tensor]:
     shapes = [(1, 8, tq, d), (1, 2, tk, d), (1, 2, tk, d)]
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def _packed(kv: KV, packing: Packing, outliers: int = 0) -> Quantised:
+    """kv with all but 64 positions packed; so many channels of its keys are kept as they are."""
+    k, v = kv.dense()
+    count = k.shape[2] - 64
+    channels = torch.arange(outliers).expand(*k.shape[:2], 1, outliers)
+    *made, kept = packing.encode(k[:, :, :count], v[:, :, :count], None, channels)
+    return Quantised(*made, k[:, :, count:], v[:, :, count:], kept, channels, packing=packing)
+
+
+def _storage(dtype: torch.dtype, d: int) -> None:
+    """Each operation on packed keys, in its most frequent form."""
+    tokens = TokenIndex(tokens=torch.zeros(1, 2, 1, 64, dtype=torch.long))
+    blocks = torch.zeros(1, 2, 4, 2, dtype=torch.int32)
+    index = BlockIndex(blocks=blocks, counts=torch.ones_like(blocks[..., 0]), block_q=64, block_k=64)
+    for packing, outliers in ((Int8(), 0), (Int4(), 0), (Int4(), OUTLIERS)):
+        q, kv = _q_kv(dtype, d, 1, 1088)
+        packed = _packed(kv, packing, outliers)
+        decode(q, packed, Softmax(1.0), impl="triton")
+        gather_decode(q, packed, tokens, Softmax(1.0), check=False, impl="triton")
+        q = torch.randn(1, 8, 256, d, dtype=dtype)
+        flash(q, packed, Softmax(1.0), impl="triton")
+        block_sparse(q, packed, index, Softmax(1.0), impl="triton")
 
 
 def _q_kv(*args: Any, **how: Any) -> tuple[torch.Tensor, KV]:
@@ -206,6 +232,7 @@ CASES: dict[str, Callable[[torch.dtype, int], None]] = {
     "scan": _scan,
     "scores": _scores,
     "select": _select,
+    "storage": _storage,
 }
 
 

@@ -15,6 +15,8 @@ from farspan.attention.quantised import Quantised
 from farspan.attention.sources import Supply
 from farspan.attention.summary import Summaries
 
+from ..parallel.jobs import TWO_LAYERS, Case, stepped, stepped_over_ranks
+from ..parallel.world import World
 from .parameters import full_settings, sparse_settings
 from .tools import HKV, Data, H, Stream, assert_same, decode_cuts, recorded
 
@@ -139,3 +141,21 @@ def test_law_8_poison_where_the_index_does_not_point(method: str, storage: str) 
     assert unread.any()
     kv.stored[3][0].masked_fill_(unread, torch.nan)
     assert_same(poisoned.call(133), want)
+
+
+@STORAGES
+def test_law_6_over_ranks(world: World, storage: str) -> None:
+    """Each rank rounds the positions that it holds in groups of its own, so that logits differ by what rounding
+    costs. Ranks agree to the bit."""
+    for spec in ("dense", "quest:k=32,page=8,dense_layers=0"):
+        common = {"spec": spec, "overrides": TWO_LAYERS, "calls": (130, 1, 1, 60, *[1] * 20, -30, 1)}
+        case = Case(patch={"storage": storage}, parallel={"block": GROUP}, **common)
+        plain, alone = stepped(Case(**common))["logits"], stepped(case)
+        ranks = [done[0] for done in world.run(stepped_over_ranks, 2, [case])]
+        assert ranks[0]["seen"] == ranks[1]["seen"] == alone["seen"]
+        costs = max((a - b).abs().max() for a, b in zip(alone["logits"], plain, strict=True))
+        for i, want in enumerate(plain):
+            got, other = (done["logits"][i] for done in ranks)
+            assert torch.equal(got, other)
+            # The first call reads its own keys, which are not rounded yet.
+            assert (got - want).abs().max() <= (2 * costs if i else 1e-9)
