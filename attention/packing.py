@@ -21,7 +21,8 @@ class Packing:
     Keys have a scale and a zero for each channel of ``group`` positions, which begin at multiples of
     ``group``; values for each position and ``of_value`` of their numbers (all of them where that does not
     divide them). Zero is the smallest number of the group, in the dtype of the model, so it is exact, and a
-    group of equal numbers is, too. Scale is rounded up to that dtype, so the error is at most half a scale.
+    group of equal numbers is, too. Scale is in that dtype as well, which has its range: large keys in bfloat16
+    do not overflow. The error is about half a scale at most. Padding has no part in a group.
     window: at least so many of the last positions are kept as they are.
     Raises FarspanError for a group that is not a power of two from 16 to 256, and for a negative window.
     """
@@ -68,7 +69,10 @@ class Packing:
         empty = low > high  # nothing but padding
         low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
         levels = 2**self.bits - 1
-        scale = ((high - low) / levels * (1 + torch.finfo(x.dtype).eps)).to(x.dtype)
+        eps = torch.finfo(x.dtype).eps
+        # Rounded down, a coarse scale would cut off the largest numbers; rounded up, it would lift them on
+        # average, which few levels show.
+        scale = ((high - low) / levels * (1 + eps if levels * eps > 1 else 1)).to(x.dtype)
         codes = ((numbers - low) / torch.where(scale > 0, scale, 1).to(low.dtype)).add_(0.5)
         steps = torch.cat([scale.squeeze(dim), low.to(x.dtype).squeeze(dim)], -1)
         return codes.clamp_(0, levels).to(torch.uint8), steps

@@ -18,7 +18,7 @@ from .partial import Partial, merge
 from .softmax import Softmax
 
 _FEW = 64  # up to so many rows, scales are folded into queries and weights
-_NUMBERS = 1 << 19  # of one head, decoded at a time
+_NUMBERS = 1 << 20  # of one head, decoded at a time
 Take = Callable[[tuple[Tensor, ...], Tensor], list[Tensor]]  # tensors at positions
 
 

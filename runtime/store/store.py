@@ -60,8 +60,10 @@ class KVStore:
 
     With a packing, the buffers have the last positions, at least its window, and the older ones are packed:
     ``settle`` moves whole groups. Groups begin at multiples of their size, counted from the first position
-    that is stored here. A call reads its own keys as they are, for they are packed when it ends. A crop into
-    a group brings the rest of it back, decoded.
+    that is stored here. So a row in a padded batch has other groups than alone, unless its padding is a
+    multiple of them, and so has a rank's part of a sequence: results agree up to the rounding of groups. A
+    call reads its own keys as they are, for they are packed when it ends, and summaries are computed from
+    these. A crop into a group brings the rest of it back, decoded.
 
     length: number of positions whose keys and values are here.
     """

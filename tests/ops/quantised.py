@@ -25,7 +25,8 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     """The numbers x [N] of one group after rounding, in float64, written out."""
     low, high = x.min().double(), x.max().double()
     levels = 2**bits - 1
-    scale = ((high - low) / levels * (1 + torch.finfo(x.dtype).eps)).to(x.dtype).double()
+    eps = torch.finfo(x.dtype).eps
+    scale = ((high - low) / levels * (1 + eps if levels * eps > 1 else 1)).to(x.dtype).double()
     codes = torch.zeros(len(x), dtype=torch.float64)
     if scale > 0:
         codes = torch.floor((x.double() - low) / scale + 0.5).clamp(0, levels)
