@@ -124,7 +124,7 @@ class ChosenChunks:
 
 def _reset(keys: Keys) -> None:
     """Drop all sets."""
-    shape, device = (keys.kv.batch, keys.kv.k.shape[1]), keys.kv.device
+    shape, device = (keys.kv.batch, keys.kv.num_kv_heads), keys.kv.device
     keys.state.update(
         tokens=torch.zeros(*shape, 0, dtype=torch.long, device=device),
         counts=torch.zeros(shape, dtype=torch.int, device=device),
