@@ -20,9 +20,9 @@ class Packing:
 
     Keys have a scale and a zero for each channel of ``group`` positions, which begin at multiples of
     ``group``; values for each position and ``of_value`` of their numbers (all where that does not divide
-    them). Zero is the smallest number of the group, in the dtype of the model, so it is exact, and a
-    group of equal numbers is, too. Scale is in that dtype as well, which has its range: large keys in bfloat16
-    do not overflow. The error is about half a scale at most. Padding has no part in a group.
+    them). Zero is the smallest number of the group, in the dtype of the model, so it is exact, and a group of
+    equal numbers is, too. Scale is in that dtype as well, so that large keys in bfloat16 do not overflow. The
+    error is about half a scale at most. Padding has no part in a group.
     window: at least so many of the last positions are kept as they are.
     Raises FarspanError for a group that is not a power of two from 16 to 256, and for a negative window.
     """

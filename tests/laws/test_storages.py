@@ -145,8 +145,8 @@ def test_law_8_poison_where_the_index_does_not_point(method: str, storage: str) 
 
 @STORAGES
 def test_law_6_over_ranks(world: World, storage: str) -> None:
-    """Each rank rounds the positions that it holds in groups of its own, so that logits differ by what rounding
-    costs. Ranks agree to the bit."""
+    """Each rank rounds the positions that it holds in groups of its own, so that logits differ by what
+    rounding costs. Ranks agree to the bit."""
     for spec in ("dense", "quest:k=32,page=8,dense_layers=0"):
         common = {"spec": spec, "overrides": TWO_LAYERS, "calls": (130, 1, 1, 60, *[1] * 20, -30, 1)}
         case = Case(patch={"storage": storage}, parallel={"block": GROUP}, **common)
