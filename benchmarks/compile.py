@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.attention.kv import KV
-from farspan.attention.packing import OUTLIERS, Int4, Int8, Packing
-from farspan.attention.quantised import Quantised
+from farspan.attention.packing import OUTLIERS, Int4, Int8
 from farspan.attention.softmax import Softmax
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -55,6 +54,7 @@ from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.selection import BlockIndex, TokenIndex
 
+from .inputs import packed
 from .record import RESULTS, machine, table
 
 _TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
@@ -67,15 +67,6 @@ def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> li
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
 
 
-def _packed(kv: KV, packing: Packing, outliers: int = 0) -> Quantised:
-    """kv with all but 64 positions packed; so many channels of its keys are kept as they are."""
-    k, v = kv.dense()
-    count = k.shape[2] - 64
-    channels = torch.arange(outliers).expand(*k.shape[:2], 1, outliers)
-    *made, kept = packing.encode(k[:, :, :count], v[:, :, :count], None, channels)
-    return Quantised(*made, k[:, :, count:], v[:, :, count:], kept, channels, packing=packing)
-
-
 def _storage(dtype: torch.dtype, d: int) -> None:
     """Each operation on packed keys, in its most frequent form."""
     tokens = TokenIndex(tokens=torch.zeros(1, 2, 1, 64, dtype=torch.long))
@@ -83,12 +74,12 @@ def _storage(dtype: torch.dtype, d: int) -> None:
     index = BlockIndex(blocks=blocks, counts=torch.ones_like(blocks[..., 0]), block_q=64, block_k=64)
     for packing, outliers in ((Int8(), 0), (Int4(), 0), (Int4(), OUTLIERS)):
         q, kv = _q_kv(dtype, d, 1, 1088)
-        packed = _packed(kv, packing, outliers)
-        decode(q, packed, Softmax(1.0), impl="triton")
-        gather_decode(q, packed, tokens, Softmax(1.0), check=False, impl="triton")
+        some = packed(kv, packing, outliers)
+        decode(q, some, Softmax(1.0), impl="triton")
+        gather_decode(q, some, tokens, Softmax(1.0), check=False, impl="triton")
         q = torch.randn(1, 8, 256, d, dtype=dtype)
-        flash(q, packed, Softmax(1.0), impl="triton")
-        block_sparse(q, packed, index, Softmax(1.0), impl="triton")
+        flash(q, some, Softmax(1.0), impl="triton")
+        block_sparse(q, some, index, Softmax(1.0), impl="triton")
 
 
 def _q_kv(*args: Any, **how: Any) -> tuple[torch.Tensor, KV]:
