@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .ops.rows import gather_each
+from .partial import Partial
+from .softmax import Softmax
 
 
 class KV:
@@ -24,13 +26,15 @@ class KV:
 
     Another format overrides ``format`` (its name), ``key_parts`` (how many of ``stored`` hold keys),
     ``encode``, ``k``, ``v`` and ``load_function``; also ``dtype``, ``value_dtype``, ``head_dim`` and
-    ``value_dim`` where they differ from those of the stored tensors. A gradient in k and v needs a format
+    ``value_dim`` where they differ from those of the stored tensors. A format that must not be decoded as a
+    whole sets ``streams`` and defines ``attend``. A gradient in k and v needs a format
     whose ``encode``, ``k`` and ``v`` are differentiable.
     """
 
     __slots__ = ("stored",)
     format: ClassVar[str] = "plain"
     key_parts: ClassVar[int] = 1
+    streams: ClassVar[bool] = False
 
     def __init__(self, *stored: Tensor) -> None:
         self.stored = stored
@@ -85,9 +89,16 @@ class KV:
         """The keys and values at rows [B, Hkv, R] (positions, 0 <= r < T) of each KV head: T becomes R."""
         return type(self)(*gather_each(self.stored, rows))
 
-    def at(self, heads: Tensor, positions: Tensor) -> KV:
-        """[R, 1, N]: positions [R, N] of the KV heads ``heads`` [R], where B = 1."""
-        return self.map(lambda x: x[0][heads[:, None], positions][:, None])
+    def attend(
+        self, q: Tensor, softmax: Softmax, *, causal: bool, mask: Tensor | None, wide: bool
+    ) -> Partial:
+        """``kernel.attend``, decoding only a part of the positions at a time; of formats that stream."""
+        raise NotImplementedError
+
+    def at(self, heads: Tensor, rows: Tensor) -> KV:
+        """Plain keys and values [R, 1, N] at positions rows [R, N] of KV heads [R], of a single row of the
+        batch."""
+        return KV(*self.map(lambda x: x[0][heads[:, None], rows][:, None]).dense())
 
     @property
     def elsewhere(self) -> str | None:
@@ -120,6 +131,12 @@ class KV:
     def shape(self) -> torch.Size:
         """[B, Hkv, T]."""
         return self.stored[0].shape[:3]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the stored tensors belong together: four dimensions, of which three are equal."""
+        shape = self.shape
+        return not [x for x in self.stored if x.dim() != 4 or x.shape[:3] != shape]
 
     @property
     def batch(self) -> int:
@@ -159,6 +176,11 @@ class KV:
     def row_nbytes(self) -> int:
         """Bytes of one key and its value, of one KV head, as they are stored."""
         return sum([x.shape[3] * x.element_size() for x in self.stored])
+
+    @property
+    def plain_row_nbytes(self) -> int:
+        """The same in the plain format."""
+        return self.head_dim * self.dtype.itemsize + self.value_dim * self.value_dtype.itemsize
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(str(list(x.shape)) for x in self.stored)})"

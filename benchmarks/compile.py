@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from farspan.attention.kv import KV
+from farspan.attention.packing import OUTLIERS, Int4, Int8
 from farspan.attention.softmax import Softmax
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -52,6 +53,7 @@ from farspan.attention.ops.scores import scores
 from farspan.attention.ops.select import by_mass, by_threshold, top_k
 from farspan.attention.selection import BlockIndex, TokenIndex
 
+from .inputs import packed
 from .record import RESULTS, machine, table
 
 _TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "KEYS", "COLS")  # the constants of a kernel that are worth a column
@@ -62,6 +64,21 @@ SAVED = ("bfloat16", "float16"), (64, 80, 128, 256)  # dtypes and head sizes of 
 def _qkv(dtype: torch.dtype, d: int, tq: int, tk: int, grad: bool = False) -> list[torch.Tensor]:
     shapes = [(1, 8, tq, d), (1, 2, tk, d), (1, 2, tk, d)]
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def _storage(dtype: torch.dtype, d: int) -> None:
+    """Each operation on packed keys, in its most frequent form."""
+    tokens = TokenIndex(tokens=torch.zeros(1, 2, 1, 64, dtype=torch.long))
+    blocks = torch.zeros(1, 2, 4, 2, dtype=torch.int32)
+    index = BlockIndex(blocks=blocks, counts=torch.ones_like(blocks[..., 0]), block_q=64, block_k=64)
+    for packing, outliers in ((Int8(), 0), (Int4(), 0), (Int4(), OUTLIERS)):
+        q, kv = _q_kv(dtype, d, 1, 1088)
+        some = packed(kv, packing, outliers)
+        decode(q, some, Softmax(1.0), impl="triton")
+        gather_decode(q, some, tokens, Softmax(1.0), check=False, impl="triton")
+        q = torch.randn(1, 8, 256, d, dtype=dtype)
+        flash(q, some, Softmax(1.0), impl="triton")
+        block_sparse(q, some, index, Softmax(1.0), impl="triton")
 
 
 def _q_kv(*args: Any, **how: Any) -> tuple[torch.Tensor, KV]:
@@ -205,6 +222,7 @@ CASES: dict[str, Callable[[torch.dtype, int], None]] = {
     "scan": _scan,
     "scores": _scores,
     "select": _select,
+    "storage": _storage,
 }
 
 

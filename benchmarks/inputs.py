@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.attention.kv import KV
+from farspan.attention.packing import Packing
+from farspan.attention.quantised import Quantised
 from farspan.attention.selection import BlockIndex
 
 
@@ -123,3 +126,12 @@ def _pairs(index: BlockIndex, length: int) -> int:
         rest = length - a * index.block_q  # as if the queries before were of an earlier call
         total += int(part.pairs(rest, length))
     return total
+
+
+def packed(kv: KV, packing: Packing, outliers: int = 0) -> Quantised:
+    """kv with all but 64 positions packed; so many channels of its keys are kept as they are."""
+    k, v = kv.dense()
+    count = k.shape[2] - 64
+    channels = torch.arange(outliers).expand(*k.shape[:2], 1, outliers)
+    *made, kept = packing.encode(k[:, :, :count], v[:, :, :count], None, channels)
+    return Quantised(*made, k[:, :, count:], v[:, :, count:], kept, channels, packing=packing)

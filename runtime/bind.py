@@ -102,7 +102,7 @@ def check_evicting(
     reasons = []
     if over_ranks:
         reasons.append("no single key can be dropped from a cache that is sharded over ranks")
-    if storage.format is not KV or type(storage.memory) is not Memory:
+    if storage.format is not KV or storage.packing is not None or type(storage.memory) is not Memory:
         reasons.append(f"no single key can be dropped from a cache stored as {storage}")
     if prefill.needs.inputs or any(summary.reads & IN_NO_CACHE for summary in prefill.summaries):
         reasons.append(f"{prefill} needs more of evicted tokens in a further prompt than is in a cache")

@@ -27,8 +27,8 @@ from .report import PhaseReport
 from .rows import Done, Run, total_reads
 from .session import Session, Unique
 from .static_call import Ledger
-from .store.shard import ShardStore
 from .store.lasting import runs_lasting
+from .store.shard import ShardStore
 from .store.store import KVStore
 
 NO_CACHE = "no KV cache, so every call is a prefill"
@@ -188,7 +188,9 @@ class Layer(Unique):
         if softmax.window is not None:
             part = flash(q, kv, softmax, window=softmax.window, start=padding.start)
             if store is not None:
+                store.pack(q, softmax)
                 store.settle()
+                self._flag_packing(store)
             return part
         source = LocalKeys(
             q,
@@ -202,7 +204,8 @@ class Layer(Unique):
         called = self.layer_call(source, self._meter if self.measure else None)
         if store is not None:
             store.settle()
-            self._count_stored(store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * total)
+            self._count_stored(store, kv.num_kv_heads * kv.plain_row_nbytes * q.shape[0] * total)
+            self._flag_packing(store)
         self._report(called, q, None if store is not None else FOREIGN if session.cached else NO_CACHE)
         return called.part(q, kv.value_dim)
 
@@ -234,6 +237,7 @@ class Layer(Unique):
             self._count_stored(
                 store, kv.num_kv_heads * kv.row_nbytes * q.shape[0] * call.total // mesh.ranks.size
             )
+            self._flag_packing(store)
         for run, _, _, _, travel in called.done:
             assert travel is not None
             self.phases[run.phase].moved(travel)
@@ -247,6 +251,18 @@ class Layer(Unique):
         if store.hot_rows is not None:
             asked, hits = store.hot_rows.counted()
             self.hot = self.hot[0] + asked, self.hot[1] + hits
+
+    def _flag_packing(self, store: KVStore) -> None:
+        """Warn, or with strict refuse, where packing changes attention too much. Over ranks it only warns,
+        since not every rank packs in the same call."""
+        packing = store.storage.packing
+        finding = None if packing is None else store.guard.finding(packing.bits)
+        if finding is None:
+            return
+        sentence = f"In layer {self.index}, {finding}"
+        if self.session.strict and self.session.mesh is None:
+            raise FarspanError(f"{sentence} (strict=True)")
+        self.session.notice(sentence, sentence)
 
     def _trains(self, q: Tensor) -> bool:
         """Whether a gradient flows through a selection that was made by the last queries of a prompt."""

@@ -73,7 +73,11 @@ class KeySource(Protocol):
 
     def forget(self, needed: int) -> None:
         """Drop keys that no later call needs, because queries need their last ``needed`` keys only. It is
-        called last."""
+        called after all attention."""
+        ...
+
+    def pack(self, layer: LayerCall) -> None:
+        """Bring the new keys into the form in which they are kept. It is called last."""
         ...
 
     def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
@@ -183,6 +187,8 @@ class LayerCall:
             methods = {id(method): method for method in (self.method(x.run) for x in done)}
             if len(methods) == 1 and (method := methods.popitem()[1]).evict:
                 source.evict(method, rows.runs)
+        if source.kept:
+            source.pack(self)
         return Called(done, read)
 
     def _end_prefill(self, source: KeySource, ended: list[slice]) -> int:
@@ -300,6 +306,15 @@ class LocalKeys:
         slots = torch.cat([one.slots for _, one in found])
         crop = min(one.crop for _, one in found)
         self.store.evict(replace(found[0][1], slots=slots, crop=crop), str(method), self.start)
+
+    def pack(self, layer: LayerCall) -> None:
+        store = self.store
+        if store is None or store.storage.packing is None:
+            return
+        for summary in {s.key: s for s in (*layer.prefill.summaries, *layer.decode.summaries)}.values():
+            if not self.supply.dropped or self.summaries.done(summary):
+                self.summaries.get(summary, self.supply, self.starts)  # from keys as they were appended
+        store.pack(self.q, self.softmax)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -177,6 +177,9 @@ class KeysOverRanks:
         self.store.needed = needed
         _forget(self.store, needed, self.call, self.mesh)
 
+    def pack(self, layer: LayerCall) -> None:
+        self.store.pack(self.q, self.softmax)
+
     def attend_window(self, window: int) -> Partial:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
         store, call = self.store, self.call
@@ -191,6 +194,7 @@ class KeysOverRanks:
         else:
             part = flash(self.q, KV(self.k, self.v), self.softmax, window=window, start=call.start)
         _forget(store, window, call, self.mesh)
+        store.pack(self.q, self.softmax)
         return part
 
 
@@ -223,8 +227,11 @@ def _forget(store: ShardStore, window: int, call: Call, mesh: Mesh) -> None:
     """Drop whole blocks of positions before the window.
 
     After a prompt, the rest is laid out block-cyclically again, since few ranks have computed its end.
-    DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens.
+    DECODE_ROWS more positions are kept, because assisted decoding may crop that many tokens. Once some are
+    packed nothing more is dropped: groups cannot be cut at the borders of blocks.
     """
+    if store.shard.kv.streams:
+        return
     low = max(0, call.total - window - DECODE_ROWS) // store.block * store.block
     low = max(low, store.layout.begin)  # positions that were dropped before a crop stay dropped
     if call.split is not None:

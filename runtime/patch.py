@@ -89,9 +89,12 @@ def patch(
     recycled without dynamic at decode, on one device, in models whose layers all have full attention. The
     padding is read with the prompt and taken to stay. Replays call no hooks of the modules in the decoder. A
     call beyond the positions raises FarspanError.
-    storage: how the cache keeps keys and values: "device" (the default), "host" (pinned memory beside a GPU),
-    "disk:folder=PATH", or another name from ``runtime/store/storage.py``; a mapping gives it by layer number.
-    No gradient flows through a cache in host memory or on disk.
+    storage: how the cache keeps keys and values: a format, a memory, or both as "int8+disk"; a mapping gives
+    it by layer number. Formats: as they are (the default); "int8" or "int4" (KIVI, 2402.02750: in groups of
+    few bits, the last ``window`` tokens as they are; "int4:group=32,window=128"). Memories: "device" (the
+    default), "host" (pinned memory beside a GPU), "disk:folder=PATH". No gradient flows through a cache in
+    another storage than the default. Where few bits change attention too much, key channels are kept as they
+    are, and a layer where that is not enough gives a warning, or with ``strict`` a FarspanError.
 
     Where ``farspan tune`` measured another library's kernels faster on this device, operations take them; but
     a decode step under ``static`` runs farspan's own.

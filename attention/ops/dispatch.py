@@ -184,15 +184,11 @@ def check_qkv(op: str, q: Tensor, kv: KV, start: Tensor | None) -> None:
     [B, Hkv, Tk, Dv], start [B]."""
     if not isinstance(kv, KV):
         raise TypeError(f"{op} takes keys and values as one KV(k, v); got a {type(kv).__name__}.")
-    for x in (q, *kv.stored):
-        if x.dim() != 4:
-            sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
-            raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
+    if q.dim() != 4 or kv.stored[0].dim() != 4:
+        sizes = ", ".join(f"{x.dim()}-D" for x in (q, *kv.stored))
+        raise ValueError(f"{op} takes q [B, H, Tq, D] and k, v [B, Hkv, Tk, D]; got {sizes}.")
     shape = kv.shape
-    fits = q.shape[0] == shape[0] and q.shape[3] == kv.head_dim
-    for x in kv.stored:
-        fits = fits and x.shape[:3] == shape
-    if not fits:
+    if not (q.shape[0] == shape[0] and q.shape[3] == kv.head_dim and kv.aligned):
         raise ValueError(f"{op} got q {list(q.shape)} and {kv}, which do not fit together.")
     if not q.dtype == kv.dtype == kv.value_dtype:
         raise ValueError(

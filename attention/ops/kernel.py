@@ -40,6 +40,8 @@ def attend(
     read, for the last M keys; every row reads those before. wide: the output in float32 (float64 for float64
     q), so that what is merged with it is rounded once.
     """
+    if kv.streams:
+        return kv.attend(q, softmax, causal=causal, mask=mask, wide=wide)
     kind = torch.promote_types(q.dtype, torch.float32) if wide else q.dtype
     if isinstance(kv, Offloaded):
         merged = _by_block(q, kv.on_device() if causal else kv, softmax, causal=causal, mask=mask, wide=wide)
@@ -96,12 +98,12 @@ def _by_block(
 def causal_of_groups(q: Tensor, kv: KV, softmax: Softmax) -> Partial | None:
     """Causal attention of q [B, H, T, D] over kv [B, Hkv, T], of which each head serves a group of query
     heads, by one kernel of torch for CUDA. None where none of them serves the arguments."""
-    return _cuda(q, *kv.on_device().dense(), softmax, causal=True, mask=None)
+    return None if kv.streams else _cuda(q, *kv.on_device().dense(), softmax, causal=True, mask=None)
 
 
 def serves_groups(q: Tensor, kv: KV, softmax: Softmax) -> bool:
     """Whether ``causal_of_groups`` serves the arguments better than a Triton kernel would: never off CUDA."""
-    on_cuda = q.device.type == "cuda"
+    on_cuda = q.device.type == "cuda" and not kv.streams
     return on_cuda and _backend(q, *kv.dense(), softmax, causal=True, mask=None) not in ("efficient", "math")
 
 

@@ -83,7 +83,9 @@ class Buffers:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self.tensors)):
             self._refuse_gradient()
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            parts = [part.stored for part in (self._plain() if self.tensors else None, new) if part is not None]
+            parts = [
+                part.stored for part in (self._plain() if self.tensors else None, new) if part is not None
+            ]
             self.tensors = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
             self.resize(self.length + new.length)
             return
@@ -114,8 +116,8 @@ class Buffers:
     def _refuse_gradient(self) -> None:
         if self.packed is not None or self._bridge is not None:
             raise FarspanError(
-                f"A cache in {self.storage} is written in place, which no gradient can follow: call the model "
-                "under torch.no_grad(), or patch with storage='device'."
+                f"A cache in {self.storage} is written in place, which no gradient can follow: call the "
+                "model under torch.no_grad(), or patch with storage='device'."
             )
 
     def _changed(self) -> None:

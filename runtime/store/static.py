@@ -224,6 +224,10 @@ class StoredKeys:
         return self._store.impl
 
     @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self._store.buffers.tensors
+
+    @property
     def new(self) -> KV:
         assert self._new is not None, "the attention of a layer was called without an update of its cache"
         return self._new
@@ -234,15 +238,15 @@ class StoredKeys:
 
     @property
     def buffers(self) -> KV:
-        return self._store.storage.format(*self._store.buffers.tensors)
+        return self._store.storage.format(*self._tensors)
 
     @property
     def length(self) -> Tensor:
-        return self._store.clock.length(self._store.buffers.tensors[0].device)
+        return self._store.clock.length(self._tensors[0].device)
 
     @property
     def start(self) -> Tensor | None:
-        return self._store.clock.start(self._store.buffers.tensors[0].device)
+        return self._store.clock.start(self._tensors[0].device)
 
     def seen(self) -> list[int]:
         total = self._store.length + 1
@@ -258,7 +262,7 @@ class StoredKeys:
         known = self._numbers.get(name)
         if known is None:
             with lasting():
-                there = torch.full((1,), value, dtype=torch.int32, device=self._store.buffers.tensors[0].device)
+                there = torch.full((1,), value, dtype=torch.int32, device=self._tensors[0].device)
             self._numbers[name] = value, there
         elif known[0] != value:
             self._numbers[name] = value, known[1].fill_(value)
@@ -269,7 +273,7 @@ class StoredKeys:
     @property
     def state(self) -> State:
         if self._state is None:
-            store, batch = self._store, self._store.buffers.tensors[0].shape[0]
+            store, batch = self._store, self._tensors[0].shape[0]
             alike = len(store.states.groups(batch)) == 1
             past = store.length
             self._state = store.states.of(self._name, slice(0, batch), past, past + 1) if alike else {}
@@ -293,7 +297,12 @@ class StoredKeys:
         """The addresses of all that a step reads and writes beside its arguments."""
         numbers = [x for _, x in self._numbers.values()]
         start = [] if self.start is None else [self.start]
-        every = (*self._store.buffers.tensors, *self._store.summaries.buffers(), *self._pinned.values(), *numbers)
+        every = (
+            *self._tensors,
+            *self._store.summaries.buffers(),
+            *self._pinned.values(),
+            *numbers,
+        )
         return [x.data_ptr() for x in (*every, self.length, *start)]
 
 

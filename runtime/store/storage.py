@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ...attention.errors import SpecError
 from ...attention.kv import KV
+from ...attention.packing import Int4, Int8, Packing
 from ...attention.spec import find, parse_parameters, split_spec
 from ..layer_numbers import by_layer
 from .disk import Disk
@@ -18,9 +19,14 @@ from .memory import Memory
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """The format and the memory of a store. The default is plain numbers on the device."""
+    """The format and the memory of a store. The default is plain numbers on the device.
+
+    format: that of positions as they are appended. packing: how older positions are rounded in groups; None:
+    not at all.
+    """
 
     format: type[KV] = KV
+    packing: Packing | None = None
     memory: Memory = dataclasses.field(default_factory=Memory)
     spec: str = "device"  # as users write it
 
@@ -29,7 +35,7 @@ class Storage:
 
 
 DEVICE = Storage()
-_FORMATS: dict[str, type[KV]] = {}
+_PACKINGS: dict[str, type[Packing]] = {"int8": Int8, "int4": Int4}
 _MEMORIES: dict[str, type[Memory]] = {kind.tier: kind for kind in (Memory, Host, Disk)}
 
 
@@ -44,23 +50,14 @@ def parse_storage(spec: str | Storage) -> Storage:
     chosen: dict[str, typing.Any] = {}
     for part in spec.split("+"):
         name, rest = split_spec(part)
-        find("storage", name, {**_FORMATS, **_MEMORIES})
-        role = "memory" if name in _MEMORIES else "format"
+        kinds: dict[str, type[Memory] | type[Packing]] = {**_MEMORIES, **_PACKINGS}
+        kind = find("storage", name, kinds)
+        role = "memory" if name in _MEMORIES else "packing"
         if role in chosen:
             raise SpecError(f"A storage has one format and one memory; leave one part of {spec!r} out.")
-        chosen[role] = _memory(name, rest) if role == "memory" else _format(name, rest)
+        defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+        chosen[role] = kind(**parse_parameters(name, rest, defaults, typing.get_type_hints(kind)))
     return Storage(**chosen, spec=spec)
-
-
-def _memory(name: str, parameters: str) -> Memory:
-    kind = _MEMORIES[name]
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    return kind(**parse_parameters(name, parameters, defaults, typing.get_type_hints(kind)))
-
-
-def _format(name: str, parameters: str) -> type[KV]:
-    parse_parameters(name, parameters, {}, {})
-    return _FORMATS[name]
 
 
 def storages(given: str | Storage | Mapping[int, str | Storage] | None, count: int) -> dict[int, Storage]:

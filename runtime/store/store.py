@@ -356,7 +356,8 @@ class KVStore:
         self.evicted = None if held["evicted"] is None else Evicted(*held["evicted"])
         self.evicted_by, self._floor = held["evicted_by"], held["floor"]
         if held["apart"] is not None:
-            self._apart = Apart(*held["apart"], KVStore(self.storage))
+            heads, others = held["apart"]
+            self._apart = Apart(heads, others, KVStore(self.storage))
             self._apart.store.restore(held["apart_held"])
         self._starts, self._known = held["starts"], held["known"]
         self.summaries.restore(held["summaries"])

@@ -80,7 +80,8 @@ class _Keys(NamedTuple):
 
     def full(self, heads: Tensor, blocks: Tensor) -> KV:
         """Keys and values [R, 1, C * block_k] of full blocks [R, C] of index heads [R]."""
-        if self.order is not None or self.block_k == 1 or self.kv.elsewhere is not None:
+        away = self.kv.elsewhere is not None or self.kv.streams
+        if self.order is not None or self.block_k == 1 or away:
             return self.at(heads, self.positions(heads, blocks).flatten(1))
         of, whole = self.kv_heads(heads), self.length // self.block_k
 
@@ -98,12 +99,10 @@ class _Keys(NamedTuple):
 
     def at(self, heads: Tensor, positions: Tensor) -> KV:
         """Plain keys and values [R, 1, N] at positions [R, N] of index heads [R]; zeros at Tk."""
-        there = positions < self.length
+        of, there = self.kv_heads(heads), positions < self.length
         whole, positions = bool(there.all()), positions.clamp(max=self.length - 1)
-        k, v = self.kv.at(self.kv_heads(heads), positions).dense()
-        if not whole:
-            k, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k, v))
-        return KV(k, v)
+        kv = self.kv.at(of, positions)
+        return kv if whole else kv.map(lambda x: x.masked_fill(~there[:, None, :, None], 0))
 
 
 def _row(

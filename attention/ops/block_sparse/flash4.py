@@ -41,6 +41,8 @@ def cannot_cut(q: Tensor, kv: KV, index: BlockLists, *, rows: int) -> list[str]:
     """Why the library's tiles do not fit these heads and blocks, one clause each. rows: the queries of one
     list, counted once for each head in a tile."""
     reasons = []
+    if kv.streams:
+        reasons.append(f"it reads plain keys and values, and these are stored as {kv.format}")
     if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
         reasons.append("an input needs a gradient, and only the forward has block lists here")
     d, dv, block_q, block_k = kv.head_dim, kv.value_dim, index.block_q, index.block_k

@@ -26,6 +26,8 @@ from ..torch_private import compile_errors, refuse_uncompiled
 def unsupported(q: Tensor, kv: KV, index: BlockLists, softmax: Softmax) -> list[str]:
     """Why FlexAttention cannot run these arguments, one clause each."""
     reasons = index.not_in_a_block_mask()
+    if kv.streams:
+        reasons.append(f"FlexAttention reads plain keys and values, and these are stored as {kv.format}")
     if q.dtype == torch.float64:
         reasons.append("FlexAttention has no float64")
     if q.device.type == "cpu":
