@@ -78,7 +78,7 @@ def build(given: Build) -> None:
         "model": given.model,
         "method": given.method,
         "tokens": ids.shape[1],
-        "bytes": stored_bytes(cache)[0],
+        "bytes": stored_bytes(cache),
         "seconds": seconds,
     }
     if given.json:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from filelock import FileLock, Timeout
 
 from ..attention.errors import FarspanError
-from ..runtime.hf import stored_bytes
+from ..runtime.hf import stored_by_tier
 from ..runtime.models import cache_folder
 from . import batch as forward
 from .energy import energy
@@ -279,7 +279,9 @@ class Timer:
             sent.append(job.sent)
             read = job.report(patched).summary if patched else {}
         steps = read["kv_bytes_read"] + read["selection_bytes"] if patched else None
-        ranks = job.gather([most.bytes, *stored_bytes(cache), sent[1] - sent[0], sent[2] - sent[1]])
+        tiers = stored_by_tier(cache)
+        held = tiers.total(), tiers["device"]
+        ranks = job.gather([most.bytes, *held, sent[1] - sent[0], sent[2] - sent[1]])
         memory, stored, on_device, prefill_sent, decode_sent = map(highest, zip(*ranks, strict=True))
         assert decode_sent is not None
         return {

@@ -135,7 +135,7 @@ class PrefixStore:
             patch,
             torch.tensor([list(tokens[:length])], dtype=torch.int64),
             cache,
-            hf.stored_bytes(cache)[0] + 8 * length,
+            hf.stored_bytes(cache) + 8 * length,
         )
         with self._lock:
             if hf.croppable(cache):

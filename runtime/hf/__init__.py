@@ -7,6 +7,7 @@ differences between the releases of transformers.
 
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
+from .cache import stored_by_tier as stored_by_tier
 from .cache import stored_bytes as stored_bytes
 from .caches import caches_of as caches_of
 from .caches import check_saveable as check_saveable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -259,18 +260,21 @@ def _adopted(cache: Cache, layer: Any, index: int, plan: CachePlan, clock: Clock
     raise _wrong_cache(cache, type(layer))
 
 
-def stored_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes of the keys and values in a cache, and how many of them are on the device: of farspan's stores
-    with their summaries and spare room, of other layers those of the tensors."""
-    total = on_device = 0
+def stored_by_tier(cache: Cache) -> Counter[str]:
+    """Bytes of the keys and values in a cache by the tier of the memory: of farspan's stores with their
+    summaries and spare room, of other layers those of the tensors, on the device."""
+    tiers: Counter[str] = Counter()
     for layer in cache.layers:
-        tiers: Mapping[str, int] = {}
         if isinstance(layer, KVStoreLayer):
-            tiers = layer.store.tiers
+            tiers.update(layer.store.tiers)
         elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-            tiers = {"device": layer.keys.nbytes + layer.values.nbytes}
-        total, on_device = total + sum(tiers.values()), on_device + tiers.get("device", 0)
-    return total, on_device
+            tiers["device"] += layer.keys.nbytes + layer.values.nbytes
+    return tiers
+
+
+def stored_bytes(cache: Cache) -> int:
+    """The sum of ``stored_by_tier``."""
+    return stored_by_tier(cache).total()
 
 
 def _check_lengths(cache: Cache) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ...attention.kv import KV
-from ...attention.parts import Part
-
-if TYPE_CHECKING:
-    from .store import KVStore
+from ...attention.parts import Evicted, Part
 
 
-class Apart(NamedTuple):
+class _Store(Protocol):
+    """What is read of a store."""
+
+    evicted: Evicted | None
+
+    @property
+    def kv(self) -> KV | None: ...
+
+
+S = TypeVar("S", bound=_Store)
+
+
+class Apart(NamedTuple, Generic[S]):
     """The KV heads whose keys are in ``store``, and the others."""
 
     heads: list[int]
     others: list[int]
-    store: KVStore
+    store: S
 
     def parts(self, kv: KV) -> list[Part]:
         """``kv``, the keys and values of the others, if there are any, beside those of ``store``."""

@@ -73,7 +73,9 @@ class KVStore:
         self.evicted: Evicted | None = None
         self.evicted_by = ""
         self._floor = 0  # below so many positions, a crop would need keys that were evicted
-        self._apart: Apart | None = None  # KV heads with keys of their own; the buffers have the others
+        self._apart: Apart[KVStore] | None = (
+            None  # KV heads with keys of their own; the buffers have the others
+        )
 
     @property
     def length(self) -> int:
@@ -366,8 +368,7 @@ class KVStore:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row i by row ``rows[i]`` (beam search)."""
-        batch = self.buffers.batch
-        if rows.numel() != batch or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
+        if rows.numel() != self.buffers.batch or not torch.equal(rows.cpu(), torch.arange(rows.numel())):
             with lasting():
                 self._map(lambda x: x.index_select(0, rows.to(x.device)), rows.tolist())
 

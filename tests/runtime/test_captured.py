@@ -54,7 +54,7 @@ class Graphs:
 
     def _believe(self, lengths: list[int]) -> None:
         for store, length in zip(self.stores, lengths, strict=True):
-            store._resize(length)
+            store.buffers.resize(length)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -54,10 +54,11 @@ def told(report: farspan.Report) -> dict[str, Any]:
     """All that a report says but memory and which operations ran."""
     known = report.to_dict()
     for layer in known["layers"]:
-        del layer["stored_bytes"]
+        del layer["stored_bytes"], layer["stored_by_tier"]
         for phase in ("prefill", "decode"):
             del layer[phase]["implementations"]
-    del known["summary"]["kv_bytes_stored"], known["summary"]["implementation"]
+    for name in ("kv_bytes_stored", "kv_bytes_stored_by_tier", "implementation"):
+        del known["summary"][name]
     return known
 
 
