@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .runtime.patched import Patched
     from .runtime.recipe import Recipe
     from .runtime.report import Report
+    from .runtime.saved import load_cache, save_cache
     from .runtime.train import train
     from .runtime.tune import tune
 
@@ -48,6 +49,8 @@ _HOMES = {
     "calibrate": ".runtime.calibrate",
     "convert": ".runtime.convert",
     "load": ".runtime.models",
+    "load_cache": ".runtime.saved",
+    "save_cache": ".runtime.saved",
     "train": ".runtime.train",
     "tune": ".runtime.tune",
 }
@@ -65,9 +68,11 @@ __all__ = [
     "convert",
     "evaluate",
     "load",
+    "load_cache",
     "methods",
     "parse_method",
     "patch",
+    "save_cache",
     "train",
     "tune",
 ]

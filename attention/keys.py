@@ -13,8 +13,9 @@ from .errors import FarspanError
 from .kv import KV
 from .needs import Inputs
 from .softmax import Softmax
+from .some_rows import SomeRows
 from .sources import Supply
-from .summary import SomeRows, Summaries, Summary
+from .summary import Summaries, Summary
 
 State = dict[str, Tensor]
 

@@ -8,10 +8,10 @@ change.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,8 @@ from .ops.torch_private import version_of
 from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
 
 
-class Summary(Protocol):
-    """A function of what it reads of a row, one entry per block of positions or per position.
-
-    key: equal keys mean equal contents. A summary with learned weights has ``identity(module)`` in it.
-    block: positions per entry; entry j of row b summarises those from start[b] + j * block on. None: a label
-    of each position, where entry j belongs to the j-th position that is here, which is j where all are.
-    reads: what ``compute`` is given. Hidden states and keys before RoPE must stand in the method's ``needs``,
-    too; positions are known where it needs queries or keys before RoPE.
-    dtype: of the entries; None: that of what it reads.
-    """
+class Kept(Protocol):
+    """What a store must know of a summary whose entries it keeps; see ``Summary``."""
 
     @property
     def key(self) -> tuple: ...
@@ -45,6 +37,18 @@ class Summary(Protocol):
 
     @property
     def reads(self) -> frozenset[Source]: ...
+
+
+class Summary(Kept, Protocol):
+    """A function of what it reads of a row, one entry per block of positions or per position.
+
+    key: equal keys mean equal contents. A summary with learned weights has ``identity(module)`` in it.
+    block: positions per entry; entry j of row b summarises those from start[b] + j * block on. None: a label
+    of each position, where entry j belongs to the j-th position that is here, which is j where all are.
+    reads: what ``compute`` is given. Hidden states and keys before RoPE must stand in the method's ``needs``,
+    too; positions are known where it needs queries or keys before RoPE.
+    dtype: of the entries; None: that of what it reads.
+    """
 
     @property
     def dtype(self) -> torch.dtype | None: ...
@@ -73,7 +77,7 @@ def identity(module: nn.Module) -> str:
     return known[1]
 
 
-def count_entries(summary: Summary, length: int) -> int:
+def count_entries(summary: Kept, length: int) -> int:
     """The number of entries that summarise ``length`` keys of a row."""
     return -(-length // (summary.block or 1))
 
@@ -180,6 +184,15 @@ class Int4Keys:
         )
 
 
+@dataclass(frozen=True)
+class _Restored:
+    """``Kept`` of entries that another store has computed."""
+
+    key: tuple
+    block: int | None
+    reads: frozenset[Source]
+
+
 @dataclass
 class _Entries:
     """buffer [B, heads, room, width]. done: number of positions taken in. current: whether the entries of the
@@ -244,7 +257,7 @@ class Summaries:
         """Position at which the earliest block begins that the next new position may change."""
         return _open_block(summary.block, self.done(summary), starts)
 
-    def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
+    def room(self, summary: Kept, like: Tensor, batch: int, length: int) -> Tensor:
         """The buffer [batch, heads, room, width] with place for the entries of ``length`` positions, which
         the caller writes and which count as taken in. like: some entries [any, heads, any, width]."""
         need, kept = count_entries(summary, length), self._kept.get(summary.key)
@@ -285,6 +298,29 @@ class Summaries:
         every = [kept.buffer for kept in self._kept.values()]
         return sum([x.nbytes for x in (*every, *self.recent.tensors.values())])
 
+    def held(self) -> dict[str, Any]:
+        """All entries and what is kept beside them, for ``restore``. The tensors are views."""
+        entries = [
+            {
+                "key": key,
+                "block": kept.block,
+                "reads": kept.reads,
+                "done": kept.done,
+                "current": kept.current,
+                "entries": kept.buffer[:, :, : -(-kept.done // (kept.block or 1))],
+            }
+            for key, kept in self._kept.items()
+        ]
+        return {"entries": entries, "recent": (dict(self.recent.tensors), self.recent.end)}
+
+    def restore(self, held: Mapping[str, Any]) -> None:
+        """Take over what other summaries held; entries are copied."""
+        for one in held["entries"]:
+            kept, new = _Restored(one["key"], one["block"], one["reads"]), one["entries"]
+            self.room(kept, new, new.shape[0], one["done"])[:, :, : new.shape[2]] = new
+            self._kept[kept.key].current = one["current"]
+        self.recent = Recent(*held["recent"])
+
     def check_crop(self, length: int, starts: list[int] | None) -> None:
         """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the
         queries or hidden states that are kept."""
@@ -318,42 +354,6 @@ class Summaries:
     def clear(self) -> None:
         self._kept.clear()
         self.recent = Recent()
-
-
-class SomeRows(Summaries):
-    """The entries of ``rows`` of a batch, out of those of the whole batch, which has ``supply`` and whose
-    rows begin at ``starts``. The rows' own positions are first .. end - 1."""
-
-    def __init__(
-        self,
-        whole: Summaries,
-        supply: Supply,
-        starts: list[int] | None,
-        rows: slice,
-        first: int = 0,
-        end: int | None = None,
-    ) -> None:
-        super().__init__()
-        self._whole, self._supply, self._starts = whole, supply, starts
-        self._rows, self._first, self._end = rows, first, end
-
-    def get(self, summary: Summary, supply: Supply, starts: list[int] | None) -> Tensor:
-        entries = self._whole.get(summary, self._supply, self._starts)[self._rows]
-        if summary.block is None:
-            return entries[:, :, self._first : self._end]
-        count = count_entries(summary, supply.length)
-        if self._end is None or self._end >= self._supply.length or supply.length % summary.block == 0:
-            return entries[:, :, :count]
-        # the last block has padding behind the row in it
-        begin = self._first + (count - 1) * summary.block
-        last = self._supply.sources(summary.reads, begin).cut(0, self._end - begin, self._rows)
-        return torch.cat([entries[:, :, : count - 1], summary.compute(last)], 2)
-
-    def entries(self, summary: Summary, length: int) -> Tensor:
-        return self._whole.entries(summary, length)[self._rows]
-
-    def done(self, summary: Summary) -> int:
-        return self._whole.done(summary)
 
 
 def _open_block(block: int | None, done: int, starts: list[int] | None) -> int:

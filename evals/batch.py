@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.hf import generate_by, generation_settings, greedy_config, returned_cache, with_cache
+from ..runtime.hf import fill, generate_by, generation_settings, greedy_config, with_cache
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|return|>")
 """Tokens by which chat templates close an assistant's turn. Some models do not list theirs as EOS."""
@@ -62,18 +62,9 @@ def collate(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) ->
     return Batch(ids=ids, mask=mask, lengths=lengths)
 
 
-@torch.no_grad()
 def prefill(model: Any, batch: Batch) -> Any:
     """The cache after all prompt tokens but the last, from a plain call with `use_cache=True`."""
-    mask = batch.mask[:, :-1]
-    output = model(
-        input_ids=batch.ids[:, :-1],
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` counts positions of left-padded rows
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return returned_cache(output)
+    return fill(model, batch.ids[:, :-1], batch.mask[:, :-1])
 
 
 @torch.no_grad()

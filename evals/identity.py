@@ -12,7 +12,6 @@ weights, such as another version of a remote `modeling_*.py`, counts as the same
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,12 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..parallel.group.digest import bit_hash
+from ..runtime.identity import hash_of, plain_config, plain_tensors, tokenizer_facts
 from . import batch as forward
 from .private_apis import has_accelerate_hook, is_saved
-
-_NAMES = ("transformers_version", "dtype", "torch_dtype", "architectures")
-"""Fields of a configuration that are compared elsewhere, or that saving a model fills in."""
-_PROBE = "Zwei 2026, naïve: 你好!\n\tdef f(x):\n\t\treturn x ** 2  # привет"
 
 
 def identify(model: Any, tokenizer: Any) -> dict[str, str | None]:
@@ -37,38 +33,11 @@ def identify(model: Any, tokenizer: Any) -> dict[str, str | None]:
     template = getattr(tokenizer, "chat_template", None)
     ends = forward.end_tokens(model, tokenizer)
     return {
-        "config": _hash({"config": _plain(model.config.to_dict()), "end_tokens": ends}),
+        "config": hash_of({"config": plain_config(model.config.to_dict()), "end_tokens": ends}),
         "weights": _weights(model),
-        "tokenizer": _hash(_tokenizer(tokenizer)),
-        "chat_template": None if template is None else _hash(template),
+        "tokenizer": hash_of(tokenizer_facts(tokenizer)),
+        "chat_template": None if template is None else hash_of(template),
     }
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    """A configuration without its names and loading options. 2.0 becomes 2, as some files spell it."""
-    if isinstance(value, dict):
-        kept = {str(name): item for name, item in value.items()}
-        return {n: _plain(x) for n, x in kept.items() if n not in _NAMES and not n.startswith("_")}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What decides the tokens of a text: vocabulary and rules, as far as the tokenizer shows them, and the
-    tokens of a sample text that needs many rules."""
-    facts: dict[str, Any] = {"probe": list(tokenizer(_PROBE, verbose=False).input_ids)}
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        rules = json.loads(backend.to_str())
-        facts["rules"] = {n: rule for n, rule in rules.items() if n not in ("padding", "truncation")}
-    elif hasattr(tokenizer, "get_vocab"):
-        facts["vocabulary"] = tokenizer.get_vocab()
-    return facts
 
 
 def _weights(model: nn.Module) -> str:
@@ -77,7 +46,7 @@ def _weights(model: nn.Module) -> str:
     for path, module in model.named_modules():
         with _present(module):
             for name, tensor in _own_tensors(module):
-                for part in _whole(tensor):
+                for part in plain_tensors(tensor):
                     line = f"{path}.{name} {tuple(part.shape)} {part.dtype} {int(bit_hash(part))}\n"
                     digest.update(line.encode())
     return digest.hexdigest()[:16]
@@ -97,15 +66,3 @@ def _present(module: nn.Module) -> AbstractContextManager[None]:
     from accelerate.utils import align_module_device
 
     return align_module_device(module)
-
-
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors behind a tensor: the full tensor of a sharded one, the parts of a quantised one."""
-    if hasattr(tensor, "full_tensor"):
-        yield tensor.full_tensor()
-    elif hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _whole(getattr(tensor, name))
-    else:
-        yield tensor

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.dense import Dense
+from ..attention.digest import weights_digest
 from ..attention.errors import FarspanError, Unsupported
 from ..attention.method import DECODE, PREFILL, AttentionMethod, LayerInfo
 from .recipe import Recipe
@@ -126,14 +127,11 @@ def bind(
 def weighed(method: AttentionMethod) -> tuple[object, ...]:
     """A value that describes a method and its weights. Two methods are equal if the texts of their values
     are."""
-    weights = [
-        x.tolist() if isinstance(x, Tensor) else weighed(x)
-        for x in vars(method).values()
-        if isinstance(x, Tensor | AttentionMethod)
-    ]
+    own = {name: x for name, x in vars(method).items() if isinstance(x, Tensor)}
     if method.module is not None:
-        weights += [x.tolist() for x in method.module.state_dict().values()]
-    return (str(method), [summary.key for summary in method.summaries], weights)
+        own |= {f"module.{name}": x for name, x in method.module.state_dict().items()}
+    inner = [weighed(x) for x in vars(method).values() if isinstance(x, AttentionMethod)]
+    return (str(method), [summary.key for summary in method.summaries], weights_digest(own), inner)
 
 
 def serve(

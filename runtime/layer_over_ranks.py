@@ -18,7 +18,8 @@ from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
 from ..attention.sources import Supply
-from ..attention.summary import SomeRows, Summaries
+from ..attention.some_rows import SomeRows
+from ..attention.summary import Summaries
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel
 from ..parallel.mechanisms.decode import decode

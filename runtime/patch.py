@@ -26,7 +26,7 @@ from .mixers import mixed_layers
 from .patched import Patched
 from .recipe import Recipe
 from .session import Notices, Session
-from .specs import Spec, per_layer, resolve
+from .specs import Spec, per_layer, resolve, spelt
 from .static_call import check_methods, checked_room
 from .store.storage import Storage, storages
 
@@ -209,7 +209,10 @@ def patch(
         for gate in {m.module for m in layer.methods.values() if m.module is not None}:
             hf.place_beside(gate, info.attention[index])
     continues = partial(hf.continues_exactly, info)
-    undo = hf.install(model, info, bound, session, chunking, block_multiple, mixed, continues, room, stored)
+    about = {"spec": spelt(*methods), "adapters": "" if adapters is None else adapters.digest}
+    undo = hf.install(
+        model, info, bound, session, chunking, block_multiple, mixed, continues, room, stored, about
+    )
     if adapters is not None:
         undo += adapters.put_on(merge)
     if mesh is not None:

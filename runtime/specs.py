@@ -49,6 +49,11 @@ def resolve(
     return chosen[0], chosen[1]
 
 
+def spelt(prefill: AttentionMethod, decode: AttentionMethod) -> str:
+    """The spec of the methods of both phases."""
+    return str(prefill) if prefill == decode else f"{prefill} + {decode}"
+
+
 def per_layer(
     methods: tuple[AttentionMethod, AttentionMethod],
     overrides: Mapping[int, Spec],

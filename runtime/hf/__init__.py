@@ -8,6 +8,11 @@ differences between the releases of transformers.
 from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
 from .cache import stored_bytes as stored_bytes
+from .caches import caches_of as caches_of
+from .caches import crop_to as crop_to
+from .caches import croppable as croppable
+from .caches import held as held
+from .caches import length_of as length_of
 from .captured import check_static as check_static
 from .converted import class_of_config as class_of_config
 from .converted import converted_config as converted_config
@@ -18,6 +23,7 @@ from .converted import specs_of as specs_of
 from .encoders import put_hydra as put_hydra
 from .generation import answer_by as answer_by
 from .generation import empty_cache as empty_cache
+from .generation import fill as fill
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings
 from .generation import greedy_config as greedy_config

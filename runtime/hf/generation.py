@@ -12,10 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from ...attention.errors import FarspanError
+from .releases import returned_cache
 from .transformers_private import default_generation_settings
 
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
@@ -150,19 +152,36 @@ def streams(config: GenerationConfig) -> bool:
     return config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-def answer_by(model: Any, config: GenerationConfig, ids: Any, tokenizer: Any, streamer: Any = None) -> Any:
-    """Generate by `config`: the new tokens [N] after one prompt `ids` [1, T]. streamer: only for a config for
-    which `streams` is true.
+def fill(model: Any, ids: Any, mask: Any) -> Any:
+    """The cache after a prompt ids [B, T], from a plain call without gradients. mask [B, T]: 0 at the padding
+    on the left."""
+    with torch.no_grad():
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` counts them
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return returned_cache(output)
+
+
+def answer_by(
+    model: Any, config: GenerationConfig, inputs: Mapping[str, Any], tokenizer: Any, streamer: Any = None
+) -> Any:
+    """Generate by `config`: the new tokens [N] after one prompt. inputs: `input_ids` [1, T], and what
+    `generate` takes besides. streamer: only for a config for which `streams` is true.
 
     Raises FarspanError where transformers refuses one of the model's own settings.
     """
-    inputs: dict[str, Any] = {"attention_mask": ids.new_ones(ids.shape)}
+    ids = inputs["input_ids"]
+    inputs = {"attention_mask": ids.new_ones(ids.shape), **inputs}
     if config.stop_strings is not None:
         inputs["tokenizer"] = tokenizer
     if streamer is not None:
         inputs["streamer"] = streamer
     try:
-        return generate_by(model, config, input_ids=ids, **inputs)[0, ids.shape[1] :]
+        return generate_by(model, config, **inputs)[0, ids.shape[1] :]
     except FarspanError:
         raise
     except (ValueError, IndexError) as error:

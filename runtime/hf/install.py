@@ -20,7 +20,8 @@ from ..static_call import StaticCall
 from ..store.static import check_room
 from ..store.storage import Storage
 from ..store.store import KVStore
-from .cache import CachePlan, KVStoreLayer, adopt_cache
+from .cache import CachePlan, KVStoreLayer
+from .caches import PatchedCaches
 from .captured import arguments_of_step, run_steps
 from .chunked_prefill import chunk_forward
 from .config_copies import copy_configs
@@ -30,7 +31,7 @@ from .hooks import Hook
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE, NAME, check_positions, register
 from .logits_to_keep import watch_logits
-from .mixers import adopt_states, check_rope, put_mixers
+from .mixers import check_rope, put_mixers
 from .mixers_in_place import pass_states_in_place
 from .models import FULL, ModelInfo, calls_attention
 from .recurrent import mask_padding
@@ -50,6 +51,7 @@ def install(
     continues: Callable[[], bool] = lambda: True,
     static: int | None = None,
     storages: Mapping[int, Storage] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> list[Callable[[], None]]:
     """Set the Layer of every attention module. Returns the undo steps, which must run from the last to the
     first.
@@ -61,6 +63,7 @@ def install(
     static: the number of positions for which caches of fixed size are made; None: caches grow.
     storages: how the caches of layers keep keys and values; those of other layers keep plain numbers on the
     device.
+    about: the ``spec`` and ``adapters`` of ``PatchedCaches``.
     """
     register()
     mixed = mixed or {}
@@ -89,6 +92,8 @@ def install(
     mesh = session.mesh
     ranks, block = (None, 0) if mesh is None else (mesh.ranks, mesh.config.block)
     plan = CachePlan(count=len(info.kinds), storages=storages or {}, ranks=ranks, block=block, room=static)
+    caches = PatchedCaches(info, plan, layers, mixed, **about or {})
+    undo.append(caches.put())
     ahead = sorted({str(x.prefill) for x in layers.values() if x.prefill.lookahead.tokens})
 
     def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,7 +101,7 @@ def install(
             return (
                 None
                 if _switched_off(module, session)
-                else _before_decoder(module, args, kwargs, session, ahead, mixed, plan, layers)
+                else _before_decoder(module, args, kwargs, session, ahead, caches)
             )
 
     before = info.decoder.register_forward_pre_hook(Hook(pre_hook), with_kwargs=True)
@@ -128,16 +133,15 @@ def _before_decoder(
     kwargs: dict[str, Any],
     session: Session,
     ahead: list[str],
-    mixed: Mapping[int, Mixed],
-    plan: CachePlan,
-    layers: Mapping[int, Layer],
+    caches: PatchedCaches,
 ) -> tuple[tuple[()], dict[str, Any]]:
     """The pre-hook of the decoder. It refuses calls that cannot be served, gives the cache farspan's storage,
     and begins the call in the session. Returns the new arguments.
 
-    ahead: the methods with a lookahead. mixed: the mixers, whose states the cache holds. plan: the stores of
-    the cache. layers: those that a step on stores of fixed size serves.
+    ahead: the methods with a lookahead. caches: how the cache is made; a step on stores of fixed size serves
+    its layers.
     """
+    plan, layers = caches.plan, caches.layers
     call = arguments(decoder, args, kwargs)
     if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise FarspanError(
@@ -145,8 +149,7 @@ def _before_decoder(
         )
     cache = settle_cache(decoder, call)
     if cache is not None:
-        adopt_cache(cache, plan)
-        adopt_states(cache, {i: entry.mixer for i, entry in mixed.items()}, plan.count)
+        caches.adopt(cache)
     past = 0 if cache is None else cache.get_seq_length()
     tokens = tokens_of(call)
     mask = _checked_mask(call, tokens, past)

@@ -50,6 +50,14 @@ class Positions:
         """Bytes of memory of the ids."""
         return 0 if self._ids is None else self._ids.numel() * self._ids.element_size()
 
+    def held(self) -> Tensor | None:
+        """The ids [B, length] of all keys, for ``restore``; None where none are kept."""
+        return None if self._ids is None else self._ids[:, : self.length]
+
+    def restore(self, held: Tensor | None) -> None:
+        """Take over the ids that other positions held."""
+        self._ids, self.length = held, 0 if held is None else held.shape[1]
+
     def crop(self, length: int) -> None:
         """Drop the ids of keys at or after ``length``."""
         self.length = min(self.length, length)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 
@@ -69,6 +70,16 @@ class States:
     def clear(self) -> None:
         """Drop the state of all rows."""
         self._groups = []
+
+    def held(self) -> list[dict[str, Any]]:
+        """The groups with their states, for ``restore``."""
+        return [
+            {"rows": (g.rows.start, g.rows.stop), "states": g.states, "seen": g.seen} for g in self._groups
+        ]
+
+    def restore(self, held: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the states that another store held."""
+        self._groups = [_Group(range(*group["rows"]), group["states"], group["seen"]) for group in held]
 
     def map_rows(self, rows: Sequence[int]) -> None:
         """Give row i the state that row ``rows[i]`` had."""

@@ -19,7 +19,7 @@ from ...attention.keys import State
 from ...attention.kv import KV
 from ...attention.sources import Recent, Supply
 from ...attention.static_step import StaticStep
-from ...attention.summary import Summaries, Summary
+from ...attention.summary import Kept, Summaries, Summary
 from .store import KVStore, lasting
 
 
@@ -71,7 +71,7 @@ class FixedSummaries(Summaries):
         super().__init__()
         self._room = room
 
-    def room(self, summary: Summary, like: Tensor, batch: int, length: int) -> Tensor:
+    def room(self, summary: Kept, like: Tensor, batch: int, length: int) -> Tensor:
         if summary.key in self._kept and self._kept[summary.key].buffer.shape[0] != batch:
             del self._kept[summary.key]
         buffer = super().room(summary, like, batch, max(length, self._room))

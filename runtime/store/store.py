@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -251,6 +251,31 @@ class KVStore:
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
+
+    def held(self) -> dict[str, Any]:
+        """All that the store holds, for ``restore``: values as ``tree.split`` takes them. The tensors are
+        views of the store's own."""
+        return {
+            "stored": [] if self.kv is None else list(self.kv.stored),
+            "dropped": self.dropped,
+            "needed": self.needed,
+            "starts": self._starts,
+            "known": self._known,
+            "summaries": self.summaries.held(),
+            "states": self.states.held(),
+            "positions": self.positions.held(),
+        }
+
+    @runs_lasting
+    def restore(self, held: Mapping[str, Any]) -> None:
+        """Fill an empty store with what another one of the same storage held. Keys and values are copied."""
+        if held["stored"]:
+            self.extend(self.storage.format(*held["stored"]))
+        self._dropped, self.needed = held["dropped"], held["needed"]
+        self._starts, self._known = held["starts"], held["known"]
+        self.summaries.restore(held["summaries"])
+        self.states.restore(held["states"])
+        self.positions.restore(held["positions"])
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row i by row ``rows[i]`` (beam search)."""

@@ -1,0 +1,193 @@
+"""The prefix store: which cache it gives, what it drops, and that nothing of a cache is shared."""
+
+from __future__ import annotations
+
+import random
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import make, prompt, shared
+from transformers import DynamicCache
+
+import farspan
+from farspan.attention.errors import FarspanError
+from farspan.runtime import fingerprint, hf
+from farspan.runtime.prefixes import PrefixStore, common
+
+A, B = "one patch", "another patch"
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Caches of ten bytes a token that hold nothing, except where a test has a model."""
+    if "real" in request.keywords or "model" in request.fixturenames:
+        return
+    monkeypatch.setattr(hf, "length_of", lambda cache: cache.length)
+    monkeypatch.setattr(hf, "stored_bytes", lambda cache: 2 * cache.length)
+    monkeypatch.setattr(hf, "croppable", lambda cache: cache.croppable)
+    monkeypatch.setattr(hf, "crop_to", lambda cache, length: setattr(cache, "length", length))
+
+
+def cache_of(tokens: list[int], croppable: bool = True) -> Any:
+    return SimpleNamespace(length=len(tokens), croppable=croppable)
+
+
+@pytest.fixture
+def model() -> Any:
+    return shared("llama")
+
+
+def test_the_longest_prefix_in_random_sequences() -> None:
+    """Against a list that is searched by hand: which cache, how much of it, and what is left."""
+    rng = random.Random(0)
+    store, kept = PrefixStore(10**9), []
+    for _ in range(300):
+        tokens = [rng.randrange(2) for _ in range(rng.randrange(2, 9))]
+        patch = rng.choice([A, B])
+        if rng.random() < 0.5:
+            cache = cache_of(tokens)
+            assert store.put(patch, tokens, cache)
+            kept = [x for x in kept if x[0] != patch or tokens[: len(x[1])] != x[1]]
+            kept.append((patch, tokens, cache))
+            continue
+
+        def shares(entry: Any, patch: str = patch, tokens: list[int] = tokens) -> int:
+            same = 0
+            while entry[0] == patch and same < min(len(tokens) - 1, len(entry[1])):
+                if tokens[same] != entry[1][same]:
+                    break
+                same += 1
+            return same
+
+        best = max(map(shares, kept), default=0)
+        found, length = store.take(patch, tokens)
+        assert length == best and (found is None) == (best == 0)
+        if found is not None:
+            [mine] = [x for x in kept if x[2] is found]
+            assert shares(mine) == best and found.length == best
+            kept.remove(mine)
+    assert len(store) == len(kept) and store.hits > 50
+
+
+def test_the_least_recently_used_is_dropped() -> None:
+    """Ten bytes a token: two of the keys and values, eight of the token's number."""
+    store = PrefixStore(100)
+    for first in (1, 2):
+        assert store.put(A, [first] * 4, cache_of([first] * 4))
+    assert store.nbytes == 80
+    again, length = store.take(A, [1, 1, 1, 1, 7])  # the first is used, so the second is older now
+    assert length == 4 and store.nbytes == 40 and store.put(A, [1] * 4, again)
+    store.put(A, [3] * 4, cache_of([3] * 4))
+    assert store.dropped == 1 and store.nbytes == 80
+    assert store.take(A, [2, 2, 2])[1] == 0 and store.take(A, [1, 1, 1])[1] == 2
+    assert not store.put(A, [9] * 11, cache_of([9] * 11)), "more than the limit: not kept, and nothing dropped"
+    assert store.take(A, [3, 3, 3])[1] == 2
+    assert (store.hits, store.misses, store.tokens_reused) == (3, 1, 8)
+    store.clear()
+    assert store.nbytes == len(store) == 0
+
+
+def test_caches_that_cannot_be_cropped() -> None:
+    """They serve a prompt that begins with all their tokens, and shorter ones stay beside longer ones."""
+    store = PrefixStore(10**6)
+    for length in (3, 6):
+        store.put(A, [1] * length, cache_of([1] * length, croppable=False))
+    assert len(store) == 2
+    assert store.take(A, [1, 1, 1, 1, 1])[1] == 3
+    assert store.take(A, [1, 1, 1, 1, 1]) == (None, 0)
+    assert store.take(A, [1] * 6 + [2])[1] == 6
+
+
+def test_what_is_not_kept() -> None:
+    store = PrefixStore(10**6)
+    assert not store.put(A, [1, 2], cache_of([1, 2, 3])), "more in it than is known of"
+    assert not store.put(A, [1, 2], cache_of([])) and len(store) == 0
+    assert store.put(A, [1, 2, 3], cache_of([1, 2])), "the last token of an answer is in no cache yet"
+    assert store.take(A, [1, 2, 3, 4])[1] == 2
+    with pytest.raises(FarspanError, match="number of bytes; got -1"):
+        PrefixStore(-1)
+
+
+def test_many_threads() -> None:
+    """No cache is ever with two owners."""
+    store, owned, lock = PrefixStore(10**6), set(), threading.Lock()
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(200):
+            tokens = [rng.randrange(2) for _ in range(6)]
+            cache, _ = store.take(A, tokens)
+            with lock:
+                if cache is not None and id(cache) in owned:
+                    failures.append("a cache has two owners")
+                cache = cache_of(tokens) if cache is None else cache
+                owned.add(id(cache))
+            cache.length = len(tokens)
+            with lock:
+                owned.discard(id(cache))
+                store.put(A, tokens, cache)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failures and store.hits + store.misses == 800
+
+
+def test_common_columns() -> None:
+    a = torch.tensor([[0, 5, 6, 7], [4, 5, 6, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    assert common(a, a) == 4 and common(a, a, mask, mask) == 4
+    assert common(a, a, mask, torch.ones_like(mask)) == 0
+    b = a.clone()
+    b[1, 2] = 9
+    assert common(a, b) == 2 and common(a, a[:, :3]) == 3 and common(a, a[:1]) == 0
+
+
+@pytest.mark.parametrize("spec", ["dense", "recycled:k=16,stride=4", "quest:k=16,page=4,dense_layers=0"])
+def test_turns_of_two_conversations(model: Any, spec: str) -> None:
+    """The tokens of each turn are those of a conversation that keeps a cache of its own."""
+
+    def say(ids: torch.Tensor, cache: Any) -> tuple[list[int], Any]:
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None,
+            return_dict_in_generate=True,
+            **hf.with_cache(model, cache),
+        )  # fmt: skip
+        return out.sequences[0].tolist(), hf.returned_cache(out)
+
+    store = PrefixStore(10**8)
+    with farspan.patch(model, spec):
+        patch = str(fingerprint.of_patch(model))
+        talks = [prompt(1, 60, seed=seed) for seed in (1, 2)]
+        own: list[Any] = [DynamicCache(config=model.config) for _ in talks]
+        for turn in range(3):
+            for i, ids in enumerate(talks):
+                want, own[i] = say(ids, own[i])
+                cache, reused = store.take(patch, ids[0].tolist())
+                assert reused == (turn and ids.shape[1] - 19)  # the last token of an answer, and the next turn
+                got, cache = say(ids, cache)
+                assert got == want and store.put(patch, got, cache)
+                talks[i] = torch.cat([torch.tensor([got]), prompt(1, 18, seed=turn + 5)], 1)
+    assert len(store) == 2 and store.nbytes >= sum(map(hf.stored_bytes, own)) > 0
+    assert store.hits == 4 and store.misses == 2
+
+
+def test_the_patch_is_part_of_the_key(model: Any) -> None:
+    found = []
+    for spec in ("quest:k=16", "quest:k=20", "dense", "dense"):
+        with farspan.patch(model, spec):
+            found.append(str(fingerprint.of_patch(model)))
+    assert len(set(found)) == 3 and found[2] == found[3]
+
+
+def test_a_recurrent_state_is_reused_whole_alone(model: Any) -> None:
+    hybrid, ids, store = make("qwen3_next"), prompt(1, 60), PrefixStore(10**8)
+    with farspan.patch(hybrid):
+        cache = hf.fill(hybrid, ids, torch.ones_like(ids))
+        assert store.put(A, ids[0].tolist(), cache)
+        assert store.take(A, ids[0, :40].tolist()) == (None, 0)
+        assert store.take(A, [*ids[0].tolist(), 5])[1] == 60
