@@ -17,8 +17,8 @@ from ..attention.needs import Inputs
 from ..attention.ops.flash import flash
 from ..attention.partial import Partial
 from ..attention.softmax import Softmax
-from ..attention.sources import Supply
 from ..attention.some_rows import SomeRows
+from ..attention.sources import Supply
 from ..attention.summary import Summaries
 from ..parallel.group.mesh import Mesh
 from ..parallel.mechanisms.call import Call, LocalCall, Shard, Travel

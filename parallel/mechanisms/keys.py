@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...attention.keys import Keys, Peers, State
 from ...attention.ops.select import top_k
-from ...attention.sources import Supply
 from ...attention.some_rows import SomeRows
+from ...attention.sources import Supply
 from ...attention.summary import Summaries, Summary
 from ..group.comm import Ranks, pack, unpack
 from .layout import Layout

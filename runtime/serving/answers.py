@@ -3,9 +3,8 @@ read again."""
 
 from __future__ import annotations
 
-import gc
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 

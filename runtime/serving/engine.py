@@ -170,11 +170,17 @@ class Engine:
             return None, Refused(400, str(error))
         except Exception as error:
             logger.error("A request has failed.", exc_info=True)
-            said = f"The model has failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            sentence = f"The model has failed ({said(error)})."
             if _is_fault(error):
-                self.fault = f"{said} Restart the server."
+                self.fault = f"{sentence} Restart the server."
                 return None, Refused(503, self.fault)
-            return None, Refused(500, said)
+            return None, Refused(500, sentence)
+
+
+def said(error: Exception) -> str:
+    """An error on one line: its class, and the beginning of its text."""
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _is_fault(error: Exception) -> bool:

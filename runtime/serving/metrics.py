@@ -24,20 +24,35 @@ class Metrics:
         self._registry = own["registry"]
         ProcessCollector(registry=self._registry)
         self.requests = Counter(
-            "requests", "Requests by endpoint and HTTP status; 499: the client has gone", ["endpoint", "status"], **own
+            "requests",
+            "Requests by endpoint and HTTP status; 499: the client has gone",
+            ["endpoint", "status"],
+            **own,
         )
         self.first_token = Histogram(
-            "time_to_first_token_seconds", "From the request to its first token", ["endpoint"], buckets=_FIRST, **own
+            "time_to_first_token_seconds",
+            "From the request to its first token",
+            ["endpoint"],
+            buckets=_FIRST,
+            **own,
         )
         self.speed = Histogram(
-            "tokens_per_second", "Speed of one request after its first token", ["endpoint"], buckets=_SPEED, **own
+            "tokens_per_second",
+            "Speed of one request after its first token",
+            ["endpoint"],
+            buckets=_SPEED,
+            **own,
         )
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts, reused ones included", **own)
         self.new_tokens = Counter("new_tokens", "Tokens written", **own)
-        self.prefix_hits = Counter("prefix_hits", "Prompts that began with a prefix that was read before", **own)
+        self.prefix_hits = Counter(
+            "prefix_hits", "Prompts that began with a prefix that was read before", **own
+        )
         self.prefix_misses = Counter("prefix_misses", "Prompts that did not", **own)
         self.reused_tokens = Counter("reused_tokens", "Tokens of prompts that were not read again", **own)
-        self._pairs = Counter("attention_pairs_read", "(query head, key) pairs read, by phase", ["phase"], **own)
+        self._pairs = Counter(
+            "attention_pairs_read", "(query head, key) pairs read, by phase", ["phase"], **own
+        )
         self._causal = Counter(
             "attention_pairs_causal", "Pairs that dense attention would have read, by phase", ["phase"], **own
         )

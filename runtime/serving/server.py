@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,13 @@ class Where:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.isprintable():
-            raise FarspanError("The API key has characters that no HTTP header can carry; choose another one.")
+            raise FarspanError(
+                "The API key has characters that no HTTP header can carry; choose another one."
+            )
         if self.api_key is None and not self.local:
             raise FarspanError(
                 f"--host {self.host} lets other machines in, which needs an API key: set FARSPAN_API_KEY or give "

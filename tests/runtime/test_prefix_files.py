@@ -57,7 +57,10 @@ def steps(model: Any, cache: Any, ids: Tensor, mask: Tensor, first: int) -> Tens
     """Logits of the tokens from ``first`` on, in one call for the next 5 and one call for each other."""
     found, edges = [], [first, first + 5, *range(first + 6, ids.shape[1] + 1)]
     for a, b in zip(edges, edges[1:], strict=False):
-        how = {"attention_mask": mask[:, :b], "position_ids": (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b]}
+        how = {
+            "attention_mask": mask[:, :b],
+            "position_ids": (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b],
+        }
         with torch.no_grad():
             found.append(model(ids[:, a:b], use_cache=True, **how, **hf.with_cache(model, cache)).logits)
     return torch.cat(found, 1)
@@ -148,7 +151,9 @@ def test_mixers(tmp_path: Path) -> None:
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
-@pytest.mark.parametrize("how", [{"storage": Storage(format=Doubled, spec="doubled")}, {"static": 128}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"storage": Storage(format=Doubled, spec="doubled")}, {"static": 128}], ids=str
+)
 def test_other_stores(how: dict[str, Any], tmp_path: Path) -> None:
     model, ids = shared("llama"), prompt(1, 90)
     longer, mask = extended(ids), torch.ones(1, 106, dtype=torch.long)
@@ -186,7 +191,9 @@ def saved(tmp_path: Path, smollm2: Any) -> Path:
         return farspan.save_cache(model, cache, ids, tmp_path / "saved", tokenizer=smollm2[1])
 
 
-def refusal(model: Any, path: Path, spec: str = "quest:k=16,page=4", tokenizer: Any = None, **how: Any) -> str:
+def refusal(
+    model: Any, path: Path, spec: str = "quest:k=16,page=4", tokenizer: Any = None, **how: Any
+) -> str:
     with farspan.patch(model, spec, **how), pytest.raises(FarspanError) as error:
         farspan.load_cache(model, path, tokenizer=tokenizer)
     assert "\n" not in str(error.value)

@@ -83,7 +83,9 @@ def test_the_least_recently_used_is_dropped() -> None:
     store.put(A, [3] * 4, cache_of([3] * 4))
     assert store.dropped == 1 and store.nbytes == 80
     assert store.take(A, [2, 2, 2])[1] == 0 and store.take(A, [1, 1, 1])[1] == 2
-    assert not store.put(A, [9] * 11, cache_of([9] * 11)), "more than the limit: not kept, and nothing dropped"
+    assert not store.put(A, [9] * 11, cache_of([9] * 11)), (
+        "more than the limit: not kept, and nothing dropped"
+    )
     assert store.take(A, [3, 3, 3])[1] == 2
     assert (store.hits, store.misses, store.tokens_reused) == (3, 1, 8)
     store.clear()
@@ -168,7 +170,9 @@ def test_turns_of_two_conversations(model: Any, spec: str) -> None:
             for i, ids in enumerate(talks):
                 want, own[i] = say(ids, own[i])
                 cache, reused = store.take(patch, ids[0].tolist())
-                assert reused == (turn and ids.shape[1] - 19)  # the last token of an answer, and the next turn
+                assert reused == (
+                    turn and ids.shape[1] - 19
+                )  # the last token of an answer, and the next turn
                 got, cache = say(ids, cache)
                 assert got == want and store.put(patch, got, cache)
                 talks[i] = torch.cat([torch.tensor([got]), prompt(1, 18, seed=turn + 5)], 1)

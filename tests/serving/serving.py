@@ -21,12 +21,30 @@ from farspan.runtime.serving.server import Server, Where
 
 NAME = "letters"
 POSITIONS = 1024
+SILENT = [*range(33), 127]  # tokens that the model never writes: the end, and what parsers strip
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% for t in m['tool_calls'] or [] %}<tool_call>{{ t['function'] | tojson }}</tool_call>{% endfor %}"
     "{{ m['content'] or '' }}<|im_end|>\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+PARSED = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": ["<|im_end|>", "</s>"], "content": "text"},
+    },
+}
+"""How transformers finds tool calls in an answer."""
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -38,13 +56,15 @@ def letters() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
     named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, **named)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE, **named)
+    made.response_template = PARSED
+    return made
 
 
 def save(folder: Path, **settings: Any) -> Path:
-    """A random Qwen2 of two layers that knows the letters. It never ends an answer by itself."""
+    """A random Llama of two layers that knows the letters. It never ends an answer by itself."""
     torch.manual_seed(0)
-    config = hf.Qwen2Config(
+    config = hf.LlamaConfig(
         **{
             "vocab_size": 128,
             "hidden_size": 64,
@@ -61,8 +81,8 @@ def save(folder: Path, **settings: Any) -> Path:
             **settings,
         }
     )
-    model = hf.Qwen2ForCausalLM(config).eval()
-    model.generation_config.suppress_tokens = [0, 1, 2]
+    model = hf.LlamaForCausalLM(config).eval()
+    model.generation_config.suppress_tokens = SILENT
     model.save_pretrained(folder)
     letters().save_pretrained(folder)
     return folder
@@ -146,7 +166,7 @@ class Alone:
         """The tokens of the greedy answer, or of the one that ``settings`` describe."""
         ids = torch.tensor([self.ids(messages)])
         config = greedy_config(max_new_tokens=new, pad=0, eos=[2])
-        config.suppress_tokens = [0, 1, 2]
+        config.suppress_tokens = SILENT
         for name, value in settings.items():
             setattr(config, name, value)
         with torch.no_grad():

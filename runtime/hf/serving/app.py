@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -28,7 +27,12 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _OURS = ("/health", "/metrics")
 _KEPT = (*ENDPOINTS, "/v1/models")
 _LARGEST = 64 * 2**20  # bytes of a body
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def make_app(models: OneModel, engine: Engine, metrics: Metrics, api_key: str | None) -> Front:
@@ -69,7 +73,9 @@ def make_app(models: OneModel, engine: Engine, metrics: Metrics, api_key: str | 
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
-        return answer(Refused(400, f"The body is not a JSON object ({error.errors()[0].get('msg', 'unread')})."))
+        return answer(
+            Refused(400, f"The body is not a JSON object ({error.errors()[0].get('msg', 'unread')}).")
+        )
 
     @app.exception_handler(Exception)
     async def unexpected(_: Any, error: Exception) -> JSONResponse:

@@ -69,6 +69,8 @@ def check(endpoint: str, body: dict[str, Any]) -> None:
     for name, (allowed, what) in _FIELDS.items():
         if name in body and not allowed(body[name]):
             raise Refused(400, f"{name!r} is {what}; got {json.dumps(body[name])[:80]}.")
+    if "logit_bias" in body:
+        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
 
 
 def settings(body: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.cli.serving.utils import BaseHandler
 
 from ...models import has_chat
 from ...serving.answers import Prompt
-from ...serving.engine import Refused
+from ...serving.engine import Refused, said
 from ..generation import streams
 from . import body as bodies
 from .exchange import current
@@ -37,7 +37,7 @@ class Served(BaseHandler):
         if exchange.endpoint != "/v1/completions" and not has_chat(tokenizer):
             raise Refused(400, "This model has no chat template: use /v1/completions.")
         exchange.settings = bodies.settings(body)
-        exchange.seed = body.pop("seed", None)
+        exchange.seed, exchange.biased = body.pop("seed", None), "logit_bias" in body
         if "max_completion_tokens" in body:  # some releases ignore it
             body["max_tokens"] = body.pop("max_completion_tokens")
         body["model"] = models.force_model
@@ -48,7 +48,7 @@ class Served(BaseHandler):
             raise
         except Exception as error:
             logger.warning("A request cannot be read (%s: %s).", type(error).__name__, error)
-            raise Refused(400, f"The request cannot be read ({_said(error)}).") from error
+            raise Refused(400, f"The request cannot be read ({said(error)}).") from error
         return _with_cached_tokens(response, exchange.prompt)
 
     def _build_generation_config(self, body: dict[str, Any], *_: Any, **__: Any) -> Any:
@@ -78,11 +78,6 @@ class Completion(Served, CompletionHandler):
 
 class Responses(Served, ResponseHandler):
     """/v1/responses"""
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200].rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _with_cached_tokens(response: Any, prompt: Prompt | None) -> Any:

@@ -11,7 +11,14 @@ from ....attention.errors import FarspanError, Unsupported
 from ..releases import installed, tested_requirement
 
 _HOME = "transformers.cli.serving"
-_PACKAGES = ("fastapi", "openai", "prometheus_client", "pydantic", "starlette", "uvicorn")  # the extra [serving]
+_PACKAGES = (
+    "fastapi",
+    "openai",
+    "prometheus_client",
+    "pydantic",
+    "starlette",
+    "uvicorn",
+)  # the extra [serving]
 
 NAMES = (
     "server.build_server",

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, GenerationState
 
+from ....attention.errors import FarspanError
 from ...serving.answers import Answers, Prompt
-from ...serving.engine import Cancelled, Engine, Job, Refused
+from ...serving.engine import Cancelled, Engine, Job, Refused, said
 from ...serving.metrics import Metrics
 from ..generation import kept_config, streams
 from .exchange import Exchange, current
@@ -111,7 +114,7 @@ class EngineManager(BaseGenerateManager):
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
+    ) -> tuple[str, int, Tensor]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[int]] = loop.create_future()
         watch = Watch(self._prompt(inputs, gen_config), self._metrics)
@@ -126,16 +129,14 @@ class EngineManager(BaseGenerateManager):
                     Refused(499, "The client has gone.") if isinstance(error, Cancelled) else error
                 )
 
-        watch.submit(
-            self._engine, self._models.answers, watch, lambda *ended: _in_loop(loop, settle, *ended)
-        )
+        watch.submit(self._engine, self._models.answers, watch, lambda *ended: _in_loop(loop, settle, *ended))
         try:
             tokens = await future
         except asyncio.CancelledError:
             watch.cancel()
             raise
         text = processor.decode(tokens, skip_special_tokens=True)
-        return text, inputs["input_ids"].shape[-1], tokens
+        return text, inputs["input_ids"].shape[-1], torch.tensor(tokens, dtype=torch.int64)
 
     def _prompt(self, inputs: Any, config: Any) -> Prompt:
         exchange = current.get()
@@ -171,7 +172,12 @@ class Watch:
         """Let the engine answer the prompt. Raises Refused where it cannot."""
 
         def run(job: Job) -> list[int]:
-            tokens = answers.answer(self._prompt, job, streamer)
+            try:
+                tokens = answers.answer(self._prompt, job, streamer)
+            except (ValueError, IndexError, TypeError) as error:
+                if isinstance(error, FarspanError) or not (self._exchange.settings or self._exchange.biased):
+                    raise
+                raise Refused(400, f"The model cannot generate by these settings ({said(error)}).") from error
             self._measure(len(tokens))
             return tokens
 
