@@ -36,8 +36,8 @@ class Serve:
         typer.Option(
             envvar="FARSPAN_API_KEY",
             show_envvar=True,
-            help="What clients must send as 'Authorization: Bearer KEY'. Others on this machine see an option; the "
-            "variable is safer.",
+            help="What clients must send as 'Authorization: Bearer KEY'. Other users of this machine can "
+            "see an option, but not the variable.",
         ),
     ] = None
     queue: Annotated[int, options.count("How many requests may wait; a further one gets status 429.")] = 64
@@ -52,13 +52,12 @@ class Serve:
 
 @options.command
 def serve(given: Serve) -> None:
-    """Serve a patched model to OpenAI's clients, until Ctrl-C: /v1/chat/completions, /v1/completions, /v1/responses,
-    /v1/models, /health and /metrics (Prometheus).
+    """Serve a patched model to OpenAI's clients, until Ctrl-C: /v1/chat/completions, /v1/completions,
+    /v1/responses, /v1/models, /health and /metrics (Prometheus).
 
-    One request runs at a time, and the others wait. A prompt that begins as an earlier one did is read from where the
-    two differ; `usage` counts these tokens as cached. The server is that of transformers, whose packages
-    `pip install 'farspan[serving]'` installs.
-    """
+    One request runs at a time, and the others wait. A prompt that begins as an earlier one did is read from
+    where the two differ; `usage` counts these tokens as cached. The server is that of transformers, whose
+    packages `pip install 'farspan[serving]'` installs."""
     if launch.size() > 1:
         raise FarspanError("farspan serve runs in one process: start it without a launcher such as torchrun.")
     options.one_method(given.method)  # a misspelt method ends here, before the model is loaded

@@ -1,5 +1,5 @@
-"""Answers of a patched model to one prompt after another. What a prompt has in common with earlier ones is not
-read again."""
+"""Answers of a patched model to one prompt after another. What a prompt has in common with earlier ones is
+not read again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _PATCH = ""  # a server has one patch, so its caches need no name of theirs
 
 
 class Prefixes(Protocol):
-    """Caches by the patch that has filled them and by the tokens that they hold. A cache has one owner: ``take``
-    moves it out, ``put`` gives it back."""
+    """Caches by the patch that has filled them and by the tokens that they hold. A cache has one owner:
+    ``take`` moves it out, ``put`` gives it back."""
 
     def take(self, patch: str, tokens: Sequence[int]) -> tuple[Any | None, int]:
         """The cache with the longest common prefix, cropped to it, and its length; (None, 0) without one."""
@@ -72,8 +72,8 @@ class Answers:
             module.register_forward_pre_hook(self._check_job)
 
     def check(self, prompt: Prompt) -> None:
-        """Decide the length of an answer that the client leaves open. Raises Refused for a prompt without tokens,
-        and for one that does not fit with its answer into the positions of the model."""
+        """Decide the length of an answer that the client leaves open. Raises Refused for a prompt without
+        tokens, and for one that does not fit with its answer into the positions of the model."""
         length, new = prompt.ids.shape[1], prompt.config.max_new_tokens
         if length == 0:
             raise Refused(400, "The prompt has no tokens: give at least one word.")
@@ -89,8 +89,8 @@ class Answers:
             )
 
     def answer(self, prompt: Prompt, job: Job, streamer: Any) -> list[int]:
-        """The tokens that the model writes after a prompt. streamer: ``put`` and ``end`` are called as those of
-        transformers' streamers. Raises Cancelled where the job is cancelled meanwhile."""
+        """The tokens that the model writes after a prompt. streamer: ``put`` and ``end`` are called as those
+        of transformers' streamers. Raises Cancelled where the job is cancelled meanwhile."""
         self._job = job
         try:
             return self._answered(prompt, streamer)
@@ -141,8 +141,8 @@ class Answers:
         return hf.empty_cache(self.model), 0
 
     def _keep(self, tokens: list[int], cache: Any) -> None:
-        """Keep what a cache holds of the beginning of a prompt. What decode has written is not kept: a method may
-        have read less for it than prefill would have."""
+        """Keep what a cache holds of the beginning of a prompt. What decode has written is not kept: a method
+        may have read less for it than prefill would have."""
         if self._prefixes is not None and tokens and _cropped(cache, len(tokens)):
             self._prefixes.put(_PATCH, tokens, cache)
 

@@ -35,8 +35,8 @@ class Cancelled(Exception):
 
 
 class Job:
-    """A request in the engine. ``run`` is called in the engine's thread, and ``done(result, error)`` there or in
-    the thread that cancels it, exactly once."""
+    """A request in the engine. ``run`` is called in the engine's thread, and ``done(result, error)`` there or
+    in the thread that cancels it, exactly once."""
 
     def __init__(self, run: Callable[[Job], Any], done: Callable[[Any, Exception | None], None]) -> None:
         self.run, self.done = run, done
@@ -73,7 +73,8 @@ class Engine:
         return len(self._waiting)
 
     def start(self, load: Callable[[], None], failed: Callable[[Exception], None]) -> None:
-        """Start the thread, which calls ``load`` and then serves. failed: called with an error of ``load``."""
+        """Start the thread, which calls ``load`` and then serves. failed: called with an error of
+        ``load``."""
         self._thread = threading.Thread(target=self._serve, args=(load, failed), name="farspan engine")
         self._thread.daemon = True
         self._thread.start()
@@ -150,7 +151,7 @@ class Engine:
 
     def _run(self, job: Job) -> None:
         began = time.monotonic()
-        result, error = self._guarded(lambda: (job.check(), job.run(job))[1])
+        result, error = self._guarded(lambda: job.run(job))
         if error is None:
             self._seconds += _SMOOTH * (time.monotonic() - began - self._seconds)
         job.done(result, error)

@@ -1,4 +1,5 @@
-"""A server on a socket: it listens at once, loads its model meanwhile, and stops with one sentence if it cannot."""
+"""A server on a socket: it listens at once, loads its model meanwhile, and stops with one sentence if it
+cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _GRACE = 5  # seconds that running requests have to end when the server is stopp
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Where a server listens, and to whom. port: 0 takes a free one. api_key: what every request must bring."""
+    """Where a server listens, and to whom. port: 0 takes a free one. api_key: what every request must
+    bring."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -35,8 +37,8 @@ class Where:
             )
         if self.api_key is None and not self.local:
             raise FarspanError(
-                f"--host {self.host} lets other machines in, which needs an API key: set FARSPAN_API_KEY or give "
-                "--api-key, or listen on 127.0.0.1."
+                f"--host {self.host} lets other machines in, which needs an API key: set FARSPAN_API_KEY, "
+                "give --api-key, or listen on 127.0.0.1."
             )
 
     @property
@@ -59,8 +61,8 @@ class Where:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise FarspanError(
-                f"The server cannot listen on {self.host}, port {self.port} ({reason}): give another --port or "
-                "--host."
+                f"The server cannot listen on {self.host}, port {self.port} ({reason}): give another "
+                "--port or --host."
             ) from None
         return bound
 
@@ -68,12 +70,11 @@ class Where:
 class Server:
     """transformers' server with one patched model.
 
-    name: what clients call the model. load: returns (model, tokenizer, its patch); it is called in the thread that
-    runs the model. queue: how many requests may wait. prefixes: keeps the caches of prompts.
+    name: what clients call the model. load: returns (model, tokenizer, its patch); it is called in the thread
+    that runs the model. queue: how many requests may wait. prefixes: keeps the caches of prompts.
 
-    Raises FarspanError without the packages of the extra [serving] or where it cannot listen, and Unsupported for a
-    release of transformers with another server.
-    """
+    Raises FarspanError without the packages of the extra [serving] or where it cannot listen, and Unsupported
+    for a release of transformers with another server."""
 
     def __init__(
         self,
@@ -86,14 +87,13 @@ class Server:
     ) -> None:
         internals.check()
         import uvicorn
-        from transformers.utils.logging import set_verbosity_error
 
         from ..hf.serving.app import make_app
         from ..hf.serving.manager import OneModel
         from .engine import Engine
         from .metrics import Metrics
 
-        set_verbosity_error()  # transformers' server warns of every request
+        internals.quiet()
         self._socket = where.bound()
         self.port = int(self._socket.getsockname()[1])
         host = f"[{where.host}]" if ":" in where.host else where.host

@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def gates(spec: str) -> Any:
 def steps(model: Any, cache: Any, ids: Tensor, mask: Tensor, first: int) -> Tensor:
     """Logits of the tokens from ``first`` on, in one call for the next 5 and one call for each other."""
     found, edges = [], [first, first + 5, *range(first + 6, ids.shape[1] + 1)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         how = {
             "attention_mask": mask[:, :b],
             "position_ids": (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b],
@@ -91,7 +92,7 @@ def test_a_loaded_cache_goes_on_as_an_unbroken_run(spec: str, batch: str, tmp_pa
             if past < 90:
                 unbroken.crop(past - 90)
             assert loaded.reused == past and not loaded.left
-            ours = got[hf.releases.cache_name(model)]
+            ours = got[hf.cache_name(model)]
             want = steps(model, unbroken, tokens, whole, past)
             assert torch.equal(steps(model, ours, tokens, whole, past), want)
         assert loaded.cache.get_seq_length() == 90, "the prefix itself is not changed"
@@ -134,7 +135,7 @@ def test_other_kinds_of_layers(name: str, tmp_path: Path) -> None:
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
         loaded = farspan.load_cache(model, tmp_path)
-        ours = loaded.inputs(longer)[hf.releases.cache_name(model)]
+        ours = loaded.inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
         loaded.inputs(ids[:, :50])
         assert loaded.reused == 0 and "cannot be cropped" in loaded.left
@@ -147,7 +148,7 @@ def test_mixers(tmp_path: Path) -> None:
     with farspan.patch(model, mixers={1: toy}):
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
-        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.releases.cache_name(model)]
+        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
@@ -160,7 +161,7 @@ def test_other_stores(how: dict[str, Any], tmp_path: Path) -> None:
     with farspan.patch(model, "quest:k=16,page=4,dense_layers=0", **how):
         cache = hf.fill(model, ids, mask[:, :90])
         farspan.save_cache(model, cache, ids, tmp_path)
-        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.releases.cache_name(model)]
+        ours = farspan.load_cache(model, tmp_path).inputs(longer)[hf.cache_name(model)]
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
 
 
@@ -172,7 +173,7 @@ def test_a_cache_of_many_turns(tmp_path: Path) -> None:
         cache = hf.fill(model, ids[:, :40], mask[:, :40])
         for a, b in ((40, 60), (60, 90)):
             farspan.save_cache(model, cache, ids, tmp_path)
-            cache = farspan.load_cache(model, tmp_path).inputs(ids[:, :b])[hf.releases.cache_name(model)]
+            cache = farspan.load_cache(model, tmp_path).inputs(ids[:, :b])[hf.cache_name(model)]
             steps(model, cache, ids[:, :b], mask[:, :b], a)
         unbroken = hf.fill(model, ids[:, :40], mask[:, :40])
         for a, b in ((40, 60), (60, 90)):
@@ -265,7 +266,7 @@ def test_a_full_disk_keeps_the_cache_that_was_there(saved: Path) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            with pytest.raises(FarspanError, match="could not be written to .*: give a folder"):
+            with pytest.raises(FarspanError, match=r"could not be written to .*: give a folder"):
                 farspan.save_cache(model, cache, ids, saved)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -321,7 +322,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         cache = hf.fill(model, ids, torch.ones_like(ids))
         with pytest.raises(FarspanError, match="holds 40 tokens, and 39 were given"):
             farspan.save_cache(model, cache, ids[:, :39], tmp_path)
-        with pytest.raises(FarspanError, match="no tokens|not filled by a patched model"):
+        with pytest.raises(FarspanError, match="not filled by a patched model"):
             farspan.save_cache(model, plain, ids, tmp_path)
     with pytest.raises(FarspanError, match="not patched"):
         farspan.save_cache(model, cache, ids, tmp_path)

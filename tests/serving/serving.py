@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +29,8 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% for t in m['tool_calls'] or [] %}<tool_call>{{ t['function'] | tojson }}</tool_call>{% endfor %}"
     "{{ m['content'] or '' }}<|im_end|>\n{% endfor %}"
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -141,6 +145,22 @@ def serving(
         assert not thread.is_alive()
 
 
+@contextmanager
+def command_running(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`farspan` as a process that serves, and its URL. It must have written no traceback in the end."""
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "farspan", *arguments]
+        process = subprocess.Popen(command, stderr=file, stdout=file)
+    try:
+        until(lambda: "Ready at" in log.read_text() or process.poll() is not None, within=120)
+        [url] = re.findall(r"Ready at (\S+)", log.read_text())
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+
+
 def until(true: Callable[[], bool], within: float = 30) -> None:
     end = time.monotonic() + within
     while not true():
@@ -162,13 +182,14 @@ class Alone:
         chat = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
         return list(chat["input_ids"])
 
-    def tokens(self, messages: Any, new: int, **settings: Any) -> list[int]:
-        """The tokens of the greedy answer, or of the one that ``settings`` describe."""
+    def tokens(self, messages: Any, new: int, *, seed: int = 0, **settings: Any) -> list[int]:
+        """The tokens of the greedy answer, or of the one that ``settings`` describe. seed: for sampling."""
         ids = torch.tensor([self.ids(messages)])
         config = greedy_config(max_new_tokens=new, pad=0, eos=[2])
         config.suppress_tokens = SILENT
         for name, value in settings.items():
             setattr(config, name, value)
+        torch.manual_seed(seed)
         with torch.no_grad():
             answer = generate_by(self.model, config, input_ids=ids, attention_mask=torch.ones_like(ids))
         return [int(x) for x in answer[0, ids.shape[1] :]]

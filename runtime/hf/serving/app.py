@@ -93,8 +93,8 @@ def answer(refused: Refused) -> JSONResponse:
 
 
 class Front:
-    """What every request passes first: the key, the size of its body, whether its client is still there, and the
-    count of requests."""
+    """What every request passes first: the key, the size of its body, whether its client is still there, and
+    the count of requests."""
 
     def __init__(self, app: FastAPI, engine: Engine, metrics: Metrics, api_key: str | None) -> None:
         self._app, self._engine, self._metrics = app, engine, metrics
@@ -129,7 +129,7 @@ class Front:
                 self._check_key(scope)
             body = await _read(receive)
         except Refused as error:
-            await answer(error)(scope, receive, send)  # type: ignore[arg-type]
+            await answer(error)(scope, receive, send)
             return
         if body is None:
             exchange.gone = True
@@ -140,7 +140,7 @@ class Front:
 
         async def replayed() -> Message:
             if replay:
-                return replay.pop()  # type: ignore[return-value]
+                return replay.pop()
             await left.wait()
             return {"type": "http.disconnect"}
 
@@ -164,7 +164,8 @@ class Front:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None where the client has gone before its end. Raises Refused for a body that is too large."""
+    """The whole body; None where the client has gone before its end. Raises Refused for a body that is too
+    large."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -52,7 +52,8 @@ class Served(BaseHandler):
         return _with_cached_tokens(response, exchange.prompt)
 
     def _build_generation_config(self, body: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """That of the model, changed by the ``generation_config`` of the request, then by its other fields."""
+        """That of the model, changed by the ``generation_config`` of the request, then by its other
+        fields."""
         given = current.get().settings
         base = copy.deepcopy(self.model_manager.config)
         for name, value in given.items():

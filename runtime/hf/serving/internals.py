@@ -1,4 +1,5 @@
-"""What `farspan serve` uses of transformers' server, which has no public interface, and whether it is there."""
+"""What `farspan serve` uses of transformers' server, which has no public interface, and whether it is
+there."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import inspect
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+from transformers.utils.logging import set_verbosity_error
 
 from ....attention.errors import FarspanError, Unsupported
 from ..releases import installed, tested_requirement
@@ -84,6 +87,11 @@ def check(names: tuple[str, ...] = NAMES) -> None:
             f"(pip install '{tested_requirement()}')",
             faults,
         )
+
+
+def quiet() -> None:
+    """Only errors are logged: transformers' server warns of every request."""
+    set_verbosity_error()
 
 
 def stream_error(sentence: str) -> Any:

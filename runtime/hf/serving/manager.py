@@ -52,8 +52,8 @@ class OneModel(ModelManager):
 
     @property
     def config(self) -> Any:
-        """The generation config of the model, as far as a patched model can serve it. While the model runs, its own
-        is replaced by that of a request."""
+        """The generation config of the model, as far as a patched model can serve it. While the model runs,
+        its own is replaced by that of a request."""
         return self._config
 
     def check_name(self, name: Any) -> None:
@@ -156,8 +156,8 @@ class EngineManager(BaseGenerateManager):
 
 
 class Watch:
-    """Follows one prompt through the engine: ends it when the client has gone, and measures it. It is a streamer of
-    transformers that keeps nothing."""
+    """Follows one prompt through the engine: ends it when the client has gone, and measures it. It is a
+    streamer of transformers that keeps nothing."""
 
     def __init__(self, prompt: Prompt, metrics: Metrics) -> None:
         self._prompt, self._metrics = prompt, metrics
