@@ -34,7 +34,7 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(report)
 app.command()(recommend)
-app.command()(serve)
+app.command(cls=launch.SpreadCommand)(serve)
 app.command()(sweep)
 app.command()(doctor)
 

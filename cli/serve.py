@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..attention.errors import FarspanError
 from . import launch, options, output
 
 
@@ -47,7 +46,7 @@ class Serve:
             help='Memory for the caches of earlier prompts, such as 2G; "0": read every prompt whole.'
         ),
     ] = "2G"
-    place: options.Place
+    on: options.Ranks
 
 
 @options.command
@@ -58,12 +57,12 @@ def serve(given: Serve) -> None:
     One request runs at a time, and the others wait. A prompt that begins as an earlier one did is read from
     where the two differ; `usage` counts these tokens as cached. The server is that of transformers, whose
     packages `pip install 'farspan[serving]'` installs."""
-    if launch.size() > 1:
-        raise FarspanError("farspan serve runs in one process: start it without a launcher such as torchrun.")
+    ranks = given.on.spread()
     options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.patch import patch
     from ..runtime.patched import Patched
     from ..runtime.prefixes import PrefixStore
+    from ..runtime.serving.answers import follow
     from ..runtime.serving.server import Server, Where
     from ..runtime.store.storage import parse_storage
 
@@ -72,7 +71,7 @@ def serve(given: Serve) -> None:
     limit = 0 if given.prefix_memory == "0" else options.amounts.size(given.prefix_memory, "--prefix-memory")
 
     def load() -> tuple[Any, Any, Patched]:
-        model, tokenizer = given.place.load(given.model, given.rope)
+        model, tokenizer = given.on.load(given.model, given.rope, ranks)
         patched = patch(
             model,
             given.method,
@@ -80,9 +79,13 @@ def serve(given: Serve) -> None:
             prefill_chunk=given.prefill_chunk,
             static=given.static,
             recipe=given.recipe,
+            parallel=ranks,
         )
         return model, tokenizer, patched
 
+    if launch.size() > 1 and not launch.leads():
+        follow(*load())
+        return
     server = Server(
         given.model,
         load,

@@ -85,6 +85,11 @@ class Patched:
         return Recipe.of_modules(next(iter(owners.values())), gates, self._geometry, settings)
 
     @property
+    def mesh(self) -> Mesh | None:
+        """The ranks that share a sequence; None on one device."""
+        return self._mesh
+
+    @property
     def cuts(self) -> Cuts:
         """Where a prompt may be cut so that the cache of its beginning can be reused for another prompt."""
         pairs = [(x.prefill, x.decode) for i, x in self._layers.items() if i not in self._untouched]

@@ -4,8 +4,9 @@ not read again."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,12 @@ from ..models import positions
 from ..patched import Patched
 from .engine import Cancelled, Job, Refused
 from .metrics import Metrics
+from .over_ranks import OverRanks
 
 _USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
 
 
+_END = "end"  # what rank 0 shares at last
 _PATCH = ""  # a server has one patch, so its caches need no name of theirs
 
 
@@ -54,22 +57,35 @@ class Prompt:
     first: float | None = field(default=None, repr=False)  # when the first token came
 
 
-class Answers:
-    """A patched model and its tokenizer. It is used by one thread.
+@dataclass(frozen=True)
+class Call:
+    """What every rank calls the model with. config: transformers' generation config."""
 
-    prefixes: what keeps the caches of earlier prompts; None: every prompt is read whole.
+    ids: Tensor
+    config: Any
+    seed: int
+
+
+class Answers:
+    """A patched model and its tokenizer. It is used by one thread. Over ranks, rank 0 has the prompts, and
+    the others ``follow``.
+
+    prefixes: what keeps the caches of earlier prompts; None, and over ranks: every prompt is read whole.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, patched: Patched, metrics: Metrics, prefixes: Prefixes | None
     ) -> None:
         self.model, self.tokenizer, self.patched = model, tokenizer, patched
-        self._metrics, self._prefixes = metrics, prefixes
+        self.ranks = None if patched.mesh is None else OverRanks(patched.mesh)
+        self._metrics = metrics
+        self._prefixes = prefixes if self.ranks is None else None
         self._cuts = patched.cuts
         self._limit = positions(model)
         self._job: Job | None = None
-        for module in hf.inspect_model(model).attention.values():
-            module.register_forward_pre_hook(self._check_job)
+        if self.ranks is None:  # ranks end a call at the same token, and not in the middle of a prompt
+            for module in hf.inspect_model(model).attention.values():
+                module.register_forward_pre_hook(self._check_job)
 
     def check(self, prompt: Prompt) -> None:
         """Decide the length of an answer that the client leaves open. Raises Refused for a prompt without
@@ -92,31 +108,34 @@ class Answers:
         """The tokens that the model writes after a prompt. streamer: ``put`` and ``end`` are called as those
         of transformers' streamers. Raises Cancelled where the job is cancelled meanwhile."""
         self._job = job
+        seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
+        call = Call(prompt.ids, prompt.config, seed)
         try:
-            return self._answered(prompt, streamer)
+            if self.ranks is not None:
+                self.ranks.share(call)
+            return self._answered(prompt, call, streamer)
         finally:
             self._job = None
             self._metrics.read(self.patched.report())
             self.patched.reset_report()
 
-    def _answered(self, prompt: Prompt, streamer: Any) -> list[int]:
+    def idle(self) -> None:
+        """Tell the other ranks, which would give up otherwise, that there is nothing to do."""
+        if self.ranks is not None:
+            self.ranks.share(None)
+
+    def end(self) -> None:
+        """Let the other ranks end."""
+        if self.ranks is not None:
+            self.ranks.share(_END)
+
+    def _answered(self, prompt: Prompt, call: Call, streamer: Any) -> list[int]:
         tokens: list[int] = prompt.ids[0].tolist()
         cache, prompt.reused = self._taken(tokens)
         self._metrics.prompt_tokens.inc(len(tokens))
-        inputs: dict[str, Any] = {"input_ids": prompt.ids, "attention_mask": torch.ones_like(prompt.ids)}
-        if prompt.config.stop_strings is not None:
-            inputs["tokenizer"] = self.tokenizer
-        torch.manual_seed(secrets.randbits(63) if prompt.seed is None else prompt.seed)
         kept = self._cuts.longest(len(tokens))
         try:
-            with torch.no_grad():
-                ids = hf.generate_by(
-                    self.model,
-                    prompt.config,
-                    streamer=streamer,
-                    **inputs,
-                    **hf.with_cache(self.model, cache),
-                )
+            ids = generated(self.model, self.tokenizer, call, cache, _Ending(self._cancelled, streamer))
         except Cancelled:
             kept = prompt.reused if prompt.first is None else kept  # the prompt may have been read in part
             raise
@@ -126,6 +145,10 @@ class Answers:
         finally:
             self._keep(tokens[:kept], cache)
         return [int(token) for token in ids[0, len(tokens) :]]
+
+    def _cancelled(self) -> bool:
+        cancelled = self._job is not None and self._job.cancelled
+        return cancelled if self.ranks is None else bool(self.ranks.share(cancelled))
 
     def _taken(self, tokens: list[int]) -> tuple[Any, int]:
         """A cache that holds the beginning of a prompt, and how many tokens of it; a new one holds none."""
@@ -149,6 +172,49 @@ class Answers:
     def _check_job(self, *_: Any) -> None:
         if self._job is not None:
             self._job.check()
+
+
+class _Ending:
+    """A streamer that ends the call, by Cancelled, at the first token at which ``cancelled`` is true."""
+
+    def __init__(self, cancelled: Callable[[], bool], streamer: Any = None) -> None:
+        self._cancelled, self._streamer = cancelled, streamer
+
+    def put(self, value: Tensor) -> None:
+        if self._cancelled():
+            raise Cancelled
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def generated(model: Any, tokenizer: Any, call: Call, cache: Any, streamer: Any) -> Tensor:
+    """The tokens [1, T + N] of the prompt and of its answer."""
+    inputs: dict[str, Any] = {"input_ids": call.ids, "attention_mask": torch.ones_like(call.ids)}
+    if call.config.stop_strings is not None:
+        inputs["tokenizer"] = tokenizer
+    torch.manual_seed(call.seed)
+    with torch.no_grad():
+        made: Tensor = hf.generate_by(
+            model, call.config, streamer=streamer, **inputs, **hf.with_cache(model, cache)
+        )
+    return made
+
+
+def follow(model: Any, tokenizer: Any, patched: Patched) -> None:
+    """Make the calls of rank 0 until it ends. Raises FarspanError where a rank has failed."""
+    assert patched.mesh is not None
+    ranks = OverRanks(patched.mesh)
+    while (call := ranks.share()) != _END:
+        if call is not None:
+            call = replace(call, ids=call.ids.to(model.device))
+            # An error of the model is the same on every rank, and rank 0 tells it. A rank that has failed
+            # alone is missed in the next collective.
+            with suppress(Exception):
+                generated(model, tokenizer, call, hf.empty_cache(model), _Ending(lambda: bool(ranks.share())))
 
 
 def _cropped(cache: Any, length: int) -> bool:

@@ -53,11 +53,13 @@ class Engine:
     requests wait; a further one is refused with 429. While the model is loaded, and after a fault of the
     device or of a rank, every request is refused with 503.
 
-    idle: called every ``period`` seconds in which no request runs.
+    idle: called every ``period`` seconds in which no request runs. end: called at the end of the thread.
     """
 
-    def __init__(self, limit: int, *, idle: Callable[[], None] | None = None, period: float = 5.0) -> None:
-        self.limit, self._idle, self._period = limit, idle, period
+    def __init__(self, limit: int, *, period: float = 5.0) -> None:
+        self.limit, self._period = limit, period
+        self.idle: Callable[[], None] | None = None
+        self.end: Callable[[], None] | None = None
         self.ready = False
         self.fault: str | None = None  # why no request can be answered any more
         self.running: Job | None = None
@@ -73,8 +75,8 @@ class Engine:
         return len(self._waiting)
 
     def start(self, load: Callable[[], None], failed: Callable[[Exception], None]) -> None:
-        """Start the thread, which calls ``load`` and then serves. failed: called with an error of
-        ``load``."""
+        """Start the thread, which calls ``load`` and then serves. failed: called with an
+        error of ``load`` or ``idle``, after which nothing can be served."""
         self._thread = threading.Thread(target=self._serve, args=(load, failed), name="farspan engine")
         self._thread.daemon = True
         self._thread.start()
@@ -131,12 +133,14 @@ class Engine:
             failed(error)
             return
         self.ready = True
-        while (job := self._next()) is not None:
+        while (job := self._next(failed)) is not None:
             self._run(job)
             self.running = job = None
+        if self.end is not None and self.fault is None:
+            self._guarded(self.end)
 
-    def _next(self) -> Job | None:
-        """The next job; None when the engine stops."""
+    def _next(self, failed: Callable[[Exception], None]) -> Job | None:
+        """The next job; None when the engine stops. failed: called with an error of ``idle``."""
         while True:
             with self._changed:
                 if not self._waiting and not self._stopping:
@@ -146,8 +150,12 @@ class Engine:
                     return self.running
                 if self._stopping:
                     return None
-            if self._idle is not None and self.fault is None:
-                self._guarded(self._idle)
+            if self.idle is not None and self.fault is None:
+                try:
+                    self.idle()
+                except FarspanError as error:  # a rank has failed
+                    self.fault = str(error)
+                    failed(error)
 
     def _run(self, job: Job) -> None:
         began = time.monotonic()

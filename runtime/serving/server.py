@@ -132,8 +132,12 @@ class Server:
                 f"{type(tokenizer).__name__} cannot stream tokens, which a server needs: use a model with a "
                 "tokenizer.json."
             )
-        self._models.put(Answers(model, tokenizer, patched, self.metrics, self._prefixes))
-        if self._prefixes is not None and (why := patched.cuts.never):
+        answers = Answers(model, tokenizer, patched, self.metrics, self._prefixes)
+        self.engine.idle, self.engine.end = answers.idle, answers.end
+        self._models.put(answers)
+        if answers.ranks is not None:
+            logger.info("Prefixes are not reused over ranks.")
+        elif self._prefixes is not None and (why := patched.cuts.never):
             logger.info("Prefixes are not reused: %s.", why)
         logger.info("Ready at %s", self.url)
 

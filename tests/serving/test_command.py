@@ -58,10 +58,3 @@ def test_bad_options_end_in_one_sentence(
     code, out, err = farspan_command("serve", *arguments)
     [sentence] = [line for line in err.splitlines() if line.startswith("farspan: ")]
     assert code == 2 and not out and words in sentence and "Traceback" not in err
-
-
-def test_ranks_are_refused(farspan_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farspan.cli.launch.size", lambda: 2)
-    monkeypatch.setattr("farspan.cli.launch.say_once", lambda sentence, say: say(sentence))
-    code, _, err = farspan_command("serve", "--port", "0")
-    assert code == 2 and "without a launcher" in err

@@ -106,7 +106,8 @@ def test_two_hundred_requests_at_eight_in_parallel(tmp_path: Path, capsys: Any) 
         print(
             f"\n{REQUESTS} requests at {PARALLEL} in parallel in {seconds:.1f} s: {dict(kinds)}; resident "
             f"memory {memory[0] / 2**20:.1f} -> {memory[1] / 2**20:.1f} MiB "
-            f"({memory[1] / memory[0] - 1:+.2%}); {gained['reused']:.0f} of {gained['prompt']:.0f} tokens reused"
+            f"({memory[1] / memory[0] - 1:+.2%}); "
+            f"{gained['reused']:.0f} of {gained['prompt']:.0f} tokens reused"
         )
     assert set(kinds) == {"whole", "stream", "leaves", "long"}
     assert abs(memory[1] / memory[0] - 1) < 0.05

@@ -189,8 +189,6 @@ class Watch:
 
     def put(self, value: Any) -> None:
         """One more token; the first call brings the prompt."""
-        assert self._job is not None
-        self._job.check()
         if self._begun and self._prompt.first is None:
             self._prompt.first = time.monotonic()
         self._begun = True
@@ -225,8 +223,7 @@ class WatchedStreamer(DirectStreamer):
         super().put(value)
 
     def cancel(self) -> None:
-        self._watch.cancel()
-        super().cancel()
+        self._watch.cancel()  # ends the job at its next token; ranks have to end at the same one
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *args: Any) -> None:
