@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import evaluate, launch, options, output
+from . import cache, evaluate, launch, options, output
 from .calibrate import calibrate, tune
 from .convert import convert
 from .doctor import doctor
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(cache.app, name="cache")
 app.command()(plan)
 app.command()(inspect)
 app.command()(report)

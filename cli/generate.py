@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..attention.errors import FarspanError
 from . import launch, options, output
+
+_ALIKE = 200  # characters by which a prompt is known to begin with the text of a saved cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +20,19 @@ class Generate:
     """Options of `farspan generate`."""
 
     model: options.Model = options.DEFAULT_MODEL
-    method: Annotated[str, typer.Option(help="What attention reads; see above and `farspan methods`.")] = (
-        "dense"
-    )
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="What attention reads; see above and `farspan methods` [default: dense, or that of --cache]."
+        ),
+    ] = None
     source: options.Prompt
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of `farspan cache build`. The prompt follows its text, unless it begins like that."
+        ),
+    ] = None
     max_new_tokens: Annotated[int, options.tokens("Stop after this many tokens.")] = 256
     chat: options.Chat = None
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above 0 samples.")] = 0.0
@@ -67,14 +80,22 @@ def generate(given: Generate) -> None:
     A method is written name:par=value,par=value, as in "recycled:k=512,stride=10"; "A + B" is A in prefill
     and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
     and its cache are spread over the ranks, and the report covers all ranks.
+
+    With --cache the tokens that the prompt has in common with a saved cache are not read again.
     """
+    saved = None if given.cache is None else _saved(given.cache)
     ranks = given.on.spread()
     text = _prompt_text(given.source, ranks)
-    options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
+    method = given.method or ("dense" if saved is None else saved.spec)
+    options.one_method(method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.models import check_length, encode_prompt, positions, text_streamer
 
     causal_lm, tokenizer = given.on.load(given.model, given.rope, ranks)
-    ids = encode_prompt(tokenizer, text, chat=given.chat).to(causal_lm.device)
+    chat = given.chat
+    if saved is not None:
+        text = _after(saved.settings.get("text"), text)
+        chat = saved.settings.get("chat") if chat is None else chat
+    ids = encode_prompt(tokenizer, text, chat=chat, clock=saved is None).to(causal_lm.device)
     length = ids.shape[1]
     check_length(causal_lm, length, strict=not given.beyond_positions)
     if length <= (positions(causal_lm) or length):
@@ -86,6 +107,7 @@ def generate(given: Generate) -> None:
     from ..evals.ranks import Job
     from ..runtime.hf import answer_by, kept_config, streams
     from ..runtime.patch import patch
+    from ..runtime.saved import load_cache
 
     torch.manual_seed(given.seed)
     config, set_aside = kept_config(causal_lm, **given.decoding())
@@ -97,10 +119,15 @@ def generate(given: Generate) -> None:
         "crossover": given.crossover,
         "static": length + given.max_new_tokens if given.static else None,
     }
-    with Job(causal_lm, ranks) as job, patch(causal_lm, given.method, parallel=job.mesh, **how) as patched:
+    with Job(causal_lm, ranks) as job, patch(causal_lm, method, parallel=job.mesh, **how) as patched:
+        inputs, reused = {"input_ids": ids}, 0
+        if saved is not None:
+            prefix = load_cache(causal_lm, saved, tokenizer=tokenizer)
+            inputs, reused = prefix.inputs(ids, keep=False), prefix.reused
+            output.note(_used(prefix, given.cache))
         streamer = text_streamer(tokenizer) if streams(config) and not given.json else None
         started = time.perf_counter()
-        answer = answer_by(causal_lm, config, ids, tokenizer, streamer)
+        answer = answer_by(causal_lm, config, inputs, tokenizer, streamer)
         seconds = time.perf_counter() - started
         report = job.report(patched)
     written = tokenizer.decode(answer, skip_special_tokens=True)
@@ -108,9 +135,10 @@ def generate(given: Generate) -> None:
         return output.show_json(
             {
                 "model": given.model,
-                "method": given.method,
+                "method": method,
                 "ranks": job.size,
                 "prompt_tokens": length,
+                "cached_tokens": reused,
                 "new_tokens": len(answer),
                 "seconds": seconds,
                 "text": written,
@@ -121,10 +149,36 @@ def generate(given: Generate) -> None:
     if streamer is None:
         output.show_text(written)
     over = f" over {job.size} ranks" if job.size > 1 else ""
-    output.note(f"\n{length} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
+    output.note(f"\n{length - reused} tokens read, {len(answer)} written in {seconds:.1f} s{over}")
     output.note(report.text(output.width()))
 
 
 def _prompt_text(source: options.Prompt, ranks: Any) -> str:
     """The prompt. With several ranks, rank 0 reads it: they share stdin, and may not share a disk."""
     return source.read() if ranks is None else launch.on_rank_0(source.read)
+
+
+def _saved(folder: Path) -> Any:
+    """What the folder of --cache holds."""
+    if launch.size() > 1:
+        raise FarspanError(
+            f"A saved cache is that of one process, and a launcher has started {launch.size()} ranks: leave "
+            "--cache out, or run without a launcher."
+        )
+    from ..runtime.saved import read_saved
+
+    return read_saved(folder)
+
+
+def _after(text: str | None, prompt: str) -> str:
+    """The whole prompt, where ``text`` is that of a saved cache."""
+    from ..runtime.models import followed_by
+
+    return prompt if text is None or prompt.startswith(text[:_ALIKE]) else followed_by(text, prompt)
+
+
+def _used(prefix: Any, folder: Path | None) -> str:
+    """A line about how much of a saved cache is used."""
+    saved = prefix.tokens.shape[1]
+    said = f"{prefix.reused} of the {saved} tokens in {folder} are used"
+    return f"{said}: {prefix.left}" if prefix.left else f"{said}."

@@ -29,6 +29,12 @@ class Figures:
     node_bandwidth: Annotated[
         float | None, typer.Option(help="Bandwidth of a device to other nodes, GB/s.")
     ] = None
+    host_bandwidth: Annotated[
+        float | None, typer.Option(help="Bandwidth from the host's memory to a device, GB/s.")
+    ] = None
+    disk_bandwidth: Annotated[
+        float | None, typer.Option(help="Bandwidth from a disk, GB/s [default: 5].")
+    ] = None
     latency: Annotated[float | None, typer.Option(help="Latency of a message, microseconds.")] = None
 
     def in_units(self) -> dict[str, float]:
@@ -42,6 +48,8 @@ class Figures:
             "bandwidth": _positive(self.bandwidth, "--bandwidth", 1e9),
             "link_bandwidth": _positive(self.link_bandwidth, "--link-bandwidth", 1e9),
             "node_bandwidth": _positive(self.node_bandwidth, "--node-bandwidth", 1e9),
+            "host_bandwidth": _positive(self.host_bandwidth, "--host-bandwidth", 1e9),
+            "disk_bandwidth": _positive(self.disk_bandwidth, "--disk-bandwidth", 1e9),
             "latency": _positive(self.latency, "--latency", 1e-6),
             "node_latency": _positive(self.latency, "--latency", 1e-6),
         }
@@ -53,12 +61,14 @@ class Plan:
     """Options of `farspan plan`."""
 
     length: Annotated[int, options.tokens("Tokens of the prompt, such as 128K or 1M.")]
-    gpus: Annotated[int, options.count("Devices.")]
+    gpus: Annotated[int, options.count("Devices; for one the plan compares how the cache is kept.")] = 1
     model: options.Model = options.DEFAULT_MODEL
     method: Annotated[
         str, typer.Option(help='What attention reads; "A + B" is A in prefill and B in decode.')
     ] = "dense"
-    gpu: Annotated[str, typer.Option(help="The device: A100, H100, H200 or B200.")] = "H100"
+    gpu: Annotated[
+        str, typer.Option(help='The device: A100, H100, H200, B200, or "here": this machine, measured.')
+    ] = "H100"
     gpu_memory: Annotated[
         int | None, options.memory("Memory of a device, such as 80G (GiB) [default: the device's].")
     ] = None
@@ -87,17 +97,27 @@ class Plan:
 
     def device(self) -> Any:
         """The device of --gpu, with the given figures in place of those of its data sheet."""
+        own = {"per_node": self.per_node, "memory": self.gpu_memory}
+        figures: dict[str, Any] = self.figures.in_units()
+        figures |= {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(self._named(), **figures)
+
+    def _named(self) -> Any:
         from ..parallel.planner.device import DEVICES
 
-        figures: dict[str, Any] = self.figures.in_units()
+        if self.gpu.lower() == "here":
+            if self.gpus > 1:
+                raise FarspanError("--gpu here measures one device; leave --gpus out, or name a device.")
+            from ..runtime.machine import measured
+
+            return measured()
         if self.gpu.upper() not in DEVICES:
             raise FarspanError(
-                f"Unknown --gpu {self.gpu!r}; it is {', '.join(DEVICES)}. For another, give the nearest of "
-                "them and --flops, --bandwidth, --link-bandwidth, --node-bandwidth and --gpu-memory."
+                f"Unknown --gpu {self.gpu!r}; it is {', '.join(DEVICES)} or here. For another, give the "
+                "nearest of them and --flops, --bandwidth, --link-bandwidth, --node-bandwidth and "
+                "--gpu-memory."
             )
-        own = {"per_node": self.per_node, "memory": self.gpu_memory}
-        figures |= {name: value for name, value in own.items() if value is not None}
-        return dataclasses.replace(DEVICES[self.gpu.upper()], **figures)
+        return DEVICES[self.gpu.upper()]
 
     def counts(self) -> list[int]:
         """The numbers of ranks to simulate, ascending."""
@@ -114,7 +134,7 @@ class Plan:
 @options.command
 def plan(given: Plan) -> None:
     """Plan a long prompt: memory of each GPU, bytes moved, seconds, the best mechanism, and what does not
-    fit.
+    fit. For one device: how long a prompt fits in each format and memory of the cache, at which speed.
 
     Of the model only its config is read. The figures of --gpu come from data sheets; give measured ones where
     you have them. docs/PLAN.md lists the assumptions.
@@ -151,9 +171,15 @@ def plan(given: Plan) -> None:
     if given.simulate:
         return _simulate(job, counts, given.out, given.json)
     result = work_out(job)
+    storages = []
+    if job.gpus == 1:
+        from ..parallel.planner.storages import what_fits
+
+        storages = what_fits(job, [max(1, job.length // 2), job.length, 2 * job.length, 4 * job.length])
     if given.json:
-        return output.show_json(result.to_dict())
-    _show(result)
+        kept = {"storages": [dataclasses.asdict(fit) for fit in storages]} if storages else {}
+        return output.show_json({**result.to_dict(), **kept})
+    _show(result, storages)
 
 
 def _positive(
@@ -165,7 +191,7 @@ def _positive(
     return None if value is None else value * unit
 
 
-def _show(result: Any) -> None:
+def _show(result: Any, storages: list[Any]) -> None:
     from ..parallel.mechanisms.volume import readable
 
     job = result.job
@@ -181,7 +207,45 @@ def _show(result: Any) -> None:
     memory.add_section()
     memory.add_row(f"needed ({fits})", f"{readable(result.needed)} of {readable(job.memory)}")
     output.show(memory)
-    moved = output.Table("sent by each GPU", "", numbers_from=1)
+    if storages:
+        _show_storages(storages)
+    moved = output.Table("speed" if storages else "sent by each GPU", "", numbers_from=1)
+    if not storages:
+        _add_sent(moved, result)
+    moved.add_row("K and V read, a token", readable(result.read))
+    if result.selection_read:
+        moved.add_row("read to select, a token", readable(result.selection_read))
+    moved.add_section()
+    moved.add_row("prefill", _seconds(result.prefill_seconds))
+    moved.add_row("decode, a token, at least", _seconds(result.decode_seconds))
+    output.show(moved)
+    if not storages:
+        print(f"Mechanism: {result.choice.reason}")
+    for note in result.notes:
+        print(note)
+    if result.fits:
+        print(f"It fits into the memory; so would {result.longest} tokens.")
+
+
+def _show_storages(fits: list[Any]) -> None:
+    """Print the table of storages by length."""
+    lengths = list(dict.fromkeys(fit.length for fit in fits))
+    table = output.Table(
+        "cache kept as",
+        *(f"{n} tokens" for n in lengths),
+        title="what fits, and the time of a token at decode",
+    )
+    for name in dict.fromkeys(fit.storage for fit in fits):
+        row = {fit.length: fit for fit in fits if fit.storage == name}
+        cells = [f"fits, {_seconds(row[n].seconds)}" if row[n].fits else "does not fit" for n in lengths]
+        table.add_row(name, *cells)
+    output.show(table)
+
+
+def _add_sent(moved: Any, result: Any) -> None:
+    """The rows about what GPUs send to each other."""
+    from ..parallel.mechanisms.volume import readable
+
     for name, size in result.sent.items():
         mark = " (chosen)" if result.mechanisms == [name] else ""
         moved.add_row(f"prefill by {name}{mark}", readable(size))
@@ -193,18 +257,6 @@ def _show(result: Any) -> None:
         moved.add_row(f"prefill by {mixed}, call by call (chosen)", readable(result.sent_prefill))
     moved.add_row("decode, a token", readable(result.sent_decode))
     moved.add_section()
-    moved.add_row("K and V read, a token", readable(result.read))
-    if result.selection_read:
-        moved.add_row("read to select, a token", readable(result.selection_read))
-    moved.add_section()
-    moved.add_row("prefill", _seconds(result.prefill_seconds))
-    moved.add_row("decode, a token, at least", _seconds(result.decode_seconds))
-    output.show(moved)
-    print(f"Mechanism: {result.choice.reason}")
-    for note in result.notes:
-        print(note)
-    if result.fits:
-        print(f"It fits into the memory; so would {result.longest} tokens.")
 
 
 def _spelt(name: str, result: Any) -> str:
@@ -213,6 +265,8 @@ def _spelt(name: str, result: Any) -> str:
         "weights": "weights",
         "kv_cache": "KV cache, its share",
         "room_to_grow": "room for the cache to grow",
+        "fetched": "keys and values on the device at a time",
+        "summaries": "summaries of keys",
         "states": "states of mixers",
         "transient": f"while a layer runs (its {tall})",
         "logits": "logits of the last token",

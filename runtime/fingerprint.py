@@ -33,8 +33,8 @@ def of_patch(model: Any) -> dict[str, str]:
 
 
 def of_all(model: Any, tokenizer: Any = None) -> dict[str, str | None]:
-    """``of_patch``, and what identifies the model and the tokenizer. The hash of the model's weights is made of
-    a sample of them. Raises FarspanError for a model that is not patched, or is sharded by tensor
+    """``of_patch``, and what identifies the model and the tokenizer. The hash of the model's weights is made
+    of a sample of them. Raises FarspanError for a model that is not patched, or is sharded by tensor
     parallelism."""
     info = hf.caches_of(model).info
     if info.weights_mesh is not None:
@@ -59,8 +59,8 @@ def check(saved: Fingerprint, here: Fingerprint) -> None:
         given = here.get(name)
         if None not in (value, given) and value != given:
             raise FarspanError(
-                f"This cache was saved for another {_KINDS.get(name, name)}: its {name} is {value}, and here it "
-                f"is {given}. Use what it was saved with, or build the cache again."
+                f"This cache was saved for another {_KINDS.get(name, name)}: its {name} is {value}, and here "
+                f"it is {given}. Use what it was saved with, or build the cache again."
             )
 
 

@@ -1,8 +1,8 @@
 """Caches in a folder: a long prompt is read once, and questions about it are answered in later processes.
 
-The folder has one safetensors file for each layer, and cache.json, which names the files with their sizes, and
-says what the cache belongs to. cache.json is replaced last, at once: a save that was stopped leaves the folder
-with the cache that it had before, or without one.
+The folder has one safetensors file for each layer, and cache.json, which names the files with their sizes
+and says what the cache belongs to. cache.json is replaced last, at once: a save that was stopped leaves the
+folder with the cache that it had before, or without one.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def save_cache(
     tokenizer: Any = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save the cache of a patched model, with the summaries and states of its methods, to the folder ``path``
-    and return the folder. A cache that was saved there before is replaced.
+    """Save the cache of a patched model, with the summaries and states of its methods, to the folder
+    ``path`` and return the folder. A cache that was saved there before is replaced.
 
-    input_ids, attention_mask [B, T]: the tokens that the cache holds, or more than these. tokenizer: if it is
-    given, ``load_cache`` compares it. settings: plain values to keep with the cache.
+    input_ids, attention_mask [B, T]: the tokens that the cache holds, or more than these. tokenizer: if it
+    is given, ``load_cache`` compares it. settings: plain values to keep with the cache.
 
-    Raises FarspanError for a model that is not patched, for a cache over ranks, and where the folder cannot be
-    written.
+    Raises FarspanError for a model that is not patched, for a cache over ranks, and where the folder cannot
+    be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, length = Path(path), hf.length_of(cache)
+    folder, held, length = Path(path), hf.held(cache), hf.length_of(cache)
     if not length or length > input_ids.shape[1]:
         raise FarspanError(
-            f"This cache holds {length or 'no'} tokens, and {input_ids.shape[1]} were given as input_ids: give "
-            "all tokens that it holds."
+            f"This cache holds {length or 'no'} tokens, and {input_ids.shape[1]} were given as input_ids: "
+            "give all tokens that it holds."
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     about = {
@@ -75,7 +75,7 @@ def save_cache(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write("tokens", {"tokens": input_ids[:, :length], "mask": mask[:, :length]})
-        for number, one in enumerate(hf.held(cache)):
+        for number, one in enumerate(held):
             plain, tensors = split(one, f"layers.{number}")
             layers.append(plain)
             write(f"layer-{number:03}", tensors)
@@ -129,8 +129,8 @@ def read_saved(path: str | Path) -> SavedCache:
         about = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise FarspanError(
-                f"The cache in {folder} has format {about['format']}, and this farspan reads format {FORMAT}: "
-                "build it again with 'farspan cache build'."
+                f"The cache in {folder} has format {about['format']}, and this farspan reads format "
+                f"{FORMAT}: build it again with 'farspan cache build'."
             )
         sizes = about["files"].items()
         lacking = [n for n, size in sizes if not _has_size(folder / n, size)]
@@ -147,15 +147,15 @@ def read_saved(path: str | Path) -> SavedCache:
     return SavedCache(folder, about)
 
 
-def load_cache(model: Any, path: str | Path, *, tokenizer: Any = None) -> Prefix:
-    """Load a cache that ``save_cache`` or ``farspan cache build`` has written, for a model that is patched as it
-    was then. ``Prefix.inputs`` makes the arguments of ``generate``.
+def load_cache(model: Any, path: str | Path | SavedCache, *, tokenizer: Any = None) -> Prefix:
+    """Load a cache that ``save_cache`` or ``farspan cache build`` has written, for a model that is patched as
+    it was then. ``Prefix.inputs`` makes the arguments of ``generate``.
 
     tokenizer: compared with the one that the cache was saved with. The files are mapped into memory and read
     once, into the buffers of the new cache. Of the model's weights a sample is compared.
 
-    Raises FarspanError where there is no cache, or an incomplete one, and for another model, tokenizer, method
-    or storage; the sentence says what differs.
+    Raises FarspanError where there is no cache, or an incomplete one, and for another model, tokenizer,
+    method or storage; the sentence says what differs.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -165,12 +165,10 @@ def load_cache(model: Any, path: str | Path, *, tokenizer: Any = None) -> Prefix
     fingerprint.check(about["fingerprint"], here)
     with ExitStack() as stack:
         try:
-            opened = [
-                stack.enter_context(safe_open(folder / name, framework="pt")) for name in about["files"]
-            ]
-            files = {name: file for file in opened for name in file.keys()}
-            cache = hf.caches_of(model).restored(about["layers"], lambda name: files[name].get_tensor(name))
-            tokens, mask = (files[name].get_tensor(name) for name in ("tokens", "mask"))
+            files = [stack.enter_context(safe_open(folder / x, framework="pt")) for x in about["files"]]
+            place = {name: file for file in files for name in list(file.keys())}
+            cache = hf.caches_of(model).restored(about["layers"], lambda name: place[name].get_tensor(name))
+            tokens, mask = (place[name].get_tensor(name) for name in ("tokens", "mask"))
         except (OSError, SafetensorError, KeyError) as error:
             raise _unreadable(folder, str(error)) from error
     return Prefix(model=model, cache=cache, tokens=tokens, mask=mask, settings=found.settings)

@@ -8,12 +8,15 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
+from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
+from ...attention.summary import count_entries, entry_bytes
 from ..mechanisms.layout import contiguous, zigzag
 from ..mechanisms.volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
 from .device import Device
 from .job import Job, LayerShape
 from .simulate import Work, simulate
+from .storages import BLOCK, DEVICE, DISK, HOST, PLAIN
 
 RESERVED = 0.05  # of a device's memory, for the runtime's own context, workspaces and fragmentation
 _SAMPLES = 16  # calls of a chunked prefill that are simulated; the others are interpolated
@@ -33,16 +36,28 @@ def stored_rows(length: int, ranks: int, window: int | None = None, in_order: bo
 def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     """-> (bytes of one device by purpose, bytes that are in use at the peak of a layer by part of it)."""
     model, e = job.model, job.model.element_size
-    kv, spare = 0, 0
+    kv, spare, fetched = 0, 0, 0
     for layer, count in _layers(job).items():
-        rows = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
-        size = count * job.batch * model.geometry(layer, job.tensor).kv
-        kv, spare = kv + rows * size, spare + max(256, rows // 8) * size  # as KVStore grows
+        rows, heads = (
+            _kept_rows(job, layer),
+            count * job.batch * model.geometry(layer, job.tensor).num_kv_heads,
+        )
+        whole = rows + max(256, rows // 8)  # as KVStore grows
+        stored = PLAIN if layer.window is not None else job.storage
+        if stored.tier == DEVICE:
+            size = stored.size(rows, layer.head_dim, e)
+            kv, spare = kv + heads * size, spare + heads * (stored.size(whole, layer.head_dim, e) - size)
+        else:  # for this layer and the next
+            some = min(rows, max(BLOCK, round(job.decode_cost.last)))
+            fetched = max(fetched, 2 * heads // count * stored.size(some, layer.head_dim, e))
+    summaries = _summaries(job)
     states = job.batch * (model.mixer_states + job.length * model.mixer_growth)  # the same on every rank
     found = {
         "weights": -(-job.weights // job.tensor),
         "kv_cache": kv,
         "room_to_grow": spare,
+        **({"fetched": fetched} if fetched else {}),
+        **({"summaries": summaries} if summaries else {}),
         **({"states": states} if model.mixers else {}),
         "transient": 0,
         "logits": job.batch * model.vocab * (e + 4),  # of the last position, and in float32
@@ -64,6 +79,43 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
             held = max(held, _fetched(job, geometry))
     found["transient"] = max(attention + held, mlp)
     return found, {"attention": attention, "gathered": held, "mlp": mlp}
+
+
+def elsewhere(job: Job) -> int:
+    """Bytes of keys and values in a lower tier than the device."""
+    if job.storage.tier == DEVICE:
+        return 0
+    total = 0
+    for layer, count in _layers(job).items():
+        if layer.window is None:
+            heads = count * job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
+            rows = _kept_rows(job, layer)
+            size = job.storage.size(rows + max(256, rows // 8), layer.head_dim, job.model.element_size)
+            total += heads * size
+    return total
+
+
+def _kept_rows(job: Job, layer: LayerShape) -> int:
+    """Positions whose keys and values the fullest rank keeps, when the prompt has been read."""
+    rows = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
+    if layer.window is not None or job.keys_needed is None:
+        return rows
+    return min(rows, job.keys_needed + DECODE_ROWS)
+
+
+def _summaries(job: Job) -> int:
+    """Bytes of the summaries that the methods declare. Those that follow from a recipe are not known."""
+    methods = [method for method in (job.prefill, job.decode) if not method.needs.weights]
+    declared = {summary.key: summary for method in methods for summary in method.summaries}
+    total = 0
+    for layer, count in _layers(job).items():
+        heads = count * job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
+        sizes = [
+            count_entries(s, job.length) * entry_bytes(s, layer.head_dim, job.model.element_size)
+            for s in declared.values()
+        ]
+        total += 0 if layer.window is not None else heads * sum(sizes)
+    return total
 
 
 def choices(job: Job) -> list[Choice]:
@@ -188,11 +240,17 @@ def decode_reads(job: Job) -> tuple[int, int]:
     }
     kv, selection = 0.0, 0.0
     for index, layer in enumerate(job.model.layers):
-        size = job.batch * rows[layer] * job.model.geometry(layer, job.tensor).kv
-        if layer.window is not None or index < job.decode.dense_layers:
+        geometry = job.model.geometry(layer, job.tensor)
+        size = job.batch * rows[layer] * geometry.kv
+        if layer.window is not None:
             kv += size
+            continue
+        held = job.storage.size(rows[layer], layer.head_dim, job.model.element_size)
+        stored = job.batch * geometry.num_kv_heads * held
+        if index < job.decode.dense_layers:
+            kv += stored
         else:
-            kv, selection = kv + size * method.density, selection + size * method.selection
+            kv, selection = kv + stored * method.density, selection + size * method.selection
     return round(kv), round(selection)
 
 
@@ -262,9 +320,18 @@ def _head_seconds(job: Job) -> float:
     return job.device.launch + weights / job.device.bandwidth
 
 
-def decode_seconds(job: Job, read: int) -> float:
-    """Seconds of one token: weights and keys are read at the memory's speed, with one collective a layer. A
-    lower bound: of starting kernels only one for each layer is counted."""
+def _seconds_of_keys(job: Job, kv: int) -> float:
+    """Seconds to read ``kv`` bytes of keys and values: from the device's memory, and before that from the
+    tier that has them to that memory."""
+    device, tier = job.device, job.storage.tier
+    below = {DEVICE: None, HOST: device.host_bandwidth, DISK: device.disk_bandwidth}[tier]
+    return kv / device.bandwidth + (0.0 if below is None else kv / below)
+
+
+def decode_seconds(job: Job, kv: int, selection: int) -> float:
+    """Seconds of one token: weights, keys and what is read to select are read at the speed of the memory that
+    has them, with one collective a layer. A lower bound: of starting kernels only one for each layer is
+    counted. Keys and values of a lower tier are fetched while nothing else runs."""
     device, layers = sequence_device(job), len(job.model.layers)
     bytes_per_parameter = job.weights / job.model.parameters
     weights = job.model.layer_parameters * bytes_per_parameter / job.tensor
@@ -273,7 +340,8 @@ def decode_seconds(job: Job, read: int) -> float:
     slowest = device.node_bandwidth if job.ranks > device.per_node else device.link_bandwidth
     collectives = 0.0 if job.ranks == 1 else layers * (device.launch + latency) + decode_sent(job) / slowest
     return (
-        (weights + read) / device.bandwidth
+        (weights + selection) / device.bandwidth
+        + _seconds_of_keys(job, kv)
         + layers * (device.launch + _tensor_seconds(job, job.ranks))
         + collectives
         + _head_seconds(job)

@@ -15,7 +15,8 @@ class Device:
     of that memory. link_bandwidth, node_bandwidth: bytes a second that one rank sends in total, inside its
     node and to other nodes. latency, node_latency: seconds until an empty message has arrived. launch:
     seconds to start a kernel or a collective. utilisation: the part of ``flops`` that large matrix products
-    and attention reach. per_node: devices of one node.
+    and attention reach. per_node: devices of one node. host_bandwidth, disk_bandwidth: bytes a second from
+    the host's memory and from a disk; without the first, the device's memory is the host's.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Device:
     launch: float = 5e-6
     utilisation: float = 0.6
     per_node: int = 8
+    host_bandwidth: float | None = 64e9  # PCIe 5.0 x16, one way
+    disk_bandwidth: float = 5e9  # of one NVMe disk on PCIe 4.0; no data sheet of the device
 
 
 # From data sheets, SXM variants: dense bf16 TFLOP/s, TB/s, GB, NVLink one way (half of the advertised
@@ -44,6 +47,7 @@ DEVICES = {
             memory=80 * _GIB,
             link_bandwidth=300e9,
             node_bandwidth=25e9,
+            host_bandwidth=32e9,
         ),
         Device(
             name="H100",

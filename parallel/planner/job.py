@@ -11,6 +11,7 @@ from ...attention.errors import FarspanError
 from ...attention.method import AttentionMethod
 from ..mechanisms.volume import MECHANISMS, Geometry, PrefillCall
 from .device import Device
+from .storages import PLAIN, Stored
 
 MOST_RANKS = 4096  # the simulation needs time and memory of ranks * ranks
 _DENSE = Dense()
@@ -70,8 +71,8 @@ class Job:
     length: tokens of the prompt. gpus: devices. tensor: devices that divide each layer's weights and heads
     among them; gpus / tensor is the number of ranks of the sequence. memory: bytes of a device. weights:
     bytes of the whole model. prefill, decode: the methods. chunk: tokens of one call of a chunked prefill;
-    None: one call. batch: prompts at once. mechanism: "auto" or one of volume.MECHANISMS. Raises FarspanError
-    for numbers that are not allowed.
+    None: one call. batch: prompts at once. mechanism: "auto" or one of volume.MECHANISMS. storage: how
+    the cache keeps keys and values. Raises FarspanError for numbers that are not allowed.
     """
 
     model: ModelShape
@@ -86,6 +87,7 @@ class Job:
     chunk: int | None = None
     batch: int = 1
     mechanism: str = "auto"
+    storage: Stored = PLAIN
 
     def __post_init__(self) -> None:
         for name in ("length", "gpus", "memory", "tensor", "batch"):
@@ -134,6 +136,13 @@ class Job:
     def _cost(self, method: AttentionMethod, phase: str) -> Cost:
         size, head_dim = self.model.element_size, self.model.layers[0].head_dim
         return method.cost(phase, self.length, head_dim=head_dim, element_size=size)
+
+    @property
+    def keys_needed(self) -> int | None:
+        """How many of the last keys a layer keeps, where both methods need no others; None: all."""
+        needed = [self.prefill.keys_needed, self.decode.keys_needed]
+        known = [count for count in needed if count is not None]
+        return max(known) if len(known) == len(needed) and self.ranks == 1 else None
 
     @property
     def num_calls(self) -> int:

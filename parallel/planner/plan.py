@@ -126,7 +126,7 @@ def plan(job: Job) -> Plan:
         read=kv,
         selection_read=selection,
         prefill_seconds=prefill_seconds(job, taken),
-        decode_seconds=decode_seconds(job, kv + selection),
+        decode_seconds=decode_seconds(job, kv, selection),
         longest=_longest(job),
     )
     result.notes.extend(_notes(result))

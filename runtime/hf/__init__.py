@@ -46,6 +46,7 @@ from .observe import observe as observe
 from .observe import replace_attention as replace_attention
 from .projections import attention_weights as attention_weights
 from .projections import geometry_of as geometry_of
+from .releases import cache_name as cache_name
 from .releases import returned_cache as returned_cache
 from .releases import with_cache as with_cache
 from .trial import check_by_trial as check_by_trial

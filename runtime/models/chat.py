@@ -118,8 +118,9 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool | None = None) -> Any:
-    """Token ids [1, T] of a prompt; chat=None uses the chat template if the tokenizer has one.
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool | None = None, clock: bool = True) -> Any:
+    """Token ids [1, T] of a prompt; chat=None uses the chat template if the tokenizer has one. clock: whether
+    a template may write today's date.
 
     Raises:
         FarspanError: chat=True without a template; a template that cannot be applied, unless chat is False;
@@ -127,10 +128,30 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool | None = None) -> Any
     """
     import torch
 
-    ids = prompt_ids(choose_chat(tokenizer, chat), text)
+    ids = prompt_ids(choose_chat(tokenizer, chat), text, clock=clock)
     if not ids:
         raise FarspanError("The prompt is empty: give at least one word.")
     return torch.tensor([ids])
+
+
+def followed_by(text: str, question: str) -> str:
+    """A prompt of a text and a question about it."""
+    return f"{text}\n\n{question}"
+
+
+def encode_prefix(tokenizer: Any, text: str, *, chat: bool | None = None) -> Any:
+    """Token ids [1, T] with which every prompt begins that is ``text`` and a question: those of ``text`` as a
+    prompt, without the end of the chat format. Today's date is left out, so that later prompts begin alike.
+
+    Raises:
+        FarspanError: as ``encode_prompt``.
+    """
+    alone, asked = (
+        encode_prompt(tokenizer, x, chat=chat, clock=False)[0] for x in (text, followed_by(text, "What?"))
+    )
+    end = min(len(alone), len(asked))
+    differ = (alone[:end] != asked[:end]).nonzero()
+    return alone[None, : int(differ[0]) if len(differ) else end]
 
 
 def _apply(tokenizer: Any, user: str, **how: Any) -> Any:

@@ -144,6 +144,10 @@ class StaticStore(KVStore):
             self.summaries, self.step = FixedSummaries(self.room), StoredKeys(self)
         super().extend(new)
 
+    def _room(self, need: int) -> int:
+        check_room(need, self.room)
+        return self.room
+
     def _fits(self, new: KV) -> bool:
         """Whether the buffers are those of as many rows and heads, of the same dtype and device."""
         return [_kind(x) for x in self._buffers] == [_kind(x) for x in new.stored]

@@ -115,10 +115,14 @@ class KVStore:
 
     def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
         b, h, _, d = like.shape
-        buffer = self.storage.memory.empty((b, h, need + max(256, need // 8), d), like)
+        buffer = self.storage.memory.empty((b, h, self._room(need), d), like)
         if old is not None:
             buffer[:, :, : self.length] = old[:, :, : self.length]
         return buffer
+
+    def _room(self, need: int) -> int:
+        """The positions for which buffers are made that must hold ``need`` and may grow."""
+        return need + max(256, need // 8)
 
     def handles(self) -> tuple[Tensor, Tensor]:
         """Keys [B, Hkv, total, D] and values [B, Hkv, total, Dv] as tensors, by which ``holds`` identifies
@@ -256,7 +260,7 @@ class KVStore:
         """All that the store holds, for ``restore``: values as ``tree.split`` takes them. The tensors are
         views of the store's own."""
         return {
-            "stored": [] if self.kv is None else list(self.kv.stored),
+            "stored": [x[:, :, : self.length] for x in self._buffers],
             "dropped": self.dropped,
             "needed": self.needed,
             "starts": self._starts,
@@ -269,8 +273,10 @@ class KVStore:
     @runs_lasting
     def restore(self, held: Mapping[str, Any]) -> None:
         """Fill an empty store with what another one of the same storage held. Keys and values are copied."""
-        if held["stored"]:
-            self.extend(self.storage.format(*held["stored"]))
+        length = held["stored"][0].shape[2] if held["stored"] else 0
+        if length:
+            self._buffers = tuple(self._grown_rows(x, self._room(length)) for x in held["stored"])
+            self._resize(length)
         self._dropped, self.needed = held["dropped"], held["needed"]
         self._starts, self._known = held["starts"], held["known"]
         self.summaries.restore(held["summaries"])

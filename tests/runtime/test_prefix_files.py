@@ -139,6 +139,11 @@ def test_other_kinds_of_layers(name: str, tmp_path: Path) -> None:
         assert torch.equal(steps(model, ours, longer, mask, 90), steps(model, cache, longer, mask, 90))
         loaded.inputs(ids[:, :50])
         assert loaded.reused == 0 and "cannot be cropped" in loaded.left
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        itself = loaded.inputs(longer, keep=False)[hf.cache_name(model)]
+        assert itself is loaded.cache
+        steps(model, itself, longer, mask, 90)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_mixers(tmp_path: Path) -> None:

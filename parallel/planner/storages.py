@@ -1,0 +1,89 @@
+"""How the cache of one device may keep keys and values, and what fits in each way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...attention.errors import FarspanError
+
+if TYPE_CHECKING:
+    from .job import Job
+
+DEVICE, HOST, DISK = "device", "host", "disk"
+BLOCK = 4096  # positions of a lower tier that are on the device at a time where all are read
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value of ``patch(storage=)``. bits: those of a number; None: as the model computes. group: keys that
+    share a scale and a zero in each channel. of_value: numbers of a value that share them. window: the last
+    positions, which are not rounded. tier: the memory that has the keys and values."""
+
+    name: str
+    bits: int | None = None
+    group: int = 1
+    of_value: int = 1
+    window: int = 0
+    tier: str = DEVICE
+
+    def size(self, rows: int, head_dim: int, element_size: int) -> int:
+        """Bytes of ``rows`` keys and values of one KV head."""
+        plain = 2 * head_dim * element_size
+        if self.bits is None:
+            return rows * plain
+        shared = head_dim if head_dim % self.of_value else self.of_value
+        steps = 2 * element_size * (1 / self.group + 1 / shared)  # a scale and a zero in the model's dtype
+        recent = min(rows, self.window)
+        return recent * plain + round((rows - recent) * head_dim * (2 * self.bits / 8 + steps))
+
+
+_INT8 = Stored("int8", 8, group=64, of_value=128, window=128)
+_INT4 = Stored("int4", 4, group=32, of_value=32, window=128)
+PLAIN = Stored("device")
+STORAGES = {
+    stored.name: stored
+    for stored in (
+        PLAIN,
+        _INT8,
+        _INT4,
+        Stored("host", tier=HOST),
+        replace(_INT4, name="int4+host", tier=HOST),
+        Stored("disk", tier=DISK),
+        replace(_INT4, name="int4+disk", tier=DISK),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One cell of the table. needed: bytes of the device. elsewhere: bytes in the lower tier. seconds: of one
+    token at decode."""
+
+    storage: str
+    length: int
+    needed: int
+    elsewhere: int
+    fits: bool
+    seconds: float
+
+
+def what_fits(job: Job, lengths: Sequence[int]) -> list[Fit]:
+    """Each storage at each length on the one device of a job. A device whose own memory is that of the host
+    has no host tier."""
+    from .cost import decode_reads, decode_seconds, elsewhere, memory
+
+    if job.gpus != 1:
+        raise FarspanError(f"Storages are compared on one device; this plan has {job.gpus}.")
+    found = []
+    for stored in STORAGES.values():
+        if stored.tier == HOST and job.device.host_bandwidth is None:
+            continue
+        for length in lengths:
+            one = replace(job, length=length, storage=stored)
+            needed = sum(memory(one)[0].values())
+            seconds = decode_seconds(one, *decode_reads(one))
+            fits = needed <= job.memory
+            found.append(Fit(stored.name, length, needed, elsewhere(one), fits, seconds))
+    return found
