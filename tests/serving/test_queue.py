@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from transformers import DynamicCache
 
+from farspan.runtime import hf
+from farspan.runtime.hf import empty_cache
 from farspan.runtime.prefixes import PrefixStore
 
 from .serving import NAME, POSITIONS, Alone, Served, save, serving, until
@@ -43,15 +45,26 @@ def behind(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def live_caches() -> int:
-    gc.collect()
-    return sum(isinstance(x, DynamicCache) for x in gc.get_objects())
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The caches that the server has made and that are still alive."""
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watched(model: Any) -> Any:
+        made.add(cache := empty_cache(model))
+        return cache
+
+    monkeypatch.setattr(hf, "empty_cache", watched)
+    return made
 
 
-def test_a_full_queue_and_a_client_that_leaves_in_mid_stream(served: Served, folder: Path) -> None:
-    engine, caches = served.server.engine, live_caches()
+def test_a_full_queue_and_a_client_that_leaves_in_mid_stream(
+    served: Served, folder: Path, caches: Any
+) -> None:
+    engine = served.server.engine
     stream = served.client.completions.create(**SLOW, stream=True)
     next(iter(stream))
+    assert len(caches) == 1
     answers: list[str] = []
     waiting = [
         behind(lambda: answers.append(served.client.completions.create(**SHORT).choices[0].text))
@@ -69,7 +82,8 @@ def test_a_full_queue_and_a_client_that_leaves_in_mid_stream(served: Served, fol
     until(lambda: engine.running is None)
     assert answers == [Alone(folder).text(SHORT["prompt"], 3)] * 2
     until(lambda: status(served, 499) == left + 1)
-    until(lambda: live_caches() <= caches)
+    gc.collect()
+    assert not caches
 
 
 @pytest.mark.parametrize("stream", [False, True])
