@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import launch, options, output
+from . import amounts, launch, options, output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,10 @@ def serve(given: Serve) -> None:
 
     One request runs at a time, and the others wait. A prompt that begins as an earlier one did is read from
     where the two differ; `usage` counts these tokens as cached. The server is that of transformers, whose
-    packages `pip install 'farspan[serving]'` installs."""
+    packages `pip install 'farspan[serving]'` installs. Under a launcher, as in
+    `torchrun --nproc-per-node 2 -m farspan serve ...`, rank 0 serves, and each prompt and its cache are
+    spread over the ranks.
+    """
     ranks = given.on.spread()
     options.one_method(given.method)  # a misspelt method ends here, before the model is loaded
     from ..runtime.patch import patch
@@ -68,7 +71,7 @@ def serve(given: Serve) -> None:
 
     if given.storage is not None:
         parse_storage(given.storage)
-    limit = 0 if given.prefix_memory == "0" else options.amounts.size(given.prefix_memory, "--prefix-memory")
+    limit = 0 if given.prefix_memory == "0" else amounts.size(given.prefix_memory, "--prefix-memory")
 
     def load() -> tuple[Any, Any, Patched]:
         model, tokenizer = given.on.load(given.model, given.rope, ranks)

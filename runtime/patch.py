@@ -218,5 +218,5 @@ def patch(
     if mesh is not None:
         undo.insert(0, mesh.close)
     return Patched(
-        type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed, chunking
+        type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed, chunking, room
     )

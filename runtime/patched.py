@@ -35,6 +35,7 @@ class Patched:
         geometry: Mapping[str, Any] | None = None,
         mixed: Mapping[int, Mixed] | None = None,
         chunking: Chunking | None = None,
+        room: int | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -45,6 +46,7 @@ class Patched:
         self._geometry = dict(geometry or {})
         self._mixed = dict(mixed or {})
         self._chunking = chunking
+        self.room = room  # the positions of caches of a fixed size; None: caches grow
         self._sent_before = self._sent()
 
     def modules(self) -> dict[int, dict[str, nn.Module]]:
@@ -96,7 +98,7 @@ class Patched:
         methods = [method for pair in pairs for method in pair]
         if accumulating := sorted({m.name for m in methods if m.observation_window is None}):
             return Cuts(never=f"{' and '.join(accumulating)} needs every query of the prompt")
-        rest = max(DECODE_ROWS + 1, *(m.observation_window or 1 for m in methods))
+        rest = max([DECODE_ROWS + 1, *(m.observation_window or 1 for m in methods)])
         if looking := sorted({pre.name for pre, _ in pairs if pre.lookahead.is_prompt}):
             if self._chunking is None:
                 return Cuts(never=f"{' and '.join(looking)} selects by the end of the prompt")

@@ -21,8 +21,6 @@ from .metrics import Metrics
 from .over_ranks import OverRanks
 
 _USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
-
-
 _END = "end"  # what rank 0 shares at last
 _PATCH = ""  # a server has one patch, so its caches need no name of theirs
 
@@ -81,7 +79,7 @@ class Answers:
         self._metrics = metrics
         self._prefixes = prefixes if self.ranks is None else None
         self._cuts = patched.cuts
-        self._limit = positions(model)
+        self._limit = min((x for x in (positions(model), patched.room) if x is not None), default=None)
         self._job: Job | None = None
         if self.ranks is None:  # ranks end a call at the same token, and not in the middle of a prompt
             for module in hf.inspect_model(model).attention.values():
@@ -89,7 +87,8 @@ class Answers:
 
     def check(self, prompt: Prompt) -> None:
         """Decide the length of an answer that the client leaves open. Raises Refused for a prompt without
-        tokens, and for one that does not fit with its answer into the positions of the model."""
+        tokens, and for one that does not fit with its answer into the positions of the model, or of its
+        caches where these have a fixed size."""
         length, new = prompt.ids.shape[1], prompt.config.max_new_tokens
         if length == 0:
             raise Refused(400, "The prompt has no tokens: give at least one word.")
@@ -101,7 +100,7 @@ class Answers:
             raise Refused(
                 400,
                 f"The prompt has {length} tokens and its answer at most {new}, together more than the "
-                f"{self._limit} positions of the model: shorten the prompt, or ask for fewer tokens.",
+                f"{self._limit} positions that there are: shorten the prompt, or ask for fewer tokens.",
             )
 
     def answer(self, prompt: Prompt, job: Job, streamer: Any) -> list[int]:
@@ -114,6 +113,10 @@ class Answers:
             if self.ranks is not None:
                 self.ranks.share(call)
             return self._answered(prompt, call, streamer)
+        except FarspanError as error:
+            if self.ranks is not None:  # a rank has failed, which is no fault of the request
+                raise Refused(503, str(error)) from None
+            raise
         finally:
             self._job = None
             self._metrics.read(self.patched.report())

@@ -76,7 +76,7 @@ class Engine:
 
     def start(self, load: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         """Start the thread, which calls ``load`` and then serves. failed: called with an
-        error of ``load`` or ``idle``, after which nothing can be served."""
+        error of ``load`` or ``idle``; then nothing can be served."""
         self._thread = threading.Thread(target=self._serve, args=(load, failed), name="farspan engine")
         self._thread.daemon = True
         self._thread.start()

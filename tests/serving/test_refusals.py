@@ -16,7 +16,7 @@ from farspan import FarspanError
 from farspan.runtime.hf.serving import internals
 from farspan.runtime.serving.server import Server, Where
 
-from .serving import NAME, POSITIONS, Served, save, serving, until
+from .serving import NAME, POSITIONS, Alone, Served, save, serving, until
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -109,6 +109,15 @@ def test_too_long(served: Served, stream: bool) -> None:
         served.client.completions.create(model=NAME, prompt="a" * POSITIONS, stream=stream)
     got = served.client.completions.create(model=NAME, prompt="a" * 1000, max_tokens=24, temperature=0)
     assert got.usage is not None and got.usage.completion_tokens == 24
+
+
+def test_caches_of_a_fixed_size_bound_a_request(folder: Path) -> None:
+    with serving(folder, patching={"static": 64}) as served:
+        client = served.ready().client
+        with pytest.raises(openai.BadRequestError, match="more than the 64 positions"):
+            client.completions.create(model=NAME, prompt="a" * 60, max_tokens=5)
+        got = client.completions.create(model=NAME, prompt="a" * 60, temperature=0)
+        assert got.choices[0].text == Alone(folder).text("a" * 60, 4)
 
 
 def test_a_failure_of_one_request_leaves_the_server_alive(

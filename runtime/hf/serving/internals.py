@@ -4,11 +4,10 @@ there."""
 from __future__ import annotations
 
 import inspect
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
-
-from transformers.utils.logging import set_verbosity_error
 
 from ....attention.errors import FarspanError, Unsupported
 from ..releases import installed, tested_requirement
@@ -90,8 +89,8 @@ def check(names: tuple[str, ...] = NAMES) -> None:
 
 
 def quiet() -> None:
-    """Only errors are logged: transformers' server warns of every request."""
-    set_verbosity_error()
+    """Let transformers' server log errors alone; it warns of every request."""
+    logging.getLogger(_HOME).setLevel(logging.ERROR)
 
 
 def stream_error(sentence: str) -> Any:
