@@ -173,7 +173,7 @@ def plan(given: Plan) -> None:
     result = work_out(job)
     storages = []
     if job.gpus == 1:
-        from ..parallel.planner.storages import what_fits
+        from ..parallel.planner.fits import what_fits
 
         storages = what_fits(job, [max(1, job.length // 2), job.length, 2 * job.length, 4 * job.length])
     if given.json:

@@ -49,17 +49,20 @@ def save_cache(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, held, length = Path(path), hf.held(cache), hf.length_of(cache)
+    hf.check_saveable(cache)
+    caches, folder, length = hf.caches_of(model), Path(path), hf.length_of(cache)
+    hf.held(cache)  # refuses caches that cannot be saved
     if not length or length > input_ids.shape[1]:
         raise FarspanError(
             f"This cache holds {length or 'no'} tokens, and {input_ids.shape[1]} were given as input_ids: "
             "give all tokens that it holds."
         )
+    caches.summarise(cache)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint.of_all(model, tokenizer),
-        "spec": hf.caches_of(model).spec,
+        "spec": caches.spec,
         "settings": dict(settings or {}),
     }
     stamp = uuid.uuid4().hex[:8]
@@ -75,7 +78,7 @@ def save_cache(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write("tokens", {"tokens": input_ids[:, :length], "mask": mask[:, :length]})
-        for number, one in enumerate(held):
+        for number, one in enumerate(hf.held(cache)):
             plain, tensors = split(one, f"layers.{number}")
             layers.append(plain)
             write(f"layer-{number:03}", tensors)

@@ -48,8 +48,8 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
             size = stored.size(rows, layer.head_dim, e)
             kv, spare = kv + heads * size, spare + heads * (stored.size(whole, layer.head_dim, e) - size)
         else:  # for this layer and the next
-            some = min(rows, max(BLOCK, round(job.decode_cost.last)))
-            fetched = max(fetched, 2 * heads // count * stored.size(some, layer.head_dim, e))
+            taken_in = min(rows, max(BLOCK, round(job.decode_cost.last)))
+            fetched = max(fetched, 2 * heads // count * stored.size(taken_in, layer.head_dim, e))
     summaries = _summaries(job)
     states = job.batch * (model.mixer_states + job.length * model.mixer_growth)  # the same on every rank
     found = {

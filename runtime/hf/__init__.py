@@ -9,6 +9,7 @@ from .cache import KVStoreLayer as KVStoreLayer
 from .cache import adopt_cache as adopt_cache
 from .cache import stored_bytes as stored_bytes
 from .caches import caches_of as caches_of
+from .caches import check_saveable as check_saveable
 from .caches import crop_to as crop_to
 from .caches import croppable as croppable
 from .caches import held as held

@@ -50,6 +50,14 @@ class PatchedCaches(Unique):
         adopt_cache(cache, self.plan)
         adopt_states(cache, {i: entry.mixer for i, entry in self.mixed.items()}, self.plan.count)
 
+    def summarise(self, cache: Cache) -> None:
+        """Complete the summaries of keys and values that decode reads, which its first call would do."""
+        for index, layer in self.layers.items():
+            for summary in layer.decode.summaries:
+                kept = cache.layers[index]
+                if isinstance(kept, KVStoreLayer) and summary.reads <= {"keys", "values"}:
+                    kept.store.summarise(summary)
+
     def restored(self, layers: Sequence[Any], tensor: Callable[[str], Tensor]) -> Cache:
         """A cache with the contents that ``held`` has given for each layer, behind ``tree.split``. tensor:
         returns the tensor of a name. Raises FarspanError for layers of other kinds."""
@@ -91,21 +99,24 @@ def caches_of(model: nn.Module) -> PatchedCaches:
     return found
 
 
-def held(cache: Cache) -> list[dict[str, Any]]:
-    """What each layer of a patched model's cache holds, as ``tree.split`` takes it; tensors are views. Raises
-    FarspanError for a cache over ranks and for one that no patched model has filled."""
+def check_saveable(cache: Any) -> None:
+    """Raise FarspanError for a cache over ranks and for one that no patched model has filled."""
     layers = getattr(cache, "layers", [])
     if any(isinstance(layer, ShardStoreLayer) for layer in layers):
         raise FarspanError("This cache is sharded over ranks, and a saved cache is that of one process.")
     if not any(isinstance(layer, KVStoreLayer) for layer in layers):
         raise FarspanError("This cache was not filled by a patched model, so it has no layer of farspan's.")
+
+
+def held(cache: Cache) -> list[dict[str, Any]]:
+    """What each layer of a cache holds, as ``tree.split`` takes it; tensors are views."""
     return [
         {
             "kind": type(layer).__name__,
             "attributes": {name: x for name, x in vars(layer).items() if name not in _MADE_ANEW},
             "store": layer.store.held() if isinstance(layer, KVStoreLayer) else None,
         }
-        for layer in layers
+        for layer in cache.layers
     ]
 
 

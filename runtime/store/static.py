@@ -17,7 +17,7 @@ from torch import Tensor
 from ...attention.errors import FarspanError
 from ...attention.keys import State
 from ...attention.kv import KV
-from ...attention.sources import Recent, Supply
+from ...attention.sources import Recent
 from ...attention.static_step import StaticStep
 from ...attention.summary import Kept, Summaries, Summary
 from .store import KVStore, lasting
@@ -184,9 +184,7 @@ class StaticStore(KVStore):
         check_room(self.length + 1, self.room)
         self.clock.come_to(self._buffers[0].device)
         if step.summary is not None and not self.summaries.complete(step.summary, self.length):
-            assert self.kv is not None
-            with lasting():
-                self.summaries.get(step.summary, Supply(self.kv), self._starts)
+            self.summarise(step.summary)
         self.step.pin()
         step.begin(self.step)
 

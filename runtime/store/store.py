@@ -13,7 +13,8 @@ from torch import Tensor
 from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
 from ...attention.kv import KV
-from ...attention.summary import Summaries
+from ...attention.sources import Supply
+from ...attention.summary import Summaries, Summary
 from .positions import Positions
 from .states import States
 from .storage import DEVICE, Storage
@@ -255,6 +256,12 @@ class KVStore:
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
+
+    @runs_lasting
+    def summarise(self, summary: Summary) -> None:
+        """Take all positions into a summary of keys and values, as a later call would do."""
+        if self.kv is not None and not self.dropped:
+            self.summaries.get(summary, Supply(self.kv), self._starts)
 
     def held(self) -> dict[str, Any]:
         """All that the store holds, for ``restore``: values as ``tree.split`` takes them. The tensors are

@@ -14,8 +14,9 @@ from farspan.attention.spec import parse_method
 from farspan.cli.app import app
 from farspan.parallel.planner.cost import decode_reads, decode_seconds, memory
 from farspan.parallel.planner.device import DEVICES, Device
+from farspan.parallel.planner.fits import what_fits
 from farspan.parallel.planner.job import Job
-from farspan.parallel.planner.storages import PLAIN, STORAGES, what_fits
+from farspan.parallel.planner.storages import PLAIN, STORAGES
 from farspan.runtime import machine
 
 from .test_plan import LLAMA_8B, job

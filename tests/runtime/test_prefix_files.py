@@ -111,6 +111,19 @@ def test_keys_that_were_dropped_cannot_be_had_again(tmp_path: Path) -> None:
         assert len(loaded.inputs(extended(ids))) == 3 and loaded.reused == 200
 
 
+def test_summaries_are_saved_complete(tmp_path: Path) -> None:
+    """Prefill is dense under quest, so the pages are first read by a decode step, which computes none."""
+    model, ids = shared("llama"), prompt(1, 90)
+    with farspan.patch(model, "quest:k=16,page=4,dense_layers=0"):
+        cache = hf.fill(model, ids, torch.ones_like(ids))
+        assert cache.layers[0].store.summaries.nbytes == 0
+        farspan.save_cache(model, cache, ids, tmp_path)
+        [pages] = farspan.load_cache(model, tmp_path).cache.layers[0].store.summaries.held()["entries"]
+    k = cache.layers[0].store.kv.k[:, :, :88].unflatten(2, (-1, 4))
+    assert pages["done"] == 90 and pages["entries"].shape == (1, 2, 23, 32)
+    assert torch.equal(pages["entries"][:, :, :22], torch.cat([k.amax(3), k.amin(3)], -1))
+
+
 @pytest.mark.parametrize("spec", ["recycled:k=16,stride=4", "snapkv:k=24,window=8", "h2o:k=24"])
 def test_the_state_counts(spec: str, tmp_path: Path) -> None:
     """Without the saved state the next logits would be others: the test above could fail."""
