@@ -17,7 +17,8 @@ from farspan.runtime.serving.answers import Answers, Prompt
 from farspan.runtime.serving.engine import Job
 from farspan.runtime.serving.metrics import Metrics
 
-from .serving import NAME, SILENT, Alone, save, serving
+from ..runtime.small_models import make
+from .serving import NAME, SILENT, Alone, letters, save, serving
 
 DOCUMENT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(300))
 METHODS = [
@@ -50,10 +51,19 @@ class Reader:
     """A patched model that answers texts one after another."""
 
     def __init__(self, folder: Path, method: str, prefixes: Any, **patching: Any) -> None:
-        model, self.tokenizer = load(folder)
-        self.patched = farspan.patch(model, method, **patching)
+        self._begin(*load(folder), prefixes, method, **patching)
+
+    @classmethod
+    def of(cls, model: Any, prefixes: Any) -> Reader:
+        """The same for a model in memory."""
+        made = cls.__new__(cls)
+        made._begin(model, letters(), prefixes, "dense")
+        return made
+
+    def _begin(self, model: Any, tokenizer: Any, prefixes: Any, method: str, **patching: Any) -> None:
+        self.tokenizer, self.patched = tokenizer, farspan.patch(model, method, **patching)
         metrics = Metrics(lambda: 0, lambda: 0)
-        self.answers = Answers(model, self.tokenizer, self.patched, metrics, prefixes)
+        self.answers = Answers(model, tokenizer, self.patched, metrics, prefixes)
 
     def __call__(self, text: str, new: int = 6) -> tuple[list[int], int]:
         """The tokens of the answer, and how many of the prompt were reused."""
@@ -119,3 +129,11 @@ def test_a_small_limit_keeps_the_last_prompts(folder: Path) -> None:
         reader(f"{number}{DOCUMENT}")
     assert 0 < store.nbytes <= store.limit and store.dropped > 0
     assert reader(f"4{DOCUMENT}")[1] > 0 and reader(f"0{DOCUMENT}")[1] == 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "falcon_h1", "gemma3"])
+def test_layers_that_cannot_be_cropped_reuse_nothing(architecture: str) -> None:
+    """Recurrent layers, recurrent mixers beside attention, and windows that are full."""
+    alone, again = (Reader.of(make(architecture), store) for store in (None, PrefixStore(1 << 30)))
+    for text in (DOCUMENT[:90], DOCUMENT[:90] + " and what then, after that?"):
+        assert again(text) == (alone(text)[0], 0)
