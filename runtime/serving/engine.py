@@ -74,11 +74,16 @@ class Engine:
         """How many requests wait."""
         return len(self._waiting)
 
-    def start(self, load: Callable[[], None], failed: Callable[[Exception], None]) -> None:
-        """Start the thread, which calls ``load`` and then serves. failed: called with an
-        error of ``load`` or ``idle``; then nothing can be served."""
-        self._thread = threading.Thread(target=self._serve, args=(load, failed), name="farspan engine")
-        self._thread.daemon = True
+    def start(
+        self, load: Callable[[], None], ready: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Start the thread, which calls ``load`` and then serves.
+
+        ready: called when requests are served. failed: called with an error of ``load`` or ``idle``; then
+        nothing can be served."""
+        self._thread = threading.Thread(
+            target=self._serve, args=(load, ready, failed), name="farspan engine", daemon=True
+        )
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
@@ -125,7 +130,9 @@ class Engine:
         if self._thread is not None:
             self._thread.join(within)
 
-    def _serve(self, load: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def _serve(
+        self, load: Callable[[], None], ready: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
         try:
             load()
         except Exception as error:
@@ -133,6 +140,7 @@ class Engine:
             failed(error)
             return
         self.ready = True
+        ready()
         while (job := self._next(failed)) is not None:
             self._run(job)
             self.running = job = None

@@ -112,7 +112,7 @@ class Server:
     def run(self) -> None:
         """Serve until ``stop``, or a signal where this is the main thread. Raises what loading the model has
         raised."""
-        self.engine.start(self._load, self._failed)
+        self.engine.start(self._load, lambda: logger.info("Ready at %s", self.url), self._failed)
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -139,7 +139,6 @@ class Server:
             logger.info("Prefixes are not reused over ranks.")
         elif self._prefixes is not None and (why := patched.cuts.never):
             logger.info("Prefixes are not reused: %s.", why)
-        logger.info("Ready at %s", self.url)
 
     def _failed(self, error: Exception) -> None:
         self._error = error
