@@ -16,6 +16,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .report import recommend, report
+from .serve import serve
 from .sweep import sweep
 from .train import train
 
@@ -34,6 +35,7 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(report)
 app.command()(recommend)
+app.command(cls=launch.SpreadCommand)(serve)
 app.command()(sweep)
 app.command()(doctor)
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 _MEETING = 300.0  # seconds that ranks wait for a rank that started late, or for someone who types at rank 0
 _STORE = 10.0  # seconds in which the job's store must answer
 _QUOTED = 80  # characters of an option's value that are quoted
+SECRET = frozenset({"api_key"})  # options that no sentence may quote; rank 0 alone uses them
 _GRACE = 1.0  # seconds before a failed rank exits, as launchers then stop the ranks that have not printed yet
 
 
@@ -87,10 +88,9 @@ class SpreadCommand(TyperCommand):
 def same_options(context: typer.Context) -> None:
     """Check that all ranks run the same command with the same options, defaults included.
 
-    Of ``--device`` only the kind is compared, because each rank may name its own device. Raises FarspanError,
-    which names each option that differs, and the ranks whose value is not that of the majority (of rank 0, if
-    there is no majority).
-    """
+    Of ``--device`` only the kind is compared, because each rank may name its own device; keys are not. Raises
+    FarspanError, which names each option that differs, and the ranks whose value is not that of the majority
+    (of rank 0, if there is no majority)."""
     if size() == 1:
         return
     from ..parallel.group.digest import minority
@@ -98,7 +98,11 @@ def same_options(context: typer.Context) -> None:
 
     spelt = {param.name: max(param.opts, key=len) for param in context.command.params}
     given = {"the command": context.command_path}
-    given |= {spelt.get(name, name): _as_text(name, value) for name, value in context.params.items()}
+    given |= {
+        spelt.get(name, name): _as_text(name, value)
+        for name, value in context.params.items()
+        if name not in SECRET
+    }
     said = _meet("farspan/options", given)
     if minority([rank["the command"] for rank in said]):
         said = [{"the command": rank["the command"]} for rank in said]

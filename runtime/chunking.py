@@ -61,3 +61,25 @@ class Chunking:
     def _alone(self, begin: int, length: int) -> list[int]:
         """The cuts of a row that begins at ``begin`` and is alone in the batch."""
         return list(range(begin + self.tokens, length - DECODE_ROWS, self.tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Where a prompt may be cut into two calls so that its answer is that of one call. Then the cache of its
+    beginning can be reused.
+
+    step: a cut lies at a multiple of this number of tokens. rest: the second call has at least so many.
+    never: why there is no such cut; "" where there are some.
+    """
+
+    step: int = 1
+    rest: int = DECODE_ROWS + 1
+    never: str = ""
+
+    def longest(self, length: int) -> int:
+        """The last cut of a prompt of ``length`` tokens; 0 where it has none."""
+        return 0 if self.never else self.aligned(max(length - self.rest, 0))
+
+    def aligned(self, length: int) -> int:
+        """The last cut at or before ``length``."""
+        return length - length % self.step

@@ -223,4 +223,6 @@ def patch(
         undo += adapters.put_on(merge)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed)
+    return Patched(
+        type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed, chunking, room
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from ..parallel.group.mesh import Mesh
+from .chunking import Chunking, Cuts
 from .layer import Layer
 from .measure import Observer
 from .mixers import Mixed
@@ -31,6 +34,8 @@ class Patched:
         notices: Counter[str] | None = None,
         geometry: Mapping[str, Any] | None = None,
         mixed: Mapping[int, Mixed] | None = None,
+        chunking: Chunking | None = None,
+        room: int | None = None,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -40,6 +45,8 @@ class Patched:
         self._notices = Counter() if notices is None else notices
         self._geometry = dict(geometry or {})
         self._mixed = dict(mixed or {})
+        self._chunking = chunking
+        self.room = room  # the positions of caches of a fixed size; None: caches grow
         self._sent_before = self._sent()
 
     def modules(self) -> dict[int, dict[str, nn.Module]]:
@@ -78,6 +85,25 @@ class Patched:
             )
         gates = {index: one.module for index, one in owners.items() if one.module is not None}
         return Recipe.of_modules(next(iter(owners.values())), gates, self._geometry, settings)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The ranks that share a sequence; None on one device."""
+        return self._mesh
+
+    @property
+    def cuts(self) -> Cuts:
+        """Where a prompt may be cut so that the cache of its beginning can be reused for another prompt."""
+        pairs = [(x.prefill, x.decode) for i, x in self._layers.items() if i not in self._untouched]
+        methods = [method for pair in pairs for method in pair]
+        if accumulating := sorted({m.name for m in methods if m.observation_window is None}):
+            return Cuts(never=f"{' and '.join(accumulating)} needs every query of the prompt")
+        rest = max([DECODE_ROWS + 1, *(m.observation_window or 1 for m in methods)])
+        if looking := sorted({pre.name for pre, _ in pairs if pre.lookahead.is_prompt}):
+            if self._chunking is None:
+                return Cuts(never=f"{' and '.join(looking)} selects by the end of the prompt")
+            return Cuts(step=self._chunking.tokens, rest=rest)
+        return Cuts(step=math.lcm(*(m.block_multiple for m in methods)), rest=rest)
 
     def report(self, *, measure_mass: bool = False) -> Report:
         """What each layer has read since the patch, or since ``reset_report``.

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 SUITES = [
     "tests/laws",
     "tests/runtime",
+    "tests/serving",
     "tests/test_cli.py",
     "tests/test_cli_input.py",
     "tests/test_bad_commands.py",

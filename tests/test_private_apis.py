@@ -26,6 +26,7 @@ SHIMS = (
     "attention/ops/torch_private.py",
     "parallel/group/c10d.py",
     "runtime/hf/transformers_private.py",
+    "runtime/hf/serving/internals.py",
     "evals/private_apis.py",
 )
 CHECKED_BY_WHAT_IT_DOES = {
@@ -69,6 +70,7 @@ USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[2], "transformers.masking_utils.sliding_window_overlay", 1, ()),
     (SHIMS[2], "transformers.masking_utils.find_packed_sequence_indices", 1, ()),
     (SHIMS[2], "transformers.models.qwen3_next.modeling_qwen3_next.apply_mask_to_padding_states", 2, ()),
+    (SHIMS[3], "transformers.cli.serving.utils._StreamError", 1, ()),
 ]
 
 

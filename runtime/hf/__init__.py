@@ -24,6 +24,7 @@ from .converted import save_converted as save_converted
 from .converted import specs_of as specs_of
 from .encoders import put_hydra as put_hydra
 from .generation import answer_by as answer_by
+from .generation import empty_cache as empty_cache
 from .generation import fill as fill
 from .generation import generate_by as generate_by
 from .generation import generation_settings as generation_settings

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from ...attention.errors import FarspanError
@@ -83,6 +83,11 @@ def generate_by(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
             module.generation_config = own
 
 
+def empty_cache(model: Any) -> DynamicCache:
+    """A cache without tokens, for a call of `generate` that fills it."""
+    return DynamicCache(config=model.config.get_text_config())
+
+
 def generation_settings(model: Any) -> dict[str, Any]:
     """The settings of the model's generation config that differ from transformers' defaults, without token
     ids, as JSON-compatible values. `generate_by` does not use them."""
@@ -133,6 +138,13 @@ def kept_config(model: Any, **decided: Any) -> tuple[GenerationConfig, list[str]
     for name, value in (tokens | kept).items():
         setattr(config, name, value)  # the constructor would warn about settings without effect
     return config, [f"{name}={settings[name]!r} ({reason})" for name, reason in dropped.items()]
+
+
+def servable(settings: Mapping[str, Any]) -> None:
+    """Raises FarspanError for a setting of a generation config that a patched model cannot serve."""
+    for name in settings:
+        if name not in _KEPT | _DECIDED:
+            raise FarspanError(f"{name} cannot be set: {_REASONS.get(name, _UNSUPPORTED)}.")
 
 
 def streams(config: GenerationConfig) -> bool:

@@ -13,6 +13,7 @@ from .chat import choose_chat as choose_chat
 from .chat import encode_prefix as encode_prefix
 from .chat import encode_prompt as encode_prompt
 from .chat import followed_by as followed_by
+from .chat import has_chat as has_chat
 from .chat import plain_ids as plain_ids
 from .chat import prompt_ids as prompt_ids
 from .chat import turn_ids as turn_ids

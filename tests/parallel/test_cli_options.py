@@ -33,6 +33,8 @@ def others(command: Any) -> dict[str, list[str]]:
     found = {}
     for param in command.params:
         option = max(param.opts, key=len)
+        if param.name in job.SECRET:
+            continue
         if option != "--help" and not param.hidden:  # hidden ones only say what they are called now
             value = OTHER.get(option, "0.5" if isinstance(param.default, float) else "7")
             found[option] = [option] if param.is_flag else [option, value]
@@ -87,7 +89,7 @@ def said(results: list[tuple[int, str, str]]) -> str:
 
 
 def test_the_commands_that_are_spread():
-    assert set(SPREAD) == {"generate", *(f"eval {suite}" for suite in SUITES)}
+    assert set(SPREAD) == {"generate", "serve", *(f"eval {suite}" for suite in SUITES)}
     assert all(isinstance(command, job.SpreadCommand) for command in spread_commands().values())
 
 
@@ -113,6 +115,10 @@ def test_another_command_on_a_rank(ended: Any):
 def test_a_long_value_is_compared_whole(ended: Any):
     line = said(ended["long"])
     assert "--prompt is 'aaa" in line and len(line) < 400
+
+
+def test_no_sentence_can_quote_a_key(ended: Any):
+    assert {"api_key"} == job.SECRET and "--api-key" not in said(ended["serve"])
 
 
 def test_the_same_options_pass(ended: Any):

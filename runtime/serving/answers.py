@@ -1,0 +1,234 @@
+"""Answers of a patched model to one prompt after another. What a prompt has in common with earlier ones is
+not read again."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...attention.errors import FarspanError
+from .. import hf
+from ..models import positions
+from ..patched import Patched
+from .engine import Cancelled, Job, Refused
+from .metrics import Metrics
+from .over_ranks import OverRanks
+
+_USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
+_END = "end"  # what rank 0 shares at last
+_PATCH = ""  # a server has one patch, so its caches need no name of theirs
+
+
+class Prefixes(Protocol):
+    """Caches by the patch that has filled them and by the tokens that they hold. A cache has one owner:
+    ``take`` moves it out, ``put`` gives it back."""
+
+    def take(self, patch: str, tokens: Sequence[int]) -> tuple[Any | None, int]:
+        """The cache with the longest common prefix, cropped to it, and its length; (None, 0) without one."""
+
+    def put(self, patch: str, tokens: Sequence[int], cache: Any) -> bool:
+        """Keep a cache that holds these tokens. Returns whether it is kept."""
+
+
+@dataclass(kw_only=True)
+class Prompt:
+    """One request to the model.
+
+    ids [1, T]: the tokens of the prompt. config: transformers' generation config; ``max_new_tokens`` is None
+    where the client sets no limit. seed: for sampling; None: another one each time. began: when the request
+    came, on the clock of ``time.monotonic``.
+    reused: how many of the tokens were not read again; known once the answer begins.
+    """
+
+    ids: Tensor
+    config: Any
+    endpoint: str
+    began: float
+    seed: int | None = None
+    reused: int = 0
+    first: float | None = field(default=None, repr=False)  # when the first token came
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every rank calls the model with. config: transformers' generation config."""
+
+    ids: Tensor
+    config: Any
+    seed: int
+
+
+class Answers:
+    """A patched model and its tokenizer. It is used by one thread. Over ranks, rank 0 has the prompts, and
+    the others ``follow``.
+
+    prefixes: what keeps the caches of earlier prompts; None, and over ranks: every prompt is read whole.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, patched: Patched, metrics: Metrics, prefixes: Prefixes | None
+    ) -> None:
+        self.model, self.tokenizer, self.patched = model, tokenizer, patched
+        self.ranks = None if patched.mesh is None else OverRanks(patched.mesh)
+        self._metrics = metrics
+        self._prefixes = prefixes if self.ranks is None else None
+        self._cuts = patched.cuts
+        self._limit = min((x for x in (positions(model), patched.room) if x is not None), default=None)
+        self._job: Job | None = None
+        if self.ranks is None:  # ranks end a call at the same token, and not in the middle of a prompt
+            for module in hf.inspect_model(model).attention.values():
+                module.register_forward_pre_hook(self._check_job)
+
+    def check(self, prompt: Prompt) -> None:
+        """Decide the length of an answer that the client leaves open. Raises Refused for a prompt without
+        tokens, and for one that does not fit with its answer into the positions of the model, or of its
+        caches where these have a fixed size."""
+        length, new = prompt.ids.shape[1], prompt.config.max_new_tokens
+        if length == 0:
+            raise Refused(400, "The prompt has no tokens: give at least one word.")
+        room = None if self._limit is None else self._limit - length
+        if new is None:
+            new = _USUAL_LENGTH if room is None else max(1, min(_USUAL_LENGTH, room))
+            prompt.config.max_new_tokens = new
+        if room is not None and new > room:
+            raise Refused(
+                400,
+                f"The prompt has {length} tokens and its answer at most {new}, together more than the "
+                f"{self._limit} positions that there are: shorten the prompt, or ask for fewer tokens.",
+            )
+
+    def answer(self, prompt: Prompt, job: Job, streamer: Any) -> list[int]:
+        """The tokens that the model writes after a prompt. streamer: ``put`` and ``end`` are called as those
+        of transformers' streamers. Raises Cancelled where the job is cancelled meanwhile."""
+        self._job = job
+        seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
+        call = Call(prompt.ids, prompt.config, seed)
+        try:
+            if self.ranks is not None:
+                self.ranks.share(call)
+            return self._answered(prompt, call, streamer)
+        except FarspanError as error:
+            if self.ranks is not None:  # a rank has failed, which is no fault of the request
+                raise Refused(503, str(error)) from None
+            raise
+        finally:
+            self._job = None
+            self._metrics.read(self.patched.report())
+            self.patched.reset_report()
+
+    def idle(self) -> None:
+        """Tell the other ranks, which would give up otherwise, that there is nothing to do."""
+        if self.ranks is not None:
+            self.ranks.share(None)
+
+    def end(self) -> None:
+        """Let the other ranks end."""
+        if self.ranks is not None:
+            self.ranks.share(_END)
+
+    def _answered(self, prompt: Prompt, call: Call, streamer: Any) -> list[int]:
+        tokens: list[int] = prompt.ids[0].tolist()
+        cache, prompt.reused = self._taken(tokens)
+        self._metrics.prompt_tokens.inc(len(tokens))
+        kept = self._cuts.longest(len(tokens))
+        try:
+            ids = generated(self.model, self.tokenizer, call, cache, _Ending(self._cancelled, streamer))
+        except Cancelled:
+            kept = prompt.reused if prompt.first is None else kept  # the prompt may have been read in part
+            raise
+        except BaseException:
+            kept = 0
+            raise
+        finally:
+            self._keep(tokens[:kept], cache)
+        return [int(token) for token in ids[0, len(tokens) :]]
+
+    def _cancelled(self) -> bool:
+        cancelled = self._job is not None and self._job.cancelled
+        return cancelled if self.ranks is None else bool(self.ranks.share(cancelled))
+
+    def _taken(self, tokens: list[int]) -> tuple[Any, int]:
+        """A cache that holds the beginning of a prompt, and how many tokens of it; a new one holds none."""
+        most = self._cuts.longest(len(tokens))
+        if self._prefixes is not None and most:
+            cache, length = self._prefixes.take(_PATCH, tokens[: most + 1])
+            length = self._cuts.aligned(min(length, most))
+            found = cache is not None and length > 0 and _cropped(cache, length)
+            (self._metrics.prefix_hits if found else self._metrics.prefix_misses).inc()
+            if found:
+                self._metrics.reused_tokens.inc(length)
+                return cache, length
+        return hf.empty_cache(self.model), 0
+
+    def _keep(self, tokens: list[int], cache: Any) -> None:
+        """Keep what a cache holds of the beginning of a prompt. What decode has written is not kept: a method
+        may have read less for it than prefill would have."""
+        if self._prefixes is not None and tokens and _cropped(cache, len(tokens)):
+            self._prefixes.put(_PATCH, tokens, cache)
+
+    def _check_job(self, *_: Any) -> None:
+        if self._job is not None:
+            self._job.check()
+
+
+class _Ending:
+    """A streamer that ends the call, by Cancelled, at the first token at which ``cancelled`` is true."""
+
+    def __init__(self, cancelled: Callable[[], bool], streamer: Any = None) -> None:
+        self._cancelled, self._streamer = cancelled, streamer
+
+    def put(self, value: Tensor) -> None:
+        if self._cancelled():
+            raise Cancelled
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def generated(model: Any, tokenizer: Any, call: Call, cache: Any, streamer: Any) -> Tensor:
+    """The tokens [1, T + N] of the prompt and of its answer."""
+    inputs: dict[str, Any] = {"input_ids": call.ids, "attention_mask": torch.ones_like(call.ids)}
+    if call.config.stop_strings is not None:
+        inputs["tokenizer"] = tokenizer
+    torch.manual_seed(call.seed)
+    with torch.no_grad():
+        made: Tensor = hf.generate_by(
+            model, call.config, streamer=streamer, **inputs, **hf.with_cache(model, cache)
+        )
+    return made
+
+
+def follow(model: Any, tokenizer: Any, patched: Patched) -> None:
+    """Make the calls of rank 0 until it ends. Raises FarspanError where a rank has failed."""
+    assert patched.mesh is not None
+    ranks = OverRanks(patched.mesh)
+    while (call := ranks.share()) != _END:
+        if call is not None:
+            call = replace(call, ids=call.ids.to(model.device))
+            # An error of the model is the same on every rank, and rank 0 tells it. A rank that has failed
+            # alone is missed in the next collective.
+            with suppress(Exception):
+                generated(model, tokenizer, call, hf.empty_cache(model), _Ending(lambda: bool(ranks.share())))
+
+
+def _cropped(cache: Any, length: int) -> bool:
+    """Whether every layer of a cache holds ``length`` tokens, after it has been cropped to them. In a call
+    that has ended in its middle, some layers hold more than others."""
+    if not hf.croppable(cache):
+        return False
+    try:
+        for layer in cache.layers:
+            if (more := layer.get_seq_length() - length) > 0:
+                layer.crop(-more)
+    except FarspanError:  # a method has dropped keys
+        return False
+    return hf.length_of(cache) == length
