@@ -79,11 +79,9 @@ class Attention(Layer):
 class Recurrent(Layer):
     """A mixer, which keeps a state."""
 
-    attends = False
-
     def __init__(self, mixer: Mixer) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.attends = mixer, not mixer.ordered
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mixer(x)[0]
