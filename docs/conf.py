@@ -15,6 +15,7 @@ from typing import Any
 
 import farspan
 from farspan.attention.hybrid import EncoderMixer, Mixer, encoder_mixers, mixers
+from farspan.attention.hybrid.registry import parameters_of as mixer_parameters
 from farspan.attention.method import AttentionMethod
 from farspan.attention.spec import parameters_of
 
@@ -68,8 +69,7 @@ def _method(method: type[AttentionMethod]) -> Iterator[str]:
 def _mixer(name: str, mixer: type[Mixer] | type[EncoderMixer]) -> Iterator[str]:
     yield f"### `{name}`: {mixer.title}\n"
     yield f"{_paper(mixer.paper)}\n"
-    parameters = inspect.signature(mixer.__init__).parameters.values()
-    yield from _parameters([p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY])
+    yield from _parameters(list(mixer_parameters(mixer).values()))
     yield _docstring(mixer)
 
 

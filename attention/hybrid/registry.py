@@ -27,6 +27,12 @@ def encoder_mixers() -> dict[str, type[EncoderMixer]]:
     return encoder.registered()
 
 
+def parameters_of(cls: type[Mixer] | type[EncoderMixer]) -> dict[str, inspect.Parameter]:
+    """The parameters that a spec may give, by name: the keyword-only ones of ``__init__``."""
+    found = inspect.signature(cls.__init__).parameters
+    return {key: one for key, one in found.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 def parse_mixer(spec: str, geometry: Geometry) -> Mixer:
     """A mixer with fresh weights from ``"name"`` or ``"name:par=value,par=value"``.
 
@@ -40,7 +46,7 @@ def parse_mixer(spec: str, geometry: Geometry) -> Mixer:
             f"{', '.join(mixers())}, or put it into an encoder with farspan.runtime.hf.put_encoder_mixers."
         )
     cls = find("mixer", name, mixers())
-    mixer = _made(spec, _values(name, text, cls.__init__), lambda **values: cls(geometry, **values))
+    mixer = _made(spec, _values(name, text, cls), lambda **values: cls(geometry, **values))
     if mixer.state_bytes > _MOST:
         raise SpecError(
             f"{spec!r} keeps {mixer.state_bytes:,} bytes of each sequence, more than the {_MOST:,} that "
@@ -53,7 +59,7 @@ def parse_encoder_mixer(spec: str, hidden_size: int) -> EncoderMixer:
     """An encoder mixer with fresh weights from its spec. Raises SpecError as ``parse_mixer`` does."""
     name, text = _split(spec)
     cls = find("encoder mixer", name, encoder_mixers())
-    return _made(spec, _values(name, text, cls.__init__), lambda **values: cls(hidden_size, **values))
+    return _made(spec, _values(name, text, cls), lambda **values: cls(hidden_size, **values))
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -62,14 +68,9 @@ def _split(spec: str) -> tuple[str, str]:
     return split_spec(spec)
 
 
-def _values(name: str, text: str, init: Callable[..., None]) -> dict[str, typing.Any]:
-    """The parameters of a spec, which are the keyword-only ones of ``init``."""
-    takes = {
-        key: parameter.default
-        for key, parameter in inspect.signature(init).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    return parse_parameters(name, text, takes, typing.get_type_hints(init))
+def _values(name: str, text: str, cls: type[Mixer] | type[EncoderMixer]) -> dict[str, typing.Any]:
+    takes = {key: parameter.default for key, parameter in parameters_of(cls).items()}
+    return parse_parameters(name, text, takes, typing.get_type_hints(cls.__init__))
 
 
 def _made(spec: str, values: dict[str, typing.Any], make: Callable[..., M]) -> M:

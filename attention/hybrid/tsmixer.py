@@ -41,7 +41,7 @@ class TSMixer(EncoderMixer):
         n = hidden.shape[1]
         if n > self.length:
             raise FarspanError(
-                f"tsmixer has weights for {self.length} tokens; this call has {n}: make it with a longer length."
+                f"tsmixer has weights for {self.length} tokens; this call has {n}: give it a longer length."
             )
         tokens = Tokens(hidden, mask, None)
         weight, bias = self.over_tokens.weight[:n, :n], self.over_tokens.bias[:n]

@@ -3,7 +3,6 @@ two; and encoder mixers."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import abstractmethod
 
@@ -22,6 +21,7 @@ from ...attention.hybrid import (
     parse_encoder_mixer,
     parse_mixer,
 )
+from ...attention.hybrid.registry import parameters_of
 from ...attention.keys import Keys
 from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod, LayerInfo
@@ -175,7 +175,7 @@ def _layer(spec: str, dim: int, heads: int, length: int, index: int, encoders: b
     }
     if name in known:
         given = {piece.partition("=")[0].strip() for piece in parameters.split(",")}
-        takes = inspect.signature(known[name].__init__).parameters.keys() - given
+        takes = parameters_of(known[name]).keys() - given
         more = [f"{key}={value}" for key, value in (("length", length), ("heads", heads)) if key in takes]
         spec = f"{name}:" + ",".join(filter(None, (parameters, *more)))
         if name in encoder_mixers():
