@@ -27,11 +27,9 @@ class ProbSparse(Projected):
     the scaled scores. A query attends if fewer than u(n) of the n - 1 queries before it measure as much.
     The choice has no gradient.
 
-    Departures: the sampled keys are evenly spaced, where the paper draws them; the paper ranks all queries
-    of a sequence, later ones too, and samples from all keys: there the output of a token depends on the
-    tokens behind it, which no language model may. whole=true is that choice, among the tokens of one call:
-    no law of mixers holds for it, and it is there to measure what it is worth. The code of the paper has
-    sums in place of means.
+    Departures: the paper ranks all queries of a sequence, later ones too, and samples from all keys, so that
+    the output of a token depends on the tokens behind it, which no language model may; the sampled keys are
+    evenly spaced, where the paper draws them; the code of the paper has sums in place of means.
 
     The state is the keys and values of all tokens, the measures of all queries and the sum of the values.
 
@@ -45,11 +43,11 @@ class ProbSparse(Projected):
     ordered: ClassVar[bool] = False
     discrete: ClassVar[bool] = True
 
-    def __init__(self, geometry: Geometry, *, factor: int = 5, whole: bool = False) -> None:
+    def __init__(self, geometry: Geometry, *, factor: int = 5) -> None:
         super().__init__(geometry)
         if factor < 1:
             raise SpecError(f"probsparse takes a factor of at least 1; got {factor}.")
-        self.factor, self.whole = factor, whole
+        self.factor = factor
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -81,8 +79,7 @@ class ProbSparse(Projected):
         )
         q, seen = q.transpose(1, 2), at.position.clamp(min=0) + 1  # how many keys a query may read
         k, v = (pad(x, (0, 0, 0, 0, 0, int(x.shape[1] == 0))).transpose(1, 2) for x in (keys, values))
-        of = at.end[:, None].expand_as(seen) if self.whole else seen
-        measure = query_measure(q.detach(), k.detach(), of, self.factor, self.geometry.softmax_scale)
+        measure = query_measure(q.detach(), k.detach(), seen, self.factor, self.geometry.softmax_scale)
         measures = parts[2].append(measures, measure.transpose(1, 2), at)
         exact = self._chosen(measure, measures, at)
         mean = (sums / seen[..., None, None]).transpose(1, 2).repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -94,15 +91,9 @@ class ProbSparse(Projected):
         """[B, H, T] bool: whether a query attends. measure: [B, H, T] of the call, measures: [B, n, H] of
         all."""
         index = torch.arange(measures.shape[1], device=measure.device)
-        all_of_them, own = measures.transpose(1, 2)[:, :, None], measure[..., None]
-        if self.whole:
-            number = at.real.sum(1)[:, None]
-            ranked = (index >= at.end[:, None] - number) & (index < at.end[:, None])
-            above = (all_of_them > own) & ranked[:, None, None]
-        else:
-            number = at.position + 1
-            above = (all_of_them >= own) & (index < at.position[..., None])[:, None]
-        return above.sum(3) < sampled(number, self.factor)[:, None]
+        above = measures.transpose(1, 2)[:, :, None] >= measure[..., None]
+        earlier = (index < at.position[..., None])[:, None]
+        return (above & earlier).sum(3) < sampled(at.position + 1, self.factor)[:, None]
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, mean: Tensor, position: Tensor
