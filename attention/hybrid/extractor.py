@@ -16,7 +16,7 @@ from .tokens import Tokens, follow
 
 
 class Extractor(LocalMixer):
-    """out_t = (sum_j x_(t - j) W_j) ⊙ (x_t A + a) W_o, with a learned matrix W_j for each of the last
+    """out_t = W_o ((sum_j x_(t - j) W_j) ⊙ (A x_t + a)), with a learned matrix W_j for each of the last
     ``length`` tokens (the Extractors, 2308.07661).
 
     The paper's strongest form weighs earlier tokens by their distance alone and adjusts the sum by the

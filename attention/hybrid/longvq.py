@@ -25,10 +25,9 @@ from .window import window_attention
 
 class LongVQ(Projected):
     """One softmax over the last w keys and, for all earlier ones, over the ``codes`` vectors c of a codebook
-    (LongVQ, 2404.11163), gated by SiLU(G x):
+    (LongVQ, 2404.11163), with a gate:
 
-        out = W_o (softmax attention with the keys k_j of the window, and with c_z(j) in place of k_j
-        before) ⊙ gate
+        out = W_o (a ⊙ SiLU(G x)), a = attention with keys k_j in the window and c_z(j) before it
 
     z(j) is the code nearest to k_j. A code's number of tokens and the sum of their values are all that is
     kept of them, so that the state is of constant size. Keys are projected from an exponential moving

@@ -30,11 +30,11 @@ class RoutingFull(Mixer):
     scaled to length 1, are drawn together by ``commitment`` times the mean squared distance of a token and
     its centroid. ``with_loss`` adds that loss in training: there is no other gradient of the choice.
 
-    Departures: a query reads the top w of the tokens before it, and itself, where each centroid of the
+    Departures: a query reads itself and the top w - 1 of the tokens before it, where each centroid of the
     paper takes its top w of the whole sequence, later tokens too, and a token in no cluster gets nothing.
     Centroids follow the gradient of that loss, where the paper moves means in the forward pass. All heads
-    route; the paper has heads with a window beside them. There is no RoPE. The state is keys and values of
-    all query heads and all tokens.
+    route; the paper has heads with a window beside them. No RoPE. The state is keys and values of all query
+    heads and all tokens.
 
     Raises SpecError for clusters or w below 1, and for a commitment below 0.
     """
