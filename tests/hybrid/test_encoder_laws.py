@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from farspan import SpecError
 from farspan.attention.hybrid import (
@@ -18,9 +18,9 @@ from farspan.attention.hybrid import (
     parse_mixer,
 )
 
-from .tools import close, random
+from .tools import SIZE, close, make_encoder, random
 
-T, SIZE = 21, 16
+T = 21
 SMALL = {
     "hydra": "hydra:head_dim=8,state=5",
     "ponet_encoder": "ponet_encoder:segment=6",
@@ -30,17 +30,9 @@ SMALL = {
 SPECS = [*(SMALL.get(name, name) for name in encoder_mixers()), "channel_attention:heads=2", "aff:blocks=2"]
 
 
-def make(spec: str) -> EncoderMixer:
-    torch.manual_seed(0)
-    mixer = parse_encoder_mixer(spec, SIZE).double()
-    for p in mixer.parameters():
-        nn.init.normal_(p, std=0.4)
-    return mixer
-
-
 @pytest.fixture(params=SPECS)
 def mixer(request: pytest.FixtureRequest) -> EncoderMixer:
-    return make(request.param)
+    return make_encoder(request.param)
 
 
 @pytest.fixture

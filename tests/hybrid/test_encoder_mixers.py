@@ -10,14 +10,13 @@ from torch import Tensor
 
 from farspan import FarspanError
 
-from .test_encoder_laws import SIZE, make
-from .tools import close, random
+from .tools import SIZE, close, make_encoder, random
 
 T = 13
 
 
 def weights(spec: str) -> tuple[torch.nn.Module, dict[str, Tensor], Tensor]:
-    mixer = make(spec)
+    mixer = make_encoder(spec)
     return mixer, {name: p.detach() for name, p in mixer.named_parameters()}, random(T, SIZE)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farspan.attention.hybrid import Geometry, Mixer, mixers, parse_mixer
+from farspan.attention.hybrid import (
+    EncoderMixer,
+    Geometry,
+    Mixer,
+    mixers,
+    parse_encoder_mixer,
+    parse_mixer,
+)
 from farspan.attention.hybrid.mixer import Rotary, State
 
 GEOMETRY = Geometry(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -38,6 +45,18 @@ def make(spec: str, geometry: Geometry = GEOMETRY, seed: int = 0) -> Mixer:
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
+    return mixer
+
+
+SIZE = 16  # numbers of a hidden state of encoder mixers
+
+
+def make_encoder(spec: str) -> EncoderMixer:
+    """A float64 encoder mixer with weights of a size at which every part of it counts."""
+    torch.manual_seed(0)
+    mixer = parse_encoder_mixer(spec, SIZE).double()
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p, std=0.4)
     return mixer
 
 
