@@ -133,7 +133,7 @@ MIXERS ?= attention,mamba2,gated_delta,"mamba2+block_topk:k=8,block=4",base_conv
 ENCODER_MIXERS ?= hydra:head_dim=16,fnet,aff,soft,channel_attention,tsmixer,ponet_encoder
 MIXERS_AT ?= --dim 32 --samples 4096 --batch-tokens 1K --test-samples 500
 
-results-mixers: $(VENV)/.evals ## MQAR and ListOps of every kind of mixer at a small setting (a quarter of an hour of one core; resumes)
+results-mixers: $(VENV)/.evals ## MQAR and ListOps of every kind of mixer at a small setting (10 CPU minutes; resumes)
 	$(BIN)/farspan eval mqar --mixers $(MIXERS) --settings 32x4 --vocabulary 64 --lr 1e-2 --epochs 6 $(MIXERS_AT) \
 		--out $(RESULTS_OUT)/mixers_mqar
 	$(BIN)/farspan eval listops --mixers $(MIXERS),$(ENCODER_MIXERS) --settings 4-16x3x4 --lr 3e-3 --epochs 4 $(MIXERS_AT) \

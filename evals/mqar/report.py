@@ -180,7 +180,8 @@ def plot(data: Mapping[str, Any], path: Any) -> None:
     """Accuracy against the bytes of state of both layers, and against the parameters of the model, a panel
     for each setting; points of one mixer at several dims are joined."""
     settings = data["settings"]
-    figure = new_figure(1.6 + 3.0 * len(settings), 6.4)
+    width = max(6.0, 1.6 + 3.0 * len(settings))
+    figure = new_figure(width, 7.0)
     panels = figure.subplots(2, len(settings), sharey=True, squeeze=False)
     mixers = list(dict.fromkeys(cell["mixer"] for cell in data["cells"]))
     looks = [{"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)]} for i in range(len(mixers))]
@@ -200,7 +201,9 @@ def plot(data: Mapping[str, Any], path: Any) -> None:
     handles = [
         panels[0][0].plot([], [], label=mixer, **look)[0] for mixer, look in zip(mixers, looks, strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(mixers)), fontsize=8)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(int(width // 2.6), len(mixers)), fontsize=8
+    )
     figure.savefig(path, dpi=150)
 
 
