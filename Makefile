@@ -1,5 +1,5 @@
 # make demo | demo-32k | demo-mqar | test | test-releases | test-slow | test-gpu | lint | bench | docs | results | results-prefill |
-# results-long | results-speed | results-mqar | tables | report.
+# results-long | results-speed | results-mqar | results-mixers | tables | report.
 # Everything runs in .venv, made on first use.
 # PYTHON chooses the interpreter (3.11 or newer), VENV another place for the environment.
 
@@ -14,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-speed results-mqar tables report docs lint style types imports house clean
+.PHONY: help demo demo-32k demo-mqar test test-releases test-slow test-gpu bench results results-prefill results-long results-speed results-mqar results-mixers tables report docs lint style types imports house clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -139,6 +139,19 @@ results-mqar: $(VENV)/.evals ## MQAR of every kind of mixer (the first four with
 	mqar $(MQAR_MORE) 64x4,128x8,256x16 32,128 $(RESULTS_OUT)/mqar
 	mqar $(MQAR_MIXERS) 64x4,128x8,256x16,256x64,512x64 64 $(RESULTS_OUT)/mqar_hard
 	$(TABLES)
+
+# Every kind of mixer at one small setting, and encoder mixers where nothing is asked before the end: docs/MIXERS.md.
+MIXERS ?= attention,mamba2,gated_delta,"mamba2+block_topk:k=8,block=4",base_conv,aaren,gated_conv,rwkv4,rwkv4:spiking=true,$\
+	lmu,extractor,ecoformer,probsparse:factor=2,ponet,a2mamba,mambamixer,routing_full:w=8,"longvq:codes=16,window=8",$\
+	"dynamic_mask:w=8,local=4,add_bias=true",combiner:span=8
+ENCODER_MIXERS ?= hydra:head_dim=16,fnet,aff,soft,channel_attention,tsmixer,ponet_encoder
+MIXERS_AT ?= --dim 32 --samples 4096 --batch-tokens 1K --test-samples 500
+
+results-mixers: $(VENV)/.evals ## MQAR and ListOps of every kind of mixer at a small setting (10 CPU minutes; resumes)
+	$(BIN)/farspan eval mqar --mixers $(MIXERS) --settings 32x4 --vocabulary 64 --lr 1e-2 --epochs 6 $(MIXERS_AT) \
+		--out $(RESULTS_OUT)/mixers_mqar
+	$(BIN)/farspan eval listops --mixers $(MIXERS),$(ENCODER_MIXERS) --settings 4-16x3x4 --lr 3e-3 --epochs 4 $(MIXERS_AT) \
+		--out $(RESULTS_OUT)/mixers_listops
 
 $(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.evals
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evals,docs]'

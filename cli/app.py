@@ -89,9 +89,17 @@ def models(json: options.Json = False) -> None:
 
 
 @app.command()
-def methods(json: options.Json = False) -> None:
+def methods(
+    mixers: Annotated[
+        bool, typer.Option("--mixers", help="List the mixers, which take the place of attention, instead.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """Every attention method: name, family, paper, parameters and their defaults."""
     from ..attention.spec import methods as registry
+
+    if mixers:
+        return _show_mixers(json)
 
     rows = [_describe(name, cls) for name, cls in registry().items()]
     if json:
@@ -108,6 +116,34 @@ def methods(json: options.Json = False) -> None:
             recipes.add_row(row["name"], model, made)
     if any(row["recipes"] for row in rows):
         output.show(recipes)
+
+
+def _show_mixers(json: bool) -> None:
+    from ..attention.hybrid import encoder_mixers, mixers
+    from ..attention.hybrid.registry import parameters_of
+
+    rows = [
+        {
+            "name": name,
+            "title": cls.title,
+            "stands_in": where,
+            "paper": cls.paper,
+            "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+            "parameters": [
+                {"name": key, "required": False, "default": one.default}
+                for key, one in parameters_of(cls).items()
+            ],
+        }
+        for where, known in (("causal models", mixers()), ("encoders", encoder_mixers()))
+        for name, cls in sorted(known.items())
+    ]
+    if json:
+        return output.show_json(rows)
+    table = output.Table("name", "stands in", "paper", "parameters and defaults")
+    for row in rows:
+        parameters = ", ".join(map(_with_default, row["parameters"]))
+        table.add_row(row["name"], row["stands_in"], row["paper"] or "–", parameters or "–")
+    output.show(table)
 
 
 def _with_default(parameter: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import farspan
-from farspan.attention.hybrid.registry import mixers
+from farspan.attention.hybrid import EncoderMixer, Mixer, encoder_mixers, mixers
+from farspan.attention.hybrid.registry import parameters_of as mixer_parameters
 from farspan.attention.method import AttentionMethod
 from farspan.attention.spec import parameters_of
 
@@ -41,7 +42,9 @@ def setup(app: Any) -> None:
         by_family.setdefault(method.family, []).append(method)
     for family, found in by_family.items():
         (GENERATED / f"{family}.md").write_text("\n".join(line for m in found for line in _method(m)))
-    (GENERATED / "mixers.md").write_text("\n".join(x for name in mixers() for x in _mixer(name)))
+    for page, known in (("mixers", mixers()), ("encoder_mixers", encoder_mixers())):
+        lines = (line for name, mixer in known.items() for line in _mixer(name, mixer))
+        (GENERATED / f"{page}.md").write_text("\n".join(lines))
 
 
 def _docstring_as_rst(app: Any, kind: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
@@ -63,11 +66,10 @@ def _method(method: type[AttentionMethod]) -> Iterator[str]:
     yield _docstring(method)
 
 
-def _mixer(name: str) -> Iterator[str]:
-    mixer = mixers()[name]
-    yield f"### `{name}`\n"
-    parameters = inspect.signature(mixer.__init__).parameters.values()
-    yield from _parameters([p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY])
+def _mixer(name: str, mixer: type[Mixer] | type[EncoderMixer]) -> Iterator[str]:
+    yield f"### `{name}`: {mixer.title}\n"
+    yield f"{_paper(mixer.paper)}\n"
+    yield from _parameters(list(mixer_parameters(mixer).values()))
     yield _docstring(mixer)
 
 

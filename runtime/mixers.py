@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.errors import SpecError
-from ..attention.hybrid.hydra import Hydra
+from ..attention.hybrid.encoder import EncoderMixer
 from ..attention.hybrid.mixer import Mixer, State
 from .layer_numbers import by_layer
 
@@ -75,10 +75,11 @@ def mixed_layers(
             raise SpecError(
                 f"mixers= names layer {index}, which has no attention: name a layer that has attention."
             )
-        if isinstance(mixer, Hydra):
+        if isinstance(mixer, EncoderMixer):
             raise SpecError(
-                f"mixers= gives layer {index} a Hydra, which reads later tokens and cannot stand in a causal "
-                "LM: take another mixer, or put it into an encoder with farspan.runtime.hf.put_hydra."
+                f"mixers= gives layer {index} the encoder mixer {mixer.name}, which reads later tokens and "
+                "cannot stand in a causal LM: take another mixer, or put it into an encoder with "
+                "farspan.runtime.hf.put_encoder_mixers."
             )
         if not isinstance(mixer, Mixer):
             raise SpecError(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import farspan
+from farspan.attention.hybrid import Geometry, encoder_mixers, mixers, parse_mixer
 from farspan.cli import main
 from farspan.cli.options import split_methods, whole_numbers
 from farspan.runtime.hf import releases, trial
@@ -71,6 +73,22 @@ def test_methods_json_is_the_registry(farspan_command):
         # What the table shows can be typed back: it is the method with its defaults.
         spelt = ",".join(f"{p['name']}={p['default']}" for p in entry["parameters"] if p["default"] != "")
         assert farspan.parse_method(f"{name}:{spelt}") == cls()
+
+
+def test_mixers_json_is_the_registries(farspan_command):
+    listed = json.loads(farspan_command("methods", "--mixers", "--json")[1])
+    where = {entry["name"]: entry["stands_in"] for entry in listed}
+    assert {name for name, place in where.items() if place == "causal models"} == mixers().keys()
+    assert {name for name, place in where.items() if place == "encoders"} == encoder_mixers().keys()
+    geometry = Geometry(hidden_size=16, num_heads=2, num_kv_heads=2, head_dim=8)
+    for entry in listed:
+        if {**mixers(), **encoder_mixers()}[entry["name"]].__module__.startswith("farspan."):
+            assert re.fullmatch(r"\d{4}\.\d{5}", entry["paper"]) and entry["title"] and entry["summary"]
+        if entry["stands_in"] == "causal models":
+            spelt = ",".join(f"{p['name']}={p['default']}" for p in entry["parameters"])
+            parse_mixer(f"{entry['name']}:{spelt}", geometry)  # what is shown can be typed back
+    names = set(farspan_command("methods", "--mixers", columns=80)[1].split())
+    assert mixers().keys() | encoder_mixers().keys() <= names, "a name was cut"
 
 
 def test_a_budget_takes_the_place_of_the_default_one():

@@ -6,14 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.autocast import without_autocast
 from ..partial import Partial, merge
 from .geometry import Geometry
 from .mixer import Mixer, Rotary, State, Transition
-
-_CHUNK = 64  # tokens that are weighed against each other in one product
+from .prefix_softmax import prefix_softmax
 
 
 class Aaren(Mixer):
@@ -66,20 +64,7 @@ class Aaren(Mixer):
         rotary: Rotary | None = None,
     ) -> tuple[Tensor, State]:
         lse, out = state or self.initial_state(len(hidden), hidden.device)
-        length = hidden.shape[1]
-        inside = chunks(*self._scored(hidden), mask)  # [B, H, N, C]
-        ends = Partial(inside.out[..., -1, :], inside.lse[..., -1])  # [B, H, N]
-        before = prefixes(
-            Partial(
-                torch.cat([out[:, :, None], ends.out[:, :, :-1]], 2),
-                torch.cat([lse[:, :, None], ends.lse[:, :, :-1]], 2),
-            )
-        )
-        after = merge(*(Partial(x.out[:, :, -1], x.lse[:, :, -1]) for x in (before, ends)))
-        past = Partial(
-            before.out[..., None, :].expand_as(inside.out), before.lse[..., None].expand_as(inside.lse)
-        )
-        outs = merge(past, inside).out.flatten(2, 3)[:, :, :length]
+        outs, after = prefix_softmax(*self._scored(hidden), Partial(out, lse), mask)
         return self.o_proj(outs.transpose(1, 2).flatten(2).to(hidden.dtype)), (after.lse, after.out)
 
     def step(self, hidden: Tensor, state: State, rotary: Rotary | None = None) -> tuple[Tensor, State]:
@@ -115,38 +100,3 @@ class Aaren(Mixer):
 def logits(query: Tensor, k: Tensor) -> Tensor:
     """query [Hkv, G, D] . k [B, Hkv, T, D] -> [B, Hkv, G, T]."""
     return torch.einsum("hgd,bhtd->bhgt", query, k)
-
-
-@without_autocast
-def chunks(scores: Tensor, values: Tensor, mask: Tensor | None) -> Partial:
-    """For every token the softmax over its chunk's tokens up to itself: scores [B, H, T], values [B, H, T, D]
-    -> out [B, H, N, C, D], lse [B, H, N, C]. mask: [B, T] bool, False at padding."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        values = values.masked_fill(~mask[:, None, :, None], 0)  # whatever is there: 0 * NaN is NaN
-    room = -scores.shape[2] % _CHUNK
-    scores = F.pad(scores, (0, room), value=-torch.inf).unflatten(2, (-1, _CHUNK))
-    values = F.pad(values, (0, 0, 0, room)).unflatten(2, (-1, _CHUNK))
-    peak = scores.detach().cummax(-1).values  # m
-    peak = peak.masked_fill(peak == -torch.inf, 0)
-    later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=scores.device).triu(1)
-    weights = (scores[..., None, :] - peak[..., None]).masked_fill(later, -torch.inf).exp()
-    total = weights.sum(-1)  # u
-    none = total == 0
-    safe = total.masked_fill(none, 1)
-    return Partial((weights @ values) / safe[..., None], (peak + safe.log()).masked_fill(none, -torch.inf))
-
-
-def prefixes(part: Partial) -> Partial:
-    """The merges of the first 1, 2, 3, ... parts along dimension 2 (out [B, H, N, D], lse [B, H, N]), in
-    log2(N) steps: each joins every part with the one ``shift`` before it (Hillis and Steele)."""
-    out, lse = part
-    shift = 1
-    while shift < lse.shape[2]:
-        joined = merge(
-            Partial(out[:, :, :-shift], lse[:, :, :-shift]), Partial(out[:, :, shift:], lse[:, :, shift:])
-        )
-        out = torch.cat([out[:, :, :shift], joined.out], 2)
-        lse = torch.cat([lse[:, :, :shift], joined.lse], 2)
-        shift *= 2
-    return Partial(out, lse)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from .geometry import Geometry
-from .mixer import Mixer, Rotary, State, Transition
+from .local_mixer import LocalMixer
+from .long_convolution import long_convolution
+from .mixer import Rotary, State
 from .tokens import Tokens, follow
 
 
-class GatedConvolution(Mixer):
+class GatedConvolution(LocalMixer):
     """out = (h * u + b) ⊙ (u W) + u, with a learned filter h of each channel (BaseConv, 2312.04927).
 
     h [hidden, length] is the filter itself, not a function of positions. Output t is computed from the inputs
@@ -42,10 +44,6 @@ class GatedConvolution(Mixer):
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.length - 1, self.hidden_size),)
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return self.filter.dtype  # inputs are kept as they came: nothing adds up
-
     def forward(
         self,
         hidden: Tensor,
@@ -58,7 +56,7 @@ class GatedConvolution(Mixer):
         tokens = Tokens(hidden, mask, None)
         u = tokens.hidden
         inputs, after = follow(before, u, tokens.count)  # [B, length - 1 + T, hidden]
-        mixed = self._convolve(u if state is None else inputs, u.shape[1])
+        mixed = long_convolution(u if state is None else inputs, self.filter.T, u.shape[1])
         out = (mixed + self.bias) * self.gate_proj(u) + u
         return tokens.place(out), (after,)
 
@@ -67,25 +65,3 @@ class GatedConvolution(Mixer):
         mixed = torch.einsum("bth,ht->bh", inputs, self.filter.flip(1))
         out = (mixed + self.bias) * self.gate_proj(hidden) + hidden
         return out, (after,)
-
-    def transition(
-        self, hidden: Tensor, state: State, mask: Tensor | None = None, rotary: Rotary | None = None
-    ) -> Transition:
-        return type(self).forward(self, hidden, state, mask)[1]  # all of the state is local
-
-    def advance(self, state: State, transition: Transition) -> State:
-        return transition
-
-    def _convolve(self, x: Tensor, count: int) -> Tensor:
-        """[B, S, hidden] -> [B, count, hidden], the last y_t = sum_j filter_j x_(t - j), where x is 0 before
-        its start."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        taps = self.filter[:, : x.shape[1]].to(wide)
-        size = _quick(max(x.shape[1], count + taps.shape[1] - 1))  # what wraps around meets none of the last
-        filtered = torch.fft.rfft(taps, size).T * torch.fft.rfft(x.to(wide), size, dim=1)
-        return torch.fft.irfft(filtered, size, dim=1)[:, x.shape[1] - count : x.shape[1]].to(x.dtype)
-
-
-def _quick(size: int) -> int:
-    """The next multiple of 32: Fourier transforms of sizes with large prime factors are slow."""
-    return -(-size // 32) * 32

@@ -106,7 +106,7 @@ class GatedLinear(ScanMixer):
         seen = local[2][:, 0]
         seen_after = (seen + (t if tokens.count is None else tokens.count)).clamp(max=n)
         q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
-        exact = window_attention(q, keys, values, scale=self.geometry.softmax_scale, valid=seen)
+        exact = window_attention(q, keys, values, scale=self.geometry.softmax_scale, valid=seen).out
         left = torch.arange(t, device=q.device) >= n - seen[:, None]  # whether a token leaves the window here
         features = self.k_features(keys[:, :, :t]) * left[:, None, :, None]
         leaving = torch.cat([values[:, :, :t], torch.ones_like(values[:, :, :t, :1])], 3)

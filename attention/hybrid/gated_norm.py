@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-_ONE = 1.278464542761074  # SiLU of it is 1
+ONE = 1.278464542761074  # SiLU of it is 1
 
 
 class GatedNorm(nn.Module):
@@ -39,7 +39,7 @@ class GatedNorm(nn.Module):
         """Begin with gates of 1 and a norm whose heads have the root mean squares ``size`` [heads]."""
         with torch.no_grad():
             self.gate.weight.zero_()
-            self.gate.bias.fill_(_ONE)
+            self.gate.bias.fill_(ONE)
             self.weight.copy_(size.repeat_interleave(len(self.weight) // self.heads))
 
     def forward(self, y: Tensor, hidden: Tensor) -> Tensor:

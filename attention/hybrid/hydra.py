@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,12 @@ from torch.nn import functional as F
 
 from ..errors import SpecError
 from ..ops.scan import scan
+from .encoder import EncoderMixer
 
 _EPS = 1e-5  # of the norm
 
 
-class Hydra(nn.Module):
+class Hydra(EncoderMixer):
     """A quasiseparable mixer (arXiv 2407.09941): out = W_o (RMSNorm(M x) * SiLU(z)), with one matrix M [T, T]
     for each head:
 
@@ -26,15 +28,15 @@ class Hydra(nn.Module):
     centred on each token, and SiLU; dt = softplus(. + bias). A, the bias and D are numbers of a head, and
     both directions share A and the bias. Its cost is linear in T.
 
-    It reads later tokens, so it is no ``Mixer``, keeps no state and cannot stand in a causal LM;
-    ``farspan.runtime.hf.put_hydra`` puts it into BERT-like encoders. It begins with random weights: it must
-    be trained.
-
     expand: numbers of x per number of a hidden state. head_dim: numbers of a head of x. state: numbers of B
     and C. conv: tokens that the convolution spans.
 
     Raises SpecError for heads that do not divide x, for an even ``conv`` and for sizes below 1.
     """
+
+    name: ClassVar[str] = "hydra"
+    title: ClassVar[str] = "Hydra"
+    paper: ClassVar[str] = "2407.09941"
 
     def __init__(
         self, hidden_size: int, *, expand: int = 2, head_dim: int = 64, state: int = 64, conv: int = 7
@@ -60,8 +62,6 @@ class Hydra(nn.Module):
         self.out_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """hidden [B, T, hidden] -> [B, T, hidden]. mask: [B, T] bool, False where a token is padding, on any
-        side of a row; None where there is none. Outputs at padding mean nothing."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         z, mixed, dt = self.in_proj(hidden).split(
             [self.width, self.width + 4 * self.state, 2 * self.heads], 2

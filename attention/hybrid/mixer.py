@@ -59,6 +59,11 @@ class Mixer(nn.Module):
     title: ClassVar[str] = ""  # as the paper calls it
     paper: ClassVar[str] = ""  # arXiv id
     from_geometry: ClassVar[bool] = False  # whether ``__init__`` takes a Geometry, so that a spec can name it
+    # Whether outputs depend on the order of the tokens without RoPE.
+    ordered: ClassVar[bool] = True
+    # Whether a choice (a sign, the nearest of some vectors, the largest numbers) makes outputs jump: then
+    # rounding may change some of them by much.
+    discrete: ClassVar[bool] = False
     hidden_size: int  # numbers of a hidden state
     # Over how many earlier tokens of a row (none of them padding) the local parts of the state reach: the
     # inputs of a convolution, the keys of an exact window. None: the mixer does not run over ranks.

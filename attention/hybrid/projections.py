@@ -54,15 +54,17 @@ class Projected(Mixer):
         if g.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.key_dim, g.eps) for _ in range(2))
 
-    def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden: Tensor, rotary: Rotary | None, of_keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [B, T, hidden] -> q [B, T, H, Dk], k [B, T, Hkv, Dk] and v [B, T, Hkv, Dv]; q and k after
-        norms and RoPE."""
+        norms and RoPE. of_keys: what keys are projected from, where it is not ``hidden``."""
         q, k, v = (
-            p(hidden).unflatten(2, (-1, size))
-            for p, size in (
-                (self.q_proj, self.key_dim),
-                (self.k_proj, self.key_dim),
-                (self.v_proj, self.value_dim),
+            p(x).unflatten(2, (-1, size))
+            for p, x, size in (
+                (self.q_proj, hidden, self.key_dim),
+                (self.k_proj, hidden if of_keys is None else of_keys, self.key_dim),
+                (self.v_proj, hidden, self.value_dim),
             )
         )
         if self.geometry.qk_norm:

@@ -14,14 +14,15 @@ from .tokens import follow
 
 class ShortConvolution(nn.Module):
     """y_t = SiLU(b + sum_i w_i ⊙ x_(t - W + 1 + i)): causal, and each channel for itself (Mamba-2, arXiv
-    2405.21060; gated DeltaNet, 2412.06464).
+    2405.21060; gated DeltaNet, 2412.06464). linear: without SiLU.
 
     Its state is the last W - 1 inputs [B, W - 1, channels], zeros before the first token. weight [channels,
     W], the last column for the token itself, and bias [channels] begin uniform in ±1 / sqrt(W).
     """
 
-    def __init__(self, channels: int, width: int, *, bias: bool) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool, linear: bool = False) -> None:
         super().__init__()
+        self.linear = linear
         bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
@@ -32,7 +33,7 @@ class ShortConvolution(nn.Module):
         return self.weight.shape[1] - 1, self.weight.shape[0]
 
     def pass_through(self) -> None:
-        """Begin with y = SiLU(x)."""
+        """Begin with y = SiLU(x), or y = x where it is linear."""
         with torch.no_grad():
             self.weight.zero_()[:, -1] = 1
             if self.bias is not None:
@@ -47,7 +48,7 @@ class ShortConvolution(nn.Module):
         y = torch.zeros((), dtype=wide, device=x.device) if self.bias is None else self.bias.to(wide)
         for i in range(weight.shape[1]):
             y = torch.addcmul(y, inputs[:, i : i + x.shape[1]].to(wide), weight[:, i])
-        return silu(y).to(x.dtype), after
+        return (y if self.linear else silu(y)).to(x.dtype), after
 
     def of_heads(
         self, parts: Sequence[Tensor], before: Tensor, count: Tensor | None

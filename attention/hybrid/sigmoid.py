@@ -42,6 +42,7 @@ class Sigmoid(KeepsKeys):
     title: ClassVar[str] = "Sigmoid attention"
     paper: ClassVar[str] = "2409.04431"
     from_geometry: ClassVar[bool] = True
+    ordered: ClassVar[bool] = False
 
     def __init__(self, geometry: Geometry, *, length: int = 2048, norm: bool = False) -> None:
         super().__init__(geometry)

@@ -54,3 +54,10 @@ def follow(before: Tensor, x: Tensor, count: Tensor | None) -> tuple[Tensor, Ten
     else:
         last = rows(both, count[:, None] + torch.arange(n, device=x.device))
     return both, last.to(before.dtype, copy=True)  # no view, which would keep the whole call in memory
+
+
+def shifted(before: Tensor, x: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The token before each token: before [B, 1, ...], x [B, T, ...] -> (the inputs one token earlier, [B, T,
+    ...], and the last of them that is not padding). count: as in ``follow``."""
+    both, after = follow(before, x, count)
+    return both[:, :-1], after

@@ -26,6 +26,7 @@ class Setting:
     pairs: int
 
     suite = "mqar"
+    encoders = False  # queries are asked one after another, of what came before
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or 4 * self.pairs > self.length:
@@ -63,17 +64,32 @@ class Setting:
 class Examples:
     """N sequences: tokens [N, length] int64; places [N, Q] int64, the positions of the queries (of MQAR in
     the order of the pairs, of ListOps one); answers [N, Q] int64, the tokens to be given at these
-    positions."""
+    positions. lengths [N] int64: the tokens of each sequence before its padding; None: there is no
+    padding."""
 
     tokens: Tensor
     places: Tensor
     answers: Tensor
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice) -> Examples:
-        return Examples(self.tokens[rows], self.places[rows], self.answers[rows])
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Examples(self.tokens[rows], self.places[rows], self.answers[rows], lengths)
+
+    @property
+    def real(self) -> Tensor | None:
+        """[N, length] bool, False at padding; None where there is none."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+    def to(self, device: str) -> Examples:
+        """The same on a device."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Examples(self.tokens.to(device), self.places.to(device), self.answers.to(device), lengths)
 
 
 def draw(

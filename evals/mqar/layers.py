@@ -1,9 +1,8 @@
 """The sequence mixers that MQAR compares, by spec: attention, sparse attention, mixers, and hybrids of
-two."""
+two; and encoder mixers."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import abstractmethod
 
@@ -13,7 +12,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention.attend import attend
 from ...attention.errors import FarspanError
-from ...attention.hybrid import Geometry, Mixer, mixers, parse_mixer
+from ...attention.hybrid import (
+    EncoderMixer,
+    Geometry,
+    Mixer,
+    encoder_mixers,
+    mixers,
+    parse_encoder_mixer,
+    parse_mixer,
+)
+from ...attention.hybrid.registry import parameters_of
 from ...attention.keys import Keys
 from ...attention.kv import KV
 from ...attention.method import PREFILL, AttentionMethod, LayerInfo
@@ -28,9 +36,10 @@ _OUTSIDE = r"(?![^()]*\))"  # not inside of parentheses
 
 
 class Layer(nn.Module):
-    """A sequence mixer: [N, T, dim] -> [N, T, dim], causal.
+    """A sequence mixer: [N, T, dim] -> [N, T, dim]. It is called with the tokens that are no padding, [N,
+    T] bool or None. Padding stands behind them, so that causal ones need not know.
 
-    attends: whether it reads stored keys, so that it has no order of its own.
+    attends: whether it may have no order of its own, so that the model needs positions.
     """
 
     attends: bool
@@ -60,7 +69,7 @@ class Attention(Layer):
             self.method = _bound(method, dim, heads, index)
             self.gate = self.method.module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         rows, length, dim = x.shape
         heads = self.qkv_proj(x).view(rows, length, 3, self.heads, dim // self.heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4).contiguous()  # each [N, heads, T, head_dim]
@@ -79,17 +88,32 @@ class Attention(Layer):
 class Recurrent(Layer):
     """A mixer, which keeps a state."""
 
-    attends = False
-
     def __init__(self, mixer: Mixer) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.attends = mixer, not mixer.ordered
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         return self.mixer(x)[0]
 
     def state_bytes(self, length: int) -> int:
         return self.mixer.state_bytes_after(length)
+
+
+class Encoded(Layer):
+    """An encoder mixer, which reads the whole sequence: it keeps no less than the hidden states
+    themselves."""
+
+    attends = True
+
+    def __init__(self, mixer: EncoderMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return self.mixer(x, real)
+
+    def state_bytes(self, length: int) -> int:
+        return length * self.mixer.hidden_size * torch.float32.itemsize
 
 
 def split_mixers(values: list[str]) -> list[str]:
@@ -108,15 +132,17 @@ def split_mixers(values: list[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, specs)))
 
 
-def make_layers(spec: str, dim: int, heads: int, length: int, first: str = SAME) -> list[Layer]:
+def make_layers(
+    spec: str, dim: int, heads: int, length: int, first: str = SAME, encoders: bool = False
+) -> list[Layer]:
     """The two layers of ``spec``: "A+B" is A below B; "A" is ``first`` below A, and A twice with
     first="same".
 
-    A and B are "attention", the spec of a method that selects in prefill, or the spec of a mixer. A mixer
-    with a parameter ``length`` gets ``length``, that of the longest sequences, where the spec gives none. The
-    weights come from torch's global generator. Raises FarspanError for anything else, and for heads that do
-    not divide ``dim``.
-    """
+    A and B are "attention", the spec of a method that selects in prefill, the spec of a mixer or, with
+    ``encoders``, that of an encoder mixer. A mixer with a parameter ``length`` gets ``length``, that of the
+    longest sequences, and one with ``heads`` these, where the spec gives none. The weights come from
+    torch's global generator. Raises FarspanError for anything else, and for heads that do not divide
+    ``dim``."""
     if dim < 1 or heads < 1 or dim % heads:
         raise FarspanError(
             f"{heads} heads do not divide a model of {dim} numbers: give a --dim that is a multiple of "
@@ -130,27 +156,39 @@ def make_layers(spec: str, dim: int, heads: int, length: int, first: str = SAME)
             f"{spec!r} with {first!r} as the first layer has {len(parts)} layers, and the models have "
             f"{LAYERS}: give A or A+B, and one mixer as the first layer."
         )
-    return [_layer(part, dim, heads, length, index) for index, part in enumerate(parts)]
+    return [_layer(part, dim, heads, length, index, encoders) for index, part in enumerate(parts)]
 
 
 def _parts(spec: str) -> list[str]:
     return [part.strip() for part in re.split(rf"\+{_OUTSIDE}", spec)]
 
 
-def _layer(spec: str, dim: int, heads: int, length: int, index: int) -> Layer:
+def _layer(spec: str, dim: int, heads: int, length: int, index: int, encoders: bool) -> Layer:
     name, parameters = split_spec(spec)
     if name == ATTENTION:
         if ":" in spec:
             raise FarspanError(f"{ATTENTION} takes no parameters; got {spec!r}.")
         return Attention(dim, heads)
-    if name in mixers():
+    known: dict[str, type[Mixer] | type[EncoderMixer]] = {
+        **mixers(),
+        **(encoder_mixers() if encoders else {}),
+    }
+    if name in known:
         given = {piece.partition("=")[0].strip() for piece in parameters.split(",")}
-        if "length" in inspect.signature(mixers()[name].__init__).parameters.keys() - given:
-            spec = f"{name}:" + ",".join(filter(None, (parameters, f"length={length}")))
+        takes = parameters_of(known[name]).keys() - given
+        more = [f"{key}={value}" for key, value in (("length", length), ("heads", heads)) if key in takes]
+        spec = f"{name}:" + ",".join(filter(None, (parameters, *more)))
+        if name in encoder_mixers():
+            return Encoded(parse_encoder_mixer(spec, dim))
         geometry = Geometry(hidden_size=dim, num_heads=heads, num_kv_heads=heads, head_dim=dim // heads)
         return Recurrent(parse_mixer(spec, geometry))
     if name in methods():
         return Attention(dim, heads, parse_method(spec), index=index)
+    if name in encoder_mixers():
+        raise FarspanError(
+            f"{name} reads later tokens, and the queries of MQAR are asked of what came before: compare it "
+            "with farspan eval listops."
+        )
     raise FarspanError(
         f"There is no sequence mixer {name!r}: give {ATTENTION}, one of the mixers {', '.join(mixers())}, a "
         "method that selects in prefill (farspan methods lists them), or two of them as A+B."
@@ -183,9 +221,9 @@ def _bound(method: AttentionMethod, dim: int, heads: int, index: int) -> Attenti
     return bound
 
 
-def check_mixers(specs: list[str], dims: list[int], heads: int, first: str) -> None:
+def check_mixers(specs: list[str], dims: list[int], heads: int, first: str, encoders: bool = False) -> None:
     """Raises FarspanError for the first spec that cannot be made in one of the sizes."""
     with torch.random.fork_rng(devices=[]):
         for spec in specs:
             for dim in dims:
-                make_layers(spec, dim, heads, 4, first)
+                make_layers(spec, dim, heads, 4, first, encoders)

@@ -14,7 +14,7 @@ class Model(nn.Module):
 
     Learned positions are added to the embedding where the first layer attends, since attention has no order
     of its own; elsewhere there are none, as published. length: of the longest sequences. dropout: of the
-    embedding's output and of each layer's, in training.
+    embedding's output and of each layer's, in training. encoders: whether layers may be encoder mixers.
     """
 
     def __init__(
@@ -27,11 +27,12 @@ class Model(nn.Module):
         heads: int = 1,
         first: str = SAME,
         dropout: float = 0.0,
+        encoders: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.layers = nn.ModuleList(make_layers(spec, dim, heads, length, first))
+        self.layers = nn.ModuleList(make_layers(spec, dim, heads, length, first, encoders))
         self.positions = nn.Embedding(length, dim) if self.layers[0].attends else None
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
@@ -46,7 +47,7 @@ class Model(nn.Module):
             x = x + self.positions.weight[: x.shape[1]]
         x = self.dropout(x)
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            x = x + self.dropout(layer(norm(x)))
+            x = x + self.dropout(layer(norm(x), examples.real))
         asked = x.gather(1, examples.places[..., None].expand(-1, -1, x.shape[2]))
         return self.last_norm(asked) @ self.tokens.weight.T
 

@@ -1,4 +1,4 @@
-"""The table of MQAR on the terminal and as Markdown, and the plot of accuracy against state size."""
+"""The table of MQAR on the terminal and as Markdown, and the plot of accuracy against sizes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ PUBLISHED: dict[str, Any] = {
     "rates": [1e-4, 1e-4 * 100 ** (1 / 3), 1e-4 * 100 ** (2 / 3), 1e-2],
 }
 """What the tables of 2312.04927 (figure 2) and 2402.18668 were made with."""
+SIZES = {"state": "bytes of state", "parameters": "parameters"}
+"""What accuracy is drawn against: keys of a cell, and the labels of the axes."""
+_MARKERS = "os^Dv"
 TRAINED = ("first", "samples", "epochs", "test_samples", "dropout", "stop")
 
 
@@ -50,6 +53,7 @@ def summarise(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> d
                 "seeds": len(best),
                 "rates": sorted({row["lr"] for row in best}),
                 "state": best[0]["state"][name],
+                "parameters": best[0]["parameters"],
             }
         )
     costs = [
@@ -99,7 +103,7 @@ def terminal_table(data: Mapping[str, Any]) -> Table:
 
 
 def columns(data: Mapping[str, Any]) -> list[str]:
-    return ["mixer", "dim", *data["settings"], "state/layer", "CPU min"]
+    return ["mixer", "dim", *data["settings"], "state/layer", "parameters", "CPU min"]
 
 
 def table_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -110,7 +114,9 @@ def table_rows(data: Mapping[str, Any]) -> list[list[str]]:
         shown = [_accuracy(cells.get(setting)) for setting in data["settings"]]
         longest = max(cells.values(), key=lambda cell: cell["length"])
         minutes = f"{cost['cpu_seconds'] / 60:.1f}"
-        out.append([cost["mixer"], str(cost["dim"]), *shown, _state(longest), minutes])
+        parameters = longest.get("parameters")  # summaries of earlier versions have none
+        sizes = _state(longest), "–" if parameters is None else f"{parameters:,}"
+        out.append([cost["mixer"], str(cost["dim"]), *shown, *sizes, minutes])
     return out
 
 
@@ -160,7 +166,7 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
             + "\n",
             markdown(columns(data), rows),
             *(note + "\n" for note in notes(data)),
-            f"![accuracy against state size]({data['suite']}.png)\n",
+            f"![accuracy against state size and parameters]({data['suite']}.png)\n",
         ]
     )
     names = [f"{data['suite']}.md", f"{data['suite']}.png"]
@@ -171,27 +177,35 @@ def write(results: Results, data: Mapping[str, Any]) -> list[str]:
 
 
 def plot(data: Mapping[str, Any], path: Any) -> None:
-    """Accuracy against the bytes of state of both layers, a panel for each setting; points of one mixer at
-    several dims are joined."""
+    """Accuracy against the bytes of state of both layers, and against the parameters of the model, a panel
+    for each setting; points of one mixer at several dims are joined."""
     settings = data["settings"]
-    figure = new_figure(1.6 + 3.0 * len(settings), 3.6)
-    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    width = max(6.0, 1.6 + 3.0 * len(settings))
+    figure = new_figure(width, 7.0)
+    panels = figure.subplots(2, len(settings), sharey=True, squeeze=False)
     mixers = list(dict.fromkeys(cell["mixer"] for cell in data["cells"]))
-    for panel, setting in zip(panels, settings, strict=True):
-        for number, mixer in enumerate(mixers):
-            cells = [c for c in data["cells"] if (c["mixer"], c["setting"]) == (mixer, setting)]
-            points = sorted((sum(c["state"]), 100 * c["accuracy"]) for c in cells)
-            if points:
-                panel.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}")
-        panel.set_xscale("log", base=2)
-        panel.set_ylim(-3, 103)
-        panel.set_title(parse_setting(setting).title, fontsize=9)
-        panel.set_xlabel("bytes of state")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy (%)")
+    looks = [{"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)]} for i in range(len(mixers))]
+    for row, (size, label) in enumerate(SIZES.items()):
+        for panel, setting in zip(panels[row], settings, strict=True):
+            for mixer, look in zip(mixers, looks, strict=True):
+                cells = [c for c in data["cells"] if (c["mixer"], c["setting"]) == (mixer, setting)]
+                points = sorted((_total(c[size]), 100 * c["accuracy"]) for c in cells)
+                if points:
+                    panel.plot(*zip(*points, strict=True), **look)
+            panel.set_xscale("log", base=2)
+            panel.set_ylim(-3, 103)
+            panel.set_title(parse_setting(setting).title, fontsize=9)
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.3)
+        panels[row][0].set_ylabel("accuracy (%)")
     handles = [
-        panels[0].plot([], [], "o-", color=f"C{number % 10}", label=mixer)[0]
-        for number, mixer in enumerate(mixers)
+        panels[0][0].plot([], [], label=mixer, **look)[0] for mixer, look in zip(mixers, looks, strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(mixers)), fontsize=8)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(int(width // 2.6), len(mixers)), fontsize=8
+    )
     figure.savefig(path, dpi=150)
+
+
+def _total(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else sum(size)

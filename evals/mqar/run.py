@@ -82,7 +82,9 @@ class Comparison:
             )
         for setting in self.settings:
             setting.check(self.training.vocabulary, self.training.filler)
-        check_mixers(self.mixers, self.dims, self.training.heads, self.training.first)
+        check_mixers(
+            self.mixers, self.dims, self.training.heads, self.training.first, self.settings[0].encoders
+        )
 
     def sweeps(self) -> Iterator[list[Run]]:
         """Lists of runs that differ in the learning rate; the shortest sequences first."""

@@ -124,6 +124,7 @@ def train(
             length=max(run.settings).length,
             vocabulary=training.vocabulary,
             dropout=training.dropout,
+            encoders=run.settings[0].encoders,
         ).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=training.weight_decay)
         done: dict[str, Any] = {"accuracies": [], "losses": [], "seconds": 0.0, "cpu_seconds": 0.0}
@@ -210,4 +211,4 @@ def _data(run: Run, setting: Setting, training: Training, number: int, count: in
     """The sequences of an epoch, the same for all mixers; number 0 is the test."""
     seed = run.seed * _APART + number
     made = setting.draw(count, vocabulary=training.vocabulary, filler=training.filler, seed=seed)
-    return Examples(made.tokens.to(device), made.places.to(device), made.answers.to(device))
+    return made.to(device)

@@ -22,7 +22,7 @@ from .converted import empty_converted as empty_converted
 from .converted import read_config as read_config
 from .converted import save_converted as save_converted
 from .converted import specs_of as specs_of
-from .encoders import put_hydra as put_hydra
+from .encoders import put_encoder_mixers as put_encoder_mixers
 from .generation import answer_by as answer_by
 from .generation import empty_cache as empty_cache
 from .generation import fill as fill

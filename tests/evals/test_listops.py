@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from farspan import FarspanError
+from farspan.attention.hybrid import encoder_mixers
+from farspan.evals.mqar.data import Examples
 from farspan.evals.mqar.listops import TOKENS, VOCABULARY, ListOps, evaluate
+from farspan.evals.mqar.model import Model
 from farspan.evals.mqar.settings import parse_setting
 
 SMALL = ListOps(shortest=6, longest=30, depth=4, arguments=5)
@@ -55,6 +58,27 @@ def test_examples_are_expressions_within_the_limits_and_their_values() -> None:
     assert 6 <= min(lengths) < 10 and 25 < max(lengths) <= 30
     counts = torch.bincount(examples.answers.flatten(), minlength=11)[1:11]
     assert (counts > 0).all() and counts.max() < 120, "every digit is an answer, none of them half the time"
+
+
+@pytest.mark.parametrize("spec", sorted(encoder_mixers()))
+def test_encoder_mixers_see_no_padding(spec: str) -> None:
+    """An expression in a longer batch is answered as alone; the encoder reads all of it."""
+    torch.manual_seed(0)
+    spec = "hydra:head_dim=8" if spec == "hydra" else spec
+    sizes: dict[str, Any] = {"dim": 8, "heads": 2, "length": SMALL.length, "vocabulary": VOCABULARY}
+    model = Model(spec, **sizes, encoders=True).double()
+    assert model.positions is not None
+    examples = SMALL.draw(6, vocabulary=VOCABULARY, filler="zero", seed=1)
+    lengths = examples.lengths
+    assert lengths is not None and len(lengths.unique()) > 1 and examples.real is not None
+    assert bool(((examples.tokens != 0) == examples.real).all())
+    out = model(examples)
+    for row in range(6):
+        alone = examples[row : row + 1]
+        alone = Examples(alone.tokens[:, : int(lengths[row])], alone.places, alone.answers)
+        assert torch.allclose(model(alone), out[row], atol=1e-10)
+    with pytest.raises(FarspanError, match=f"{spec.partition(':')[0]} reads later tokens"):
+        Model(spec, **sizes)
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

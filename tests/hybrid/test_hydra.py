@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import farspan
 from farspan import FarspanError, SpecError, Unsupported
-from farspan.attention.hybrid import mixers
+from farspan.attention.hybrid import encoder_mixers, mixers, parse_encoder_mixer
 from farspan.attention.hybrid.hydra import Hydra
-from farspan.runtime.hf import put_hydra
+from farspan.runtime.hf import put_encoder_mixers
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -117,7 +117,7 @@ def test_in_a_tiny_bert(how: str) -> None:
     mask[1, 9:] = 0
     before, names = bert(ids, mask)[0], list(bert.state_dict())
     hydra = made(2)
-    undo = put_hydra(bert, {-2: hydra})
+    undo = put_encoder_mixers(bert, {-2: hydra})
     got = bert(ids, mask)[0]
     bert.encoder.layer[1].attention.self = _Naive(hydra)
     assert torch.allclose(got[0], bert(ids[:1])[0][0], atol=1e-10)
@@ -136,26 +136,43 @@ def test_bad_input() -> None:
         ({0: hydra, 1: hydra}, "one module for two layers"),
     ):
         with pytest.raises(SpecError, match=says):
-            put_hydra(bert, modules)  # type: ignore[arg-type]
+            put_encoder_mixers(bert, modules)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="an odd conv"):
         Hydra(16, head_dim=8, conv=4)
-    undo = put_hydra(bert, {0: hydra})
+    undo = put_encoder_mixers(bert, {0: hydra})
     with pytest.raises(FarspanError, match="hides other keys from one query than from another"):
         bert(torch.ones(1, 4, dtype=torch.long), torch.ones(4, 4).tril().bool()[None, None])
     undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(encoder_mixers().keys() - {"hydra"}))
+def test_the_others_in_a_tiny_bert(name: str) -> None:
+    """A row of a padded batch is the row alone, and undo brings the attention back."""
+    torch.manual_seed(0)
+    bert = hf.BertModel(hf.BertConfig(**SMALL)).double().eval()
+    ids, mask = torch.randint(1, 64, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    mask[1, 9:] = 0
+    before = bert(ids, mask)[0]
+    undo = put_encoder_mixers(bert, {1: parse_encoder_mixer(name, 16).double()})
+    got = bert(ids, mask)[0]
+    assert torch.allclose(got[1, :9], bert(ids[1:, :9])[0][0], atol=1e-10)
+    assert not torch.allclose(got, before)
+    undo()
+    assert torch.equal(bert(ids, mask)[0], before)
 
 
 def test_causal_models_are_refused_in_one_sentence(tiny_llama: Any) -> None:
     assert "hydra" not in mixers()
     llama, hydra = tiny_llama(), Hydra(128)
     with pytest.raises(
-        SpecError, match=r"a Hydra, which reads later tokens and cannot stand in a causal LM"
+        SpecError, match=r"the encoder mixer hydra, which reads later tokens and cannot stand in a causal LM"
     ) as e:
         farspan.patch(llama, mixers={1: hydra})  # type: ignore[dict-item]
     assert len(re.findall(r"[.!?] [A-Z]", str(e.value))) == 0
     decoder = hf.BertLMHeadModel(hf.BertConfig(**SMALL, is_decoder=True))
     for model in (llama, decoder):
-        with pytest.raises(Unsupported, match="it is causal, and Hydra reads later tokens"):
-            put_hydra(model, {1: hydra})
+        with pytest.raises(Unsupported, match="it is causal, and encoder mixers read later tokens"):
+            put_encoder_mixers(model, {1: hydra})
     with pytest.raises(Unsupported, match="no layers with the self-attention of BERT"):
-        put_hydra(nn.Linear(2, 2), {0: hydra})
+        put_encoder_mixers(nn.Linear(2, 2), {0: hydra})

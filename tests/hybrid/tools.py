@@ -5,13 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farspan.attention.hybrid import Geometry, Mixer, mixers, parse_mixer
+from farspan.attention.hybrid import (
+    EncoderMixer,
+    Geometry,
+    Mixer,
+    mixers,
+    parse_encoder_mixer,
+    parse_mixer,
+)
 from farspan.attention.hybrid.mixer import Rotary, State
 
 GEOMETRY = Geometry(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
 # Mixers whose defaults are not met by 40 tokens, and parameters that run other code.
 SMALL = {
+    "extractor": "extractor:length=4",
+    "lmu": "lmu:order=6,length=20",
     "gated_linear": "gated_linear:window=5",
+    "longvq": "longvq:codes=6,window=5",
+    "ponet": "ponet:segment=7",
+    "probsparse": "probsparse:factor=1",
+    "routing_full": "routing_full:clusters=3,w=5",
     "scout": "scout:mixer=(gated_linear:window=5),every=4",
 }
 MORE = (
@@ -32,6 +45,18 @@ def make(spec: str, geometry: Geometry = GEOMETRY, seed: int = 0) -> Mixer:
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
+    return mixer
+
+
+SIZE = 16  # numbers of a hidden state of encoder mixers
+
+
+def make_encoder(spec: str) -> EncoderMixer:
+    """A float64 encoder mixer with weights of a size at which every part of it counts."""
+    torch.manual_seed(0)
+    mixer = parse_encoder_mixer(spec, SIZE).double()
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p, std=0.4)
     return mixer
 
 
@@ -65,6 +90,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 def same(mixer: Mixer, a: State, b: State) -> bool:
     rows = [zip(row(mixer, a, i), row(mixer, b, i), strict=True) for i in range(len(b[0]))]
     return len(a[0]) == len(b[0]) and all(close(x, y) for pairs in rows for x, y in pairs)
+
+
+def tolerance(mixer: Mixer) -> float:
+    """How far half precision may be from float64, as a share of the output. Where rounding changes choices
+    it moves some outputs far, and most of them hardly."""
+    return 0.3 if mixer.discrete else 0.03
 
 
 def equal(a: State, b: State) -> bool:
