@@ -84,8 +84,8 @@ class PrefixStore:
     ``limit`` bytes the least recently used are dropped.
 
     A cache has one owner. ``take`` moves it out of the store to the caller, who appends to it and gives it
-    back by ``put``. Only where a prompt shares less than half of a cache, such as the system prompt of another
-    conversation, the caller gets a copy, so that the conversation can go on as well. Several threads may call
+    back by ``put``. Where a prompt shares less than half of a cache, such as the system prompt of another
+    conversation, the caller gets a copy, so that the other conversation can go on. Several threads may call
     one store.
 
     patch: a text that differs where the caches of two patches do (``fingerprint.of_patch``).

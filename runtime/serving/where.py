@@ -22,8 +22,8 @@ class Where:
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
             raise FarspanError(
-                "The API key is empty, or has characters or outer spaces that no HTTP header can carry; choose "
-                "another one."
+                "The API key is empty, or has characters or outer spaces that no HTTP header can carry; "
+                "choose another one."
             )
         if self.api_key is None and not is_local(self.host):
             raise FarspanError(
@@ -32,8 +32,8 @@ class Where:
             )
 
     def listening(self) -> socket.socket:
-        """A socket that listens there: clients can connect, and wait until they are served. Raises FarspanError
-        where that is not possible."""
+        """A socket that listens there: clients can connect, and wait until they are served. Raises
+        FarspanError where that is not possible."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

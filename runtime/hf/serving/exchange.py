@@ -14,9 +14,10 @@ from ...serving.engine import Engine, Job
 
 @dataclass(kw_only=True)
 class Exchange:
-    """One request. settings: those of its ``generation_config``. steered: whether it has those or other ones
-    that transformers checks when it generates. seed: for sampling. job, prompt: the work in the engine, once there is some. finished: whether the whole
-    response has been sent. gone: whether the client has closed the connection before."""
+    """One request. settings: those of its ``generation_config``. steered: whether it has such settings, or
+    others that transformers checks when it generates. seed: for sampling. job, prompt: the work in the
+    engine, once there is some. finished: whether the whole response has been sent. gone: whether the client
+    has closed the connection before."""
 
     endpoint: str
     engine: Engine

@@ -42,7 +42,7 @@ class Served(BaseHandler):
         exchange.seed = body.pop("seed", None)
         if "max_completion_tokens" in body:  # some releases ignore it
             body["max_tokens"] = body.pop("max_completion_tokens")
-        # transformers' server reads the tokens of a prompt in the event loop, where every other request waits.
+        # transformers' server reads the tokens of a prompt in the event loop, where all other requests wait.
         await asyncio.to_thread(models.answers.check_texts, list(bodies.texts(body)))
         body["model"] = models.force_model
         body.setdefault("stream", False)
