@@ -106,10 +106,9 @@ class Job:
         text = json.dumps(value).encode()
         length = torch.tensor([len(text)], device=self.mesh.device)
         lengths = self.mesh.ranks.all_gather(length, _APART)[:, 0].tolist()
-        padded = torch.frombuffer(
-            bytearray(text.ljust(max(lengths))), dtype=torch.uint8
-        )  # spaces are no JSON
-        rows = self.mesh.ranks.all_gather(padded.to(self.mesh.device), _APART).cpu().numpy()
+        padded = bytearray(text.ljust(max(lengths)))  # JSON may end in spaces
+        mine = torch.frombuffer(padded, dtype=torch.uint8).to(self.mesh.device)
+        rows = self.mesh.ranks.all_gather(mine, _APART).cpu().numpy()
         return [json.loads(row.tobytes()) for row in rows]
 
     def agree(self, what: str, value: Any) -> None:

@@ -106,6 +106,7 @@ def sentence(response: Any, status: int) -> str:
             400,
             "a part of the type 'input_image'",
         ),
+        ("completions", b'{"prompt": "a", "stop": ' + b"[" * 900 + b"]" * 900 + b"}", 400, ""),
         ("completions", {"prompt": ["a", "b"]}, 400, "'prompt' is a text"),
         ("completions", {"prompt": ""}, 400, "no tokens"),
         ("responses", {"input": 3}, 400, "'input' is a text or a list"),

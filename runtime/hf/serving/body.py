@@ -21,7 +21,8 @@ _SERVERS_OWN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_templa
 }
 """What a client may not set of a chat template. `chat_template` is one of them: a template is a program, and
 that of a client could keep the server busy for hours."""
-_WRITTEN = {"text", "input_text", "output_text"}  # parts of a message that are text
+_UNREAD = {"audio_url", "file", "image_url", "input_audio", "input_file", "input_image", "video_url"}
+"""Parts of a message that transformers' server would leave out unsaid."""
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -106,13 +107,13 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def _check_parts(messages: Any) -> None:
-    """Raises Refused (400) for images and sounds, which transformers' server would leave out unsaid."""
+    """Raises Refused (400) for images, sounds and files."""
     for message in messages if isinstance(messages, list) else ():
         parts = message.get("content")
         for part in parts if isinstance(parts, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind not in _WRITTEN:
-                raise Refused(400, f"This server reads text; a message has a part of the type {kind[:80]!r}.")
+            if isinstance(kind, str) and kind in _UNREAD:
+                raise Refused(400, f"This server reads text; a message has a part of the type {kind!r}.")
 
 
 def settings(body: dict[str, Any]) -> dict[str, Any]:

@@ -42,11 +42,11 @@ class Served(BaseHandler):
         exchange.seed = body.pop("seed", None)
         if "max_completion_tokens" in body:  # some releases ignore it
             body["max_tokens"] = body.pop("max_completion_tokens")
-        # transformers' server reads the tokens of a prompt in the event loop, where all other requests wait.
-        await asyncio.to_thread(models.answers.check_texts, list(bodies.texts(body)))
         body["model"] = models.force_model
         body.setdefault("stream", False)
         try:
+            # transformers' server reads the tokens of a prompt in the event loop, where other requests wait.
+            await asyncio.to_thread(models.answers.check_texts, list(bodies.texts(body)))
             response = await super().handle_request(body, request_id)
         except (Refused, HTTPException):
             raise
