@@ -66,7 +66,8 @@ def serve(given: Serve) -> None:
     from ..runtime.patched import Patched
     from ..runtime.prefixes import PrefixStore
     from ..runtime.serving.answers import follow
-    from ..runtime.serving.server import Server, Where
+    from ..runtime.serving.server import Server
+    from ..runtime.serving.where import Where
     from ..runtime.store.storage import parse_storage
 
     if given.storage is not None:
