@@ -1,6 +1,6 @@
 """Stores that drop what a method evicts, each KV head its own keys: the same results as with all keys, in
 less memory. The methods read as with ``evict=false``, except in a further prompt
-(tests/laws/test_evicting.py)."""
+(tests/laws/test_definitions_head_budgets.py)."""
 
 from __future__ import annotations
 
