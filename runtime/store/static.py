@@ -144,9 +144,10 @@ class FixedBuffers(Buffers):
     def clear(self) -> None:
         self.resize(0)
 
-    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
+    def _mapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        new = change(buffer[:, :, : self.length])
         if buffer.shape[0] != new.shape[0]:
-            return super()._refilled(buffer, new)
+            return self._grown(new, self.most)
         buffer[:, :, : self.length] = new
         return buffer
 
