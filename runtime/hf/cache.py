@@ -41,7 +41,7 @@ class KVStoreLayer(DynamicLayer):
     # transformers reads and sets these as plain attributes
     @property
     def keys(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.dense()[0]
+        return None if self.store.kv is None else self.store.kv.on_device().k
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -49,7 +49,7 @@ class KVStoreLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.store.kv is None else self.store.dense()[1]
+        return None if self.store.kv is None else self.store.kv.on_device().v
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -83,7 +83,11 @@ class KVStoreLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.store.append(key_states, value_states)
-        return self.store.handles() if in_call() else self.store.dense()
+        if in_call():
+            return self.store.handles()
+        kv = self.store.kv  # for a model that is not patched
+        assert kv is not None
+        return kv.on_device().dense()
 
     def get_seq_length(self) -> int:
         return self.store.total

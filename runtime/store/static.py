@@ -22,7 +22,7 @@ from ...attention.static_step import StaticStep
 from ...attention.summary import Kept, Summaries, Summary
 from .buffers import Buffers
 from .lasting import lasting
-from .storage import DEVICE
+from .storage import DEVICE, Storage
 from .store import KVStore
 
 
@@ -165,7 +165,7 @@ class StaticStore(KVStore):
         self.step = StoredKeys(self)
         self.summaries: FixedSummaries = FixedSummaries(room)
 
-    def make_buffers(self) -> FixedBuffers:
+    def make_buffers(self, storage: Storage) -> FixedBuffers:
         return FixedBuffers(self.room)
 
     def extend(self, new: KV) -> None:

@@ -34,6 +34,11 @@ class Storage:
     def __str__(self) -> str:
         return self.spec
 
+    @property
+    def numbers(self) -> str:
+        """The format alone, on which the contents of a store depend."""
+        return self.format.format if self.packing is None else str(self.packing)
+
 
 DEVICE = Storage()
 _PACKINGS: dict[str, type[Packing]] = {"int8": Int8, "int4": Int4}

@@ -50,8 +50,7 @@ class KVStore:
     """
 
     def __init__(self, storage: Storage = DEVICE) -> None:
-        self.storage = storage
-        self.buffers = self.make_buffers()
+        self.buffers = self.make_buffers(storage)
         self.guard = Guard()
         self._handles: tuple[Tensor, Tensor] | None = None
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
@@ -63,9 +62,13 @@ class KVStore:
         self._starts: list[int] | None = None  # where rows begin, by a mask of the first ``_known`` positions
         self._known = 0
 
-    def make_buffers(self) -> Buffers:
+    def make_buffers(self, storage: Storage) -> Buffers:
         """Empty buffers of this kind of store."""
-        return Buffers(self.storage)
+        return Buffers(storage)
+
+    @property
+    def storage(self) -> Storage:
+        return self.buffers.storage
 
     def _begin_whole(self) -> None:
         """No key is evicted."""
@@ -142,13 +145,6 @@ class KVStore:
             shape = (kv.batch, kv.num_kv_heads, self.total)
             self._handles = empty.expand(*shape, kv.head_dim), empty.expand(*shape, kv.value_dim)
         return self._handles
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys and values that are here as plain numbers on the device, for a model that is not
-        patched."""
-        kv = self.kv
-        assert kv is not None, "the store is empty"
-        return kv.on_device().dense()
 
     def holds(self, k: Tensor) -> bool:
         """Whether ``k`` is the tensor of keys that this store has returned."""
