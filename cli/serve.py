@@ -65,7 +65,8 @@ def serve(given: Serve) -> None:
     from ..runtime.patched import Patched
     from ..runtime.prefixes import PrefixStore
     from ..runtime.serving.answers import follow
-    from ..runtime.serving.server import Server, Where
+    from ..runtime.serving.server import Server
+    from ..runtime.serving.where import Where
 
     limit = 0 if given.prefix_memory == "0" else amounts.size(given.prefix_memory, "--prefix-memory")
 

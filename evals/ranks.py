@@ -90,12 +90,11 @@ class Job:
             except FarspanError as raised:
                 error = raised
         text = json.dumps([value, error and str(error)]).encode() if self.first else b""
-        length = int(self.mesh.ranks.all_gather(self._numbers(len(text)), _APART)[0])
-        sent = self.mesh.ranks.broadcast(self._bytes(text, length), 0, _APART)
+        sent = self.mesh.share(text)
         if error is not None:
             raise error
         if not self.first:
-            value, sentence = _read(sent)
+            value, sentence = json.loads(sent)
             if sentence is not None:
                 raise FarspanError(sentence)
         return value  # type: ignore[no-any-return]
@@ -105,9 +104,12 @@ class Job:
         if self.mesh is None:
             return [value]
         text = json.dumps(value).encode()
-        lengths = self.mesh.ranks.all_gather(self._numbers(len(text)), _APART)[:, 0].tolist()
-        rows = self.mesh.ranks.all_gather(self._bytes(text, max(lengths)), _APART)
-        return [_read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+        length = torch.tensor([len(text)], device=self.mesh.device)
+        lengths = self.mesh.ranks.all_gather(length, _APART)[:, 0].tolist()
+        padded = bytearray(text.ljust(max(lengths)))  # JSON may end in spaces
+        mine = torch.frombuffer(padded, dtype=torch.uint8).to(self.mesh.device)
+        rows = self.mesh.ranks.all_gather(mine, _APART).cpu().numpy()
+        return [json.loads(row.tobytes()) for row in rows]
 
     def agree(self, what: str, value: Any) -> None:
         """Check that every rank has reached `what` with the same value (compared as text).
@@ -128,15 +130,6 @@ class Job:
             for (phase, part), facts in zip(layer.phases.items(), zip(*of_ranks, strict=True), strict=True):
                 layer.phases[phase] = _summed(part, facts)
         return mine
-
-    def _numbers(self, *numbers: int) -> torch.Tensor:
-        assert self.mesh is not None
-        return torch.tensor(numbers, dtype=torch.int64, device=self.mesh.device)
-
-    def _bytes(self, text: bytes, room: int) -> torch.Tensor:
-        assert self.mesh is not None
-        padded = bytearray(text.ljust(room, b"\0"))
-        return torch.frombuffer(padded, dtype=torch.uint8).to(self.mesh.device)
 
 
 def interrupted(error: BaseException) -> bool:
@@ -163,7 +156,3 @@ def _summed(part: PhaseReport, facts: Iterable[list[Any]]) -> PhaseReport:
         fallbacks=reduce(operator.and_, map(Counter, fallbacks)),
         implementations=implementations,
     )
-
-
-def _read(row: torch.Tensor) -> Any:
-    return json.loads(row.cpu().numpy().tobytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +84,9 @@ class PrefixStore:
     ``limit`` bytes the least recently used are dropped.
 
     A cache has one owner. ``take`` moves it out of the store to the caller, who appends to it and gives it
-    back by ``put``, so nothing is copied. Several threads may call one store.
+    back by ``put``. Where a prompt shares less than half of a cache, such as the system prompt of another
+    conversation, the caller gets a copy, so that the other conversation can go on. Several threads may call
+    one store.
 
     patch: a text that differs where the caches of two patches do (``fingerprint.of_patch``).
     hits, misses: calls of ``take`` that found a prefix, and that found none. tokens_reused: the tokens that
@@ -109,20 +112,29 @@ class PrefixStore:
                 whole = same == entry.tokens.shape[1]
                 if same > length and (whole or hf.croppable(entry.cache)):
                     chosen, length = entry, same
-            if chosen is not None:
-                self._entries.remove(chosen)
-        if chosen is not None:
+            cache = None if chosen is None else self._given(chosen, length)
+        if cache is not None:
             try:
-                hf.crop_to(chosen.cache, length)
+                hf.crop_to(cache, length)
             except FarspanError:  # its method has dropped keys that the cropped cache would need
-                chosen = None
+                cache = None
         with self._lock:
-            if chosen is None:
+            if cache is None:
                 self.misses += 1
                 return None, 0
             self.hits += 1
             self.tokens_reused += length
-        return chosen.cache, length
+        return cache, length
+
+    def _given(self, entry: _Entry, length: int) -> Any:
+        """The cache that a caller gets who reuses ``length`` tokens of an entry, not cropped yet."""
+        if 2 * length < entry.tokens.shape[1]:
+            with suppress(torch.OutOfMemoryError):
+                cache = copy.deepcopy(entry.cache)
+                self._entries.append(self._entries.pop(self._entries.index(entry)))  # it has been used
+                return cache
+        self._entries.remove(entry)
+        return entry.cache
 
     def put(self, patch: str, tokens: Sequence[int], cache: Any) -> bool:
         """Keep a cache that holds the first of these tokens, as many as it has. Returns whether it is kept: a

@@ -23,7 +23,7 @@ from .report import PhaseReport
 from .store.static import StaticStore
 
 _NOTED = 1024  # steps that a ledger notes before it is settled
-SERVED = "dense, window, quest, double_sparsity and recycled without dynamic=true"
+SERVED = "dense, window, quest, double_sparsity without label_bits and recycled without dynamic=true"
 
 
 def check_methods(prefill: AttentionMethod, decode: AttentionMethod) -> None:

@@ -11,6 +11,7 @@ from ..budget import budget, budget_at, check_budget, max_budget, select_topk
 from ..calibration.double_sparsity import ChannelRanking
 from ..checks import require
 from ..cost import Cost, Queries
+from ..errors import SpecError
 from ..gqa import group_scores
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
@@ -23,7 +24,9 @@ from ..softmax import Softmax
 from ..static_step import EveryKeyStep, StaticKeys, StaticStep, store
 from ..summary import Channels, Summary
 from ..topk_step import TopKStep, covers
+from .rounded_labels import BITS, RoundedChannels, label_bytes
 
+Labelled = Channels | RoundedChannels
 LABELS = 32  # channels of a key, where no group_factor is given
 
 
@@ -36,8 +39,8 @@ class DoubleSparsity(AttentionMethod):
     names. At decode a label cache holds the first D / group_factor ranked channels of every key, per KV head,
     kept incrementally; without a group_factor the first 32, as in the paper's 32 of 128. Labels score all
     keys, and the best k are read exactly. Query heads of a group have one selection, by the ``gqa_reduce``
-    ("sum" or "max") of their estimated attention, or one each ("none"). Layers below
-    ``dense_layers`` stay dense; prefill is dense.
+    ("sum" or "max") of their estimated attention, or one each ("none"). label_bits: labels are kept in 4 or 2
+    bits; None: in the dtype of the keys. Layers below ``dense_layers`` stay dense; prefill is dense.
     """
 
     name: ClassVar[str] = "double_sparsity"
@@ -48,13 +51,18 @@ class DoubleSparsity(AttentionMethod):
     fraction: float | None = None
     group_factor: int | None = None
     gqa_reduce: str = "sum"
+    label_bits: int | None = None
     dense_layers: int = 2
     recipe: str = ""
-    labels: Channels | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+    labels: Channels | RoundedChannels | None = field(
+        default=None, repr=False, compare=False, metadata={"spec": False}
+    )
 
     def __post_init__(self) -> None:
         check_budget(self, self.k, self.fraction)
         require(self, group_factor=(1, None), gqa_reduce=("sum", "max", "none"), dense_layers=(0, None))
+        if self.label_bits not in (None, *BITS):
+            raise SpecError(f"double_sparsity takes label_bits = 4 or 2, or none; got {self.label_bits!r}.")
 
     @property
     def needs(self) -> Needs:
@@ -65,7 +73,9 @@ class DoubleSparsity(AttentionMethod):
             return None
         ranking = layer.own(layer.checked(self)["channels"])  # [Hkv, D], best first
         width = self._width(layer.head_dim)
-        return replace(self, labels=Channels(ranking[:, :width].sort(-1).values.long()))
+        labels = Channels(ranking[:, :width].sort(-1).values.long())
+        rounded = labels if self.label_bits is None else RoundedChannels(labels, self.label_bits)
+        return replace(self, labels=rounded)
 
     def _width(self, head_dim: int) -> int:
         """Channels of a label."""
@@ -85,7 +95,10 @@ class DoubleSparsity(AttentionMethod):
         size = budget_at(self.k, self.fraction, queries.length)
         if size >= queries.length:
             return queries.cost()
-        labels = queries.raw_keys(queries.length * self._width(queries.head_dim) / queries.head_dim)
+        width, key = self._width(queries.head_dim), queries.head_dim * queries.element_size
+        bits = self.label_bits
+        label = width * queries.element_size if bits is None else label_bytes(width, bits)
+        labels = queries.raw_keys(queries.length * label / key)
         return queries.cost(queries.seen.clamp(max=size), selection=labels, candidates=size)
 
     def select_decode(self, q: Tensor, keys: Keys) -> Index:
@@ -93,18 +106,25 @@ class DoubleSparsity(AttentionMethod):
         if isinstance(size, int) and size >= keys.longest():
             return None
         assert self.labels is not None, "for_layer was not called"
-        labels = keys.summary(self.labels)  # [B, Hkv, N, r], N of the Tk keys held here
+        labels = keys.summary(self.labels)  # [B, Hkv, N, width], N of the Tk keys held here
         b, h, tq, _ = q.shape
         channels = self.labels.on(q.device, h // keys.kv.num_kv_heads)
         q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
-        logits = scores(q_labels, labels, keys.softmax)
+        if isinstance(self.labels, RoundedChannels):
+            logits = self.labels.scores(q_labels, labels, keys.softmax)
+        else:
+            logits = scores(q_labels, labels, keys.softmax)
         ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
         most = max_budget(self.k, self.fraction, keys)
         tokens, counts = select_topk(ranked, size, most, keys.peers, every=most <= keys.fewest())
         return TokenIndex(tokens=tokens, counts=counts)
 
+    @property
+    def has_static_step(self) -> bool:
+        return self.label_bits is None
+
     def static_step(self, keys: StaticKeys) -> StaticStep | None:
-        assert self.labels is not None, "for_layer was not called"
+        assert isinstance(self.labels, Channels), "for_layer was not called"
         if covers(self.k, self.fraction, keys):
             return EveryKeyStep()
         return LabelsStep(k=self.k, fraction=self.fraction, labels=self.labels, reduce=self.gqa_reduce)

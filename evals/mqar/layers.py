@@ -190,7 +190,7 @@ def _layer(spec: str, dim: int, heads: int, length: int, index: int, encoders: b
             "with farspan eval listops."
         )
     raise FarspanError(
-        f"There is no sequence mixer {name!r}: give {ATTENTION}, one of the mixers {', '.join(mixers())}, a "
+        f"There is no sequence mixer {name!r}: give {ATTENTION}, one of the mixers {', '.join(known)}, a "
         "method that selects in prefill (farspan methods lists them), or two of them as A+B."
     )
 

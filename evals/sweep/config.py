@@ -62,6 +62,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "recipe": str,
     "folder": str,
 }
+_TEXTS = {"models", "methods", "tasks", "prompts", "qa_data"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,8 @@ def _grids(data: Any, where: str) -> list[Grid]:
                 else "a whole number or auto"
             )
             raise FarspanError(f"{name} of {where} is {value!r}; it must be {named}.")
+        if name in _TEXTS and not all(isinstance(item, str) for item in value):
+            raise FarspanError(f"{name} of {where} is {value!r}; it must be a list of texts.")
     own = options_of(fields["suite"]) if fields.get("suite") in SUITES else {}
     for name in ("suite", "models", "methods", *(name for name in ("lengths", "prompts") if name in own)):
         if not fields.get(name):
@@ -161,12 +164,16 @@ def _grids(data: Any, where: str) -> list[Grid]:
     check_batch_size(fields.get("batch_size", "auto"))
     methods = _methods(fields, where)
     named = fields.get("folder", f"{task.suite}-{{model}}")
+    if not named or set("{}") & set(named.replace("{model}", "")):
+        raise FarspanError(
+            f"folder of {where} is {named!r}; give a name, in which {{model}} alone is filled in."
+        )
     if len(fields["models"]) > 1 and "{model}" not in named:
         raise FarspanError(f"folder of {where} is one for several models; put {{model}} into it.")
     others = ("dtype", "batch_size", "recipe", "rope", "chat")
     rest = {name: fields[name] for name in others if name in fields}
     return [
-        Grid(model=str(m), methods=methods, task=task, folder=named.format(model=_slug(str(m))), **rest)
+        Grid(model=m, methods=methods, task=task, folder=named.replace("{model}", _slug(m)), **rest)
         for m in fields["models"]
     ]
 
@@ -177,7 +184,7 @@ def _methods(fields: Mapping[str, Any], where: str) -> list[str]:
 
     budgets = fields.get("budgets", {})
     out: list[str] = []
-    for spec in map(str, fields["methods"]):
+    for spec in fields["methods"]:
         names = list(dict.fromkeys(re.findall(r"\{(\w+)\}", spec)))
         for name in names:
             if not isinstance(budgets.get(name), list) or not budgets[name]:

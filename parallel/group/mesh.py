@@ -14,6 +14,7 @@ from .digest import bit_hash, minority, text_hash
 from .meeting import named
 from .watch import Watch
 
+_APART = "agree"  # the name of collectives that ``Mesh.sent`` leaves out
 _SLOTS = 16  # int64 words of the row that each rank sends to be compared
 
 
@@ -48,8 +49,8 @@ class Mesh:
         return self.ranks.rank
 
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, without those of ``agree``."""
-        return sum(sum(r.sent.values()) - r.sent["agree"] for r in self.watch.groups)
+        """Bytes that this rank has sent so far, without those of ``agree`` and ``share``."""
+        return sum(sum(r.sent.values()) - r.sent[_APART] for r in self.watch.groups)
 
     def agree(self, values: dict[str, Tensor | int | str | None]) -> None:
         """Check that every rank has the same values, tensors by dtype, shape and bits; one all-gather of 128
@@ -72,7 +73,7 @@ class Mesh:
         row = row.to(self.device)
         for i, tensor in tensors.items():
             row[i] ^= tensor.to(self.device)
-        table = self.ranks.all_gather(row, "agree").tolist()
+        table = self.ranks.all_gather(row, _APART).tolist()
         columns = zip(("", *values), zip(*table, strict=True), strict=False)
         odd = {name: self._named(minority(column)) for name, column in columns if minority(column)}
         if "" in odd:  # the columns are not comparable
@@ -85,6 +86,15 @@ class Mesh:
                 f"The ranks have different values: {', '.join(f'{n} on {r}' for n, r in odd.items())}. Every "
                 "rank must be given the same inputs, options and seed."
             )
+
+    def share(self, data: bytes) -> bytes:
+        """The bytes of rank 0, at least one, on every rank. What other ranks give does not count."""
+        leads = self.rank == 0
+        size = self.ranks.broadcast(torch.tensor([len(data)], device=self.device), 0, _APART)
+        given = torch.frombuffer(bytearray(data), dtype=torch.uint8) if leads else None
+        room = torch.empty(int(size), dtype=torch.uint8) if given is None else given
+        sent = self.ranks.broadcast(room.to(self.device), 0, _APART)
+        return data if leads else sent.cpu().numpy().tobytes()
 
     def _named(self, places: list[int]) -> str:
         return named([self.ranks.global_rank(place) for place in places])

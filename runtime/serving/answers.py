@@ -3,6 +3,7 @@ not read again."""
 
 from __future__ import annotations
 
+import pickle
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ...attention.errors import FarspanError
+from ...parallel.group.mesh import Mesh
 from .. import hf
 from ..models import positions
 from ..patched import Patched
 from .engine import Cancelled, Job, Refused
 from .metrics import Metrics
-from .over_ranks import OverRanks
 
 _USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
+_PIECE = 1 << 14  # characters
 _END = "end"  # what rank 0 shares at last
 _PATCH = ""  # a server has one patch, so its caches need no name of theirs
 
@@ -75,13 +77,13 @@ class Answers:
         self, model: Any, tokenizer: Any, patched: Patched, metrics: Metrics, prefixes: Prefixes | None
     ) -> None:
         self.model, self.tokenizer, self.patched = model, tokenizer, patched
-        self.ranks = None if patched.mesh is None else OverRanks(patched.mesh)
+        self.mesh: Mesh | None = patched.mesh
         self._metrics = metrics
-        self._prefixes = prefixes if self.ranks is None else None
+        self._prefixes = prefixes if self.mesh is None else None
         self._cuts = patched.cuts
         self._limit = min((x for x in (positions(model), patched.room) if x is not None), default=None)
         self._job: Job | None = None
-        if self.ranks is None:  # ranks end a call at the same token, and not in the middle of a prompt
+        if self.mesh is None:  # ranks end a call at the same token, and not in the middle of a prompt
             for module in hf.inspect_model(model).attention.values():
                 module.register_forward_pre_hook(self._check_job)
 
@@ -103,6 +105,22 @@ class Answers:
                 f"{self._limit} positions that there are: shorten the prompt, or ask for fewer tokens.",
             )
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raises Refused for texts of which a prompt would be far too long, without reading more of them than
+        shows it. Any thread may call it; others run between the pieces of a text."""
+        if self._limit is None or sum(map(len, texts)) <= 2 * self._limit:
+            return
+        encode, length = self.tokenizer.backend_tokenizer.encode, 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                length += len(encode(text[start : start + _PIECE], add_special_tokens=False))
+                if length > 2 * self._limit:  # fewer are counted exactly once they are one prompt
+                    raise Refused(
+                        400,
+                        f"The prompt has more than {2 * self._limit} tokens, and there are {self._limit} "
+                        "positions: shorten it.",
+                    )
+
     def answer(self, prompt: Prompt, job: Job, streamer: Any) -> list[int]:
         """The tokens that the model writes after a prompt. streamer: ``put`` and ``end`` are called as those
         of transformers' streamers. Raises Cancelled where the job is cancelled meanwhile."""
@@ -110,11 +128,11 @@ class Answers:
         seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
         call = Call(prompt.ids, prompt.config, seed)
         try:
-            if self.ranks is not None:
-                self.ranks.share(call)
+            if self.mesh is not None:
+                shared(self.mesh, call)
             return self._answered(prompt, call, streamer)
         except FarspanError as error:
-            if self.ranks is not None:  # a rank has failed, which is no fault of the request
+            if self.mesh is not None:  # a rank has failed, which is no fault of the request
                 raise Refused(503, str(error)) from None
             raise
         finally:
@@ -124,13 +142,13 @@ class Answers:
 
     def idle(self) -> None:
         """Tell the other ranks, which would give up otherwise, that there is nothing to do."""
-        if self.ranks is not None:
-            self.ranks.share(None)
+        if self.mesh is not None:
+            shared(self.mesh, None)
 
     def end(self) -> None:
         """Let the other ranks end."""
-        if self.ranks is not None:
-            self.ranks.share(_END)
+        if self.mesh is not None:
+            shared(self.mesh, _END)
 
     def _answered(self, prompt: Prompt, call: Call, streamer: Any) -> list[int]:
         tokens: list[int] = prompt.ids[0].tolist()
@@ -151,7 +169,7 @@ class Answers:
 
     def _cancelled(self) -> bool:
         cancelled = self._job is not None and self._job.cancelled
-        return cancelled if self.ranks is None else bool(self.ranks.share(cancelled))
+        return cancelled if self.mesh is None else bool(shared(self.mesh, cancelled))
 
     def _taken(self, tokens: list[int]) -> tuple[Any, int]:
         """A cache that holds the beginning of a prompt, and how many tokens of it; a new one holds none."""
@@ -209,15 +227,22 @@ def generated(model: Any, tokenizer: Any, call: Call, cache: Any, streamer: Any)
 
 def follow(model: Any, tokenizer: Any, patched: Patched) -> None:
     """Make the calls of rank 0 until it ends. Raises FarspanError where a rank has failed."""
-    assert patched.mesh is not None
-    ranks = OverRanks(patched.mesh)
-    while (call := ranks.share()) != _END:
+    mesh = patched.mesh
+    assert mesh is not None
+    while (call := shared(mesh)) != _END:
         if call is not None:
             call = replace(call, ids=call.ids.to(model.device))
             # An error of the model is the same on every rank, and rank 0 tells it. A rank that has failed
             # alone is missed in the next collective.
             with suppress(Exception):
-                generated(model, tokenizer, call, hf.empty_cache(model), _Ending(lambda: bool(ranks.share())))
+                generated(model, tokenizer, call, hf.empty_cache(model), _Ending(lambda: bool(shared(mesh))))
+
+
+def shared(mesh: Mesh, value: Any = None) -> Any:
+    """The value of rank 0, which has the clients, on every rank. Raises FarspanError where a rank has
+    failed."""
+    data = mesh.share(pickle.dumps(value) if mesh.rank == 0 else b"")
+    return value if mesh.rank == 0 else pickle.loads(data)
 
 
 def _cropped(cache: Any, length: int) -> bool:

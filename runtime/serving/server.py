@@ -3,11 +3,8 @@ cannot."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,56 +12,11 @@ from ...attention.errors import FarspanError
 from ..hf.serving import internals
 from ..patched import Patched
 from .answers import Answers, Prefixes
+from .where import Where
 
 logger = logging.getLogger("farspan")
 
 _GRACE = 5  # seconds that running requests have to end when the server is stopped
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Where a server listens, and to whom. port: 0 takes a free one. api_key: what every request must
-    bring."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.api_key is not None and not self.api_key.isprintable():
-            raise FarspanError(
-                "The API key has characters that no HTTP header can carry; choose another one."
-            )
-        if self.api_key is None and not self.local:
-            raise FarspanError(
-                f"--host {self.host} lets other machines in, which needs an API key: set FARSPAN_API_KEY, "
-                "give --api-key, or listen on 127.0.0.1."
-            )
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can reach it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    def bound(self) -> socket.socket:
-        """A socket that is bound to it. Raises FarspanError where that is not possible."""
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            bound = socket.socket(family, kind, protocol)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise FarspanError(
-                f"The server cannot listen on {self.host}, port {self.port} ({reason}): give another "
-                "--port or --host."
-            ) from None
-        return bound
 
 
 class Server:
@@ -94,7 +46,7 @@ class Server:
         from .metrics import Metrics
 
         internals.quiet()
-        self._socket = where.bound()
+        self._socket = where.listening()
         self.port = int(self._socket.getsockname()[1])
         host = f"[{where.host}]" if ":" in where.host else where.host
         self.url = f"http://{host}:{self.port}/v1"
@@ -135,7 +87,7 @@ class Server:
         answers = Answers(model, tokenizer, patched, self.metrics, self._prefixes)
         self.engine.idle, self.engine.end = answers.idle, answers.end
         self._models.put(answers)
-        if answers.ranks is not None:
+        if answers.mesh is not None:
             logger.info("Prefixes are not reused over ranks.")
         elif self._prefixes is not None and (why := patched.cuts.never):
             logger.info("Prefixes are not reused: %s.", why)

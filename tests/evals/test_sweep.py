@@ -219,6 +219,12 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
         ("samples: 4", "sample: 4", r"did you mean samples\?"),
         ("models: [tiny]", "models: tiny", "models of grid 1 is 'tiny'; it must be a list"),
         ("models: [tiny]", "models: [a, b]\n    folder: one", "one for several models"),
+        (
+            "models: [tiny]",
+            "models: [tiny]\n    folder: 'x-{k}'",
+            r"folder of grid 1 is 'x-{k}'; give a name",
+        ),
+        ("models: [tiny]", "models: [3]", r"models of grid 1 is \[3\]; it must be a list of texts"),
         ("suite: ruler", "suite: rule", "suite of grid 1 is 'rule'; it is one of ruler, needle, retrieval"),
         ("suite: ruler", "suite: retrieval", "no retrieval task 'vt'"),
         ("samples: 4", "depths: [0.5]", "depths was given, which the suite ruler does not have"),

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         method = given.pop("method", None)
-        if method is not None and given:
+        if isinstance(method, AttentionMethod) and given:
             laws[item.nodeid.partition("[")[0], method.name][str(method), repr(given)] = item
     for pairs in laws.values():
         settings, cases = (list(dict.fromkeys(part)) for part in zip(*pairs, strict=True))

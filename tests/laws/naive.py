@@ -139,13 +139,33 @@ def quest(q: Tensor, k: Tensor, *, size: int, page: int, gqa_reduce: str, scale:
     return [{*own, *(i for p in best(scores, count) for i in others[p])} for scores in per_head]
 
 
+def _rounded_label(label: Tensor, bits: int) -> Tensor:
+    """The nearest of 2^bits numbers from the smallest one on, which lie a step apart; that one and the step
+    are bfloat16."""
+    zero = label.min().bfloat16().float()
+    step = ((label.max() - zero) / (2**bits - 1)).bfloat16().float()
+    grid = zero.double() + step.double() * torch.arange(2**bits)
+    return grid[(label.double()[:, None] - grid).abs().argmin(-1)]
+
+
 def double_sparsity(
-    q: Tensor, k: Tensor, channels: list[int], *, size: int, gqa_reduce: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    channels: list[int],
+    *,
+    size: int,
+    gqa_reduce: str,
+    scale: float,
+    bits: int | None = None,
 ) -> list[set[int]]:
-    """Double Sparsity (2408.07092): labels are the calibrated channels of q and k, on raw logits."""
+    """Double Sparsity (2408.07092): labels are the calibrated channels of q and k, on raw logits; those of k
+    rounded to ``bits``."""
     if size >= k.shape[0]:
         return [set(range(k.shape[0]))] * len(q)
-    logits = q[:, channels].double() @ k[:, channels].double().T * scale
+    labels = k[:, channels].double()
+    if bits is not None:
+        labels = torch.stack([_rounded_label(label, bits) for label in k[:, channels].float()])
+    logits = q[:, channels].double() @ labels.T * scale
     per_head = list(logits) if gqa_reduce == "none" else [combined(logits, gqa_reduce)] * len(q)
     return [set(best(scores, size)) for scores in per_head]
 

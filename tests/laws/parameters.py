@@ -112,6 +112,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     "double_sparsity": [
         {"k": 20, "dense_layers": 0, "group_factor": 4},
         {"k": None, "fraction": 0.2, "gqa_reduce": "none", "dense_layers": 0, "group_factor": 2},
+        {"k": 20, "dense_layers": 0, "group_factor": 2, "label_bits": 4},
     ],
     "dynamic_mask": [
         {"w": 24, "local": 0, "add_bias": True},

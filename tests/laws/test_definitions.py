@@ -121,6 +121,12 @@ def test_decode_selection_on_smollm2(name: str, settings: dict[str, Any], smollm
         assert_decode_selection(settings, name, data)
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("starts", [None, [0, 30, 57]])
+def test_double_sparsity_with_rounded_labels(bits: int, starts: list[int] | None) -> None:
+    assert_decode_selection({"label_bits": bits, "k": 20}, "double_sparsity", Data.random(69, starts))
+
+
 def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> None:
     """Of 9 steps, the last of the data."""
     heads, kv_heads, d = data.q.shape[1], data.k.shape[1], data.k.shape[3]
@@ -144,6 +150,7 @@ def assert_decode_selection(settings: dict[str, Any], name: str, data: Data) -> 
                 if name == "quest":
                     want = naive.quest(q, k, page=8, **how)
                 else:
+                    how["bits"] = method.label_bits
                     want = naive.double_sparsity(q, k, ranking[head, : d // 4].tolist(), **how)
                 for g in range(len(q)):
                     h = head * len(q) + g

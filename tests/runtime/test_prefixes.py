@@ -43,7 +43,7 @@ def model() -> Any:
 def test_the_longest_prefix_in_random_sequences() -> None:
     """Against a list that is searched by hand: which cache, how much of it, and what is left."""
     rng = random.Random(0)
-    store, kept = PrefixStore(10**9), []
+    store, kept, copied = PrefixStore(10**9), [], 0
     for _ in range(300):
         tokens = [rng.randrange(2) for _ in range(rng.randrange(2, 9))]
         patch = rng.choice([A, B])
@@ -66,10 +66,30 @@ def test_the_longest_prefix_in_random_sequences() -> None:
         found, length = store.take(patch, tokens)
         assert length == best and (found is None) == (best == 0)
         if found is not None:
-            [mine] = [x for x in kept if x[2] is found]
-            assert shares(mine) == best and found.length == best
-            kept.remove(mine)
-    assert len(store) == len(kept) and store.hits > 50
+            assert found.length == best
+            mine = [x for x in kept if x[2] is found]
+            copied += not mine
+            if mine:
+                assert shares(mine[0]) == best and 2 * best >= len(mine[0][1])
+                kept.remove(mine[0])
+            else:
+                assert any(shares(x) == best and 2 * best < len(x[1]) for x in kept)
+    assert len(store) == len(kept) and store.hits > 50 and copied > 5
+
+
+def test_a_short_common_beginning_leaves_a_long_cache_in_the_store() -> None:
+    """Two conversations with one system prompt take turns, and each goes on where it was."""
+    store = PrefixStore(10**6)
+    system = [7] * 10
+    for turn in range(3):
+        for talk in (1, 2):
+            tokens = system + [talk] * 30 * (turn + 1)
+            cache, length = store.take(A, tokens)
+            assert length == (10 + 30 * turn if turn else 10 * (talk == 2))
+            cache = cache_of(tokens) if cache is None else cache
+            cache.length = len(tokens)
+            store.put(A, tokens, cache)
+    assert len(store) == 2
 
 
 def test_the_least_recently_used_is_dropped() -> None:

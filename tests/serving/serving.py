@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 import farspan
 from farspan.runtime.hf import generate_by, greedy_config
 from farspan.runtime.models import load
-from farspan.runtime.serving.server import Server, Where
+from farspan.runtime.serving.server import Server
+from farspan.runtime.serving.where import Where
 
 NAME = "letters"
 POSITIONS = 1024

@@ -14,7 +14,8 @@ import pytest
 import farspan
 from farspan import FarspanError
 from farspan.runtime.hf.serving import internals
-from farspan.runtime.serving.server import Server, Where
+from farspan.runtime.serving.server import Server
+from farspan.runtime.serving.where import Where
 
 from .serving import NAME, POSITIONS, Alone, Served, save, serving, until
 
@@ -77,6 +78,35 @@ def sentence(response: Any, status: int) -> str:
             "top_k",
         ),
         ("chat/completions", {**CHAT, "logit_bias": {"9999": 1}}, 400, "cannot generate by these settings"),
+        (
+            "chat/completions",
+            {**CHAT, "generation_config": '{"watermarking_config": {}}'},
+            400,
+            "cannot generate by these settings",
+        ),
+        (
+            "chat/completions",
+            {**CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            400,
+            "variables",
+        ),
+        ("chat/completions", {**CHAT, "chat_template_kwargs": {"messages": []}}, 400, "that the server sets"),
+        ("chat/completions", {**CHAT, "stop": ""}, 400, "'stop' is a text or a list of texts, none of them"),
+        ("chat/completions", {**CHAT, "stop": ["a", ""]}, 400, "'stop' is a text or a list of texts, none"),
+        ("chat/completions", {**CHAT, "stop": ["\u4e00"]}, 400, "cannot generate by these settings"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+            400,
+            "a part of the type 'image_url'",
+        ),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]},
+            400,
+            "a part of the type 'input_image'",
+        ),
+        ("completions", b'{"prompt": "a", "stop": ' + b"[" * 900 + b"]" * 900 + b"}", 400, ""),
         ("completions", {"prompt": ["a", "b"]}, 400, "'prompt' is a text"),
         ("completions", {"prompt": ""}, 400, "no tokens"),
         ("responses", {"input": 3}, 400, "'input' is a text or a list"),
@@ -93,9 +123,9 @@ def test_bad_requests(served: Served, path: str, body: Any, status: int, words: 
 
 def test_other_methods_and_content(served: Served) -> None:
     assert "does not take GET" in sentence(httpx.get(f"{served.server.url}/completions"), 405)
-    sentence(
-        httpx.post(f"{served.server.url}/completions", content=b"a", headers={"Content-Type": "text/plain"}),
-        400,
+    plain = {"content": b'{"prompt": "a"}', "headers": {"Content-Type": "text/plain"}}
+    assert "Content-Type: application/json" in sentence(
+        httpx.post(f"{served.server.url}/completions", **plain), 400
     )
     for path in ("reset", "load_model", "docs", "openapi.json"):
         sentence(httpx.get(f"{served.root}/{path}"), 404)
@@ -109,6 +139,27 @@ def test_too_long(served: Served, stream: bool) -> None:
         served.client.completions.create(model=NAME, prompt="a" * POSITIONS, stream=stream)
     got = served.client.completions.create(model=NAME, prompt="a" * 1000, max_tokens=24, temperature=0)
     assert got.usage is not None and got.usage.completion_tokens == 24
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+def test_of_a_text_that_is_far_too_long_little_is_read(
+    served: Served, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    inner = served.tokenizer.backend_tokenizer
+
+    class Counting:
+        def encode(self, text: str, **given: Any) -> Any:
+            read.append(len(text))
+            return inner.encode(text, **given)
+
+    monkeypatch.setattr(type(served.tokenizer), "backend_tokenizer", property(lambda _: Counting()))
+    text = "word " * 1_000_000
+    field = {"chat/completions": "messages", "completions": "prompt", "responses": "input"}[path]
+    body = {field: [{"role": "user", "content": text}] if field == "messages" else text}
+    response = httpx.post(f"{served.server.url}/{path}", json=body, timeout=60)
+    assert "more than 2048 tokens, and there are 1024 positions" in sentence(response, 400)
+    assert 0 < sum(read) < 20_000
 
 
 def test_caches_of_a_fixed_size_bound_a_request(folder: Path) -> None:
@@ -171,6 +222,24 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(folder: Path) -> None:
         server.run()
 
 
+def test_a_page_on_the_web_cannot_ask_under_its_own_name(served: Served, folder: Path) -> None:
+    url = f"{served.server.url}/chat/completions"
+    for host, status in (("evil.example:80", 403), ("127.0.0.1.evil.example", 403), ("LOCALHOST:1", 200)):
+        response = httpx.post(url, json=CHAT, headers={"Host": host})
+        assert response.status_code == status
+        assert status == 200 or "asked as localhost" in sentence(response, 403)
+    assert httpx.get(f"{served.root}/health", headers={"Host": "[::1]:80"}).status_code == 200
+    with serving(folder, api_key="a-key") as other:
+        headers = {"Host": "our.server", "Authorization": "bearer a-key"}
+        assert httpx.get(f"{other.server.url}/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", " a", "a\n", "\u4e00"])
+def test_keys_that_no_header_carries(key: str) -> None:
+    with pytest.raises(FarspanError, match="choose another one"):
+        Where(api_key=key)
+
+
 def test_api_key(folder: Path, capfd: Any) -> None:
     with serving(folder, api_key="a secret") as served:
         served.ready()
@@ -196,7 +265,7 @@ def test_other_hosts_need_a_key(host: str) -> None:
 
 def test_a_port_that_is_taken(served: Served) -> None:
     with pytest.raises(FarspanError, match=f"port {served.server.port} .*another --port"):
-        Where(port=served.server.port).bound()
+        Where(port=served.server.port).listening()
 
 
 def test_what_another_release_lacks_is_named(monkeypatch: Any) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from transformers.cli.serving.server import build_server
 
 from ...serving.engine import Engine, Refused
 from ...serving.metrics import Metrics
+from ...serving.where import is_local
 from .exchange import Exchange, current
 from .handlers import Chat, Completion, Responses
 from .manager import EngineManager, OneModel, OneState
@@ -30,6 +32,7 @@ _LARGEST = 64 * 2**20  # bytes of a body
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_denied_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
@@ -72,7 +75,11 @@ def make_app(models: OneModel, engine: Engine, metrics: Metrics, api_key: str | 
         return answer(Refused(error.status_code, f"{str(error.detail).rstrip('.')}."))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Any, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            return answer(
+                Refused(400, "Send the body as JSON, with the header 'Content-Type: application/json'.")
+            )
         return answer(
             Refused(400, f"The body is not a JSON object ({error.errors()[0].get('msg', 'unread')}).")
         )
@@ -98,7 +105,7 @@ class Front:
 
     def __init__(self, app: FastAPI, engine: Engine, metrics: Metrics, api_key: str | None) -> None:
         self._app, self._engine, self._metrics = app, engine, metrics
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -125,8 +132,11 @@ class Front:
 
     async def _serve(self, exchange: Exchange, scope: Message, receive: Receive, send: Send) -> None:
         try:
-            if self._key is not None and scope["path"] != "/health":
-                self._check_key(scope)
+            headers = Headers(scope=scope)
+            if self._key is None:
+                _check_host(headers)
+            elif scope["path"] != "/health":
+                self._check_key(headers)
             body = await _read(receive)
         except Refused as error:
             await answer(error)(scope, receive, send)
@@ -157,10 +167,20 @@ class Front:
         finally:
             watching.cancel()
 
-    def _check_key(self, scope: Message) -> None:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, self._key or b""):
+    def _check_key(self, headers: Headers) -> None:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        right = self._key is not None and hmac.compare_digest(key.encode(), self._key)
+        if scheme.lower() != "bearer" or not right:
             raise Refused(401, "This server wants its API key, as in 'Authorization: Bearer KEY'.")
+
+
+def _check_host(headers: Headers) -> None:
+    """Raises Refused (403) for a request to another machine's name. A page on the web can let its name point
+    to this machine, and its visitor's browser would then send its requests here."""
+    host = headers.get("host", "localhost")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not is_local(name.lower()):
+        raise Refused(403, f"Without an API key this server is asked as localhost, not as {name!r}.")
 
 
 async def _read(receive: Receive) -> bytes | None:

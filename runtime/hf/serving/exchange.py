@@ -14,15 +14,16 @@ from ...serving.engine import Engine, Job
 
 @dataclass(kw_only=True)
 class Exchange:
-    """One request. settings: those of its ``generation_config``. biased: whether it has a ``logit_bias``.
-    seed: for sampling. job, prompt: the work in the engine, once there is some. finished: whether the whole
-    response has been sent. gone: whether the client has closed the connection before."""
+    """One request. settings: those of its ``generation_config``. steered: whether it has such settings, or
+    others that transformers checks when it generates. seed: for sampling. job, prompt: the work in the
+    engine, once there is some. finished: whether the whole response has been sent. gone: whether the client
+    has closed the connection before."""
 
     endpoint: str
     engine: Engine
     began: float = field(default_factory=time.monotonic)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    biased: bool = False
+    steered: bool = False
     seed: int | None = None
     job: Job | None = None
     prompt: Prompt | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -37,12 +38,15 @@ class Served(BaseHandler):
         if exchange.endpoint != "/v1/completions" and not has_chat(tokenizer):
             raise Refused(400, "This model has no chat template: use /v1/completions.")
         exchange.settings = bodies.settings(body)
-        exchange.seed, exchange.biased = body.pop("seed", None), "logit_bias" in body
+        exchange.steered = bool(exchange.settings) or not body.keys().isdisjoint(("logit_bias", "stop"))
+        exchange.seed = body.pop("seed", None)
         if "max_completion_tokens" in body:  # some releases ignore it
             body["max_tokens"] = body.pop("max_completion_tokens")
         body["model"] = models.force_model
         body.setdefault("stream", False)
         try:
+            # transformers' server reads the tokens of a prompt in the event loop, where other requests wait.
+            await asyncio.to_thread(models.answers.check_texts, list(bodies.texts(body)))
             response = await super().handle_request(body, request_id)
         except (Refused, HTTPException):
             raise

@@ -174,8 +174,8 @@ class Watch:
         def run(job: Job) -> list[int]:
             try:
                 tokens = answers.answer(self._prompt, job, streamer)
-            except (ValueError, IndexError, TypeError) as error:
-                if isinstance(error, FarspanError) or not (self._exchange.settings or self._exchange.biased):
+            except (ValueError, IndexError, TypeError, AttributeError) as error:
+                if isinstance(error, FarspanError) or not self._exchange.steered:
                     raise
                 raise Refused(400, f"The model cannot generate by these settings ({said(error)}).") from error
             self._measure(len(tokens))
