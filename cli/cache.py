@@ -11,6 +11,7 @@ import typer
 
 from ..attention.errors import FarspanError
 from . import launch, options, output
+from .storage import Storage
 
 app = typer.Typer(help="Prompts that are read once and kept in a folder.", no_args_is_help=True)
 
@@ -29,6 +30,7 @@ class Build:
     prefill_chunk: Annotated[int | None, options.tokens("Read the prompt in chunks of this many tokens.")] = (
         None
     )
+    storage: Storage = None
     recipe: options.Recipe = None
     rope: options.Rope = None
     on: options.Place
@@ -45,7 +47,8 @@ def _group() -> None:
 def build(given: Build) -> None:
     """Read a text, such as a book, and save its cache for `farspan generate --cache`.
 
-    The cache belongs to the model, the tokenizer and the method. A cache that is in the folder is replaced.
+    The cache belongs to the model, the tokenizer, the method and the format (--storage int8). A cache
+    that is in the folder is replaced.
     """
     if launch.size() > 1:
         raise FarspanError(
@@ -66,7 +69,11 @@ def build(given: Build) -> None:
     from ..runtime.patch import patch
     from ..runtime.saved import save_cache
 
-    how: dict[str, Any] = {"recipe": given.recipe, "prefill_chunk": given.prefill_chunk}
+    how: dict[str, Any] = {
+        "recipe": given.recipe,
+        "prefill_chunk": given.prefill_chunk,
+        "storage": given.storage,
+    }
     with patch(model, given.method, **how):
         began = time.perf_counter()
         cache = fill(model, ids, ids.new_ones(ids.shape))

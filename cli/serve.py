@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import amounts, launch, options, output
+from .storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,7 @@ class Serve:
 
     model: options.Model = options.DEFAULT_MODEL
     method: Annotated[str, typer.Option(help="What attention reads; see `farspan methods`.")] = "dense"
-    storage: Annotated[
-        str | None, typer.Option(help="How caches keep keys and values [default: device].")
-    ] = None
+    storage: Storage = None
     prefill_chunk: Annotated[int | None, options.tokens("Read prompts in chunks of this many tokens.")] = None
     static: Annotated[
         int | None,
@@ -68,10 +67,7 @@ def serve(given: Serve) -> None:
     from ..runtime.serving.answers import follow
     from ..runtime.serving.server import Server
     from ..runtime.serving.where import Where
-    from ..runtime.store.storage import parse_storage
 
-    if given.storage is not None:
-        parse_storage(given.storage)
     limit = 0 if given.prefix_memory == "0" else amounts.size(given.prefix_memory, "--prefix-memory")
 
     def load() -> tuple[Any, Any, Patched]:

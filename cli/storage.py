@@ -19,7 +19,10 @@ def _checked(value: str | None) -> str | None:
 Storage = Annotated[
     str | None,
     typer.Option(
-        help='Where the KV cache is kept: "device", "host" (pinned memory beside a GPU), "disk:folder=PATH".',
+        help='How the KV cache is kept: in "int8" or "int4" (8 or 4 bits for a number), in "host" (pinned '
+        'memory beside a GPU), in "disk:folder=PATH" (files), or both, as in "int8+disk" '
+        "[default: plain numbers on the device].",
+        show_default=False,
         callback=_checked,
     ),
 ]

@@ -28,7 +28,7 @@ def of_patch(model: Any) -> dict[str, str]:
         "hash of the method's weights": hash_of(
             [weights, [Path(path).read_text() for path in files], caches.adapters]
         ),
-        "storage": _by_layer({i: str(caches.plan.storage(i)) for i in caches.layers}),
+        "storage": _by_layer({i: caches.plan.storage(i).numbers for i in caches.layers}),
     }
 
 

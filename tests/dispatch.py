@@ -22,6 +22,7 @@ from farspan.runtime.session import Session
 from farspan.runtime.static_call import StaticCall
 from farspan.runtime.store.static import Clock, StaticStore
 from farspan.runtime.store.storage import parse_storage
+from farspan.runtime.store.store import KVStore
 
 from .laws.parameters import sparse_settings
 from .laws.tools import HKV, THETA, D, Data, layer_info
@@ -82,8 +83,8 @@ class OneLayer:
             _move(self.method.module, device)
         prefill, decode = (self.method if phase in method.phases else dense for phase in (PREFILL, DECODE))
         self.session = Session(strict=False)
-        self.layer, self.cache = Layer(0, prefill, decode, self.session), KVStoreLayer()
-        self.cache.store.storage = parse_storage(storage)
+        self.layer = Layer(0, prefill, decode, self.session)
+        self.cache = KVStoreLayer(partial(KVStore, parse_storage(storage)))
         if static is not None:
             self.cache = StaticStoreLayer(partial(StaticStore, static, Clock()))
         self.data, self.starts = Data.random(PROMPT + WARM + STEPS, starts, dtype=dtype), starts
@@ -107,7 +108,8 @@ class OneLayer:
         tokens = torch.empty(len(q), end - begin, device="meta")
         session.step = StaticCall.of({0: self.layer}, lambda _: self.cache.store, tokens, True)
         with self.device.counted() as counts, session.step or nullcontext():
-            keys, values = self.cache.update(k, v)
+            self.cache.store.append(k, v)
+            keys, values = self.cache.store.handles()
             out = self.layer(q, keys, values, mask, self.softmax)
         self.results.append(getattr(out, "held", out))
         return counts

@@ -83,7 +83,11 @@ class KVStoreLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.store.append(key_states, value_states)
-        return self.store.handles()
+        if in_call():
+            return self.store.handles()
+        kv = self.store.kv  # for a model that is not patched
+        assert kv is not None
+        return kv.on_device().dense()
 
     def get_seq_length(self) -> int:
         return self.store.total

@@ -107,7 +107,7 @@ class Buffers:
         if self._bridge is None:
             return
         self._bridge.arrive()
-        if self.packed is not None and not self._bridge.reaches:
+        if self.packed is not None and new.device.type != "cpu":
             raise FarspanError(
                 f"A cache in {self.storage} was asked for on {new.device.type}, and packed keys in another "
                 "memory are served on the CPU only: leave one part of the storage out."
@@ -176,17 +176,16 @@ class Buffers:
     def drop_first(self, count: int, room: int) -> int:
         """Drop the first ``count`` positions, or with a packing the whole groups among them, and release
         their memory. room: of the buffers afterwards. Returns how many were dropped."""
-        old, left = 0, self.length - count
+        old, filled = 0, self.unpacked
         if self.packed is not None and self.packed.length:
             count = count // self.packed.group * self.packed.group
-            old, left = min(count, self.packed.length), self.length - count
-            filled, room = self.unpacked, self.tensors[0].shape[2]
+            if not count:
+                return 0
+            old, room = min(count, self.packed.length), self.tensors[0].shape[2]
             self.packed.drop(old)
-        else:
-            filled = self.length
         if count > old:
             self.tensors = tuple(self._grown(x[:, :, count - old : filled], room) for x in self.tensors)
-        self.resize(left)
+        self.resize(self.length - count)
         self._changed()
         return count
 
@@ -218,34 +217,17 @@ class Buffers:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension (reorder, repeat or select rows)."""
-        self.tensors = tuple(self._remapped(x, change) for x in self.tensors)
+        self.tensors = tuple(self._mapped(x, change) for x in self.tensors)
         if self.packed is not None:
             self.packed.map_rows(change)
         self._changed()
 
-    def _remapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """``change`` of a buffer, in a buffer of as many positions. One in another memory is changed a block
-        at a time."""
-        memory, filled, new = self.storage.memory, self.unpacked, buffer
-        if memory.block is None:
-            return self._refilled(buffer, change(buffer[:, :, :filled]))
-        for a in range(0, max(1, filled), memory.block):
-            part = change(buffer[:, :, a : min(a + memory.block, filled)])
-            if part.shape[0] != new.shape[0]:
-                new = memory.empty((part.shape[0], *buffer.shape[1:]), buffer)
-            memory.write(new, a, part)
-        return new
-
-    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """A buffer as large as ``buffer`` that begins with the positions ``new``, of as many rows as
-        these."""
-        return self._grown(new, buffer.shape[2])
+    def _mapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """``change`` of a buffer, in a buffer of as many positions."""
+        return self.storage.memory.map_rows(buffer, self.unpacked, change)
 
     def _grown(self, x: Tensor, room: int) -> Tensor:
-        """A buffer for ``room`` positions that begins with x [B, Hkv, n, any]."""
-        buffer = self.storage.memory.empty((*x.shape[:2], room, x.shape[3]), x)
-        self.storage.memory.write(buffer, 0, x)
-        return buffer
+        return self.storage.memory.grown(x, room)
 
     @property
     def tiers(self) -> dict[str, int]:
@@ -266,13 +248,14 @@ class Buffers:
         return {
             "stored": [x[:, :, : self.unpacked] for x in self.tensors],
             "packed": None if self.packed is None else self.packed.held(),
+            "spare": self._spare,
         }
 
     def restore(self, held: Mapping[str, Any]) -> None:
         """Fill empty buffers with what others of the same storage held. Keys and values are copied."""
         if not held["stored"]:
             return
-        length = held["stored"][0].shape[2]
+        self._spare, length = held["spare"], held["stored"][0].shape[2]
         self.tensors = tuple(self._grown(x, self.room(length)) for x in held["stored"])
         if self.packed is not None:
             self.packed.restore(held["packed"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...attention.errors import FarspanError
 from ..models.fetch import cache_folder
 from .bridges import Fetching, InPlace, StoreBridge
-from .hot_rows import HotRows
+from .hot_rows import HotRows, check_cached
 from .memory import Memory
 
 _MAPPED: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address
@@ -42,6 +42,9 @@ class Disk(Memory):
     block: ClassVar[int] = 4096
     folder: str = ""
     cached: int = 2048
+
+    def __post_init__(self) -> None:
+        check_cached(self.tier, self.cached)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         size = math.prod(shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bridges import Fetching, copy_heads
-from .hot_rows import HotRows
+from .hot_rows import HotRows, check_cached
 from .memory import Memory
 
 
@@ -24,6 +24,9 @@ class Host(Memory):
     tier: ClassVar[str] = "host"
     prefetches: ClassVar[bool] = True
     cached: int = 2048
+
+    def __post_init__(self) -> None:
+        check_cached(self.tier, self.cached)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         with torch.inference_mode(False):

@@ -8,6 +8,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from ...attention.errors import SpecError
+
 Fetch = Callable[[Tensor], list[Tensor]]  # places [n] -> of each part, the rows [n, width] on the device
 
 
@@ -101,3 +103,9 @@ class HotRows:
         for part, new in zip(self._parts, rows, strict=True):
             part[slots] = new
         return slots
+
+
+def check_cached(tier: str, each: int) -> None:
+    """Raise SpecError where ``each`` is no number of slots for a list of rows."""
+    if each < 0:
+        raise SpecError(f"{tier} keeps cached = 0 rows or more of each KV head on the GPU; got {each}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,26 @@ class Memory:
             buffer[:, :, first + a : first + a + part.shape[2]] = part
             self.release(buffer)
             self.release(x)
+
+    def grown(self, x: Tensor, room: int) -> Tensor:
+        """A buffer for ``room`` positions that begins with x [B, Hkv, n, any]."""
+        buffer = self.empty((*x.shape[:2], room, x.shape[3]), x)
+        self.write(buffer, 0, x)
+        return buffer
+
+    def map_rows(self, buffer: Tensor, filled: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """A buffer as large as ``buffer``, whose first ``filled`` positions are those of ``buffer`` after
+        ``change`` of the batch dimension. Where positions are written a block at a time, rows of the same
+        number stay in ``buffer``."""
+        if self.block is None:
+            return self.grown(change(buffer[:, :, :filled]), buffer.shape[2])
+        new = buffer
+        for a in range(0, max(1, filled), self.block):
+            part = change(buffer[:, :, a : min(a + self.block, filled)])
+            if part.shape[0] != new.shape[0]:
+                new = self.empty((part.shape[0], *buffer.shape[1:]), buffer)
+            self.write(new, a, part)
+        return new
 
     def release(self, buffer: Tensor) -> None:
         """Free what the process holds of ``buffer`` beside its place in this memory, after it was used."""

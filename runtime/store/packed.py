@@ -13,6 +13,7 @@ from ...attention.packing import Packing
 from ...attention.quantised import Quantised
 from .memory import Memory
 
+_SPARE = 8  # buffers grow by this part of themselves
 _KEY_STEPS = 1  # the buffer with one entry per group; the others have one per position
 
 
@@ -41,9 +42,9 @@ class Packed:
         new = self.packing.encode(k, v, valid, self.channels)
         begin, end = self.length, self.length + k.shape[2]
         if not self.buffers or end > self.buffers[0].shape[2]:
-            self._make_room(new, end + max(256, end // 8))
+            self._grow(self._stored() or [x[:, :, :0] for x in new], end)
         for i, (buffer, x) in enumerate(zip(self.buffers, new, strict=True)):
-            buffer[:, :, self._entries(i, begin) : self._entries(i, end)] = x
+            self._memory.write(buffer, self._entries(i, begin), x)
         self.length = end
 
     def followed_by(self, recent: KV) -> KV:
@@ -51,7 +52,7 @@ class Packed:
         if self.length == 0:
             return recent
         assert self.channels is not None
-        views = [x[:, :, : self._entries(i, self.length)] for i, x in enumerate(self.buffers)]
+        views = self._stored()
         return Quantised(*views[:4], *recent.stored, views[4], self.channels, packing=self.packing)
 
     def crop(self, length: int, like: KV) -> KV:
@@ -66,20 +67,17 @@ class Packed:
 
     def drop(self, count: int) -> None:
         """Drop the first ``count`` positions, which are whole groups, and release their memory."""
-        old, self.length = self.buffers, self.length - count
-        self.buffers = ()
+        kept = self._stored(count)
+        self.buffers, self.length = (), self.length - count
         if self.length:
-            kept = [
-                x[:, :, self._entries(i, count) : self._entries(i, count + self.length)]
-                for i, x in enumerate(old)
-            ]
-            self._make_room(kept, self.length + max(256, self.length // 8))
-            for i, x in enumerate(kept):
-                self.buffers[i][:, :, : x.shape[2]] = x
+            self._grow(kept, self.length)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to the batch dimension of every buffer (reorder, repeat or select rows)."""
-        self.buffers = tuple(change(x) for x in self.buffers)
+        filled = [self._entries(i, self.length) for i in range(len(self.buffers))]
+        self.buffers = tuple(
+            self._memory.map_rows(x, n, change) for x, n in zip(self.buffers, filled, strict=True)
+        )
         if self.channels is not None:
             self.channels = change(self.channels)
 
@@ -89,16 +87,13 @@ class Packed:
 
     def held(self) -> dict[str, Any]:
         """All that is packed, for ``restore``. The tensors are views."""
-        views = [x[:, :, : self._entries(i, self.length)] for i, x in enumerate(self.buffers)]
-        return {"stored": views, "length": self.length, "channels": self.channels}
+        return {"stored": self._stored(), "length": self.length, "channels": self.channels}
 
     def restore(self, held: Mapping[str, Any]) -> None:
         """Have what another one has held; it is copied."""
         self.channels = held["channels"]
         if held["length"]:
-            self._make_room(held["stored"], held["length"] + max(256, held["length"] // 8))
-            for buffer, x in zip(self.buffers, held["stored"], strict=True):
-                buffer[:, :, : x.shape[2]] = x
+            self._grow(held["stored"], held["length"])
         self.length = held["length"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
@@ -116,18 +111,17 @@ class Packed:
         """Entries that the i-th buffer has for ``positions``."""
         return positions // self.group if i == _KEY_STEPS else positions
 
-    def _make_room(self, like: list[Tensor] | tuple[Tensor, ...], room: int) -> None:
-        """Buffers for ``room`` positions and more, with what the present ones hold."""
-        room = -(-room // self.group) * self.group
-        made = []
-        for i, x in enumerate(like):
-            b, h, _, d = x.shape
-            buffer = self._memory.empty((b, h, self._entries(i, room), d), x)
-            if self.buffers:
-                done = self._entries(i, self.length)
-                buffer[:, :, :done] = self.buffers[i][:, :, :done]
-            made.append(buffer)
-        self.buffers = tuple(made)
+    def _stored(self, first: int = 0) -> list[Tensor]:
+        """Views of what the buffers hold of the positions from ``first`` on, which begins a group."""
+        return [
+            x[:, :, self._entries(i, first) : self._entries(i, self.length)]
+            for i, x in enumerate(self.buffers)
+        ]
+
+    def _grow(self, held: list[Tensor], need: int) -> None:
+        """Make buffers that begin with ``held`` and have room for ``need`` positions and more."""
+        room = -(-self._memory.room(need, _SPARE) // self.group) * self.group
+        self.buffers = tuple(self._memory.grown(x, self._entries(i, room)) for i, x in enumerate(held))
 
 
 def no_channels(like: Tensor) -> Tensor:

@@ -43,8 +43,10 @@ class ShardStore(KVStore):
         return self.layout.begin
 
     @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.shared.nbytes
+    def tiers(self) -> dict[str, int]:
+        tiers = super().tiers
+        tiers["device"] += self.shared.nbytes
+        return tiers
 
     @property
     def shard(self) -> Shard:
@@ -93,7 +95,9 @@ class ShardStore(KVStore):
         if count <= 0:
             return
         self._check_crop(count)
-        self._total = max(0, self.total - count)
+        if count >= self.total:
+            return self.reset()
+        self._total = self.total - count
         here = self.layout.below(self.ranks.rank, self.total)
         self.layout = self.layout.cut(0, self.total)
         self.shared.crop(self.total)

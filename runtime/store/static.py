@@ -22,7 +22,7 @@ from ...attention.static_step import StaticStep
 from ...attention.summary import Kept, Summaries, Summary
 from .buffers import Buffers
 from .lasting import lasting
-from .storage import DEVICE
+from .storage import DEVICE, Storage
 from .store import KVStore
 
 
@@ -144,9 +144,10 @@ class FixedBuffers(Buffers):
     def clear(self) -> None:
         self.resize(0)
 
-    def _refilled(self, buffer: Tensor, new: Tensor) -> Tensor:
+    def _mapped(self, buffer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        new = change(buffer[:, :, : self.length])
         if buffer.shape[0] != new.shape[0]:
-            return super()._refilled(buffer, new)
+            return self._grown(new, self.most)
         buffer[:, :, : self.length] = new
         return buffer
 
@@ -164,7 +165,7 @@ class StaticStore(KVStore):
         self.step = StoredKeys(self)
         self.summaries: FixedSummaries = FixedSummaries(room)
 
-    def make_buffers(self) -> FixedBuffers:
+    def make_buffers(self, storage: Storage) -> FixedBuffers:
         return FixedBuffers(self.room)
 
     def extend(self, new: KV) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...attention.errors import SpecError
 from ...attention.kv import KV
@@ -27,16 +28,23 @@ class Storage:
 
     format: type[KV] = KV
     packing: Packing | None = None
-    memory: Memory = dataclasses.field(default_factory=Memory)
-    spec: str = "device"  # as users write it
+    memory: Memory = field(default_factory=Memory)
+    spec: str = field(default="device", compare=False)  # as users write it
 
     def __str__(self) -> str:
         return self.spec
+
+    @property
+    def numbers(self) -> str:
+        """The format alone, on which the contents of a store depend."""
+        return self.format.format if self.packing is None else str(self.packing)
 
 
 DEVICE = Storage()
 _PACKINGS: dict[str, type[Packing]] = {"int8": Int8, "int4": Int4}
 _MEMORIES: dict[str, type[Memory]] = {kind.tier: kind for kind in (Memory, Host, Disk)}
+# A plus sign that no name follows belongs to the name of a folder.
+_PARTS = re.compile(rf"\+(?=(?:{'|'.join((*_MEMORIES, *_PACKINGS))})\b)")
 
 
 def parse_storage(spec: str | Storage) -> Storage:
@@ -48,7 +56,7 @@ def parse_storage(spec: str | Storage) -> Storage:
     if not isinstance(spec, str):
         raise SpecError(f"A storage is a string such as 'device'; got {spec!r}.")
     chosen: dict[str, typing.Any] = {}
-    for part in spec.split("+"):
+    for part in _PARTS.split(spec):
         name, rest = split_spec(part)
         kinds: dict[str, type[Memory] | type[Packing]] = {**_MEMORIES, **_PACKINGS}
         kind = find("storage", name, kinds)

@@ -50,10 +50,8 @@ class KVStore:
     """
 
     def __init__(self, storage: Storage = DEVICE) -> None:
-        self.storage = storage
-        self.buffers = self.make_buffers()
+        self.buffers = self.make_buffers(storage)
         self.guard = Guard()
-        self._kv: KV | None = None
         self._handles: tuple[Tensor, Tensor] | None = None
         self.needed: int | None = None  # how many of the last positions later calls need; None: all
         self._dropped = 0
@@ -64,18 +62,21 @@ class KVStore:
         self._starts: list[int] | None = None  # where rows begin, by a mask of the first ``_known`` positions
         self._known = 0
 
-    def make_buffers(self) -> Buffers:
+    def make_buffers(self, storage: Storage) -> Buffers:
         """Empty buffers of this kind of store."""
-        return Buffers(self.storage)
+        return Buffers(storage)
+
+    @property
+    def storage(self) -> Storage:
+        return self.buffers.storage
 
     def _begin_whole(self) -> None:
         """No key is evicted."""
         self.evicted: Evicted | None = None
         self.evicted_by = ""
         self._floor = 0  # below so many positions, a crop would need keys that were evicted
-        self._apart: Apart[KVStore] | None = (
-            None  # KV heads with keys of their own; the buffers have the others
-        )
+        # KV heads with keys of their own; the buffers have the others
+        self._apart: Apart[KVStore] | None = None
 
     @property
     def length(self) -> int:
@@ -94,11 +95,8 @@ class KVStore:
     @property
     def kv(self) -> KV | None:
         """[B, Hkv, length], views of the buffers; None while the store is empty."""
-        if self._apart is None:
-            return self.buffers.kv
-        if self._kv is None and (own := self.buffers.kv) is not None:
-            self._kv = PartedKV(self._apart.parts(own), self.total)
-        return self._kv
+        kv = self.buffers.kv
+        return kv if kv is None or self._apart is None else PartedKV(self._apart.parts(kv), self.total)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add keys [B, Hkv, n, D] and values [B, Hkv, n, Dv]."""
@@ -110,7 +108,7 @@ class KVStore:
             self._apart.store.extend(of_heads(new, self._apart.heads))
             new = of_heads(new, self._apart.others)
         self.buffers.extend(new)
-        self._kv = self._handles = None
+        self._handles = None
 
     def settle(self) -> None:
         """End a call of the layer: in another memory than that of the queries, free what the call has brought
@@ -188,10 +186,8 @@ class KVStore:
         if count > 0:
             self._check_crop(count)
             left = max(0, self.total - count)
-            if left == 0 and self.evicted_by:
-                return self.reset()
             if left == 0:
-                self._dropped = 0
+                return self.reset()  # a next sequence may have another number of rows
             self._shorten(left - self.dropped, left)
             self._forget_since(left)
 
@@ -216,7 +212,7 @@ class KVStore:
         if self._apart is not None:
             self._apart.store._shorten(self._apart.store.length - (self.length - length), 0)
         self.buffers.shorten(length)
-        self._kv = self._handles = None
+        self._handles = None
         self.summaries.crop(known)
         self.positions.crop(known)
 
@@ -258,7 +254,7 @@ class KVStore:
         padded."""
         store = self if eviction.heads is None else self._set_apart(eviction.heads)
         store._keep(eviction.slots, self._starts or [0] * self.buffers.batch, start)
-        self._kv = self._handles = None
+        self._handles = None
         self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
         self.summaries.clear()
 
@@ -317,7 +313,7 @@ class KVStore:
         self._dropped = 0
         self._begin_whole()
         self.buffers.clear()
-        self._kv = self._handles = None
+        self._handles = None
         self.summaries.clear()
         self.states.clear()
         self.positions.clear()
@@ -352,7 +348,7 @@ class KVStore:
     def restore(self, held: Mapping[str, Any]) -> None:
         """Fill an empty store with what another one of the same storage held. Keys and values are copied."""
         self.buffers.restore(held["buffers"])
-        self._kv = self._handles = None
+        self._handles = None
         self.guard.error = held["guard"]
         self._dropped, self.needed = held["dropped"], held["needed"]
         self.evicted = None if held["evicted"] is None else Evicted(*held["evicted"])
@@ -384,9 +380,9 @@ class KVStore:
             self.reorder(rows)
 
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        if not self.buffers.tensors:
+        if not self.total:
             return
-        self._kv = self._handles = None
+        self._handles = None
         self.buffers.map_rows(change)
         if self._apart is not None:
             self._apart.store._map(change, rows)

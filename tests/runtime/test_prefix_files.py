@@ -234,7 +234,7 @@ def test_another_model_tokenizer_or_method(saved: Path, smollm2: Any) -> None:
     assert "here it is dense in layers 0-1; dense + quest:k=20,page=4 in layers 2" in said
     assert "its method is" in refusal(llama, saved, "dense")
     doubled = Storage(format=Doubled, spec="doubled")
-    assert "its storage is device, and here it is doubled" in refusal(llama, saved, storage=doubled)
+    assert "its storage is plain, and here it is doubled" in refusal(llama, saved, storage=doubled)
     other = copy.deepcopy(smollm2[1])
     other.add_tokens(["<new>"])
     assert "another tokenizer" in refusal(llama, saved, tokenizer=other)
