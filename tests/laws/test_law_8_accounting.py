@@ -230,12 +230,12 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
             patching.setattr(cls, "select_prefill", select)
             for name in ("select_decode", "on_prefill_end"):
                 patching.setattr(cls, name, at_decode(getattr(cls, name)))
-            for name in ("summary", "read_all_keys", "read_keys"):
+            for name in ("summary", "read_all_keys", "read_key_blocks", "read_keys"):
                 patching.setattr(Keys, name, read(getattr(Keys, name)))
         yield found
 
 
-@every_method()
+@every_method(evicting=False)
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_count_what_selection_reads(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World, size: int

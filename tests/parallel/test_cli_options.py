@@ -25,7 +25,11 @@ def spread_commands(group: Any = None, path: tuple[str, ...] = ()) -> dict[tuple
     return found
 
 
-OTHER = {"--dtype": "float32", "--rope": "yarn:4"}  # options that refuse other values as they are read
+OTHER = {
+    "--dtype": "float32",
+    "--rope": "yarn:4",
+    "--storage": "int8",
+}  # others are refused as they are read
 
 
 def others(command: Any) -> dict[str, list[str]]:

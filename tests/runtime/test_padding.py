@@ -115,7 +115,7 @@ def test_state_follows_the_rows_in_groups() -> None:
         (lambda: store.select(torch.tensor([7, 6, 0, 2])), [[3, 3], [2], [0]]),
     ):
         change()
-        groups = store.states.groups(store._rows())
+        groups = store.states.groups(store.buffers.batch)
         got = [store.states.of("method", slice(rows.start, rows.stop), 3, 3)["of"] for rows in groups]
         assert [x[:, 0].tolist() for x in got] == want
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -152,7 +153,9 @@ def command_running(
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`farspan` as a process that serves, and its URL. It must have written no traceback in the end."""
     with log.open("w") as file:
-        process = subprocess.Popen([*program, *arguments], stderr=file, stdout=file)
+        process = subprocess.Popen(
+            [*program, *arguments], stderr=file, stdout=file, preexec_fn=_hears_interrupts
+        )
     try:
         until(lambda: "Ready at" in log.read_text() or process.poll() is not None, within=120)
         [url] = re.findall(r"Ready at (\S+)", log.read_text())
@@ -162,6 +165,11 @@ def command_running(
         process.wait()
     told = log.read_text().partition("closing signal")[0]  # torchrun writes one of its own when it is stopped
     assert "Traceback" not in told
+
+
+def _hears_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would the processes that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def until(true: Callable[[], bool], within: float = 30) -> None:
