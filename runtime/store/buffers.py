@@ -83,9 +83,7 @@ class Buffers:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*new.stored, *self.tensors)):
             self._refuse_gradient()
             # Autograd keeps earlier views, so the tensors are joined and not written in place.
-            parts = [
-                part.stored for part in (self._plain() if self.tensors else None, new) if part is not None
-            ]
+            parts = [self._plain().stored, new.stored] if self.tensors else [new.stored]
             self.tensors = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
             self.resize(self.length + new.length)
             return
