@@ -172,7 +172,7 @@ bench: $(VENV)/.evals ## op and end-to-end speed beside transformers, into bench
 # Each worker begins with a run of whole files, so that a file's fixtures are made once; who is done first takes over.
 PYTEST_WORKERS = -n $(WORKERS) --dist worksteal
 
-test: $(VENV)/.dev ## the tests (an estimated 24 CPU minutes)
+test: $(VENV)/.dev ## the tests (26 CPU minutes; 17 minutes on two cores)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 RELEASES ?= lowest constrained newest
