@@ -39,9 +39,11 @@ class Memory:
 
     def write(self, buffer: Tensor, first: int, x: Tensor) -> None:
         """Set the positions of ``buffer`` [B, Hkv, room, any] from ``first`` on to x [B, Hkv, n, any]."""
-        step = self.block or max(1, x.shape[2])
-        for a in range(0, x.shape[2], step):
-            part = x[:, :, a : a + step]
+        if self.block is None:
+            buffer[:, :, first : first + x.shape[2]] = x
+            return
+        for a in range(0, x.shape[2], self.block):
+            part = x[:, :, a : a + self.block]
             buffer[:, :, first + a : first + a + part.shape[2]] = part
             self.release(buffer)
             self.release(x)
