@@ -39,6 +39,8 @@ class Memory:
 
     def write(self, buffer: Tensor, first: int, x: Tensor) -> None:
         """Set the positions of ``buffer`` [B, Hkv, room, any] from ``first`` on to x [B, Hkv, n, any]."""
+        if not x.shape[2]:
+            return  # an empty copy would be a launch all the same
         if self.block is None:
             buffer[:, :, first : first + x.shape[2]] = x
             return
