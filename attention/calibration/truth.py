@@ -50,17 +50,19 @@ def attention_of_rows(q: Tensor, keys: Keys, rows: Tensor) -> Iterator[tuple[Ten
 
 
 @torch.no_grad()
-def row_truth(q: Tensor, keys: Keys, rows: Tensor, block: int) -> Tensor:
-    """The largest attention probability of some queries in each block of keys and over the query heads of a
-    group, every row normalised to the sum 1 (SeerAttention-R, arXiv:2506.08889).
+def row_truth(q: Tensor, keys: Keys, rows: Tensor, block: int, heads: str) -> Tensor:
+    """The largest attention probability of some queries in each block of keys, every row normalised to the
+    sum 1 (heads="each"; heads="group": the maximum over the query heads of a group too, as in
+    SeerAttention-R, arXiv:2506.08889).
 
-    As ``attention_of_rows``. -> [B, Hkv, R, ceil(T / block)] float32 (float64 for float64 q).
+    As ``attention_of_rows``. -> [B, Hkv, G | 1, R, ceil(T / block)] float32 (float64 for float64 q).
     """
     parts = []
     for _, share in attention_of_rows(q, keys, rows):
         share = pad(share, (0, -keys.length % block)).unflatten(4, (-1, block))
-        parts.append(share.amax(-1).amax(2))
-    largest = torch.cat(parts, 2)
+        largest = share.amax(-1)
+        parts.append(largest.amax(2, keepdim=True) if heads == "group" else largest)
+    largest = torch.cat(parts, 3)
     return largest / largest.sum(-1, keepdim=True)
 
 

@@ -73,10 +73,14 @@ class BlockGate(nn.Module):
     def logits(
         self, q: Tensor, positions: Tensor, entries: Tensor, block: int, frequencies: Tensor | None
     ) -> Tensor:
-        """[B, Hkv, G, n, N] of queries q [B, H, n, D] that are rotated at ``positions`` [n], against
-        compressed keys [B, Hkv, N, S * d_g] of blocks of ``block``; frequencies: see ``rotate``."""
-        q = self.project(q).unflatten(1, (entries.shape[1], -1))  # [B, Hkv, G, n, d_g]
-        return _products(q, positions, self.split(entries), block, frequencies)
+        """[B, Hkv, G, n, N], or G = 1 where a group has one score: the products over sqrt(d_g) of queries q
+        [B, H, n, D], rotated at ``positions`` (broadcast to [B, Hkv, G, n]), and of compressed keys
+        [B, Hkv, N, S * d_g] of blocks of ``block``, rotated where these begin. frequencies: see
+        ``rotate``."""
+        q, k = self.project(q).unflatten(1, (entries.shape[1], -1)), self.split(entries)
+        begins = torch.arange(k.shape[-2], device=k.device) * block
+        q, k = rotate(q, positions, frequencies), rotate(k, begins, frequencies)
+        return q.to(k) @ k.transpose(-1, -2) * self.size**-0.5
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, heads, n, D_in] -> [B, heads, n, d_g] in float32 (float64 for float64 queries)."""
@@ -118,13 +122,6 @@ class GroupGate(BlockGate):
         """As in ``BlockGate``, normalised: [B, Hkv, N, d_g]."""
         entries = super().compress_pooled(pooled)
         return rms_norm(entries, (self.size,), self.k_norm.to(entries), eps=_EPS)
-
-    def logits(
-        self, q: Tensor, positions: Tensor, entries: Tensor, block: int, frequencies: Tensor | None
-    ) -> Tensor:
-        """[B, Hkv, n, N] of queries q [B, H, n, D] that are rotated at ``positions`` [n] or [B or 1, 1, n],
-        against compressed keys [B, Hkv, N, d_g] of blocks of ``block``; frequencies: see ``rotate``."""
-        return _products(self.project(q), positions, entries, block, frequencies)
 
     def project(self, q: Tensor) -> Tensor:
         """Queries q [B, H, n, D] -> [B, Hkv, n, d_g], normalised."""
@@ -184,14 +181,6 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor | None) -> Tensor:
     cos, sin = turn.cos(), turn.sin()
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def _products(q: Tensor, positions: Tensor, k: Tensor, block: int, frequencies: Tensor | None) -> Tensor:
-    """Dot products over sqrt(d_g) of q [..., n, d_g] and k [..., N, d_g], both rotated, the keys at the
-    begin of their blocks."""
-    begins = torch.arange(k.shape[-2], device=k.device) * block
-    q, k = rotate(q, positions, frequencies), rotate(k, begins, frequencies)
-    return q.to(k) @ k.transpose(-1, -2) * k.shape[-1] ** -0.5
 
 
 def sample_frequencies(frequencies: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..calibration.truth import block_truth, kl_of_rows, row_truth
 from ..errors import FarspanError
 from ..keys import Keys, State
-from .gate import BlockGate, GroupGate, pool_keys, pool_queries
+from .gate import BlockGate, pool_keys, pool_queries
 
 _ROWS = 16  # one of so many queries teaches a gate of single queries
 
@@ -36,24 +36,25 @@ def loss_of_blocks(gate: BlockGate, observed: State, block: int) -> Tensor:
     return gate_loss(logits, truth, (cols == 0) | (cols == rows[:, None]))
 
 
-def observe_rows(q: Tensor, keys: Keys, block: int) -> State:
+def observe_rows(q: Tensor, keys: Keys, block: int, heads: str) -> State:
     """What a gate of single queries learns from one of 16 queries in the second half of a window: the queries
-    [B, H, R, D] at ``rows``, pooled keys [B, Hkv, N, 3 D], and the true shares [B, Hkv, R, N]."""
+    [B, H, R, D] at ``rows``, pooled keys [B, Hkv, N, 3 D], and the true shares [B, Hkv, G | 1, R, N] of
+    ``heads`` (``row_truth``)."""
     fed, first = keys.inputs, max(first_row(keys, block) * block, keys.length // 2)
     rows = torch.arange(first, keys.length, _ROWS, device=q.device)
     seen = {
         "rows": rows,
         "queries": fed.queries_before_rope[:, :, rows],
         "keys": pool_keys(fed.keys_before_rope, block),
-        "truth": row_truth(q, keys, rows, block),
+        "truth": row_truth(q, keys, rows, block, heads),
     }
     return seen if fed.frequencies is None else {**seen, "frequencies": fed.frequencies}
 
 
-def loss_of_rows(gate: GroupGate, observed: State, block: int) -> Tensor:
+def loss_of_rows(gate: BlockGate, observed: State, block: int) -> Tensor:
     """``gate_loss`` of a gate of single queries, over the blocks before the query's own."""
     rows, truth = observed["rows"], observed["truth"]
-    cols = torch.arange(truth.shape[3], device=truth.device)
+    cols = torch.arange(truth.shape[4], device=truth.device)
     earlier = cols < rows[:, None] // block
     truth = truth.masked_fill(~earlier, 0)
     truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)

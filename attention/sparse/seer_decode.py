@@ -19,7 +19,7 @@ from ..needs import Needs
 from ..pages import page_tokens
 from ..selection import Index
 from ..summary import Summary
-from .gate import CompressedKeys, GroupGate
+from .gate import BlockGate, CompressedKeys, GroupGate
 from .gate_loss import loss_of_rows, observe_rows
 
 
@@ -41,6 +41,11 @@ class SeerDecode(AttentionMethod):
     probability in each block and over the group, normalised over the blocks before the query's own; the
     queries are one of 16 in the second half of a window.
 
+    ``per_head`` (ours) trains a gate that scores every query head: q [H, D, d_g] and k [Hkv, 3 D, d_g], no
+    norm, truth per head, and the estimate of a group is the mean of its heads' estimates. A recipe's tensors
+    say which kind it is. With d_g = D it begins as the product of mean-pooled queries and keys. Compressed
+    keys are as large as those of the other kind.
+
     Departures: the official code rotates a block that fills up during decode at the position of its last key.
     The own block, which holds later keys in training, is not scored. The first block is always read. The loss
     (``gate_loss``) has the paper's divergence, and that of the blocks which are not always read.
@@ -54,10 +59,8 @@ class SeerDecode(AttentionMethod):
         queries_before_rope=True,
         keys_before_rope=True,
         weights={
-            "q": ("num_kv_heads", None, None),
+            "q": (None, None, None),
             "k": ("num_kv_heads", None, None),
-            "q_norm": (None,),
-            "k_norm": (None,),
         },
     )
 
@@ -65,9 +68,10 @@ class SeerDecode(AttentionMethod):
     threshold: float | None = None
     block: int = 64
     gate_dim: int = 32
+    per_head: bool = False
     dense_layers: int = 0
     recipe: str = ""
-    gate: GroupGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
+    gate: BlockGate | None = field(default=None, repr=False, compare=False, metadata={"spec": False})
 
     def __post_init__(self) -> None:
         require(self, k=(1, None), threshold=(0, 1.0), block=(1, None), gate_dim=(2, None))
@@ -78,7 +82,7 @@ class SeerDecode(AttentionMethod):
             raise SpecError(f"seer_decode rotates pairs: gate_dim must be even; got {self.gate_dim}.")
 
     @property
-    def module(self) -> GroupGate | None:
+    def module(self) -> BlockGate | None:
         return self.gate
 
     @property
@@ -89,15 +93,18 @@ class SeerDecode(AttentionMethod):
     def for_layer(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
             return None
-        return dataclasses.replace(self, gate=GroupGate.load(layer, layer.checked(self)))
+        weights = layer.checked(self)
+        kind = GroupGate if "q_norm" in weights else BlockGate
+        return dataclasses.replace(self, gate=kind.load(layer, weights))
 
     def for_training(self, layer: LayerInfo) -> AttentionMethod | None:
         if layer.index < self.dense_layers:
             return None
-        return dataclasses.replace(self, gate=GroupGate.start(layer, self.gate_dim))
+        kind = BlockGate if self.per_head else GroupGate
+        return dataclasses.replace(self, gate=kind.start(layer, self.gate_dim))
 
     def observed(self, q: Tensor, keys: Keys) -> State:
-        return observe_rows(q, keys, self.block)
+        return observe_rows(q, keys, self.block, "each" if self.per_head else "group")
 
     def loss_of(self, observed: State) -> Tensor:
         assert self.gate is not None
@@ -119,13 +126,14 @@ class SeerDecode(AttentionMethod):
             return None
         assert self.gate is not None
         seen = keys.seen()  # [B or 1, 1, Tq]
-        own = (seen - 1)[..., None] // self.block
-        fed, entries = keys.inputs, keys.summary(*self.summaries)
-        logits = self.gate.logits(fed.queries_before_rope, seen - 1, entries, self.block, fed.frequencies)
+        at = (seen - 1)[:, :, None]  # [B or 1, 1, 1, Tq]
+        own, fed, entries = at[..., None] // self.block, keys.inputs, keys.summary(*self.summaries)
+        logits = self.gate.logits(fed.queries_before_rope, at, entries, self.block, fed.frequencies)
         cols = torch.arange(logits.shape[-1], device=q.device)
+        shares = logits.masked_fill(cols >= own, -torch.inf).softmax(-1)
+        own, shares = own[:, :, 0], shares[:, :, 0] if shares.shape[2] == 1 else shares.mean(2)
         forced = (cols == own) | (cols == 0)
-        logits = logits.masked_fill(cols >= own, -torch.inf)
-        shares = torch.where(cols < own, logits.softmax(-1), -torch.inf)
+        shares = torch.where(cols < own, shares, -torch.inf)
         size, most = own[..., 0] + 1, len(cols)
         if self.k is not None:
             blocks = max(2, self.k // self.block)

@@ -101,6 +101,28 @@ def seer(
     return result
 
 
+def decode_logits(
+    q: Tensor, k: Tensor, position: int, w: dict[str, Tensor], block: int, theta: float
+) -> list[Tensor]:
+    """SeerAttention-R's logits of one position for the blocks before its own: its queries q [G, D] of one KV
+    head,
+    all keys k [T, D]. With w = {q [G D, d_g], k [3 D, d_g], q_norm, k_norm [d_g]} one row for the
+    group; with w = {q [G, D, d_g], k [3 D, d_g]} one for each query head."""
+    if "q_norm" in w:
+        queries = [normalised(q.double().flatten() @ w["q"], w["q_norm"])]
+    else:
+        queries = [head.double() @ w["q"][g] for g, head in enumerate(q)]
+    found = []
+    for query in queries:
+        row = []
+        for j in range(position // block):
+            key = pooled_key(k, j, block) @ w["k"]
+            key = turned(normalised(key, w["k_norm"]) if "k_norm" in w else key, j * block, theta)
+            row.append(turned(query, position, theta) @ key / math.sqrt(len(key)))
+        found.append(torch.stack(row))
+    return found
+
+
 def seer_decode(
     q: Tensor,
     k: Tensor,
@@ -112,17 +134,13 @@ def seer_decode(
     threshold: float | None,
 ) -> set[int]:
     """The keys that the last of the keys' positions reads: its queries q [G, D], all keys k [T, D]; w: the
-    gate of one KV head, q [G D, d_g], k [3 D, d_g], q_norm, k_norm [d_g]."""
+    gate of one KV head, as in ``decode_logits``."""
     position = len(k) - 1
     if k_tokens is not None and len(k) <= k_tokens and not threshold:
         return set(range(len(k)))
     own = position // block
-    query = turned(normalised(q.double().flatten() @ w["q"], w["q_norm"]), position, theta)
-    logits = []
-    for j in range(own):
-        key = turned(normalised(pooled_key(k, j, block) @ w["k"], w["k_norm"]), j * block, theta)
-        logits.append(query @ key / math.sqrt(len(key)))
-    shares = torch.cat([softmax(torch.stack(logits)), torch.zeros(1, dtype=torch.float64)])
+    of_heads = [softmax(logits) for logits in decode_logits(q, k, position, w, block, theta)]
+    shares = torch.cat([sum(of_heads) / len(of_heads), torch.zeros(1, dtype=torch.float64)])
     most = own + 1 if k_tokens is None or len(k) <= k_tokens else max(2, k_tokens // block)
     blocks = chosen(shares, {0, own}, most, None, threshold)
     return {t for j in blocks for t in range(j * block, (j + 1) * block) if t <= position}
@@ -167,20 +185,21 @@ def seer_decode_loss(
     q: Tensor, k: Tensor, w: dict[str, Tensor], theta: float, block: int, every: int
 ) -> Tensor:
     """The loss of SeerAttention-R's gate on one window, of one of ``every`` queries of its second half;
-    tensors as in ``seer_loss``, the gate's w those of all KV heads."""
-    group, length = len(q) // len(k), q.shape[1]
-    rows = []
+    tensors as in ``seer_loss``, the gate's w those of all heads. A gate of a group has the largest
+    probability over the group's heads for its truth."""
+    length, rows = q.shape[1], []
     for s, keys in enumerate(k):
+        group = slice(s * len(q) // len(k), (s + 1) * len(q) // len(k))
+        one = {name: x[s] if name in ("q", "k") else x for name, x in w.items()}
+        if "q_norm" not in w:
+            one["q"] = w["q"][group]
         for t in range(max(length // 2, 2 * block), length, every):
             own = t // block
-            of_heads = [probabilities(q[s * group + g, t], keys, t) for g in range(group)]
-            largest = torch.stack(of_heads).max(0).values
-            truth = torch.stack([part.max() for part in largest.split(block)][:own])
-            mine = q[s * group : (s + 1) * group, t].double().flatten()
-            query = turned(normalised(mine @ w["q"][s], w["q_norm"]), t, theta)
-            logits = []
-            for j in range(own):
-                key = normalised(pooled_key(keys, j, block) @ w["k"][s], w["k_norm"])
-                logits.append(query @ turned(key, j * block, theta) / math.sqrt(len(key)))
-            rows.append(divergence(torch.stack(logits), truth / truth.sum(), {0}))
+            of_heads = torch.stack([probabilities(head[t], keys, t) for head in q[group]])
+            truths = of_heads.max(0).values[None] if "q_norm" in w else of_heads
+            for truth, logits in zip(
+                truths, decode_logits(q[group, t], keys, t, one, block, theta), strict=True
+            ):
+                largest = torch.stack([part.max() for part in truth.split(block)][:own])
+                rows.append(divergence(logits, largest / largest.sum(), {0}))
     return torch.stack(rows).mean()

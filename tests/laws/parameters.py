@@ -164,6 +164,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "block": 4, "gate_dim": 8},
         {"k": 27, "block": 8},
         {"k": 60, "threshold": 0.05, "block": 8, "gate_dim": 6},
+        {"k": 24, "block": 8, "gate_dim": 16, "per_head": True},
     ],
     "snapkv": [
         {"k": 24, "window": 8},

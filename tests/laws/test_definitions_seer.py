@@ -36,7 +36,9 @@ def random_weights(size: int, *, published: bool = False) -> dict[str, Tensor]:
     }
 
 
-def decode_weights(size: int) -> dict[str, Tensor]:
+def decode_weights(size: int, per_head: bool) -> dict[str, Tensor]:
+    if per_head:
+        return random_weights(size)
     made = torch.Generator().manual_seed(8)
     return {
         "q": torch.randn(HKV, G * D, size, generator=made) * (G * D) ** -0.5,
@@ -108,10 +110,11 @@ DECODES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("per_head", [False, True], ids=["a score a group", "a score a head"])
 @pytest.mark.parametrize("starts", STARTS, ids=["plain", "padded"])
 @pytest.mark.parametrize("settings", DECODES, ids=str)
-def test_seer_decode(settings: dict[str, Any], starts: list[int] | None) -> None:
-    weights = decode_weights(8)
+def test_seer_decode(settings: dict[str, Any], starts: list[int] | None, per_head: bool) -> None:
+    weights = decode_weights(8, per_head)
     method, data = SeerDecode(**settings).for_layer(layer_info(weights)), Data.random(140, starts, seed=5)
     how = {"block": settings["block"], "k_tokens": settings["k"], "threshold": settings.get("threshold")}
     cuts = [*decode_cuts(110, 9), 128, 140]  # the last two calls decode nine and twelve candidates at once
@@ -126,6 +129,8 @@ def test_seer_decode(settings: dict[str, Any], starts: list[int] | None) -> None
             first = (data.starts or [0])[b]
             for head in range(HKV):
                 wide = {name: (x[head] if x.dim() > 1 else x).double() for name, x in weights.items()}
+                if per_head:
+                    wide["q"] = weights["q"][head * G : (head + 1) * G].double()
                 for t in range(selection.tq):
                     end = selection.tk - selection.tq + t + 1
                     q = data.q[b, head * G : (head + 1) * G, end - 1]
@@ -137,7 +142,7 @@ def test_seer_decode(settings: dict[str, Any], starts: list[int] | None) -> None
 
 
 def test_layers_below_dense_layers_have_no_gate() -> None:
-    method, weights = SeerDecode(dense_layers=2), decode_weights(8)
+    method, weights = SeerDecode(dense_layers=2), decode_weights(8, per_head=False)
     for index, dense in ((1, True), (2, False)):
         layer = dataclasses.replace(layer_info(weights), index=index)
         assert (method.for_layer(layer) is None) == (method.for_training(layer) is None) == dense
@@ -176,17 +181,26 @@ def test_the_loss_of_seer(length: int) -> None:
     assert_loss_and_gradients(method, torch.stack(rows).mean(), twins, length)
 
 
+@pytest.mark.parametrize("per_head", [False, True], ids=["a score a group", "a score a head"])
 @pytest.mark.parametrize("length", [64, 61])
-def test_the_loss_of_seer_decode(length: int) -> None:
-    weights = {name: x.double() for name, x in decode_weights(6).items()}
-    method = SeerDecode(block=8).for_layer(layer_info(weights))
+def test_the_loss_of_seer_decode(length: int, per_head: bool) -> None:
+    weights = {name: x.double() for name, x in decode_weights(6, per_head).items()}
+    method = SeerDecode(block=8, per_head=per_head).for_layer(layer_info(weights))
     twins = {name: x.clone().requires_grad_() for name, x in weights.items()}
     q, keys = window(method, length)
     rows = [naive.seer_decode_loss(q[b], keys.kv.k[b], twins, THETA, 8, 16) for b in range(2)]
     assert_loss_and_gradients(method, torch.stack(rows).mean(), twins, length)
 
 
-@pytest.mark.parametrize("method", [Seer(block=8, gate_dim=8), SeerDecode(block=8, gate_dim=8)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Seer(block=8, gate_dim=8),
+        SeerDecode(block=8, gate_dim=8),
+        SeerDecode(block=8, gate_dim=8, per_head=True),
+    ],
+    ids=str,
+)
 def test_training_lowers_the_loss(method: Any) -> None:
     learns = method.for_training(layer_info())
     given = window(learns, 96)
@@ -209,9 +223,12 @@ def test_a_window_needs_blocks_that_are_not_always_read(method: Any) -> None:
         learns.distillation_loss(*window(learns, 16))
 
 
-def test_training_begins_with_mean_pooled_blocks() -> None:
+@pytest.mark.parametrize(
+    "method", [Seer(block=8, gate_dim=D), SeerDecode(block=8, gate_dim=D, per_head=True)], ids=str
+)
+def test_training_begins_with_mean_pooled_blocks(method: Any) -> None:
     """With d_g = D the untrained gate is the product of the means, in the positions of their blocks."""
-    learns = Seer(block=8, gate_dim=D).for_training(layer_info())
+    learns = method.for_training(layer_info())
     assert learns.gate is not None
     data = Data.random(64, seed=1)
     q, k = (x[0].unflatten(1, (8, 8)).mean(2) for x in (data.q, data.k))  # [heads, 8, D]
