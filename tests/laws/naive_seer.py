@@ -105,8 +105,7 @@ def decode_logits(
     q: Tensor, k: Tensor, position: int, w: dict[str, Tensor], block: int, theta: float
 ) -> list[Tensor]:
     """SeerAttention-R's logits of one position for the blocks before its own: its queries q [G, D] of one KV
-    head,
-    all keys k [T, D]. With w = {q [G D, d_g], k [3 D, d_g], q_norm, k_norm [d_g]} one row for the
+    head, all keys k [T, D]. With w = {q [G D, d_g], k [3 D, d_g], q_norm, k_norm [d_g]} one row for the
     group; with w = {q [G, D, d_g], k [3 D, d_g]} one for each query head."""
     if "q_norm" in w:
         queries = [normalised(q.double().flatten() @ w["q"], w["q_norm"])]
