@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -281,6 +282,11 @@ class KVStore:
         self._dropped = total - kept.length
         self._handles = None
 
+    def views(self) -> dict[int, Buffers]:
+        """By the id of its buffers, a ``view`` of them: for a deepcopy that copies no keys and values."""
+        apart = {} if self._apart is None else self._apart.store.views()
+        return {id(self.buffers): self.buffers.view(), **apart}
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, of the summaries and of the positions kept, in all memories."""
@@ -289,10 +295,9 @@ class KVStore:
     @property
     def tiers(self) -> dict[str, int]:
         """``nbytes`` by the tier of the memory, such as "device" and "disk"."""
-        tiers = dict(self.buffers.tiers)
+        tiers = Counter(self.buffers.tiers)
+        tiers.update({} if self._apart is None else self._apart.store.tiers)
         tiers["device"] += self.summaries.nbytes + self.positions.nbytes
-        for tier, count in ({} if self._apart is None else self._apart.store.tiers).items():
-            tiers[tier] = tiers.get(tier, 0) + count
         return tiers
 
     @property
@@ -370,8 +375,7 @@ class KVStore:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the batch rows in ``rows``, which is a list of row numbers or a boolean mask."""
-        index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-        self.reorder(index)
+        self.reorder(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row ``times`` times. The copies of a row are neighbours."""
