@@ -304,7 +304,7 @@ class LocalKeys:
         for summary in {s.key: s for s in (*layer.prefill.summaries, *layer.decode.summaries)}.values():
             if not self.supply.dropped or self.summaries.done(summary):
                 self.summaries.get(summary, self.supply, self.starts)  # from keys as they were appended
-        store.pack(self.q, self.softmax)
+        store.pack(self.q, self.softmax, self.start)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

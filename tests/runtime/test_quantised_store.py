@@ -37,7 +37,8 @@ def append(store: KVStore, k: Tensor, v: Tensor, starts: list[int] | None = None
     """One call of a layer."""
     store.append(k, v)
     store.align(starts, store.total)
-    store.pack(torch.randn(k.shape[0], 4, k.shape[2], D), Softmax(D**-0.5))
+    start = None if starts is None else torch.tensor(starts)
+    store.pack(torch.randn(k.shape[0], 4, k.shape[2], D), Softmax(D**-0.5), start)
 
 
 def filled(storage: str, k: Tensor, v: Tensor, calls: list[int], starts: list[int] | None = None) -> KVStore:
