@@ -182,7 +182,7 @@ def _grids(data: Any, where: str) -> list[Grid]:
     named = fields.get("folder", f"{task.suite}-{{model}}" + ("-{storage}" if "storages" in fields else ""))
     if not named or set("{}") & set(named.replace("{model}", "").replace("{storage}", "")):
         raise FarspanError(
-            f"folder of {where} is {named!r}; give a name, in which {{model}} and {{storage}} are filled in."
+            f"folder of {where} is {named!r}; give a name, with no {{}} but {{model}} and {{storage}}."
         )
     for one, several in (("model", fields["models"]), ("storage", storages)):
         if len(several) > 1 and f"{{{one}}}" not in named:

@@ -36,8 +36,8 @@ class Plan:
     whole prefill, by mechanism. sent_prefill: by the chosen mechanisms; sent_least: if all queries select the
     same keys. sent_decode: per token. read: bytes of K and V that a rank reads per token; selection_read:
     those that it reads to select. kept: bytes of keys and values on a device once the first token is there.
-    longest: the longest prompt that fits, in tokens; 0: none. notes: what does
-    not fit and what would help, a sentence each.
+    longest: the longest prompt that fits, in tokens; 0: none. notes: what does not fit and what would help, a
+    sentence each.
     """
 
     job: Job

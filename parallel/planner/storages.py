@@ -29,7 +29,7 @@ class Stored:
         return recent * 2 * head_dim * element_size + self._packed(rows - recent, head_dim, element_size)
 
     def room(self, rows: float, head_dim: int, element_size: int) -> float:
-        """At most so many bytes have the buffers that KVStore makes for ``rows``."""
+        """The most bytes that the buffers of KVStore take for ``rows``, with their room to grow."""
         if self.bits is None:
             return self.size(rows + max(256, rows // 8), head_dim, element_size)
         recent = self.window + self.group + DECODE_ROWS
