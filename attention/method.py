@@ -311,6 +311,12 @@ class AttentionMethod:
         which of the keys stay; None: all. It keeps ``keys.state`` true of these."""
         return None
 
+    def keys_left(self, phase: str, length: int) -> float:
+        """How many keys of ``length`` positions are left after a call of ``phase``, where ``evict`` is true:
+        the mean over the KV heads. Unless a method says otherwise, those are the keys that the last query has
+        read."""
+        return self.cost(phase, length).last
+
     @property
     def has_static_step(self) -> bool:
         """Whether it has a ``static_step`` at its parameters."""

@@ -40,6 +40,9 @@ class Packing:
         if self.window < 0:
             raise FarspanError(f"int{self.bits} takes a window of at least 0 tokens; got {self.window}.")
 
+    def __str__(self) -> str:
+        return f"int{self.bits}:group={self.group},window={self.window}"
+
     def value_group(self, value_dim: int) -> int:
         """Numbers of a value that share a scale."""
         return value_dim if value_dim % self.of_value else self.of_value

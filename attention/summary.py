@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -322,6 +323,13 @@ class Summaries:
             self.room(kept, new, new.shape[0], one["done"])[:, :, : new.shape[2]] = new
             self._kept[kept.key].current = one["current"]
         self.recent = Recent(*held["recent"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with room as for new entries of these positions."""
+        new = memo[id(self)] = copy(self)
+        new._kept = {}
+        new.restore(self.held())
+        return new
 
     def check_crop(self, length: int, starts: list[int] | None) -> None:
         """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the

@@ -83,7 +83,8 @@ def generate(given: Generate) -> None:
     and B in decode. Under a launcher, as in `torchrun --nproc-per-node 2 -m farspan generate ...`, the prompt
     and its cache are spread over the ranks, and the report covers all ranks.
 
-    With --cache the tokens that the prompt has in common with a saved cache are not read again.
+    With --cache the tokens that the prompt has in common with a saved cache are not read again. Unless
+    --storage names another memory, the cache is kept as it was when it was built.
     """
     saved = None if given.cache is None else _saved(given.cache)
     ranks = given.on.spread()
@@ -119,7 +120,7 @@ def generate(given: Generate) -> None:
         "recipe": given.recipe,
         "prefill_chunk": given.prefill_chunk,
         "crossover": given.crossover,
-        "storage": given.storage,
+        "storage": saved.storage if saved is not None and given.storage is None else given.storage,
         "static": length + given.max_new_tokens if given.static else None,
     }
     with Job(causal_lm, ranks) as job, patch(causal_lm, method, parallel=job.mesh, **how) as patched:

@@ -20,7 +20,7 @@ def sweep(
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Evaluate models × methods × budgets × lengths × tasks from a YAML file; the same command goes on.
+    """Evaluate models × storages × methods × budgets × lengths × tasks from a YAML file, and go on.
 
     Several processes may run the same command at once, on one machine or on several that share the folder:
     each takes the cells (task and length) that no other one has. Under a launcher each rank is such a

@@ -16,6 +16,7 @@ from ..runtime.bind import takes, trained_under
 from ..runtime.patch import patch
 from ..runtime.report import Report
 from ..runtime.specs import resolve
+from ..runtime.store.storage import DEVICE, parse_storage
 from . import batch as forward
 from .identity import identify
 from .ranks import Job
@@ -146,14 +147,15 @@ def common_settings(
     storage: str | None = None,
 ) -> dict[str, Any]:
     """The settings that every evaluation writes: the model's name and identity, its dtype, the methods, their
-    calibrations, and the storage of the cache where one is named. Over ranks every rank calls this."""
+    calibrations, and the storage of the cache where it is not the default. Over ranks every rank calls
+    this."""
     return {
         "model": name,
         "identity": identify(model, tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "methods": list(specs),
         "recipes": recipes(specs, recipe),
-        **({} if storage is None else {"storage": storage}),
+        **({} if storage is None or parse_storage(storage) == DEVICE else {"storage": storage}),
     }
 
 

@@ -188,7 +188,7 @@ class Layer(Unique):
         if softmax.window is not None:
             part = flash(q, kv, softmax, window=softmax.window, start=padding.start)
             if store is not None:
-                store.pack(q, softmax)
+                store.pack(q, softmax, padding.start)
                 store.settle()
                 self._flag_packing(store)
             return part

@@ -6,7 +6,6 @@ A patched layer (on one device or over ranks), ``tune`` and the tests of the law
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,10 +17,11 @@ from torch import Tensor
 from ..attention.attend import DECODE_ROWS, Reads, attend
 from ..attention.dense import Dense
 from ..attention.eviction import Eviction
+from ..attention.kept import evicts, keys_needed
 from ..attention.keys import Keys, State
 from ..attention.kv import KV
 from ..attention.mass import SELECTION, Probe
-from ..attention.method import DECODE, PREFILL, AttentionMethod
+from ..attention.method import DECODE, AttentionMethod
 from ..attention.needs import Inputs
 from ..attention.ops.dispatch import implementations
 from ..attention.partial import Partial
@@ -134,10 +134,9 @@ class LayerCall:
         self.prefill, self.decode = prefill, decode
         self.faster = {} if faster is None else faster
         self.from_keys = {} if from_keys is None else from_keys
-        self.needed = _keys_needed(prefill, decode, self.from_keys)
+        self.needed = keys_needed(prefill, decode, self.from_keys.values())
         self.kept_as = str(decode)  # the name of the state; only decode methods keep state
-        # A method of both phases evicts where it serves both.
-        self.evicts = decode.evict and (PREFILL not in decode.phases or prefill == decode)
+        self.evicts = evicts(prefill, decode)
         declared = (*prefill.summaries, *decode.summaries)
         # Those that read what is in no cache: they are extended in every call.
         self.fed = tuple(summary for summary in declared if summary.reads & IN_NO_CACHE)
@@ -205,15 +204,6 @@ class LayerCall:
                 self.decode.on_prefill_end(last[rows], keys)
                 read += keys.summary_bytes
         return read
-
-
-def _keys_needed(
-    prefill: AttentionMethod, decode: AttentionMethod, from_keys: Mapping[str, float]
-) -> int | None:
-    """How many of the last keys a query of either phase needs, below the crossovers, too; None: all."""
-    needed = [prefill.keys_needed, decode.keys_needed, *from_keys.values()]
-    finite = [int(count) for count in needed if count is not None and count < math.inf]
-    return max(finite) if len(finite) == len(needed) else None
 
 
 class LocalKeys:
@@ -314,7 +304,7 @@ class LocalKeys:
         for summary in {s.key: s for s in (*layer.prefill.summaries, *layer.decode.summaries)}.values():
             if not self.supply.dropped or self.summaries.done(summary):
                 self.summaries.get(summary, self.supply, self.starts)  # from keys as they were appended
-        store.pack(self.q, self.softmax)
+        store.pack(self.q, self.softmax, self.start)
 
     def attend(
         self, method: AttentionMethod, run: Run, state: State, probe: Probe | None

@@ -178,7 +178,7 @@ class KeysOverRanks:
         _forget(self.store, needed, self.call, self.mesh)
 
     def pack(self, layer: LayerCall) -> None:
-        self.store.pack(self.q, self.softmax)
+        self.store.pack(self.q, self.softmax, self.call.start)
 
     def attend_window(self, window: int) -> Partial:
         """Attention of all rows over the model's own sliding ``window``, in place of a layer call."""
@@ -194,7 +194,7 @@ class KeysOverRanks:
         else:
             part = flash(self.q, KV(self.k, self.v), self.softmax, window=window, start=call.start)
         _forget(store, window, call, self.mesh)
-        store.pack(self.q, self.softmax)
+        store.pack(self.q, self.softmax, call.start)
         return part
 
 

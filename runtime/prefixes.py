@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -50,8 +49,8 @@ class Prefix:
         given = {"input_ids": input_ids, "attention_mask": mask}
         if self.reused == 0:
             return given
-        cache = copy.deepcopy(self.cache) if keep else self.cache
         try:
+            cache = hf.copied(self.cache, self.reused) if keep else self.cache
             hf.crop_to(cache, self.reused)
         except FarspanError as error:
             self.reused, self.left = 0, str(error)
@@ -112,13 +111,10 @@ class PrefixStore:
                 whole = same == entry.tokens.shape[1]
                 if same > length and (whole or hf.croppable(entry.cache)):
                     chosen, length = entry, same
-            cache = None if chosen is None else self._given(chosen, length)
-        if cache is not None:
             try:
-                hf.crop_to(cache, length)
+                cache = None if chosen is None else self._given(chosen, length)
             except FarspanError:  # its method has dropped keys that the cropped cache would need
                 cache = None
-        with self._lock:
             if cache is None:
                 self.misses += 1
                 return None, 0
@@ -127,13 +123,15 @@ class PrefixStore:
         return cache, length
 
     def _given(self, entry: _Entry, length: int) -> Any:
-        """The cache that a caller gets who reuses ``length`` tokens of an entry, not cropped yet."""
+        """The cache that a caller gets who reuses ``length`` tokens of an entry. Raises FarspanError where it
+        cannot be cropped to them."""
         if 2 * length < entry.tokens.shape[1]:
             with suppress(torch.OutOfMemoryError):
-                cache = copy.deepcopy(entry.cache)
+                cache = hf.copied(entry.cache, length)
                 self._entries.append(self._entries.pop(self._entries.index(entry)))  # it has been used
                 return cache
         self._entries.remove(entry)
+        hf.crop_to(entry.cache, length)
         return entry.cache
 
     def put(self, patch: str, tokens: Sequence[int], cache: Any) -> bool:

@@ -23,7 +23,7 @@ from . import fingerprint, hf
 from .prefixes import Prefix
 from .store.tree import split
 
-FORMAT = 1
+FORMAT = 2
 _INDEX = "cache.json"
 
 
@@ -63,6 +63,7 @@ def save_cache(
         "format": FORMAT,
         "fingerprint": fingerprint.of_all(model, tokenizer),
         "spec": caches.spec,
+        "storage": {str(layer): str(storage) for layer, storage in caches.plan.storages.items()},
         "settings": dict(settings or {}),
     }
     stamp = uuid.uuid4().hex[:8]
@@ -109,10 +110,12 @@ def _remove(folder: Path, unwanted: Callable[[str], bool]) -> None:
 
 @dataclass(frozen=True)
 class SavedCache:
-    """What cache.json says of a saved cache. spec: the methods of the patch. settings: as they were saved."""
+    """What cache.json says of a saved cache. spec: the methods of the patch. storage: that of
+    each layer, as ``patch`` takes it. settings: as they were saved."""
 
     folder: Path
     about: Mapping[str, Any]
+    storage: Mapping[int, str]
 
     @property
     def spec(self) -> str:
@@ -136,6 +139,7 @@ def read_saved(path: str | Path) -> SavedCache:
                 f"{FORMAT}: build it again with 'farspan cache build'."
             )
         sizes = about["files"].items()
+        storage = {int(layer): str(spec) for layer, spec in about["storage"].items()}
         lacking = [n for n, size in sizes if not _has_size(folder / n, size)]
     except FileNotFoundError as error:
         raise FarspanError(
@@ -147,7 +151,7 @@ def read_saved(path: str | Path) -> SavedCache:
         raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
     if lacking:
         raise _unreadable(folder, f"{lacking[0]} is missing or has another size")
-    return SavedCache(folder, about)
+    return SavedCache(folder, about, storage)
 
 
 def load_cache(model: Any, path: str | Path | SavedCache, *, tokenizer: Any = None) -> Prefix:

@@ -78,6 +78,24 @@ def test_a_cache_and_another_method_or_folder(farspan_command: Any, tiny_folder:
     assert code == 2 and "There is no saved cache in" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("storage", ["int8:group=16,window=32", "int4:group=16,window=32+disk:folder=here"])
+def test_the_storage_of_the_cache_is_taken(
+    farspan_command: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    """The same answer whether --storage is given again or not; another format is refused."""
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", str(tiny_folder), "-p", BOOK, "--storage", storage, "--out", "saved", "--json"]
+    assert farspan_command("cache", "build", *how)[0] == 0
+    question = ["--cache", "saved", "-p", "Who was the captain of the ship that year in Bergen?"]
+    taken = asked(farspan_command, tiny_folder, *question)
+    again = asked(farspan_command, tiny_folder, *question, "--storage", storage)
+    assert taken["text"] == again["text"] and taken["cached_tokens"] == again["cached_tokens"] > 300
+    tiers = [x["report"]["summary"]["kv_bytes_stored_by_tier"] for x in (taken, again)]
+    assert tiers[0] == tiers[1] and ("disk" in tiers[0]) is ("disk" in storage)
+    code, _, err = farspan_command("generate", "--model", str(tiny_folder), *question, "--storage", "int8")
+    assert code == 2 and f"saved for another storage: its storage is {storage.split('+')[0]}, and here" in err
+
+
 def test_neither_command_runs_under_a_launcher(farspan_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -101,9 +101,17 @@ class DuoAttention(AttentionMethod):
 
     def reads(self, queries: Queries) -> Cost:
         """Of a layer in which the share ``streaming`` of the heads streams, where it is not bound to one."""
-        share = self.streaming if self.stream is None else float(self.stream.float().mean())
         seen = queries.seen.double()
-        return queries.cost((1 - share) * seen + share * seen.clamp(max=self.sinks + self.recent))
+        read = seen.clamp(max=self.sinks + self.recent)
+        return queries.cost((1 - self._share) * seen + self._share * read)
+
+    @property
+    def _share(self) -> float:
+        return self.streaming if self.stream is None else float(self.stream.float().mean())
+
+    def keys_left(self, phase: str, length: int) -> float:
+        window = min(length, self.sinks + self.recent + DECODE_ROWS)
+        return (1 - self._share) * length + self._share * window
 
     def select_prefill(self, q: Tensor, keys: Keys) -> Index:
         return self._select(keys)

@@ -1,4 +1,4 @@
-"""The YAML file of a sweep: grids of models × methods × budgets × lengths × tasks.
+"""The YAML file of a sweep: grids of models × storages × methods × budgets × lengths × tasks.
 
     out: sweep-out                       # the folders of the evaluations stand in it
     stop: {prompts: 8, dense_below: 2, loss_above: 30}
@@ -10,7 +10,8 @@
         lengths: [2K, 4K]
         tasks: [niah_single_2, vt]
         samples: 20
-        folder: "ruler-{model}"
+        storages: [device, int8]         # of the cache, as --storage; left out: device
+        folder: "ruler-{model}-{storage}"
 
 A grid has the options of `farspan eval SUITE`: needle has depths, fidelity has prompts in place of lengths.
 Grids are worked through in their order. Two grids may share a folder, such as one with few samples that comes
@@ -34,11 +35,24 @@ from ..task import Suite
 from .stops import Stops
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-_GRID = {"suite", "rope", "chat", "models", "methods", "budgets", "dtype", "batch_size", "recipe", "folder"}
+_GRID = {
+    "suite",
+    "rope",
+    "chat",
+    "models",
+    "storages",
+    "methods",
+    "budgets",
+    "dtype",
+    "batch_size",
+    "recipe",
+    "folder",
+}
 _ASKED = {option for suite in SUITES for option in options_of(suite)} - _GRID
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "suite": str,
     "models": list,
+    "storages": list,
     "methods": list,
     "budgets": dict,
     "lengths": list,
@@ -62,12 +76,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "recipe": str,
     "folder": str,
 }
-_TEXTS = {"models", "methods", "tasks", "prompts", "qa_data"}
+_TEXTS = {"models", "storages", "methods", "tasks", "prompts", "qa_data"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """One model of one grid: its task, under which methods, into which folder."""
+    """One model and one storage of one grid: its task, under which methods, into which folder."""
 
     model: str
     methods: list[str]
@@ -78,6 +92,7 @@ class Grid:
     dtype: str = "auto"
     batch_size: int | str = "auto"
     recipe: str | None = None
+    storage: str = "device"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +138,7 @@ def _sweep(data: Any, out: Path | None) -> Sweep:
 
 
 def _grids(data: Any, where: str) -> list[Grid]:
-    """One grid for each of its models."""
+    """One grid for each of its models under each of its storages."""
     fields = _fields(data, _GRID | _ASKED, where)
     for name, value in fields.items():
         kind = _KINDS[name]
@@ -163,19 +178,41 @@ def _grids(data: Any, where: str) -> list[Grid]:
 
     check_batch_size(fields.get("batch_size", "auto"))
     methods = _methods(fields, where)
-    named = fields.get("folder", f"{task.suite}-{{model}}")
-    if not named or set("{}") & set(named.replace("{model}", "")):
+    storages = _storages(fields, where)
+    named = fields.get("folder", f"{task.suite}-{{model}}" + ("-{storage}" if "storages" in fields else ""))
+    if not named or set("{}") & set(named.replace("{model}", "").replace("{storage}", "")):
         raise FarspanError(
-            f"folder of {where} is {named!r}; give a name, in which {{model}} alone is filled in."
+            f"folder of {where} is {named!r}; give a name, with no {{}} but {{model}} and {{storage}}."
         )
-    if len(fields["models"]) > 1 and "{model}" not in named:
-        raise FarspanError(f"folder of {where} is one for several models; put {{model}} into it.")
+    for one, several in (("model", fields["models"]), ("storage", storages)):
+        if len(several) > 1 and f"{{{one}}}" not in named:
+            raise FarspanError(f"folder of {where} is one for several {one}s; put {{{one}}} into it.")
     others = ("dtype", "batch_size", "recipe", "rope", "chat")
     rest = {name: fields[name] for name in others if name in fields}
     return [
-        Grid(model=m, methods=methods, task=task, folder=named.replace("{model}", _slug(m)), **rest)
-        for m in fields["models"]
+        Grid(
+            model=model,
+            methods=methods,
+            task=task,
+            folder=named.replace("{model}", _slug(Path(model).name)).replace("{storage}", _slug(storage)),
+            storage=storage,
+            **rest,
+        )
+        for model in fields["models"]
+        for storage in storages
     ]
+
+
+def _storages(fields: Mapping[str, Any], where: str) -> list[str]:
+    """The storages of a grid."""
+    from ...runtime.store.storage import parse_storage
+
+    given = list(dict.fromkeys(fields.get("storages", ["device"])))
+    if not given:
+        raise FarspanError(f"storages of {where} is empty; name one, such as int8, or leave it out.")
+    for storage in given:
+        parse_storage(storage)
+    return given
 
 
 def _methods(fields: Mapping[str, Any], where: str) -> list[str]:
@@ -222,5 +259,5 @@ def _fields(data: Any, known: set[str] | frozenset[str], where: str) -> dict[str
     return data
 
 
-def _slug(model: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name) or "model"

@@ -76,9 +76,10 @@ class Work:
             name=grid.model,
             config=config,
             recipe=grid.recipe,
+            storage=grid.storage,
             progress=False,
         )
-        common = common_settings(model, chosen, grid.model, grid.methods, grid.recipe)
+        common = common_settings(model, chosen, grid.model, grid.methods, grid.recipe, grid.storage)
         shared = Shared(out / grid.folder, {**config, **common}, grid.task)
         return cls(grid=grid, setup=setup, shared=shared, stops=stops, say=say)
 

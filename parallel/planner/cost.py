@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
-from ...attention.attend import DECODE_ROWS
 from ...attention.errors import FarspanError
+from ...attention.kept import keys_kept
+from ...attention.method import PREFILL
 from ...attention.summary import count_entries, entry_bytes
 from ..mechanisms.layout import contiguous, zigzag
 from ..mechanisms.volume import Choice, Geometry, choose, decode_volume, padded, volumes, window_volume
@@ -36,20 +37,7 @@ def stored_rows(length: int, ranks: int, window: int | None = None, in_order: bo
 def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     """-> (bytes of one device by purpose, bytes that are in use at the peak of a layer by part of it)."""
     model, e = job.model, job.model.element_size
-    kv, spare, fetched = 0, 0, 0
-    for layer, count in _layers(job).items():
-        rows, heads = (
-            _kept_rows(job, layer),
-            count * job.batch * model.geometry(layer, job.tensor).num_kv_heads,
-        )
-        whole = rows + max(256, rows // 8)  # as KVStore grows
-        stored = PLAIN if layer.window is not None else job.storage
-        if stored.tier == DEVICE:
-            size = stored.size(rows, layer.head_dim, e)
-            kv, spare = kv + heads * size, spare + heads * (stored.size(whole, layer.head_dim, e) - size)
-        else:  # for this layer and the next
-            taken_in = min(rows, max(BLOCK, round(job.decode_cost.last)))
-            fetched = max(fetched, 2 * heads // count * stored.size(taken_in, layer.head_dim, e))
+    kv, spare, fetched = cache(job, PREFILL)
     summaries = _summaries(job)
     states = job.batch * (model.mixer_states + job.length * model.mixer_growth)  # the same on every rank
     found = {
@@ -81,40 +69,60 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     return found, {"attention": attention, "gathered": held, "mlp": mlp}
 
 
+def cache(job: Job, phase: str) -> tuple[int, int, int]:
+    """-> (bytes of keys and values on a device after a call of ``phase``, those for them to grow, those that
+    are on the device at a time where another memory has the cache)."""
+    e, kv, spare, fetched = job.model.element_size, 0.0, 0.0, 0.0
+    for (layer, rows), count in _stores(job, phase).items():
+        heads = job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
+        stored = PLAIN if layer.window is not None else job.storage
+        if stored.tier == DEVICE:
+            size = stored.size(rows, layer.head_dim, e)
+            room = stored.room(rows, layer.head_dim, e)
+            kv, spare = kv + count * heads * size, spare + count * heads * (room - size)
+        else:  # for this layer and the next
+            taken_in = min(rows, max(BLOCK, round(job.decode_cost.last)))
+            fetched = max(fetched, 2 * heads * stored.size(taken_in, layer.head_dim, e))
+    return round(kv), round(spare), round(fetched)
+
+
 def elsewhere(job: Job) -> int:
     """Bytes of keys and values in a lower tier than the device."""
     if job.storage.tier == DEVICE:
         return 0
-    total = 0
-    for layer, count in _layers(job).items():
+    total = 0.0
+    for (layer, rows), count in _stores(job, PREFILL).items():
         if layer.window is None:
             heads = count * job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
-            rows = _kept_rows(job, layer)
-            size = job.storage.size(rows + max(256, rows // 8), layer.head_dim, job.model.element_size)
-            total += heads * size
-    return total
+            total += heads * job.storage.room(rows, layer.head_dim, job.model.element_size)
+    return round(total)
 
 
-def _kept_rows(job: Job, layer: LayerShape) -> int:
-    """Positions whose keys and values the fullest rank keeps, when the prompt has been read."""
-    rows = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
-    if layer.window is not None or job.keys_needed is None:
-        return rows
-    return min(rows, job.keys_needed + DECODE_ROWS)
+def _stores(job: Job, phase: str) -> Counter[tuple[LayerShape, float]]:
+    """The layers, by their shape and by the positions whose keys and values the fullest rank keeps after a
+    call of ``phase`` that ends the prompt: the mean over the KV heads."""
+    stores: Counter[tuple[LayerShape, float]] = Counter()
+    for index, layer in enumerate(job.model.layers):
+        rows: float = stored_rows(job.length, job.ranks, layer.window, job.model.in_order)
+        if layer.window is None and job.ranks == 1:
+            rows = keys_kept(*job.methods(index), phase, job.length)
+        stores[layer, rows] += 1
+    return stores
 
 
 def _summaries(job: Job) -> int:
     """Bytes of the summaries that the methods declare. Those that follow from a recipe are not known."""
-    methods = [method for method in (job.prefill, job.decode) if not method.needs.weights]
-    declared = {summary.key: summary for method in methods for summary in method.summaries}
     total = 0
-    for layer, count in _layers(job).items():
-        heads = count * job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
-        sizes = [
+    for index, layer in enumerate(job.model.layers):
+        if layer.window is not None:
+            continue
+        methods = [method for method in job.methods(index) if not method.needs.weights]
+        declared = {summary.key: summary for method in methods for summary in method.summaries}
+        heads = job.batch * job.model.geometry(layer, job.tensor).num_kv_heads
+        total += heads * sum(
             count_entries(s, job.length) * entry_bytes(s, layer.head_dim, job.model.element_size)
             for s in declared.values()
-        ]
-        total += 0 if layer.window is not None else heads * sum(sizes)
+        )
     return total
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ...attention.errors import FarspanError
 from .cost import decode_reads, decode_seconds, elsewhere, memory
 from .job import Job
-from .storages import HOST, STORAGES
+from .storages import HOST, PLAIN, STORAGES
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Fit:
 
 def what_fits(job: Job, lengths: Sequence[int]) -> list[Fit]:
     """Each storage at each length on the one device of a job. A device whose own memory is that of the host
-    has no host tier."""
+    has no host tier, and a method that evicts drops single keys, which only the plain storage can."""
     if job.gpus != 1:
         raise FarspanError(f"Storages are compared on one device; this plan has {job.gpus}.")
     found = []
     for stored in STORAGES.values():
         if stored.tier == HOST and job.device.host_bandwidth is None:
+            continue
+        if stored != PLAIN and job.decode.evict:
             continue
         for length in lengths:
             one = replace(job, length=length, storage=stored)

@@ -106,6 +106,11 @@ class Job:
                 f"A plan takes up to {MOST_RANKS} ranks, and {self.gpus} GPUs in groups of {self.tensor} are "
                 f"{self.ranks}: give fewer GPUs."
             )
+        if self.decode.evict and self.ranks > 1:
+            raise FarspanError(
+                f"{self.decode} drops single keys, which a cache that is sharded over ranks cannot: give "
+                "evict=false."
+            )
         for layer in set(self.model.layers):
             if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:
                 raise FarspanError(
@@ -137,12 +142,10 @@ class Job:
         size, head_dim = self.model.element_size, self.model.layers[0].head_dim
         return method.cost(phase, self.length, head_dim=head_dim, element_size=size)
 
-    @property
-    def keys_needed(self) -> int | None:
-        """How many of the last keys a layer keeps, where both methods need no others; None: all."""
-        needed = [self.prefill.keys_needed, self.decode.keys_needed]
-        known = [count for count in needed if count is not None]
-        return max(known) if len(known) == len(needed) and self.ranks == 1 else None
+    def methods(self, index: int) -> tuple[AttentionMethod, AttentionMethod]:
+        """Those of layer ``index`` of the model's attention layers, in prefill and at decode."""
+        prefill, decode = [_DENSE if index < x.dense_layers else x for x in (self.prefill, self.decode)]
+        return prefill, decode
 
     @property
     def num_calls(self) -> int:

@@ -12,6 +12,7 @@ from ...attention.errors import FarspanError
 from ...attention.method import DECODE, PREFILL
 from ..mechanisms.volume import MECHANISMS, Choice, readable
 from .cost import (
+    cache,
     choices,
     decode_reads,
     decode_seconds,
@@ -34,8 +35,9 @@ class Plan:
     purpose. transient: bytes in use at the peak of a layer, by part. sent: bytes that a rank sends over the
     whole prefill, by mechanism. sent_prefill: by the chosen mechanisms; sent_least: if all queries select the
     same keys. sent_decode: per token. read: bytes of K and V that a rank reads per token; selection_read:
-    those that it reads to select. longest: the longest prompt that fits, in tokens; 0: none. notes: what does
-    not fit and what would help, a sentence each.
+    those that it reads to select. kept: bytes of keys and values on a device once the first token is there.
+    longest: the longest prompt that fits, in tokens; 0: none. notes: what does not fit and what would help, a
+    sentence each.
     """
 
     job: Job
@@ -49,6 +51,7 @@ class Plan:
     sent_decode: int
     read: int
     selection_read: int
+    kept: int
     prefill_seconds: float
     decode_seconds: float
     longest: int
@@ -92,6 +95,7 @@ class Plan:
                 "prefill_by_mechanism": self.sent,
                 "decode_per_token": self.sent_decode,
             },
+            "kv_cache_after_first_token": self.kept,
             "bytes_read_per_token": {"kv": self.read, "selection": self.selection_read},
             "seconds": {"prefill": self.prefill_seconds, "decode_per_token": self.decode_seconds},
             "notes": self.notes,
@@ -125,6 +129,7 @@ def plan(job: Job) -> Plan:
         sent_decode=decode_sent(job),
         read=kv,
         selection_read=selection,
+        kept=cache(job, DECODE)[0],
         prefill_seconds=prefill_seconds(job, taken),
         decode_seconds=decode_seconds(job, kv, selection),
         longest=_longest(job),
@@ -159,7 +164,7 @@ def _longest(job: Job) -> int:
 
 def _notes(result: Plan) -> list[str]:
     job, parts = result.job, result.memory
-    notes = _beyond_positions(job) + _mixers(job) + _in_order(job)
+    notes = _beyond_positions(job) + _mixers(job) + _in_order(job) + _evicting(result)
     if not result.fits:
         notes.append(
             f"It does not fit: a device needs {readable(result.needed)} and has {readable(job.memory)}."
@@ -219,6 +224,18 @@ def _beyond_positions(job: Job) -> list[str]:
         f"{model.name} has {model.positions} positions, and {job.length} tokens are more: it "
         f"does not understand later tokens; {advice}."
     ]
+
+
+def _evicting(result: Plan) -> list[str]:
+    """What becomes of the cache where the method of the decode drops single keys."""
+    job, notes = result.job, []
+    if result.kept < result.memory["kv_cache"]:
+        notes.append(f"At its first token {job.decode} drops all but {readable(result.kept)} of the cache.")
+    if job.decode.evict and job.gpus == 1:
+        notes.append(
+            f"{job.decode} drops single keys, which no storage but 'device' can: the others need evict=false."
+        )
+    return notes
 
 
 def _in_order(job: Job) -> list[str]:

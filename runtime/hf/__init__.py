@@ -11,6 +11,7 @@ from .cache import stored_by_tier as stored_by_tier
 from .cache import stored_bytes as stored_bytes
 from .caches import caches_of as caches_of
 from .caches import check_saveable as check_saveable
+from .caches import copied as copied
 from .caches import crop_to as crop_to
 from .caches import croppable as croppable
 from .caches import held as held

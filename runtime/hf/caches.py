@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +140,15 @@ def crop_to(cache: Cache, length: int) -> None:
             "cropped."
         )
     cache.crop(-count)
+
+
+def copied(cache: Cache, length: int) -> Cache:
+    """A copy of the first ``length`` tokens of a cache, in which keys and values have no room for the others.
+    Raises FarspanError where a layer cannot be cropped."""
+    views = [layer.store.views() for layer in cache.layers if isinstance(layer, KVStoreLayer)]
+    cropped = copy.deepcopy(cache, {key: view for found in views for key, view in found.items()})
+    crop_to(cropped, length)
+    return copy.deepcopy(cropped)
 
 
 def croppable(cache: Cache) -> bool:

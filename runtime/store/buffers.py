@@ -162,12 +162,12 @@ class Buffers:
         self.length, self._kv = length, None
 
     def shorten(self, length: int) -> None:
-        """Keep the first ``length`` positions."""
+        """Keep the first ``length`` positions. Nothing is written to the buffers."""
         if self.packed is not None and length < self.packed.length:
             like = self.storage.format(*[x[:, :, :0] for x in self.tensors])
             rest = self.packed.crop(length, like)
-            for buffer, x in zip(self.tensors, rest.stored, strict=True):
-                self.storage.memory.write(buffer, 0, x)
+            rooms = [buffer.shape[2] for buffer in self.tensors]
+            self.tensors = tuple(self._grown(x, n) for x, n in zip(rest.stored, rooms, strict=True))
         self.resize(length)
         self._changed()
 
@@ -260,13 +260,20 @@ class Buffers:
             length += self.packed.length
         self.resize(length)
 
+    def view(self) -> Self:
+        """The same keys and values, to be shortened and then copied, and not to be written."""
+        new = copy.copy(self)
+        new.packed = copy.copy(self.packed)
+        new._kv = new._recent = new._bridge = None
+        return new
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy in the same memory."""
-        new = memo[id(self)] = object.__new__(type(self))
-        apart = {"tensors": (), "_kv": None, "_recent": None, "_bridge": None, "packed": None}
-        new.__dict__.update(copy.deepcopy({**vars(self), **apart}, memo))
+        """A copy in the same memory, with room as for new keys and values of this length."""
+        new = memo[id(self)] = self.view()
         new.packed = copy.deepcopy(self.packed, memo)
-        new.tensors = tuple(new._grown(x[:, :, : self.unpacked], x.shape[2]) for x in self.tensors)
+        rooms = [min(x.shape[2], self.room(self.unpacked)) for x in self.tensors]
+        filled = [x[:, :, : self.unpacked] for x in self.tensors]
+        new.tensors = tuple(new._grown(x, n) for x, n in zip(filled, rooms, strict=True))
         if self._bridge is not None:
             new._bridge = self.storage.memory.bridge(self._bridge.device)
             new._changed()

@@ -6,6 +6,8 @@ kept as they are; where that is not enough, the layer says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,44 +34,42 @@ class Guard:
         self._told = False
 
     def pack(
-        self, buffers: Buffers, q: Tensor, softmax: Softmax, starts: list[int] | None, dropped: int
+        self,
+        buffers: Buffers,
+        q: Tensor,
+        softmax: Softmax,
+        start: Tensor | None,
+        places: Callable[[torch.device], Tensor],
     ) -> None:
         """Pack the whole groups of ``buffers`` before the window, at the end of a call of queries q
-        [B, H, Tq, D] at the last positions. starts: where rows begin, counted from position 0, of which the
-        first ``dropped`` are not stored."""
+        [B, H, Tq, D] at the last positions. start: [B], where rows begin; None: no row is padded. places:
+        makes the positions [length] of what is stored."""
         packed, kv = buffers.packed, buffers.kv
         assert packed is not None
         count = (buffers.unpacked - packed.packing.window) // packed.group * packed.group
         if kv is None or count <= 0:
             return
-        start = None if starts is None else torch.tensor(starts, device=kv.device)
-        valid = None
-        if start is not None and packed.length < max(starts or [0]):
-            places = dropped + packed.length + torch.arange(count, device=kv.device)
-            valid = places >= start[:, None]
+        valid = None if start is None else places(start.device) >= start[:, None]
         if packed.channels is None:
-            packed.channels = self.choose(q, kv, softmax, packed.packing, start, dropped)
-        buffers.pack(count, valid, DECODE_ROWS)
+            packed.channels = self.choose(q, kv, softmax, packed.packing, valid)
+        now = slice(packed.length, packed.length + count)
+        buffers.pack(count, None if valid is None else valid[:, now], DECODE_ROWS)
 
     @torch.no_grad()
-    def choose(
-        self, q: Tensor, kv: KV, softmax: Softmax, packing: Packing, start: Tensor | None, dropped: int
-    ) -> Tensor:
+    def choose(self, q: Tensor, kv: KV, softmax: Softmax, packing: Packing, valid: Tensor | None) -> Tensor:
         """The channels [B, Hkv, 1, C] of keys that stay as they are: none where the error is within the
         bound.
 
-        q [B, H, Tq, D] are the queries of the last positions of kv, which is plain; start [B]: where rows
-        begin, counted from position 0, of which kv lacks the first ``dropped``.
+        q [B, H, Tq, D] are the queries of the last positions of kv, which is plain. valid: [B, T] bool, False
+        at padding; None: there is none.
         """
         (b, h, tq, _), hkv, t = q.shape, kv.num_kv_heads, kv.length
         count = min(_ROWS, tq)
         rows = (torch.arange(count, device=q.device) + 1) * tq // count - 1
         some = kernel.fold_groups(q[:, :, rows], hkv)
-        places = torch.arange(t, device=q.device)
-        mask = (places <= (t - tq + rows)[:, None]).expand(b, -1, -1)  # [B, rows, T]
-        valid = None
-        if start is not None:
-            valid = places + dropped >= start[:, None]
+        mask = torch.arange(t, device=q.device) <= (t - tq + rows)[:, None]
+        mask = mask.expand(b, -1, -1)  # [B, rows, T]
+        if valid is not None:
             mask = mask & valid[:, None]
         mask = mask.repeat(1, h // hkv, 1)[:, None]
         want = kernel.attend(some, kv, softmax, mask=mask, wide=True).out

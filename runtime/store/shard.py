@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from ...attention.summary import Summaries
@@ -63,6 +64,9 @@ class ShardStore(KVStore):
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
         self._take(k[:, :, mine], v[:, :, mine], layout, end)
         return mine
+
+    def places(self, device: torch.device) -> Tensor:
+        return self.layout.positions(self.ranks.rank, device)
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
         """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without the padding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,8 +76,7 @@ class KVStore:
         self.evicted: Evicted | None = None
         self.evicted_by = ""
         self._floor = 0  # below so many positions, a crop would need keys that were evicted
-        # KV heads with keys of their own; the buffers have the others
-        self._apart: Apart[KVStore] | None = None
+        self._apart: Apart[KVStore] | None = None  # KV heads with keys of their own
 
     @property
     def length(self) -> int:
@@ -111,17 +111,20 @@ class KVStore:
         self._handles = None
 
     def settle(self) -> None:
-        """End a call of the layer: in another memory than that of the queries, free what the call has brought
-        out of it."""
+        """End a call of the layer: free what it has brought out of another memory."""
         self.buffers.settle()
 
-    def pack(self, q: Tensor, softmax: Softmax) -> None:
-        """Pack the whole groups before the window, at the end of a call of queries q [B, H, Tq, D] at the
-        last positions. Without a packing nothing changes."""
+    def pack(self, q: Tensor, softmax: Softmax, start: Tensor | None = None) -> None:
+        """With a packing, pack the whole groups before the window, at the end of a call of queries q
+        [B, H, Tq, D] at the last positions. start: [B], where rows begin; None: no row is padded."""
         if self.buffers.packed is not None:
             with lasting():
-                self.guard.pack(self.buffers, q, softmax, self._starts, self.dropped)
+                self.guard.pack(self.buffers, q, softmax, start, self.places)
             self._handles = None
+
+    def places(self, device: torch.device) -> Tensor:
+        """[length] int64, the positions whose keys and values are here."""
+        return torch.arange(self.dropped, self.dropped + self.length, device=device)
 
     def prefetch(self, select: Select, given: tuple[Tensor, ...]) -> None:
         """Begin to bring the rows that ``select`` names to the device, where they are not there. given: the
@@ -281,6 +284,11 @@ class KVStore:
         self._dropped = total - kept.length
         self._handles = None
 
+    def views(self) -> dict[int, Buffers]:
+        """By the id of its buffers, a ``view`` of them: for a deepcopy that copies no keys and values."""
+        apart = {} if self._apart is None else self._apart.store.views()
+        return {id(self.buffers): self.buffers.view(), **apart}
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, of the summaries and of the positions kept, in all memories."""
@@ -289,10 +297,9 @@ class KVStore:
     @property
     def tiers(self) -> dict[str, int]:
         """``nbytes`` by the tier of the memory, such as "device" and "disk"."""
-        tiers = dict(self.buffers.tiers)
+        tiers = Counter(self.buffers.tiers)
+        tiers.update({} if self._apart is None else self._apart.store.tiers)
         tiers["device"] += self.summaries.nbytes + self.positions.nbytes
-        for tier, count in ({} if self._apart is None else self._apart.store.tiers).items():
-            tiers[tier] = tiers.get(tier, 0) + count
         return tiers
 
     @property
@@ -309,8 +316,7 @@ class KVStore:
 
     def reset(self) -> None:
         """Empty the store and release its buffers."""
-        self._starts = None
-        self._dropped = 0
+        self._starts, self._dropped = None, 0
         self._begin_whole()
         self.buffers.clear()
         self._handles = None
@@ -370,14 +376,12 @@ class KVStore:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the batch rows in ``rows``, which is a list of row numbers or a boolean mask."""
-        index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-        self.reorder(index)
+        self.reorder(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each batch row ``times`` times. The copies of a row are neighbours."""
-        rows = torch.arange(self.buffers.batch).repeat_interleave(times)
         if times > 1:
-            self.reorder(rows)
+            self.reorder(torch.arange(self.buffers.batch).repeat_interleave(times))
 
     def _map(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         if not self.total:

@@ -17,15 +17,16 @@ import pytest
 from farspan import FarspanError
 from farspan.evals.results import Results, read
 from farspan.evals.run import ANSWER
+from farspan.evals.run import run as evaluation
 from farspan.evals.settings import versions
 from farspan.evals.suites import suite_of
 from farspan.evals.sweep.config import read as read_sweep
 from farspan.evals.sweep.share import Shared, file_name
 from farspan.evals.sweep.stops import Stops
-from farspan.evals.sweep.work import Work, duration, seconds_left
+from farspan.evals.sweep.work import Work, duration, seconds_left, sweep
 from farspan.evals.task import Cell, settings
 
-from . import folder
+from . import folder, tiny
 
 FOLDERS = Path(__file__).parents[2] / "docs" / "results"
 SCRIPT = Path(__file__).with_name("sweeping.py")
@@ -207,6 +208,36 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
     assert grid.task.lengths == [1024, 2048] and grid.folder == "ruler-tiny"
 
 
+def test_each_storage_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a storage are those of an evaluation under it, and stand in no folder of another."""
+    model, int8 = tiny.tiny_model(), "int8:group=16,window=16"
+    drawn = [tiny.sample("vt", i) for i in range(2)]
+    monkeypatch.setattr(suite_of("ruler", lengths=[128]).__class__, "of_cell", lambda *_: iter(drawn))
+    path = tmp_path / "a.yaml"
+    file = CONFIG.replace("[vt, cwe, fwe]", "[vt]").replace("samples: 4", "samples: 2")
+    path.write_text(file + f'    storages: [device, "{int8}"]\n')
+
+    def rows_of(name: str) -> list[Any]:
+        return [(row["method"], row["key"], row["nll"]) for row in comparable(tmp_path / name)]
+
+    def work(plan: Any) -> None:
+        sweep(plan, lambda grid: (model, tiny.CharTokenizer()), lambda line: None)
+
+    work(read_sweep(path, tmp_path))
+    folders = ["ruler-tiny-device", "ruler-tiny-int8-group-16-window-16"]
+    plain, rounded = map(rows_of, folders)
+    assert [row[:2] for row in plain] == [row[:2] for row in rounded] and len(plain) == 4
+    assert plain[0][2] != rounded[0][2] and plain[1][2] != rounded[1][2], "dense reads rounded keys"
+    for name, storage in zip(folders, ("device", int8), strict=True):
+        given = tiny.setup(model, ["dense", QUEST], tmp_path / f"eval-{name}", storage=storage)
+        evaluation(given, drawn, batch_size=2)
+        assert rows_of(f"eval-{name}") == rows_of(name)
+        assert read(tmp_path / name)[0].get("storage") == (int8 if storage == int8 else None)
+    path.write_text(file + f'    storages: ["{int8}"]\n    folder: ruler-tiny-device\n')
+    with pytest.raises(FarspanError, match=r"another configuration \(storage null there, \"int8:group=16"):
+        work(read_sweep(path, tmp_path))
+
+
 @pytest.mark.parametrize(
     "old, new, says",
     [
@@ -223,6 +254,13 @@ def test_the_file_of_a_sweep(tmp_path: Path) -> None:
             "models: [tiny]",
             "models: [tiny]\n    folder: 'x-{k}'",
             r"folder of grid 1 is 'x-{k}'; give a name",
+        ),
+        ("models: [tiny]", "models: [tiny]\n    storages: [int3]", "There is no storage 'int3'"),
+        ("models: [tiny]", "models: [tiny]\n    storages: []", "storages of grid 1 is empty"),
+        (
+            "models: [tiny]",
+            "models: [tiny]\n    storages: [int4, int8]\n    folder: x",
+            "folder of grid 1 is one for several storages",
         ),
         ("models: [tiny]", "models: [3]", r"models of grid 1 is \[3\]; it must be a list of texts"),
         ("suite: ruler", "suite: rule", "suite of grid 1 is 'rule'; it is one of ruler, needle, retrieval"),

@@ -139,7 +139,8 @@ def stepped(case: Case, **parallel: Any) -> dict[str, Any]:
             logits.append(model(ids[:, at : at + n], past_key_values=cache).logits)
             at += n
         report = patched.report()
-    rows = [layer.keys.shape[2] for layer in cache.layers]
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    rows = [k.shape[2] for k in keys if k is not None]
     return {"logits": logits, "rows": rows, "seen": cache.get_seq_length(), "report": report}
 
 

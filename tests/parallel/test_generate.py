@@ -61,6 +61,25 @@ def test_stores_in_host_memory(spec: str, world: World):
     assert_same(world, (2,), cases, 1e-9)
 
 
+def test_packed_stores(world: World):
+    """Padded rows in several turns, and beams, which reorder packed rows. While nothing is packed, results
+    are those of one device. After that ranks agree to the bit, and so does the first token of one device,
+    since a call reads its own keys as they are; later ones are law 6's (tests/laws/test_storages.py)."""
+    ways: list[dict[str, Any]] = [
+        {"lengths": (90, 57), "turns": (40, 1), "new": 4},
+        {"lengths": (90, 57), "new": 4, "how": {"num_beams": 3}},
+    ]
+    cases = [Case(**way, patch={"storage": "int8:window=256"}) for way in ways]
+    plain = assert_same(world, (2,), cases, 1e-9)[0]
+    packed = [Case(**way, patch={"storage": "int4:group=16,window=8"}) for way in ways]
+    ranks = world.run(over_ranks, 2, packed)
+    for before, one, other in zip(plain, *ranks, strict=True):
+        for a, b in zip(one["tokens"] + one["logits"], other["tokens"] + other["logits"], strict=True):
+            assert torch.equal(a, b)
+        first, want = one["logits"][0], before["logits"][0]
+        assert (first[:, 0] - want[:, 0]).abs().max() <= 1e-9 < (first - want).abs().max()
+
+
 ROPE_BY_LENGTH: dict[str, dict[str, Any]] = {
     "phi3": {
         "original_max_position_embeddings": 64,

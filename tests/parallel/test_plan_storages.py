@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,19 @@ from farspan.attention.attend import DECODE_ROWS
 from farspan.attention.errors import FarspanError
 from farspan.attention.spec import parse_method
 from farspan.cli.app import app
+from farspan.parallel.planner.cost import cache as planned_cache
 from farspan.parallel.planner.cost import decode_reads, decode_seconds, memory
 from farspan.parallel.planner.device import DEVICES, Device
 from farspan.parallel.planner.fits import what_fits
-from farspan.parallel.planner.job import Job
+from farspan.parallel.planner.job import Job, LayerShape
+from farspan.parallel.planner.plan import plan
 from farspan.parallel.planner.storages import PLAIN, STORAGES
 from farspan.runtime import machine
+from farspan.runtime.hf.models import inspect_model
+from farspan.runtime.patch import patch
+from farspan.runtime.recipe import Recipe
+from farspan.runtime.specs import resolve
+from farspan.runtime.store.store import KVStore
 
 from .test_plan import LLAMA_8B, job
 
@@ -87,7 +95,8 @@ def test_methods_that_free_memory() -> None:
     assert found["kv_cache"] == 32 * kept * ROW and found["summaries"] == 32 * (1 << 17) // 16 * ROW
     decode_alone = memory(one(decode=parse_method("quest:page=16")))[0]
     assert decode_alone["kv_cache"] == 32 * (1 << 17) * ROW, "dense prefill needs every key"
-    assert decode_alone["summaries"] == 32 * (1 << 17) // 16 * ROW, "a largest and a least key for each page"
+    # a largest and a least key for each page; two layers are dense
+    assert decode_alone["summaries"] == 30 * (1 << 17) // 16 * ROW
 
 
 def test_what_fits() -> None:
@@ -130,3 +139,85 @@ def test_the_measured_device(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.measured()
     assert isinstance(found, Device) and found.memory > GIB
     assert 1e8 < found.bandwidth < 1e14 and 1e8 < found.flops < 1e16
+
+
+SMALL = replace(LLAMA_8B, layers=(LayerShape(8, 2, 16),) * 4, element_size=4)
+
+
+def kept_by(store: KVStore) -> int:
+    """Bytes of the keys and values in a store, without its spare room."""
+    held = store.held()
+    parts = [held["buffers"], *([held["apart_held"]["buffers"]] if held["apart"] else [])]
+    packed = [part["packed"]["stored"] for part in parts if part["packed"]]
+    return sum(x.nbytes for stored in [*(part["stored"] for part in parts), *packed] for x in stored)
+
+
+def recipe(model: Any, spec: str) -> Recipe | None:
+    """Half of the KV heads of each layer stream, where the method is duo's."""
+    if "duo" not in spec:
+        return None
+    tensors = {f"layers.{i}.alpha": torch.tensor([0.9, 0.1 * i]) for i in range(4)}
+    return Recipe(method="duo", geometry=inspect_model(model).geometry, settings={}, tensors=tensors)
+
+
+@pytest.mark.parametrize("storage", ["device", "int8"])
+@pytest.mark.parametrize(
+    ("spec", "shrinks"),
+    [
+        ("dense", ""),
+        ("quest:page=16,dense_layers=1", ""),
+        ("window:w=64,sinks=4", ""),  # reads a window, and keeps everything
+        ("h2o:k=101", ""),
+        ("dense + duo:streaming=0.5,sinks=4,recent=60", ""),
+        ("core_context:g=4,s=64", "prefill"),
+        ("combiner:span=8", "prefill"),
+        ("combiner:form=logsparse,span=2,largest=16", "prefill"),
+        ("duo:streaming=0.5,sinks=4,recent=60", "prefill"),
+        ("duo:streaming=1,sinks=0,recent=40", "prefill"),
+        ("snapkv:k=100,window=8,evict=true", "decode"),
+        ("h2o:k=101,evict=true", "decode"),
+    ],
+)
+def test_the_planned_cache_is_that_of_a_model(tiny_llama: Any, spec: str, shrinks: str, storage: str) -> None:
+    """700 tokens, and 701 after a step, whose key a store that drops many at a time has besides. A packed
+    store has less than a group of 64 keys more as they are."""
+    prefill, decode = resolve(spec)
+    model: Any = tiny_llama(num_hidden_layers=4)
+    if storage != "device" and decode.evict:
+        with pytest.raises(FarspanError, match="give evict=false"):
+            patch(model, spec, storage=storage, recipe=recipe(model, spec))
+        return
+    ids = torch.randint(3, 128, (1, 701), generator=torch.Generator().manual_seed(0))
+    with patch(model, spec, storage=storage, recipe=recipe(model, spec)), torch.no_grad():
+        cache = model(ids[:, :-1]).past_key_values
+        for phase, new in (("prefill", 0), ("decode", 1)):
+            if new:
+                model(ids[:, -1:], past_key_values=cache)
+            ask = job(SMALL, 700 + new, 1, prefill=prefill, decode=decode, storage=STORAGES[storage])
+            kv, spare, _ = planned_cache(ask, phase)
+            stores = [layer.store for layer in cache.layers]
+            more = 4 * 2 * PLAIN.size(new if storage == "device" else new + 63, 16, 4)
+            assert kv <= sum(map(kept_by, stores)) <= kv + more, sum(map(kept_by, stores))
+            if phase == "decode":
+                summaries = memory(ask)[0].get("summaries", 0)
+                held = sum(store.nbytes for store in stores)
+                assert kv + summaries <= held <= kv + spare + sum(s.summaries.nbytes for s in stores)
+                assert sum(s.summaries.nbytes for s in stores) >= summaries
+            dense = 4 * 2 * STORAGES[storage].size(700 + new, 16, 4)
+            assert (kv < dense) is (shrinks in ("prefill", phase))
+
+
+def test_what_is_said_of_methods_that_evict() -> None:
+    """The prompt needs the whole cache, what comes after it little; and no storage but the plain one."""
+    method = parse_method("snapkv:k=1024,evict=true")
+    found = plan(one(decode=method))
+    assert found.memory["kv_cache"] == 32 * (1 << 17) * ROW and found.kept == 32 * 1025 * ROW
+    assert found.to_dict()["kv_cache_after_first_token"] == found.kept
+    text = " ".join(found.notes)
+    assert f"At its first token {method} drops all but 128 MiB of the cache." in text
+    assert "no storage but 'device' can" in text
+    assert {fit.storage for fit in what_fits(one(decode=method), [4096])} == {"device"}
+    whole = plan(one(decode=parse_method("snapkv:k=1024")))
+    assert whole.kept == whole.memory["kv_cache"] and whole.notes == []
+    with pytest.raises(FarspanError, match="sharded over ranks cannot: give evict=false"):
+        job(gpus=2, decode=method)

@@ -12,7 +12,7 @@ from farspan import Unsupported
 
 from ..hybrid import tools
 from ..runtime import small_models
-from .jobs import Case
+from .jobs import Case, stepped, stepped_over_ranks
 from .jobs_states import (
     OWN,
     Convolved,
@@ -169,6 +169,23 @@ def test_a_mixer_without_transitions_is_refused():
     one.halo = None
     with pytest.raises(Unsupported, match="the mixer convolved does not define"):
         farspan.patch(small_models.shared("llama"), mixers={1: one}, parallel="auto")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "lfm2"])
+def test_packed_keys_beside_recurrent_layers_over_ranks(name: str, world: World):
+    """Ranks round their keys in groups of their own, so that logits differ by what rounding costs, and agree
+    to the bit. The first call reads its own keys as they are."""
+    common: dict[str, Any] = {"model": name, **FP32, "calls": (130, 1, 1, 40, 1, 1)}
+    plain = stepped(Case(**common))["logits"]
+    for storage in ("int8:group=16,window=8", "int4:group=16,window=8"):
+        case = Case(**common, patch={"storage": storage}, parallel={"block": 16})
+        alone = stepped(case)["logits"]
+        ranks = [done[0]["logits"] for done in world.run(stepped_over_ranks, 2, [case])]
+        costs = max((a - b).abs().max() for a, b in zip(alone, plain, strict=True))
+        for i, want in enumerate(plain):
+            assert torch.equal(ranks[0][i], ranks[1][i])
+            error = (ranks[0][i] - want).abs().max()
+            assert error <= (2 * costs if i else 5e-4), f"{name} {storage} call {i}: {error} of {costs}"
 
 
 @pytest.mark.parametrize("name", [*small_models.RECURRENT, *small_models.MORE_HYBRIDS])

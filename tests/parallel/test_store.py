@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 import farspan
 from farspan.attention.selection import BlockIndex, TokenIndex
+from farspan.attention.softmax import Softmax
+from farspan.runtime.store.shard import ShardStore
+from farspan.runtime.store.storage import parse_storage
 
 from .jobs import BLOCK, Case, model_of, prompts, random_ids, stepped, stepped_over_ranks
 from .world import World
@@ -171,3 +175,21 @@ def test_localised_tokens():
             want = sorted(set(tokens[0, s, t, : counts[0, s, t]].tolist()) & set(places.tolist()))
             assert index.number()[0, s, t] == len(want)
             assert places[index.tokens[0, s, t, : len(want)]].tolist() == want
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_padding_has_no_part_in_the_groups_of_a_rank(rank: int):
+    """A rank has blocks of 16 positions in turn. Whatever stands in the padding, the real keys of a group are
+    off by half a step of their own range at most."""
+    draw = torch.Generator().manual_seed(rank)
+    k, v, q = (torch.randn(2, 2, 160, 32, generator=draw) for _ in range(3))
+    k[1, :, :72] = 1e4
+    store: Any = ShardStore(
+        SimpleNamespace(size=2, rank=rank), 16, storage=parse_storage("int8:group=16,window=0")
+    )
+    mine = store.take_shared(k, v)
+    store.pack(q, Softmax(32**-0.5), torch.tensor([0, 72]))
+    assert store.kv.packed == len(mine) == 80 and torch.equal(store.places(k.device), mine)
+    error = (store.kv.dense()[0] - k[:, :, mine]).abs()
+    real = mine >= torch.tensor([0, 72])[:, None]
+    assert 0 < error.transpose(1, 2)[real].max() <= 0.5 * 1.01 * (k[0].max() - k[0].min()) / 255

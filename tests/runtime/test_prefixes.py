@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from small_models import make, prompt, shared
 from transformers import DynamicCache
 
 import farspan
+from farspan import Recipe
 from farspan.attention.errors import FarspanError
 from farspan.runtime import fingerprint, hf
 from farspan.runtime.prefixes import PrefixStore, common
@@ -29,6 +32,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     monkeypatch.setattr(hf, "stored_bytes", lambda cache: 2 * cache.length)
     monkeypatch.setattr(hf, "croppable", lambda cache: cache.croppable)
     monkeypatch.setattr(hf, "crop_to", lambda cache, length: setattr(cache, "length", length))
+    copied = lambda cache, length: SimpleNamespace(**{**vars(cache), "length": length})  # noqa: E731
+    monkeypatch.setattr(hf, "copied", copied)
 
 
 def cache_of(tokens: list[int], croppable: bool = True) -> Any:
@@ -215,3 +220,50 @@ def test_a_recurrent_state_is_reused_whole_alone(model: Any) -> None:
         assert store.put(A, ids[0].tolist(), cache)
         assert store.take(A, ids[0, :40].tolist()) == (None, 0)
         assert store.take(A, [*ids[0].tolist(), 5])[1] == 60
+
+
+@pytest.mark.parametrize("storage", ["device", "int8:group=16,window=0", "int4:group=16,window=0", "disk"])
+@pytest.mark.parametrize("spec", ["dense", "quest:k=16,page=4,dense_layers=0", "recycled:k=16,stride=4"])
+def test_a_copied_beginning_is_as_small_as_a_cache_of_it(
+    model: Any, spec: str, storage: str, tmp_path: Path
+) -> None:
+    """40 tokens of 480, in no more memory than a prompt of 40 tokens takes, and with the answers of a copy
+    that was cropped. The other tokens stay where they are, bit for bit."""
+    where = f"disk:folder={tmp_path}" if storage == "disk" else storage
+    ids, store = prompt(1, 480), PrefixStore(10**9)
+    more = prompt(1, 20, seed=7)
+    with farspan.patch(model, spec, storage=where), torch.no_grad():
+        cache = hf.fill(model, ids, torch.ones_like(ids))
+        cropped = copy.deepcopy(cache)
+        before = copy.deepcopy(cache)
+        cropped.crop(-440)
+        most = hf.stored_bytes(hf.fill(model, ids[:, :40], torch.ones_like(ids[:, :40])))
+        assert store.put(A, ids[0].tolist(), cache)
+        found, length = store.take(A, [*ids[0, :40].tolist(), *more[0].tolist()])
+        assert length == 40 and found is not cache and len(store) == 1
+        assert hf.stored_bytes(found) <= most < 0.7 * hf.stored_bytes(cache)
+        a, b = (model(more, **hf.with_cache(model, x)).logits for x in (found, cropped))
+        assert torch.equal(a, b)
+        for one, other in zip(cache.layers, before.layers, strict=True):
+            assert all(
+                torch.equal(x, y) for x, y in zip(one.store.kv.stored, other.store.kv.stored, strict=True)
+            )
+        a, b = (model(more, **hf.with_cache(model, x)).logits for x in (cache, before))
+        assert torch.equal(a, b)
+
+
+def test_a_copied_beginning_of_heads_apart(model: Any) -> None:
+    """Where duo has dropped keys, the beginning cannot be cropped from them: it is read anew."""
+    tensors = {f"layers.{i}.alpha": torch.tensor([0.9, 0.1]) for i in range(3)}
+    recipe = Recipe(method="duo", geometry=hf.inspect_model(model).geometry, settings={}, tensors=tensors)
+    ids = prompt(1, 300)
+    with farspan.patch(model, "duo:sinks=4,recent=20", recipe=recipe), torch.no_grad():
+        cache = hf.fill(model, ids, torch.ones_like(ids))
+        want = copy.deepcopy(cache)
+        with pytest.raises(FarspanError, match="cannot be cropped by 260"):
+            hf.copied(cache, 40)
+        found = hf.copied(cache, 290)
+        want.crop(-10)
+        assert hf.stored_bytes(found) <= hf.stored_bytes(want)
+        a, b = (model(prompt(1, 9), **hf.with_cache(model, x)).logits for x in (found, want))
+        assert torch.equal(a, b) and cache.get_seq_length() == 300

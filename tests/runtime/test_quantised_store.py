@@ -19,7 +19,7 @@ from farspan.runtime.store.storage import parse_storage
 from farspan.runtime.store.store import KVStore
 
 from ..ops.quantised import rounded
-from .small_models import Feed, decode, make, padded, prompt, shared
+from .small_models import MORE_HYBRIDS, RECURRENT, Feed, decode, make, padded, prompt, shared
 
 GROUP, WINDOW, D = 16, 8, 32
 STORAGES = pytest.mark.parametrize(
@@ -37,7 +37,8 @@ def append(store: KVStore, k: Tensor, v: Tensor, starts: list[int] | None = None
     """One call of a layer."""
     store.append(k, v)
     store.align(starts, store.total)
-    store.pack(torch.randn(k.shape[0], 4, k.shape[2], D), Softmax(D**-0.5))
+    start = None if starts is None else torch.tensor(starts)
+    store.pack(torch.randn(k.shape[0], 4, k.shape[2], D), Softmax(D**-0.5), start)
 
 
 def filled(storage: str, k: Tensor, v: Tensor, calls: list[int], starts: list[int] | None = None) -> KVStore:
@@ -172,7 +173,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_h1", "qwen3_next"])
 @pytest.mark.parametrize("way", WAYS)
 def test_while_nothing_is_packed_tokens_are_the_same(name: str, way: str) -> None:
     model = shared(name)
@@ -181,7 +182,7 @@ def test_while_nothing_is_packed_tokens_are_the_same(name: str, way: str) -> Non
         assert torch.equal(decode(model, padded(), 12, **WAYS[way]), want)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_h1", "qwen3_next"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", *RECURRENT, *MORE_HYBRIDS])
 def test_logits_stay_close(name: str) -> None:
     """int8 with most keys packed: in steps, and in a chunk on packed keys. int4 has a bound, too."""
     model, ids, mask = shared(name), padded()["input_ids"], padded()["attention_mask"]

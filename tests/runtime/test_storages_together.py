@@ -31,7 +31,8 @@ def call(store: KVStore, count: int, batch: int = 2, starts: list[int] | None = 
     k = torch.randn(batch, 2, count, 32)
     store.append(k, torch.randn(batch, 2, count, 32))
     store.align(starts, store.total)
-    store.pack(torch.randn(batch, 4, count, 32), Softmax(32**-0.5))
+    start = None if starts is None else torch.tensor(starts)
+    store.pack(torch.randn(batch, 4, count, 32), Softmax(32**-0.5), start)
     store.settle()
     return k
 
