@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
+from ..runtime.hf import extend
 from ..runtime.models import turn_ids
 from . import batch as forward
 from . import needle, retrieval
@@ -217,7 +218,7 @@ def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Seque
                 patched.reset_report()
                 held = len(texts[turn - 1]) + len(golds[turn - 1]) - 1
                 with forward.timed(model.device) as clock:
-                    forward.extend(model, batch.ids, cache, start=held)
+                    extend(model, batch.ids[:, :-1], cache, start=held)
                 started = Started(cache=None, seconds=clock.seconds, summary=read_of(job.report(patched)))
             patched.reset_report()
             with forward.timed(model.device) as clock:
