@@ -103,8 +103,10 @@ class Patched:
         if evicting := sorted({m.name for m in methods if m.evict}):
             return Cuts(never=f"{' and '.join(evicting)} evicts keys at the end of a prompt")
         if not self._continues():
-            return Cuts(never="layers without attention forget their state between calls in this release of "
-                        "transformers")
+            return Cuts(
+                never="layers without attention forget their state between calls in this release of "
+                "transformers"
+            )
         rest = max([DECODE_ROWS + 1, *(m.observation_window or 1 for m in methods)])
         if looking := sorted({pre.name for pre, _ in pairs if pre.lookahead.is_prompt}):
             if self._chunking is None:

@@ -78,9 +78,9 @@ def common(a: Tensor, b: Tensor, a_mask: Tensor | None = None, b_mask: Tensor | 
 class Taken:
     """What a prompt reuses of a store.
 
-    cache: None: nothing. length: how many tokens it holds, the first ones of the prompt. marks: where the cache
-    can be cut again. shared: how many tokens the prompt has in common with any cache of the store. A cache with
-    states has no cut there, so its owner had better make a mark.
+    cache: None: nothing. length: how many tokens it holds, the first ones of the prompt. marks: where it can
+    be cut again. shared: how many tokens the prompt has in common with any cache of the store; where that is
+    more than ``length``, a mark there lets the next prompt reuse them.
     """
 
     cache: Any = None
@@ -125,9 +125,9 @@ class PrefixStore:
         self._lock = threading.Lock()
 
     def take(self, patch: str, tokens: Sequence[int], step: int = 1) -> Taken:
-        """The longest beginning of a prompt that a cache of the store can be cut to, at a multiple of ``step``
-        tokens. At least the last token of the prompt is left to be read. A cache that is taken whole keeps
-        the states of its methods; one that is cut does not."""
+        """The longest beginning of a prompt that a cache of the store can be cut to, at a multiple of
+        ``step`` tokens. At least the last token of the prompt is left to be read. A cache that is taken
+        whole keeps the states of its methods; one that is cut does not."""
         prompt = torch.tensor([list(tokens)], dtype=torch.int64)
         with self._lock:
             chosen, length, shared = None, 0, 0
@@ -168,9 +168,9 @@ class PrefixStore:
         cache above the limit is not, nor one in which a failed call has left layers of different lengths.
         Caches of which it is a continuation are dropped, if it can be cut to serve in their place.
 
-        marks: those that were made after the first tokens of this sequence; of more than MARKS, the first and
-        the last ones are kept. largest: over ranks, the largest of a number's values on all ranks, so that their
-        stores drop the same caches."""
+        marks: those that were made after the first tokens of this sequence; of more than MARKS, the first
+        and the last ones are kept. largest: over ranks, the largest of a number's values on all ranks, so
+        that their stores drop the same caches."""
         length = hf.length_of(cache)
         if not length or length > len(tokens):
             return False

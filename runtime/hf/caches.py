@@ -54,6 +54,10 @@ class PatchedCaches(Unique):
         cache: Cache = DynamicCache(config=self.info.decoder.config)
         self.adopt(cache)
         adopt_states(cache, mixers_of(self.info.decoder), self.plan.count)
+        for index, layer in self.layers.items():
+            kept, needed = cache.layers[index], layer.layer_call.needed
+            if isinstance(kept, KVStoreLayer) and needed is not None:
+                kept.store.needed = needed
         return cache
 
     def summarise(self, cache: Cache) -> None:

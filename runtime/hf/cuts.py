@@ -1,11 +1,13 @@
-"""Where a cache can be cut: the lengths to which it can be shortened, so that another text goes on from there.
+"""Where a cache can be cut: the lengths to which it can be shortened, so that another text goes on there.
 
-Each layer is asked. Rows of keys and values can be cut anywhere. A recurrent state, and a sliding window once
-it is full, hold no earlier tokens: they can be cut at a mark alone, where a copy of them was made.
+Each layer is asked. Stores of all keys can be cut anywhere. A recurrent state, a sliding window once it is
+full, and a store that drops its oldest keys do not hold what they held before: they can be cut at a mark
+alone, where a copy of them was made.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,40 +17,49 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAtt
 
 from ...attention.errors import FarspanError
 from ..store.lasting import runs_lasting
+from ..store.store import KVStore
 from ..store.tree import bytes_of, copied
 from .cache import KVStoreLayer
 from .caches import attributes
 from .mixers import StateLayer
-from .transformers_private import caches_nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
     """Copies of what some layers of a cache held after its first ``length`` tokens, for a later ``cut``.
 
-    layers: their attributes by layer number. They are never changed, so caches may share a mark.
+    layers, stores: by layer number, attributes of cache layers and stores that drop keys. They are never
+    changed, so caches may share a mark.
     """
 
     length: int
     layers: Mapping[int, Mapping[str, Any]]
+    stores: Mapping[int, KVStore]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        return bytes_of(self.layers)
+        return bytes_of(self.layers) + sum(store.nbytes for store in self.stores.values())
+
+
+_NOTHING = Mark(0, {}, {})
 
 
 def needs_marks(cache: Cache) -> bool:
-    """Whether a cache has layers that a mark copies: states, and sliding windows, which may become full."""
-    return any(map(_marked, cache.layers))
+    """Whether a cache has layers that a mark copies. A sliding window is one before it is full, too."""
+    return any(_has_state(layer) or _drops_keys(layer) for layer in cache.layers)
 
 
 @runs_lasting
 @torch.no_grad()
 def mark(cache: Cache) -> Mark:
     """A mark at the end of a cache."""
-    held = {i: copied(attributes(layer)) for i, layer in enumerate(cache.layers) if _marked(layer)}
-    return Mark(length_of(cache), held)
+    layers = dict(enumerate(cache.layers))
+    return Mark(
+        length_of(cache),
+        {i: copied(attributes(layer)) for i, layer in layers.items() if _has_state(layer)},
+        {i: copy.deepcopy(layer.store) for i, layer in layers.items() if _drops_keys(layer)},
+    )
 
 
 def length_of(cache: Cache) -> int:
@@ -65,18 +76,22 @@ def last_cut(cache: Cache, most: int, marks: Sequence[Mark] = (), step: int = 1)
     return next((x for x in places if not _why_not(cache, x, marks)), 0)
 
 
+@runs_lasting
 def cut(cache: Cache, length: int, marks: Sequence[Mark] = ()) -> None:
-    """Keep the first ``length`` tokens of a cache, of layers that hold more of them or are in the mark there.
-    Raises FarspanError where a layer cannot be cut there; the cache is as it was then."""
+    """Keep the first ``length`` tokens of a cache: layers that are in the mark there become what they were,
+    and the others are cropped. Raises FarspanError where a layer cannot be cut there, before anything is
+    changed."""
     if why := _why_not(cache, length, marks):
         raise FarspanError(why)
-    held = _at(length, marks)
+    there = _at(length, marks)
     for index, layer in enumerate(cache.layers):
-        if index in held:
-            vars(layer).update(copied(held[index]))
-        if isinstance(layer, KVStoreLayer):
+        if index in there.layers:
+            vars(layer).update(copied(there.layers[index]))
+        if index in there.stores:
+            layer.store = copy.deepcopy(there.stores[index])
+        elif isinstance(layer, KVStoreLayer):
             layer.store.crop(layer.store.total - length)
-        elif index not in held and _counts(layer) and layer.get_seq_length() > length:
+        elif index not in there.layers and _counts(layer) and layer.get_seq_length() > length:
             layer.crop(length - layer.get_seq_length())
 
 
@@ -89,12 +104,15 @@ def forget_states(cache: Cache) -> None:
 
 def _why_not(cache: Cache, length: int, marks: Sequence[Mark]) -> str:
     """Why a cache cannot be cut at ``length`` tokens; "" where it can."""
-    held = _at(length, marks)
-    whole = length_of(cache) == length
+    there, whole = _at(length, marks), length_of(cache) == length
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, KVStoreLayer) and (why := layer.store.why_not_cropped(length)):
+        if (
+            isinstance(layer, KVStoreLayer)
+            and index not in there.stores
+            and (why := layer.store.why_not_cropped(length))
+        ):
             return why
-        if not (whole or index in held or _cut_anywhere(layer, length)):
+        if not (whole or index in there.layers or _has_all(layer, length)):
             return (
                 f"This cache has layers with a state over all tokens or a full sliding window, which cannot "
                 f"be cropped to {length} tokens."
@@ -102,22 +120,24 @@ def _why_not(cache: Cache, length: int, marks: Sequence[Mark]) -> str:
     return ""
 
 
-def _cut_anywhere(layer: Any, length: int) -> bool:
-    """Whether a layer can be cut at ``length`` without a mark."""
+def _has_state(layer: Any) -> bool:
+    """Whether a layer has more than stored keys, and it does not grow with the tokens."""
     if isinstance(layer, StateLayer):
-        return layer.is_croppable and not layer.padded_right and layer.tokens_seen >= length
-    if isinstance(layer, LinearAttentionLayer):
-        return False
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return length <= layer.get_seq_length() < layer.sliding_window
-    return isinstance(layer, KVStoreLayer) or caches_nothing(layer)
-
-
-def _marked(layer: Any) -> bool:
-    """Whether a mark has a copy of a layer, or of what it has beside its rows."""
-    if isinstance(layer, StateLayer):
-        return not layer.is_croppable
+        return not layer.is_croppable or layer.padded_right
     return isinstance(layer, LinearAttentionLayer | DynamicSlidingWindowLayer)
+
+
+def _drops_keys(layer: Any) -> bool:
+    return isinstance(layer, KVStoreLayer) and layer.store.needed is not None
+
+
+def _has_all(layer: Any, length: int) -> bool:
+    """Whether a layer has, beside a store, nothing that a cut at ``length`` would need a mark for."""
+    if isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, LinearAttentionLayer):
+        return length <= layer.get_seq_length() < layer.sliding_window
+    if isinstance(layer, StateLayer):
+        return not _has_state(layer) and length <= layer.tokens_seen
+    return not _has_state(layer)
 
 
 def _counts(layer: Any) -> bool:
@@ -125,5 +145,5 @@ def _counts(layer: Any) -> bool:
     return isinstance(layer, KVStoreLayer | StateLayer | DynamicSlidingWindowLayer)
 
 
-def _at(length: int, marks: Sequence[Mark]) -> Mapping[int, Mapping[str, Any]]:
-    return next((one.layers for one in marks if one.length == length), {})
+def _at(length: int, marks: Sequence[Mark]) -> Mark:
+    return next((one for one in marks if one.length == length), _NOTHING)

@@ -48,8 +48,8 @@ class Answers:
     """A patched model and its tokenizer. It is used by one thread. Over ranks, rank 0 has the prompts, and
     the others ``follow``.
 
-    prefixes: what keeps the caches of earlier prompts, over ranks this rank's part of them; None: every prompt
-    is read whole. cuts: where a prompt can be cut, so that the cache of its beginning is reused.
+    prefixes: what keeps the caches of earlier prompts, over ranks this rank's part of them; None: every
+    prompt is read whole. cuts: where a prompt can be cut, so that the cache of its beginning is reused.
     """
 
     def __init__(

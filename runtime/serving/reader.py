@@ -77,8 +77,8 @@ class Ending:
 class Reader:
     """A patched model that answers prompts and keeps their caches in ``prefixes`` (None: it keeps none).
 
-    Over ranks, each one has a reader with a store of its own and makes the same calls, so that the stores hold
-    the parts of the same caches. Where they do not, all are emptied.
+    Over ranks, each one has a reader with a store of its own and makes the same calls, so that the stores
+    hold the parts of the same caches. Where they do not, all are emptied.
     """
 
     def __init__(self, model: Any, tokenizer: Any, patched: Patched, prefixes: Prefixes | None) -> None:
@@ -98,8 +98,8 @@ class Reader:
         return found
 
     def answer(self, call: Call, taken: Taken, ending: Ending) -> Tensor:
-        """The tokens [1, T + N] of a prompt and of its answer; afterwards the cache of the prompt is kept. Raises
-        Cancelled where ``ending`` ends the call."""
+        """The tokens [1, T + N] of a prompt and of its answer; afterwards the cache of the prompt is kept.
+        Raises Cancelled where ``ending`` ends the call."""
         tokens: list[int] = call.ids[0].tolist()
         cache = hf.caches_of(self.model).empty() if taken.cache is None else taken.cache
         marks, read, kept = list(taken.marks), taken.length, self.cuts.longest(len(tokens))

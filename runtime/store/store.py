@@ -203,7 +203,9 @@ class KVStore:
         if left > self.total:
             return f"{what} it does not hold so many."
         if 0 < left < min(self._floor, self.total):
-            return f"{what} {self.evicted_by} has evicted keys for the first {self._floor}: start a new cache."
+            return (
+                f"{what} {self.evicted_by} has evicted keys for the first {self._floor}: start a new cache."
+            )
         needed = self.needed
         if 0 < left < self.total and needed is not None and self.dropped > max(0, left + 1 - needed):
             return (
