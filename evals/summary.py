@@ -199,6 +199,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "score": _mean(row["score"] for row in rows),
         "nll": _mean(row["nll"] for row in rows),
         **_of_fidelity(rows),
+        **_of_turns(rows),
         "prefill_density": _mean(row["density"]["prefill"] for row in rows),
         "decode_density": _mean(row["density"]["decode"] for row in rows),
         "kv_read": _mean(row["kv_read"] for row in rows),
@@ -208,6 +209,12 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             1e3 * row["seconds"]["decode"] * row["batch"] / max(row["steps"], 1) for row in rows
         ),
     }
+
+
+def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean number of tokens that a turn of a conversation has not read again."""
+    reused = [row["reused_tokens"] for row in rows if "reused_tokens" in row]
+    return {"reused_tokens": _mean(reused)} if reused else {}
 
 
 def _by_position(
