@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +31,21 @@ def prompts_with_common_beginnings() -> list[torch.Tensor]:
     ]
 
 
-def read(
-    case: Case, limit: int | None, loses: int | None = None, **parallel: Any
-) -> tuple[list[tuple[list[int], int]], int, int]:
-    """(for each prompt the tokens after it and how many were reused; bytes of the store; caches dropped). limit:
-    bytes of the store; None: there is none. loses: the number of the prompt before which it is emptied."""
-    model, store, done = model_of(case), None if limit is None else PrefixStore(limit), []
+@dataclass
+class Done:
+    """For each prompt the tokens of its answer, and how many of its own were reused; then what a store of
+    ``PrefixStore`` says: bytes, and caches dropped."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
+    nbytes: int = 0
+    dropped: int = 0
+
+
+def read(case: Case, limit: int | None, loses: int | None = None, **parallel: Any) -> Done:
+    """limit: bytes of the store; None: there is none. loses: the prompt before which it loses its caches."""
+    model, done = model_of(case), Done()
+    store = None if limit is None else PrefixStore(limit)
     with farspan.patch(model, case.spec, **case.patch, **parallel) as patched:
         reader = Reader(model, None, patched, store)
         for number, ids in enumerate(prompts_with_common_beginnings()):
@@ -43,13 +53,16 @@ def read(
                 store.clear()
             taken = reader.taken(ids[0].tolist())
             call = Call(ids, greedy_config(max_new_tokens=case.new, pad=0, eos=[]), seed=0)
-            tokens = reader.answer(call, taken, Ending(lambda: False))[0, ids.shape[1] :]
-            done.append((tokens.tolist(), taken.length))
-    return done, (0 if store is None else store.nbytes), (0 if store is None else store.dropped)
+            answer = reader.answer(call, taken, Ending(lambda: False))
+            done.answers.append(answer[0, ids.shape[1] :].tolist())
+            done.reused.append(taken.length)
+    if store is not None:
+        done.nbytes, done.dropped = store.nbytes, store.dropped
+    return done
 
 
-def read_over_ranks(group: Any, cases: list[Case], limit: int, loses: int | None = None) -> list[Any]:
-    """``read`` of each case over the ranks of ``group``. loses: only rank 1 loses its caches then."""
+def read_over_ranks(group: Any, cases: list[Case], limit: int, loses: int | None = None) -> list[Done]:
+    """``read`` of each case over the ranks of ``group``. loses: for rank 1 alone."""
     torch.use_deterministic_algorithms(True)
     config = farspan.ContextParallel(mesh=group, block=BLOCK)
     here = loses if torch.distributed.get_rank(group) == 1 else None
