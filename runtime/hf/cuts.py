@@ -112,7 +112,7 @@ def _why_not(cache: Cache, length: int, marks: Sequence[Mark]) -> str:
             and (why := layer.store.why_not_cropped(length))
         ):
             return why
-        if not (whole or index in there.layers or _has_all(layer, length)):
+        if not (whole or index in there.layers or index in there.stores or _has_all(layer, length)):
             return (
                 f"This cache has layers with a state over all tokens or a full sliding window, which cannot "
                 f"be cropped to {length} tokens."
@@ -132,11 +132,11 @@ def _drops_keys(layer: Any) -> bool:
 
 
 def _has_all(layer: Any, length: int) -> bool:
-    """Whether a layer has, beside a store, nothing that a cut at ``length`` would need a mark for."""
+    """Whether a layer holds ``length`` tokens or more, each of them apart."""
+    if _counts(layer) and layer.get_seq_length() < length:
+        return False
     if isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, LinearAttentionLayer):
-        return length <= layer.get_seq_length() < layer.sliding_window
-    if isinstance(layer, StateLayer):
-        return not _has_state(layer) and length <= layer.tokens_seen
+        return bool(layer.get_seq_length() < layer.sliding_window)
     return not _has_state(layer)
 
 

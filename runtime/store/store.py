@@ -182,9 +182,7 @@ class KVStore:
         self.summaries.clear()
 
     def crop(self, count: int) -> None:
-        """Drop the newest ``count`` positions and the state of every method. A count of 0 changes nothing.
-        Raises FarspanError, before anything is changed, where later calls would need keys that were
-        dropped."""
+        """Drop the newest ``count`` positions and the state of every method. A count of 0 changes nothing."""
         if count > 0:
             self._check_crop(count)
             left = max(0, self.total - count)
@@ -200,18 +198,14 @@ class KVStore:
     def why_not_cropped(self, left: int) -> str:
         """Why this store cannot be cropped to its first ``left`` positions; "" where it can."""
         what = f"This cache cannot be cropped by {self.total - left} of {self.total} tokens, because"
-        if left > self.total:
-            return f"{what} it does not hold so many."
         if 0 < left < min(self._floor, self.total):
             return (
                 f"{what} {self.evicted_by} has evicted keys for the first {self._floor}: start a new cache."
             )
         needed = self.needed
         if 0 < left < self.total and needed is not None and self.dropped > max(0, left + 1 - needed):
-            return (
-                f"{what} the keys of the first {self.dropped} were dropped and the last {needed} are needed: "
-                "start a new cache."
-            )
+            lost = f"the keys of the first {self.dropped} were dropped and the last {needed} are needed"
+            return f"{what} {lost}: start a new cache."
         return self._summaries_of_blocks.why_not_cropped(left, self._starts)
 
     def _shorten(self, length: int, known: int) -> None:
