@@ -135,7 +135,8 @@ class Answers:
         prompt.reused = taken.length
         self._metrics.prompt_tokens.inc(len(tokens))
         self._metrics.reused_tokens.inc(taken.length)
-        (self._metrics.prefix_hits if taken.length else self._metrics.prefix_misses).inc()
+        if self._reader.keeps:
+            (self._metrics.prefix_hits if taken.length else self._metrics.prefix_misses).inc()
         ids = self._reader.answer(call, taken, Ending(self._cancelled, streamer))
         return [int(token) for token in ids[0, len(tokens) :]]
 
@@ -158,8 +159,8 @@ def follow(model: Any, tokenizer: Any, patched: Patched, prefixes: Prefixes | No
             # An error of the model is the same on every rank, and rank 0 tells it. A rank that has failed
             # alone is missed in the next collective.
             with suppress(Exception):
-                taken = reader.taken(call.ids[0].tolist())
-                reader.answer(call, taken, Ending(lambda: bool(shared(mesh))))
+                ending = Ending(lambda: bool(shared(mesh)))
+                reader.answer(call, reader.taken(call.ids[0].tolist()), ending)
 
 
 def shared(mesh: Mesh, value: Any = None) -> Any:

@@ -86,6 +86,11 @@ class Reader:
         self.cuts = patched.cuts
         self._prefixes = None if self.cuts.never else prefixes
 
+    @property
+    def keeps(self) -> bool:
+        """Whether caches are kept for later prompts."""
+        return self._prefixes is not None
+
     def taken(self, tokens: list[int]) -> Taken:
         """What is reused for a prompt."""
         most = self.cuts.longest(len(tokens))
@@ -145,16 +150,15 @@ class Reader:
         """Keep what a cache holds of the beginning of a prompt. What decode has written is not kept: a method
         may have read less for it than prefill would have. After a call that has ended in its middle, some
         layers hold more than others."""
-        if self._prefixes is None:
-            return
         if hf.needs_marks(cache):
             tokens = tokens[: max((one.length for one in marks if one.length <= len(tokens)), default=0)]
+        if self._prefixes is None or not tokens:
+            return
         try:
             hf.cut(cache, len(tokens), marks)
         except FarspanError:  # a method has dropped keys
             return
-        if tokens:
-            self._prefixes.put(_PATCH, tokens, cache, marks, self._largest)
+        self._prefixes.put(_PATCH, tokens, cache, marks, self._largest)
 
     def _largest(self, number: int) -> int:
         return number if self.mesh is None else self.mesh.largest(number)

@@ -113,7 +113,11 @@ def test_answers_are_those_without_reuse(folder: Path, method: str, patching: di
 
 
 def test_methods_that_need_the_whole_prompt_say_so(folder: Path) -> None:
-    for method, words in (("h2o:k=32", "needs every query"), ("vertical_slash", "end of the prompt")):
+    for method, words in (
+        ("h2o:k=32", "needs every query"),
+        ("vertical_slash", "end of the prompt"),
+        ("snapkv:k=48,evict=true", "snapkv evicts keys"),
+    ):
         assert words in Reader(folder, method, None).patched.cuts.never
 
 
