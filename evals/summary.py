@@ -182,7 +182,7 @@ def _overall(
             _mean(base["score"] for base in index.get((BASELINE, *cell), ()) if base["key"] in keys)
             for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
         ),
-        **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
+        **({name: _mean(cost.get(name) for cost in costs) for name in costs[0]} if costs else {}),
         **({"kl_most": max(cost["kl_most"] for cost in costs)} if costs and "kl_most" in costs[0] else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
