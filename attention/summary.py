@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .digest import weights_digest
-from .errors import FarspanError
 from .kv import KV
 from .offloaded import MOST_COPIED
 from .ops.int4_scores import Int4, quantise_int4
@@ -331,9 +330,9 @@ class Summaries:
         new.restore(self.held())
         return new
 
-    def check_crop(self, length: int, starts: list[int] | None) -> None:
-        """Raise FarspanError where a crop to ``length`` positions opens a block again that begins before the
-        queries or hidden states that are kept."""
+    def why_not_cropped(self, length: int, starts: list[int] | None) -> str:
+        """Why these cannot be cropped to ``length`` positions, which opens a block again that begins before
+        the queries or hidden states that are kept; "" where they can."""
         for kept in self._kept.values():
             first = _open_block(kept.block, length, starts)
             if kept.block is None or kept.done <= length or first >= length:
@@ -341,11 +340,12 @@ class Summaries:
             for name in sorted(self.recent.tensors.keys() & kept.reads & IN_NO_CACHE):
                 if first < self.recent.begin(name):
                     what = name.replace("_", " ")
-                    raise FarspanError(
+                    return (
                         f"This cache cannot be cropped from {kept.done} to {length} tokens, because a "
                         f"summary needs the {what} of the tokens from position {first} on, and the cache "
                         f"keeps those from position {self.recent.begin(name)} on: start a new cache."
                     )
+        return ""
 
     def crop(self, length: int) -> None:
         """Forget everything that positions at or after ``length`` went into; the open block is summarised

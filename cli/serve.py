@@ -42,7 +42,8 @@ class Serve:
     prefix_memory: Annotated[
         str,
         typer.Option(
-            help='Memory for the caches of earlier prompts, such as 2G; "0": read every prompt whole.'
+            help='Memory for the caches of earlier prompts, such as 2G, on each rank; "0": read every prompt '
+            "whole."
         ),
     ] = "2G"
     on: options.Ranks
@@ -69,6 +70,7 @@ def serve(given: Serve) -> None:
     from ..runtime.serving.where import Where
 
     limit = 0 if given.prefix_memory == "0" else amounts.size(given.prefix_memory, "--prefix-memory")
+    prefixes = PrefixStore(limit) if limit else None
 
     def load() -> tuple[Any, Any, Patched]:
         model, tokenizer = given.on.load(given.model, given.rope, ranks)
@@ -84,14 +86,14 @@ def serve(given: Serve) -> None:
         return model, tokenizer, patched
 
     if launch.size() > 1 and not launch.leads():
-        follow(*load())
+        follow(*load(), prefixes)
         return
     server = Server(
         given.model,
         load,
         Where(host=given.host, port=given.port, api_key=given.api_key),
         queue=given.queue,
-        prefixes=PrefixStore(limit) if limit else None,
+        prefixes=prefixes,
     )
     output.note(f"Listening on {server.url}; the model is being loaded.")
     server.run()

@@ -67,19 +67,6 @@ def prefill(model: Any, batch: Batch) -> Any:
     return fill(model, batch.ids[:, :-1], batch.mask[:, :-1])
 
 
-@torch.no_grad()
-def extend(model: Any, ids: torch.Tensor, cache: Any, *, start: int) -> None:
-    """Feed the tokens start .. T - 2 of one row, ids [1, T], to a cache that holds those before `start`."""
-    model(
-        input_ids=ids[:, start:-1],
-        attention_mask=torch.ones_like(ids[:, :-1]),
-        position_ids=torch.arange(start, ids.shape[1] - 1, device=ids.device)[None],
-        use_cache=True,
-        logits_to_keep=1,
-        **with_cache(model, cache),
-    )
-
-
 def teacher_forced(
     model: Any, batch: Batch, cache: Any, golds: Sequence[Sequence[int]], *, pad: int, per_call: int = 1
 ) -> list[list[float]]:

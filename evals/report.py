@@ -110,6 +110,12 @@ def notes(data: Mapping[str, Any], *, short: bool = False) -> list[str]:
                 "answer goes into the conversation, so all methods read the same one. The turns of a "
                 "conversation are not independent, so intervals over them count conversations."
             )
+            reused = [cell["reused_tokens"] for cell in data["cells"] if cell.get("reused_tokens")]
+            if reused:
+                out.append(
+                    f"A turn after the first has reused {number(sum(reused) / len(reused), 0)} tokens on "
+                    "average; its prefill, and the seconds of it, are those of the other tokens."
+                )
         if data["suite"] == "ppl":
             out.append(
                 "Perplexity: exp of the mean negative log-likelihood over the windows. A decode step here is "

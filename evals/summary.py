@@ -182,7 +182,7 @@ def _overall(
             _mean(base["score"] for base in index.get((BASELINE, *cell), ()) if base["key"] in keys)
             for cell, keys in ((cell, {row["key"] for row in rows}) for cell, rows in groups.items())
         ),
-        **({name: _mean(cost[name] for cost in costs) for name in costs[0]} if costs else {}),
+        **({name: _mean(cost.get(name) for cost in costs) for name in costs[0]} if costs else {}),
         **({"kl_most": max(cost["kl_most"] for cost in costs)} if costs and "kl_most" in costs[0] else {}),
         "tasks": by_task,
         "groups": {name: _mean(by_task.get(task) for task in members) for name, members in GROUPS.items()},
@@ -199,6 +199,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "score": _mean(row["score"] for row in rows),
         "nll": _mean(row["nll"] for row in rows),
         **_of_fidelity(rows),
+        **_of_turns(rows),
         "prefill_density": _mean(row["density"]["prefill"] for row in rows),
         "decode_density": _mean(row["density"]["decode"] for row in rows),
         "kv_read": _mean(row["kv_read"] for row in rows),
@@ -208,6 +209,12 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             1e3 * row["seconds"]["decode"] * row["batch"] / max(row["steps"], 1) for row in rows
         ),
     }
+
+
+def _of_turns(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean number of tokens that a turn of a conversation has not read again."""
+    reused = [row["reused_tokens"] for row in rows if "reused_tokens" in row]
+    return {"reused_tokens": _mean(reused)} if reused else {}
 
 
 def _by_position(

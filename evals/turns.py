@@ -5,12 +5,19 @@ same cache. A method that keeps what the first question needs answers it well an
 on; a table with a single question does not show that. Each turn is a task of its own in the tables: kv_1,
 kv_2, ... After a turn the right answer goes into the conversation, not the one that was generated, so all
 methods read the same conversation.
+
+Between turns the cache lies in a PrefixStore, and the next turn takes it whole, with the states of the method
+and without the keys that it has evicted. So a turn reuses every token before it, and reads its own. A shorter
+beginning, such as the context alone, is not reused: a cut drops the states, so that a method would choose
+anew for each question, and evicted keys cannot be had again. Rows say how many tokens were reused; the
+seconds of prefill are those of the tokens that were read.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +25,9 @@ from typing import Any, ClassVar
 
 from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
+from ..runtime.hf import extend
 from ..runtime.models import turn_ids
+from ..runtime.prefixes import PrefixStore
 from . import batch as forward
 from . import needle, retrieval
 from .pieces import hide, nearest_place
@@ -34,6 +43,7 @@ from .tokens import Filling
 
 MAX_NEW_TOKENS = 64
 _GENERATOR = 1
+_PATCH = ""  # a store is used under one patch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +221,18 @@ def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Seque
     batches = [forward.collate([text], pad, model.device) for text in texts]
 
     def measure(patched: Any, started: Started) -> list[dict[str, Any]]:
-        cache, rows = started.take(), []
+        # What is dropped could not be had again by reading the tokens, so there is no limit of bytes.
+        store, rows, reused = PrefixStore(sys.maxsize), [], 0
+        store.put(_PATCH, texts[0], started.take())
         for turn, (sample, batch, gold) in enumerate(zip(talk.turns, batches, golds, strict=True)):
+            taken = store.take(_PATCH, texts[turn])
+            cache = taken.cache
             if turn:
+                reused = taken.length
+                assert reused == len(texts[turn - 1]) + len(golds[turn - 1]) - 1, "a cut would drop states"
                 patched.reset_report()
-                held = len(texts[turn - 1]) + len(golds[turn - 1]) - 1
                 with forward.timed(model.device) as clock:
-                    forward.extend(model, batch.ids, cache, start=held)
+                    extend(model, batch.ids[:, :-1], cache, start=reused)
                 started = Started(cache=None, seconds=clock.seconds, summary=read_of(job.report(patched)))
             patched.reset_report()
             with forward.timed(model.device) as clock:
@@ -228,7 +243,8 @@ def _evaluate(setup: Setup, job: Job, conversations: Sequence[Any], specs: Seque
             common["steps"] = min(sample.max_new_tokens, len(answer) + 1)
             [nll] = forward.teacher_forced(model, batch, cache, [gold], pad=pad, per_call=DECODE_ROWS)
             row = row_of(tokenizer, sample, texts[turn], answer, nll, score)
-            rows.append(row | common | {"conversation": talk.name})
+            rows.append(row | common | {"conversation": talk.name, "reused_tokens": reused})
+            store.put(_PATCH, [*texts[turn], *gold], cache)
         return rows
 
     batch = batches[0]

@@ -223,6 +223,5 @@ def patch(
         undo += adapters.put_on(merge)
     if mesh is not None:
         undo.insert(0, mesh.close)
-    return Patched(
-        type(model).__name__, bound, untouched, undo, mesh, notices, info.geometry, mixed, chunking, room
-    )
+    name, shape = type(model).__name__, info.geometry
+    return Patched(name, bound, untouched, undo, mesh, notices, shape, mixed, chunking, room, continues)

@@ -36,6 +36,7 @@ class Patched:
         mixed: Mapping[int, Mixed] | None = None,
         chunking: Chunking | None = None,
         room: int | None = None,
+        continues: Callable[[], bool] = lambda: True,
     ) -> None:
         self._name = model_name
         self._layers = layers
@@ -47,6 +48,7 @@ class Patched:
         self._mixed = dict(mixed or {})
         self._chunking = chunking
         self.room = room  # the positions of caches of a fixed size; None: caches grow
+        self._continues = continues  # whether a prompt in several calls is that in one call
         self._sent_before = self._sent()
 
     def modules(self) -> dict[int, dict[str, nn.Module]]:
@@ -98,6 +100,13 @@ class Patched:
         methods = [method for pair in pairs for method in pair]
         if accumulating := sorted({m.name for m in methods if m.observation_window is None}):
             return Cuts(never=f"{' and '.join(accumulating)} needs every query of the prompt")
+        if evicting := sorted({m.name for m in methods if m.evict}):
+            return Cuts(never=f"{' and '.join(evicting)} evicts keys at the end of a prompt")
+        if not self._continues():
+            return Cuts(
+                never="layers without attention forget their state between calls in this release of "
+                "transformers"
+            )
         rest = max([DECODE_ROWS + 1, *(m.observation_window or 1 for m in methods)])
         if looking := sorted({pre.name for pre, _ in pairs if pre.lookahead.is_prompt}):
             if self._chunking is None:

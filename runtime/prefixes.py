@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..attention.errors import FarspanError
 from . import hf
+
+MARKS = 4
+"""How many marks a store keeps of a cache: states are as large as those of the cache itself."""
 
 
 @dataclass(kw_only=True)
@@ -50,8 +53,11 @@ class Prefix:
         if self.reused == 0:
             return given
         try:
-            cache = hf.copied(self.cache, self.reused) if keep else self.cache
-            hf.crop_to(cache, self.reused)
+            if keep:
+                cache = hf.cut_copy(self.cache, self.reused)
+            else:
+                cache = self.cache
+                hf.cut(cache, self.reused)
         except FarspanError as error:
             self.reused, self.left = 0, str(error)
             return given
@@ -70,12 +76,32 @@ def common(a: Tensor, b: Tensor, a_mask: Tensor | None = None, b_mask: Tensor | 
     return int(found[0]) if len(found) else n
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Taken:
+    """What a prompt reuses of a store.
+
+    cache: None: nothing. length: how many tokens it holds, the first ones of the prompt. marks: where it can
+    be cut again. shared: how many tokens the prompt has in common with any cache of the store; where that is
+    more than ``length``, a mark there lets the next prompt reuse them.
+    """
+
+    cache: Any = None
+    length: int = 0
+    marks: tuple[hf.Mark, ...] = ()
+    shared: int = 0
+
+
 @dataclass(eq=False)
 class _Entry:
     patch: str
     tokens: Tensor  # [1, T]
     cache: Any
+    marks: tuple[hf.Mark, ...]
     nbytes: int
+
+    def cut(self, most: int, step: int = 1) -> int:
+        """The last cut of the cache at or before ``most`` tokens."""
+        return hf.last_cut(self.cache, most, self.marks, step)
 
 
 class PrefixStore:
@@ -100,56 +126,63 @@ class PrefixStore:
         self._entries: list[_Entry] = []  # the most recently used last
         self._lock = threading.Lock()
 
-    def take(self, patch: str, tokens: Sequence[int]) -> tuple[Any | None, int]:
-        """The cache with the longest common prefix with a prompt, cropped to it, and its length; (None, 0)
-        where there is none. At least the last token of the prompt is left to be read."""
+    def take(self, patch: str, tokens: Sequence[int], step: int = 1) -> Taken:
+        """The longest beginning of a prompt that a cache of the store can be cut to, at a multiple of
+        ``step`` tokens. At least the last token of the prompt is left to be read. A cache that is taken
+        whole keeps the states of its methods; one that is cut does not."""
         prompt = torch.tensor([list(tokens)], dtype=torch.int64)
         with self._lock:
-            chosen, length = None, 0
+            chosen, length, shared = None, 0, 0
             for entry in self._entries:
                 same = min(common(entry.tokens, prompt), len(tokens) - 1) if entry.patch == patch else 0
-                whole = same == entry.tokens.shape[1]
-                if same > length and (whole or hf.croppable(entry.cache)):
-                    chosen, length = entry, same
-            try:
-                cache = None if chosen is None else self._given(chosen, length)
-            except FarspanError:  # its method has dropped keys that the cropped cache would need
-                cache = None
-            if cache is None:
-                self.misses += 1
-                return None, 0
-            self.hits += 1
+                shared = max(shared, same - same % step)
+                if same > length and (at := entry.cut(same, step)) > length:
+                    chosen, length = entry, at
+            self.hits += chosen is not None
+            self.misses += chosen is None
             self.tokens_reused += length
-        return cache, length
+            cache = None if chosen is None else self._given(chosen, length)
+        if chosen is None:
+            return Taken(shared=shared)
+        marks = tuple(one for one in chosen.marks if one.length <= length)
+        return Taken(cache=cache, length=length, marks=marks, shared=shared)
 
     def _given(self, entry: _Entry, length: int) -> Any:
-        """The cache that a caller gets who reuses ``length`` tokens of an entry. Raises FarspanError where it
-        cannot be cropped to them."""
+        """The cache that a caller gets who reuses ``length`` tokens of an entry."""
         if 2 * length < entry.tokens.shape[1]:
             with suppress(torch.OutOfMemoryError):
-                cache = hf.copied(entry.cache, length)
+                cache = hf.cut_copy(entry.cache, length, entry.marks)
                 self._entries.append(self._entries.pop(self._entries.index(entry)))  # it has been used
                 return cache
         self._entries.remove(entry)
-        hf.crop_to(entry.cache, length)
+        hf.cut(entry.cache, length, entry.marks)
         return entry.cache
 
-    def put(self, patch: str, tokens: Sequence[int], cache: Any) -> bool:
+    def put(
+        self,
+        patch: str,
+        tokens: Sequence[int],
+        cache: Any,
+        marks: Sequence[hf.Mark] = (),
+        largest: Callable[[int], int] = int,
+    ) -> bool:
         """Keep a cache that holds the first of these tokens, as many as it has. Returns whether it is kept: a
         cache above the limit is not, nor one in which a failed call has left layers of different lengths.
-        Caches of which it is a continuation are dropped, if it can be cropped to serve in their place."""
+        Caches of which it is a continuation are dropped, if it can be cut to serve in their place.
+
+        marks: those that were made after the first tokens of this sequence; of more than MARKS, the first
+        and the last ones are kept. largest: over ranks, the largest of a number's values on all ranks, so
+        that their stores drop the same caches."""
         length = hf.length_of(cache)
         if not length or length > len(tokens):
             return False
-        entry = _Entry(
-            patch,
-            torch.tensor([list(tokens[:length])], dtype=torch.int64),
-            cache,
-            hf.stored_bytes(cache) + 8 * length,
-        )
+        kept = tuple(sorted((one for one in marks if one.length <= length), key=lambda one: one.length))
+        kept = kept if len(kept) <= MARKS else (kept[0], *kept[1 - MARKS :])
+        nbytes = largest(hf.stored_bytes(cache) + 8 * length + sum(one.nbytes for one in kept))
+        first = torch.tensor([list(tokens[:length])], dtype=torch.int64)
+        entry = _Entry(patch, first, cache, kept, nbytes)
         with self._lock:
-            if hf.croppable(cache):
-                self._entries = [x for x in self._entries if not _continues(entry, x)]
+            self._entries = [x for x in self._entries if not _serves(entry, x)]
             if entry.nbytes > self.limit:
                 return False
             self._entries.append(entry)
@@ -165,7 +198,7 @@ class PrefixStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all caches in the store."""
+        """Bytes of all caches in the store, their marks included."""
         with self._lock:
             return sum(x.nbytes for x in self._entries)
 
@@ -173,6 +206,7 @@ class PrefixStore:
         return len(self._entries)
 
 
-def _continues(new: _Entry, old: _Entry) -> bool:
-    """Whether the tokens of ``new`` begin with those of ``old``."""
-    return new.patch == old.patch and common(new.tokens, old.tokens) == old.tokens.shape[1]
+def _serves(new: _Entry, old: _Entry) -> bool:
+    """Whether ``new`` can be cut to what ``old`` holds."""
+    length = old.tokens.shape[1]
+    return new.patch == old.patch and common(new.tokens, old.tokens) == length == new.cut(length)

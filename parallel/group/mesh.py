@@ -49,7 +49,7 @@ class Mesh:
         return self.ranks.rank
 
     def sent(self) -> int:
-        """Bytes that this rank has sent so far, without those of ``agree`` and ``share``."""
+        """Bytes that this rank has sent so far, without those of the methods below."""
         return sum(sum(r.sent.values()) - r.sent[_APART] for r in self.watch.groups)
 
     def agree(self, values: dict[str, Tensor | int | str | None]) -> None:
@@ -86,6 +86,15 @@ class Mesh:
                 f"The ranks have different values: {', '.join(f'{n} on {r}' for n, r in odd.items())}. Every "
                 "rank must be given the same inputs, options and seed."
             )
+
+    def alike(self, *numbers: int) -> bool:
+        """Whether every rank has given the same numbers."""
+        table = self.ranks.all_gather(torch.tensor(numbers, device=self.device), _APART)
+        return bool((table == table[0]).all())
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the ranks give."""
+        return int(self.ranks.all_gather(torch.tensor([number], device=self.device), _APART).max())
 
     def share(self, data: bytes) -> bytes:
         """The bytes of rank 0, at least one, on every rank. What other ranks give does not count."""

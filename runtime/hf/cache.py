@@ -25,6 +25,7 @@ from ..store.shard import ShardStore, running
 from ..store.static import Clock, StaticStore
 from ..store.storage import DEVICE, Storage
 from ..store.store import KVStore
+from ..store.tree import bytes_of
 from .interface import autocast
 from .transformers_private import caches_nothing, is_offloading, replicated_layer
 
@@ -265,14 +266,13 @@ def _adopted(cache: Cache, layer: Any, index: int, plan: CachePlan, clock: Clock
 
 
 def stored_by_tier(cache: Cache) -> Counter[str]:
-    """Bytes of the keys and values in a cache by the tier of the memory: of farspan's stores with their
-    summaries and spare room, of other layers those of the tensors, on the device."""
+    """Bytes of a cache by the tier of the memory: farspan's stores with their summaries and spare room; other
+    keys and values, and states, are on the device."""
     tiers: Counter[str] = Counter()
     for layer in cache.layers:
         if isinstance(layer, KVStoreLayer):
             tiers.update(layer.store.tiers)
-        elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-            tiers["device"] += layer.keys.nbytes + layer.values.nbytes
+        tiers["device"] += bytes_of({name: x for name, x in vars(layer).items() if name != "store"})
     return tiers
 
 

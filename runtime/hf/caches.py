@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from ...attention.errors import FarspanError
 from ..layer import Layer
@@ -17,10 +16,9 @@ from ..mixers import Mixed
 from ..session import Unique
 from ..store.tree import joined
 from .cache import CachePlan, KVStoreLayer, ShardStoreLayer, adopt_cache
-from .mixers import StateLayer, adopt_states
+from .mixers import adopt_states
 from .mixers_in_place import mixers_of
 from .models import ModelInfo, inspect_model
-from .transformers_private import caches_nothing
 
 _PLACE = "farspan_caches"  # the attribute of a patched model's decoder
 _MADE_ANEW = ("store", "layout")  # attributes of a cache layer that are not saved as they are
@@ -51,6 +49,17 @@ class PatchedCaches(Unique):
         adopt_cache(cache, self.plan)
         adopt_states(cache, {i: entry.mixer for i, entry in self.mixed.items()}, self.plan.count)
 
+    def empty(self) -> Cache:
+        """A cache without tokens, with the layers that the patch wants."""
+        cache: Cache = DynamicCache(config=self.info.decoder.config)
+        self.adopt(cache)
+        adopt_states(cache, mixers_of(self.info.decoder), self.plan.count)
+        for index, layer in self.layers.items():
+            kept, needed = cache.layers[index], layer.layer_call.needed
+            if isinstance(kept, KVStoreLayer) and needed is not None:
+                kept.store.needed = needed
+        return cache
+
     def summarise(self, cache: Cache) -> None:
         """Complete the summaries of keys and values that decode reads, which its first call would do."""
         for index, layer in self.layers.items():
@@ -62,9 +71,7 @@ class PatchedCaches(Unique):
     def restored(self, layers: Sequence[Any], tensor: Callable[[str], Tensor]) -> Cache:
         """A cache with the contents that ``held`` has given for each layer, behind ``tree.split``. tensor:
         returns the tensor of a name. Raises FarspanError for layers of other kinds."""
-        cache: Cache = DynamicCache(config=self.info.decoder.config)
-        self.adopt(cache)
-        adopt_states(cache, mixers_of(self.info.decoder), self.plan.count)
+        cache = self.empty()
         if len(layers) != len(cache.layers):
             raise _of_other_layers()
         for layer, plain, device in zip(cache.layers, layers, self._devices(), strict=True):
@@ -114,57 +121,16 @@ def held(cache: Cache) -> list[dict[str, Any]]:
     return [
         {
             "kind": type(layer).__name__,
-            "attributes": {name: x for name, x in vars(layer).items() if name not in _MADE_ANEW},
+            "attributes": attributes(layer),
             "store": layer.store.held() if isinstance(layer, KVStoreLayer) else None,
         }
         for layer in cache.layers
     ]
 
 
-def length_of(cache: Cache) -> int:
-    """The number of tokens that a cache holds; 0 where its layers hold different numbers, which a call that
-    failed leaves behind."""
-    lengths = {x.get_seq_length() for x in cache.layers if isinstance(x, KVStoreLayer | StateLayer)}
-    return lengths.pop() if len(lengths) == 1 else 0
-
-
-def crop_to(cache: Cache, length: int) -> None:
-    """Keep the first ``length`` tokens of a cache. Raises FarspanError where a layer cannot be cropped; then
-    nothing is left of the cache that could be used."""
-    count = cache.get_seq_length() - length
-    if count <= 0:
-        return
-    if not croppable(cache):
-        raise FarspanError(
-            "This cache has layers with a state over all tokens or a full sliding window, which cannot be "
-            "cropped."
-        )
-    cache.crop(-count)
-
-
-def copied(cache: Cache, length: int) -> Cache:
-    """A copy of the first ``length`` tokens of a cache, in which keys and values have no room for the others.
-    Raises FarspanError where a layer cannot be cropped."""
-    views = [layer.store.views() for layer in cache.layers if isinstance(layer, KVStoreLayer)]
-    cropped = copy.deepcopy(cache, {key: view for found in views for key, view in found.items()})
-    crop_to(cropped, length)
-    return copy.deepcopy(cropped)
-
-
-def croppable(cache: Cache) -> bool:
-    """Whether tokens can be taken off the end of a cache, as far as the kinds of its layers say. A store
-    whose method has dropped keys may still refuse."""
-    return all(map(_croppable, cache.layers))
-
-
-def _croppable(layer: Any) -> bool:
-    if isinstance(layer, StateLayer):
-        return layer.is_croppable and not layer.padded_right
-    if isinstance(layer, LinearAttentionLayer):
-        return False
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return layer.get_seq_length() < layer.sliding_window
-    return isinstance(layer, KVStoreLayer) or caches_nothing(layer)
+def attributes(layer: Any) -> dict[str, Any]:
+    """What a layer of a cache holds beside farspan's store; tensors are its own."""
+    return {name: x for name, x in vars(layer).items() if name not in _MADE_ANEW}
 
 
 def _of_other_layers() -> FarspanError:

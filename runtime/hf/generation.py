@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ...attention.errors import FarspanError
-from .releases import returned_cache
+from .releases import returned_cache, with_cache
 from .transformers_private import default_generation_settings
 
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
@@ -81,11 +81,6 @@ def generate_by(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
     finally:
         for module, own in owners:
             module.generation_config = own
-
-
-def empty_cache(model: Any) -> DynamicCache:
-    """A cache without tokens, for a call of `generate` that fills it."""
-    return DynamicCache(config=model.config.get_text_config())
 
 
 def generation_settings(model: Any) -> dict[str, Any]:
@@ -164,6 +159,19 @@ def fill(model: Any, ids: Any, mask: Any) -> Any:
             logits_to_keep=1,
         )
     return returned_cache(output)
+
+
+@torch.no_grad()
+def extend(model: Any, ids: Any, cache: Any, *, start: int) -> None:
+    """Feed the tokens from `start` on of one row, ids [1, T], to a cache that holds those before."""
+    model(
+        input_ids=ids[:, start:],
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.arange(start, ids.shape[1], device=ids.device)[None],
+        use_cache=True,
+        logits_to_keep=1,
+        **with_cache(model, cache),
+    )
 
 
 def answer_by(

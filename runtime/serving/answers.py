@@ -1,16 +1,14 @@
-"""Answers of a patched model to one prompt after another. What a prompt has in common with earlier ones is
-not read again."""
+"""Answers of a patched model to the prompts of clients, one after another."""
 
 from __future__ import annotations
 
 import pickle
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...attention.errors import FarspanError
@@ -18,24 +16,13 @@ from ...parallel.group.mesh import Mesh
 from .. import hf
 from ..models import positions
 from ..patched import Patched
-from .engine import Cancelled, Job, Refused
+from .engine import Job, Refused
 from .metrics import Metrics
+from .reader import Call, Ending, Prefixes, Reader
 
 _USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
 _PIECE = 1 << 14  # characters
 _END = "end"  # what rank 0 shares at last
-_PATCH = ""  # a server has one patch, so its caches need no name of theirs
-
-
-class Prefixes(Protocol):
-    """Caches by the patch that has filled them and by the tokens that they hold. A cache has one owner:
-    ``take`` moves it out, ``put`` gives it back."""
-
-    def take(self, patch: str, tokens: Sequence[int]) -> tuple[Any | None, int]:
-        """The cache with the longest common prefix, cropped to it, and its length; (None, 0) without one."""
-
-    def put(self, patch: str, tokens: Sequence[int], cache: Any) -> bool:
-        """Keep a cache that holds these tokens. Returns whether it is kept."""
 
 
 @dataclass(kw_only=True)
@@ -57,20 +44,12 @@ class Prompt:
     first: float | None = field(default=None, repr=False)  # when the first token came
 
 
-@dataclass(frozen=True)
-class Call:
-    """What every rank calls the model with. config: transformers' generation config."""
-
-    ids: Tensor
-    config: Any
-    seed: int
-
-
 class Answers:
     """A patched model and its tokenizer. It is used by one thread. Over ranks, rank 0 has the prompts, and
     the others ``follow``.
 
-    prefixes: what keeps the caches of earlier prompts; None, and over ranks: every prompt is read whole.
+    prefixes: what keeps the caches of earlier prompts, over ranks this rank's part of them; None: every
+    prompt is read whole. cuts: where a prompt can be cut, so that the cache of its beginning is reused.
     """
 
     def __init__(
@@ -79,8 +58,8 @@ class Answers:
         self.model, self.tokenizer, self.patched = model, tokenizer, patched
         self.mesh: Mesh | None = patched.mesh
         self._metrics = metrics
-        self._prefixes = prefixes if self.mesh is None else None
-        self._cuts = patched.cuts
+        self._reader = Reader(model, tokenizer, patched, prefixes)
+        self.cuts = self._reader.cuts
         self._limit = min((x for x in (positions(model), patched.room) if x is not None), default=None)
         self._job: Job | None = None
         if self.mesh is None:  # ranks end a call at the same token, and not in the middle of a prompt
@@ -152,82 +131,27 @@ class Answers:
 
     def _answered(self, prompt: Prompt, call: Call, streamer: Any) -> list[int]:
         tokens: list[int] = prompt.ids[0].tolist()
-        cache, prompt.reused = self._taken(tokens)
+        taken = self._reader.taken(tokens)
+        prompt.reused = taken.length
         self._metrics.prompt_tokens.inc(len(tokens))
-        kept = self._cuts.longest(len(tokens))
-        try:
-            ids = generated(self.model, self.tokenizer, call, cache, _Ending(self._cancelled, streamer))
-        except Cancelled:
-            kept = prompt.reused if prompt.first is None else kept  # the prompt may have been read in part
-            raise
-        except BaseException:
-            kept = 0
-            raise
-        finally:
-            self._keep(tokens[:kept], cache)
+        self._metrics.reused_tokens.inc(taken.length)
+        if self._reader.keeps:
+            (self._metrics.prefix_hits if taken.length else self._metrics.prefix_misses).inc()
+        ids = self._reader.answer(call, taken, Ending(self._cancelled, streamer))
         return [int(token) for token in ids[0, len(tokens) :]]
 
     def _cancelled(self) -> bool:
         cancelled = self._job is not None and self._job.cancelled
         return cancelled if self.mesh is None else bool(shared(self.mesh, cancelled))
 
-    def _taken(self, tokens: list[int]) -> tuple[Any, int]:
-        """A cache that holds the beginning of a prompt, and how many tokens of it; a new one holds none."""
-        most = self._cuts.longest(len(tokens))
-        if self._prefixes is not None and most:
-            cache, length = self._prefixes.take(_PATCH, tokens[: most + 1])
-            length = self._cuts.aligned(min(length, most))
-            found = cache is not None and length > 0 and _cropped(cache, length)
-            (self._metrics.prefix_hits if found else self._metrics.prefix_misses).inc()
-            if found:
-                self._metrics.reused_tokens.inc(length)
-                return cache, length
-        return hf.empty_cache(self.model), 0
-
-    def _keep(self, tokens: list[int], cache: Any) -> None:
-        """Keep what a cache holds of the beginning of a prompt. What decode has written is not kept: a method
-        may have read less for it than prefill would have."""
-        if self._prefixes is not None and tokens and _cropped(cache, len(tokens)):
-            self._prefixes.put(_PATCH, tokens, cache)
-
     def _check_job(self, *_: Any) -> None:
         if self._job is not None:
             self._job.check()
 
 
-class _Ending:
-    """A streamer that ends the call, by Cancelled, at the first token at which ``cancelled`` is true."""
-
-    def __init__(self, cancelled: Callable[[], bool], streamer: Any = None) -> None:
-        self._cancelled, self._streamer = cancelled, streamer
-
-    def put(self, value: Tensor) -> None:
-        if self._cancelled():
-            raise Cancelled
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
-
-
-def generated(model: Any, tokenizer: Any, call: Call, cache: Any, streamer: Any) -> Tensor:
-    """The tokens [1, T + N] of the prompt and of its answer."""
-    inputs: dict[str, Any] = {"input_ids": call.ids, "attention_mask": torch.ones_like(call.ids)}
-    if call.config.stop_strings is not None:
-        inputs["tokenizer"] = tokenizer
-    torch.manual_seed(call.seed)
-    with torch.no_grad():
-        made: Tensor = hf.generate_by(
-            model, call.config, streamer=streamer, **inputs, **hf.with_cache(model, cache)
-        )
-    return made
-
-
-def follow(model: Any, tokenizer: Any, patched: Patched) -> None:
+def follow(model: Any, tokenizer: Any, patched: Patched, prefixes: Prefixes | None) -> None:
     """Make the calls of rank 0 until it ends. Raises FarspanError where a rank has failed."""
-    mesh = patched.mesh
+    mesh, reader = patched.mesh, Reader(model, tokenizer, patched, prefixes)
     assert mesh is not None
     while (call := shared(mesh)) != _END:
         if call is not None:
@@ -235,7 +159,8 @@ def follow(model: Any, tokenizer: Any, patched: Patched) -> None:
             # An error of the model is the same on every rank, and rank 0 tells it. A rank that has failed
             # alone is missed in the next collective.
             with suppress(Exception):
-                generated(model, tokenizer, call, hf.empty_cache(model), _Ending(lambda: bool(shared(mesh))))
+                ending = Ending(lambda: bool(shared(mesh)))
+                reader.answer(call, reader.taken(call.ids[0].tolist()), ending)
 
 
 def shared(mesh: Mesh, value: Any = None) -> Any:
@@ -243,17 +168,3 @@ def shared(mesh: Mesh, value: Any = None) -> Any:
     failed."""
     data = mesh.share(pickle.dumps(value) if mesh.rank == 0 else b"")
     return value if mesh.rank == 0 else pickle.loads(data)
-
-
-def _cropped(cache: Any, length: int) -> bool:
-    """Whether every layer of a cache holds ``length`` tokens, after it has been cropped to them. In a call
-    that has ended in its middle, some layers hold more than others."""
-    if not hf.croppable(cache):
-        return False
-    try:
-        for layer in cache.layers:
-            if (more := layer.get_seq_length() - length) > 0:
-                layer.crop(-more)
-    except FarspanError:  # a method has dropped keys
-        return False
-    return hf.length_of(cache) == length

@@ -11,7 +11,8 @@ from typing import Any
 from ...attention.errors import FarspanError
 from ..hf.serving import internals
 from ..patched import Patched
-from .answers import Answers, Prefixes
+from .answers import Answers
+from .reader import Prefixes
 from .where import Where
 
 logger = logging.getLogger("farspan")
@@ -87,9 +88,7 @@ class Server:
         answers = Answers(model, tokenizer, patched, self.metrics, self._prefixes)
         self.engine.idle, self.engine.end = answers.idle, answers.end
         self._models.put(answers)
-        if answers.mesh is not None:
-            logger.info("Prefixes are not reused over ranks.")
-        elif self._prefixes is not None and (why := patched.cuts.never):
+        if self._prefixes is not None and (why := answers.cuts.never):
             logger.info("Prefixes are not reused: %s.", why)
 
     def _failed(self, error: Exception) -> None:

@@ -195,19 +195,21 @@ class KVStore:
             self._forget_since(left)
 
     def _check_crop(self, count: int) -> None:
-        """Raise FarspanError where the positions left after a crop are not enough for later calls."""
-        left = max(0, self.total - count)
-        if 0 < left < self._floor:
-            raise FarspanError(
-                f"This cache cannot be cropped by {count} of {self.total} tokens, because {self.evicted_by} "
-                f"has evicted keys for the first {self._floor}: start a new cache."
+        if why := self.why_not_cropped(max(0, self.total - count)):
+            raise FarspanError(why)
+
+    def why_not_cropped(self, left: int) -> str:
+        """Why this store cannot be cropped to its first ``left`` positions; "" where it can."""
+        what = f"This cache cannot be cropped by {self.total - left} of {self.total} tokens, because"
+        if 0 < left < min(self._floor, self.total):
+            return (
+                f"{what} {self.evicted_by} has evicted keys for the first {self._floor}: start a new cache."
             )
-        if left and self.needed is not None and self.dropped > max(0, left + 1 - self.needed):
-            raise FarspanError(
-                f"This cache cannot be cropped by {count} of {self.total} tokens, because the keys of the "
-                f"first {self.dropped} were dropped and the last {self.needed} are needed: start a new cache."
-            )
-        self._summaries_of_blocks.check_crop(left, self._starts)
+        needed = self.needed
+        if 0 < left < self.total and needed is not None and self.dropped > max(0, left + 1 - needed):
+            lost = f"the keys of the first {self.dropped} were dropped and the last {needed} are needed"
+            return f"{what} {lost}: start a new cache."
+        return self._summaries_of_blocks.why_not_cropped(left, self._starts)
 
     def _shorten(self, length: int, known: int) -> None:
         """Keep the first ``length`` of the stored positions, and what summaries and position ids have of the

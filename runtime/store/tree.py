@@ -45,6 +45,23 @@ def split(value: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
     return plain(value), tensors
 
 
+def bytes_of(value: Any) -> int:
+    """Bytes of the tensors in a value."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(bytes_of, items))
+
+
+def copied(value: Any) -> Any:
+    """A value with copies of its tensors, which do not keep memory that these are views of."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    return type(value)(map(copied, value)) if isinstance(value, list | tuple) else value
+
+
 def joined(plain: Any, tensor: Callable[[str], Tensor], device: torch.device) -> Any:
     """The value that ``split`` has taken apart. tensor: returns the tensor of a name. device: takes the place
     of a device that was left out."""

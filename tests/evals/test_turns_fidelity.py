@@ -39,7 +39,7 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     assert summary.complete and len(rows) == 2 * 3 * 2
     for talk in talks:
-        text = talk.turns[0].user + talk.turns[0].answer_prefix
+        text, before = talk.turns[0].user + talk.turns[0].answer_prefix, 0
         for number, turn in enumerate(talk.turns):
             if number:
                 text += f"\n\n{turn.question}{turn.answer_prefix}"
@@ -56,7 +56,9 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
             kept = [token for token in answer.tolist() if token != tiny.EOS]
             assert row["answer"] == tiny.CharTokenizer().decode(kept)
             assert row["prompt_tokens"] == len(prompt)
+            assert row["reused_tokens"] == (before and before - 1), "all but the token that is fed next"
             text += turn.gold
+            before = len(prompt + gold)
         assert len(ids_of(text, first=True)) + 64 <= 1500 + len(talk.turns[-1].gold)
     window = [rows[turn_key(talks[0], n), methods[1]] for n in range(3)]
     assert all(row["density"]["decode"] < 0.2 for row in window) and window[1]["density"]["prefill"] < 0.2
@@ -66,17 +68,22 @@ def test_turns_continue_one_conversation_on_one_cache(model: Any, tmp_path: Path
     assert overall["nll_diff"]["mean"] == pytest.approx(sum(losses) / 6)
     table = report.terminal_table(summary.data).text(120)
     assert "1500 kv_1" in table and "1500 kv_3" in table
-    assert "one conversation on one cache" in (tmp_path / "turns.md").read_text()
+    page = (tmp_path / "turns.md").read_text()
+    assert "one conversation on one cache" in page
+    counts = [rows[talk.keys[n], "dense"]["reused_tokens"] for talk in talks for n in (1, 2)]
+    assert f"has reused {sum(counts) / 4:.0f} tokens on average" in page
 
 
 def turn_key(talk: Conversation, number: int) -> str:
     return talk.keys[number]
 
 
-def test_a_methods_state_goes_on_over_the_turns_as_in_a_users_own_loop(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["h2o:k=64", "h2o:k=64,evict=true", "snapkv:k=64,window=8,evict=true"])
+def test_a_methods_state_goes_on_over_the_turns_as_in_a_users_own_loop(
+    model: Any, spec: str, tmp_path: Path
+) -> None:
     task = Turns(lengths=[900], tasks=["kv"], turns=2, samples=1)
     [talk] = task.draw(tiny.CharTokenizer())
-    spec = "h2o:k=64"
     task.run(tiny.setup(model, ["dense", spec], tmp_path, config=task.config), [talk])
     rows = {(row["key"], row["method"]): row for row in read(tmp_path)[1]}
     first, second = talk.turns

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import make, prompt, shared
+from small_models import prompt, shared
 from transformers import DynamicCache
 
 import farspan
@@ -30,14 +30,28 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         return
     monkeypatch.setattr(hf, "length_of", lambda cache: cache.length)
     monkeypatch.setattr(hf, "stored_bytes", lambda cache: 2 * cache.length)
-    monkeypatch.setattr(hf, "croppable", lambda cache: cache.croppable)
-    monkeypatch.setattr(hf, "crop_to", lambda cache, length: setattr(cache, "length", length))
-    copied = lambda cache, length: SimpleNamespace(**{**vars(cache), "length": length})  # noqa: E731
-    monkeypatch.setattr(hf, "copied", copied)
+    monkeypatch.setattr(hf, "last_cut", last_cut)
+    monkeypatch.setattr(hf, "cut", lambda cache, length, marks: setattr(cache, "length", length))
+    copied = lambda cache, length, marks: SimpleNamespace(**{**vars(cache), "length": length})  # noqa: E731
+    monkeypatch.setattr(hf, "cut_copy", copied)
 
 
-def cache_of(tokens: list[int], croppable: bool = True) -> Any:
-    return SimpleNamespace(length=len(tokens), croppable=croppable)
+def last_cut(cache: Any, most: int, marks: Any = (), step: int = 1) -> int:
+    cuts = {most - most % step} if cache.anywhere else {cache.length, *(one.length for one in marks)}
+    return max((x for x in cuts if x <= most and x % step == 0), default=0)
+
+
+def cache_of(tokens: list[int], anywhere: bool = True) -> Any:
+    return SimpleNamespace(length=len(tokens), anywhere=anywhere)
+
+
+def mark_at(length: int) -> Any:
+    return SimpleNamespace(length=length, nbytes=5)
+
+
+def took(store: PrefixStore, patch: str, tokens: list[int]) -> tuple[Any, int]:
+    found = store.take(patch, tokens)
+    return found.cache, found.length
 
 
 @pytest.fixture
@@ -68,7 +82,7 @@ def test_the_longest_prefix_in_random_sequences() -> None:
             return same
 
         best = max(map(shares, kept), default=0)
-        found, length = store.take(patch, tokens)
+        found, length = took(store, patch, tokens)
         assert length == best and (found is None) == (best == 0)
         if found is not None:
             assert found.length == best
@@ -89,7 +103,7 @@ def test_a_short_common_beginning_leaves_a_long_cache_in_the_store() -> None:
     for turn in range(3):
         for talk in (1, 2):
             tokens = system + [talk] * 30 * (turn + 1)
-            cache, length = store.take(A, tokens)
+            cache, length = took(store, A, tokens)
             assert length == (10 + 30 * turn if turn else 10 * (talk == 2))
             cache = cache_of(tokens) if cache is None else cache
             cache.length = len(tokens)
@@ -103,15 +117,15 @@ def test_the_least_recently_used_is_dropped() -> None:
     for first in (1, 2):
         assert store.put(A, [first] * 4, cache_of([first] * 4))
     assert store.nbytes == 80
-    again, length = store.take(A, [1, 1, 1, 1, 7])  # the first is used, so the second is older now
+    again, length = took(store, A, [1, 1, 1, 1, 7])  # the first is used, so the second is older now
     assert length == 4 and store.nbytes == 40 and store.put(A, [1] * 4, again)
     store.put(A, [3] * 4, cache_of([3] * 4))
     assert store.dropped == 1 and store.nbytes == 80
-    assert store.take(A, [2, 2, 2])[1] == 0 and store.take(A, [1, 1, 1])[1] == 2
+    assert store.take(A, [2, 2, 2]).length == 0 and store.take(A, [1, 1, 1]).length == 2
     assert not store.put(A, [9] * 11, cache_of([9] * 11)), (
         "more than the limit: not kept, and nothing dropped"
     )
-    assert store.take(A, [3, 3, 3])[1] == 2
+    assert store.take(A, [3, 3, 3]).length == 2
     assert (store.hits, store.misses, store.tokens_reused) == (3, 1, 8)
     store.clear()
     assert store.nbytes == len(store) == 0
@@ -121,11 +135,35 @@ def test_caches_that_cannot_be_cropped() -> None:
     """They serve a prompt that begins with all their tokens, and shorter ones stay beside longer ones."""
     store = PrefixStore(10**6)
     for length in (3, 6):
-        store.put(A, [1] * length, cache_of([1] * length, croppable=False))
+        store.put(A, [1] * length, cache_of([1] * length, anywhere=False))
     assert len(store) == 2
-    assert store.take(A, [1, 1, 1, 1, 1])[1] == 3
-    assert store.take(A, [1, 1, 1, 1, 1]) == (None, 0)
-    assert store.take(A, [1] * 6 + [2])[1] == 6
+    assert store.take(A, [1, 1, 1, 1, 1]).length == 3
+    found = store.take(A, [1, 1, 1, 1, 1])
+    assert found.cache is None and found.length == 0 and found.shared == 4
+    assert store.take(A, [1] * 6 + [2]).length == 6
+
+
+def test_marks_are_cuts() -> None:
+    """A cache with marks serves prompts that share as much as a mark has, and takes the place of shorter
+    ones. The bytes of its marks count."""
+    store = PrefixStore(10**6)
+    store.put(A, [1] * 4, cache_of([1] * 4, anywhere=False))
+    marks = [mark_at(length) for length in (8, 4, 6, 10, 2, 12)]
+    store.put(A, [1] * 10, cache_of([1] * 10, anywhere=False), marks)
+    assert len(store) == 2, "nothing is left of the mark at 4"
+    store.put(A, [1] * 4, cache_of([1] * 4, anywhere=False))
+    store.clear()
+    store.put(A, [1] * 10, cache_of([1] * 10, anywhere=False), marks)
+    assert store.nbytes == 100 + 4 * 5, "the first mark, and the last three"
+    found = store.take(A, [1] * 9 + [2, 2])
+    assert (found.length, found.shared, [one.length for one in found.marks]) == (8, 9, [2, 6, 8])
+    assert found.cache.length == 8 and len(store) == 0
+    store.put(A, [1] * 8, found.cache, found.marks)
+    assert store.take(A, [1] * 9, step=3).length == 6, "of the marks, the one at a multiple of 3"
+    for length in (2, 6):
+        store.put(A, [1] * length, cache_of([1] * length, anywhere=False))
+    store.put(A, [1] * 8, cache_of([1] * 8, anywhere=False), marks)
+    assert len(store) == 1, "it can be cut to what these have"
 
 
 def test_what_is_not_kept() -> None:
@@ -133,7 +171,7 @@ def test_what_is_not_kept() -> None:
     assert not store.put(A, [1, 2], cache_of([1, 2, 3])), "more in it than is known of"
     assert not store.put(A, [1, 2], cache_of([])) and len(store) == 0
     assert store.put(A, [1, 2, 3], cache_of([1, 2])), "the last token of an answer is in no cache yet"
-    assert store.take(A, [1, 2, 3, 4])[1] == 2
+    assert store.take(A, [1, 2, 3, 4]).length == 2
     with pytest.raises(FarspanError, match="number of bytes; got -1"):
         PrefixStore(-1)
 
@@ -147,7 +185,7 @@ def test_many_threads() -> None:
         rng = random.Random(seed)
         for _ in range(200):
             tokens = [rng.randrange(2) for _ in range(6)]
-            cache, _ = store.take(A, tokens)
+            cache = store.take(A, tokens).cache
             with lock:
                 if cache is not None and id(cache) in owned:
                     failures.append("a cache has two owners")
@@ -194,7 +232,7 @@ def test_turns_of_two_conversations(model: Any, spec: str) -> None:
         for turn in range(3):
             for i, ids in enumerate(talks):
                 want, own[i] = say(ids, own[i])
-                cache, reused = store.take(patch, ids[0].tolist())
+                cache, reused = took(store, patch, ids[0].tolist())
                 assert reused == (
                     turn and ids.shape[1] - 19
                 )  # the last token of an answer, and the next turn
@@ -211,15 +249,6 @@ def test_the_patch_is_part_of_the_key(model: Any) -> None:
         with farspan.patch(model, spec):
             found.append(str(fingerprint.of_patch(model)))
     assert len(set(found)) == 3 and found[2] == found[3]
-
-
-def test_a_recurrent_state_is_reused_whole_alone(model: Any) -> None:
-    hybrid, ids, store = make("qwen3_next"), prompt(1, 60), PrefixStore(10**8)
-    with farspan.patch(hybrid):
-        cache = hf.fill(hybrid, ids, torch.ones_like(ids))
-        assert store.put(A, ids[0].tolist(), cache)
-        assert store.take(A, ids[0, :40].tolist()) == (None, 0)
-        assert store.take(A, [*ids[0].tolist(), 5])[1] == 60
 
 
 @pytest.mark.parametrize("storage", ["device", "int8:group=16,window=0", "int4:group=16,window=0", "disk"])
@@ -239,7 +268,7 @@ def test_a_copied_beginning_is_as_small_as_a_cache_of_it(
         cropped.crop(-440)
         most = hf.stored_bytes(hf.fill(model, ids[:, :40], torch.ones_like(ids[:, :40])))
         assert store.put(A, ids[0].tolist(), cache)
-        found, length = store.take(A, [*ids[0, :40].tolist(), *more[0].tolist()])
+        found, length = took(store, A, [*ids[0, :40].tolist(), *more[0].tolist()])
         assert length == 40 and found is not cache and len(store) == 1
         assert hf.stored_bytes(found) <= most < 0.7 * hf.stored_bytes(cache)
         a, b = (model(more, **hf.with_cache(model, x)).logits for x in (found, cropped))
@@ -261,8 +290,8 @@ def test_a_copied_beginning_of_heads_apart(model: Any) -> None:
         cache = hf.fill(model, ids, torch.ones_like(ids))
         want = copy.deepcopy(cache)
         with pytest.raises(FarspanError, match="cannot be cropped by 260"):
-            hf.copied(cache, 40)
-        found = hf.copied(cache, 290)
+            hf.cut_copy(cache, 40)
+        found = hf.cut_copy(cache, 290)
         want.crop(-10)
         assert hf.stored_bytes(found) <= hf.stored_bytes(want)
         a, b = (model(prompt(1, 9), **hf.with_cache(model, x)).logits for x in (found, want))

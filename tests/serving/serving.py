@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import farspan
 from farspan.runtime.hf import generate_by, greedy_config
 from farspan.runtime.models import load
+from farspan.runtime.prefixes import Taken
 from farspan.runtime.serving.server import Server
 from farspan.runtime.serving.where import Where
 
@@ -215,20 +216,23 @@ class Kept:
     def __init__(self) -> None:
         self.entries: list[tuple[list[int], Any]] = []
 
-    def take(self, patch: str, tokens: Any) -> tuple[Any, int]:
+    def take(self, patch: str, tokens: Any, step: int = 1) -> Taken:
         best, length = None, 0
         for entry in self.entries:
             pairs = zip(entry[0], tokens[:-1], strict=False)
             same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(entry[0]), len(tokens) - 1))
-            if same > length:
-                best, length = entry, same
+            if same - same % step > length:
+                best, length = entry, same - same % step
         if best is None:
-            return None, 0
+            return Taken()
         self.entries.remove(best)
         best[1].crop(length - len(best[0]))
-        return best[1], length
+        return Taken(cache=best[1], length=length)
 
-    def put(self, patch: str, tokens: Any, cache: Any) -> bool:
+    def put(self, patch: str, tokens: Any, cache: Any, *_: Any) -> bool:
         assert cache.get_seq_length() == len(tokens)
         self.entries.append((list(tokens), cache))
         return True
+
+    def clear(self) -> None:
+        self.entries.clear()

@@ -13,8 +13,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from farspan.runtime import hf
-from farspan.runtime.hf import empty_cache
+from farspan.runtime.hf.caches import PatchedCaches
 from farspan.runtime.prefixes import PrefixStore
 
 from .serving import NAME, POSITIONS, Alone, Served, save, serving, until
@@ -50,11 +49,13 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The caches that the server has made and that are still alive."""
     made: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def watched(model: Any) -> Any:
-        made.add(cache := empty_cache(model))
+    empty = PatchedCaches.empty
+
+    def watched(of: PatchedCaches) -> Any:
+        made.add(cache := empty(of))
         return cache
 
-    monkeypatch.setattr(hf, "empty_cache", watched)
+    monkeypatch.setattr(PatchedCaches, "empty", watched)
     return made
 
 
