@@ -8,6 +8,8 @@ from torch import Tensor
 from .keys import Peers
 from .ops.rows import gather_rows
 
+_AT_A_TIME = 1 << 19  # logits whose softmax is taken at a time on the CPU
+
 
 def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers | None = None) -> Tensor:
     """Estimated logits [B, Hkv, G, T, N] -> scores [B, Hs, T, N] float32, -inf where ``visible`` ([B or 1, T,
@@ -22,9 +24,18 @@ def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers 
         logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
     if how == "none" or group == 1:
         return logits.reshape(b, hkv * group, t, n)
-    share = torch.softmax(logits, -1) if peers is None else peers.softmax(logits)
-    share = share.sum(2) if how == "sum" else share.amax(2)
+    share = _shares(logits, how) if peers is None else reduce_group(peers.softmax(logits), how)
     return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
+
+
+def _shares(logits: Tensor, how: str) -> Tensor:
+    """The softmax of logits [B, Hkv, G, T, N], reduced over each group. On the CPU some heads at a time: these
+    stay in cache, and the process asks the system for less memory, which costs more there than the sums."""
+    heads = logits.shape[1]
+    if logits.device.type == "cpu":
+        heads = max(1, _AT_A_TIME * heads // max(1, logits.numel()))
+    parts = [reduce_group(torch.softmax(part, -1), how) for part in logits.split(heads, 1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def gather_head_rows(x: Tensor, rows: Tensor) -> Tensor:
