@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .keys import Peers
 from .ops.rows import gather_rows
+
+_AT_A_TIME = 1 << 19  # scores of query heads that are computed at a time on the CPU
 
 
 def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers | None = None) -> Tensor:
@@ -25,6 +29,21 @@ def group_scores(logits: Tensor, visible: Tensor | None, how: str, peers: Peers 
     share = torch.softmax(logits, -1) if peers is None else peers.softmax(logits)
     share = share.sum(2) if how == "sum" else share.amax(2)
     return share if visible is None else share.masked_fill(~visible[:, None], -torch.inf)
+
+
+def by_heads(rank: Callable[[Tensor, Tensor], Tensor], q: Tensor, entries: Tensor) -> Tensor:
+    """``rank`` of queries q [B, H, T, any] and entries [B, Hkv, N, any], whose result is [B, Hs, T, N].
+
+    On the CPU it is called for some KV heads at a time: what it computes for each query head stays in cache,
+    and asking the system for the memory of all heads in each step would cost as much as the sums.
+    """
+    b, h, t, _ = q.shape
+    hkv, n = entries.shape[1:3]
+    few = max(1, _AT_A_TIME * hkv // max(1, b * h * t * n)) if q.device.type == "cpu" else hkv
+    if few >= hkv:
+        return rank(q, entries)
+    parts = zip(q.split(few * h // hkv, 1), entries.split(few, 1), strict=True)
+    return torch.cat([rank(*part) for part in parts], 1)
 
 
 def gather_head_rows(x: Tensor, rows: Tensor) -> Tensor:

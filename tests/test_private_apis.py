@@ -49,6 +49,7 @@ USED: list[tuple[str, str, int | None, tuple[str, ...]]] = [
     (SHIMS[0], "torch.ops.aten._scaled_dot_product_efficient_attention", 7, ("scale",)),
     (SHIMS[0], "torch.ops.aten._int_mm", 2, ()),  # what torch._int_mm calls, with a signature to read
     (SHIMS[0], "torch._int_mm", None, ()),
+    (SHIMS[0], "torch.ops.mkldnn._linear_pointwise", 6, ()),
     (SHIMS[0], "torch.cpu._is_vnni_supported", 0, ()),
     (SHIMS[0], "torch.cpu._is_avx512_bf16_supported", 0, ()),
     (SHIMS[0], "torch.cpu._is_amx_tile_supported", 0, ()),
@@ -148,6 +149,14 @@ def test_products_of_int8_are_exact():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (32, 32), generator=generator, dtype=torch.int8) for _ in range(2))
     assert torch.equal(torch_private.int8_matmul(a, b).long(), a.long() @ b.long())
+
+
+def test_long_products_of_few_rows_equal_those_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(1, 3, 5000, generator=generator)
+    b = torch.randn(1, 5000, 24, generator=generator)
+    expected = a.double() @ b.double()
+    torch.testing.assert_close(torch_private.wide_product(a, b).double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_masks_of_transformers_are_recognised():

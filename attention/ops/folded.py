@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..packing import Packing, unpack
 from ..partial import Partial
 from ..softmax import Softmax
+from .torch_private import wide_product
 
 _LINES = torch.contiguous_format
+_FOUR = 4  # torch's small products of 4 rows take less time than those of 3
 
 
 class Rows:
-    """The running softmax (arXiv:2205.14135) of rows q [B, H, R, D] over packed keys of as many heads, head
-    by head, so that decoded numbers stay in a core's cache."""
+    """The running softmax (arXiv:2205.14135) of rows q [B, H, R, D] over packed keys of as many heads. Codes
+    become numbers head by head, so that decoded numbers stay in a core's cache."""
 
     def __init__(self, q: Tensor, softmax: Softmax, value_dim: int) -> None:
         b, h, r, _ = q.shape
@@ -35,29 +38,27 @@ class Rows:
 
     def read(self, stored: tuple[Tensor, ...], packing: Packing, mask: Tensor | None) -> None:
         """Take in whole groups, the tensors of ``Quantised.stored``. mask: as in ``kernel.attend``."""
-        b, h, r, d = self._q.shape
-        hidden = None if mask is None else ~mask.expand(b, h, r, -1)
-        need = stored[0].shape[2] * max(d, self._out.shape[3])
+        need = stored[0].shape[2] * max(self._q.shape[3], self._out.shape[3])
         if self._room.numel() < need:
             self._room = self._q.new_empty(need)
-        for i in range(b):
-            for j in range(h):
-                one = [x[i, j] for x in stored]
-                self._head(i, j, one, packing, None if hidden is None else hidden[i, j])
+        hidden = None if mask is None else ~mask.expand(*self._q.shape[:3], -1)
+        for i in range(len(self._q)):
+            self._sequence(i, [x[i] for x in stored], packing, None if hidden is None else hidden[i])
 
-    def _head(self, i: int, j: int, stored: list[Tensor], packing: Packing, hidden: Tensor | None) -> None:
+    def _sequence(self, i: int, stored: list[Tensor], packing: Packing, hidden: Tensor | None) -> None:
+        """Take in the keys and values of all heads of one sequence."""
         k_codes, k_steps, v_codes, v_steps, _, _, outliers, channels = stored
-        logits = self._logits(self._q[i, j], k_codes, k_steps, outliers, channels[0], packing)
+        logits = self._logits(self._q[i], k_codes, k_steps, outliers, channels, packing)
         if self._softcap is not None:
             logits.div_(self._softcap).tanh_().mul_(self._softcap)
         if hidden is not None:
-            logits[:, logits.shape[1] - hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
-        peak, total, out = self._peak[i, j], self._total[i, j], self._out[i, j]
+            logits[..., logits.shape[2] - hidden.shape[2] :].masked_fill_(hidden, -torch.inf)
+        peak, total, out = self._peak[i], self._total[i], self._out[i]
         higher = torch.maximum(peak, logits.amax(-1, keepdim=True))
         fade = peak.sub_(higher).exp_()
         weights = logits.sub_(higher).exp_()
         total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-        out.mul_(fade).add_(self._values(weights, v_codes, v_steps, packing))
+        self._add_values(out.mul_(fade), weights, v_codes, v_steps, packing)
         peak.copy_(higher)
 
     def part(self) -> Partial:
@@ -70,28 +71,35 @@ class Rows:
     def _logits(
         self, q: Tensor, codes: Tensor, steps: Tensor, outliers: Tensor, channels: Tensor, packing: Packing
     ) -> Tensor:
-        """q [R, D] times the keys of one head -> [R, N]."""
+        """q [H, R, D] times the keys -> [H, R, N]."""
+        h, r, d = q.shape
         extra = None
-        if channels.shape[0]:
-            extra = q[:, channels] @ outliers.to(q.dtype).t()
-            q = q.index_fill(1, channels, 0)
-        scale, zero = (x.contiguous() for x in steps.to(q.dtype).chunk(2, -1))  # [groups, D]
-        numbers = self._numbers(codes, packing).view(len(steps), packing.group, -1)
-        # Broadcast along the groups alone, a product runs over long lines of numbers.
-        scaled = (
-            q[:, None].expand(-1, len(steps), -1).clone(memory_format=_LINES).mul_(scale)
-        )  # [R, groups, D]
-        products = torch.bmm(scaled.transpose(0, 1), numbers.transpose(1, 2))  # [groups, R, group]
-        logits = (products.transpose(0, 1) + (q @ zero.t())[..., None]).flatten(1)
-        return logits if extra is None else logits.add_(extra)
+        if channels.shape[2]:
+            places = channels.expand(-1, r, -1)
+            extra = q.gather(2, places) @ outliers.to(q.dtype).transpose(1, 2)
+            q = q.scatter(2, places, 0)
+        scale, zero = steps.to(q.dtype).chunk(2, -1)  # [H, groups, D]
+        zeros = (q @ zero.transpose(1, 2))[..., None]  # [H, R, groups, 1]
+        rows = pad(q, (0, 0, 0, -r % _FOUR))[:, :, None]
+        logits = q.new_empty(h, r, scale.shape[1], packing.group)
+        for i in range(h):
+            numbers = self._numbers(codes[i], packing).view(-1, packing.group, d)
+            scaled = (rows[i] * scale[i]).transpose(0, 1)  # [groups, R, D], long lines in memory
+            products = torch.bmm(scaled, numbers.transpose(1, 2))[:, :r]  # [groups, R, group]
+            torch.add(products.transpose(0, 1), zeros[i], out=logits[i])
+        return logits.flatten(2) if extra is None else extra.add_(logits.flatten(2))
 
-    def _values(self, weights: Tensor, codes: Tensor, steps: Tensor, packing: Packing) -> Tensor:
-        """weights [R, N] times the values of one head -> [R, Dv]."""
-        scale, zero = steps.t().to(weights.dtype, memory_format=_LINES).chunk(2)
-        groups = len(scale)
-        numbers = self._numbers(codes, packing).unflatten(1, (groups, -1)).transpose(0, 1)
-        sums = torch.bmm(weights * scale[:, None], numbers)  # [groups, R, Dv / groups]
-        return sums.add_((zero @ weights.t())[..., None]).transpose(0, 1).flatten(1)
+    def _add_values(
+        self, out: Tensor, weights: Tensor, codes: Tensor, steps: Tensor, packing: Packing
+    ) -> None:
+        """Add weights [H, R, N] times the values to out [H, R, Dv]."""
+        scale, zero = steps.transpose(1, 2).to(weights.dtype, memory_format=_LINES).chunk(2, 1)
+        groups = scale.shape[1]  # of the numbers of a value
+        sums = out.unflatten(2, (groups, -1)).transpose(1, 2)  # [H, groups, R, Dv / groups]
+        sums += (zero @ weights.transpose(1, 2))[..., None]
+        for i in range(len(weights)):
+            numbers = self._numbers(codes[i], packing).unflatten(1, (groups, -1)).transpose(0, 1)
+            sums[i] += wide_product(weights[i] * scale[i, :, None], numbers)
 
     def _numbers(self, codes: Tensor, packing: Packing) -> Tensor:
         """Codes [N, any] as numbers [N, D]."""

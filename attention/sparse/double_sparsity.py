@@ -12,7 +12,7 @@ from ..calibration.double_sparsity import ChannelRanking
 from ..checks import require
 from ..cost import Cost, Queries
 from ..errors import SpecError
-from ..gqa import group_scores
+from ..gqa import by_heads, group_scores
 from ..keys import Keys
 from ..method import AttentionMethod, LayerInfo
 from ..needs import Needs
@@ -107,14 +107,16 @@ class DoubleSparsity(AttentionMethod):
             return None
         assert self.labels is not None, "for_layer was not called"
         labels = keys.summary(self.labels)  # [B, Hkv, N, width], N of the Tk keys held here
-        b, h, tq, _ = q.shape
-        channels = self.labels.on(q.device, h // keys.kv.num_kv_heads)
-        q_labels = q.gather(3, channels[None, :, None].expand(b, h, tq, -1))
-        if isinstance(self.labels, RoundedChannels):
-            logits = self.labels.scores(q_labels, labels, keys.softmax)
-        else:
-            logits = scores(q_labels, labels, keys.softmax)
-        ranked = group_scores(logits, keys.visible(), self.gqa_reduce, keys.peers)
+        channels = self.labels.on(q.device, q.shape[1] // keys.kv.num_kv_heads)
+        q_labels = q.gather(3, channels[None, :, None].expand(*q.shape[:3], -1))
+        score = self.labels.scores if isinstance(self.labels, RoundedChannels) else scores
+        visible = keys.visible()
+
+        def rank(q: Tensor, labels: Tensor) -> Tensor:
+            return group_scores(score(q, labels, keys.softmax), visible, self.gqa_reduce, keys.peers)
+
+        # Ranks meet in ``group_scores``, and each of them has its own number of keys.
+        ranked = by_heads(rank, q_labels, labels) if keys.peers is None else rank(q_labels, labels)
         most = max_budget(self.k, self.fraction, keys)
         tokens, counts = select_topk(ranked, size, most, keys.peers, every=most <= keys.fewest())
         return TokenIndex(tokens=tokens, counts=counts)

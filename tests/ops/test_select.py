@@ -51,6 +51,16 @@ def test_top_k_of_long_rows(run: Run, n: int, levels: int | None) -> None:
     assert torch.equal(got.cpu(), top_k(x.cpu(), k, impl="reference"))
 
 
+@pytest.mark.parametrize(("n", "k"), [(8192, 512), (8207, 1), (30011, 700)])
+@pytest.mark.parametrize("levels", [3, 5000, None])
+def test_few_of_a_long_row(n: int, k: int, levels: int | None) -> None:
+    """On the CPU not all scores are ranked: also where the highest are neighbours, or all are tied."""
+    x = _tied(n, levels, torch.float32)
+    x[1, 0, 5000 : 5000 + k // 2] += 1.0
+    x[0, 1] = 0.0
+    assert torch.equal(top_k(x, k, impl="eager"), top_k(x, k, impl="reference"))
+
+
 @every_run()
 def test_top_k_reads_views(run: Run) -> None:
     x = torch.rand(4, 90, 3, generator=torch.Generator().manual_seed(0)).to(run.dtype).to(run.device)

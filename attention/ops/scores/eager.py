@@ -13,12 +13,14 @@ def scores(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
     hkv, n = k.shape[1], k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.to(wide) * scale).reshape(b, hkv, (h // hkv) * t, d)
-    if k.dtype == wide:
-        return torch.matmul(rows, k.transpose(-1, -2)).view(b, hkv, h // hkv, t, n)
     step = max(256, _TILE // (b * hkv * d))
-    if n <= step:
+    has_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if k.dtype == wide or n <= step or has_grad:
         return torch.matmul(rows, k.to(wide).transpose(-1, -2)).view(b, hkv, h // hkv, t, n)
-    out = torch.empty(b, hkv, rows.shape[2], n, dtype=wide, device=q.device)
+    rows, keys = rows.flatten(0, 1), rows.new_empty(b, hkv, step, d)
+    out = rows.new_empty(b * hkv, rows.shape[1], n)
     for a in range(0, n, step):
-        out[..., a : a + step] = torch.matmul(rows, k[:, :, a : a + step].to(wide).transpose(-1, -2))
+        tile = k[:, :, a : a + step]
+        widened = keys[:, :, : tile.shape[2]].copy_(tile).flatten(0, 1)
+        torch.bmm(rows, widened.transpose(1, 2), out=out[..., a : a + step])
     return out.view(b, hkv, h // hkv, t, n)

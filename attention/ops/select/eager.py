@@ -3,12 +3,15 @@ device, except to learn how long the lists of ``by_mass`` and ``by_threshold`` a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..sums import running_sum
 
 _LAST = 2**62  # beyond every position
+_LONG = 8192  # scores of a row from which on not all of them are ranked
 
 
 def top_k(scores: Tensor, k: int, *, order: str) -> Tensor:
@@ -22,16 +25,37 @@ def top_k(scores: Tensor, k: int, *, order: str) -> Tensor:
 def _top_k(scores: Tensor, k: int) -> Tensor:
     if k == scores.shape[-1]:
         return torch.arange(k, device=scores.device).expand(scores.shape).contiguous()
-    values, chosen = torch.topk(scores, k, dim=-1)  # the library leaves open which of equal scores it takes
+    values, chosen = _largest(scores, k)
     cut = values[..., -1:]
     # On the CPU asking whether there are ties is cheap, and mending them is not. On CUDA asking is a wait.
     on_cpu = scores.device.type == "cpu"
-    if on_cpu and (not scores.numel() or int((scores >= cut).sum(-1).max()) <= k):
+    if on_cpu and int((scores >= cut).count_nonzero()) == values.numel():
         return chosen.sort(-1).values
     above = scores > cut
     level = scores == cut
     keep = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
     return _positions(keep, k)
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk``, which leaves open which of equal scores it takes.
+
+    The library's time on the CPU grows with the number of scores, N. There long rows are dealt out to
+    L = sqrt(N k) lanes. The k lanes with the highest maxima hold k largest scores, since no score of another
+    lane is above any of those maxima. So L maxima are ranked, and the N k / L scores of k lanes.
+    """
+    n = scores.shape[-1]
+    if n < max(_LONG, 16 * k) or scores.device.type != "cpu":
+        return torch.topk(scores, k, dim=-1)
+    size = math.isqrt(n // k)  # of a lane
+    lanes = n // size
+    maxima = scores[..., : lanes * size].unflatten(-1, (size, lanes)).amax(-2)
+    best = torch.topk(maxima, k, dim=-1, sorted=False).indices
+    dealt = (best[..., None, :] + torch.arange(0, lanes * size, lanes)[:, None]).flatten(-2)
+    rest = torch.arange(lanes * size, n).expand(*best.shape[:-1], -1)  # of no lane
+    candidates = torch.cat([dealt, rest], -1)
+    values, chosen = torch.topk(scores.gather(-1, candidates), k, dim=-1)
+    return values, candidates.gather(-1, chosen)
 
 
 def by_mass(probabilities: Tensor, *, mass: float, most: int | None) -> tuple[Tensor, Tensor]:
