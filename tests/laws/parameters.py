@@ -103,6 +103,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"form": "logsparse", "span": 1, "largest": 32, "count_correction": True},
         {"form": "logsparse", "span": 4, "largest": 16},
     ],
+    "descriptors": [{"chunk": 16, "pool": 4}, {"chunk": 9, "pool": 9, "count_correction": True}],
     "quest": [
         {"k": 24, "page": 4, "dense_layers": 0},
         {"k": 27, "page": 8, "gqa_reduce": "sum", "dense_layers": 0},
@@ -208,6 +209,8 @@ def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
         return [{"heads": "all", "first": 0, "beta": 1.0, "over": x} for x in (None, over)]
     if cls.name == "core_context":  # recycled has another s
         return [{"s": 1 << 20}]
+    if cls.name == "descriptors":  # recycled and snapkv have another pool
+        return [{"pool": 1, "chunk": 16}, {"chunk": 1 << 20}]
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))

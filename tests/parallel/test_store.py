@@ -41,7 +41,7 @@ def test_crops_and_further_prompts(spec: str, world: World):
     assert_steps(world, (2, 4), cases)
 
 
-@pytest.mark.parametrize("spec", ["core_context:g=4,s=16", "combiner:span=8"])
+@pytest.mark.parametrize("spec", ["core_context:g=4,s=16", "combiner:span=8", "descriptors:chunk=16,pool=4"])
 def test_keys_that_have_summaries_are_dropped(spec: str, world: World):
     """Further prompts and crops as on one device, which drops keys, too; no rank keeps more than its part."""
     calls = (161, 1, 5, -3, 1, 9, -9, 2, 40, -12, 1, 1)
