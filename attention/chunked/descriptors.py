@@ -32,11 +32,11 @@ class Descriptors(AttentionMethod):
     pool has to divide chunk. At pool=1 it is dense attention exactly, and at any pool while a row has no more
     than two chunks.
 
-    In the paper an image is read with its own descriptors, too. Here a chunk is read as it is, since the last
-    tokens of a text count most. The paper pools hidden states, projects them and then rotates the keys, each
-    at one position of its area. Here keys are pooled as they are stored, after RoPE. So it needs nothing but
-    keys and values, runs on models without RoPE, and the logit of a descriptor is the mean logit of its
-    tokens at their own positions.
+    In the paper the query's own chunk is pooled, too; here it is not, because a text's last tokens matter
+    most. The paper's camera tokens and key frames have no counterpart. The paper pools hidden states, makes
+    keys and values of them, and rotates each key by one position of its area. Here keys are pooled as they
+    are stored, after RoPE. So nothing but keys and values is needed, models without RoPE are served, and the
+    logit of a descriptor is the mean logit of its tokens at their own positions.
 
     count_correction: add log(pool) to the logit of a descriptor, after a soft-cap, so that it weighs as that
     many tokens do; off, as in the paper, where a descriptor counts as one key.

@@ -171,9 +171,8 @@ class Summarised(Selection):
             own = q[one, :, len(rows) - len(valid) :]
             part = empty_partial(q[one], kv.value_dim)
             if len(valid):
-                found = self._with([x[one] for x in self._entered])._rest_from(
-                    first, own, keys, kv[one], valid
-                )
+                mine = self._with([x[one] for x in self._read_besides])
+                found = mine._rest_from(first, own, keys, kv[one], valid)
                 blind = empty_partial(q[one, :, : len(rows) - len(valid)], kv.value_dim)
                 part = Partial(
                     torch.cat([blind.out.to(found.out.dtype), found.out], 2),
@@ -183,14 +182,14 @@ class Summarised(Selection):
         return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
 
     @property
-    def _entered(self) -> list[KV]:
-        """All that is read besides keys of the sequence."""
+    def _read_besides(self) -> list[KV]:
+        """What is read besides the keys of the sequence: the levels, then the anchor."""
         return [*self.levels, *([] if self.anchor is None else [self.anchor])]
 
-    def _with(self, entered: list[KV]) -> Summarised:
-        """The same with other contents of ``_entered``."""
-        count = len(self.levels)
-        return replace(self, levels=tuple(entered[:count]), anchor=next(iter(entered[count:]), None))
+    def _with(self, besides: list[KV]) -> Summarised:
+        """The same with another ``_read_besides``."""
+        levels = besides if self.anchor is None else besides[:-1]
+        return replace(self, levels=tuple(levels), anchor=None if self.anchor is None else besides[-1])
 
     def _rest_from(self, first: int, q: Tensor, keys: Keys, kv: KV, rows: range) -> Partial:
         """``_rest`` for batch rows that begin at position ``first``."""
@@ -259,7 +258,7 @@ def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: range) -> Parti
         pairs = zip(entries[::2], entries[1::2], strict=True)
         return selection._with([KV(*pair) for pair in pairs])._rest(keys, rows, q, KV(k, v))
 
-    tensors = [x for part in (kv, *selection._entered) for x in part.dense()]
+    tensors = [x for part in (kv, *selection._read_besides) for x in part.dense()]
     return checkpoint(again, q, *tensors, use_reentrant=False)
 
 

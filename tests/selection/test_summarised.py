@@ -177,7 +177,7 @@ def test_gradients(kind: dict) -> None:
     """Of queries, keys, values and summaries, against autograd through the loop."""
     q, keys = call(40, 40, None)
     selection = made(kind, 1)
-    tensors = [q, *keys.kv.stored, *(x for kv in selection._entered for x in kv.stored)]
+    tensors = [q, *keys.kv.stored, *(x for kv in selection._read_besides for x in kv.stored)]
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=q.dtype)
     gradients = []
     for run in (
