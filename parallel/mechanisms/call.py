@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...attention.kv import KV
 from ...attention.needs import Inputs
+from ...attention.parts import Evicted
 from ...attention.softmax import Softmax
 from ..group.mesh import Mesh
 from .layout import Layout, Split
@@ -22,6 +23,8 @@ class Call(NamedTuple):
     split: how the new tokens are divided among the ranks; None where every rank computes all of them. past,
     total: positions before the call, and after it. start, starts: each row's first valid position, on the
     device and on the host. memory: bytes that every rank can spare for one layer's attention; None: unknown.
+    evicted: by row, how many keys every KV head has evicted in a layer; positions are then counted over the
+    keys that are left.
     """
 
     split: Split | None
@@ -30,6 +33,23 @@ class Call(NamedTuple):
     start: Tensor | None = None
     starts: list[int] | None = None
     memory: int | None = None
+    evicted: list[int] | None = None
+
+    def compacted(self, gone: int, evicted: Evicted) -> Call:
+        """The call as a layer sees it that has ``evicted`` keys, where positions are ``gone`` lower."""
+        pairs = zip(self.starts or [0] * len(evicted.counts), evicted.counts, strict=True)
+        starts, start = [first + lost - gone for first, lost in pairs], self.start
+        if start is not None:
+            assert evicted.there is not None, "the rows were padded when keys were evicted"
+            start = start + evicted.there - gone
+        return self._replace(
+            split=None if self.split is None else self.split.earlier(gone),
+            past=self.past - gone,
+            total=self.total - gone,
+            start=start if any(starts) else None,
+            starts=starts if any(starts) else None,
+            evicted=evicted.counts,
+        )
 
 
 class Shard(NamedTuple):

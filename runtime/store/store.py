@@ -256,7 +256,7 @@ class KVStore:
         store._keep(eviction.slots, self._starts or [0] * self.buffers.batch, start)
         self._handles = None
         self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
-        self.summaries.clear()
+        self._drop_summaries()
 
     def _set_apart(self, heads: tuple[int, ...]) -> KVStore:
         """The store of these KV heads, which from now on have keys of their own."""
@@ -272,14 +272,18 @@ class KVStore:
     def _keep(self, slots: Tensor, starts: list[int], start: Tensor | None) -> None:
         """Keep the keys at ``slots`` [B, Hkv, R] of rows that begin at ``starts``; of a row that has fewer
         keys than R, those in the last places."""
-        assert self.kv is not None
-        kept, total = self.kv.gather(slots), self.total
-        most = total - kept.length  # that a row without padding can have lost
+        most = self.total - slots.shape[2]  # that a row without padding can have lost
         there = None if start is None else (most - start).clamp(min=0)
+        kept = self._gathered(slots)
         self.evicted = Evicted([max(0, most - first) for first in starts], there)
         self.buffers.keep(kept, kept.length + max(2 * DECODE_ROWS, kept.length // 8))
-        self._dropped = total - kept.length
+        self._dropped = most
         self._handles = None
+
+    def _gathered(self, slots: Tensor) -> KV:
+        """The keys and values at ``slots`` [B, Hkv, R]."""
+        assert self.kv is not None
+        return self.kv.gather(slots)
 
     @property
     def nbytes(self) -> int:

@@ -120,7 +120,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"w": 20, "local": 6, "form": "exp", "add_bias": True},
         {"w": 24, "local": 4},
     ],
-    "h2o": [{"k": 24}, {"k": 7}],
+    "h2o": [{"k": 24}, {"k": 7}, {"k": 13, "evict": True}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
         {"mass": 0.3, "block": 8, "segment": 24, "gqa_reduce": "sum"},
@@ -170,6 +170,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "window": 8},
         {"k": 9, "window": 4, "kernel": 3, "pool": "max"},
         {"k": 40, "window": 30, "kernel": 1},
+        {"k": 20, "window": 6, "evict": True},
     ],
 }
 # What a method's calibration on a tiny model is told, so that it comes out sparse.
@@ -233,19 +234,20 @@ def every_method(
     *,
     whole_prompt: bool = True,
     of_summaries: bool = True,
-    evicting: bool = True,
+    evicting_in_some_heads: bool = True,
 ) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
     of_summaries: also those that attend to summaries in place of keys, and need only the last keys.
-    evicting: also those whose caches drop what they evict, which is refused over ranks.
+    evicting_in_some_heads: also those whose caches drop keys of some KV heads alone, which is refused over
+    ranks.
     """
     cases = _cases(sparse_settings, phase)
     if not of_summaries:
         cases = [case for case in cases if case.values[0].keys_needed is None]
-    if not evicting:
-        cases = [case for case in cases if not case.values[0].evict]
+    if not evicting_in_some_heads:
+        cases = [case for case in cases if not case.values[0].evicts_in_some_heads]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)

@@ -81,7 +81,7 @@ def _assert_as_on_one_device(world: World, plan: dict[int, list[Case]]) -> None:
                 _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
 
 
-@every_method(evicting=False)
+@every_method(evicting_in_some_heads=False)
 @pytest.mark.parametrize("part", ["whole", "padded", "cut", "corners"])
 def test_over_ranks_as_on_one_device(
     method: AttentionMethod,
@@ -101,7 +101,7 @@ def test_over_ranks_as_on_one_device(
 
 
 @pytest.mark.slow
-@every_method(evicting=False)
+@every_method(evicting_in_some_heads=False)
 def test_every_size_as_on_one_device(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ):
