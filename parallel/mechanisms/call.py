@@ -37,17 +37,13 @@ class Call(NamedTuple):
 
     def compacted(self, gone: int, evicted: Evicted) -> Call:
         """The call as a layer sees it that has ``evicted`` keys, where positions are ``gone`` lower."""
-        pairs = zip(self.starts or [0] * len(evicted.counts), evicted.counts, strict=True)
-        starts, start = [first + lost - gone for first, lost in pairs], self.start
-        if start is not None:
-            assert evicted.there is not None, "the rows were padded when keys were evicted"
-            start = start + evicted.there - gone
+        starts, start = evicted.moved(self.starts, self.start, gone)
         return self._replace(
             split=None if self.split is None else self.split.earlier(gone),
             past=self.past - gone,
             total=self.total - gone,
-            start=start if any(starts) else None,
-            starts=starts if any(starts) else None,
+            start=start,
+            starts=starts,
             evicted=evicted.counts,
         )
 

@@ -120,7 +120,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"w": 20, "local": 6, "form": "exp", "add_bias": True},
         {"w": 24, "local": 4},
     ],
-    "h2o": [{"k": 24}, {"k": 7}, {"k": 13, "evict": True}],
+    "h2o": [{"k": 24}, {"k": 7}],
     "pbs": [
         {"mass": 0.5, "block": 8, "segment": 16},
         {"mass": 0.3, "block": 8, "segment": 24, "gqa_reduce": "sum"},
@@ -170,7 +170,6 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"k": 24, "window": 8},
         {"k": 9, "window": 4, "kernel": 3, "pool": "max"},
         {"k": 40, "window": 30, "kernel": 1},
-        {"k": 20, "window": 6, "evict": True},
     ],
 }
 # What a method's calibration on a tiny model is told, so that it comes out sparse.

@@ -109,6 +109,15 @@ def test_every_size_as_on_one_device(
     _assert_as_on_one_device(world, {2: plain, 4: plain})
 
 
+@pytest.mark.parametrize("spec", ["snapkv:k=20,window=6,evict=true", "h2o:k=13,evict=true"])
+def test_what_evicts_as_on_one_device(spec: str, world: World):
+    """Keys that are left are divided among the ranks again; further prompts, chunks, padding and beams."""
+    common = _common(farspan.parse_method(spec), None)
+    _, long, padded = _plain(common)
+    plan = {2: [long, *_cut(common)], 3: [long, padded, *_cut(common)[:1], *_corners(common)[1:3]]}
+    _assert_as_on_one_device(world, plan)
+
+
 def test_gates_as_on_one_device(world: World):
     """Gates that are fed queries and keys before RoPE and hidden states, with summaries of these, of queries,
     of values and of positions, per block and per token."""
