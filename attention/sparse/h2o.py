@@ -32,8 +32,7 @@ class H2O(AttentionMethod):
     Prefill is dense. For the scores every query of the prompt is multiplied with every key once more, which
     costs about as much as dense prefill; over ranks each rank holds all queries meanwhile. Decode never reads
     evicted keys again; a further prompt does. After a crop the next step reads everything and scores by its
-    own query. With ``evict`` each step drops them: a further prompt reads the rest, and crops are refused;
-    over ranks each step then exchanges keys.
+    own query. With ``evict`` each step drops them: a further prompt reads the rest, and crops are refused.
     Departures: one set per KV head, where the authors' models have a KV head for every query head; every row
     has its own scores, where the authors' code sums them over the batch.
     """
