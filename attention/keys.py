@@ -246,19 +246,16 @@ class Keys:
     def compacted(self, kv: KV, evicted: Evicted | None) -> Keys:
         """These keys where ``kv`` [B, heads, N] are those that are left."""
         gone = self.length - kv.length
-        lost, firsts = [0] * kv.batch if evicted is None else evicted.counts, self.starts or [0] * kv.batch
-        starts = [first + n - gone for first, n in zip(firsts, lost, strict=True)]
-        start = self.start
-        if evicted is not None and start is not None:
-            assert evicted.there is not None, "the rows were padded when keys were evicted"
-            start = start + evicted.there - gone
+        starts, start = self.starts, self.start
+        if evicted is not None:
+            starts, start = evicted.moved(starts, start, gone)
         return dataclasses.replace(
             self,
             kv=kv,
             dropped=0,
             evicted=None if evicted is None else evicted.counts,
-            start=start if any(starts) else None,
-            starts=starts if any(starts) else None,
+            start=start,
+            starts=starts,
             supply=None,
         )
 

@@ -149,7 +149,13 @@ class AttentionMethod:
     @property
     def evict(self) -> bool:
         """Whether stores drop the keys that it evicts, as ``eviction`` says. That takes a cache of plain
-        numbers on one device."""
+        numbers in the memory of the device."""
+        return False
+
+    @property
+    def evicts_in_some_heads(self) -> bool:
+        """Whether ``eviction`` may name some KV heads of a layer alone, which then hold fewer keys than the
+        others. That takes a cache on one device."""
         return False
 
     @property

@@ -22,6 +22,18 @@ class Evicted:
     counts: list[int]
     there: Tensor | None
 
+    def moved(
+        self, starts: list[int] | None, start: Tensor | None, gone: int
+    ) -> tuple[list[int] | None, Tensor | None]:
+        """Where rows begin that began at ``starts``, on the host and on the device, if positions count over
+        the keys that are left and are ``gone`` lower. None: no row is padded."""
+        pairs = zip(starts or [0] * len(self.counts), self.counts, strict=True)
+        firsts = [first + lost - gone for first, lost in pairs]
+        if not any(firsts):
+            return None, None
+        assert start is not None and self.there is not None, "the rows were padded when keys were evicted"
+        return firsts, start + self.there - gone
+
     def rows(self, rows: slice) -> Evicted:
         """That of some rows."""
         return Evicted(self.counts[rows], None if self.there is None else self.there[rows])

@@ -31,7 +31,7 @@ class SomeRows(Summaries):
         if summary.block is None:
             return entries[:, :, self._first : self._end]
         count = count_entries(summary, supply.length)
-        if self._end is None or self._end >= self._supply.length or supply.length % summary.block == 0:
+        if self._end is None or self._end >= self._supply.length or supply.length >= count * summary.block:
             return entries[:, :, :count]
         # the last block has padding behind the row in it
         begin = self._first + (count - 1) * summary.block

@@ -16,12 +16,10 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .digest import weights_digest
 from .kv import KV
 from .offloaded import MOST_COPIED
-from .ops.int4_scores import Int4, quantise_int4
 from .ops.pool import pool
 from .ops.torch_private import version_of
 from .sources import IN_NO_CACHE, Recent, Source, Sources, Supply
@@ -37,6 +35,9 @@ class Kept(Protocol):
     def block(self) -> int | None: ...
 
     @property
+    def most(self) -> int | None: ...
+
+    @property
     def reads(self) -> frozenset[Source]: ...
 
 
@@ -46,6 +47,7 @@ class Summary(Kept, Protocol):
     key: equal keys mean equal contents. A summary with learned weights has ``identity(module)`` in it.
     block: positions per entry; entry j of row b summarises those from start[b] + j * block on. None: a label
     of each position, where entry j belongs to the j-th position that is here, which is j where all are.
+    most: how many entries a row has at most, those of its first blocks; None: any number.
     reads: what ``compute`` is given. Hidden states and keys before RoPE must stand in the method's ``needs``,
     too; positions are known where it needs queries or keys before RoPE.
     dtype: of the entries; None: that of what it reads.
@@ -80,7 +82,7 @@ def identity(module: nn.Module) -> str:
 
 def count_entries(summary: Kept, length: int) -> int:
     """The number of entries that summarise ``length`` keys of a row."""
-    return -(-length // (summary.block or 1))
+    return _count(summary.block, summary.most, length)
 
 
 def entry_bytes(summary: Summary, head_dim: int, element_size: int) -> int:
@@ -97,6 +99,7 @@ class BlockPool:
     modes: tuple[str, ...] = ("mean",)
     of: Source = "keys"
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
 
     @property
     def key(self) -> tuple:
@@ -120,6 +123,7 @@ class Channels:
     channels: Tensor = field(compare=False)
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
 
     @cached_property
@@ -146,60 +150,22 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Int4Keys:
-    """Keys in four bits around the mean of their block (``ops.int4_scores``): a block's means and its keys'
-    scales in float32, then their bits, side by side as bytes."""
-
-    block: int
-    dtype: ClassVar[torch.dtype] = torch.uint8
-    reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
-
-    @property
-    def key(self) -> tuple:
-        return ("int4", self.block)
-
-    def width(self, head_dim: int) -> int:
-        return 4 * (head_dim + self.block) + -(-self.block * head_dim // 8) * 4
-
-    def compute(self, x: Sources) -> Tensor:
-        k = x.keys
-        k4 = quantise_int4(k.float() if k.dtype == torch.float64 else k, self.block)
-        fill = -k.shape[2] % self.block
-        scale = pad(k4.scale, (0, fill)).unflatten(2, (-1, self.block))
-        packed = pad(k4.packed, (0, 0, 0, fill)).unflatten(2, (-1, self.block)).flatten(3)
-        packed = pad(packed, (0, -packed.shape[3] % 4))
-        return torch.cat([k4.mean.float().view(torch.uint8), scale.view(torch.uint8), packed], 3)
-
-    def keys(self, entries: Tensor, like: KV) -> Int4:
-        """Those of the keys of ``like`` [B, Hkv, T] out of their entries."""
-        t, d = like.length, like.head_dim
-        mean, scale, packed = entries.split(
-            [4 * d, 4 * self.block, entries.shape[3] - 4 * (d + self.block)], 3
-        )
-        packed = packed[..., : self.block * d // 2].unflatten(3, (self.block, d // 2))
-        return Int4(
-            packed=packed.flatten(2, 3)[:, :, :t],
-            scale=scale.view(torch.float32).flatten(2)[:, :, :t],
-            mean=mean.view(torch.float32).to(like.dtype),
-            block=self.block,
-        )
-
-
-@dataclass(frozen=True)
 class _Restored:
     """``Kept`` of entries that another store has computed."""
 
     key: tuple
     block: int | None
+    most: int | None
     reads: frozenset[Source]
 
 
 @dataclass
 class _Entries:
     """buffer [B, heads, room, width]. done: number of positions taken in. current: whether the entries of the
-    block that is open after ``done`` positions hold no others. reads: the summary's."""
+    block that is open after ``done`` positions hold no others. most, reads: the summary's."""
 
     block: int | None
+    most: int | None
     reads: frozenset[Source]
     buffer: Tensor
     done: int
@@ -264,11 +230,13 @@ class Summaries:
         the caller writes and which count as taken in. like: some entries [any, heads, any, width]."""
         need, kept = count_entries(summary, length), self._kept.get(summary.key)
         if kept is None or kept.buffer.shape[2] < need:
-            size = (batch, like.shape[1], need + max(64, need // 8), like.shape[3])
+            room = need + max(64, need // 8)
+            room = room if summary.most is None else min(room, summary.most)
+            size = (batch, like.shape[1], room, like.shape[3])
             grown = torch.empty(size, dtype=like.dtype, device=like.device)
             if kept is not None:
                 grown[:, :, : kept.buffer.shape[2]] = kept.buffer
-            kept = self._kept[summary.key] = _Entries(summary.block, summary.reads, grown, 0)
+            kept = self._kept[summary.key] = _Entries(summary.block, summary.most, summary.reads, grown, 0)
         kept.done, kept.current = length, True
         return kept.buffer
 
@@ -284,9 +252,11 @@ class Summaries:
         for begin, rows in groups:
             number = max(done - begin, 0) // block
             at = begin + number * block - first
-            if at < x.length:
-                written.append((rows, number, summary.compute(x.cut(at, rows=rows))))
-        like = written[0][2] if written else summary.compute(x.cut(0, 1))
+            stop = x.length if summary.most is None else min(x.length, begin + summary.most * block - first)
+            if at < stop:
+                written.append((rows, number, summary.compute(x.cut(at, stop, rows=rows))))
+        kept = self._kept.get(summary.key)
+        like = written[0][2] if written else summary.compute(x.cut(0, 1)) if kept is None else kept.buffer
         buffer = self.room(summary, like, x.batch, end)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (buffer, *(new for *_, new in written))):
             # autograd keeps views of the earlier buffer, so that one is not written in place
@@ -306,10 +276,11 @@ class Summaries:
             {
                 "key": key,
                 "block": kept.block,
+                "most": kept.most,
                 "reads": kept.reads,
                 "done": kept.done,
                 "current": kept.current,
-                "entries": kept.buffer[:, :, : -(-kept.done // (kept.block or 1))],
+                "entries": kept.buffer[:, :, : _count(kept.block, kept.most, kept.done)],
             }
             for key, kept in self._kept.items()
         ]
@@ -318,7 +289,7 @@ class Summaries:
     def restore(self, held: Mapping[str, Any]) -> None:
         """Take over what other summaries held; entries are copied."""
         for one in held["entries"]:
-            kept, new = _Restored(one["key"], one["block"], one["reads"]), one["entries"]
+            kept, new = _Restored(one["key"], one["block"], one["most"], one["reads"]), one["entries"]
             self.room(kept, new, new.shape[0], one["done"])[:, :, : new.shape[2]] = new
             self._kept[kept.key].current = one["current"]
         self.recent = Recent(*held["recent"])
@@ -364,6 +335,11 @@ class Summaries:
     def clear(self) -> None:
         self._kept.clear()
         self.recent = Recent()
+
+
+def _count(block: int | None, most: int | None, length: int) -> int:
+    count = -(-length // (block or 1))
+    return count if most is None else min(count, most)
 
 
 def _open_block(block: int | None, done: int, starts: list[int] | None) -> int:

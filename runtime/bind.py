@@ -100,8 +100,8 @@ def check_evicting(
     if not decode.evict:
         return
     reasons = []
-    if over_ranks:
-        reasons.append("no single key can be dropped from a cache that is sharded over ranks")
+    if over_ranks and decode.evicts_in_some_heads:
+        reasons.append("over ranks all KV heads of a layer hold equally many keys")
     if storage.format is not KV or storage.packing is not None or type(storage.memory) is not Memory:
         reasons.append(f"no single key can be dropped from a cache stored as {storage}")
     if prefill.needs.inputs or any(summary.reads & IN_NO_CACHE for summary in prefill.summaries):

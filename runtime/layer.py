@@ -248,8 +248,8 @@ class Layer(Unique):
 
     def _count_stored(self, store: KVStore, dense: int) -> None:
         self.stored, self.dense_stored = store.tiers, dense
-        if store.hot_rows is not None:
-            asked, hits = store.hot_rows.counted()
+        if store.buffers.hot_rows is not None:
+            asked, hits = store.buffers.hot_rows.counted()
             self.hot = self.hot[0] + asked, self.hot[1] + hits
 
     def _flag_packing(self, store: KVStore) -> None:

@@ -280,22 +280,7 @@ class LocalKeys:
 
     def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
         assert self.store is not None, "a cache keeps the keys"
-        if self.kv.requires_grad:
-            return
-        found: list[tuple[State, Eviction]] = []
-        for run in runs:
-            state = self.states.of(str(method), run.rows, self.past, self.total)
-            eviction = method.eviction(self.keys(run.rows, state, self.q.shape[2]), run.phase)
-            if eviction is None:
-                return
-            found.append((state, eviction))
-        if len({one.slots.shape[2] for _, one in found}) > 1:
-            return  # rows whose prompts ended in different calls
-        for state, one in found:
-            state.update(one.state)
-        slots = torch.cat([one.slots for _, one in found])
-        crop = min(one.crop for _, one in found)
-        self.store.evict(replace(found[0][1], slots=slots, crop=crop), str(method), self.start)
+        evict(self, self.store, self.start, method, runs)
 
     def pack(self, layer: LayerCall) -> None:
         store = self.store
@@ -316,3 +301,26 @@ class LocalKeys:
 
     def _are_all(self, rows: slice) -> bool:
         return rows.stop - rows.start == self.q.shape[0]
+
+
+def evict(
+    source: KeySource, store: KVStore, start: Tensor | None, method: AttentionMethod, runs: list[Run]
+) -> None:
+    """``KeySource.evict`` of the keys of ``source``, which are in ``store``. start: [B], where rows begin;
+    None: no row is padded."""
+    if store.kv is not None and store.kv.requires_grad:
+        return
+    found: list[tuple[State, Eviction]] = []
+    for run in runs:
+        state = source.states.of(str(method), run.rows, source.past, source.total)
+        eviction = method.eviction(source.keys(run.rows, state, source.q.shape[2]), run.phase)
+        if eviction is None:
+            return
+        found.append((state, eviction))
+    if len({one.slots.shape[2] for _, one in found}) > 1:
+        return  # rows whose prompts ended in different calls
+    for state, one in found:
+        state.update(one.state)
+    slots = torch.cat([one.slots for _, one in found])
+    crop = min(one.crop for _, one in found)
+    store.evict(replace(found[0][1], slots=slots, crop=crop), str(method), start)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..attention.attend import DECODE_ROWS, Reads
 from ..attention.dense import Dense
-from ..attention.errors import FarspanError
 from ..attention.keys import State
 from ..attention.kv import KV
 from ..attention.mass import Probe
@@ -30,7 +29,7 @@ from ..parallel.mechanisms.layout import Layout
 from ..parallel.mechanisms.prefill import prefill
 from ..parallel.mechanisms.selected import last_inputs, last_queries
 from .inputs import Given
-from .layer_call import LayerCall, LocalKeys
+from .layer_call import LayerCall, LocalKeys, evict
 from .padding import Padding
 from .rows import Run
 from .store.shard import ShardStore
@@ -78,10 +77,11 @@ class KeysOverRanks:
         kept: bool,
         given: Given | None = None,
     ) -> None:
-        self.q, self.k, self.v, self.store, self.call, self.mesh = q, k, v, store, call, mesh
+        self.q, self.k, self.v, self.store, self.mesh = q, k, v, store, mesh
         self.softmax, self.ends, self.kept = softmax, ends, kept
-        self.past, self.total, self.starts = call.past, call.total, call.starts
-        self.short, self.evicted = call.split is None and call.past > 0, False
+        self.past, self.total, self.start, self.starts = call.past, call.total, call.start, call.starts
+        self.short, self.evicted = call.split is None and call.past > 0, bool(store.evicted_by)
+        self.call = call if store.evicted is None else call.compacted(store.gone, store.evicted)
         self.states = store.states
         self._local: LocalCall | None = None  # for a call that is split
         self._gathered: Inputs | None = None
@@ -89,13 +89,14 @@ class KeysOverRanks:
         self._fed = None if given is None else given.own(q, k)
 
     def require(self, needed: int | None, evicting: str) -> None:
-        self.store.require(needed, self.past)
+        self.store.require(needed, self.past, evicting)
 
     def begin(self, layer: LayerCall) -> None:
         """Store the new keys and values, and update the summaries that the methods declare."""
         store, call, mesh = self.store, self.call, self.mesh
         supply = SupplyOverRanks(self.q, self.k, self.v, store, call, self._fed)
         supply.take()
+        store.align(self.starts, self.total)
         supply.extend_blocks(layer.prefill, layer.decode)
         supply.extend_labels(layer.prefill, layer.decode)
         if call.split is not None:
@@ -123,11 +124,12 @@ class KeysOverRanks:
             tq=tq,
             softmax=self.softmax,
             start=self.call.start,
-            starts=self.starts,
+            starts=self.call.starts,
             ends=self.ends,
+            evicted=self.call.evicted,
             state=state,
             summaries=self.store.summaries,
-            total=self.total,
+            total=self.call.total,
             layout=self.store.layout,
             ranks=self.store.ranks,
             shared=self.store.shared,
@@ -171,7 +173,7 @@ class KeysOverRanks:
         return part, reads, travel
 
     def evict(self, method: AttentionMethod, runs: list[Run]) -> None:
-        raise FarspanError(f"The keys that {method} evicts are on several ranks, where none can be dropped.")
+        evict(self, self.store, self.start, method, runs)
 
     def forget(self, needed: int) -> None:
         self.store.needed = needed
@@ -185,6 +187,7 @@ class KeysOverRanks:
         store, call = self.store, self.call
         store.needed = window
         SupplyOverRanks(self.q, self.k, self.v, store, call, None).take()
+        store.align(self.starts, self.total)
         if call.split is not None:
             local = LocalCall(self.q, self.k, self.v, store.shard, call, self.mesh, self.softmax)
             part = prefill(_DENSE, local, store.shared, window)[0]
@@ -218,7 +221,8 @@ def _some_rows(local: LocalCall, shared: Summaries, rows: slice) -> tuple[LocalC
     shard = local.shard._replace(kv=local.shard.kv[rows])
     fed = None if local.fed is None else local.fed.part(rows)
     labels = {key: x[rows] for key, x in local.labels.items()}
-    call = call._replace(start=start, starts=None if start is None else starts)
+    evicted = None if call.evicted is None else call.evicted[rows]
+    call = call._replace(start=start, starts=None if start is None else starts, evicted=evicted)
     local = replace(local, q=q, k=k, v=v, shard=shard, call=call, fed=fed, labels=labels)
     return local, SomeRows(shared, Supply(KV(k, v)), None, rows)
 

@@ -42,7 +42,6 @@ class SupplyOverRanks:
             self._mine = store.take_shared(kv.k, kv.v)
         else:
             store.take_split(kv.k, kv.v, call.split)
-        store.align(call.starts, call.total)
         if self.fed is not None and self.fed.places is not None:
             store.positions.append(
                 self._kept_here(self.fed.places[:, None, :, None])[:, 0, :, 0], store.length

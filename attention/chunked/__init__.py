@@ -3,3 +3,4 @@
 from . import chunkllm as chunkllm
 from . import combiner as combiner
 from . import core_context as core_context
+from . import descriptors as descriptors

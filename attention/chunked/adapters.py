@@ -62,6 +62,7 @@ class CompressedKeys:
     adapters: Adapters = field(compare=False)
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
 
     @property
@@ -85,6 +86,7 @@ class ChunkEnds:
     alpha: float
     block: ClassVar[None] = None
     dtype: ClassVar[torch.dtype] = torch.uint8
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"early_hidden_states"})
 
     @property

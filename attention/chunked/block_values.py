@@ -18,33 +18,34 @@ class BlockValues:
     """A summary with one key and one value of each block, side by side: 2 * D numbers.
 
     scale: the factor of the logits that weigh the values of a block; None: 1 / sqrt(D). Only finished blocks
-    are summarised; the entry of an unfinished one is zero, and nothing reads it.
+    are summarised; the entry of an unfinished one is zero, and nothing reads it. most: how many blocks are
+    summarised, the first ones of a row; None: all.
     Subclasses have ``name`` and ``of_blocks``.
     """
 
     block: int
     scale: float | None = None
+    most: int | None = None
     name: ClassVar[str]
     dtype: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys", "values", "queries"})
 
     @property
     def key(self) -> tuple:
-        return (self.name, self.block, self.scale)
+        return (self.name, self.block, self.scale, self.most)
 
     def width(self, head_dim: int) -> int:
         return 2 * head_dim
 
     def compute(self, x: Sources) -> Tensor:
-        whole = x.keys.shape[2] // self.block * self.block
-        q, k, v = (t[:, :, :whole].unflatten(2, (-1, self.block)) for t in (x.queries, x.keys, x.values))
-        k, v = self.of_blocks(q.unflatten(1, (k.shape[1], -1)), k, v)
-        entries = torch.cat([k, v], -1).to(x.keys.dtype)
-        unfinished = entries.new_zeros(*x.keys.shape[:2], int(x.keys.shape[2] > whole), entries.shape[3])
+        whole = x.length // self.block * self.block
+        blocks = x.cut(0, whole).map(lambda t: t.unflatten(2, (-1, self.block)))
+        entries = torch.cat(self.of_blocks(blocks), -1).to(x.keys.dtype)
+        unfinished = entries.new_zeros(*entries.shape[:2], int(x.length > whole), entries.shape[3])
         return torch.cat([entries, unfinished], 2)
 
-    def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, Hkv, G, N, block, D], k and v [B, Hkv, N, block, D] -> keys and values [B, Hkv, N, D]."""
+    def of_blocks(self, x: Sources) -> tuple[Tensor, Tensor]:
+        """x, each [B, any, N, block, D] -> keys and values [B, Hkv, N, D]."""
         raise NotImplementedError
 
 
@@ -53,9 +54,9 @@ class CoreTokens(BlockValues):
 
     name: ClassVar[str] = "core_tokens"
 
-    def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        weights = attention_of(q[..., -1, :].mean(2), k, self.scale)
-        return weighted(weights, k), weighted(weights, v)
+    def of_blocks(self, x: Sources) -> tuple[Tensor, Tensor]:
+        weights = attention_of(grouped(x)[..., -1, :].mean(2), x.keys, self.scale)
+        return weighted(weights, x.keys), weighted(weights, x.values)
 
 
 class Spans(BlockValues):
@@ -64,8 +65,25 @@ class Spans(BlockValues):
 
     name: ClassVar[str] = "spans"
 
-    def of_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k.amax(3), weighted(attention_of(q.amax((2, 4)), k, self.scale), v)
+    def of_blocks(self, x: Sources) -> tuple[Tensor, Tensor]:
+        weights = attention_of(grouped(x).amax((2, 4)), x.keys, self.scale)
+        return x.keys.amax(3), weighted(weights, x.values)
+
+
+class Means(BlockValues):
+    """The mean key and the mean value of the block. Of one token, they are its own."""
+
+    name: ClassVar[str] = "means"
+    reads: ClassVar[frozenset[Source]] = frozenset({"keys", "values"})
+
+    def of_blocks(self, x: Sources) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.keys.dtype, torch.float32)
+        return x.keys.mean(3, dtype=wide), x.values.mean(3, dtype=wide)
+
+
+def grouped(x: Sources) -> Tensor:
+    """The queries of blocks, by KV head [B, Hkv, G, N, block, D]."""
+    return x.queries.unflatten(1, (x.keys.shape[1], -1))
 
 
 def attention_of(q: Tensor, k: Tensor, scale: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,8 +29,8 @@ class Summarised(Selection):
     """The last keys of each query, back to the edge of a block, and summaries of the blocks before.
 
     Positions count from the first token of the row. The query at position i has c = max(0, (i + 1 - local) //
-    block) blocks behind it. It reads the keys block * c .. i, which are ``local`` .. local + block - 1 keys
-    as far as there are so many, and summaries of the keys before them:
+    (block * step)) * step blocks behind it. It reads the keys block * c .. i, which are ``local`` .. local +
+    block * step - 1 keys as far as there are so many, and summaries of the keys before them:
 
         block = 2, local = 3        key      0 1 2 3 4 5 6        summary   0 1
                                     query 5  . . x x x x .                  x .
@@ -43,6 +43,9 @@ class Summarised(Selection):
         one level     c = 5 reads entries 0 .. 4
         three levels  c = 5 = 101b reads entry 0 of level 2 (blocks 0 .. 3) and entry 4 of level 0 (block 4)
 
+    anchor: keys and values [B, Hkv, A] of the row's first A keys, a multiple of ``block`` and at most block *
+    step of them. A query that has blocks behind it reads them in place of the first A / block entries of the
+    one level.
     bias: by level, a number that is added to the logits of its entries, after a soft-cap (``Biased`` adds
     before it).
     Masks name the keys of the sequence alone; ``entries_read`` counts the summaries.
@@ -53,6 +56,8 @@ class Summarised(Selection):
     block: int
     local: int
     levels: tuple[KV, ...]
+    step: int = 1
+    anchor: KV | None = None
     bias: tuple[float, ...] = (0.0,)
 
     def run_prefill(self, q: Tensor, keys: Keys, rows: range, impl: str) -> tuple[Partial, Pairs]:
@@ -63,18 +68,17 @@ class Summarised(Selection):
 
     def run_decode_here(self, q: Tensor, keys: Keys) -> tuple[Partial, Pairs]:
         """As ``Selection.run_decode_here``. Every rank has all summaries, and reads its share of them."""
-        part = self._rest(keys, range(keys.past, keys.length), q, keys.kv, self.levels)
+        part = self._rest(keys, range(keys.past, keys.length), q, keys.kv)
         if self._near:
             part = merge(attend_recent(q, keys, self._near), part)
         pairs = 0
         for first in keys.starts or [0] * q.shape[0]:
-            share = self._share(keys, keys.length - first)
+            anchored, bits, some = self._share(keys, keys.length - first)
             for row in range(max(keys.past, first), keys.length):
                 behind = self._finished(row + 1 - first)
                 pairs += keys.held(row + 1) - keys.held(first + self.block * behind)
-                pairs += sum(
-                    behind >> n & 1 if n < self._top else n - self._top < behind >> self._top for n in share
-                )
+                pairs += len(anchored) * (behind > 0) + sum(behind >> level & 1 for level in bits)
+                pairs += len(range(some.start, min(some.stop, behind >> self._top)))
         return part, pairs * q.shape[1]
 
     def needed(
@@ -102,20 +106,32 @@ class Summarised(Selection):
 
     def _finished(self, seen: int) -> int:
         """The number of blocks behind a query that sees ``seen`` keys."""
-        return max(0, (seen - self.local) // self.block)
+        return max(0, (seen - self.local) // (self.block * self.step)) * self.step
 
     def _behind(self, seen: Tensor) -> Tensor:
-        return ((seen - self.local) // self.block).clamp(min=0)
+        steps = ((seen - self.local) // (self.block * self.step)).clamp(min=0)
+        return steps if self.step == 1 else steps * self.step
 
     def _entries(self, seen: Tensor) -> Tensor:
         """The number of summaries that queries read which see ``seen`` keys."""
         behind = self._behind(seen)
-        return sum((behind >> level & 1 for level in range(self._top)), behind >> self._top)
+        count = sum((behind >> level & 1 for level in range(self._top)), behind >> self._top)
+        return count if self.anchor is None else count + (self._anchored - self._replaced) * (behind > 0)
 
     @property
     def _top(self) -> int:
         """The number of the last level."""
         return len(self.levels) - 1
+
+    @property
+    def _anchored(self) -> int:
+        """The number of keys of the anchor."""
+        return 0 if self.anchor is None else self.anchor.length
+
+    @property
+    def _replaced(self) -> int:
+        """How many summaries the anchor replaces."""
+        return self._anchored // self.block
 
     def _pairs(self, q: Tensor, keys: Keys, rows: range) -> int:
         """The pairs that the queries ``rows`` of the call read."""
@@ -143,20 +159,20 @@ class Summarised(Selection):
         near = op(q, keys.kv, keys.softmax, window=self._near, start=keys.start_here, impl=impl)
         return merge(near, rest)
 
-    def _rest(self, keys: Keys, rows: range, q: Tensor, kv: KV, levels: tuple[KV, ...]) -> Partial:
+    def _rest(self, keys: Keys, rows: range, q: Tensor, kv: KV) -> Partial:
         """Attention of the queries q [B, H, R, D] at positions ``rows`` over all but their last
         ``_near`` keys: keys held here and this rank's share of the summaries. A padded batch is taken row by
         row, so that nothing in the padding is read."""
         if keys.starts is None:
-            return self._rest_from(0, q, keys, kv, levels, rows)
+            return self._rest_from(0, q, keys, kv, rows)
         parts = []
         for b, first in enumerate(keys.starts):
             one, valid = slice(b, b + 1), range(min(max(rows.start, first), rows.stop), rows.stop)
             own = q[one, :, len(rows) - len(valid) :]
             part = empty_partial(q[one], kv.value_dim)
             if len(valid):
-                own_levels = tuple(level[one] for level in levels)
-                found = self._rest_from(first, own, keys, kv[one], own_levels, valid)
+                mine = self._with([x[one] for x in self._read_besides])
+                found = mine._rest_from(first, own, keys, kv[one], valid)
                 blind = empty_partial(q[one, :, : len(rows) - len(valid)], kv.value_dim)
                 part = Partial(
                     torch.cat([blind.out.to(found.out.dtype), found.out], 2),
@@ -165,9 +181,17 @@ class Summarised(Selection):
             parts.append(part)
         return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
 
-    def _rest_from(
-        self, first: int, q: Tensor, keys: Keys, kv: KV, levels: tuple[KV, ...], rows: range
-    ) -> Partial:
+    @property
+    def _read_besides(self) -> list[KV]:
+        """What is read besides the keys of the sequence: the levels, then the anchor."""
+        return [*self.levels, *([] if self.anchor is None else [self.anchor])]
+
+    def _with(self, besides: list[KV]) -> Summarised:
+        """The same with another ``_read_besides``."""
+        levels = besides if self.anchor is None else besides[:-1]
+        return replace(self, levels=tuple(levels), anchor=None if self.anchor is None else besides[-1])
+
+    def _rest_from(self, first: int, q: Tensor, keys: Keys, kv: KV, rows: range) -> Partial:
         """``_rest`` for batch rows that begin at position ``first``."""
         at = torch.arange(rows.start, rows.stop, device=q.device)
         behind = self._behind(at + 1 - first)  # [R]
@@ -182,24 +206,35 @@ class Summarised(Selection):
                 read = places >= (first + self.block * behind)[:, None]
                 read &= places <= (at - self._near)[:, None]
             parts.append(_masked(q, kv[:, :, low:high], keys, read))
-        share, top = self._share(keys, rows[-1] + 1 - first), self._top
-        low, high = max(0, share.start - top), share.stop - top
-        if low < high:
-            some = torch.arange(low, high, device=q.device)
-            read = None if high <= fewest >> top else some < (behind >> top)[:, None]
-            part = _masked(q, levels[-1][:, :, low:high], keys, read)
+        anchored, bits, some = self._share(keys, rows[-1] + 1 - first)
+        if self.anchor is not None and anchored:
+            read = None if fewest else (behind > 0)[:, None].expand(-1, len(anchored))
+            parts.append(_masked(q, self.anchor[:, :, anchored.start : anchored.stop], keys, read))
+        if some:
+            at = torch.arange(some.start, some.stop, device=q.device)
+            read = None if some.stop <= fewest >> self._top else at < (behind >> self._top)[:, None]
+            part = _masked(q, self.levels[-1][:, :, some.start : some.stop], keys, read)
             parts.append(Partial(part.out, part.lse + self.bias[-1]))
-        bits = [level for level in share if level < top and levels[level].length]
-        return merge(*parts, *(self._of_bit(level, levels[level], q, keys, behind) for level in bits))
+        lower = [level for level in bits if self.levels[level].length]
+        return merge(*parts, *(self._of_bit(level, q, keys, behind) for level in lower))
 
-    def _share(self, keys: Keys, seen: int) -> range:
-        """What this rank reads of the summaries, for queries that see up to ``seen`` keys: numbers of the
-        levels below the last, then of the last level's entries, counted from ``_top``."""
-        count = self._top + (self._finished(seen) >> self._top)
-        return range(count) if keys.peers is None else keys.peers.share(count)
+    def _share(self, keys: Keys, seen: int) -> tuple[range, range, range]:
+        """What this rank reads of the summaries, for queries that see up to ``seen`` keys: keys of the
+        anchor, levels below the last, and entries of the last level."""
+        behind, top, left = self._finished(seen), self._top, self._replaced
+        counts = self._anchored if behind else 0, top, max(0, (behind >> top) - left)
+        share = range(sum(counts)) if keys.peers is None else keys.peers.share(sum(counts))
+        found, begin = [], 0
+        for count, offset in zip(counts, (0, 0, left), strict=True):
+            a, b = (min(max(n - begin, 0), count) + offset for n in (share.start, share.stop))
+            found.append(range(a, b))
+            begin += count
+        anchored, bits, some = found
+        return anchored, bits, some
 
-    def _of_bit(self, level: int, kv: KV, q: Tensor, keys: Keys, behind: Tensor) -> Partial:
+    def _of_bit(self, level: int, q: Tensor, keys: Keys, behind: Tensor) -> Partial:
         """Attention over one entry of a level, for the queries in whose ``behind`` [R] its bit is set."""
+        kv = self.levels[level]
         (b, h, r, d), hkv = q.shape, kv.num_kv_heads
         wide = torch.promote_types(q.dtype, torch.float32)
         read = (behind >> level & 1) == 1
@@ -215,15 +250,15 @@ class Summarised(Selection):
 def _rest_of(q: Tensor, selection: Summarised, keys: Keys, rows: range) -> Partial:
     """``Summarised._rest``. With a gradient it is computed again in the backward pass, so that no weights are
     kept of a tile's queries and what they read."""
-    kv, levels = keys.kv, selection.levels
+    kv = keys.kv
     if not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)):
-        return selection._rest(keys, rows, q, kv, levels)
+        return selection._rest(keys, rows, q, kv)
 
     def again(q: Tensor, k: Tensor, v: Tensor, *entries: Tensor) -> Partial:
         pairs = zip(entries[::2], entries[1::2], strict=True)
-        return selection._rest(keys, rows, q, KV(k, v), tuple(KV(*pair) for pair in pairs))
+        return selection._with([KV(*pair) for pair in pairs])._rest(keys, rows, q, KV(k, v))
 
-    tensors = [x for part in (kv, *levels) for x in part.dense()]
+    tensors = [x for part in (kv, *selection._read_besides) for x in part.dense()]
     return checkpoint(again, q, *tensors, use_reentrant=False)
 
 

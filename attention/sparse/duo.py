@@ -58,6 +58,10 @@ class DuoAttention(AttentionMethod):
             raise SpecError(f"duo takes a share of KV heads, 0 to 1, for streaming; got {self.streaming}.")
 
     @property
+    def evicts_in_some_heads(self) -> bool:
+        return self.evict
+
+    @property
     def needs(self) -> Needs:
         return Needs(weights={"alpha": ("num_kv_heads",)})
 

@@ -138,6 +138,7 @@ class CompressedKeys:
     size: int
     gate: BlockGate | None = field(default=None, compare=False, repr=False)
     dtype: ClassVar[torch.dtype] = torch.float32
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys_before_rope"})
 
     @property

@@ -30,6 +30,7 @@ class RoundedChannels:
     bits: int
     block: ClassVar[None] = None
     dtype: ClassVar[torch.dtype] = torch.uint8
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"keys"})
 
     @property

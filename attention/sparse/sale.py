@@ -21,7 +21,8 @@ from ..method import LayerInfo
 from ..needs import Needs
 from ..ops.select import by_threshold
 from ..selection import BlockIndex, Index
-from ..summary import Int4Keys, Summary
+from ..summary import Summary
+from .int4_keys import Int4Keys
 from .sale_estimate import estimate_blocks
 
 

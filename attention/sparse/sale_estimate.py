@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from ..blocks import Grid
 from ..keys import Keys
 from ..ops.int4_scores import int4_block_max
-from ..summary import Int4Keys
+from .int4_keys import Int4Keys
 
 _TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits held at a time
 

@@ -76,6 +76,7 @@ class BiasLabels:
     gate: ValueBias | None = field(default=None, compare=False, repr=False)
     block: ClassVar[None] = None
     dtype: ClassVar[torch.dtype] = torch.float32
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"values"})
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...attention.kv import KV
 from ...attention.needs import Inputs
+from ...attention.parts import Evicted
 from ...attention.softmax import Softmax
 from ..group.mesh import Mesh
 from .layout import Layout, Split
@@ -22,6 +23,8 @@ class Call(NamedTuple):
     split: how the new tokens are divided among the ranks; None where every rank computes all of them. past,
     total: positions before the call, and after it. start, starts: each row's first valid position, on the
     device and on the host. memory: bytes that every rank can spare for one layer's attention; None: unknown.
+    evicted: by row, how many keys every KV head has evicted in a layer; positions are then counted over the
+    keys that are left.
     """
 
     split: Split | None
@@ -30,6 +33,19 @@ class Call(NamedTuple):
     start: Tensor | None = None
     starts: list[int] | None = None
     memory: int | None = None
+    evicted: list[int] | None = None
+
+    def compacted(self, gone: int, evicted: Evicted) -> Call:
+        """The call as a layer sees it that has ``evicted`` keys, where positions are ``gone`` lower."""
+        starts, start = evicted.moved(self.starts, self.start, gone)
+        return self._replace(
+            split=None if self.split is None else self.split.earlier(gone),
+            past=self.past - gone,
+            total=self.total - gone,
+            start=start,
+            starts=starts,
+            evicted=evicted.counts,
+        )
 
 
 class Shard(NamedTuple):

@@ -37,6 +37,7 @@ def _dropped(keys: ShardedKeys) -> int:
     stores any more."""
     assert keys.peers is not None
     gone = sum(max(0, keys.layout.begin - first) for first in keys.starts or [0] * keys.kv.batch)
+    gone += sum(keys.evicted or ())
     return len(keys.peers.share(gone * keys.tq))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...attention.sources import IN_NO_CACHE, Recent, Source, Sources
-from ...attention.summary import Summaries, Summary, by_start
+from ...attention.summary import Summaries, Summary, by_start, count_entries
 from ..group.comm import Ranks
 from .edges import beyond
 from .gather import gather_rows
@@ -84,7 +84,9 @@ def extend_split(
     head = past.since(summary.reads, opened) if opened < split.begin else own.cut(0, 0)
     tails = _tails(size, own, split, firsts, ranks)
     plan = {
-        chunk: [(*_blocks(size, chunk, split.begin, first), first, rows) for first, rows in by_start(firsts)]
+        chunk: [
+            (*_blocks(summary, chunk, split.begin, first), first, rows) for first, rows in by_start(firsts)
+        ]
         for chunks in split.chunks
         for chunk in chunks
     }
@@ -101,12 +103,14 @@ def extend_split(
                 entries = summary.compute(x.cut(begin, begin + count * size, rows))
                 computed.append((i, rows, entries))
     like = computed[0][2] if computed else summary.compute(own.cut(0, 1))
+    buffer = shared.room(summary, like, own.batch, split.end)
     room = max(count for parts in plan.values() for _, count, _, _ in parts)
+    if not room:
+        return
     mine = like.new_zeros(len(split.chunks[0]), own.batch, like.shape[1], room, like.shape[3])
     for i, rows, entries in computed:
         mine[i][rows, :, : entries.shape[2]] = entries
     every = ranks.all_gather(mine, "summaries")  # [P, chunks, B, heads, room, width]
-    buffer = shared.room(summary, like, own.batch, split.end)
     for rank, chunks in enumerate(split.chunks):
         for i, chunk in enumerate(chunks):
             for block, count, _, rows in plan[chunk]:
@@ -128,16 +132,16 @@ def _every_slot(split: Split, rank: int) -> list[tuple[slice, Span]]:
     ]
 
 
-def _blocks(block: int, chunk: Span, begin: int, first: int) -> tuple[int, int]:
+def _blocks(summary: Summary, chunk: Span, begin: int, first: int) -> tuple[int, int]:
     """(the number of the first, the count) of the blocks whose summaries the rank of a chunk computes: those
     that begin in the chunk, and for the call's first chunk the block that was open before the call. The row
     of the batch begins at position ``first``."""
-    a, b = chunk
+    (a, b), block = chunk, summary.block or 1
     if a >= b or first >= b:
         return 0, 0
     low = max(a - first, 0)
     number = low // block if a == begin else -(-low // block)
-    return number, max(0, -(-(b - first) // block) - number)
+    return number, max(0, count_entries(summary, b - first) - number)
 
 
 def _tails(size: int, own: Sources, split: Split, firsts: list[int], ranks: Ranks) -> dict[Span, Sources]:

@@ -71,6 +71,29 @@ def fetch(
             into_v[b, h, places[rank][n]] = arrived[rank][:, width:]
 
 
+def regathered(x: Tensor, layout: Layout, slots: Tensor, into: Layout, ranks: Ranks) -> Tensor:
+    """x [B, H, n, D], what this rank holds by ``layout`` -> what it holds by ``into`` of the entries that
+    ``slots`` [B, H, N], the same on every rank, names: position j of row b and head h is slots[b, h, j] of
+    before."""
+    me, device = ranks.rank, x.device
+    holder, place = slots.new_empty(2, layout.length)
+    for rank in range(ranks.size):
+        held = layout.positions(rank, device)
+        holder[held], place[held] = rank, torch.arange(held.shape[0], device=device)
+    new = [slots[:, :, into.positions(rank, device)] for rank in range(ranks.size)]
+    out = []
+    for wanted in new:
+        b, h, n = (holder[wanted] == me).nonzero(as_tuple=True)
+        out.append(x[b, h, place[wanted[b, h, n]]])
+    source = [holder[new[me]] == rank for rank in range(ranks.size)]
+    receive = [int(theirs.sum()) for theirs in source]
+    arrived = ranks.all_to_all(torch.cat(out), [part.shape[0] for part in out], receive, "evict")
+    result = x.new_empty(*new[me].shape, x.shape[3])
+    for theirs, part in zip(source, arrived.split(receive), strict=True):
+        result[theirs] = part
+    return result
+
+
 def _pack_bits(mask: Tensor) -> Tensor:
     """[..., T] bool -> [..., ceil(T / 8)] uint8."""
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)

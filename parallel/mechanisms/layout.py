@@ -138,6 +138,11 @@ class Split:
         """Tokens that each rank computes, with split padding."""
         return len(self.chunks[0]) * self.width
 
+    def earlier(self, count: int) -> Split:
+        """The same with all positions ``count`` lower."""
+        chunks = tuple(tuple((a - count, b - count) for a, b in chunks) for chunks in self.chunks)
+        return Split(self.begin - count, self.end - count, chunks)
+
     def layout(self) -> Layout:
         """Which rank has computed, and so stores, which position."""
         return Layout(tuple(_joined(tuple(s for s in chunks if s[0] < s[1])) for chunks in self.chunks))

@@ -115,6 +115,7 @@ def _dense(local: LocalCall, choice: Choice) -> tuple[Partial, Reads, Travel]:
                 softmax=local.softmax,
                 start=call.start,
                 starts=call.starts,
+                evicted=call.evicted,
             )
             result.write(slice(None), slot, run_prefill(_DENSE, q[:, :, slot], visible, EveryKey()))
         return result.part, result.reads, travel
@@ -129,8 +130,10 @@ def _dense(local: LocalCall, choice: Choice) -> tuple[Partial, Reads, Travel]:
     else:
         part = {"ring": ring, "pass_q": pass_q}[travel.mechanism](q, k, v, split, mesh.ranks, **how)
     b, h = q.shape[:2]
-    pairs = sum(causal_pairs(e - a, e, call.starts, b) for _, (a, e) in split.slots(local.rank)) * h
-    return part, count_reads(q, KV(k, v), pairs, pairs, PREFILL_TILE * (h // k.shape[1])), travel
+    chunks = [chunk for _, chunk in split.slots(local.rank)]
+    pairs = sum(causal_pairs(e - a, e, call.starts, b) for a, e in chunks) * h
+    causal = pairs + sum(call.evicted or ()) * sum(e - a for a, e in chunks) * h
+    return part, count_reads(q, KV(k, v), pairs, causal, PREFILL_TILE * (h // k.shape[1])), travel
 
 
 def _mechanism(local: LocalCall, choice: Choice) -> Travel:
@@ -168,7 +171,12 @@ def _over_heads(method: AttentionMethod, local: LocalCall) -> tuple[Partial, Rea
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Partial:
         visible = Keys(
-            kv=KV(k, v), tq=q.shape[2], start=call.start, starts=call.starts, softmax=local.softmax
+            kv=KV(k, v),
+            tq=q.shape[2],
+            start=call.start,
+            starts=call.starts,
+            evicted=call.evicted,
+            softmax=local.softmax,
         )
         part, reads = attend(method, PREFILL, q, visible)
         counted.append(reads)

@@ -166,6 +166,7 @@ def _pieces(
             labels=local.labels,
             rows=batch,
             first=first,
+            evicted=None if call.evicted is None else call.evicted[batch],
             complete=complete,
             prepared=found,
             softmax=local.softmax,

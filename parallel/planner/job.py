@@ -108,8 +108,8 @@ class Job:
             )
         if self.decode.evict and self.ranks > 1:
             raise FarspanError(
-                f"{self.decode} drops single keys, which a cache that is sharded over ranks cannot: give "
-                "evict=false."
+                f"The plan of {self.decode} is for one device: give one GPU, or evict=false. patch() refuses "
+                "methods over ranks that evict in some heads alone (duo), and runs the others."
             )
         for layer in set(self.model.layers):
             if layer.num_heads % self.tensor or layer.num_kv_heads % self.tensor:

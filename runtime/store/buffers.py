@@ -189,8 +189,8 @@ class Buffers:
 
     def keep(self, kept: KV, room: int) -> None:
         """Have the keys and values ``kept`` alone, in buffers for ``room`` positions, or in the present ones
-        where these are not twice as large."""
-        if self.tensors[0].shape[2] > 2 * room:
+        where these are large enough and not twice as large."""
+        if not kept.length <= self.tensors[0].shape[2] <= 2 * room:
             self.tensors = tuple(self._grown(x, room) for x in kept.stored)
         else:
             for buffer, x in zip(self.tensors, kept.stored, strict=True):

@@ -8,9 +8,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from ...attention.kv import KV
 from ...attention.summary import Summaries
 from ...parallel.group.comm import Ranks
 from ...parallel.mechanisms.call import Call, Shard
+from ...parallel.mechanisms.gather import regathered
 from ...parallel.mechanisms.layout import Layout, Split
 from .storage import DEVICE, Storage
 from .store import KVStore
@@ -24,6 +26,9 @@ class ShardStore(KVStore):
     length: number of positions on this rank. total: number of positions on all ranks.
     layout: which rank holds which positions; it is the same on every rank.
     shared: block summaries of all positions, and what is kept for them; every rank has all of it.
+
+    KV heads evict different keys, so an eviction divides those that are left among the ranks again. From then
+    on ``layout`` and ``shared`` count positions over the keys that are left.
     """
 
     def __init__(
@@ -40,8 +45,13 @@ class ShardStore(KVStore):
         return self._total
 
     @property
+    def gone(self) -> int:
+        """How many keys each KV head has evicted in a row without padding."""
+        return self._dropped
+
+    @property
     def dropped(self) -> int:
-        return self.layout.begin
+        return self.gone + self.layout.begin
 
     @property
     def tiers(self) -> dict[str, int]:
@@ -59,10 +69,11 @@ class ShardStore(KVStore):
         """Store this rank's part of new keys and values [B, Hkv, t, D] that every rank has. The layout is
         block-cyclic: each block goes to the rank that holds the fewest positions. Returns which of the t
         positions the rank has stored, [n] int64."""
-        begin, end = self.total, self.total + k.shape[2]
+        begin = self.total - self.gone
+        end = begin + k.shape[2]
         layout = self.layout.block_cyclic(begin, end, self.block)
         mine = layout.cut(begin, end).positions(self.ranks.rank, k.device) - begin
-        self._take(k[:, :, mine], v[:, :, mine], layout, end)
+        self._take(k[:, :, mine], v[:, :, mine], layout, end + self.gone)
         return mine
 
     def places(self, device: torch.device) -> Tensor:
@@ -70,10 +81,10 @@ class ShardStore(KVStore):
 
     def take_split(self, k: Tensor, v: Tensor, split: Split) -> None:
         """Store the keys and values [B, Hkv, split.rows, D] that this rank has computed, without the padding
-        of the split."""
+        of the split, which counts positions as ``layout`` does."""
         rank = self.ranks.rank
         layout = self.layout.extended(split.layout())
-        self._take(split.real(k, rank), split.real(v, rank), layout, split.end)
+        self._take(split.real(k, rank), split.real(v, rank), layout, split.end + self.gone)
 
     def _take(self, k: Tensor, v: Tensor, layout: Layout, end: int) -> None:
         self.append(k, v)
@@ -86,6 +97,12 @@ class ShardStore(KVStore):
         self.extend(shard.kv)
         self.layout = shard.layout
         assert self.layout.count(self.ranks.rank) == self.length
+
+    def _gathered(self, slots: Tensor) -> KV:
+        into = Layout.empty(self.ranks.size).block_cyclic(0, slots.shape[2], self.block)
+        kept = self.shard.kv.map(lambda x: regathered(x, self.layout, slots, into, self.ranks))
+        self.layout = into
+        return kept
 
     @property
     def _summaries_of_blocks(self) -> Summaries:
@@ -102,9 +119,10 @@ class ShardStore(KVStore):
         if count >= self.total:
             return self.reset()
         self._total = self.total - count
-        here = self.layout.below(self.ranks.rank, self.total)
-        self.layout = self.layout.cut(0, self.total)
-        self.shared.crop(self.total)
+        left = self.total - self.gone
+        here = self.layout.below(self.ranks.rank, left)
+        self.layout = self.layout.cut(0, left)
+        self.shared.crop(left)
         self._shorten(here, here)
         self._forget_since(self.total)
 

@@ -20,7 +20,6 @@ from ...attention.summary import Summaries, Summary
 from .apart import Apart
 from .buffers import Buffers
 from .guard import Guard
-from .hot_rows import HotRows
 from .lasting import lasting, runs_lasting
 from .positions import Positions
 from .states import States
@@ -261,7 +260,7 @@ class KVStore:
         store._keep(eviction.slots, self._starts or [0] * self.buffers.batch, start)
         self._handles = None
         self.evicted_by, self._floor = by, max(self._floor, self.total - eviction.crop)
-        self.summaries.clear()
+        self._drop_summaries()
 
     def _set_apart(self, heads: tuple[int, ...]) -> KVStore:
         """The store of these KV heads, which from now on have keys of their own."""
@@ -277,19 +276,23 @@ class KVStore:
     def _keep(self, slots: Tensor, starts: list[int], start: Tensor | None) -> None:
         """Keep the keys at ``slots`` [B, Hkv, R] of rows that begin at ``starts``; of a row that has fewer
         keys than R, those in the last places."""
-        assert self.kv is not None
-        kept, total = self.kv.gather(slots), self.total
-        most = total - kept.length  # that a row without padding can have lost
+        most = self.total - slots.shape[2]  # that a row without padding can have lost
         there = None if start is None else (most - start).clamp(min=0)
+        kept = self._gathered(slots)
         self.evicted = Evicted([max(0, most - first) for first in starts], there)
         self.buffers.keep(kept, kept.length + max(2 * DECODE_ROWS, kept.length // 8))
-        self._dropped = total - kept.length
+        self._dropped = most
         self._handles = None
 
     def views(self) -> dict[int, Buffers]:
         """By the id of its buffers, a ``view`` of them: for a deepcopy that copies no keys and values."""
         apart = {} if self._apart is None else self._apart.store.views()
         return {id(self.buffers): self.buffers.view(), **apart}
+
+    def _gathered(self, slots: Tensor) -> KV:
+        """The keys and values at ``slots`` [B, Hkv, R]."""
+        assert self.kv is not None
+        return self.kv.gather(slots)
 
     @property
     def nbytes(self) -> int:
@@ -303,11 +306,6 @@ class KVStore:
         tiers.update({} if self._apart is None else self._apart.store.tiers)
         tiers["device"] += self.summaries.nbytes + self.positions.nbytes
         return tiers
-
-    @property
-    def hot_rows(self) -> HotRows | None:
-        """The rows that are kept on the device, where the memory is another one that it cannot read."""
-        return self.buffers.hot_rows
 
     def _forget_since(self, length: int) -> None:
         """Drop the states, and the starts of rows that begin after the first ``length`` positions."""

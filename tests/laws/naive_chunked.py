@@ -1,4 +1,5 @@
-"""CCA and Combiner from their papers, a query at a time, in float64. Nothing of the package is used here.
+"""CCA, Combiner and descriptors from their papers, a query at a time, in float64. Nothing of the package is
+used here.
 
 q [G, N, D], k and v [N, D]: one KV head of one row with its group of query heads. Each function returns the
 output [G, N, D] and how many keys and summaries each query has read.
@@ -77,6 +78,20 @@ def combiner_logsparse(
             spans.append(known[a, size])
             a += size
         reads.append([*spans, *((k[j], v[j], 0.0) for j in range(begin, i + 1))])
+    return run(q, reads)
+
+
+def descriptors(
+    q: Tensor, k: Tensor, v: Tensor, chunk: int, pool: int, count: bool
+) -> tuple[Tensor, list[int]]:
+    reads = []
+    for i in range(len(k)):
+        begin = i // chunk * chunk
+        read = [(k[j], v[j], 0.0) for j in range(min(chunk, begin))]
+        for a in range(chunk, begin, pool):
+            key, value = (x[a : a + pool].double().sum(0) / pool for x in (k, v))
+            read.append((key, value, math.log(pool) if count else 0.0))
+        reads.append([*read, *((k[j], v[j], 0.0) for j in range(begin, i + 1))])
     return run(q, reads)
 
 

@@ -103,6 +103,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
         {"form": "logsparse", "span": 1, "largest": 32, "count_correction": True},
         {"form": "logsparse", "span": 4, "largest": 16},
     ],
+    "descriptors": [{"chunk": 16, "pool": 4}, {"chunk": 9, "pool": 9, "count_correction": True}],
     "quest": [
         {"k": 24, "page": 4, "dense_layers": 0},
         {"k": 27, "page": 8, "gqa_reduce": "sum", "dense_layers": 0},
@@ -209,6 +210,8 @@ def full_settings(cls: type[AttentionMethod]) -> list[dict[str, Any]]:
         return [{"heads": "all", "first": 0, "beta": 1.0, "over": x} for x in (None, over)]
     if cls.name == "core_context":  # recycled has another s
         return [{"s": 1 << 20}]
+    if cls.name == "descriptors":  # recycled and snapkv have another pool
+        return [{"pool": 1, "chunk": 16}, {"chunk": 1 << 20}]
     settings = [_takes(cls, FULL)]
     if _takes(cls, {"fraction": 1.0}):
         settings.append(_takes(cls, FULL | {"k": None, "fraction": 1.0}))
@@ -231,19 +234,20 @@ def every_method(
     *,
     whole_prompt: bool = True,
     of_summaries: bool = True,
-    evicting: bool = True,
+    evicting_in_some_heads: bool = True,
 ) -> Any:
     """Parametrise ``method`` over all registered methods (of ``phase``), at budgets that leave keys out.
 
     whole_prompt: also those that judge a call by its own last queries (their ``lookahead`` is "prompt").
     of_summaries: also those that attend to summaries in place of keys, and need only the last keys.
-    evicting: also those whose caches drop what they evict, which is refused over ranks.
+    evicting_in_some_heads: also those whose caches drop keys of some KV heads alone, which is refused over
+    ranks.
     """
     cases = _cases(sparse_settings, phase)
     if not of_summaries:
         cases = [case for case in cases if case.values[0].keys_needed is None]
-    if not evicting:
-        cases = [case for case in cases if not case.values[0].evict]
+    if not evicting_in_some_heads:
+        cases = [case for case in cases if not case.values[0].evicts_in_some_heads]
     if not whole_prompt:
         cases = [case for case in cases if lookahead(case.values[0]) is not None]
     return pytest.mark.parametrize("method", cases)

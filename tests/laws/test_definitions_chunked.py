@@ -1,5 +1,5 @@
-"""CCA and Combiner against their definitions, written apart (naive_chunked.py): outputs, and what was
-read."""
+"""CCA, Combiner and descriptors against their definitions, written apart (naive_chunked.py): outputs, and
+what was read."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[int]]]] =
     "combiner:form=logsparse,span=3,largest=13,count_correction=true": lambda *x: naive.combiner_logsparse(
         *x, 3, 13, True
     ),
+    "descriptors:chunk=12,pool=4": lambda *x: naive.descriptors(*x, 12, 4, False),
+    "descriptors:chunk=8,pool=8,count_correction=true": lambda *x: naive.descriptors(*x, 8, 8, True),
+    "descriptors:chunk=5,pool=1": lambda *x: naive.descriptors(*x, 5, 1, False),
 }
 
 
@@ -113,6 +116,8 @@ def test_gradients(spec: str) -> None:
     [
         ("core_context:g=16,s=40", "takes an s that g divides.* got g=16, s=40"),
         ("core_context:g=0", "takes g a whole number, at least 1"),
+        ("descriptors:chunk=40,pool=16", "takes a chunk that pool divides.* got chunk=40, pool=16"),
+        ("descriptors:pool=0", "takes pool a whole number, at least 1"),
         ("combiner:form=axial", "takes form = fixed or logsparse; got 'axial'"),
         (
             "combiner:form=logsparse,span=64,largest=8",

@@ -81,7 +81,7 @@ def _assert_as_on_one_device(world: World, plan: dict[int, list[Case]]) -> None:
                 _assert_shared_out([done[i]["report"] for done in ranks], want["report"])
 
 
-@every_method(evicting=False)
+@every_method(evicting_in_some_heads=False)
 @pytest.mark.parametrize("part", ["whole", "padded", "cut", "corners"])
 def test_over_ranks_as_on_one_device(
     method: AttentionMethod,
@@ -101,12 +101,21 @@ def test_over_ranks_as_on_one_device(
 
 
 @pytest.mark.slow
-@every_method(evicting=False)
+@every_method(evicting_in_some_heads=False)
 def test_every_size_as_on_one_device(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World
 ):
     plain = _plain(_common(method, recipe_of(method)))
     _assert_as_on_one_device(world, {2: plain, 4: plain})
+
+
+@pytest.mark.parametrize("spec", ["snapkv:k=20,window=6,evict=true", "h2o:k=13,evict=true"])
+def test_what_evicts_as_on_one_device(spec: str, world: World):
+    """Keys that are left are divided among the ranks again; further prompts, chunks, padding and beams."""
+    common = _common(farspan.parse_method(spec), None)
+    _, long, padded = _plain(common)
+    plan = {2: [long, *_cut(common)], 3: [long, padded, *_cut(common)[:1], *_corners(common)[1:3]]}
+    _assert_as_on_one_device(world, plan)
 
 
 def test_gates_as_on_one_device(world: World):

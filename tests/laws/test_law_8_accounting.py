@@ -235,7 +235,7 @@ def selection_bytes(method: AttentionMethod, prompt: Split) -> Iterator[Selectio
         yield found
 
 
-@every_method(evicting=False)
+@every_method(evicting_in_some_heads=False)
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_count_what_selection_reads(
     method: AttentionMethod, recipe_of: Callable[[AttentionMethod], Any], world: World, size: int

@@ -14,10 +14,16 @@ from farspan.attention.softmax import Softmax
 from farspan.attention.sources import Sources, Supply
 from farspan.attention.summary import BlockPool, Channels, Summaries, Summary
 
+
+class FewBlocks(BlockPool):
+    most = 5  # type: ignore[assignment]
+
+
 SUMMARIES: dict[str, Summary] = {
     "mean": BlockPool(8),
     "max-min": BlockPool(16, ("max", "min")),
     "one": BlockPool(1, ("max",)),
+    "few": FewBlocks(8),
     "channels": Channels(torch.tensor([[0, 3, 5], [1, 2, 15]])),
 }
 
@@ -36,13 +42,13 @@ def from_scratch(summary: Summary, k: Tensor, start: list[int] | None) -> list[T
             torch.cat([{"mean": p.mean, "max": p.amax, "min": p.amin}[mode](1) for mode in summary.modes], -1)
             for p in pieces
         ]
-        rows.append(torch.stack(pooled, 1))
+        rows.append(torch.stack(pooled[: summary.most], 1))
     return rows
 
 
 def check(kept: Summaries, summary: Summary, k: Tensor, start: list[int] | None) -> None:
     entries = kept.get(summary, Supply(KV(k, k)), start)
-    assert entries.shape[2] == -(-k.shape[2] // (summary.block or 1))
+    assert entries.shape[2] == min(-(-k.shape[2] // (summary.block or 1)), summary.most or k.shape[2])
     for b, want in enumerate(from_scratch(summary, k, start)):
         # labels stand where their keys stand; blocks, those of one key too, are counted from the row's start
         skip = start[b] if start and isinstance(summary, Channels) else 0

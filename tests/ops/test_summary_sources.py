@@ -32,6 +32,7 @@ class Weighed:
     layer: torch.nn.Module
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"hidden_states", "values"})
 
     @property
@@ -52,6 +53,7 @@ class Last:
 
     block: int
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"queries", "keys", "values"})
 
     @property

@@ -219,5 +219,5 @@ def test_what_is_said_of_methods_that_evict() -> None:
     assert {fit.storage for fit in what_fits(one(decode=method), [4096])} == {"device"}
     whole = plan(one(decode=parse_method("snapkv:k=1024")))
     assert whole.kept == whole.memory["kv_cache"] and whole.notes == []
-    with pytest.raises(FarspanError, match="sharded over ranks cannot: give evict=false"):
+    with pytest.raises(FarspanError, match="give one GPU, or evict=false"):
         job(gpus=2, decode=method)

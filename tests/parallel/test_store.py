@@ -45,7 +45,7 @@ def test_crops_and_further_prompts(spec: str, world: World):
     assert_steps(world, (2, 4), cases)
 
 
-@pytest.mark.parametrize("spec", ["core_context:g=4,s=16", "combiner:span=8"])
+@pytest.mark.parametrize("spec", ["core_context:g=4,s=16", "combiner:span=8", "descriptors:chunk=16,pool=4"])
 def test_keys_that_have_summaries_are_dropped(spec: str, world: World):
     """Further prompts and crops as on one device, which drops keys, too; no rank keeps more than its part."""
     calls = (161, 1, 5, -3, 1, 9, -9, 2, 40, -12, 1, 1)
@@ -55,6 +55,23 @@ def test_keys_that_have_summaries_are_dropped(spec: str, world: World):
         [ranks] = zip(*world.run(stepped_over_ranks, 3, [case]), strict=True)
         for rows in zip(*(got["rows"] for got in ranks), strict=True):
             assert sum(rows) <= 20 + 16 + BLOCK
+
+
+@pytest.mark.parametrize("spec", ["snapkv:k=24,window=8,evict=true", "h2o:k=15,evict=true"])
+def test_keys_that_are_evicted(spec: str, world: World):
+    """Further prompts and crops as on one device; the ranks keep equally many of the keys that are left."""
+    crop = () if spec.startswith("h2o") else (1, 1, -2, 1)
+    cases = [
+        Case(spec=spec, calls=(161, 1, 5, 1, *crop, 90, 1, 3, 1)),
+        Case(spec=spec, lengths=(1, 1), calls=(90, 1, 1, 70, 1, 5, 1)),
+    ]
+    assert_steps(world, (2, 3), cases)
+    for i, case in enumerate(cases):
+        want = stepped(case)["rows"]
+        ranks = [done[i]["rows"] for done in world.run(stepped_over_ranks, 2, cases)]
+        for kept, *rows in zip(want, *ranks, strict=True):
+            assert sum(rows) == kept < 40
+            assert max(rows) - min(rows) <= BLOCK
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma2", "mistral"])

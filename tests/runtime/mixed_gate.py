@@ -29,6 +29,7 @@ class Core:
 
     block: int
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset(
         {"keys", "values", "queries", "keys_before_rope", "hidden_states", "positions"}
     )
@@ -59,6 +60,7 @@ class Boundary:
     gate: Gate
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     reads: ClassVar[frozenset[Source]] = frozenset({"hidden_states"})
 
     @property
@@ -79,6 +81,7 @@ class Bias:
 
     block: ClassVar[None] = None
     dtype: ClassVar[None] = None
+    most: ClassVar[None] = None
     key: ClassVar[tuple] = ("bias",)
     reads: ClassVar[frozenset[Source]] = frozenset({"values", "keys_before_rope", "positions"})
 

@@ -29,6 +29,7 @@ BUDGET: dict[str, tuple[int, ...]] = {
     "combiner": (220, 103, 214),
     "core_context": (239, 123, 237),
     "dense": (4, 4, 4),
+    "descriptors": (282, 122, 255),
     "dhsa": (92,),
     "dilated": (61, 40, 39),
     "double_sparsity": (4, 11, 20),

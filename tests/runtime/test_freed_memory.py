@@ -18,7 +18,7 @@ from farspan.attention.errors import FarspanError
 from farspan.runtime.store.store import KVStore
 
 CORES = "core_context:g=4,s=16"
-SPECS = [CORES, "combiner:span=8", "combiner:form=logsparse,span=2,largest=16"]
+SPECS = [CORES, "combiner:span=8", "combiner:form=logsparse,span=2,largest=16", "descriptors:chunk=16,pool=4"]
 HOW: dict[str, Any] = {
     "max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True,
     "return_dict_in_generate": True,
@@ -222,6 +222,7 @@ def test_nothing_is_dropped_while_something_reads_it(model: Any, how: dict[str, 
         ("combiner:span=64", 8192 / 64 + 64, 2 * 64, 0.12),
         ("combiner:form=logsparse,span=64", 2 * 8192 / 64 + 1024 + 5 * 64, 2 * 1024, 0.8),
         ("combiner:form=logsparse,span=1", 2 * 8192 + 1024, 2 * 1024, 3.0),
+        ("descriptors:chunk=256,pool=16", 8192 / 16 + 2 * 256, 0, 0.15),
     ],
 )
 def test_bytes_of_8192_tokens(

@@ -53,7 +53,13 @@ def test_gradient_checkpointing(reentrant):
 
 
 @pytest.mark.parametrize(
-    "spec", ["core_context:g=4,s=16", "combiner:span=8", "combiner:form=logsparse,span=2,largest=16"]
+    "spec",
+    [
+        "core_context:g=4,s=16",
+        "combiner:span=8",
+        "combiner:form=logsparse,span=2,largest=16",
+        "descriptors:chunk=8,pool=4",
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gradients_of_several_calls_on_one_cache_of_summaries(spec, rows):

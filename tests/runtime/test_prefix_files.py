@@ -36,6 +36,7 @@ SPECS = [
     "h2o:k=24",
     "core_context:g=4,s=16",
     "combiner:span=8",
+    "descriptors:chunk=16,pool=4",
     "seer_decode:k=24,block=8",
     "block_topk:k=16,block=8",
     "window:w=12,sinks=2",

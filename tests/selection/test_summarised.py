@@ -26,6 +26,9 @@ KINDS = [
     {"block": 1, "local": 1, "levels": 8},
     {"block": 2, "local": 1, "levels": 3},
     {"block": 3, "local": 7, "levels": 4, "bias": (0.3, 0.1, 1.0, 2.0)},
+    {"block": 2, "local": 1, "levels": 2, "step": 3},
+    {"block": 4, "local": 1, "step": 3, "anchor": 12, "bias": (math.log(4),)},
+    {"block": 2, "local": 5, "step": 4, "anchor": 4},
 ]
 
 
@@ -33,8 +36,10 @@ def made(kind: dict, b: int) -> Summarised:
     generator = torch.Generator().manual_seed(3)
     levels = [torch.randn(2, b, HKV, 180 >> n, D, generator=generator, dtype=torch.float64) for n in range(8)]
     levels = levels[: kind.get("levels", 1)]
-    bias = kind.get("bias", (0.0,) * len(levels))
-    return Summarised(**kind | {"bias": bias, "levels": tuple(KV(*x) for x in levels)})
+    bias, size = kind.get("bias", (0.0,) * len(levels)), kind.get("anchor", 0)
+    first = KV(*torch.randn(2, b, HKV, size, D, generator=generator, dtype=torch.float64))
+    anchor = first if size else None
+    return Summarised(**kind | {"bias": bias, "levels": tuple(KV(*x) for x in levels), "anchor": anchor})
 
 
 def call(tq: int, tk: int, starts: list[int] | None) -> tuple[Tensor, Keys]:
@@ -55,17 +60,21 @@ def naive(q: Tensor, keys: Keys, kind: Summarised) -> tuple[Partial, int]:
             i = keys.past + t - first  # its position in the row
             if i < 0:
                 continue
-            behind = max(0, math.floor((i + 1 - kind.local) / kind.block))
-            top, at, chosen = len(kind.levels) - 1, 0, []
+            behind = max(0, math.floor((i + 1 - kind.local) / (kind.block * kind.step))) * kind.step
+            anchor = kind.anchor if behind else None
+            size = 0 if anchor is None else anchor.length
+            top, at, chosen = len(kind.levels) - 1, size // kind.block, []
             for level in range(top, -1, -1):  # spans from the oldest on, as large as fit
                 while behind - at >= 2**level:
                     chosen.append((level, at // 2**level))
                     at += 2**level
             own = range(kind.block * behind, i + 1)
-            pairs += H * (len(own) + len(chosen))
+            pairs += H * (len(own) + len(chosen) + size)
             for h in range(H):
                 g = h * HKV // H
                 x = [(keys.kv.k[b, g, first + j], keys.kv.v[b, g, first + j], 0.0) for j in own]
+                if anchor is not None:
+                    x += [(anchor.k[b, g, j], anchor.v[b, g, j], 0.0) for j in range(size)]
                 for level, j in chosen:
                     kv = kind.levels[level]
                     x.append((kv.k[b, g, j], kv.v[b, g, j], kind.bias[level]))
@@ -152,7 +161,7 @@ def test_keys_before_the_block_may_be_gone(kind: dict, tq: int, tk: int, starts:
     q, keys = call(tq, tk, starts)
     selection = made(kind, q.shape[0])
     want, pairs = naive(q, keys, selection)
-    dropped = max(0, tk - tq + 1 - selection.local - selection.block)
+    dropped = max(0, tk - tq + 1 - selection.local - selection.block * selection.step)
     less = replace(keys, kv=keys.kv[:, :, dropped:], dropped=dropped)
     for run in ("run_decode", "run_prefill") if starts is None else ("run_decode",):
         if run == "run_decode":
@@ -168,7 +177,7 @@ def test_gradients(kind: dict) -> None:
     """Of queries, keys, values and summaries, against autograd through the loop."""
     q, keys = call(40, 40, None)
     selection = made(kind, 1)
-    tensors = [q, *keys.kv.stored, *(x for level in selection.levels for x in level.stored)]
+    tensors = [q, *keys.kv.stored, *(x for kv in selection._read_besides for x in kv.stored)]
     weights = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=q.dtype)
     gradients = []
     for run in (
@@ -202,7 +211,7 @@ def test_no_number_is_read_back_from_the_device(kind: dict) -> None:
     q, keys = call(150, 177, None)
     selection = made(kind, 1)
     with Reads() as reads:
-        selection._rest(keys, range(27, 177), q, keys.kv, selection.levels)
+        selection._rest(keys, range(27, 177), q, keys.kv)
     assert reads.count == 0
 
 
