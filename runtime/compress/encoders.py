@@ -62,54 +62,49 @@ class Encoder(nn.Module):
 
 
 class Recurrent(Encoder):
-    """A recurrent mixer reads the text and a learned end token; the output at that token, which reads the
-    last state, is the text's vector (Mamba Retriever, arXiv 2408.08066).
+    """A recurrent mixer reads the text and then a learned end token. Its output at this token, which reads
+    the last state, makes the text's vector (Mamba Retriever, arXiv 2408.08066), beside the mean of the
+    tokens, with which training begins.
 
     mixer: the spec of a recurrent mixer, such as mamba2 or gated_delta; in parentheses if it has parameters.
-    layers: how many of them, each behind a norm and beside a residual.
     """
 
     name: ClassVar[str] = "retriever"
 
-    def __init__(
-        self, hidden_size: int, *, mixer: str = "mamba2", width: int = 128, layers: int = 1
-    ) -> None:
-        super().__init__(hidden_size, width, mixer=mixer, layers=layers)
+    def __init__(self, hidden_size: int, *, mixer: str = "mamba2", width: int = 128) -> None:
+        super().__init__(hidden_size, width, mixer=mixer)
         shape = Geometry(
             hidden_size=width, num_heads=_HEADS, num_kv_heads=_HEADS, head_dim=width // _HEADS
         )
         self.end = nn.Parameter(torch.randn(width) / width**0.5)
-        self.mixers = nn.ModuleList(parse_mixer(_bare(mixer), shape) for _ in range(layers))
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(layers + 1))
+        self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.mixer = parse_mixer(_bare(mixer), shape)
+        self.share = nn.Parameter(torch.zeros(width))  # of the mixer
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         count = mask.sum(1)
         rows = torch.arange(len(hidden), device=hidden.device)
-        hidden = pad(hidden.masked_fill(~mask[..., None], 0), (0, 0, 0, 1))
-        at_end = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        at_end[rows, count] = True
-        hidden = torch.where(at_end[..., None], self.end.to(hidden.dtype), hidden)
-        real = pad(mask, (0, 1)) | at_end
-        read = hidden
-        for mixer, norm in zip(self.mixers, self.norms, strict=False):
-            hidden = hidden + read
-            read = mixer(norm(hidden), None, real)[0]
-        return self.norms[-1](read[rows, count])
+        hidden = hidden.masked_fill(~mask[..., None], 0)
+        mean = hidden.sum(1) / count[:, None]
+        real = pad(mask, (0, 1))
+        real[rows, count] = True
+        at_end = real & ~pad(mask, (0, 1))
+        hidden = torch.where(at_end[..., None], self.end.to(hidden.dtype), pad(hidden, (0, 0, 0, 1)))
+        read = self.mixer(self.before(hidden), None, real)[0][rows, count]
+        return self.after(mean + self.share * read)
 
 
 class Hierarchical(Encoder):
     """Blocks of ``block`` tokens become vectors, and an encoder over these makes the vector of the text
-    (SMITH, arXiv 2004.12297). In both, an encoder mixer reads the sequence, and a learned query pools it by
-    attention.
+    (SMITH, arXiv 2004.12297). In both, an encoder mixer reads the sequence, and the attention of a learned
+    query pools it; training begins with the mean.
 
     mixer: the spec of an encoder mixer; in parentheses if it has parameters.
     """
 
     name: ClassVar[str] = "hierarchical"
 
-    def __init__(
-        self, hidden_size: int, *, mixer: str = "hydra", width: int = 128, block: int = 32
-    ) -> None:
+    def __init__(self, hidden_size: int, *, mixer: str = "hydra", width: int = 128, block: int = 32) -> None:
         super().__init__(hidden_size, width, mixer=mixer, block=block)
         self.block = block
         self.of_block, self.of_text = (_Pooled(_bare(mixer), width) for _ in range(2))
@@ -129,15 +124,17 @@ class _Pooled(nn.Module):
 
     def __init__(self, mixer: str, width: int) -> None:
         super().__init__()
-        self.norm, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
         self.mixer = parse_encoder_mixer(mixer, width)
-        self.query = nn.Linear(width, 1, bias=False)
+        self.share = nn.Parameter(torch.zeros(width))  # of the mixer
+        self.query = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """hidden [B, T, width], of which mask [B, T] is True at what is there -> [B, width]."""
-        hidden = self.after(hidden + self.mixer(self.norm(hidden), mask))
-        share = self.query(hidden).float().masked_fill(~mask[..., None], -torch.inf).softmax(1)
-        return (hidden * share.masked_fill(~mask[..., None], 0)).sum(1)
+        hidden = hidden + self.share * self.mixer(self.before(hidden), mask)
+        logits = (self.after(hidden) @ self.query).float().masked_fill(~mask, -torch.inf)
+        weights = logits.softmax(1).to(hidden.dtype)[..., None]
+        return (hidden.masked_fill(~mask[..., None], 0) * weights).sum(1)
 
 
 ENCODERS: dict[str, type[Encoder]] = {one.name: one for one in (Recurrent, Hierarchical)}
