@@ -66,8 +66,8 @@ def check_whole(specs: Sequence[str]) -> None:
     for spec in specs:
         if split(spec)[0] is not None:
             raise FarspanError(
-                f"The method {spec!r} shortens prompts by their question, which this evaluation has not: leave "
-                f"{NAME} out; ruler, needle, retrieval and turns take it."
+                f"The method {spec!r} shortens prompts by their question, which this evaluation has "
+                f"not: leave {NAME} out; ruler, needle, retrieval and turns take it."
             )
 
 
@@ -89,8 +89,9 @@ def with_shorter_prompts(evaluate: Callable[..., Any], shorten: Shorten) -> Call
                 made = [shorten(item, shorter) for item in items]
             of_row = {key: facts.get(item.keys[0]) for item in items for key in item.keys}
             for method, rows in evaluate(setup, job, made, list(methods)):
+                whole = [_of_whole(row, of_row[row["key"]], row["key"] in facts) for row in rows]
                 for spec in methods[method]:
-                    yield spec, [_of_whole(row, of_row[row["key"]], spec, row["key"] in facts) for row in rows]
+                    yield spec, [{**row, "method": spec} for row in whole]
 
     return run
 
@@ -119,13 +120,11 @@ def _shortened(
     return replace(sample, context=prompt[:asked], question=prompt[asked:])
 
 
-def _of_whole(
-    row: Mapping[str, Any], made: Mapping[str, Any] | None, spec: str, first: bool
-) -> dict[str, Any]:
+def _of_whole(row: Mapping[str, Any], made: Mapping[str, Any] | None, first: bool) -> dict[str, Any]:
     """A row of a shorter prompt with its costs beside those of the whole prompt. first: whether the seconds
     of the scorer belong to it."""
     if made is None:
-        return {**row, "method": spec}
+        return dict(row)
     share = row["prompt_tokens"] / (row["prompt_tokens"] + made["tokens_before"] - made["tokens_after"])
     # a prefill reads pairs, of which a prompt half as long has a quarter
     shares = {"prefill": share**2, "decode": share}
@@ -134,7 +133,6 @@ def _of_whole(
         seconds = {**seconds, "prefill": seconds["prefill"] + made["seconds"]}
     return {
         **row,
-        "method": spec,
         "density": {phase: _times(row["density"][phase], shares[phase]) for phase in shares},
         "layers": {phase: _times(row["layers"][phase], shares[phase]) for phase in shares},
         "kv_read": row["kv_read"] * share,

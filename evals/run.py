@@ -131,8 +131,8 @@ def drive(
     `setup.config` and `settings` say how the items were made (suite, seed, lengths, tasks, haystack, ...):
     they are written first, and compared with the folder's when a run is resumed. batch_size: rows per batch,
     or "auto" for as many as the free memory holds. end: makes the summary of the folder; by default `finish`,
-    with tables and pictures. shorten: how an item gets a shorter prompt, for methods such as "compress:keep=0.3
-    + quest" (see compressed.py); without it they are refused.
+    with tables and pictures. shorten: how an item gets a shorter prompt, for methods such as
+    "compress:keep=0.3 + quest" (see compressed.py); without it they are refused.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.

@@ -81,7 +81,7 @@ def train(
     if tune not in LEARNING_RATES:
         raise FarspanError(f"tune is 'lora' or 'attention', or left out for gates; got {tune!r}.")
     if isinstance(learns, str) and tune is not None:
-        raise FarspanError(f"tune={tune!r} is for attention methods, and {learns} is an encoder: leave it out.")
+        raise FarspanError(f"tune={tune!r} is for methods of attention, not for {learns}: leave it out.")
     blends = isinstance(learns, AttentionMethod) and learns.blends
     usual = LEARNING_RATE if tune is None and blends else LEARNING_RATES[tune]
     schedule = Schedule(

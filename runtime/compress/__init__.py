@@ -1,4 +1,4 @@
-"""Prompts made shorter: passages are scored for a question, and the best ones are kept whole, in their order."""
+"""Prompts made shorter: passages are scored for a question, and the best ones stay, whole and in order."""
 
 from .prompt import ATTENTION as ATTENTION
 from .prompt import KEEP as KEEP

@@ -67,8 +67,8 @@ class AttentionScorer:
         if max(sizes) > room:
             raise FarspanError(
                 f"A passage of {max(sizes)} tokens, the head of the prompt ({len(opening)}) and the query "
-                f"({len(asked)}) do not fit into a piece of {self._piece}: give a longer piece, which may not "
-                "pass the model's positions, or a shorter query."
+                f"({len(asked)}) do not fit into a piece of {self._piece}: give a longer piece (up to "
+                "the model's positions), or a shorter query."
             )
         scores: list[float] = []
         read = 0

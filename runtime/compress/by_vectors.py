@@ -35,9 +35,7 @@ class VectorScorer:
     def __call__(self, opening: Ids, passages: Sequence[Ids], query: Ids) -> Scored:
         """See ``Scorer``. The opening is not read."""
         [asked] = self._vectors([query])
-        parts = [
-            self._vectors(passages[a : a + _ROWS]) @ asked for a in range(0, len(passages), _ROWS)
-        ]
+        parts = [self._vectors(passages[a : a + _ROWS]) @ asked for a in range(0, len(passages), _ROWS)]
         return Scored(torch.cat(parts).tolist(), sum(map(len, passages)) + len(query))
 
     def _vectors(self, texts: Sequence[Ids]) -> Tensor:

@@ -73,9 +73,7 @@ class Recurrent(Encoder):
 
     def __init__(self, hidden_size: int, *, mixer: str = "mamba2", width: int = 128) -> None:
         super().__init__(hidden_size, width, mixer=mixer)
-        shape = Geometry(
-            hidden_size=width, num_heads=_HEADS, num_kv_heads=_HEADS, head_dim=width // _HEADS
-        )
+        shape = Geometry(hidden_size=width, num_heads=_HEADS, num_kv_heads=_HEADS, head_dim=width // _HEADS)
         self.end = nn.Parameter(torch.randn(width) / width**0.5)
         self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
         self.mixer = parse_mixer(_bare(mixer), shape)

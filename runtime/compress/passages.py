@@ -1,4 +1,4 @@
-"""Cut a text into passages: paragraphs, and where these are long, sentences, lines or words packed together."""
+"""Cut a text into passages: paragraphs, and parts of long ones packed together."""
 
 from __future__ import annotations
 
