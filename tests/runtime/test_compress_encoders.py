@@ -46,15 +46,15 @@ class OfCharacters:
 
 
 def toy_text(windows: int, size: int = 512) -> str:
-    """Text whose passages of 64 tokens have three letters of their own each, in two of five places. In the
-    others stand runs of a few letters that all passages have: the mean of a span is that of its runs."""
+    """Text whose passages of 64 tokens have three letters of their own each, in half of their places. In the
+    others stand runs of a few letters that all passages have, so that the mean of a span misleads."""
     made = torch.Generator().manual_seed(2)
     draw = lambda high, count: torch.randint(high, (count,), generator=made)  # noqa: E731
     parts = []
     for _ in range(windows * size // PASSAGE):
         own = (70 + torch.randperm(40, generator=made)[:3])[draw(3, PASSAGE)]
         runs = (40 + draw(6, PASSAGE // 8)).repeat_interleave(8)
-        parts.append("".join(map(chr, torch.where(draw(5, PASSAGE) < 2, own, runs).tolist())))
+        parts.append("".join(map(chr, torch.where(draw(2, PASSAGE) < 1, own, runs).tolist())))
     return "".join(parts)
 
 
@@ -82,13 +82,11 @@ def test_padding_changes_no_vector(spec: str) -> None:
 def test_training_finds_the_passage_and_a_recipe_keeps_the_encoder(name: str, tmp_path: Path) -> None:
     model, tokenizer = make("llama"), OfCharacters()
     before = snapshot(model)
-    made = farspan.train(
-        model, tokenizer, SMALL[name], toy_text(20), out=tmp_path, steps=40, window=512, held_out=6, lr=1e-2
-    )
+    how: dict[str, Any] = {"steps": 100, "window": 512, "held_out": 6, "lr": 3e-3}
+    made = farspan.train(model, tokenizer, SMALL[name], toy_text(30), out=tmp_path, **how)
     assert snapshot(model) == before
     first, last = made.settings["held_out"]
-    print(made.settings["held_out"])
-    assert first["top1_out"] < 0.8 and last["top1_out"] > 0.9 and last["top1_in"] > 0.9
+    assert first["top1_out"] < 0.7 and last["top1_out"] > 0.9 and last["top1_in"] > 0.9
     saved = Recipe.load(tmp_path)
     assert saved.digest == made.digest and saved.method == name
     texts = [[5 + i, 9 + 2 * i, 30] * (3 + i) for i in range(5)]
