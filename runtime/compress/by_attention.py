@@ -80,7 +80,7 @@ class AttentionScorer:
                 read += len(ids)
                 shares = received(ids, len(query))[len(opening) : len(opening) + len(inside)]
                 numbers = torch.arange(len(some)).repeat_interleave(some)
-                scores += (chunk_sums(shares, numbers, len(some)) / some / len(query)).tolist()
+                scores += (chunk_sums(shares, numbers, len(some)) / some.clamp(min=1) / len(query)).tolist()
         return Scored(scores, read)
 
     @contextmanager
