@@ -85,7 +85,7 @@ def test_bad_commands(
         ["--text", str(tmp_path / "prose.txt"), "--out", str(tmp_path / "out")] if words[0] == "eval" else []
     )
     code, _, error = farspan_command(*words, "--model", str(tiny_folder), *more)
-    assert code == 1 and sentence in " ".join(error.split()) and "Traceback" not in error
+    assert code == 2 and sentence in " ".join(error.split()) and "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 
