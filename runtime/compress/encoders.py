@@ -148,7 +148,7 @@ def parse_encoder(spec: str, hidden_size: int) -> Encoder:
     an unknown name, parameter or mixer, and for a value that it cannot take."""
     name, text = split_spec(spec)
     cls = find("encoder", name, ENCODERS)
-    return cls(hidden_size, **values_of(name, text, cls))  # type: ignore[call-arg]
+    return cls(hidden_size, **values_of(name, text, cls))
 
 
 def _bare(mixer: str) -> str:
