@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evals.api import evaluate
     from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
+    from .runtime.compress import compress
     from .runtime.convert import convert
     from .runtime.models import load
     from .runtime.patch import patch
@@ -47,6 +48,7 @@ _HOMES = {
     "patch": ".runtime.patch",
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",
+    "compress": ".runtime.compress",
     "convert": ".runtime.convert",
     "load": ".runtime.models",
     "load_cache": ".runtime.saved",
@@ -65,6 +67,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "calibrate",
+    "compress",
     "convert",
     "evaluate",
     "load",

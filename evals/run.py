@@ -34,6 +34,7 @@ from ..attention.attend import DECODE_ROWS
 from ..attention.errors import FarspanError
 from . import batch as forward
 from . import report
+from .compressed import Shorten, check_scorers, with_shorter_prompts
 from .memory import batch_rows
 from .ranks import Job, interrupted
 from .results import ROW, Replica, Results, open_results, record
@@ -110,7 +111,9 @@ def run(
 
     For the rest see `drive`.
     """
-    return drive(setup, samples, partial(evaluate, score=score), batch_size=batch_size, end=end)
+    evaluated = partial(evaluate, score=score)
+    shorten = lambda sample, shorter: shorter(sample)  # noqa: E731
+    return drive(setup, samples, evaluated, batch_size=batch_size, end=end, shorten=shorten)
 
 
 def drive(
@@ -121,13 +124,15 @@ def drive(
     settings: Mapping[str, Any] | None = None,
     batch_size: int | str = "auto",
     end: Callable[[Results], Summary] | None = None,
+    shorten: Shorten | None = None,
 ) -> Summary:
     """Evaluate every method of the setup on all items into its folder; what is there is not done again.
 
     `setup.config` and `settings` say how the items were made (suite, seed, lengths, tasks, haystack, ...):
     they are written first, and compared with the folder's when a run is resumed. batch_size: rows per batch,
     or "auto" for as many as the free memory holds. end: makes the summary of the folder; by default `finish`,
-    with tables and pictures.
+    with tables and pictures. shorten: how an item gets a shorter prompt, for methods such as
+    "compress:keep=0.3 + quest" (see compressed.py); without it they are refused.
     Raises FarspanError for a method that cannot serve the model (before anything is computed) and
     ResultsError for a folder that cannot be used. On Ctrl-C the summary of what is finished is written, then
     KeyboardInterrupt goes on.
@@ -135,7 +140,10 @@ def drive(
     check_batch_size(batch_size)
     model, end = setup.model, end or finish
     with Job(model, setup.parallel, setup.storage) as job:
-        specs = check_methods(model, setup.methods, setup.recipe, job)
+        specs = check_methods(model, setup.methods, setup.recipe, job, shortens=shorten is not None)
+        if shorten is not None:
+            check_scorers(model, setup.tokenizer, specs)
+            evaluate = with_shorter_prompts(evaluate, shorten)
         common = common_settings(model, setup.tokenizer, setup.name, specs, setup.recipe, setup.storage)
         asked = {**setup.config, **common, **(settings or {})}
         session = {"batch_size": batch_size, "device": str(model.device), **forward.set_aside(model)}

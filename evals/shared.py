@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..runtime.bind import takes, trained_under
+from ..runtime.compress import ATTENTION
 from ..runtime.patch import patch
 from ..runtime.report import Report
 from ..runtime.specs import resolve
 from ..runtime.store.storage import DEVICE, parse_storage
 from . import batch as forward
+from .compressed import check_whole, method_of, split
 from .identity import identify
 from .ranks import Job
 
@@ -120,13 +122,18 @@ def start(model: Any, batch: forward.Batch, patched: Any | None, job: Job) -> St
     return Started(cache=cache, seconds=clock.seconds, summary=summary)
 
 
-def check_methods(model: Any, methods: Sequence[str], recipe: str | Path | None, job: Job) -> list[str]:
-    """The specs without repeats. Each is tried on the model, so that bad input raises here."""
+def check_methods(
+    model: Any, methods: Sequence[str], recipe: str | Path | None, job: Job, *, shortens: bool = False
+) -> list[str]:
+    """The specs without repeats. Each is tried on the model, so that bad input raises here. shortens: whether
+    a spec may ask for shorter prompts."""
     specs = list(dict.fromkeys(" ".join(spec.split()) for spec in methods))
     if not specs:
         raise FarspanError("no method was given; name at least one, such as dense.")
-    for spec in specs:
-        with patched_with(model, spec, recipe, job):
+    if not shortens:
+        check_whole(specs)
+    for method in dict.fromkeys(map(method_of, specs)):
+        with patched_with(model, method, recipe, job):
             pass
     return specs
 
@@ -166,7 +173,10 @@ def recipes(specs: Sequence[str], recipe: str | Path | None) -> dict[str, str]:
     """
     found = {}
     for spec in specs:
-        paths = dict.fromkeys(path for method in resolve(spec) for path in _learned_from(method, recipe))
+        compression, own = split(spec)
+        learned = (path for method in resolve(own) for path in _learned_from(method, recipe))
+        scorer = [compression.scorer] if compression is not None and compression.scorer != ATTENTION else []
+        paths = dict.fromkeys((*scorer, *learned))
         if paths:
             found[spec] = " + ".join(_digest(Path(path)) for path in paths)
     return found

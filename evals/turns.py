@@ -130,7 +130,12 @@ class Turns(Task):
         end: Callable[[Results], Summary] | None = None,
     ) -> Summary:
         """Evaluate every method of the setup on conversations, one at a time whatever `batch_size` says."""
-        return drive(setup, items, _evaluate, batch_size=1, end=end)
+        return drive(setup, items, _evaluate, batch_size=1, end=end, shorten=_shorten)
+
+
+def _shorten(talk: Conversation, shorter: Callable[[Sample], Sample]) -> Conversation:
+    """The conversation with a shorter first turn, by what the first question needs."""
+    return replace(talk, turns=(shorter(talk.turns[0]), *talk.turns[1:]))
 
 
 def _filled(filling: Filling, tokenizer: Any, draft: _Draft) -> Conversation:

@@ -12,9 +12,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.calibration.protocol import GradientCalibration
-from ..attention.kv import KV
-from ..attention.ops.flash import flash
-from ..attention.partial import add_sinks
 from ..attention.softmax import Softmax
 from . import hf
 
@@ -62,13 +59,6 @@ def _attend(
     gradient."""
     with torch.no_grad():
         layer.observe(q.detach(), k.detach(), v.detach(), softmax)
-    out: Tensor = checkpoint(_dense, q, k, v, softmax, use_reentrant=False)
+    out: Tensor = checkpoint(hf.attend_densely, q, k, v, softmax, use_reentrant=False)
     out.register_hook(layer.observe_grad)
     return out.transpose(1, 2).contiguous()
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
-    part = flash(q, KV(k, v), softmax, window=softmax.window)
-    if softmax.sinks is not None:
-        part = add_sinks(part, softmax.sinks)
-    return part.out.to(q.dtype)

@@ -14,8 +14,10 @@ from ..attention.errors import FarspanError
 from ..attention.method import AttentionMethod
 from ..attention.spec import parse_method
 from . import hf
+from .compress.encoders import names_encoder
 from .recipe import Recipe
 from .training.blended import LEARNING_RATE, Blended
+from .training.contrastive import Contrastive
 from .training.distilled import Distilled
 from .training.loop import Schedule, Step, run
 from .training.objective import Objective
@@ -57,6 +59,9 @@ def train(
     adapters on the attention's projections while the method runs, tune="attention" the projections
     themselves; ``tuning`` are the options of ``Tuned`` (rank, loss).
 
+    The method "retriever" or "hierarchical" is no attention: it trains the encoder of that name, for
+    ``compress(scorer=out)``, see ``Contrastive``.
+
     steps: of the optimizer, each on ``batch`` windows of ``window`` tokens. windows: how many windows of
     the text are used, at most; steps beyond them use them again. The model then reads each once, for a
     method that can keep what it has observed (``observes``), which makes many steps cheap. keep: bytes of
@@ -72,10 +77,13 @@ def train(
     written or that holds another training, and for a loss that is not finite; the last checkpoint is kept
     then.
     """
-    learns = parse_method(method)
+    learns = method if isinstance(method, str) and names_encoder(method) else parse_method(method)
     if tune not in LEARNING_RATES:
         raise FarspanError(f"tune is 'lora' or 'attention', or left out for gates; got {tune!r}.")
-    usual = LEARNING_RATE if tune is None and learns.blends else LEARNING_RATES[tune]
+    if isinstance(learns, str) and tune is not None:
+        raise FarspanError(f"tune={tune!r} is for methods of attention, not for {learns}: leave it out.")
+    blends = isinstance(learns, AttentionMethod) and learns.blends
+    usual = LEARNING_RATE if tune is None and blends else LEARNING_RATES[tune]
     schedule = Schedule(
         steps=steps,
         batch=batch,
@@ -87,7 +95,7 @@ def train(
     )
     if tune is None and tuning:
         raise FarspanError(f"{', '.join(tuning)} belongs to tune='lora' or 'attention': leave it out.")
-    if tune is None and not learns.trains:
+    if tune is None and isinstance(learns, AttentionMethod) and not learns.trains:
         raise FarspanError(
             f"{learns.name} has no gate that learns by distillation: give tune='lora' to train adapters "
             "under it, or a method that has one (farspan methods lists them)."
@@ -101,7 +109,7 @@ def train(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             objective = _objective(model, tokenizer, learns, begin, tune, tuning)
-        if isinstance(objective, Distilled):
+        if isinstance(objective, Distilled) and isinstance(learns, AttentionMethod):
             objective.keep = keep if learns.observes and steps * batch > len(cut.train) else 0
         try:
             settings = {
@@ -124,11 +132,13 @@ def train(
 def _objective(
     model: Any,
     tokenizer: Any,
-    method: AttentionMethod,
+    method: AttentionMethod | str,
     start: Recipe | None,
     tune: str | None,
     tuning: dict[str, Any],
 ) -> Objective:
+    if isinstance(method, str):
+        return Contrastive(model, tokenizer, method, start)
     if tune is None and method.blends:
         return Blended(model, tokenizer, method, start)
     if tune is None:

@@ -6,6 +6,8 @@ import inspect
 import typing
 from collections.abc import Callable
 
+from torch import nn
+
 from ..errors import SpecError
 from ..spec import find, parse_parameters, split_spec
 from . import encoder
@@ -27,7 +29,7 @@ def encoder_mixers() -> dict[str, type[EncoderMixer]]:
     return encoder.registered()
 
 
-def parameters_of(cls: type[Mixer] | type[EncoderMixer]) -> dict[str, inspect.Parameter]:
+def parameters_of(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     """The parameters that a spec may give, by name: the keyword-only ones of ``__init__``."""
     found = inspect.signature(cls.__init__).parameters
     return {key: one for key, one in found.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -46,7 +48,7 @@ def parse_mixer(spec: str, geometry: Geometry) -> Mixer:
             f"{', '.join(mixers())}, or put it into an encoder with farspan.runtime.hf.put_encoder_mixers."
         )
     cls = find("mixer", name, mixers())
-    mixer = _made(spec, _values(name, text, cls), lambda **values: cls(geometry, **values))
+    mixer = _made(spec, values_of(name, text, cls), lambda **values: cls(geometry, **values))
     if mixer.state_bytes > _MOST:
         raise SpecError(
             f"{spec!r} keeps {mixer.state_bytes:,} bytes of each sequence, more than the {_MOST:,} that "
@@ -59,7 +61,7 @@ def parse_encoder_mixer(spec: str, hidden_size: int) -> EncoderMixer:
     """An encoder mixer with fresh weights from its spec. Raises SpecError as ``parse_mixer`` does."""
     name, text = _split(spec)
     cls = find("encoder mixer", name, encoder_mixers())
-    return _made(spec, _values(name, text, cls), lambda **values: cls(hidden_size, **values))
+    return _made(spec, values_of(name, text, cls), lambda **values: cls(hidden_size, **values))
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -68,7 +70,9 @@ def _split(spec: str) -> tuple[str, str]:
     return split_spec(spec)
 
 
-def _values(name: str, text: str, cls: type[Mixer] | type[EncoderMixer]) -> dict[str, typing.Any]:
+def values_of(name: str, text: str, cls: type[nn.Module]) -> dict[str, typing.Any]:
+    """The values of ``"par=value,par=value"`` for a class whose parameters are ``parameters_of``. Raises
+    SpecError for an unknown parameter and for a value of another type."""
     takes = {key: parameter.default for key, parameter in parameters_of(cls).items()}
     return parse_parameters(name, text, takes, typing.get_type_hints(cls.__init__))
 

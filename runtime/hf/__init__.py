@@ -49,7 +49,9 @@ from .models import inspect_model as inspect_model
 from .models import is_patched as is_patched
 from .models import join_ranks as join_ranks
 from .models import place_beside as place_beside
+from .observe import attend_densely as attend_densely
 from .observe import observe as observe
+from .observe import over_ranks as over_ranks
 from .observe import replace_attention as replace_attention
 from .projections import attention_weights as attention_weights
 from .projections import geometry_of as geometry_of

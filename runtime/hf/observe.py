@@ -8,11 +8,19 @@ from torch import Tensor, nn
 
 from ...attention.kv import KV
 from ...attention.needs import Needs
+from ...attention.ops.flash import flash
+from ...attention.partial import add_sinks
 from ...attention.softmax import Softmax
 from ..layer import Layer
 from .inputs import feed_inputs
 from .interface import ATTRIBUTE
 from .models import ModelInfo
+
+
+def over_ranks(info: ModelInfo) -> bool:
+    """Whether the model is patched over ranks."""
+    layers = [getattr(module, ATTRIBUTE, None) for module in info.attention.values()]
+    return any(isinstance(layer, Layer) and layer.session.mesh is not None for layer in layers)
 
 
 def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Callable[[], None]:
@@ -21,6 +29,14 @@ def replace_attention(module: nn.Module, attend: Callable[..., Tensor]) -> Calla
     layer = getattr(module, ATTRIBUTE)
     setattr(module, ATTRIBUTE, attend)
     return lambda: setattr(module, ATTRIBUTE, layer)
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+    """The layer's own dense attention [B, H, T, D] of a call without cache and padding, in the dtype of q."""
+    part = flash(q, KV(k, v), softmax, window=softmax.window)
+    if softmax.sinks is not None:
+        part = add_sinks(part, softmax.sinks)
+    return part.out.to(q.dtype)
 
 
 def observe(info: ModelInfo, index: int, needs: Needs, observer: Callable[..., None]) -> Callable[[], None]:
