@@ -104,11 +104,12 @@ Tasks = Ruler | Needle | Retrieval | Turns | Fidelity | Perplexity | Speed
 def _measure(given: Tasks, name: str) -> None:
     """Run a suite of `evals/suites.py`."""
     from ..evals import report
+    from ..evals.suites import SUITES
     from ..evals.task import settings
     from ..runtime.models import check_length
 
     ranks = given.on.spread()
-    specs = options.split_methods(given.methods)
+    specs = options.split_methods(given.methods, shortens=SUITES[name].shortens)
     rows = options.batch_size(str(getattr(given, "batch_size", 1)))
     suite = _suite(given, name)
     model, tokenizer = given.on.load(given.model, given.rope, ranks)

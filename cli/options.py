@@ -301,12 +301,13 @@ def split_list(values: list[str]) -> list[str]:
     return [item for value in values for item in re.split(r"[,\s]+", value) if item]
 
 
-def split_methods(values: list[str]) -> list[str]:
+def split_methods(values: list[str], *, shortens: bool = False) -> list[str]:
     """The method specs of a repeated option. One value may hold several, separated by ";": specs have commas.
 
+    shortens: whether a spec may ask for shorter prompts ("compress:keep=0.3 + quest").
     Raises FarspanError where there is none, where one cannot be read, and for two with a comma between them.
     """
-    from ..evals.compressed import method_of
+    from ..evals.compressed import check_whole, method_of
 
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
@@ -318,6 +319,8 @@ def split_methods(values: list[str]) -> list[str]:
             raise FarspanError(
                 f'--methods separates methods by ";": write "{"; ".join(parts)}"; got {spec!r}.'
             )
+        if not shortens:
+            check_whole([spec])
         _resolve(method_of(spec))
     return specs
 
@@ -328,6 +331,9 @@ def one_method(spec: str) -> str:
         raise FarspanError(
             f'--method takes one method, or "A + B" for A in prefill and B in decode; got {spec!r}.'
         )
+    from ..evals.compressed import check_whole
+
+    check_whole([spec])
     _resolve(spec)
     return spec
 

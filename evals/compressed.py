@@ -62,12 +62,12 @@ def check_scorers(model: Any, tokenizer: Any, specs: Sequence[str]) -> None:
 
 
 def check_whole(specs: Sequence[str]) -> None:
-    """Raises FarspanError for a row with shorter prompts, in an evaluation that has none."""
+    """Raises FarspanError for a spec with shorter prompts, where none are made."""
     for spec in specs:
         if split(spec)[0] is not None:
             raise FarspanError(
-                f"The method {spec!r} shortens prompts by their question, which this evaluation has "
-                f"not: leave {NAME} out; ruler, needle, retrieval and turns take it."
+                f"{spec!r} shortens prompts, which only rows of the evaluations ruler, needle, retrieval and "
+                f"turns can: leave {NAME} out. farspan generate has the option --compress for it."
             )
 
 

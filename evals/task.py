@@ -72,6 +72,8 @@ class Suite(ABC):
     """The name of the suite, in rows, keys and files."""
     SHAPE: ClassVar[Shape] = ANSWER
     """The shape of its rows."""
+    shortens: ClassVar[bool] = False
+    """Whether its methods may shorten prompts (see compressed.py)."""
 
     @property
     @abstractmethod
@@ -135,6 +137,7 @@ class Task(Suite):
 
     TASKS: ClassVar[tuple[str, ...]] = ()
     """The names that `tasks` may have; empty: one task that is called like the suite."""
+    shortens: ClassVar[bool] = True
 
     lengths: Sequence[int]
     tasks: Sequence[str] = ()

@@ -74,16 +74,16 @@ class Contrastive:
     @torch.no_grad()
     def evaluate(self, ids: Tensor) -> dict[str, float]:
         self._encoder.eval()
-        found = {}
+        found, losses = {}, []
         for out, name in ((False, "top1_in"), (True, "top1_out")):
             generator = torch.Generator().manual_seed(_SEED)
             passages, queries = _drawn(_passages(ids), generator, out)
             own = torch.arange(len(passages))
             cosines = self._cosines(queries, passages).cpu()
             found[name] = (cosines.argmax(1) == own).double().mean().item()
-            found["loss"] = cross_entropy(cosines / _TEMPERATURE, own).item() / 2 + found.get("loss", 0.0)
+            losses.append(cross_entropy(cosines / _TEMPERATURE, own).item())
         self._encoder.train()
-        return found
+        return {**found, "loss": sum(losses) / len(losses)}
 
     def _cosines(self, queries: Tensor, passages: Tensor) -> Tensor:
         """[N, N] of queries [N, Q] and passages [N, P]."""

@@ -64,8 +64,9 @@ def test_a_row_says_what_the_shorter_prompt_cost(
     [
         (
             ["eval", "ppl", "--methods", KEPT],
-            "leave compress out; ruler, needle, retrieval and turns take it",
+            "only rows of the evaluations ruler, needle, retrieval and turns can",
         ),
+        (["generate", "--prompt", "A?", "--method", KEPT], "farspan generate has the option --compress"),
         (["eval", "needle", "--methods", "compress:keep=0"], "above 0 and at most 1; got 0"),
         (["eval", "needle", "--methods", "compress + qest"], "did you mean 'quest'"),
         (
