@@ -18,8 +18,8 @@ def keys_needed(
     prefill: AttentionMethod, decode: AttentionMethod, from_keys: Iterable[float] = ()
 ) -> int | None:
     """How many of the last keys a query of either phase needs, also while a row has fewer keys than the
-    crossovers ``from_keys``; None: all. Methods with different summaries need all: each one makes its own when
-    it is called, and then reads the keys of calls that the other one has served."""
+    crossovers ``from_keys``; None: all. Methods with different summaries need all, since a summary is made
+    when its own method is called, and of the calls before that too."""
     needed = [prefill.keys_needed, decode.keys_needed, *from_keys]
     finite = [int(count) for count in needed if count is not None and count < math.inf]
     if len(finite) < len(needed):
