@@ -18,10 +18,14 @@ def keys_needed(
     prefill: AttentionMethod, decode: AttentionMethod, from_keys: Iterable[float] = ()
 ) -> int | None:
     """How many of the last keys a query of either phase needs, also while a row has fewer keys than the
-    crossovers ``from_keys``; None: all."""
+    crossovers ``from_keys``; None: all. Methods with different summaries need all, since a summary is made
+    when its own method is called, and of the calls before that too."""
     needed = [prefill.keys_needed, decode.keys_needed, *from_keys]
     finite = [int(count) for count in needed if count is not None and count < math.inf]
-    return max(finite) if len(finite) == len(needed) else None
+    if len(finite) < len(needed):
+        return None
+    kept = [{summary.key for summary in method.summaries} for method in (prefill, decode)]
+    return max(finite) if kept[0] == kept[1] else None
 
 
 def keys_kept(prefill: AttentionMethod, decode: AttentionMethod, phase: str, length: int) -> float:

@@ -143,7 +143,8 @@ class AttentionMethod:
     @property
     def keys_needed(self) -> int | None:
         """How many of the last keys a query may need, its own and those of the summaries' open blocks
-        included; None: all. Where both methods of a layer need some only, its store drops the others."""
+        included; None: all. Where both methods of a layer need some only, and have the same summaries, its
+        store drops the others."""
         return None
 
     @property

@@ -95,6 +95,7 @@ def cut(cache: Cache, length: int, marks: Sequence[Mark] = ()) -> None:
             layer.crop(length - layer.get_seq_length())
 
 
+@runs_lasting
 def cut_copy(cache: Cache, length: int, marks: Sequence[Mark] = ()) -> Cache:
     """A copy of the first ``length`` tokens of a cache, as ``cut`` leaves them, in which keys and values have
     no room for the others. Raises FarspanError as ``cut`` does."""

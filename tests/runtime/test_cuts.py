@@ -96,6 +96,19 @@ def test_a_cut_after_a_call_that_has_failed(name: str) -> None:
         assert torch.equal(logits(model, ids, cache, CUT), want)
 
 
+def test_a_copy_made_in_inference_mode_is_used_outside() -> None:
+    """Later calls write the copied summaries in place."""
+    ids, (model, patch) = prompt(1, 90), patched("llama")
+    with patch:
+        cache = hf.caches_of(model).empty()
+        logits(model, ids[:, :CUT], cache, 0)
+        hf.forget_states(cache)
+        want = logits(model, ids, copy.deepcopy(cache), CUT)
+        with torch.inference_mode():
+            found = hf.cut_copy(cache, CUT)
+        assert torch.equal(logits(model, ids, found, CUT), want)
+
+
 def test_a_cut_that_is_refused_changes_nothing() -> None:
     ids, (model, patch) = prompt(1, 90), patched("qwen3_next")
     with patch:

@@ -81,6 +81,19 @@ def test_generate(model: Any, spec: str, how: dict[str, Any]) -> None:
     assert report.layers[0].stored_bytes > 0
 
 
+@pytest.mark.parametrize("spec", [f"{CORES} + {SPECS[3]}", f"{SPECS[3]} + {CORES}"])
+def test_two_methods_with_summaries_of_their_own(model: Any, spec: str) -> None:
+    """Each one summarises what was read before its call, so keys that one does not need are kept."""
+    ids, results = ids_of(1, 200), []
+    for kept in (True, False):
+        cache, found = DynamicCache(config=model.config), []
+        with keeping_all(kept), farspan.patch(model, spec), torch.no_grad():
+            for a, b in ((0, 90), *((i, i + 1) for i in range(90, 150)), (150, 199), (199, 200)):
+                found.append(model(ids[:, a:b], past_key_values=cache).logits)
+        results.append(torch.cat(found, 1))
+    assert torch.equal(*results)
+
+
 class Feed:
     """Plain calls of a padded batch on one cache, and their logits."""
 
