@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +14,7 @@ from ..attention.errors import FarspanError
 from . import launch, options, output
 from .storage import Storage
 
+T = TypeVar("T")
 _ALIKE = 200  # characters by which a prompt is known to begin with the text of a saved cache
 
 
@@ -130,7 +132,7 @@ def generate(given: Generate) -> None:
     """
     saved = None if given.cache is None else _saved(given.cache)
     ranks = given.on.spread()
-    text = _prompt_text(given.source, ranks)
+    text = _once(given.source.read, ranks)
     method = given.method or ("dense" if saved is None else saved.spec)
     options.one_method(method)  # a misspelt method ends here, before the model is loaded
     given.check_compress()
@@ -141,7 +143,7 @@ def generate(given: Generate) -> None:
     if saved is not None:
         text = _after(saved.settings.get("text"), text)
         chat = saved.settings.get("chat") if chat is None else chat
-    shorter = launch.on_rank_0(lambda: given.shorter(causal_lm, tokenizer, text))
+    shorter = _once(lambda: given.shorter(causal_lm, tokenizer, text), ranks)
     if shorter is not None:
         text = shorter.pop("prompt")
         output.note(shorter.pop("text"))
@@ -205,9 +207,10 @@ def generate(given: Generate) -> None:
     output.note(report.text(output.width()))
 
 
-def _prompt_text(source: options.Prompt, ranks: Any) -> str:
-    """The prompt. With several ranks, rank 0 reads it: they share stdin, and may not share a disk."""
-    return source.read() if ranks is None else launch.on_rank_0(source.read)
+def _once(make: Callable[[], T], ranks: Any) -> T:
+    """What ``make`` returns on rank 0, on every rank that is left: they share stdin, and may not share a
+    disk. With --parallel none, whose ``ranks`` are None, rank 0 is alone."""
+    return make() if ranks is None else launch.on_rank_0(make)
 
 
 def _saved(folder: Path) -> Any:
