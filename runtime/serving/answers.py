@@ -16,9 +16,10 @@ from ...parallel.group.mesh import Mesh
 from .. import hf
 from ..models import positions
 from ..patched import Patched
+from ..prefixes import PrefixStore
 from .engine import Job, Refused
 from .metrics import Metrics
-from .reader import Call, Ending, Prefixes, Reader
+from .reader import Call, Ending, Reader
 
 _USUAL_LENGTH = 1024  # tokens of an answer for which the client sets no limit
 _PIECE = 1 << 14  # characters
@@ -53,7 +54,7 @@ class Answers:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, patched: Patched, metrics: Metrics, prefixes: Prefixes | None
+        self, model: Any, tokenizer: Any, patched: Patched, metrics: Metrics, prefixes: PrefixStore | None
     ) -> None:
         self.model, self.tokenizer, self.patched = model, tokenizer, patched
         self.mesh: Mesh | None = patched.mesh
@@ -149,7 +150,7 @@ class Answers:
             self._job.check()
 
 
-def follow(model: Any, tokenizer: Any, patched: Patched, prefixes: Prefixes | None) -> None:
+def follow(model: Any, tokenizer: Any, patched: Patched, prefixes: PrefixStore | None) -> None:
     """Make the calls of rank 0 until it ends. Raises FarspanError where a rank has failed."""
     mesh, reader = patched.mesh, Reader(model, tokenizer, patched, prefixes)
     assert mesh is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,31 +12,10 @@ from torch import Tensor
 from ...attention.errors import FarspanError
 from .. import hf
 from ..patched import Patched
-from ..prefixes import Taken
+from ..prefixes import PrefixStore, Taken
 from .engine import Cancelled
 
 _PATCH = ""  # a server has one patch, so its caches need no name of theirs
-
-
-class Prefixes(Protocol):
-    """Caches by the patch that has filled them and by the tokens that they hold. A cache has one owner:
-    ``take`` moves it out, ``put`` gives it back. ``PrefixStore`` says what their arguments are."""
-
-    def take(self, patch: str, tokens: Sequence[int], step: int = 1) -> Taken:
-        """The cache with the longest beginning of a prompt, cut to it."""
-
-    def put(
-        self,
-        patch: str,
-        tokens: Sequence[int],
-        cache: Any,
-        marks: Sequence[hf.Mark] = (),
-        largest: Callable[[int], int] = int,
-    ) -> bool:
-        """Keep a cache that holds these tokens. Returns whether it is kept."""
-
-    def clear(self) -> None:
-        """Drop every cache."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class Reader:
     hold the parts of the same caches. Where they do not, all are emptied.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, patched: Patched, prefixes: Prefixes | None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, patched: Patched, prefixes: PrefixStore | None) -> None:
         self.model, self.tokenizer, self.mesh = model, tokenizer, patched.mesh
         self.cuts = patched.cuts
         self._prefixes = None if self.cuts.never else prefixes

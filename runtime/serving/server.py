@@ -11,8 +11,8 @@ from typing import Any
 from ...attention.errors import FarspanError
 from ..hf.serving import internals
 from ..patched import Patched
+from ..prefixes import PrefixStore
 from .answers import Answers
-from .reader import Prefixes
 from .where import Where
 
 logger = logging.getLogger("farspan")
@@ -36,7 +36,7 @@ class Server:
         where: Where,
         *,
         queue: int = 64,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         internals.check()
         import uvicorn

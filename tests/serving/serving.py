@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import farspan
 from farspan.runtime.hf import generate_by, greedy_config
 from farspan.runtime.models import load
-from farspan.runtime.prefixes import Taken
+from farspan.runtime.prefixes import PrefixStore
 from farspan.runtime.serving.server import Server
 from farspan.runtime.serving.where import Where
 
@@ -210,29 +210,9 @@ class Alone:
         return str(self.tokenizer.decode(self.tokens(messages, new, **settings), skip_special_tokens=True))
 
 
-class Kept:
-    """The smallest store of prefixes: a list, from which nothing is ever dropped."""
+class Kept(PrefixStore):
+    """A store of prefixes that is given caches of just their tokens."""
 
-    def __init__(self) -> None:
-        self.entries: list[tuple[list[int], Any]] = []
-
-    def take(self, patch: str, tokens: Any, step: int = 1) -> Taken:
-        best, length = None, 0
-        for entry in self.entries:
-            pairs = zip(entry[0], tokens[:-1], strict=False)
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(entry[0]), len(tokens) - 1))
-            if same - same % step > length:
-                best, length = entry, same - same % step
-        if best is None:
-            return Taken()
-        self.entries.remove(best)
-        best[1].crop(length - len(best[0]))
-        return Taken(cache=best[1], length=length)
-
-    def put(self, patch: str, tokens: Any, cache: Any, *_: Any) -> bool:
+    def put(self, patch: str, tokens: Any, cache: Any, *more: Any) -> bool:
         assert cache.get_seq_length() == len(tokens)
-        self.entries.append((list(tokens), cache))
-        return True
-
-    def clear(self) -> None:
-        self.entries.clear()
+        return super().put(patch, tokens, cache, *more)

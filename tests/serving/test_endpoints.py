@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Any:
-    with serving(folder, "quest:k=32,page=8,dense_layers=0", prefixes=Kept()) as running:
+    with serving(folder, "quest:k=32,page=8,dense_layers=0", prefixes=Kept(1 << 30)) as running:
         yield running.ready()
 
 
