@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .evals.api import evaluate
     from .parallel.group.config import ContextParallel
     from .runtime.calibrate import calibrate
-    from .runtime.compress import compress
+    from .runtime.compress.prompt import compress
     from .runtime.convert import convert
     from .runtime.models import load
     from .runtime.patch import patch
@@ -48,7 +48,7 @@ _HOMES = {
     "patch": ".runtime.patch",
     "Recipe": ".runtime.recipe",
     "calibrate": ".runtime.calibrate",
-    "compress": ".runtime.compress",
+    "compress": ".runtime.compress.prompt",
     "convert": ".runtime.convert",
     "load": ".runtime.models",
     "load_cache": ".runtime.saved",

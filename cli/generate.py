@@ -89,7 +89,7 @@ class Generate:
             if given:
                 raise FarspanError(f"{given[0]} belongs to --compress: give both, such as --compress 0.3.")
             return
-        from ..runtime.compress import check_keep
+        from ..runtime.compress.spec import check_keep
 
         check_keep(self.compress)
         if self.cache is not None:
@@ -101,7 +101,8 @@ class Generate:
         """What `farspan.compress` returns, as plain values with the prompt; None without --compress."""
         if self.compress is None:
             return None
-        from ..runtime.compress import ATTENTION, compress
+        from ..runtime.compress.prompt import compress
+        from ..runtime.compress.spec import ATTENTION
 
         made = compress(
             model, tokenizer, prompt, self.query, keep=self.compress, scorer=self.scorer or ATTENTION

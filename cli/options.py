@@ -307,8 +307,6 @@ def split_methods(values: list[str], *, shortens: bool = False) -> list[str]:
     shortens: whether a spec may ask for shorter prompts ("compress:keep=0.3 + quest").
     Raises FarspanError where there is none, where one cannot be read, and for two with a comma between them.
     """
-    from ..evals.compressed import check_whole, method_of
-
     specs = [spec.strip() for value in values for spec in re.split(r"[;\n]", value) if spec.strip()]
     if not specs:
         raise FarspanError(
@@ -319,9 +317,7 @@ def split_methods(values: list[str], *, shortens: bool = False) -> list[str]:
             raise FarspanError(
                 f'--methods separates methods by ";": write "{"; ".join(parts)}"; got {spec!r}.'
             )
-        if not shortens:
-            check_whole([spec])
-        _resolve(method_of(spec))
+        _resolve(spec, shortens)
     return specs
 
 
@@ -331,17 +327,15 @@ def one_method(spec: str) -> str:
         raise FarspanError(
             f'--method takes one method, or "A + B" for A in prefill and B in decode; got {spec!r}.'
         )
-    from ..evals.compressed import check_whole
-
-    check_whole([spec])
     _resolve(spec)
     return spec
 
 
-def _resolve(spec: str) -> None:
+def _resolve(spec: str, shortens: bool = False) -> None:
+    from ..runtime.compress.spec import method_of
     from ..runtime.specs import resolve
 
-    resolve(spec)
+    resolve(method_of(spec, shortens=shortens))
 
 
 def _several(spec: str, separator: str) -> list[str] | None:

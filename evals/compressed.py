@@ -8,67 +8,24 @@ reads of the whole prompt, and the seconds of the prefill include those of the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any
 
-from ..attention.errors import FarspanError
-from ..attention.spec import parse_parameters, split_spec
-from ..runtime.compress import ATTENTION, KEEP, PASSAGE, check_keep, compress, scorer_of
+from ..runtime.compress.prompt import compress, scorer_of
+from ..runtime.compress.spec import Compression, split
 from .ranks import Job
 from .sample import Sample
 from .setup import Setup
 
-NAME = "compress"
-DENSE = "dense"
-
 Shorten = Callable[[Any, Callable[[Sample], Sample]], Any]
 """(an item, a function that shortens a sample) -> the item with a shorter prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """What a row says of its prompts: the options of `farspan.compress` of these names. scorer: "attention",
-    or the folder of a recipe. Raises FarspanError for a wrong `keep`."""
-
-    keep: float = KEEP
-    scorer: str = ATTENTION
-    passage: int = PASSAGE
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-
-
-def split(spec: str) -> tuple[Compression | None, str]:
-    """How a row shortens its prompts, and its method. Raises SpecError for a wrong option."""
-    first, _, method = spec.partition(" + ")
-    name, text = split_spec(first)
-    if name != NAME:
-        return None, spec
-    defaults = {field.name: field.default for field in fields(Compression)}
-    values = parse_parameters(NAME, text, defaults, get_type_hints(Compression))
-    return Compression(**values), method.strip() or DENSE
-
-
-def method_of(spec: str) -> str:
-    """The method of a row."""
-    return split(spec)[1]
 
 
 def check_scorers(model: Any, tokenizer: Any, specs: Sequence[str]) -> None:
     """Raises FarspanError for a row with a scorer that cannot serve the model."""
     for scorer in {compression.scorer for compression, _ in map(split, specs) if compression is not None}:
         scorer_of(model, tokenizer, scorer)
-
-
-def check_whole(specs: Sequence[str]) -> None:
-    """Raises FarspanError for a spec with shorter prompts, where none are made."""
-    for spec in specs:
-        if split(spec)[0] is not None:
-            raise FarspanError(
-                f"{spec!r} shortens prompts, which only rows of the evaluations ruler, needle, retrieval and "
-                f"turns can: leave {NAME} out. farspan generate has the option --compress for it."
-            )
 
 
 def with_shorter_prompts(evaluate: Callable[..., Any], shorten: Shorten) -> Callable[..., Any]:

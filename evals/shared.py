@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 from ..attention.errors import FarspanError
 from ..attention.method import DECODE, PREFILL, AttentionMethod
 from ..runtime.bind import takes, trained_under
-from ..runtime.compress import ATTENTION
+from ..runtime.compress.spec import ATTENTION, method_of, split
 from ..runtime.patch import patch
 from ..runtime.report import Report
 from ..runtime.specs import resolve
 from ..runtime.store.storage import DEVICE, parse_storage
 from . import batch as forward
-from .compressed import check_whole, method_of, split
 from .identity import identify
 from .ranks import Job
 
@@ -130,9 +129,7 @@ def check_methods(
     specs = list(dict.fromkeys(" ".join(spec.split()) for spec in methods))
     if not specs:
         raise FarspanError("no method was given; name at least one, such as dense.")
-    if not shortens:
-        check_whole(specs)
-    for method in dict.fromkeys(map(method_of, specs)):
+    for method in dict.fromkeys(method_of(spec, shortens=shortens) for spec in specs):
         with patched_with(model, method, recipe, job):
             pass
     return specs

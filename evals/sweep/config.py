@@ -217,8 +217,8 @@ def _storages(fields: Mapping[str, Any], where: str) -> list[str]:
 
 def _methods(fields: Mapping[str, Any], where: str) -> list[str]:
     """The methods with every budget in the place of its name."""
+    from ...runtime.compress.spec import method_of
     from ...runtime.specs import resolve
-    from ..compressed import check_whole, method_of
 
     budgets = fields.get("budgets", {})
     out: list[str] = []
@@ -231,9 +231,7 @@ def _methods(fields: Mapping[str, Any], where: str) -> list[str]:
             filled = spec
             for name, value in zip(names, values, strict=True):
                 filled = filled.replace(f"{{{name}}}", str(value))
-            if not SUITES[fields["suite"]].shortens:
-                check_whole([filled])
-            resolve(method_of(filled))
+            resolve(method_of(filled, shortens=SUITES[fields["suite"]].shortens))
             out.append(" ".join(filled.split()))
     return list(dict.fromkeys(out))
 

@@ -20,8 +20,7 @@ from .. import hf
 from ..models import plain_ids, positions
 from ..patch import patch
 from .scored import Ids, Scored
-
-PIECE = 1024  # tokens
+from .spec import ATTENTION, PIECE
 
 
 class AttentionScorer:
@@ -41,7 +40,7 @@ class AttentionScorer:
     no layer with full attention, or is spread over ranks.
     """
 
-    name = "attention"
+    name = ATTENTION
 
     def __init__(self, model: Any, tokenizer: Any, piece: int = PIECE) -> None:
         if piece < 1:

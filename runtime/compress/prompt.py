@@ -11,13 +11,11 @@ from typing import Any
 from ...attention.errors import FarspanError
 from ..models import choose_chat, plain_ids, prompt_ids
 from ..recipe import Recipe
-from .by_attention import PIECE, AttentionScorer
+from .by_attention import AttentionScorer
 from .by_vectors import VectorScorer
 from .passages import cut_passages, first_part, last_part
 from .scored import Scorer
-
-ATTENTION = AttentionScorer.name
-KEEP, PASSAGE, MARK = 0.3, 64, "[...]"
+from .spec import ATTENTION, KEEP, MARK, PASSAGE, PIECE, check_keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +209,6 @@ def _best(parts: _Parts, scores: Sequence[float], budget: int) -> list[bool]:
             break
         chosen[i] = False
     return chosen
-
-
-def check_keep(keep: float) -> None:
-    """Raises FarspanError for a fraction that is not in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise FarspanError(f"keep is a fraction of the prompt's tokens, above 0 and at most 1; got {keep!r}.")
 
 
 def scorer_of(model: Any, tokenizer: Any, scorer: str | Path | Recipe, piece: int = PIECE) -> Scorer:

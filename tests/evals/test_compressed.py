@@ -11,7 +11,7 @@ import pytest
 
 import farspan
 from farspan import FarspanError, SpecError
-from farspan.evals.compressed import Compression, method_of, split
+from farspan.runtime.compress.spec import Compression, method_of, split
 
 KEPT = "compress:keep=0.5 + window:w=64"
 
@@ -21,7 +21,10 @@ def test_a_row_names_its_compression_and_its_method() -> None:
     assert split("block_topk + quest") == (None, "block_topk + quest")
     assert split("compress") == (Compression(), "dense")
     assert split(KEPT) == (Compression(keep=0.5), "window:w=64")
-    assert method_of("compress:passage=32,scorer=a/b + block_topk + quest") == "block_topk + quest"
+    assert (
+        method_of("compress:passage=32,scorer=a/b + block_topk + quest", shortens=True)
+        == "block_topk + quest"
+    )
     with pytest.raises(SpecError, match="compress has no parameter 'kept'"):
         split("compress:kept=0.5")
     with pytest.raises(FarspanError, match="above 0 and at most 1"):

@@ -12,9 +12,9 @@ import torch
 
 import farspan
 from farspan import FarspanError, Unsupported
-from farspan.runtime.compress import Compressed, compress
 from farspan.runtime.compress.by_attention import AttentionScorer, even_pieces
 from farspan.runtime.compress.passages import cut_passages, first_part, last_part
+from farspan.runtime.compress.prompt import Compressed, compress
 from farspan.runtime.models import plain_ids
 
 from .small_models import make, snapshot
