@@ -112,8 +112,11 @@ def run(
     For the rest see `drive`.
     """
     evaluated = partial(evaluate, score=score)
-    shorten = lambda sample, shorter: shorter(sample)  # noqa: E731
-    return drive(setup, samples, evaluated, batch_size=batch_size, end=end, shorten=shorten)
+    return drive(setup, samples, evaluated, batch_size=batch_size, end=end, shorten=_shorten)
+
+
+def _shorten(sample: Sample, shorter: Callable[[Sample], Sample]) -> Sample:
+    return shorter(sample)
 
 
 def drive(

@@ -77,13 +77,12 @@ def train(
     written or that holds another training, and for a loss that is not finite; the last checkpoint is kept
     then.
     """
-    learns = method if isinstance(method, str) and names_encoder(method) else parse_method(method)
     if tune not in LEARNING_RATES:
         raise FarspanError(f"tune is 'lora' or 'attention', or left out for gates; got {tune!r}.")
-    if isinstance(learns, str) and tune is not None:
-        raise FarspanError(f"tune={tune!r} is for methods of attention, not for {learns}: leave it out.")
-    blends = isinstance(learns, AttentionMethod) and learns.blends
-    usual = LEARNING_RATE if tune is None and blends else LEARNING_RATES[tune]
+    if tune is None and tuning:
+        raise FarspanError(f"{', '.join(tuning)} belongs to tune='lora' or 'attention': leave it out.")
+    begin = Recipe.load(start) if isinstance(start, str | Path) else start
+    spec, usual, make = _teaches(model, tokenizer, method, begin, tune, tuning)
     schedule = Schedule(
         steps=steps,
         batch=batch,
@@ -93,27 +92,19 @@ def train(
         seed=seed,
         precision=precision,
     )
-    if tune is None and tuning:
-        raise FarspanError(f"{', '.join(tuning)} belongs to tune='lora' or 'attention': leave it out.")
-    if tune is None and isinstance(learns, AttentionMethod) and not learns.trains:
-        raise FarspanError(
-            f"{learns.name} has no gate that learns by distillation: give tune='lora' to train adapters "
-            "under it, or a method that has one (farspan methods lists them)."
-        )
     check_length(model, window)
     cut = cut_windows(tokenizer, text, window, held_out, windows)
-    begin = Recipe.load(start) if isinstance(start, str | Path) else start
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            objective = _objective(model, tokenizer, learns, begin, tune, tuning)
-        if isinstance(objective, Distilled) and isinstance(learns, AttentionMethod):
-            objective.keep = keep if learns.observes and steps * batch > len(cut.train) else 0
+            objective = make()
+        if isinstance(objective, Distilled) and steps * batch > len(cut.train):
+            objective.keep = keep
         try:
             settings = {
-                "spec": str(learns),
+                "spec": spec,
                 "tune": tune,
                 "model": hf.inspect_model(model).geometry,
                 "start": None if begin is None else begin.digest,
@@ -129,23 +120,32 @@ def train(
             module.training = mode
 
 
-def _objective(
+def _teaches(
     model: Any,
     tokenizer: Any,
-    method: AttentionMethod | str,
+    method: str | AttentionMethod,
     start: Recipe | None,
     tune: str | None,
     tuning: dict[str, Any],
-) -> Objective:
-    if isinstance(method, str):
-        return Contrastive(model, tokenizer, method, start)
-    if tune is None and method.blends:
-        return Blended(model, tokenizer, method, start)
-    if tune is None:
-        return Distilled(model, tokenizer, method, start)
-    known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
-    refuse_unknown("train", tuning, known, "with tune it also takes")
-    return Tuned(model, method, start, tune=tune, **tuning)
+) -> tuple[str, float, Callable[[], Objective]]:
+    """-> (the spec of what is trained, its usual learning rate, what makes its objective)."""
+    if isinstance(method, str) and names_encoder(method):
+        if tune is not None:
+            raise FarspanError(f"tune={tune!r} is for methods of attention, not for {method}: leave it out.")
+        return method, LEARNING_RATES[None], lambda: Contrastive(model, tokenizer, method, start)
+    learns = parse_method(method)
+    if tune is not None:
+        known = [name for name in inspect.signature(Tuned).parameters if name not in _GIVEN]
+        refuse_unknown("train", tuning, known, "with tune it also takes")
+        return str(learns), LEARNING_RATES[tune], lambda: Tuned(model, learns, start, tune=tune, **tuning)
+    if learns.blends:
+        return str(learns), LEARNING_RATE, lambda: Blended(model, tokenizer, learns, start)
+    if not learns.trains:
+        raise FarspanError(
+            f"{learns.name} has no gate that learns by distillation: give tune='lora' to train adapters "
+            "under it, or a method that has one (farspan methods lists them)."
+        )
+    return str(learns), LEARNING_RATES[None], lambda: Distilled(model, tokenizer, learns, start)
 
 
 def check_length(model: Any, window: int) -> None:

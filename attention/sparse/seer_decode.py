@@ -131,7 +131,8 @@ class SeerDecode(AttentionMethod):
         logits = self.gate.logits(fed.queries_before_rope, at, entries, self.block, fed.frequencies)
         cols = torch.arange(logits.shape[-1], device=q.device)
         shares = logits.masked_fill(cols >= own, -torch.inf).softmax(-1)
-        own, shares = own[:, :, 0], shares[:, :, 0] if shares.shape[2] == 1 else shares.mean(2)
+        shares = shares[:, :, 0] if shares.shape[2] == 1 else shares.mean(2)
+        own = own[:, :, 0]
         forced = (cols == own) | (cols == 0)
         shares = torch.where(cols < own, shares, -torch.inf)
         size, most = own[..., 0] + 1, len(cols)

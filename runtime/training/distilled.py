@@ -32,7 +32,7 @@ class Distilled:
 
     The attribute ``keep`` says how many bytes of what the layers observe of windows are kept in memory, so
     that the model runs once for each of these windows, however many steps it serves; 0 keeps nothing. It is
-    for a method that ``observes``, where windows come again.
+    for windows that come again, and has an effect for a method that ``observes`` alone.
 
     Raises FarspanError for a method that is not trained.
     """
@@ -79,7 +79,7 @@ class Distilled:
             accelerator.backward(loss)
             losses.append(loss.detach())
 
-        if self.keep:
+        if self.keep and self._method.observes:
             for index, seen in self._seen(ids).items():
                 device = next(self._modules()[index].parameters()).device
                 seen = {name: x.to(device) for name, x in seen.items()}
