@@ -28,7 +28,7 @@ import farspan
 from farspan.evals.text import load_prose
 from farspan.runtime.hf import returned_cache, with_cache
 
-from .record import clock, save, specs_of, table
+from .record import Stamps, clock, save, specs_of, table
 
 METHODS = (
     "dense; window:w=1020,sinks=4; recycled:k=512,stride=10; double_sparsity:k=512; quest:k=512; "
@@ -93,24 +93,16 @@ def prefill(model: Any, ids: torch.Tensor) -> tuple[float, Any]:
 
 def decode(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> float:
     """Seconds per token of a plain generate that goes on from a filled cache, its first step left out."""
-    stamps: list[float] = []
-
-    class Clock:
-        def put(self, _: torch.Tensor) -> None:
-            stamps.append(clock())
-
-        def end(self) -> None:
-            pass
-
+    stamps = Stamps()
     model.generate(
         ids,
         **with_cache(model, cache),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
-        streamer=Clock(),
+        streamer=stamps,
     )
-    return (stamps[-1] - stamps[2]) / (len(stamps) - 3)
+    return (stamps.times[-1] - stamps.times[2]) / (len(stamps.times) - 3)
 
 
 def resident(device: str, name: str) -> float:

@@ -78,6 +78,19 @@ def clock() -> float:
     return time.perf_counter()
 
 
+class Stamps:
+    """A streamer for `generate` that notes when it is given tokens: the prompt first, then each new one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Any) -> None:
+        self.times.append(clock())
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
 def host_seconds(run: Callable[[], Any]) -> float:
     """Seconds of one run on the host's clock, until the device's queue is empty again."""
     begin = clock()

@@ -23,7 +23,7 @@ from farspan.runtime import hf
 from farspan.runtime.prefixes import PrefixStore
 from farspan.runtime.serving.reader import Call, Ending, Reader
 
-from .record import clock, save, table
+from .record import Stamps, clock, save, table
 
 TURN = 64  # tokens of an answer and the next question
 
@@ -54,26 +54,13 @@ def sliding(like: Any) -> Any:
     return Gemma3ForCausalLM(config).to(like.dtype).eval()
 
 
-class FirstToken:
-    """A streamer that notes when the first token of an answer comes."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _: Any) -> None:
-        self.times.append(clock())
-
-    def end(self) -> None:
-        """Nothing more."""
-
-
 def first_token(reader: Reader, ids: torch.Tensor) -> tuple[float, int, list[int]]:
     """(seconds to the first token, tokens reused, the answer)."""
-    streamer, began = FirstToken(), clock()
+    stamps, began = Stamps(), clock()
     config = hf.greedy_config(max_new_tokens=4, pad=0, eos=[])
     taken = reader.taken(ids[0].tolist())
-    answer = reader.answer(Call(ids, config, seed=0), taken, Ending(lambda: False, streamer))
-    return streamer.times[1] - began, taken.length, answer[0, ids.shape[1] :].tolist()
+    answer = reader.answer(Call(ids, config, seed=0), taken, Ending(lambda: False, stamps))
+    return stamps.times[1] - began, taken.length, answer[0, ids.shape[1] :].tolist()
 
 
 def measured(name: str, model: Any, patch: Callable[[Any], Any], length: int, repeats: int) -> dict[str, Any]:
